@@ -1,4 +1,4 @@
-"""Imports of the ranks of some of these files, and runs of an engine."""
+"""Imports that some test files need on all ranks, and a fixture that runs a function under a training engine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import worlds
 
-# The servers import these modules for all ranks: 2 s of CPU time a rank each.
+# The servers import these modules before they fork the ranks, because each rank would take 2 s of CPU time for them.
 HEAVY = {
     "test_megatron_": ["megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer"],
     "test_hf_": ["transformers.modeling_utils"],
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def run_engine(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> Callable[..., list[Any]]:
-    """`run_engine(changes, function, *arguments)`: results of `function(rank, data, changes, *arguments)` on all ranks."""
+    """Returns `run_engine(changes, function, *arguments)`."""
 
     def run(changes: dict[str, Any], function: Callable[..., Any], *arguments: Any) -> list[Any]:
         world_size = changes["parallel.ep"] * changes["parallel.edp"]

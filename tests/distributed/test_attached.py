@@ -1,4 +1,5 @@
-"""`attach` on several ranks: Megatron-Core's MoE layers, and a transformers model whose counts are summed over ranks."""
+"""`attach` on several ranks: on Megatron-Core's MoE layers, and on a transformers model whose ranks add up their
+counts."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -50,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def router_outputs() -> Iterator[list[tuple[int, np.ndarray, np.ndarray]]]:
-    """Records (layer number, weights, map) of each call of Megatron's router, without recomputed calls. This is the
-    oracle."""
+    """Yields the list of (layer number, weights, map) of each call of Megatron's router, except calls by recompute. The
+    tests use it as the oracle."""
     from megatron.core.tensor_parallel.random import CheckpointFunction
     from megatron.core.transformer.moe.router import TopKRouter
 
@@ -91,7 +92,7 @@ def trained(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trains with and without `attach`. Returns the oracle's counts of this rank, and rank 0's records."""
+    """Trains without and with `attach`. Returns this rank's counts by the oracle, and rank 0's records."""
     layout, found = Layout(ep=ep, values=ONE_GROUP, options=options), []
     with megatron(layout):
         gradients: list[Any] = []
@@ -177,7 +178,8 @@ def test_a_capacity_of_megatron_is_refused(run_in_world: Callable[..., list[Any]
 
 
 def summed(rank: RankContext) -> dict[str, Any]:
-    """Returns a record over ranks with unequal batches, the collectives of one step, and the errors that all ranks see."""
+    """Returns a record over ranks with unequal batches, the collectives of one step, and the errors that all ranks
+    raise."""
     model = tiny_model("mixtral").train()
     tokens = torch.randint(0, VOCAB, (1 + rank.rank, 5), generator=torch.Generator().manual_seed(rank.rank))
     with attach(model, rank.folder / "a", sinks=["jsonl"], trace_every=1) as watch:
@@ -228,8 +230,8 @@ def test_a_record_sums_over_the_ranks(run_in_world: Callable[..., list[Any]]) ->
 
 
 def unwritable(rank: RankContext, failing: int, target: str) -> str:
-    """Calls `attach` while the disk of rank `failing` is full for `target`. Each rank has its own disk. Returns the
-    error."""
+    """Calls `attach` while the disk of rank `failing` is full, which the function `target` finds. Each rank has its own
+    disk. Returns the error."""
     folder = rank.folder / f"disk_{rank.rank}"
     full = mock.patch(target, side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with full if rank.rank == failing else nullcontext(), pytest.raises(ConfigError) as found:
@@ -250,7 +252,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., lis
 
 
 def test_a_folder_takes_one_of_two_groups(tmp_path: Path) -> None:
-    """The second has found it empty before the first wrote to it."""
+    """The second group looked for a free folder before the first group created this one."""
     attach(tiny_model("mixtral"), tmp_path, sinks=["jsonl"]).detach()
     (place,) = (tmp_path / "trace").iterdir()
     taken = int(place.name.rpartition("_")[2])

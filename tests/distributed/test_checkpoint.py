@@ -1,8 +1,8 @@
-"""Checkpoints on several ranks: each layout loads the checkpoints of every other, and a failure of one rank reaches all.
+"""Checkpoints on several ranks: each layout loads those of all other layouts, and all ranks see the failure of one.
 
-`make test` saves four layouts and reads them in two. Initial weights come from (seed, logical name), by code that knows
-nothing of checkpoints. A model that was loaded from another layout must therefore equal a freshly initialised one to the
-last bit.
+`make test` saves checkpoints from four layouts and loads them in two layouts. Initial weights come from (seed, logical
+name), by code that knows nothing of checkpoints. A model loaded from the checkpoint of another layout must therefore be
+bit-equal to a freshly initialised model.
 """
 
 import functools
@@ -50,14 +50,14 @@ LAYOUTS = [
     Layout(2, 2, "interleaved"),
     Layout(2, 2, "interleaved", "fsdp2"),  # FSDP2 shards some stacks by experts, and some inside experts
     Layout(2, 2, "pinned", "fsdp2"),
-    Layout(1, 4, data="fsdp2"),  # 4 divides neither 5 and 3 experts nor 6 and 10 rows, so some ranks have no shard
+    Layout(1, 4, data="fsdp2"),  # some ranks have no shard: 4 divides neither 5 and 3 experts nor 6 and 10 rows
 ]
 COVER = [
     LAYOUTS[1],
     LAYOUTS[4],
     LAYOUTS[7],
     LAYOUTS[10],
-]  # the writers of `make test`, which reads them in READERS; `make test-full` has all writers
+]  # `make test` writes from these layouts and reads in READERS; `make test-full` writes from all layouts
 READERS = [Layout(2, 1, "pinned"), Layout(2, 2, "interleaved", "fsdp2")]
 
 
@@ -87,7 +87,7 @@ class Setup:
         return capture(self.parallel.model, self.optimizer, layout, values=values, rank_values=own)
 
     def pieces(self) -> dict[str, torch.Tensor]:
-        """Copies all local tensors, by the model's own names."""
+        """Returns a copy of each local tensor, under the model's own parameter names."""
         named = {}
         for name, parameter in self.parallel.model.named_parameters():
             state = self.optimizer.state.get(parameter, {})
@@ -102,7 +102,8 @@ def manager(folder: Path, **settings: Any) -> CheckpointManager:
 
 
 class NothingPickled:
-    """Fails this rank if an object collective pickles, or anything is unpickled from a file, within the `with` block."""
+    """Within the `with` block, fails if an object collective pickles or anything is unpickled from a file on this
+    rank."""
 
     collectives = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
     places = (*((dist, name) for name in collectives), (pickle, "load"), (pickle, "loads"), (torch, "load"))
@@ -124,7 +125,7 @@ class NothingPickled:
 def save_body(rank: RankContext, layout: Layout, folder: Path) -> int:
     setup = Setup(rank, layout, STEPS_TAKEN)
     batch = batch_of(0, 0, rank.rank, 1)
-    with torch.no_grad():  # FSDP2 leaves the root's parameters gathered after a forward
+    with torch.no_grad():  # after a forward FSDP2 leaves the parameters of the root module gathered
         setup.parallel.model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.modality_BS)
     with NothingPickled():
         state = setup.capture(position=7)
@@ -190,7 +191,7 @@ def test_every_layout_loads_every_other(
 def test_eight_ranks_load_them_all_and_are_loaded(
     run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], tmp_path: Path
 ) -> None:
-    """Eight processes are slow on few cores, so they load once and save once."""
+    """The test takes few cases, because eight processes are slow on few cores."""
     eight = Layout(4, 2, "uneven", "fsdp2")
     run_in_world(8, load_body, eight, list(map(saved, LAYOUTS)))
     run_in_world(8, save_body, Layout(8, 1, "pinned"), tmp_path)
@@ -199,11 +200,11 @@ def test_eight_ranks_load_them_all_and_are_loaded(
 
 
 class LostError(MoeDistError):
-    """The error that a lost lease raises."""
+    """Stands for the error that a lost lease raises."""
 
 
 def test_muons_moments_load_under_another_layout(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:
-    """Muon keeps one moment per matrix. FSDP2 shards some stacks by experts, and some inside experts."""
+    """Muon keeps one moment per matrix, and FSDP2 shards some stacks by experts and others inside experts."""
     written, read = Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"), Layout(2, 1, "pinned", optimizer="muon")
     run_in_world(4, save_body, written, tmp_path)
     names = read_index(tmp_path / "step_5").tensors

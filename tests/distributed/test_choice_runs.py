@@ -1,4 +1,5 @@
-"""Whole runs by expert choice: thresholds on another layout, the second stage, upcycling. test_resume.py resumes them."""
+"""Whole runs with expert choice: thresholds on another layout, a second stage, and upcycling. test_resume.py resumes
+them."""
 
 from collections.abc import Callable
 from functools import cache
@@ -72,7 +73,7 @@ def test_a_run_is_evaluated_by_thresholds_and_tells_what_the_choice_of_training_
         for group, taken in evaluation.choice_experts_per_token.items():
             assert 1.0 <= taken < 1.1, group  # each of n experts takes ceil(T / n) tokens
     named = thresholds(first_stage[0].tensors)
-    assert len(named) == 2 * 2 * 2  # two tensors for each layer and group
+    assert len(named) == 2 * 2 * 2  # two tensors of an auxiliary router for each of two layers and two groups
     assert all((value[..., :] > 0).all() for name, value in named.items() if name.endswith("threshold"))
     assert all((value[1] == 6).all() for name, value in named.items() if name.endswith("statistics"))
     assert not any(thresholds(first_stage[0].at_start)[name].any() for name in named)
@@ -121,7 +122,7 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
         assert all(not np.array_equal(outcome.tensors[name], outcome.at_start[name]) for name in auxiliary)
         assert outcome.steps[-1].auxiliary < outcome.steps[0].auxiliary
         assert outcome.evaluation.loss != before.evaluation.loss
-        # The weights equal the first stage's, so the losses under the choice of training are equal too.
+        # The weights equal the first stage's, so the losses with experts chosen as in training are equal too.
         for name, loss in before.evaluation.choice_loss.items():
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
@@ -141,7 +142,7 @@ def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
         assert same(named, {name: second.tensors[name] for name in named})
 
 
-ROUTERS = {  # with one selection scope over all ranks
+ROUTERS = {  # one selection scope spans all ranks
     "auxiliary": {"kind": "expert_choice", "causal": "auxiliary", "scope": "world"},
     "softmax": {"kind": "expert_choice", "causal": "threshold", "scope": "world", "score": "softmax"},
 }
@@ -191,8 +192,8 @@ def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[W
 
 
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    """MoMa's upcycling copies the experts, initialises the router, adds Gumbel noise, starts the schedule anew, and keeps
-    the position in the data."""
+    """Upcycling as in MoMa copies the experts, initialises the router, adds Gumbel noise and restarts the schedule, but
+    keeps the position in the data."""
     ones = {
         "text": {"num_experts": 1, "top_k": 1, "ffn_dim": 16},
         "image": {"num_experts": 1, "top_k": 1, "ffn_dim": 24},
@@ -216,7 +217,7 @@ def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: 
         assert not np.array_equal(rows[0], rows[1])
         assert not np.array_equal(rows[0], begun.tensors["layers.0.moe.router.text.true"][0])
         assert np.array_equal(outcome.at_start["embedding.weight"], begun.tensors["embedding.weight"])
-    # Two copies of one expert differ after training, because router and noise gave them different tokens.
+    # Router and noise sent different tokens to two copies of one expert, so their weights differ after training.
     assert not np.array_equal(
         outcomes[0].tensors["layers.0.moe.experts.text.0.gate"], outcomes[0].tensors["layers.0.moe.experts.text.1.gate"]
     )

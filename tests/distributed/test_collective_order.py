@@ -1,5 +1,5 @@
-"""FSDP2 gathers and reduces once per layer and pass, on all ranks in the same order, and never between the two exchanges of
-a pass. The router computes in fp32 through FSDP2's mixed precision."""
+"""FSDP2 gathers and reduces once per layer and pass, in the same order on all ranks, and never between dispatch and
+combine. The router computes in fp32 through FSDP2's mixed precision."""
 
 import contextlib
 import re
@@ -24,7 +24,8 @@ from tests.support.worlds import RankContext
 
 
 def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
-    """Returns the events of one forward and backward: exchanges, and FSDP2's collectives with their parameters."""
+    """Returns the events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they
+    move."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
     comm_stats = CommStats(events=events)
@@ -73,10 +74,10 @@ def _unit(name: str) -> str:
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
     first, last = (" 0", f" {layout.chunks - 1}") if layout.chunks > 1 else ("", "")
-    hop = "inter-node " if layout.ranks_per_node else ""  # the hop between nodes comes first and last in a pass
+    hop = "inter-node " if layout.ranks_per_node else ""  # the hop between nodes is the first and the last of a pass
     opening = (f"{hop}dispatch rows{first}", f"{hop}combine rows backward{last}")
     closing = (f"wait {hop}combine rows{last}", f"wait {hop}dispatch rows backward{first}")
-    if layout.replicas:  # replicas' weights are sent first, and their gradients return last
+    if layout.replicas:  # a forward starts with the weights of replicas, and a backward ends with their gradients
         opening, closing = (REPLICAS, opening[1]), (closing[0], f"wait {REPLICAS}{BACKWARD}")
     for events in all_events:
         inside = None
@@ -91,16 +92,18 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
         reduces = [event for event in events if event.startswith("reduce")]
         assert len(reduces) == len(set(reduces)), "a unit was reduced more than once in a pass"
         gathers = [event for event in events if event.startswith("gather moe.experts")]
-        # Once per layer in forward and once in backward, for any number of chunks.
+        # FSDP2 gathers each layer's experts once in forward and once in backward, for any number of chunks.
         assert all(gathers.count(event) <= 2 for event in gathers)
         assert gathers
-    # A rank without experts, and its edp peers, reduce no expert gradients. All other events are equal.
+    # A rank without experts, and the ranks of its edp group, reduce no expert gradients. All other events must be
+    # equal.
     others = [[event for event in events if not re.search(r"^reduce .*experts\d", event)] for events in all_events]
     assert all(events == others[0] for events in others)
 
 
 def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
-    """Returns every call of torch.distributed in two training steps with its number of ranks, and the named exchanges."""
+    """Returns the torch.distributed calls of two training steps, with the sizes of their groups, and the named
+    exchanges."""
     training = TrainingRank(layout)
     calls, start = training.comm_stats.events, training.placement
     assert calls is not None
@@ -133,8 +136,8 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
 def test_every_rank_issues_the_same_collectives_in_the_same_order(
     run_in_world: Callable[..., list[Any]], layout: Layout
 ) -> None:
-    """Among the four ranks one has no token, one no image and one no text. `uneven` leaves a rank without experts of a
-    group."""
+    """One of the four ranks has no token, one has no image token and one has no text token. The placement `uneven`
+    leaves one rank without experts of a group."""
     first, *others = run_in_world(layout.world_size, recorded_step, layout)
     assert first.count(f"all_to_all_single over {layout.ranks_per_node or layout.ep}") > 0
     assert first.count(f"all_reduce over {layout.world_size}") > 0

@@ -1,4 +1,5 @@
-"""The largest value over the ranks of a group, and the bytes that an exchange sends."""
+"""`max_over` returns the largest value of a group's ranks, and an exchange counts the bytes that it sends to other
+ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ def test_ranks_get_the_largest_value_of_all_ranks(run_in_world: Callable[..., li
 
 
 def exchanged(rank: RankContext) -> tuple[list[int], int]:
-    """Each rank keeps or sends one item to rank 0, and two to rank 1."""
+    """Each rank has three items: one for rank 0 and two for rank 1."""
     wire = AllToAll(dist.group.WORLD, CommStats())
     items = torch.arange(3) + 10 * rank.rank
     received = wire.exchange(items, Splits(send=(1, 2), receive=(1 + rank.rank,) * 2), name="items")

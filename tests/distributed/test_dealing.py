@@ -1,4 +1,5 @@
-"""A step with dealt sequences has the gradient of an undealt step, in float64, with and without losses per micro-batch."""
+"""A step with dealt sequences has the gradient of an undealt step in float64, with losses per micro-batch or
+without."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ BATCH = 16
 
 
 class Stepped(NamedTuple):
-    """The gradients of one step on a rank, and the numbers of the step's sequences by micro-batch and rank."""
+    """The gradients of one step on a rank, and the sequence numbers that each micro-batch and rank took."""
 
     gradients: Arrays
     numbers: list[list[int]]

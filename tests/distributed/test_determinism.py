@@ -1,4 +1,4 @@
-"""parallel.deterministic: two runs have equal bits with several threads per rank, and torch's deterministic mode is on."""
+"""With `parallel.deterministic`, two runs with several threads per rank are bit-equal, and torch's own mode is on."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ STEPS = 5
 
 @contextmanager
 def switched_on(threads: int) -> Iterator[None]:
-    """Turns deterministic mode on, with this number of threads. Restores both, because other tests use the same
-    processes."""
+    """Turns deterministic mode on and sets the number of threads. Restores both settings, because other tests use the
+    same processes."""
     before, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
     make_deterministic()
@@ -34,7 +34,7 @@ def switched_on(threads: int) -> Iterator[None]:
 
 
 def trained(rank: RankContext, layout: Layout, threads: int) -> str:
-    """Returns a hash of this rank's losses, norms and parameters of every step."""
+    """Returns a hash of this rank's losses, gradient norms and parameters after each step."""
     with switched_on(threads):
         training, digest = TrainingRank(layout), hashlib.sha256()
         for number in range(STEPS):
@@ -55,7 +55,7 @@ def test_two_runs_have_the_same_bits(run_in_world: Callable[..., list[Any]], dat
 
 
 def repeated_write(_rank: RankContext) -> tuple[str, bool]:
-    """Writes two values to one element, whose order is undefined: first in normal mode, then in deterministic mode."""
+    """Writes two values to one element, which has no defined order, first in normal and then in deterministic mode."""
 
     def write() -> None:
         torch.zeros(3).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))

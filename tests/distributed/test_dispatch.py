@@ -32,7 +32,7 @@ EXCHANGES = ("counts", "pair rows", "dispatch", "combine")
 
 
 def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str, Any]) -> Any:
-    """Compares one rank's part of a case with the oracle and with the closed form of its traffic. Returns the plan."""
+    """Compares one rank's part of a case with the oracle, and its traffic with the closed form. Returns the plan."""
     context, chosen = DispatchContext(case.placement, wire), case.experts_TK[rank]
     dispatcher: Any = PipelinedDispatcher(context, **options) if options else AllToAllDispatcher(context)
     assignments = case.assignments(rank, torch.empty(chosen.size))
@@ -51,7 +51,8 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str
 
 
 def run_cases(rank: RankContext, seeds: range, options: dict[str, Any]) -> int:
-    """Runs random cases. The plain dispatcher is called in two steps, a pipelined one with options in one step."""
+    """Runs random cases. Without options the plain dispatcher plans and runs; with options a pipelined one runs in one
+    call."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
@@ -67,8 +68,8 @@ def run_cases(rank: RankContext, seeds: range, options: dict[str, Any]) -> int:
 def test_ledger_equals_the_closed_form_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
-    """1,000 routings in all, with ranks without tokens or experts, batches of only null choices, and one expert that takes
-    all tokens."""
+    """The 1,000 routings include ranks without tokens or experts, batches of only null choices, and an expert that
+    takes all tokens."""
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(all((c == ABSENT).all() for c in case.experts_TK) for case in cases)
     assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
@@ -123,7 +124,8 @@ def plan_of_hand_case(rank: RankContext) -> tuple[Any, ...]:
 
 
 def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
-    """Per rank: rows sent and received, pairs sent and received, tokens of sent and of own rows, rows by slot, slots."""
+    """The tuples have rows sent and received, pairs sent and received, tokens of sent and own rows, rows by slot, and
+    slots."""
     assert run_in_world(3, plan_of_hand_case) == [
         ((0, 2, 0), (0, 2, 0), (0, 2, 0), (0, 3, 0), [0, 1], [0], [0, 1, 2, 1], (1, 2, 1)),
         ((2, 0, 0), (2, 0, 0), (3, 0, 0), (2, 0, 0), [0, 1], [1], [0, 1, 2], (3,)),
@@ -132,7 +134,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 
 def dispatchers(placement: ExpertPlacement, comm_stats: CommStats, **bound: int) -> dict[str, Any]:
-    """Returns dispatchers over four ranks, in two nodes for those that send rows in two hops."""
+    """Returns dispatchers over four ranks; those that send rows in two hops see two nodes of two ranks."""
     mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=600.0, ranks_per_node=2)
     hops = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
     context = DispatchContext(placement, AllToAll(mesh.ep, comm_stats), hops=hops, **bound)  # pyright: ignore
@@ -146,11 +148,11 @@ def dispatchers(placement: ExpertPlacement, comm_stats: CommStats, **bound: int)
 
 
 def overflow(rank: RankContext, kind: str, target: int) -> tuple[str, list[str]]:
-    """Rank 0 sends five rows to a rank that may receive four."""
+    """Rank 0 sends five rows to a rank that may receive only four."""
     num_tokens = (5, 2, 0, 0)
     case = Case(((0,), (1,), (2,), (3,)), tuple(np.full((tokens, 1), target) for tokens in num_tokens))
     comm_stats = CommStats(events=[])
-    # Without a bound the other ranks would enter the next exchange alone.
+    # The other ranks have no bound. If they did not see the error, they would hang in the next exchange.
     bound = 4 if rank.rank == target else -1
     counts = tuple(tuple(tokens * (expert == target) for expert in range(4)) for tokens in num_tokens)
     assignments = case.assignments(rank.rank, torch.ones(num_tokens[rank.rank]))._replace(counts_WE=counts)

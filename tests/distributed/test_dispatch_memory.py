@@ -1,5 +1,4 @@
-"""Peak memory of dispatch and combine, counted by live storages, equals the formulas of docs/parallelism.md in every
-mode."""
+"""The peak memory of dispatch and combine, measured by live storages, equals the formulas of docs/parallelism.md."""
 
 import weakref
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from tests.support.cover import full, full_unless
 from tests.support.worlds import RankContext
 
 T, D, E, K = 240, 128, 8, 3
-SLICE = 8192  # bytes of a conversion slice: a few rows, in proportion to the real size
+SLICE = 8192  # bytes of a conversion slice: scaled down like the tensors, so that it also holds a few rows
 PLACEMENTS = {
     2: ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4, 5, 6, 7))),
     4: ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4), (5,), (6, 7))),
@@ -36,10 +35,10 @@ PLACEMENTS = {
 
 
 class Live(TorchDispatchMode):
-    """Counts live storages that were allocated in the `with` block, now and at the peak, in bytes.
+    """Counts the bytes of live storages allocated in the `with` block: the present sum and its peak.
 
     Args:
-        before: Tensors that existed before. Their views are not counted.
+        before: Tensors that existed before the block. Their views are not counted.
     """
 
     def __init__(self, *before: Tensor) -> None:
@@ -82,7 +81,8 @@ def make(rank: RankContext, mode: str) -> Any:
 
 
 def assignments_of(rank: int, size: int, mode: str) -> Assignments:
-    """Returns token choice with null choices, or for `known_counts` a fixed number of tokens for each expert."""
+    """Returns token choice with null choices or, for the mode `known_counts`, a fixed number of tokens for each
+    expert."""
     generator = torch.Generator().manual_seed(rank)
     if mode == "known_counts":
         counts = tuple(tuple(40 + 5 * source + expert for expert in range(E)) for source in range(size))
@@ -96,8 +96,8 @@ def assignments_of(rank: int, size: int, mode: str) -> Assignments:
 
 
 def experts(here: DispatchedRows, plan: Any) -> Tensor:
-    """Stands in for the experts: reuses the rows' memory, or copies own rows that are computed apart, because these are the
-    tokens."""
+    """Stands in for the experts. It reuses the rows' memory, except for own rows computed apart: they are the tokens,
+    so it copies them."""
     apart = here.rows_RD.shape[0] == T
     return here.rows_RD * 1 if apart else here.rows_RD.view_as(here.rows_RD)
 
@@ -107,7 +107,7 @@ def way(dispatcher: Any, h_TD: Tensor, weight_N: Tensor, plan: Any) -> Tensor:
 
 
 def sizes_of(plan: Any) -> dict[str, list[int]]:
-    """Returns the rows on this rank and the sent rows, of each chunk or hop."""
+    """Returns the number of rows on this rank (R) and of sent rows (S), for each chunk or hop."""
     parts = [plan.inter, plan.intra] if hasattr(plan, "inter") else getattr(plan, "chunks", (plan,))
     return {"R": [len(each.row_O) + sum(each.rows.receive) for each in parts], "S": [sum(each.rows.send) for each in parts]}
 
@@ -115,7 +115,7 @@ def sizes_of(plan: Any) -> dict[str, list[int]]:
 def held(rank: RankContext, mode: str, dtype: torch.dtype) -> dict[str, Any]:
     """Measures the peak rows of forward and backward, the row tensors that autograd keeps, and the plan's sizes.
 
-    Takes the least of ten runs, because gloo's threads keep sent rows a moment longer than the wait for them.
+    Takes the smallest of ten measurements, because gloo's threads keep sent rows for a moment after the wait.
     """
     dispatcher, assignments = make(rank, mode), assignments_of(rank.rank, rank.world_size, mode)
     plan, kept, peaks = dispatcher.plan(assignments, T), [], []
@@ -133,8 +133,8 @@ def held(rank: RankContext, mode: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def stated(mode: str, dtype: torch.dtype, R: list[int], S: list[int]) -> tuple[float, float]:
-    """Returns the formulas of docs/parallelism.md in rows of D elements, for forward and backward."""
-    wide = 4 / dtype.itemsize if dtype == torch.bfloat16 else 0.0  # an fp32 sum beside its rounded row
+    """Evaluates the formulas of docs/parallelism.md for forward and backward, in rows of D elements."""
+    wide = 4 / dtype.itemsize if dtype == torch.bfloat16 else 0.0  # an fp32 sum beside its bf16 row
     if mode in ("all_to_all", "known_counts"):
         return (R[0] + S[0] + T * (1 + wide),) * 2
     if mode == "hierarchical":
@@ -162,8 +162,8 @@ MODES = ("all_to_all", "known_counts", "hierarchical", "overlap", "chunks", "ove
     ids=str,
 )
 def test_memory_is_as_stated(run_in_world: Callable[..., list[Any]], mode: str, dtype: torch.dtype) -> None:
-    """The formula is exact without chunks. With chunks, whose sizes differ, it is a bound within 20 % of the measured
-    peak."""
+    """The formula is exact without chunks. With chunks, whose sizes differ, it is an upper bound, and the measured peak
+    is at least 80 % of it."""
     for seen in run_in_world(4 if mode == "hierarchical" else 2, held, mode, dtype):
         assert seen["kept"] == 0
         forward, backward = stated(mode, dtype, seen["R"], seen["S"])

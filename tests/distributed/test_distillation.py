@@ -1,4 +1,4 @@
-"""A run starts only with a teacher that fits its model and its data, and approaches it.
+"""Distillation refuses a teacher that does not fit the student's model or data; with a fitting teacher the KL falls.
 
 test_n_ranks_equal_one.py compares the KL on several ranks.
 """
@@ -16,7 +16,7 @@ from tests.support.worlds import RankContext
 
 def taught(rank: RankContext, data: Path, root: Path, changes: dict[str, Any], teacher: dict[str, Any]) -> Any:
     """Trains a teacher with one expert per group, and a student for two steps. Returns the KL of each step, or the
-    refusal."""
+    error message."""
     Run(rank, data, root, "teacher", {**SEED, **teacher}).train_and_save()
     section = {"loss.distillation": {"teacher": str(root / "teacher"), "weight": 1.0}}
     try:
@@ -30,8 +30,8 @@ def taught(rank: RankContext, data: Path, root: Path, changes: dict[str, Any], t
 
 
 def unreadable_on_rank_1(rank: RankContext, data: Path, root: Path) -> tuple[str, bool]:
-    """Reads a teacher that only rank 1 cannot read. Returns the error on this rank, and whether it is a consequence of
-    another's."""
+    """Starts a student whose teacher only rank 1 cannot read. Returns this rank's error, and whether it follows from an
+    error of another rank."""
     Run(rank, data, root, "teacher", SEED).train_and_save()
     teacher = root / "teacher"
     if rank.rank == 1:
@@ -55,7 +55,8 @@ def test_a_teacher_that_one_rank_cannot_read_ends_the_run_on_all(
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A student split from the teacher's FFNs starts with KL 0. From other weights the KL is positive and falls."""
+    """A student split from the teacher's FFNs starts with KL 0. A student with other weights has a positive KL, which
+    falls."""
     same = {
         "run.init_from": str(tmp_path / "same" / "teacher"), "run.init_rules": ["split"], "model.moe.router.scale": 4.0,
         **PARTS,

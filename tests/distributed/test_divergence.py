@@ -1,5 +1,5 @@
-"""A run that diverges, for each cause and by either engine: its newest checkpoint is finite and older than the first
-skipped step, the message says so, and the ways out that the message offers lead to the end of the run."""
+"""A run diverges from each cause and under either engine: its newest checkpoint is finite and older than the first
+skipped step, the message says so, and a run that follows the message's advice reaches its last step."""
 
 import math
 import re
@@ -33,12 +33,13 @@ ENGINES: dict[str, dict[str, Any]] = {  # each with two ranks
     "megatron": {"parallel.ep": 2, **megatron()},
     "megatron, TP": {"parallel.ep": 1, "parallel.edp": 2, **megatron(tp=2, distributed_optimizer=True)},
 }
-# The learning rate becomes 1e37; sequences of PATIENCE steps give no finite norm; a number of the state becomes nan.
+# rate: the learning rate becomes 1e37. data: PATIENCE steps give no finite norm. Others: a number of the state becomes
+# nan.
 CAUSES = ("rate", "data", "weight", "router", "moment")
 
 
 def diverge(trainer: Any, cause: str) -> None:
-    """Makes a trainer diverge after GOOD steps. The same call on each rank."""
+    """Makes a trainer diverge after GOOD steps. All ranks must call it with the same cause."""
     step, training, batch = trainer._step, trainer.saver._training, trainer.plan.config.train.global_batch
     bad = range(GOOD * batch, (GOOD + PATIENCE) * batch)
     norm_squared, now = training.step._norm_squared, {"bad": False}
@@ -65,7 +66,7 @@ def _poison(trainer: Any, cause: str) -> None:
     moments = cause == "moment"
     named = [name for name in sorted(state.specs) if kind in name and name.startswith("optimizer.") == moments]
     tensor = state.tensors().get(named[3 % len(named)])
-    if tensor is not None:  # an expert of another rank is not here
+    if tensor is not None:  # this rank lacks the tensor if it belongs to an expert of another rank
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         local[(0,) * local.dim()] = math.nan
     trainer.saver._training.loaded(state)
@@ -73,7 +74,8 @@ def _poison(trainer: Any, cause: str) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """How one rank's run ended: its first and last step, the text of its DivergedError, what `latest` names."""
+    """How one rank's run ended: its first, last and skipped steps, the text of its DivergedError, and the step of
+    `latest`."""
 
     begun: int
     step: int
@@ -83,7 +85,7 @@ class Ended:
 
 
 def trained(rank: Any, data: str, root: Path, changes: Mapping[str, Any], cause: str | None) -> Ended:
-    """Body of a standing world: starts the run, or goes on with it, to its end or to its divergence."""
+    """Runs on a rank of a standing world: starts or resumes the run, and trains until it ends or diverges."""
     with started_run(rank, data, {"run.root": str(root), **changes}) as run:
         trainer = run.trainer(run.saver())
         begun, text = trainer.progress.step, ""
@@ -114,7 +116,7 @@ def test_a_diverged_run_keeps_a_finite_checkpoint_and_its_ways_out_lead_on(
     assert first.newest == second.newest == (6 if cause == "rate" else 4)
     checkpoint = tmp_path / "diverging" / "checkpoints" / f"step_{first.newest}"
     assert verify(checkpoint)[1] == []
-    text = next(each.text for each in (first, second) if "see the log of rank" not in each.text)  # of a rank with a cause
+    text = next(each.text for each in (first, second) if "see the log of rank" not in each.text)  # seen by this rank itself
     assert f"the newest checkpoint {checkpoint} is finite" in text
     if before := re.search(r"before the first skipped step (\d+)", text):
         assert int(before[1]) == first.step - PATIENCE + 1 > first.newest
@@ -124,9 +126,9 @@ def test_a_diverged_run_keeps_a_finite_checkpoint_and_its_ways_out_lead_on(
     way_out = {}
     if cause == "data":
         ((begin, end),) = re.findall(r"data\.skip='\[\[(\d+), (\d+)\]\]'", text)
-        assert (int(begin), int(end)) == ((GOOD - 1) * 8, (GOOD + PATIENCE) * 8 - 1)  # of the last good step, too
+        assert (int(begin), int(end)) == ((GOOD - 1) * 8, (GOOD + PATIENCE) * 8 - 1)  # includes the last good step
         way_out = {"data.skip": [[int(begin), int(end)]]}
-    elif cause == "rate":  # the checkpoint has the weights that the rate made: another one is gone, as keep=1 says
+    elif cause == "rate":  # keep=1 leaves only weights after the huge rate, so no run can resume
         return
     again, _ = run_in_world(2, trained, str(tiny_data), tmp_path, changes | way_out, cause if way_out else None)
     assert (again.begun, again.step, again.text, again.newest) == (first.newest, STEPS, "", STEPS)

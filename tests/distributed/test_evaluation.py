@@ -1,4 +1,4 @@
-"""Held-out losses are the same on any number of ranks, and an evaluation does not change the training."""
+"""Held-out losses do not depend on the number of ranks, and an evaluation does not change the training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +69,8 @@ def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], la
 
 
 def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callable[..., list[Any]]) -> None:
-    """The auxiliary router decides for each token alone: layer 0 computes some tokens, layer 1 all tokens."""
+    """The auxiliary router decides for each token alone: in evaluation layer 0 skips some tokens, and layer 1 skips
+    none."""
     layout = Layout(2, 1, "pinned", mixture_of_depths="rank", depth_causal="auxiliary")
     alone = run_in_world(1, evaluated, Layout(mixture_of_depths="rank", depth_causal="auxiliary"))[0]
     _, tokens_LG, members_LG, taken_LG = alone[3]

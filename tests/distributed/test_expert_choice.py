@@ -1,5 +1,5 @@
-"""Expert choice on N ranks: recompute has the same bits, known counts need no sync, ranks of different lengths choose
-alike, and calibration is over all ranks. test_kinds_on_ranks.py compares N ranks with one process."""
+"""Expert choice on N ranks: recompute is bit-equal, known counts need no sync, ranks with different numbers of tokens
+choose as one rank does, and calibration covers all ranks. test_kinds_on_ranks.py compares N ranks with one process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +42,7 @@ PLACEMENTS = {
 
 
 def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
-    """Returns the reads and named syncs of a layer's forward and backward."""
+    """Returns all reads of tensors and all named syncs in a layer's forward and backward."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
@@ -60,7 +60,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
     )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    # The groups of all ranks, from which each rank knows the others' counts. Rank 1 has only padding.
+    # The tokens' groups on all ranks, from which each rank knows the counts of all others. Rank 1 has only padding.
     groups = [torch.randint(-1, 2, (T,), generator=torch.Generator().manual_seed(r)) for r in ranks]
     if rank.world_size > 1:
         groups[1] = torch.full((T,), -1)
@@ -89,12 +89,12 @@ def test_a_layer_whose_counts_are_known_waits_for_nothing(
 
 
 def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
-    """Ranks with 5, 0, 9 and 2 tokens choose in one scope over all ranks. Returns this choice, and the choice over all
-    tokens on one rank."""
+    """Ranks with 5, 0, 9 and 2 tokens choose in one scope over all ranks. Returns their choices, and the choices that
+    one rank with all tokens makes."""
     lengths = (5, 0, 9, 2)
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     generator = torch.Generator().manual_seed(5)
-    # integers make products exact, so that scores tie
+    # products of integers are exact, so scores of different tokens tie
     h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()
     group_T = torch.randint(-1, 2, (sum(lengths),), generator=generator)
     options: dict[str, Any] = {"capacity": 0.3, "causal": "threshold"}
@@ -128,7 +128,7 @@ def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., lis
 
 
 def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
-    """Returns this rank's thresholds after a calibration on its part of two micro-batches."""
+    """Returns this rank's thresholds after a calibration that gave it a part of two micro-batches."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     model, each = build(layout, mesh, CommStats()).model, SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]

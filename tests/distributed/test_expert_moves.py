@@ -1,9 +1,9 @@
 """Experts that change ranks during training: weights and moments arrive to the last bit, and training continues.
 
-There are three runs of two steps. One has no move. In one the experts move between the steps. One resumes from a checkpoint
-of the second run, made after its move, with this placement from the start. The last two are equal to the last bit. The
-first differs by rounding alone, because a rank sums the outputs of its own experts before it sends the sum. In float64 it
-is equal to 1e-9.
+The test makes three runs of two steps. In the first no expert moves. In the second experts move between the steps. The
+third starts with the new placement, from a checkpoint that the second saved after its move. The second and third are
+bit-equal. The first differs only by rounding, because each rank sums the outputs of its experts before it sends them.
+In float64 the difference is below 1e-9.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
     exhaustive(Layout(2, 1)),
     exhaustive(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
-    # 3 and 2 experts over edp 2: FSDP2 shards some stacks inside experts, others between them
+    # FSDP2 shards stacks of 3 experts inside experts and stacks of 2 experts between them
     Layout(2, 2, "interleaved", "fsdp2"),
     exhaustive(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),
@@ -47,7 +47,7 @@ LAYOUTS = [
 
 
 class Run:
-    """A model in training under a layout."""
+    """A model in training under a layout, with its optimizer."""
 
     def __init__(self, rank: RankContext, layout: Layout, mesh: Mesh, placement: ExpertPlacement) -> None:
         self.rank, self.layout, self.mesh, self.placement = rank, layout, mesh, placement
@@ -77,7 +77,7 @@ class Run:
         self.placement = self.training_step.placement = placement
 
     def tensors(self) -> Arrays:
-        """Returns whole weights and moments by logical name."""
+        """Returns the full weights and moments by logical name."""
         found: Arrays = {}
         for named in self.parallel.parameters:
             state = self.optimizer.state.get(named.parameter, {})
@@ -96,7 +96,7 @@ class Run:
 
 
 class Seen(NamedTuple):
-    """Tensors that one rank saw: before and right after the move, and at the end of the three runs."""
+    """Tensors on one rank: before and after the move in the second run, and at the end of each of the three runs."""
 
     before: Arrays
     after: Arrays
@@ -127,7 +127,7 @@ def three_runs(rank: RankContext, layout: Layout) -> Seen:
     before = moved.tensors()
     moved.move(rotated(start))
     after = moved.tensors()
-    for run in (moved, resumed):  # the first run saves the checkpoint, the second loads it
+    for run in (moved, resumed):  # `moved` saves the checkpoint, `resumed` loads it
         carry(rank.folder / "checkpoint", run.parallel, run.optimizer, run.placement, mesh)
         run.step(1)
     return Seen(before, after, plain.tensors(), moved.tensors(), resumed.tensors())

@@ -1,9 +1,10 @@
-"""Replicas of hot experts change numbers by rounding alone: weights, moments and gradient norms equal a run without.
+"""Replicas of hot experts change a run only by rounding: it has the weights, moments and norms of a run without
+replicas.
 
-There are four runs of three steps. One is on a single rank. One has no replicas. One gets replicas after the first step,
-and others after the second. One resumes from a checkpoint of the third run, made with its first replicas. The last two are
-equal to the last bit. The first two differ by rounding alone, because the gradients of an expert are summed over its slots.
-In float64 they are equal to 1e-9.
+The test makes four runs of three steps. The first is on one rank. The second has no replicas. The third gets replicas
+after the first step, and others after the second. The fourth resumes from a checkpoint that the third saved with its
+first replicas. The third and fourth are bit-equal. The first two differ from the third only by rounding, because an
+expert's gradient is a sum over its slots. In float64 the difference is below 1e-9.
 """
 
 from collections.abc import Callable
@@ -64,13 +65,13 @@ class ReplicatedRun(Run):
 
     @property
     def exchanges(self) -> int:
-        """Returns the number of exchanges of replicas' weights and gradients."""
+        """Returns the number of exchanges so far of the weights or gradients of replicas."""
         return sum(event.startswith(f"wait {REPLICAS}") for event in self.comm_stats.events or [])
 
 
 class Seen(NamedTuple):
-    """Results of the three runs on one rank. `norms` and `pairs_remote` have one list for each of the first two runs;
-    `exchanges` counts the second run's exchanges of replicas in each step."""
+    """Results of the runs `plain`, `replicated` and `resumed` on one rank. `norms` and `pairs_remote` have one list for
+    `plain` and one for `replicated`; `exchanges` counts the exchanges of replicas in each step of `replicated`."""
 
     plain: Arrays
     replicated: Arrays
@@ -91,8 +92,8 @@ def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]
 def three_runs(rank: RankContext, layout: Layout) -> Seen:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     start = placement_for(layout)
-    # First an expert on all ranks, and one of the other group. Then replicas of two experts of one group, only in another
-    # layer.
+    # After step 0 layer 0 replicates one expert on all ranks, and one expert of the other group. After step 1 only
+    # layer 1 has replicas, of two experts of one group.
     first = [of_both_groups(start), []]
     second = [[], sorted(on_others(start, 1, 1) + on_others(start, 2, 1))]
     plain, replicated, resumed = (ReplicatedRun(rank, layout, mesh, start) for _ in range(3))
@@ -104,7 +105,7 @@ def three_runs(rank: RankContext, layout: Layout) -> Seen:
         replicated.step(number)
         exchanges.append(replicated.exchanges - before)
         if number == 1:
-            for run in (replicated, resumed):  # the first run saves the checkpoint, the second loads it
+            for run in (replicated, resumed):  # `replicated` saves the checkpoint, `resumed` loads it
                 carry(rank.folder / "checkpoint", run.parallel, run.optimizer, run.placement, mesh)
     resumed.replicate(*second)
     resumed.step(2)
@@ -152,7 +153,7 @@ def two_runs_with_an_empty_rank(rank: RankContext, layout: Layout) -> tuple[Arra
     full(Layout(2, 2, "pinned", chunks=3, replicas=True)),
 ], ids=str)  # fmt: skip
 def test_replicas_serve_ranks_without_tokens(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
-    """One rank has no token, one no picture and one no text. `uneven` leaves a rank without experts."""
+    """One rank has no token, one no picture, and one no text. With `uneven` one rank has no expert."""
     seen = run_in_world(layout.world_size, two_runs_with_an_empty_rank, layout)
     plain, replicated = (merged([each[run] for each in seen]) for run in range(2))
     for name, value in plain.items():

@@ -1,8 +1,9 @@
-"""Imported models equal Hugging Face's own code in fp32 on tiny random models: logits, with and without a cache, and
+"""Imported models equal Hugging Face's own code in fp32, on tiny random models: logits with and without a cache, and
 gradients.
 
-Each model takes a user's path: `save_pretrained`, import, checkpoint, load on EP 1, 2 and 4. Tensors agree if no entry
-differs by more than 1e-5 of the largest entry. Gradients of any size are thus compared to the same number of digits.
+Each model goes through a user's steps: `save_pretrained`, import, checkpoint, load on EP 1, 2 and 4. Two tensors agree
+if no entry differs by more than 1e-5 of the largest entry. This compares small and large gradients to the same number
+of digits.
 """
 
 import re
@@ -47,13 +48,13 @@ KINDS = (
     "gpt_oss",
 )
 SCALED = ("mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled")
-PARTS = (5, 7)  # tokens of the two calls with a cache
+PARTS = (5, 7)  # a cache is filled in two calls, with this many tokens
 VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased", "ernie4_5_moe tied", "glm4_moe plain",
             "deepseek_v3 plain", "longcat_flash scaled", "gpt_oss plain")  # fmt: skip
 
 
 def our_model(rank: RankContext, folder: Path, tokens: np.ndarray, recompute: str) -> tuple[Arrays, Arrays]:
-    """Returns this rank's logits (in one call, and in two calls with a cache) and its gradients of one loss over all
+    """Returns this rank's logits (in one call, and in two calls with a cache) and its gradients of a loss over all
     sequences."""
     overrides = [f"parallel.ep={rank.world_size}", "parallel.device=cpu", f"parallel.recompute={recompute}"]
     config = load_config(folder / "config.yaml", overrides)
@@ -89,7 +90,7 @@ def cached_logits(model: Transformer, ids: Tensor) -> Tensor:
 
 
 def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[str, Tensor]]:
-    """Returns transformers' logits (in one call, and in two calls with a cache) and each parameter's gradient of the mean
+    """Returns the logits of transformers (in one call, and in two calls with a cache) and the gradients of the mean
     cross entropy."""
     import transformers
 
@@ -108,9 +109,9 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     return {"logits": out.logits.detach().numpy(), "cached": torch.cat(parts, dim=1).numpy()}, named
 
 
-# `make test` runs on several ranks: softmax over all experts, groups of sigmoids, sinks with clamped experts, a shortcut.
+# For `make test`: softmax over all experts, groups of sigmoids, sinks with clamped experts, and a shortcut.
 COVER = ("mixtral", "deepseek_v3", "gpt_oss", "longcat_flash")
-# Every other family on 4 ranks, with tied and biased weights, dense layers and no norms; scaled positions on 2.
+# `make test-full` adds the other families and TELLING on 4 ranks, and models with scaled positions on 2 ranks.
 TELLING = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "glm4_moe plain")
 ONCE = [(kind, 4, "none") for kind in (*KINDS, *TELLING) if kind not in COVER] + [(kind, 2, "block") for kind in SCALED]
 PRODUCT = [

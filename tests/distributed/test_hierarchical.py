@@ -1,4 +1,5 @@
-"""Hierarchical dispatch: values and gradients, bytes of both hops equal to their closed form, and one host sync."""
+"""Hierarchical dispatch has the oracle's values and gradients, its closed form's bytes in both hops, and one host
+sync."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +42,7 @@ def make(world_size: int, per_node: int) -> tuple[Callable[[Case], HierarchicalD
 
 
 def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
-    """Compares random cases with the oracle, and both hops' bytes with their closed forms."""
+    """Compares random cases with the oracle, and the bytes of both hops with their closed forms."""
     dispatcher_of, comm_stats = make(rank.world_size, per_node)
     for seed in seeds:
         case = random_case(seed, rank.world_size)
@@ -92,8 +93,8 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
 def test_both_hops_equal_their_closed_forms_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, per_node: int, seeds: range
 ) -> None:
-    """Includes ranks without tokens or experts, batches of only null choices, one expert that takes all, nodes of one rank,
-    and one node."""
+    """The cases include ranks without tokens or experts, batches of only null choices, an expert that takes all tokens,
+    nodes of one rank, and a single node."""
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(all((c == ABSENT).all() for c in case.experts_TK) for case in cases)
     assert any(case.experts_TK[0].shape[0] == 0 for case in cases)
@@ -148,7 +149,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 
 def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
-    """Combines bf16 rows. Each token takes experts on all four ranks; rank 0 returns 1, the others 1/256."""
+    """Combines bf16 rows. Each token takes experts on all ranks; experts of rank 0 return 1, all others 1/256."""
     dispatcher_of, comm_stats = make(4, per_node)
     every = np.tile(np.arange(8), (64, 1))
     case = Case(((0, 1), (2, 3), (4, 5), (6, 7)), (every, every, every, every))
@@ -166,8 +167,8 @@ def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
     return float(y_TD.min()), float(y_TD.max())
 
 
-# The exact sum 1 + 3/256 lies halfway between 1 + 1/128 and 1 + 2/128, and rounds to the even one. A sum in bf16 would stay
-# 1. Two nodes first round their sums, 1 + 1/256 and 2/256, and then the total.
+# The exact sum 1 + 3/256 lies halfway between the bf16 numbers 1 + 1/128 and 1 + 2/128, and rounds to 1 + 2/128. A sum
+# in bf16 would stay at 1. With two nodes each node first rounds its sum: 1 + 1/256 and 2/256.
 @pytest.mark.parametrize(("per_node", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
 def test_rows_travel_in_bf16_and_are_summed_in_fp32(
     run_in_world: Callable[..., list[Any]], per_node: int, rounded: float

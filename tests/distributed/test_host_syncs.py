@@ -1,7 +1,7 @@
-"""A whole MoE layer waits for the device once, in `dispatcher.plan`: router, capacity, zero-computation experts, experts
-and both exchanges add no wait.
+"""A whole MoE layer waits for the device once, in `dispatcher.plan`; router, capacity, zero-computation experts,
+experts and both exchanges never wait.
 
-Pairs are sorted by counting, as on CUDA. Each read that the test records would therefore be a wait on CUDA.
+The test sorts pairs by counting, as CUDA does. Each recorded read of a tensor would therefore be a wait on CUDA.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ PLACEMENTS = {
     2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
 }
 TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
-# Every second case has each pair of values of budget, recompute and way.
+# Half of the product still contains each pair of values of any two axes except the kind of GEMM.
 CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))[::2]
 
 

@@ -1,4 +1,4 @@
-"""The check of `gpu-check` for rows in flight finds each forbidden access to them, and reports no allowed one."""
+"""The check of `gpu-check` for rows in flight finds each forbidden access to them, and accepts each allowed one."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,5 @@
-"""Checked exchanges on real ranks: faults in the transport below the check are found and named. 1,000 undamaged routings
-raise no error."""
+"""Checked exchanges on real ranks find each fault in the transport and name its source. 1,000 undamaged routings raise
+no error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ from tests.support.worlds import RankContext
 KINDS = ("dropped", "duplicated", "swapped", "flipped")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 NAMES = (DISPATCH_ROWS, DISPATCH_ROWS + BACKWARD)
-TRIALS = 96  # of each world size: four of each kind, dtype and exchange
+TRIALS = 96  # for each world size: four trials for each kind of damage, dtype and exchange
 
 
 class FaultyWire(AllToAll):
@@ -47,7 +47,7 @@ class FaultyWire(AllToAll):
 
 
 def break_rows(rows: torch.Tensor, kind: str, rng: np.random.Generator) -> None:
-    """Damages rows of one source in place. The rows are random, so all differ."""
+    """Damages the rows of one source in place. The rows are random, so that no two are equal."""
     count, before = len(rows), rows.clone()
     at = int(rng.integers(0, count))
     if kind == "dropped":
@@ -60,14 +60,14 @@ def break_rows(rows: torch.Tensor, kind: str, rng: np.random.Generator) -> None:
         one, two = rng.choice(count, 2, replace=False).tolist()
         rows[one], rows[two] = before[two], before[one]
     else:
-        bits = rows[at : at + 1].view(torch.uint8).flatten()  # rows are contiguous, so this is a view
+        bits = rows[at : at + 1].view(torch.uint8).flatten()  # a view, because the rows are contiguous
         bits[int(rng.integers(0, len(bits)))] ^= 1 << int(rng.integers(0, 8))
     assert not torch.equal(before.view(torch.uint8), rows.view(torch.uint8))
 
 
 def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
-    """Runs exchanges that each damage the rows of one source on one rank. This rank must raise, and the others must not.
-    Returns the expected and the found error of each exchange."""
+    """Runs `count` exchanges, each with damaged rows from one source on one rank. The damaged rank must raise an error,
+    and the others must not. Returns the expected and the actual error of each exchange on this rank."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     transport = FaultyWire(mesh.ep, CommStats())
     wire, found = CheckedAllToAll(transport), []
@@ -93,7 +93,7 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
 
 
 def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
-    """Runs one exchange: rows as in dispatch, backward by autograd, integers directly."""
+    """Runs one exchange: float rows by a dispatch with backward, integers directly."""
     generator = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         rows = torch.randint(-(1 << 62), 1 << 62, (sum(splits.send),), generator=generator)
@@ -105,7 +105,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
         Exchange(wire).dispatch(rows, weights, _plan(splits))
         return
     rows, weights = rows.requires_grad_(), weights.requires_grad_()
-    back = splits.reversed()  # the gradients then have the sizes of `splits`
+    back = splits.reversed()  # so that the gradients, which go the other way, have the sizes of `splits`
     shape = (sum(back.send), 5)
     leaves = torch.zeros(shape, dtype=dtype).requires_grad_(), torch.zeros(shape[0]).requires_grad_()
     got, got_weights = Exchange(wire).dispatch(*leaves, _plan(back))
@@ -113,7 +113,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
 
 
 def _plan(splits: Splits) -> ExchangePlan:
-    """Plans to send all rows in order, none to this rank, each with a weight."""
+    """Plans to send all rows to other ranks, in order and each with a weight."""
     every, none = torch.arange(sum(splits.send)), torch.zeros(0, dtype=torch.int64)
     return ExchangePlan("layers.5", "", "", len(every), splits, splits, every, none, every, None)
 
@@ -130,7 +130,8 @@ def test_each_kind_of_damage_is_found_and_named(run_in_world: Callable[..., list
 
 
 def pairs_of_disagreement(rank: RankContext, change: str) -> str:
-    """Both ranks start exchanges that do not match. Nothing may be sent, because a send would hang. Returns the error."""
+    """Both ranks start exchanges whose sizes differ. The check must raise before a rank sends, because the send would
+    hang. Returns the error."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     transport = AllToAll(mesh.ep, CommStats(events=[]))
     odd = rank.rank == 1
@@ -164,7 +165,8 @@ def test_ranks_that_disagree_are_told_before_the_exchange(
 
 
 def clean_routings(rank: RankContext, seeds: range) -> int:
-    """Returns the number of checked exchanges of undamaged round trips. Rows of three bf16 numbers do not fill a word."""
+    """Returns the number of checked exchanges of undamaged round trips. Rows of three bf16 numbers do not fill a
+    word."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, checked = CommStats(events=[]), 0
     wire = CheckedAllToAll(AllToAll(mesh.ep, comm_stats))

@@ -1,5 +1,5 @@
-"""The adaptors to DeepEP and HybridEP, on stand-ins with the libraries' contracts: formats, values, gradients, bytes,
-recompute."""
+"""The adaptors to DeepEP and HybridEP, tested on stand-ins that keep the libraries' contracts: formats, values,
+gradients, bytes and recompute."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -35,8 +35,8 @@ MOST_TOKENS = 12
 
 
 def equal_shapes(case: Case, *, tokens: bool) -> Case:
-    """Pads a case so that all ranks have the same number of choices, as DeepEP needs. With `tokens` also pads to the same
-    number of tokens, as HybridEP needs. The padding chooses no expert."""
+    """Pads a case so that all ranks have the same number of choices, as DeepEP needs. With `tokens` also pads all ranks
+    to the same number of tokens, as HybridEP needs. The padding chooses no expert."""
     width = max(each.shape[1] for each in case.experts_TK)
     height = max(len(each) for each in case.experts_TK) if tokens else 0
     sizes = [(max(0, height - len(c)), width - c.shape[1]) for c in case.experts_TK]
@@ -50,7 +50,7 @@ def equal_shapes(case: Case, *, tokens: bool) -> Case:
 def make_dispatcher(
     library: str, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, top_k: int, tokens: int
 ) -> DeepEPDispatcher | HybridEPDispatcher:
-    """Returns a dispatcher with a buffer for `tokens` tokens."""
+    """Returns a dispatcher whose buffer fits `tokens` tokens."""
     if library == "HybridEP":
         return HybridEPDispatcher(DispatchContext(placement, wire, hidden_dim=hidden_dim))
     dispatcher = DeepEPDispatcher(DispatchContext(placement, wire, hidden_dim=hidden_dim), top_k=top_k)
@@ -125,8 +125,8 @@ def test_equals_the_oracle_on_random_routings(
     assert run_in_world(world_size, run_cases, library, domain, seeds) == [len(seeds)] * world_size
 
 
-#   rank 0 holds experts 0 1 3, rank 1 holds expert 2. DeepEP gives each rank three numbers: 0 1 3 -> 0 1 2, 2 -> 3, and
-#   nobody has 4 and 5. HybridEP gives each rank four: 0 1 3 -> 0 1 2, 2 -> 4.
+# rank 0 holds experts 0 1 3, rank 1 holds expert 2. DeepEP numbers 3 slots per rank: experts 0 1 3 become 0 1 2, expert
+# 2 becomes 3. HybridEP numbers 4 slots per rank: experts 0 1 3 become 0 1 2, expert 2 becomes 4.
 HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1], [-1, -1]]), np.array([[2, -1], [-1, 2], [-1, -1], [-1, -1]])))  # fmt: skip # noqa: E501
 
 
@@ -142,7 +142,7 @@ def hand(rank: RankContext, library: str) -> dict[str, Any]:
             _ = plan.row_of_pair_Q
         h_TD = (torch.arange(float(len(chosen)))[:, None] + 10 * rank.rank).expand(-1, 256).bfloat16()
         got = dispatcher.dispatch(h_TD, weight_N, plan)
-        again = dispatcher.dispatch(h_TD, weight_N, plan)  # recompute repeats dispatch by the handle
+        again = dispatcher.dispatch(h_TD, weight_N, plan)  # recompute dispatches again with the same handle
         torch.testing.assert_close(again.rows_RD, got.rows_RD, rtol=0, atol=0)
         torch.testing.assert_close(again.weight_Q, got.weight_Q, rtol=0, atol=0)
         assert got.sorted_pairs
@@ -174,7 +174,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]], library:
 
 
 def larger_buffer(rank: RankContext) -> list[Any]:
-    """Calls DeepEP with 32-bit ids in deterministic mode, for 4 tokens and then for 8."""
+    """Calls DeepEP with 32-bit ids in deterministic mode, for 4, 8 and then 2 tokens."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     placement = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 4, 0, ("text",)),), ((0,), (1,)))
     dispatcher = DeepEPDispatcher(
@@ -201,7 +201,8 @@ PLACEMENT = ExpertPlacement(GROUPS, ((0, 1, 2, 4, 5), (3, 6)))
 
 
 def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | None) -> list[float]:
-    """Returns the largest differences of y and all gradients between a layer over a library and one over `all_to_all`."""
+    """Returns the largest differences in y and in all gradients between a layer over the library and one over
+    `all_to_all`."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     found = []
     with stand_in(library, strict=False):

@@ -1,8 +1,8 @@
-"""N ranks equal one rank for every kind of router, controller and adapter: losses, counts, gradients, and parameters after
-two optimizer steps. test_n_ranks_equal_one.py has all layouts of the default kinds, and variants of the model.
+"""N ranks equal one rank for every kind of router, controller and adapter: losses, counts, gradients, and parameters
+after two optimizer steps. test_n_ranks_equal_one.py has the layouts of the default kinds, and variants of the model.
 
-Experts, or layers with mixture of depths, choose among the tokens of a selection scope. A capacity counts within a rank.
-The reference is then one process whose tokens are cut into as many parts as the layout has scopes.
+Expert choice and mixture of depths choose among the tokens of a selection scope, and a capacity counts within a rank.
+The reference is therefore one process that divides its tokens into as many parts as the layout has scopes.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,8 @@ CHOICE = [
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
     Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
-    # The loss of auxiliary routers is a mean over a micro-batch. It equals one process only with one scope over all ranks.
+    # The loss of auxiliary routers is a mean over a scope's micro-batch. It equals the reference's only if one scope
+    # spans all ranks.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
     Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
     Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
@@ -93,7 +94,7 @@ ADAPTED_EXPERTS = [
 
 
 def adaptive() -> list[Any]:
-    """Returns the layouts of the routers whose number of experts depends on the token."""
+    """Returns the layouts of the routers that choose a different number of experts for each token."""
     found: list[Any] = []
     for number, kind in enumerate(("top_p", "relu", "threshold", "predicted_k", "expert_threshold")):
         alone = Layout(adaptive=kind, **({"choice": "world"} if kind == "expert_threshold" else {"free": True}))
@@ -115,7 +116,7 @@ CASES = [
     *others_full(LORA, keep=2),
     *others_full(ADAPTED_EXPERTS, keep=3),
 ]
-# Fields of a layout that change the training itself. The reference has the same values.
+# The layout's fields that change the training itself; the reference has the same values.
 KINDS = (
     "capacity", "free", "balance", "balance_per", "limited", "adaptive", "choice_causal", "noise", "mixture_of_depths",
     "depth_causal", "lora", "ffn_lora", "attention_lora", "balance_scope", "form",
@@ -124,7 +125,7 @@ OneRank = Callable[[Layout], tuple[Path, Outcome]]
 
 
 def on_one_rank(layout: Layout) -> Layout:
-    """Returns the layout of the reference."""
+    """Returns the layout of the one-process reference for `layout`."""
 
     def scopes(kind: str) -> int:
         return {"rank": layout.world_size, "ep_group": layout.edp, "world": 1}[kind]
@@ -139,7 +140,8 @@ def on_one_rank(layout: Layout) -> Layout:
 
 @pytest.fixture(scope="session")
 def one_rank(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> OneRank:
-    """Returns, for a layout, the folder of its initial weights and the outcome of its reference. References are cached."""
+    """Returns a function from a layout to the folder of its initial weights and the outcome of its reference, both
+    cached. References are cached."""
     made: dict[Layout, tuple[Path, Outcome]] = {}
 
     def of(layout: Layout) -> tuple[Path, Outcome]:
@@ -168,7 +170,7 @@ def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], one_rank
             np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
             np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name], err_msg=name)
     assert_same_tensors(outcomes, oracle)
-    if not layout.capacity:  # the last forward drops pairs, and the reference has it in one part
+    if not layout.capacity:  # in the last forward too, and it is not divided in the reference
         logits = np.concatenate([outcome.logits for outcome in outcomes])
         np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
     collectives(layout, outcomes[0].events)
@@ -194,11 +196,11 @@ def sent_bytes(layout: Layout, ledger: Any) -> None:
     if layout.lora:
         assert not any(ledger[key] for key in ledger if key != "pairs"), "nothing crosses the wire"
         return
-    if not (layout.ranks_per_node or layout.per_pair):  # these count the rows of two hops, and one row per pair
+    if not (layout.ranks_per_node or layout.per_pair):  # these count the rows of two hops, or a row per pair
         assert (layout.ep > 1) <= ledger["rows_remote"] <= ledger["rows_bound"]
-    if not layout.ffn_lora:  # backward sends nothing to tensors below the first adapter
+    if not layout.ffn_lora:  # backward sends no gradient below the first adapter
         crossings = 5 if layout.recompute == "block" else 4
-        if layout.choice_causal == "auxiliary":  # the inputs of auxiliary routers have no gradient
+        if layout.choice_causal == "auxiliary":  # the inputs of auxiliary routers get no gradient
             crossings = 2
         assert ledger["payload_bytes"] == crossings * ledger["rows_remote"] * HIDDEN_DIM * 8
 
@@ -210,13 +212,13 @@ def collectives(layout: Layout, events: list[str]) -> None:
     if layout.choice:
         exchanged = LAYERS * passes if layout.choice != "rank" else 0
         assert events.count(CHOICE_LOGITS) == exchanged, "once a layer and micro-batch, also under recompute"
-        # Known counts need no exchange of counts. The evaluation at the end chooses by thresholds, and needs one.
+        # Known counts need no exchange of counts. The final evaluation chooses by thresholds, and needs one.
         hop = "inter-node " if layout.ranks_per_node else ""
         assert events.count(f"{hop}counts") == LAYERS * (1 if layout.per_pair else 1 + passes)
 
 
 def kind_of(layout: Layout) -> str:
-    """Returns the first kind of the layout that `PRESENT` names."""
+    """Returns the first field in `PRESENT` that the layout sets."""
     return next(kind for kind in PRESENT if getattr(layout, kind) != getattr(Layout(), kind))
 
 
@@ -236,7 +238,7 @@ def tokens_skip_a_layer(layout: Layout, oracle: Outcome) -> None:
     first = oracle.steps[0].mixture_of_depths
     assert first is not None
     assert (first.layers, first.token_share, first.groups) == ((0,), 0.3, ("text", "image"))
-    # the number of selected tokens is rounded up in each scope
+    # each scope rounds the number of selected tokens up
     assert 0.29 < first.taken_LG.sum() / first.tokens_LG.sum() < 0.4
     np.testing.assert_array_equal(oracle.steps[0].counts.tokens_LG, [first.taken_LG[0], first.tokens_LG[0]])
     last = "threshold" if layout.depth_causal == "threshold" else "auxiliary.outer"
@@ -264,7 +266,7 @@ def pairs_are_dropped(layout: Layout, oracle: Outcome) -> None:
     assert all(step.counts.dropped_LE.any() for step in oracle.steps)
 
 
-# What a reference must have for its comparison to be able to fail, by the field of the layout; the first one decides.
+# A comparison can fail only if its reference passes the check of the first of these fields that the layout sets.
 PRESENT: dict[str, Callable[[Layout, Outcome], None]] = {
     "adaptive": number_of_experts_differs,
     "choice": experts_leave_tokens_out,
@@ -277,8 +279,8 @@ PRESENT: dict[str, Callable[[Layout, Outcome], None]] = {
 
 
 def test_references_of_different_kinds_differ(one_rank: OneRank) -> None:
-    """The comparisons above would therefore see a wrong scope of selection, and a controller per expert instead of per
-    group."""
+    """The comparisons above therefore notice a wrong selection scope, and a controller that corrects experts instead of
+    groups."""
     depths = [one_rank(Layout(ep, mixture_of_depths="rank"))[1].logits for ep in (1, 2)]
     assert np.abs(depths[0] - depths[1]).max() > 1e-3
     by_expert, by_group = (one_rank(Layout(balance=True, balance_per=per))[1].biases for per in ("expert", "group"))

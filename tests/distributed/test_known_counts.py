@@ -24,7 +24,7 @@ BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows
 
 
 def expert_choice(seed: int, tokens_W: list[int], share_E: list[int], rank: int) -> Assignments:
-    """Each expert takes its capacity of each rank's tokens at random, or all tokens if there are fewer."""
+    """Each expert takes its capacity of each rank's tokens at random, or all of them if there are fewer."""
     counts = tuple(tuple(min(capacity, tokens) for capacity in share_E) for tokens in tokens_W)
     rng = np.random.default_rng([seed, rank])
     chosen = [np.sort(rng.permutation(tokens_W[rank])[:count]) for count in counts[rank]]
@@ -34,7 +34,7 @@ def expert_choice(seed: int, tokens_W: list[int], share_E: list[int], rank: int)
 
 
 def run_cases(rank: RankContext, seeds: range) -> int:
-    """Compares random capacities and placements with the oracle, and the bytes with the counts."""
+    """Compares the results of random capacities and placements with the oracle, and the bytes with the known counts."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
@@ -65,7 +65,8 @@ def run_cases(rank: RankContext, seeds: range) -> int:
 def test_equals_the_oracle_and_its_closed_form(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
-    """Includes experts without capacity, ranks without tokens or experts, and ranks with different numbers of tokens."""
+    """Includes experts without capacity, ranks without tokens or experts, and ranks with different numbers of
+    tokens."""
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
@@ -75,7 +76,7 @@ TWO_OF_A_GROUP = ExpertPlacement(GROUPS, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
 def count_syncs(rank: RankContext, kind: str, placement: ExpertPlacement) -> dict[str, Any]:
-    """Counts the host's reads of tensors in one forward and backward, after a first pass that makes the constant tables."""
+    """Counts the host's reads of tensors in a forward and backward, after a first pass that fills the cached tables."""
     comm_stats = CommStats(events=[])
     dispatcher = dispatchers(placement, comm_stats)[kind]
     seen: list[list[str]] = []
@@ -102,7 +103,7 @@ def test_host_syncs_of_a_layer(
     run_in_world: Callable[..., list[Any]], kind: str, placement: ExpertPlacement, syncs: int
 ) -> None:
     for seen in run_in_world(4, count_syncs, kind, placement):
-        # On a CPU numpy sorts the plan in the tensor's own memory, without a copy or a wait.
+        # On a CPU numpy sorts in the tensor's own memory, which neither copies nor waits.
         reads = [read for read in seen["syncs"] if read != "numpy" or not syncs]
         assert reads == ["tolist"] * syncs
         assert seen["named"] == 2 * syncs, "each sync has a name in the record of events"

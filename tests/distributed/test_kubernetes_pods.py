@@ -64,7 +64,7 @@ def records(folder: RunFolder) -> list[dict[str, Any]]:
     return [reproducible_part(each) for each in read_lines(folder.metrics_jsonl)]
 
 
-@pytest.mark.exhaustive  # three minutes; test_plain_launchers.py tests four faults of one pod
+@pytest.mark.exhaustive  # takes three minutes; test_plain_launchers.py tests four faults of a single pod
 def test_pods_lose_a_rank_stop_and_resume(tmp_path: Path) -> None:
     tiny_dataset(tmp_path / "data")
     changed = tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES)
@@ -80,7 +80,7 @@ def test_pods_lose_a_rank_stop_and_resume(tmp_path: Path) -> None:
 
         pods = start_pods(config, site, "train.steps=100000")
         wait_for_step(folder, committed_step(folder.checkpoints) + 2, pods)
-        pods[0].send_signal(signal.SIGTERM)  # a drained node must also stop the ranks of the other pod, after a save
+        pods[0].send_signal(signal.SIGTERM)  # draining one node must also save and stop the other pod
         assert exit_codes(pods) == [75, 75]
 
         steps = committed_step(folder.checkpoints) + 2

@@ -1,5 +1,5 @@
-"""Load controllers set the same biases as slow loops, and change no bias in a skipped step. test_kinds_on_ranks.py compares
-their layouts with one rank, test_resume.py resumes them."""
+"""Load controllers compute the same biases as slow loops, and a skipped step changes no bias. test_kinds_on_ranks.py
+compares their layouts with one rank, and test_resume.py resumes them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 
 
 def test_one_rank_equals_the_loops(run_in_world: Callable[..., list[Any]]) -> None:
-    """The slow reference computes the biases after two steps from the steps' counts."""
+    """Slow loops compute the biases after two steps from the counts of these steps."""
     one_rank: Outcome = run_in_world(1, train, Layout(balance=True))[0]
     assert len(one_rank.biases) == LAYERS * len(GROUPS)
     target: Any = CONTROLLERS[0]["target"]

@@ -1,7 +1,7 @@
-"""Whole runs of adapters on a frozen base: LoRA experts, and LoRA on attention and experts of a mixture.
+"""Whole runs that train adapters on a frozen base: LoRA experts, and LoRA on the attention and experts of a mixture.
 
-The base is found by its content hash. Frozen tensors have no gradient, no moment and no reduction. test_kinds_on_ranks.py
-compares N ranks with one rank.
+The base is found by its content hash. Frozen tensors have no gradients, no moments and no reductions.
+test_kinds_on_ranks.py compares N ranks with one rank.
 """
 
 import json
@@ -33,7 +33,7 @@ GROUPS = {
 
 
 def adapters(root: Path, **changes: Any) -> dict[str, Any]:
-    """Returns the changes that train adapters on the base."""
+    """Returns the configuration changes that train adapters on the base run."""
     return {
         "run.name": "adapted",
         "run.init_from": str(root / "base"),
@@ -54,7 +54,7 @@ Run = Callable[..., list[WholeRun]]
 
 @pytest.fixture(scope="module")
 def root(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of runs with a trained base."""
+    """Returns the folder of the runs; it contains a trained base."""
     folder = tmp_path_factory.mktemp("runs")
     run_in_world(1, whole_run, tiny_data, folder, BASE)
     return folder
@@ -72,7 +72,7 @@ def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     layout = {"parallel__ep": world_size, "parallel__data": data, "model__attention_lora__dropout": 0.1}
     changes = adapters(root, run__name=name, **layout)
     runs = run_in_world(world_size, whole_run, tiny_data, root, changes)
-    # A rank beyond the last row has an empty shard, and no moments for it.
+    # If there are fewer rows than ranks, the last ranks have empty shards and no moments for them.
     assert set.union(*(run.trained for run in runs)) == {name for name in runs[0].tensors if is_trained(name)}
     for run in runs:
         for name_, before in run.at_start.items():
@@ -94,7 +94,7 @@ def is_matrix(name: str) -> bool:
 
 CLAMPED = {"model.attention": {"kind": "sinks"}, "model.moe.experts": {"kind": "clamped_ffn", "limit": 0.5}}
 SIZES = {"rank": 2, "alpha": 4.0}
-# Changes of the base, changes that add the adapters, and which tensors they train.
+# Changes of the base run, changes that add the adapters, and the test for the names of trained tensors.
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str], bool]]] = {
     "attention": ({}, {"model.attention_lora": SIZES}, is_trained),
     "experts": ({}, {"model.moe.experts": {"kind": "ffn_lora", **SIZES}}, is_matrix),
@@ -108,7 +108,8 @@ MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str], bool]]
 
 @pytest.mark.parametrize("kind", rest_full(MIXTURES, keep=2))
 def test_adapters_of_a_mixture_go_on_on_other_ranks(run_in_world: Run, tiny_data: Path, tmp_path: Path, kind: str) -> None:
-    """Two ranks with different experts train and save. One rank goes on with the same bits on the same base."""
+    """Two ranks with different experts train adapters and save. One rank resumes the run on the same base, bit for
+    bit."""
     base, adapted, trains = MIXTURES[kind]
     run_in_world(2, whole_run, tiny_data, tmp_path, {**base, "run.name": "base", "train.steps": 1})
     changes = {

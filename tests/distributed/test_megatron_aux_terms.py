@@ -1,5 +1,4 @@
-"""Gradients of the balance and z terms in Megatron, after its reductions, equal those of one process, with TP, CP and
-DP."""
+"""With TP, CP and DP, Megatron's reduced gradients of the balance and z terms equal those of one process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +17,15 @@ pytestmark = pytest.mark.megatron
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the rows of all ranks, in the order of ranks."""
+    """Returns the rows of all ranks in rank order."""
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
 def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, int]:
-    """Returns the largest difference of the reduced router gradients, their largest value, and the sizes of TP and of TP x
-    CP."""
+    """Returns the largest difference of the reduced router gradients, their largest value, and the sizes of TP and of
+    TP x CP."""
     with megatron(layout) as state:
         from megatron.core.process_groups_config import ProcessGroupCollection
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -40,7 +39,7 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         h_TD = torch.randn(24, HIDDEN_DIM, generator=generator)
         group_T = torch.randint(-1, 2, (24,), generator=generator)
         per_token, cp = config.calculate_per_token_loss, groups.cp.size()
-        # Megatron's schedule sets the same scale
+        # Megatron's schedule sets the same scale in a real run
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else float(cp)]))
 
         def terms(h_TD: torch.Tensor, group_T: torch.Tensor) -> Any:
@@ -55,15 +54,15 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         loss = loss + Z * z_terms(whole.aux.log_z_squared_LG, whole.counts.tokens_LG).sum()
         expected = torch.autograd.grad(loss, parameters)
 
-        # Megatron sums over TP and averages over DP x CP. With a loss per token it sums over all ranks, and divides by the
-        # step's tokens.
+        # Megatron sums these gradients over TP and averages them over DP x CP. With a loss per token it sums them over
+        # all ranks and divides by the number of tokens in the step.
         divisor = int(whole.counts.tokens_LG.sum()) if per_token else state.get_data_parallel_world_size() * cp
         worst = largest = 0.0
         for got, wanted in zip(ours, expected, strict=True):
             dist.all_reduce(got)
             worst = max(worst, float((got / divisor - wanted).abs().max()))
             largest = max(largest, float(wanted.abs().max()))
-        tracked()  # clears the terms that Megatron recorded for this layer
+        tracked()  # resets the terms that Megatron recorded for this layer
         return worst, largest, groups.tp.size(), groups.tp_cp.size()
 
 

@@ -1,4 +1,4 @@
-"""The engine of Megatron-Core against this project's own: the same sequences, the same losses."""
+"""On the same sequences the engine of Megatron-Core has the losses of this project's own engine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def own_losses(run_engine: Run) -> Callable[..., list[dict[str, Any]]]:
-    """Steps of this project's own engine on so many data-parallel ranks; each is computed once."""
+    """Returns the steps of this project's own engine on a number of data-parallel ranks; computes each once."""
     known: dict[str, list[dict[str, Any]]] = {}
 
     def of(data_ranks: int, **changes: Any) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def own_losses(run_engine: Run) -> Callable[..., list[dict[str, Any]]]:
     return of
 
 
-LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of ranks that read different sequences
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of ranks that read different data
     "ep2-cp2": ({**ranks(2), **megatron(cp=2)}, 1),
     "tp2-ep2-pp2": (BLOCK, 1),
     "pp2-vpp2": ({**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1),
@@ -70,7 +70,7 @@ NO_NULLS = {f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")
 TARGET = {"text": 1.2, "image": 0.8}
 ACTIVE = {"kind": "active_experts", "target": TARGET, "rate": 0.05, "proportional": 0.1, "per": "expert"}
 LOSS_FREE = {"kind": "loss_free", "rate": 0.01}
-# Routers by which tokens choose, the controllers of their biases, and the layout.
+# For each token-choice router: its section, the controllers of its biases, and the layout.
 ROUTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
     "top_p": ({"kind": "top_p"}, [ACTIVE], STAGES),
     "scaled": ({"kind": "group_limited", "selection_bias": False, "scale": 2.0}, [], TENSOR),
@@ -124,7 +124,7 @@ CHOICE: Mapping[str, Any] = {
 
 
 class Choices(StepWatcher):
-    """Keeps the tokens, columns and weights that a trace would write of each micro-batch and layer."""
+    """Keeps the tokens, columns and weights that a trace would write for each micro-batch and layer."""
 
     own_tokens = False
 
@@ -165,8 +165,8 @@ def test_a_trace_has_every_token_once_with_its_choices(
 
 
 def poisoned(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[bool, bool, float]:
-    """Takes a step with a NaN weight on the last rank. Returns whether the step was skipped, whether moments moved, and the
-    loss of the next step with the former weight."""
+    """Takes a step while the last rank has a NaN weight. Returns whether the step was skipped, whether moments changed,
+    and the loss of the next step with the weight restored."""
     with started_run(rank, data, changes) as run:
         weight = next(run.parameters()).data.flatten()
         before = weight[0].item()
@@ -192,7 +192,7 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(
 
 
 def tracked(rank: RankContext, data: str, changes: Mapping[str, Any]) -> set[str]:
-    """Collectives of a step that the watchdog sees."""
+    """Returns the collectives of a step that the watchdog tracks."""
     seen: set[str] = set()
     with started_run(rank, data, changes) as run:
         tracker: Any = run.mesh.tracker
@@ -210,7 +210,7 @@ def test_the_watchdog_sees_exchanges_and_the_pipeline(run_engine: Run) -> None:
 
 
 def numbers_of_weights(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[int, float]:
-    """Weights on this rank, and those of the fullest by the dry run."""
+    """Returns the number of weights on this rank, and the dry run's estimate for the fullest rank."""
     with started_run(rank, data, changes) as run:
         positions = range(run.config.parallel.ep)
         estimates = [stage_memory(run.config, run.placement, rank=each, rows=1.0, pairs=1.0) for each in positions]
@@ -219,7 +219,7 @@ def numbers_of_weights(rank: RankContext, data: str, changes: Mapping[str, Any])
 
 def test_the_dry_run_counts_the_weights_of_the_fullest_rank(run_engine: Run) -> None:
     counted = run_engine(BLOCK, numbers_of_weights)
-    # The estimate spreads norms evenly over stages, but the last stage has one more.
+    # The estimate spreads the norms evenly over stages, but the last stage has one more norm.
     assert max(own for own, _ in counted) == pytest.approx(counted[0][1], abs=32)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of either engine is one of the other, to the last bit, on any ranks."""
+"""Each engine loads the other's checkpoints bit for bit, on any number of ranks."""
 
 import gc
 from collections import Counter
@@ -38,7 +38,7 @@ BIASES = {
 def legs(
     rank: RankContext, data: str, changes: Mapping[str, Any], source: str | None, steps: tuple[int, int], target: str
 ) -> list[float]:
-    """Loads the checkpoint in `source`, takes the steps from the first to before the last, and saves to `target`."""
+    """Loads the checkpoint in `source`, takes the steps from `steps[0]` up to `steps[1]`, and saves to `target`."""
     with started_run(rank, data, changes) as run:
         mesh = run.mesh
         layout = RankLayout(run.placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -48,7 +48,7 @@ def legs(
 
         if source is not None:
             for parameter in run.parameters():
-                parameter.data.fill_(float("nan"))  # whatever is not loaded shows
+                parameter.data.fill_(float("nan"))  # a value that was not loaded stays NaN
             state, store = run.training.capture(layout), manager(source)
             newest = store.latest()
             assert newest is not None
@@ -65,7 +65,8 @@ def legs(
 
 
 def fingerprints(folder: str) -> dict[str, Any]:
-    """What tells two checkpoints apart: dtype, shape and fingerprint of each tensor, and the optimizer's steps."""
+    """Returns all that could differ between checkpoints: tensors' dtypes, shapes and fingerprints, optimizer steps,
+    controllers."""
     newest = next(each for each in Path(folder).iterdir() if each.is_dir())
     contents = open_checkpoint(newest)
     found: dict[str, Any] = {name: (e.dtype, e.shape, e.fingerprint) for name, e in contents.index.tensors.items()}
@@ -73,7 +74,7 @@ def fingerprints(folder: str) -> dict[str, Any]:
 
 
 def exported_files(source: str, data: str) -> dict[str, bytes]:
-    """Exports a checkpoint to Hugging Face's files; returns their contents by name."""
+    """Exports a checkpoint to Hugging Face's format, and returns the contents of its files by name."""
     out = Path(f"{source}_hf")
     export_model(Path(source), out, data=Path(data))
     return {each.name: each.read_bytes() for each in out.iterdir()}
@@ -87,7 +88,7 @@ def exported_files(source: str, data: str) -> dict[str, bytes]:
 def test_there_and_back_changes_no_bit(
     run_engine: Run, tiny_data: Path, tmp_path: Path, layout: dict[str, Any], readers: dict[str, Any]
 ) -> None:
-    """`readers` are ranks of the own engine that read the sequences of a micro-batch as those of the layout do."""
+    """`readers` is the own engine's layout that reads the same sequences per micro-batch as `layout` does."""
     folders = [str(tmp_path / name) for name in ("own", "there", "back", "on", "resumed", "again")]
     own, there, back, on, resumed, again = folders
     run_engine({**ONE, **BIASES}, legs, None, (0, 3), own)
@@ -106,8 +107,8 @@ def test_there_and_back_changes_no_bit(
 
 
 def tensors_after_a_save(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Counter[tuple[int, ...]]:
-    """Shapes of the tensors that a save leaves in this process. Vectors are left out, because threads of the standing world
-    make some; most gathered tensors are matrices."""
+    """Returns the shapes of the tensors that a save leaves alive in this process. It leaves vectors out, because
+    threads of the standing world create some; most gathered tensors are matrices."""
 
     def alive() -> Counter[tuple[int, ...]]:
         gc.collect()
@@ -129,7 +130,7 @@ def test_a_save_keeps_no_gathered_tensor(run_engine: Run) -> None:
 
 
 def begun(rank: RankContext, data: str, changes: Mapping[str, Any]) -> float:
-    """Loss of the first step of a run that begins with other weights."""
+    """Returns the loss of the first step of a run that began with weights of another run."""
     with started_run(rank, data, changes) as run:
         mesh, folder = run.mesh, rank.folder / "new"
         store = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)

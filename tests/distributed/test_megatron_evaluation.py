@@ -1,5 +1,5 @@
-"""Experts that choose tokens, and the end of a run, in the engine of Megatron-Core: they equal those of this project's own
-engine."""
+"""Expert choice and the evaluation at the end of a run give the same results in the engine of Megatron-Core as in our
+own."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -46,12 +46,13 @@ ALL = {
 
 
 def choose_by_rounded(logits_UE: Tensor, noisy_UE: Tensor, *rest: Any, **options: Any) -> ExpertsChoice:
-    """Equal tokens, as at the starts of documents, tie but for the rounding of an engine. Here the earlier one wins."""
+    """Tokens with equal inputs, such as first tokens of documents, have scores that differ only by an engine's
+    rounding. After this rounding they tie, and the earlier token wins."""
     return choose(logits_UE, (noisy_UE * 64).round() / 64, *rest, **options)
 
 
 def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[list[dict[str, Any]], EvaluationResult]:
-    """All steps, and the evaluation by calibrated thresholds that ends the run."""
+    """Takes all steps, and the evaluation by calibrated thresholds that ends the run."""
     by_rounded = mock.patch.object(selection, "choose", choose_by_rounded)
     with by_rounded, started_run(rank, data, {**CHOOSING, **changes}) as run:
         steps = take_steps(run, 0, run.config.train.steps)
@@ -75,7 +76,7 @@ def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[li
 def test_experts_choose_what_they_choose_in_the_own_engine(
     run_engine: Run, readers: int, router: dict[str, Any], layout: dict[str, Any]
 ) -> None:
-    """`readers`: ranks of the own engine, each with whole micro-batches."""
+    """`readers` is the number of ranks of the own engine, each with whole micro-batches."""
     first = {key: layout[key] for key in LATE if key in layout}
     steps, ours = run_engine({**first, ROUTER: router, **ranks(readers)}, chosen)[0]
     assert len({step["choices"].tobytes() for step in steps}) > 1
@@ -94,11 +95,11 @@ def test_experts_choose_what_they_choose_in_the_own_engine(
 class Shown(NamedTuple):
     evaluation: EvaluationResult
     costs: list[Cost]
-    even: Mapping[str, float]  # held-out losses with evenly spread pairs, as balance efficiency times them
+    even: Mapping[str, float]  # held-out losses if pairs were spread evenly: balance efficiency times the loss
 
 
 def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
-    """Two steps, then the last evaluation and the cost table."""
+    """Takes two steps, evaluates for the last time, and builds the cost table."""
     changes = {**ALL, **changes}
     with started_run(rank, data, changes) as run:
         plan, mesh = check(config_of(data, rank.folder, changes), world_size=rank.world_size), run.mesh

@@ -1,6 +1,6 @@
-"""Our layer in Megatron's GPTModel gives what our own model gives: logits, gradients, aux terms, bytes. On gloo.
+"""Our layer in Megatron's GPTModel has the logits, gradients, auxiliary terms and bytes of our own model. On gloo.
 
-Four ranks; the oracle is our transformer on one rank over the whole batch. Megatron's groups, DDP and gradient reduction.
+Megatron runs on four ranks with its own groups, DDP and gradient reduction; the oracle is our model on one rank.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.megatron
 
 
 def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
-    """Distinct (token, other rank) pairs of this rank's tokens over all layers, from the choices of our routers."""
+    """Counts distinct (token, other rank) pairs of this rank's tokens over all layers, from our routers' choices."""
     placement, own = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
     sequences, width = own_sequences(state), SEQ_LEN // layout.tp
     pairs: set[tuple[int, int, int]] = set()
@@ -56,7 +56,7 @@ def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int
 
 
 def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
-    """Forward and backward on both sides; the differences, the bytes and the tracked aux terms."""
+    """Runs forward and backward on both sides; returns their differences, the bytes and the tracked auxiliary terms."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -109,10 +109,10 @@ LAYOUTS = [
 
 
 def recompute_of(layout: Layout) -> tuple[str, int]:
-    """Our name for Megatron's recompute, and the exchanges of rows in forward and backward.
+    """Returns our name for Megatron's recompute mode, and how often rows are exchanged in forward and backward.
 
-    `moe` keeps the routing and does not repeat combine, `moe_act` lies between the exchanges, full wraps the layer and
-    repeats both.
+    `moe` keeps the routing and does not repeat combine, `moe_act` recomputes between the exchanges, and full recompute
+    repeats dispatch and combine.
     """
     if layout.options.get("recompute_granularity") == "full":
         return "none", 6
@@ -127,7 +127,7 @@ def test_megatrons_model_with_our_layer_gives_what_ours_gives(
     for outcome in run_in_world(4, parity, layout):
         difference, where = outcome["gradients"]
         assert outcome["logits"] <= 1e-5
-        assert outcome["scale"] > 1e-2  # the gradients are not small by themselves
+        assert outcome["scale"] > 1e-2  # so that the comparison of gradients is not one of zeros
         assert difference <= 1e-5, where
         forward, both, rows = outcome["bytes"]
         assert forward == 2 * rows * HIDDEN_DIM * 4

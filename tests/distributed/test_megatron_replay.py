@@ -1,5 +1,5 @@
-"""Replayed routing in Megatron's GPTModel with our layer: the loss and the reduced gradients of the recorded step, bit for
-bit, over two micro-batches that both go forward before the first goes backward, as in a pipeline."""
+"""A replay of recorded routing in Megatron's GPTModel with our layer has the recorded step's loss and reduced
+gradients, bit for bit. Two micro-batches both go forward before the first goes backward, as in a pipeline."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.megatron
 
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """The worst columns of the token's group win."""
+    """The columns with the worst scores in the token's group win."""
     return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Losses and gradients of a recorded step, which chooses by reversed scores, of its replay, and of a plain step."""
+    """Returns loss and gradients of a step recorded with reversed scores, of its replay, and of a plain step."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
 
@@ -41,7 +41,7 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
                 for part in parts
             ]
             for hook in hooks:
-                hook.remove()  # what is recomputed is not recorded twice
+                hook.remove()  # removed before backward, so that recompute records nothing twice
             for loss in losses:
                 loss.mean().backward()
             finalize_model_grads([model], None)

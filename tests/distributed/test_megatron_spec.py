@@ -1,4 +1,4 @@
-"""What Megatron-LM's --spec does with our name: the layer is built from the file that the environment names."""
+"""Megatron-LM's --spec with our name builds the layer from the file that the environment variable gives."""
 
 import os
 from collections.abc import Callable
@@ -28,7 +28,7 @@ seed: 4
 
 
 def built_by_name(rank: RankContext, eps: list[int]) -> list[dict[str, np.ndarray]]:
-    """For each EP size this rank's initial weights of routers and experts by logical name."""
+    """Returns, for each EP size, this rank's initial weights of routers and experts by logical name."""
     file = Path(rank.folder) / f"experts_{rank.rank}.yaml"
     file.write_text(EXPERTS)
     os.environ["MOE_DIST_EXPERTS"] = str(file)
@@ -57,12 +57,12 @@ def test_builds_by_name_and_every_layout_starts_equal(run_in_world: Callable[...
     results = run_in_world(4, built_by_name, [1, 4])
     together: dict[str, np.ndarray] = {}
     for alone, parted in results:
-        assert len(alone) == len(MOE_LAYERS) * (4 + 8 * 3)  # two gates with null rows, eight experts of three matrices
+        assert len(alone) == len(MOE_LAYERS) * (4 + 8 * 3)  # two routers with null rows, eight experts of three matrices
         together.update(parted)
         for name, weight in parted.items():
             np.testing.assert_array_equal(weight, alone[name])
         values = np.concatenate([weight.ravel() for weight in alone.values()])
-        assert len(np.unique(values)) > 0.99 * len(values)  # no two experts start alike
+        assert len(np.unique(values)) > 0.99 * len(values)  # no two experts have the same initial weights
     assert together.keys() == results[0][0].keys()
 
 

@@ -1,4 +1,4 @@
-"""Megatron's own machinery around our layer: its stock MoE layer beside ours, optimizer, checkpoints."""
+"""Our layer with Megatron's own training: compared with its stock MoE layer, and with its optimizer and checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,14 +33,15 @@ from tests.support.worlds import RankContext
 pytestmark = pytest.mark.megatron
 
 LR, CLIP, STEPS = 1e-2, 0.3, 3
-ADAM_EPS = 1e-3  # not so small that Adam makes whole steps of the last bits of a gradient near zero
+ADAM_EPS = 1e-3  # large enough that Adam does not turn the rounding of gradients near zero into whole steps
 
 
 # --- Megatron's own MoE layer
 
 
 def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep_rank: int) -> dict[str, torch.Tensor]:
-    """Parameters of a rank with our layer, as those with Megatron's: one expert a module, gate and up in one matrix."""
+    """Renames a rank's parameters in our layer to those in Megatron's: one module per expert, gate and up in one
+    matrix."""
     renamed = {}
     for name, tensor in tensors.items():
         if ".mlp.moe.experts." not in name:
@@ -58,8 +59,8 @@ def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep
 
 def forward_and_gradients(model: Any, batch: TokenBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     backward(model.train(), batch, modalities=False)
-    # Last: Megatron's dispatcher keeps tensors of its last forward. With their graph they would hold the model and all
-    # groups for ever, and each call of this would wear a world out.
+    # The last forward has no autograd graph, because Megatron's dispatcher keeps its tensors. The graph would keep the
+    # model and its process groups alive, so that each call would leave more groups in the standing world.
     with torch.no_grad():
         logits = model.eval()(batch.tokens_BS, batch.positions, causal_mask())
     return logits, gradients_of(model)
@@ -71,7 +72,7 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
 
         model, _, mine, _ = build(layout, state)
         placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
-        # Megatron's loss is ours over top_k, and the average over data-parallel ranks takes a part of it.
+        # Megatron's loss is ours divided by top_k, and Megatron averages it over the data-parallel ranks.
         coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
         config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
         stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))
@@ -104,7 +105,7 @@ def optimizer_of(model: Any) -> Any:
 
 
 def take_step(model: Any, optimizer: Any, layout: Layout, step: int, state: Any) -> float:
-    """One step of Megatron; returns its gradient norm before clipping."""
+    """Takes one step with Megatron's optimizer, and returns the gradient norm before clipping."""
     optimizer.zero_grad()
     backward(model, batch_of(SEQUENCES, layout.settings, seed=step).part(own_sequences(state)))
     successful, norm, _ = optimizer.step()
@@ -113,7 +114,7 @@ def take_step(model: Any, optimizer: Any, layout: Layout, step: int, state: Any)
 
 
 def our_steps(layout: Layout, steps: int) -> tuple[Any, list[float]]:
-    """The oracle: our model on one rank with torch's AdamW; the model, and each step's gradient norm."""
+    """The oracle: trains our model on one rank with torch's AdamW, and returns the model and the gradient norms."""
     model = our_model(layout.settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0.0)
     norms = []
@@ -138,7 +139,8 @@ def saved_state(model: Any, optimizer: Any, *, is_loading: bool = False) -> dict
 
 
 def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -> dict[str, Any]:
-    """Three steps on one layout, saved; then a fourth on that one and on each other layout, from the checkpoint."""
+    """Takes three steps on one layout and saves; then takes a fourth on this and on each other layout, from the
+    checkpoint."""
     folder = Path(rank.folder) / "checkpoint"
     folder.mkdir(exist_ok=True)
     after_three, _ = our_steps(first, STEPS)
@@ -158,7 +160,7 @@ def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -
             model, _, _, _ = build(layout, state)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.fill_(float("nan"))  # whatever is not loaded shows
+                    parameter.fill_(float("nan"))  # a value that was not loaded stays NaN
             optimizer = optimizer_of(model)
             loaded = dist_checkpointing.load(saved_state(model, optimizer, is_loading=True), str(folder))
             model.module.load_state_dict(loaded["model"])

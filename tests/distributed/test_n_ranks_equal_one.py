@@ -1,10 +1,10 @@
-"""N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
+"""N ranks equal one rank: losses, gradients, norms, and parameters after three optimizer steps.
 
-The first test covers every value of each axis in `make test`, every pair of values in `make test-full`, and the whole
-product in `make test-exhaustive`. The second has variants of the model, each with an oracle of its own.
+For the layouts, `make test` covers each value of each axis, `make test-full` each pair of values, and `make
+test-exhaustive` the whole product. The second test compares each variant of the model with its own one-rank run.
 
-One sequence is all padding, one has only text and one only pictures. With 8 ranks there are thus ranks without a token and
-ranks of one modality.
+One sequence is all padding, one has only text and one has only pictures. With 8 ranks, some ranks therefore have no
+token, and some have tokens of one modality only.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ LAYOUTS = [
         SIZES, ("pinned", "interleaved", "uneven"), ("ddp", "fsdp2"), ("none", "experts", "block")
     )
     if not (ep == 1 and placement != "interleaved")
-    # `experts` recomputes only the local part between the exchanges, so 8 ranks would test nothing more than 4.
+    # `experts` recomputes only computation between the exchanges, so 8 ranks would test nothing that 4 do not.
     and not (ep * edp == 8 and recompute == "experts")
 ]
 ONE_RANK = [
@@ -59,7 +59,7 @@ NODES = [
     Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4),
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
-WHOLE = 1e9  # no choice exceeds this room
+WHOLE = 1e9  # room of the static exchange that no choice exceeds
 STATIC = [
     Layout(1, 1, room=WHOLE),
     Layout(2, 1, "pinned", "ddp", "experts", room=WHOLE),
@@ -74,7 +74,7 @@ EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Lay
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of the checkpoint with the initial weights, which every layout loads."""
+    """Returns the folder of the checkpoint whose initial weights every layout loads."""
     return tmp_path_factory.mktemp("start")
 
 
@@ -100,8 +100,8 @@ def test_layout_equals_one_rank(
             np.testing.assert_array_equal(step.labels_M, expected.labels_M)
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
-            # Two exchanges in forward and two in backward. Recompute of blocks repeats one, of experts none. With nodes an
-            # exchange has two hops, and `rows_remote` counts both.
+            # A step exchanges rows twice in forward and twice in backward. Recompute of blocks adds one exchange. With
+            # nodes an exchange has two hops, and `rows_remote` counts the rows of both.
             crossings = 5 if layout.recompute == "block" else 4
             rows = step.ledger["rows_remote"] + step.ledger["rows_padding"]
             assert step.ledger["payload_bytes"] == crossings * rows * HIDDEN_DIM * 8
@@ -117,7 +117,8 @@ def test_layout_equals_one_rank(
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, one_rank.logits, rtol=0, atol=1e-9)
     first = outcomes[0].events
-    # One plan per layer and (half) micro-batch, also with recompute. The last forward, for the logits, adds one.
+    # Each layer plans once per (half) micro-batch, also with recompute. The last forward, for the logits, adds one
+    # plan.
     plans = LAYERS * (STEPS * MICRO_BATCHES * (1 + layout.halves) + 1) if layout.ep > 1 else 0
     ids = PAIR_ROWS if layout.ranks_per_node is None else EXPERT_IDS
     for hop in hops_of(layout):
@@ -127,7 +128,7 @@ def test_layout_equals_one_rank(
 
 
 def hops_of(layout: Layout) -> list[str]:
-    """Returns the prefixes of the layout's exchange names. A hop over one rank has no exchange."""
+    """Returns the prefixes of the layout's exchange names. A hop inside a group of one rank has no exchange."""
     if layout.ranks_per_node is None:
         return [""]
     sizes = {"inter-node ": layout.ep // layout.ranks_per_node, "intra-node ": layout.ranks_per_node}
@@ -136,39 +137,40 @@ def hops_of(layout: Layout) -> list[str]:
 
 LONGCAT, GPT_OSS, CLAMPED, RESIDUAL = "longcat_flash", "gpt_oss", "clamped experts, nulls", "gating_residual"
 VARIANTS = [
-    # Identity and constant experts are replicated, or sharded with the dense parameters.
+    # Identity and constant experts are replicated on all ranks, or sharded like the dense parameters.
     Layout(2, 2, "pinned", "ddp", "block", free=True),
     full(Layout(4, 1, "uneven", "fsdp2", "experts", free=True)),
     exhaustive(Layout(2, 2, "interleaved", "fsdp2", "none", free=True)),
-    # Auxiliary terms of a step do not depend on its division into micro-batches and ranks.
+    # The auxiliary terms of a step do not depend on how it is divided into micro-batches and ranks.
     exhaustive(Layout(parts=4, balance_scope="step")),
     full(Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step")),
     Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
-    # One logit for all null experts, and the other balance losses.
+    # These have one logit for all null experts, and other balance losses.
     Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
     exhaustive(Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split")),
     full(Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla")),
     exhaustive(Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla")),
     exhaustive(Layout(2, 1, "pinned", balance_loss="null_split")),
     Layout(2, 1, "pinned", "fsdp2", balance_loss="weighted", null_weight=(2.0, 0.5), free=True),
-    # The loss in parts of tied words.
+    # These compute the loss in parts of 50 words, with tied embeddings.
     Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50, tied=True),
     full(Layout(2, 1, "pinned", "ddp", "block", loss_words=50, tied=True)),
     # Dense parts by torch.compile.
     full(Layout(2, data="fsdp2", recompute="block", compiled=True)),
     exhaustive(Layout(2, compiled=True)),
-    # FSDP2 shards some stacks by experts, and some inside experts; with 8 ranks some have no row of a matrix.
+    # FSDP2 shards some stacks by experts and others inside experts; with 8 ranks, some ranks have no row of a matrix.
     Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),
     full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
     exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
     exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
     exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),
-    # The KL from a teacher. Batches have prompts, padding, and a rank without labels.
+    # These distil from a teacher. Their batches have prompts, padding, and a rank without labels.
     Layout(2, 1, "pinned", "fsdp2", "block", distilled="forward"),
     full(Layout(1, 2, distilled="forward")),
     full(Layout(4, 1, "uneven", "ddp", "experts", distilled="forward")),
     full(Layout(2, 2, "interleaved", "fsdp2", distilled="reverse")),
-    # Shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), gating residuals (MoE++).
+    # Shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), or gating residuals
+    # (MoE++).
     exhaustive(Layout(2, 2, "interleaved", "fsdp2", "block", form=LONGCAT, free=True)),
     Layout(4, 1, "uneven", "ddp", "experts", form=LONGCAT, free=True),
     full(Layout(2, 1, "pinned", "fsdp2", "none", form=LONGCAT, free=True)),
@@ -183,7 +185,7 @@ VARIANTS = [
     exhaustive(Layout(2, 2, "pinned", "fsdp2", "experts", form=RESIDUAL)),
     exhaustive(Layout(2, 2, "interleaved", "ddp", "none", form=RESIDUAL)),
 ]
-# One parameter of each part that is particular to a form.
+# For each form, one parameter of each part that only this form has.
 PARTS: dict[str | None, set[str]] = {
     None: set(),
     LONGCAT: {
@@ -221,7 +223,7 @@ def test_a_variant_of_the_model_equals_one_rank(
 )
 def test_fp32_equals_one_rank_within_rounding(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     oracle: Outcome = run_in_world(1, train, Layout(precision="float32"))[0]
-    # Two layouts can be compared in fp32 only if rounding decides no choice.
+    # Two layouts can be compared in fp32 only if no choice depends on rounding.
     assert oracle.smallest_gap > 1e-5
     outcomes = run_in_world(layout.world_size, train, layout)
     for step, expected in zip(outcomes[0].steps, oracle.steps, strict=True):

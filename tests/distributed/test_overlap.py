@@ -11,8 +11,8 @@ from tests.support.layouts import LAYERS, Layout
 
 
 def events_of(run_in_world: Callable[..., list[Any]], layout: Layout) -> list[str]:
-    """Returns the events of one forward and backward of the whole model, without metadata exchanges. Exchanges of rows come
-    in the same order on all ranks."""
+    """Returns the events of one forward and backward of the whole model, without exchanges of metadata. All ranks must
+    exchange rows in the same order."""
     everywhere = run_in_world(layout.world_size, recorded_pass, layout)
     exchanged = (DISPATCH_ROWS, COMBINE_ROWS, REPLICAS)
     wanted = (*exchanged, *(f"wait {name}" for name in exchanged), "own pairs", "shared", "pairs")
@@ -57,8 +57,8 @@ def test_a_chunk_is_dispatched_while_the_one_before_is_computed(run_in_world: Ca
 
 
 def test_weights_of_replicas_are_exchanged_once_around_all_chunks(run_in_world: Callable[..., list[Any]]) -> None:
-    """Both groups send replica weights before the rows, and the shared expert overlaps with them. In backward the replicas'
-    gradients follow the rows."""
+    """The weights of both groups' replicas are sent before the rows, and the shared expert overlaps with them. In
+    backward the gradients of replicas are sent after the rows."""
     events = events_of(run_in_world, Layout(2, 1, "interleaved", overlap=True, chunks=2, replicas=True))
     forward = [
         REPLICAS, REPLICAS, "dispatch rows 0", "dispatch rows 1", "shared", "own pairs",

@@ -1,4 +1,4 @@
-"""The public API, as docs/examples use it: N ranks train the same model as one rank, in a plain loop and under
+"""The public API, used as in docs/examples: N ranks train the same model as one rank, in a plain loop and under
 frameworks."""
 
 import re
@@ -89,7 +89,7 @@ def own_loss() -> float:
 
 
 def own_loop(rank: RankContext, data: str, changes: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Returns losses and gradient norms of a loop through the public API, with the model and batches of moe_dist's
+    """Returns losses and gradient norms of a loop over the public API, with the model and batches of moe_dist's
     trainer."""
     with started_run(rank, data, changes) as run:
         model, group, groups = run.training.parallel.model, run.mesh.world, run.placement.groups
@@ -186,7 +186,7 @@ def test_clipping_and_full_weights_do_not_depend_on_ranks_or_placement(
 
 
 def sharded_by_fsdp2(_: RankContext) -> list[str]:
-    """Returns the names whose full weights change if FSDP2 shards the model, or if they are saved and loaded there."""
+    """Returns the names of the full weights that FSDP2 changes when it shards the model, or saves and loads it."""
     names, size = example(), dist.get_world_size()
     plain = names["Model"](dist.group.WORLD)
     whole = moe_dist.full_state_dict(plain)
@@ -206,7 +206,7 @@ def test_full_weights_are_those_of_the_plain_model_under_fsdp2(run_in_world: Cal
 
 
 def with_unused_and_frozen(_: RankContext) -> tuple[float, bool]:
-    """Returns an unused parameter after an AdamW step, and whether the frozen experts kept their bits."""
+    """Returns an unused parameter after an AdamW step, and whether the frozen experts stayed bit-equal."""
     names, group = example(), dist.group.WORLD
     model = names["Model"](group if dist.get_world_size() > 1 else None)
     model.unused = nn.Parameter(torch.ones(()))
@@ -214,7 +214,7 @@ def with_unused_and_frozen(_: RankContext) -> tuple[float, bool]:
     for expert in experts:
         expert.requires_grad_(False)
     before = [expert.detach().clone() for expert in experts]
-    moe_dist.average_over_ranks(model, group)  # adds no hook for a frozen parameter
+    moe_dist.average_over_ranks(model, group)  # must not add a hook for a frozen parameter
     names["sum_loss"](model, names["TOKENS_BT"])[0].backward()
     moe_dist.finish_gradients(model, group)
     torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.1, weight_decay=0.5).step()

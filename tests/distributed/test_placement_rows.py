@@ -1,5 +1,5 @@
-"""Rows counted for another placement equal the rows that a run with that placement sends. Rows counted for the run's own
-placement equal the ledger."""
+"""The rows counted for another placement equal the rows that a run with this placement sends. The rows counted for the
+run's own placement equal those of the ledger."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ POLICIES = ("pinned", "interleaved", "uneven")
 
 
 def one_step(rank: RankContext, layout: Layout) -> tuple[int, dict[str, int]]:
-    """Returns the rows of the ledger, and the rows counted for each placement."""
+    """Returns the ledger's rows, and the rows counted for each placement."""
     training = TrainingRank(layout)
     mesh = training.mesh
     placements = {policy: placement_of(policy, layout.ep, layout.groups) for policy in POLICIES}

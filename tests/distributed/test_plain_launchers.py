@@ -1,5 +1,5 @@
-"""Launchers that only set variables (mpirun, srun, Kubernetes pods): ranks end after each fault, and the same start resumes
-the run."""
+"""Launchers that only set variables (mpirun, srun, Kubernetes pods): all ranks end after a fault, and starting again in
+the same way resumes the run."""
 
 import contextlib
 import os
@@ -56,12 +56,12 @@ def srun(rank: int, start: int) -> dict[str, str]:
 
 
 def pod(rank: int, start: int) -> dict[str, str]:
-    """Returns the variables of an operator that restarts containers: equal in every start."""
+    """Returns the variables from an operator that restarts containers; they are the same in every start."""
     return {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
 
 
 def free_port() -> int:
-    """Returns a port that stays free between two starts, because the kernel takes higher ports for connections."""
+    """Returns a port that stays free between two starts: the kernel gives outgoing connections only higher ports."""
     for port in random.sample(range(20_000, 30_000), 100):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
@@ -77,10 +77,10 @@ def is_frozen(pid: int) -> bool:
 
 
 class Job:
-    """A run of the tiny model under one launcher.
+    """A run of the tiny model by one launcher.
 
     Args:
-        variables: Returns the launcher's variables of a rank in the Nth start.
+        variables: Returns the variables that the launcher gives a rank, by rank and by number of the start.
     """
 
     def __init__(self, folder: Path, data: Path, variables: Callable[[int, int], dict[str, str]]) -> None:
@@ -105,7 +105,7 @@ class Job:
         self._starts += 1
 
     def codes(self) -> list[int | None]:
-        """Waits until all ranks have ended, except frozen ones. Returns all exit codes; None for a frozen rank."""
+        """Waits until all ranks have ended, except frozen ones. Returns all exit codes, with None for a frozen rank."""
         for rank in self.ranks:
             while rank.exitcode is None and not is_frozen(rank.pid):
                 rank.join(0.05)
@@ -202,7 +202,7 @@ class Torchrun:
         return [each.verdict for each in self.run.read_status().attempts]
 
 
-@pytest.mark.exhaustive  # six processes that import torch, and 30 s until torchrun kills a frozen rank
+@pytest.mark.exhaustive  # starts six processes that import torch, and waits 30 s until torchrun kills a frozen rank
 def test_torchrun_restarts_its_ranks_whatever_their_code_and_passes_a_stop_on(tmp_path: Path, tiny_data: Path) -> None:
     job = Torchrun(tmp_path, tiny_data)
     wrong = job.start("train.global_batch=7")

@@ -1,6 +1,6 @@
-"""A replayed step takes recorded choices, and has the loss and the gradients of the recorded step, bit for bit.
+"""A replayed step takes the recorded choices, and has the recorded step's loss and gradients, bit for bit.
 
-The recorded step chooses by reversed scores. The routers of the replayed step would therefore choose other experts.
+The recorded step chooses by reversed scores. The replayed step's routers would choose other experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ class Step(NamedTuple):
 
 
 def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """Returns scores by which the token's worst columns win."""
+    """Returns scores by which each token's worst columns win."""
     outside = masked_TC == float("-inf")
     return masked_TC.detach().neg().masked_fill(outside, float("-inf"))
 
@@ -146,18 +146,18 @@ def test_a_replayed_step_has_the_bits_of_the_recorded_one(run_in_world: Callable
 
 
 def _among(ids_TLK: np.ndarray, wanted_TLK: np.ndarray) -> np.ndarray:
-    """Returns which wanted choices of a token are among its choices."""
+    """Returns which of a token's wanted choices are among its choices."""
     return (wanted_TLK[..., None] == ids_TLK[..., None, :]).any(-1)
 
 
 def sequences_of(rank: int, world_size: int) -> list[range]:
-    """Returns the numbers of the sequences of `batches_of`."""
+    """Returns the sequence numbers of each batch of `batches_of`."""
     share = {"micro_batch": SEQUENCES // world_size, "rank": rank, "world_size": world_size}
     return micro_batches(0, global_batch=MICRO_BATCHES * SEQUENCES, **share)
 
 
 def traced_by_one(rank: RankContext, folder: Path) -> Step:
-    """Takes the step on one rank, and writes its trace."""
+    """Takes the recorded step on one rank, and writes its trace."""
     (folder / "one").mkdir()
     placement = placement_for(Layout())
     fields = {"layers": tuple(range(LAYERS)), "choices": 3, "weights": False, "modalities": ("text", "image")}
@@ -181,7 +181,7 @@ def replayed_from(rank: RankContext, layout: Layout, folder: Path) -> Step:
 
 
 def rows_of(traced: TracedStep, layout: Layout) -> int:
-    """Counts distinct (token, other rank) pairs of all ranks in a loop."""
+    """Counts, in a loop, the distinct (token, other rank) pairs of all ranks."""
     rank_of_expert, rows = placement_for(layout).rank_of_expert, 0
     for sequence, ids_LK in zip(traced.tokens["sequence"], traced.ids, strict=True):
         own = sequence % SEQUENCES // (SEQUENCES // layout.world_size) % layout.ep

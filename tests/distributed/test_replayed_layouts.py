@@ -1,5 +1,5 @@
-"""Replayed bytes and drops equal those of dispatchers on real ranks of the same layout exactly, in 32 cases on 2 and 4
-ranks."""
+"""The bytes and drops computed from a trace equal exactly those of dispatchers on real ranks with the same layout, in
+32 cases on 2 and 4 ranks."""
 
 import itertools
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def placement_of(name: str, ranks: int) -> ExpertPlacement:
 
 
 def chosen(case: Case, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns ids [T, 1, K], sequence and group of each token, before a capacity drops any pair."""
+    """Returns the ids [T, 1, K], and each token's sequence and group, before a capacity drops any pair."""
     rng, tokens = np.random.default_rng(CASES.index(case)), ranks * MICRO_BATCH * LENGTH
     group_T = rng.integers(0, 2, tokens)
     ids = np.full((tokens, 1, 3), -1, np.int16)
@@ -57,8 +57,8 @@ def chosen(case: Case, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def really_run(context: RankContext) -> list[tuple[int, int]]:
-    """Returns this rank's payload bytes of forward and backward (with hierarchical only between nodes) and drops, for each
-    case."""
+    """Returns, for each case, this rank's drops and its payload bytes of forward and backward; hierarchical counts only
+    bytes between nodes."""
     node = max(1, context.world_size // 2)
     mesh = make_mesh(ep=context.world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=node)
     found = []

@@ -1,5 +1,5 @@
-"""A run that stops and goes on is the run that did not stop, to the last bit, for each kind of state, and training goes on
-while a save is in flight. test_checkpoint.py loads checkpoints of other layouts."""
+"""A resumed run is bit-equal to the run that never stopped, for each kind of state, and training continues while a save
+is in flight. test_checkpoint.py loads checkpoints of other layouts."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
 
-STEPS, STOP = 5, 3  # not multiples of the intervals of refreshes and levers, so that a stop falls between two of them
+STEPS, STOP = 5, 3  # no multiple of the intervals of refreshes and levers, so that the stop falls between two of them
 RUN = {
     "train.steps": STEPS,
     "checkpoint.every": STOP,
@@ -36,7 +36,7 @@ ONE_RANK = {"parallel.ep": 1, "train.micro_batch": 8}
 
 
 def groups(**group: int) -> dict[str, Any]:
-    """Both groups alike, so that every rank has experts of each."""
+    """Returns equal settings for both groups, so that every rank has experts of each."""
     return {"model.moe.groups": {name: {"ffn_dim": 16, **group} for name in ("text", "image")}}
 
 
@@ -77,10 +77,10 @@ TUNED = {"train.only": "routers", "train.global_batch": 4, "train.micro_batch": 
 
 
 class Kind(NamedTuple):
-    """A run with state of some kind.
+    """A run that has state of some kind.
 
     Attributes:
-        changes: Of the configuration.
+        changes: Changes of the configuration.
         ranks: Number of ranks.
         base: Changes of the run whose weights it begins with; None for initial weights.
         tuning: The section `router_tuning`, without the folder of its samples; None without router tuning.
@@ -93,7 +93,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    # Biases of controllers and their last errors, loads of a step for the next step's balance loss, saves on a thread.
+    # The controllers' biases and last errors, a step's loads for the next step's balance loss, and asynchronous saves.
     "controllers": Kind({
         **NULLS, **router("top_k", selection_bias=True), **CONTROLLERS, "loss.balance.scope": "step", "loss.z": 1e-3,
         "parallel.data": "fsdp2", "checkpoint.asynchronous": True,
@@ -137,7 +137,7 @@ def marked(kind: str) -> Any:
 
 
 def numbers(runs: list[WholeRun]) -> list[list[tuple[Any, ...]]]:
-    """Of each rank and step: losses, norm, choices, and bytes sent."""
+    """Returns losses, gradient norm, choices and sent bytes of each rank and step."""
     return [
         [
             (each.nll_M.tolist(), each.balance, each.z, each.auxiliary, each.grad_norm,
@@ -149,8 +149,8 @@ def numbers(runs: list[WholeRun]) -> list[list[tuple[Any, ...]]]:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    """What tells two checkpoints apart: dtype, shape and fingerprint of each tensor, the optimizer's steps, the states of
-    controllers and levers, and the counters."""
+    """Returns everything in which two checkpoints could differ: dtype, shape and fingerprint of each tensor, the
+    optimizer's steps, the states of controllers and levers, and the counters."""
     contents = open_checkpoint(folder / "checkpoints" / f"step_{STEPS}")
     found: dict[str, Any] = {name: (e.dtype, e.shape, e.fingerprint) for name, e in contents.index.tensors.items()}
     values = {name: contents.state.values[name] for name in ("progress", "controllers", "levers", "data")}
@@ -195,7 +195,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 def test_a_stopped_run_goes_on_on_other_ranks(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:
-    """One rank goes on where two have stopped, with their losses, choices and biases."""
+    """One rank resumes the run that two ranks stopped, and has the losses, choices and biases of the whole run."""
     changes, _, base, _ = KINDS[kind]
     changes = {**RUN, **changes}
     if base is not None:
@@ -220,7 +220,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 
 
 class Resumed(TrainingRank):
-    """One rank of a training that saves during training, and may start from a checkpoint."""
+    """One rank of a training run that saves during training, and may start from a checkpoint."""
 
     def __init__(self, rank: RankContext, layout: Layout, folder: Path) -> None:
         super().__init__(layout)
@@ -241,7 +241,7 @@ class Resumed(TrainingRank):
 
 
 def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
-    """Delays rank 1's write while all ranks take steps. A second training saves the same step and waits for the save."""
+    """Delays rank 1's write while all ranks take steps. A second training run saves the same step, which must wait."""
     layout = Layout(2, 1, "pinned", precision="float32")
     go, begun, real = threading.Event(), threading.Event(), manager_module.write_shard
 
@@ -262,7 +262,7 @@ def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
     try:
         saver.write(3, run.state(), durable=False)
         assert begun.wait(600)
-        seen += run.train(3, 6)  # training steps, while the collectives of the save wait for rank 1
+        seen += run.train(3, 6)  # trains while the collectives of the save wait for rank 1
         told = {"in flight": saver.in_flight, "committed": (folder / "run" / "step_3").exists()}
         go.set()
         saver.wait()

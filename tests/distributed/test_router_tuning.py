@@ -1,4 +1,4 @@
-"""Router tuning on N ranks equals one rank. Only the chosen routers change, are reduced, and have moments."""
+"""Router tuning on N ranks equals one rank. Only the chosen routers change, have moments and are reduced."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(
     run_in_world: Callable[..., list[Any]], folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Layout, int | None], tuple[Tuned, Path]]:
-    """Returns the outcome of one process, and the checkpoint with its initial weights."""
+    """Returns a function to the outcome of one process and the checkpoint with its initial weights."""
     start = tmp_path_factory.mktemp("start")
     known: dict[tuple[Any, ...], tuple[Tuned, Path]] = {}
 
@@ -73,7 +73,7 @@ def test_n_ranks_equal_one(
     chosen = {
         name for name in one.before if name.startswith(tuple(f"layers.{layer}.moe.router." for layer in layout.tuned))
     }
-    assert len(chosen) == 4 * len(layout.tuned)  # true and null rows of two groups
+    assert len(chosen) == 4 * len(layout.tuned)  # router weights and null weights of two groups
     for outcome in outcomes:
         for step, expected in zip(outcome.steps, one.steps, strict=True):
             assert step.auxiliary > 0.01

@@ -1,5 +1,5 @@
-"""The asynchronous sum of routing counts starts before the output layer, ends in the loss, and has the bits of a blocking
-sum."""
+"""The asynchronous sum of routing counts starts before the output layer, is waited for in the loss, and is bit-equal to
+a blocking sum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ from tests.support.worlds import RankContext
 
 
 def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
-    """Returns the events of a step with two micro-batches (the first without tokens on rank 0), the counts, and their
-    blocking sums."""
+    """Returns the events of a step, its counts, and blocking sums of them; the first of two micro-batches has no tokens
+    on rank 0."""
     training, events, found, expected = TrainingRank(layout), list[str](), [], []
     model = training.parallel.model
     track, counts, losses = collectives.track_collective, training_step.global_counts, model.token_losses

@@ -1,7 +1,7 @@
-"""Whole runs that start with another model's weights.
+"""Whole runs that start with the weights of another model.
 
-A trained top-k model with copied null rows equals itself to the last bit. A dense model equals itself after upcycling.
-Weights that do not fit are refused before the first step.
+A trained top-k model with copied null rows is bit-equal to the original. A dense model equals the model upcycled from
+it. Weights that do not fit are refused before the first step.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,7 +33,7 @@ def on_two_ranks(cases: Iterable[str]) -> list[Any]:
 
 
 def groups(text: tuple[int, int, int], image: tuple[int, int, int]) -> dict[str, Any]:
-    """Returns the numbers of true experts, null experts and choices of both groups, as changes."""
+    """Returns configuration changes with the numbers of true experts, null experts and choices of both groups."""
     names = ("num_experts", "num_null", "top_k")
     return {
         f"{GROUPS}.{group}.{name}": value
@@ -54,12 +54,12 @@ class Run:
     def train_and_save(self, steps: int = 3) -> None:
         for number in range(steps):
             self.training.step(self.loader.batches(8 * number), lr=1e-2, aux=AUX)
-        self.saver.restore()  # reads the state of the data
+        self.saver.restore()  # reads the data's state
         self.saver.save(Progress(step=3, position=24, tokens=100, evaluated=2), durable=True)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> tuple[Tensor, list[float]]:
-        """Returns the logits of a batch, and the true experts per token in each layer and group."""
+        """Returns the logits of a batch, and the number of true experts per token in each layer and group."""
         group = torch.where(batch.padding_BS, -1, self.training.step.group_of_modality[batch.modality_BS])
         logits, reports = self.training.parallel.model(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
         placement = self.training.step.placement
@@ -68,7 +68,7 @@ class Run:
             for report in reports
             for index, each in enumerate(placement.groups)
         ]
-        return logits[~batch.padding_BS], loads  # experts skip padding, a dense FFN does not
+        return logits[~batch.padding_BS], loads  # experts skip padding, but a dense FFN does not
 
     def begin(self) -> str:
         """Loads the starting weights like `Resumable.restore` in a new run. Returns the report."""
@@ -86,7 +86,7 @@ class Trained(NamedTuple):
     parameters: dict[str, Tensor]
 
 
-KNOWN: dict[str, Trained] = {}  # cached, because this process runs many tests, and most start from the same few runs
+KNOWN: dict[str, Trained] = {}  # cached, because many tests in this process start from the same few runs
 
 
 def trained_run(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> Trained:
@@ -129,7 +129,7 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
 
 
 def begun_unchanged(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Checks on each rank that the second run starts equal to the first, up to rounding, and trains."""
+    """Checks on each rank that the second run starts equal to the first up to rounding, and that it trains."""
     for told in ranks:
         assert not told["fresh"]
         assert "error" not in told, told
@@ -274,7 +274,7 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
         taken = [changes[f"{GROUPS}.{group}.num_experts"] for group in ("text", "image")]
         assert set(zip(told["loads"][1][::2], told["loads"][1][1::2], strict=True)) == {tuple(taken)}
         assert "the same as the checkpoint's; the output of an FFN is the sum of its parts" in told["report"]
-        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts are the FFN, bit for bit
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # joined, the parts are the FFN
             parts = told["parameters"][f"layers.0.moe.experts.text.{name}"]
             whole = told["trained"][f"layers.0.moe.experts.text.{name}"][0]
             assert torch.equal(torch.cat([*parts], dim=1 if name == "down" else 0), whole)
@@ -291,7 +291,7 @@ def nodes(**fields: Any) -> dict[str, Any]:
 
 EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two parts": (MIXTURE, FINE),
-    "two and three parts": (  # each group may have its own number of parts, because sigmoid weights are independent
+    "two and three parts": (  # with independent sigmoid weights each group may have its own number of parts
         {**MIXTURE, "model.moe.router": {"kind": "group_limited", "normalise": "none"}},
         {
             **FINER,
@@ -332,7 +332,7 @@ def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
         before, after = told["loads"]
         assert after == [load * parts[group] for load, group in zip(before, ("text", "image") * 2, strict=True)]
         assert "the output of an expert is the sum of its parts" in told["report"]
-        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts are the experts, bit for bit
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # joined, the parts are the expert
             stack, whole = (told[each][f"layers.1.moe.experts.text.{name}"] for each in ("parameters", "trained"))
             for expert in range(4):
                 assert torch.equal(torch.cat([*stack[2 * expert :][:2]], dim=1 if name == "down" else 0), whole[expert])
@@ -342,7 +342,7 @@ BARE = groups((3, 0, 2), (2, 0, 1))
 COPIED = {**COPY, **groups((3, 3, 3), (2, 2, 2))}
 MORE = {**UPCYCLE, **groups((4, 0, 2), (2, 0, 1))}
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    # With k = 3 and m = 2 n null experts, a token would take one true expert instead of two.
+    # With k = 3 and m = 2 n null experts a token would take one true expert, where the trained run took two.
     (BARE, {**COPY, **groups((3, 6, 3), (2, 2, 1))}, "top_k from 4 to 6"),
     (BARE, {**COPIED, "model.rope_base": 500.0}, "model.rope_base=500.0, the checkpoint's is 10000.0"),
     (BARE, {**COPIED, "model.vocab_size": 80}, "embedding.weight stays as initialised (shape (80, 32) in the model, "
@@ -392,8 +392,8 @@ def test_weights_that_would_compute_something_else_are_refused(
 
 
 def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, Any]) -> dict[str, bool]:
-    """Trains a run, then fine-tunes it for two steps without a balance loss. Returns which parameters these steps
-    changed."""
+    """Trains a run, then fine-tunes it for two steps without a balance loss. Returns, for each parameter, whether these
+    steps changed it."""
     Run(rank, data, root, "trained", {}).train_and_save()
     run = Run(rank, data, root, "tuned", {"run.init_from": str(root / "trained"), **changes})
     run.begin()
@@ -412,8 +412,8 @@ def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, An
 def test_routers_stay_frozen_in_full_fine_tuning(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """With `train.frozen: routers` the routers keep their bits, and all else changes. Without it all parameters change but
-    null rows."""
+    """With `train.frozen: routers` the routers stay bit-equal, and all other parameters change. Without it all
+    parameters change except null rows."""
     frozen = {**changes, "train.frozen": "routers"}
     for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path, frozen):
         assert {name for name, each in moved.items() if not each} == {name for name in moved if ".router." in name}

@@ -1,4 +1,4 @@
-"""Exchanges of fixed sizes give the results of exchanges of known sizes, up to rounding, and count padding and overflow."""
+"""Exchanges of fixed sizes equal exchanges of exact sizes up to rounding, and count their padding and overflow."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,8 +37,8 @@ from tests.support.routings import Case, random_case
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
-HIDDEN, FFN = 8, 16  # multiples of the SIMD width; the CPU rounds silu differently in the remainder
-WHOLE = 1e9  # no choice exceeds this room
+HIDDEN, FFN = 8, 16  # multiples of the SIMD width; beyond the last multiple a CPU rounds silu differently
+WHOLE = 1e9  # room of the static exchange that no choice exceeds
 
 
 def wire_of(mesh: Mesh) -> AllToAll:
@@ -46,7 +46,7 @@ def wire_of(mesh: Mesh) -> AllToAll:
 
 
 def trip(rank: int, case: Case, wire: AllToAll, dtype: torch.dtype, *, static: bool) -> tuple[list[Tensor], Any]:
-    """Runs a case with real experts. Returns its output, the gradients of tokens, weights and experts, and the plan."""
+    """Runs a case with real experts. Returns the output, the gradients of tokens, weights and experts, and the plan."""
     chosen = torch.from_numpy(case.experts_TK[rank])
     num_tokens, top_k = chosen.shape
     placement = ExpertPlacement((replace(case.placement.groups[0], ffn_dim=FFN),), case.slots)
@@ -84,7 +84,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         found, plan = trip(rank.rank, case, wire, dtype, static=True)
         assert len(found) == len(expected), seed
         for got, wanted in zip(found, expected, strict=True):
-            # not bit for bit, because a CPU product rounds depending on a row's place in memory
+            # a CPU rounds a product differently for another place of the row in memory, so results are not bit-equal
             bound = torch.finfo(dtype).eps * 32 * float(wanted.abs().max()) if wanted.numel() else 0.0
             torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
         real, *pairs, padding, overflow = plan.sent_5.tolist()
@@ -102,12 +102,12 @@ def run_cases(rank: RankContext, seeds: range) -> int:
     ids=str,
 )
 def test_the_same_bits_on_random_routings(run_in_world: Callable[..., list[Any]], world_size: int, seeds: range) -> None:
-    """Includes ranks without tokens or experts, batches of only null choices, and one expert that takes all tokens."""
+    """Includes ranks without tokens or experts, batches of only null choices, and an expert that takes all tokens."""
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
 class Shapes(TorchDispatchMode):
-    """Records the operations in order, with the shapes of their inputs and outputs."""
+    """Records the order of operations, with the shapes of their inputs and outputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,8 +125,8 @@ class Shapes(TorchDispatchMode):
 
 
 def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str], list[Any]]]:
-    """Runs forward and backward for mixed tokens, tokens of one group, and no tokens. Returns the named syncs, all reads,
-    and the shapes of each."""
+    """Runs forward and backward for mixed tokens, tokens of one group, and no tokens. Returns, for each, the named
+    syncs, all reads, and the shapes."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire, placement = wire_of(mesh), PLACEMENTS[rank.world_size]
     torch.manual_seed(rank.rank)
@@ -158,9 +158,9 @@ def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str]
 def test_nothing_is_read_and_no_shape_depends_on_the_routing(
     run_in_world: Callable[..., list[Any]], world_size: int, recompute: str
 ) -> None:
-    """A CUDA graph of the first forward and backward is therefore valid for all others."""
+    """A CUDA graph of the first forward and backward is therefore valid for all later ones."""
     for found in run_in_world(world_size, passes, recompute):
-        _, _, first = found[1]  # the first pass makes the tables
+        _, _, first = found[1]  # the first pass fills cached tables
         assert len(first) > 100
         for named, seen, shapes in found[1:]:
             assert (named, seen) == ([], [])

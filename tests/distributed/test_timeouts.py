@@ -1,7 +1,8 @@
-"""Every process group of the training has the configured timeout. A new group would otherwise have torch's default.
+"""Every process group of the training has the configured timeout, except the group of the thread that writes
+checkpoints. A group without it would have torch's default timeout.
 
-One group is excepted: the group of the thread that writes checkpoints, whose ranks wait for the slowest disk. When the
-training waits for a save, the watchdog counts the wait as a collective and limits it.
+The ranks of that thread wait for the slowest disk. When the training waits for a save, the watchdog counts the wait as
+a collective and limits it.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ TIMEOUT = 47.0
 
 
 def timeouts(rank: RankContext, ep: int, ranks_per_node: int | None) -> dict[str, timedelta]:
-    """Returns the timeout of each group of a mesh, read from its backend, by the group's purpose."""
+    """Returns the timeout of each group of a mesh, as its backend reports it, by the group's purpose."""
     before = set(dist.distributed_c10d._world.pg_map)
     mesh = make_mesh(ep=ep, device=torch.device("cpu"), timeout=TIMEOUT, ranks_per_node=ranks_per_node)
     groups = [group for group in dist.distributed_c10d._world.pg_map if group not in before]

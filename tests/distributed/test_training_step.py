@@ -1,4 +1,5 @@
-"""All ranks skip a step if a value is not finite on one rank. Also tests drops, timings and gradient buffers of a step."""
+"""All ranks skip a step if a value is not finite on one rank. Also tests a step's drops, timings and gradient
+buffers."""
 
 import itertools
 import time
@@ -72,7 +73,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
         changed = [any((a[name] != b[name]).any() for name in a) for a, b in itertools.pairwise(parameters)]
         assert changed == [True, False, True]
         assert steps_taken == 2
-        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # the times are exchanged in the next step
+        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # the times arrive with the next step
         for result in results[1:]:
             quick, slow = result.busy_seconds_W
             assert 0.0 <= quick < 1000.0 <= slow
@@ -80,7 +81,8 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
 
 
 def capped_step(rank: RankContext, layout: Layout) -> tuple[StepResult, int]:
-    """Takes one step with a capacity. Also returns the pairs that the first layer takes of the same batch in evaluation."""
+    """Takes one step with a capacity. Also returns the pairs that the first layer takes from the same batch in
+    evaluation."""
     training, batch = TrainingRank(layout), batch_of(0, 0, 2 + 2 * rank.rank, 2)
     model, step = training.parallel.model, training.step
     model.eval()
@@ -103,12 +105,12 @@ def test_what_a_capacity_drops_is_counted_over_ranks_and_never_in_evaluation(
         assert 0 < dropped < result.counts.choices_LC[:, :true].sum()
         assert (result.counts.dropped_LE <= result.counts.choices_LC[:, :true]).all()
         assert result.ledger["pairs"] == result.counts.choices_LC[:, :true].sum() - dropped
-        # The first layer has the same input in training and evaluation. Evaluation takes every true choice.
+        # The first layer has the same input in evaluation as in training, and evaluation drops no true choice.
         assert sum(first for _, first in ranks) == result.counts.choices_LC[0, :true].sum()
 
 
 def step_of_two_batches(rank: RankContext, layout: Layout) -> Callable[[], StepResult]:
-    """Returns a function that takes a step on the same two micro-batches, without changing the weights."""
+    """Returns a function that takes a step on two fixed micro-batches, with learning rate 0."""
     batches = [batch_of(number, 0, 2 + 2 * rank.rank, 2) for number in range(2)]
     return partial(TrainingRank(layout).step, batches, lr=0.0, aux=AuxSettings("null_averaged", 0.02, 1e-3))
 
@@ -119,8 +121,8 @@ def two_steps(rank: RankContext, layout: Layout) -> list[StepResult]:
 
 
 def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, bool]:
-    """Returns the roles of parameters whose gradients stay allocated after a step, whether these are zero, and whether
-    their addresses stay the same."""
+    """Returns the roles of parameters whose gradients stay allocated after a step, whether these gradients are zero,
+    and whether their addresses stay the same."""
     take = step_of_two_batches(rank, layout)
     kept = []
     for _ in range(3):
@@ -132,7 +134,7 @@ def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, 
 
 
 def test_gradients_of_ddp_are_added_up_in_its_buckets(run_in_world: Callable[..., list[Any]]) -> None:
-    """Otherwise a step of several micro-batches would hold dense gradients twice: in DDP's buckets and beside them."""
+    """Otherwise a step of several micro-batches would hold each dense gradient twice: in DDP's bucket and beside it."""
     for roles, zero, in_place in run_in_world(2, kept_gradients, Layout(2, 1, "interleaved")):
         assert roles
         assert not roles & (ROUTERS | EXPERTS)

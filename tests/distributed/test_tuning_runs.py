@@ -1,4 +1,4 @@
-"""Whole runs of router tuning: from a trained run, and held to their base and samples. test_resume.py resumes them."""
+"""Whole runs of router tuning, which refuse another base or other samples. test_resume.py resumes them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ CHOSEN = {f"layers.1.moe.router.{group}.{rows}" for group in ("text", "image") f
 
 
 class Site:
-    """Runs in one folder, and samples made from the base run."""
+    """The runs in one folder, and samples made from the base run."""
 
     def __init__(self, run_in_world: Callable[..., list[Any]], data: Path, root: Path) -> None:
         self._run_in_world, self._data, self.root = run_in_world, data, root
@@ -59,14 +59,14 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("weight", [1.0, exhaustive(0.0)])
 def test_choices_train_chosen_routers(site: Site, weight: float) -> None:
-    """Two micro-batches a rank; with `weight=0` the released code's training, where nothing but choices has a gradient."""
+    """Each rank has two micro-batches; with `weight=0` only choices have a gradient, as in the released code."""
     options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}
     whole = site.tune(f"choices-{weight}", **options)
     tokens = site.tune(f"tokens-{weight}", section={"weight": weight}, train__steps=1)
     for outcome, before, other in zip(whole, site.base, tokens, strict=True):
         assert outcome.trained == CHOSEN
         moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
-        # `true_chosen` weights ignore null rows, so the cross entropy gives them no gradient.
+        # The weights of `true_chosen` ignore null rows, so null rows get no gradient from the cross entropy.
         assert moved == (CHOSEN if weight else {name for name in CHOSEN if name.endswith("true")})
         assert (outcome.steps[0].auxiliary > 0.0) == (weight > 0.0)
         assert outcome.steps[0].labels_M.sum() <= 4 < other.steps[0].labels_M.sum(), "one label a sample, and not a token"

@@ -1,5 +1,5 @@
-"""Two halves of a micro-batch in turns: overlaps of exchanges and computation. test_n_ranks_equal_one.py compares the
-results."""
+"""Two halves of a micro-batch take turns, so that exchanges of one overlap with computation of the other.
+test_n_ranks_equal_one.py compares the results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ FSDP2: dict[str, Any] = {"data": "fsdp2", "fsdp_gather": "step"}
 
 
 def one_pass(rank: RankContext, layout: Layout) -> list[str]:
-    """Returns the events of one forward and backward, with those of the attention."""
+    """Returns the events of one forward and backward, including those of the attention."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     events: list[str] = []
     parallel = build(layout, mesh, CommStats(events=events))

@@ -1,4 +1,4 @@
-"""Two all-to-alls in flight on real ranks, waited for in any order."""
+"""Two all-to-alls in flight on real ranks may be waited for in any order."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from tests.support.worlds import RankContext
 
 
 def two_in_flight(rank: RankContext) -> dict[str, Any]:
-    """Rank r sends r + 1 rows to its peer, twice. The second exchange receives into a part of a larger buffer."""
+    """Rank r sends r + 1 rows to its peer, twice. The second exchange receives into a slice of a larger buffer."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats, mesh.tracker)
@@ -43,7 +43,7 @@ def test_two_exchanges_in_flight(run_in_world: Callable[..., list[Any]]) -> None
     for rank, seen in enumerate(run_in_world(2, two_in_flight)):
         rows, value = (2, 2.0) if rank == 0 else (1, 1.0)
         assert seen["flying"] == [("layers.7", "first", True), ("", "second", True)]
-        assert seen["watched"] == (None, None, 4)  # two calls and two waits were tracked, and none is open
+        assert seen["watched"] == (None, None, 4)  # both calls and both waits were tracked, and none is still open
         assert seen["first"] == [[value] * 3] * rows
         assert seen["second"] == [[value * 10] * 3] * rows
         assert seen["buffer"] == [[0.0] * 3] + [[value * 10] * 3] * rows

@@ -1,5 +1,5 @@
-"""The workloads W0 to W7 on real ranks: output, gradients and traffic of a layer against a loop over tokens.
-test_n_ranks_equal_one.py takes steps."""
+"""The workloads W0 to W7 on real ranks: a layer's output, gradients and traffic equal those of a loop over tokens.
+test_n_ranks_equal_one.py takes training steps."""
 
 from collections.abc import Callable
 from itertools import product
@@ -28,12 +28,12 @@ from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_s
 
 E, K, D, F, T = 8, 2, 10, 3, 40
 GROUP = ExpertGroup("all", E, 0, K, F, 0, ("text",))
-STEPS = (3, 4, 5)  # include the start of W7's burst, and three places of W6's hot spot
+STEPS = (3, 4, 5)  # these steps include the start of W7's burst, and three positions of W6's hot spot
 STACKS = {"gate": (E, F, D), "up": (E, F, D), "down": (E, D, F)}
 
 
 def layer_with(whole: dict[str, torch.Tensor], placement: ExpertPlacement, wire: AllToAll, local: list[int]) -> MoELayer:
-    """Returns a rank's layer with its part of the weights."""
+    """Returns a rank's layer, with this rank's part of the weights."""
     layer = MoELayer(
         norm=torch.nn.Identity(),
         router=TopKRouter(RouterContext(D, [GROUP])),
@@ -55,7 +55,7 @@ def part_of(name: str, whole: torch.Tensor, local: list[int]) -> torch.Tensor:
 
 
 def passed(context: RankContext) -> dict[str, int]:
-    """Compares outputs, gradients and traffic. Returns the pairs that this rank's experts computed in each workload."""
+    """Compares outputs, gradients and traffic with the loop. Returns this rank's computed pairs in each workload."""
     mesh = make_mesh(ep=context.world_size, device=torch.device("cpu"), timeout=600.0)
     shape = WorkloadShape(T, E, K, context.world_size)
     placement = ExpertPlacement((GROUP,), tuple(tuple(shape.shard(rank)) for rank in range(context.world_size)))
@@ -105,6 +105,6 @@ def test_all_eight_pass_and_none_hangs(run_in_world: Callable[..., list[Any]], w
     seen = run_in_world(world_size, passed)
     for each in seen:
         assert list(each) == list(WORKLOADS), "all eight are reported, never a subset"
-    # W5 must leave a rank without pairs, and W2 must give one rank the most.
+    # W5 must leave one rank without pairs, and in W2 one rank must get more than an even share.
     assert min(each["W5"] for each in seen) == 0
     assert max(each["W2"] for each in seen) > T * K / world_size
