@@ -1,4 +1,4 @@
-"""Adapters on an imported base: on one rank, in memory and in a checkpoint."""
+"""Adapters on one rank on an imported base, in memory and in a checkpoint."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,10 @@ MOLE = {"num_experts": 3, "num_null": 1, "top_k": 2}
 
 
 class Adapted:
-    """A model of new adapters on the base in `imported`, a folder written by `moe-dist import-hf`.
+    """A model with new adapters on the base `imported`, a folder that `moe-dist import-hf` wrote.
 
     Args:
-        group: Fields of its one group that differ from the base.
+        group: Fields of its only group that differ from the base.
         experts: Fields of LoRA experts; None for none.
         ffn: Fields of LoRA on the base's own experts; None for none.
         attention: Fields of LoRA on the attention; None for none.
@@ -43,7 +43,7 @@ class Adapted:
     ) -> None:
         values = yaml.safe_load((imported / "config.yaml").read_text())
         values["run"]["init_rules"], values["train"]["only"] = ["adapt"], "adapters"
-        values["data"]["path"] = str(folder / "no data")  # data on this machine must not matter
+        values["data"]["path"] = str(folder / "no data")  # the tests must not depend on this machine's data
         values["parallel"] |= {"device": "cpu", "precision": "fp32"}
         moe, values["model"]["attention_lora"] = values["model"]["moe"], attention
         if experts is not None:
@@ -51,7 +51,7 @@ class Adapted:
             moe["router"] = {"kind": "top_k", "normalise": "none"}
             moe["groups"]["all"] |= group or {}
         if ffn is not None:
-            moe["experts"] = {"kind": "ffn_lora", **ffn}  # or another kind, in `ffn`
+            moe["experts"] = {"kind": "ffn_lora", **ffn}  # `ffn` may choose another kind
         self.config = Config.model_validate_json(json.dumps(values))
         layout_without_data(self.config)  # as a run would
         placement = replicated_placement(expert_groups(self.config.model.moe))
@@ -64,7 +64,7 @@ class Adapted:
         self.base, self.report = begin_on_base(self.config, self.manager, self.model, self.layout)
 
     def draw(self, seed: int = 0) -> None:
-        """Draws the second matrices, which would otherwise be 0, as if they had been trained."""
+        """Draws the adapters' second matrices, which start at 0, as if they were trained."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():

@@ -14,9 +14,9 @@ SMALLEST_GAP = 1e-5
 
 
 def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
-    """Asserts that no entry differs by more than BOUND of its tensor's largest entry. For the bias of keys the largest
-    entry is the weight's. A softmax ignores a constant added to all keys, so the terms of this bias's gradient nearly
-    cancel, and only rounding remains."""
+    """Asserts that no entry differs by more than BOUND of its tensor's largest entry. The bias of keys is compared with
+    the largest entry of their weight. A softmax ignores a constant added to all keys, so the terms of this bias's
+    gradient nearly cancel and leave only rounding."""
     assert ours.keys() == theirs.keys()
     worst = {name: float(np.abs(ours[name] - theirs[name]).max()) for name in theirs}
     scale = {name: re.sub(r"(\.k)\.bias$", r"\1.weight", name) for name in theirs}
@@ -25,15 +25,15 @@ def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray
 
 
 def smallest_gap(scores_TC: Tensor, top_k: int) -> float:
-    """Returns the smallest difference between a token's k-th and next best score. If it is large enough, rounding decides
-    no choice."""
+    """Returns the smallest difference between a token's k-th best score and the next one. If it is large enough, no
+    choice depends on rounding."""
     best = scores_TC.detach().sort(-1, descending=True).values
     return float((best[:, top_k - 1] - best[:, top_k]).min())
 
 
 @torch.no_grad()
 def gap_of_choices(router: Any, h_TD: Tensor, group_T: Tensor) -> float:
-    """Returns the smallest difference between a token's k-th and next best logit in its group."""
+    """Returns the smallest difference between a token's k-th best logit and the next one in its group."""
     logits_TC = router._logits(h_TD)
     in_group = [logits_TC[group_T == index][:, router.group_of_column_C == index] for index in range(len(router.groups))]
     pairs = zip(in_group, router.groups, strict=True)
@@ -46,7 +46,7 @@ def arrays(named: Mapping[str, Tensor]) -> Arrays:
 
 
 def merged(ranks: Sequence[Arrays]) -> Arrays:
-    """Returns all ranks' tensors by name. Copies on several ranks must be equal to the last bit."""
+    """Returns the tensors of all ranks by name. Copies of a tensor on several ranks must be bit-equal."""
     together: Arrays = {}
     for rank in ranks:
         for name, value in rank.items():

@@ -56,7 +56,7 @@ class Browser:
         scale: float = 1,
         script: bool = True,
     ) -> None:
-        """Loads a file or an address. `script=False` turns scripts off. A picture has `scale` pixels per CSS pixel."""
+        """Loads a file or an address. `script=False` disables scripts. A picture has `scale` pixels per CSS pixel."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self("Emulation.setEmulatedMedia", features=scheme)
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
@@ -106,7 +106,7 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """Starts Chromium with its own profile, and ends it afterwards."""
+    """Starts Chromium with a new profile, and ends it afterwards."""
     assert CHROMIUM is not None, f"none of {PROGRAMS} is installed"
     (theirs, write), (read, answers) = os.pipe(), os.pipe()
 

@@ -1,7 +1,7 @@
-"""Runs with planned faults, and their results.
+"""Runs with planned faults, and the reports on them.
 
-A campaign is one run of 60 steps on 4 ranks with up to 20 faults. The local launcher starts the ranks, and restarts them
-where its rules allow. Otherwise the campaign repairs the data and starts the run again, as a user would.
+A campaign is one run of 60 steps on 4 ranks with up to 20 faults. The local launcher starts the ranks, and restarts
+them if its rules allow it. If they do not, the campaign repairs the data and starts the run again, as a user would.
 """
 
 import random
@@ -19,11 +19,11 @@ from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config
 
 FAULTS = 20
-MOST_FROZEN = 2  # per campaign, because each waits for the watchdog
+MOST_FROZEN = 2  # in a campaign, because each one waits for the watchdog
 
 
 def draw(rng: random.Random) -> tuple[Fault, ...]:
-    """Draws FAULTS faults at random ranks and steps that cover every phase and every kind."""
+    """Draws FAULTS faults that cover every phase and every kind, at random ranks and steps."""
     cells: list[Cell] = []
     order = rng.sample(FEASIBLE, len(FEASIBLE))
 
@@ -78,7 +78,7 @@ class Report:
 
 
 def undisturbed_run(site: Site) -> RunFolder:
-    """Returns the run without faults, which all others must equal; made once for a site."""
+    """Returns the run without faults, which every campaign's run must equal; it is made once per site."""
     config = tiny_config(site.folder / "pristine", site.folder / "runs", settings("undisturbed", ranks=RANKS))
     run = RunFolder.of(config)
     if not run.finished(config):
@@ -90,7 +90,7 @@ def undisturbed_run(site: Site) -> RunFolder:
 
 
 def campaign(site: Site, seed: int, *, asynchronous: bool) -> Report:
-    """Runs one run with its faults to the end."""
+    """Trains one run to its end with the faults of a seed."""
     begin, name = time.monotonic(), f"seed-{seed}"
     undisturbed = undisturbed_run(site)
     plan = _planned(site, name, draw(random.Random(seed)), site.disk)
@@ -116,12 +116,12 @@ def campaign(site: Site, seed: int, *, asynchronous: bool) -> Report:
 
 
 def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) -> Report:
-    """Kills all ranks with SIGKILL at random moments of saves, one launch each. Verifies the checkpoint of `latest` after
-    each."""
+    """Kills all ranks with SIGKILL at random moments of a save, `kills` times. Each kill ends one launch, and the
+    checkpoint that `latest` names must then verify."""
     begin, rng, name = time.monotonic(), random.Random(seed), f"kills-{seed}"
 
     def kill(number: int) -> Fault:
-        # a write takes at least 20 ms, and the whole save at most 300 ms
+        # a write takes at least 20 ms, and a save takes at most 300 ms
         delay = rng.uniform(0.0, 0.3 if number % 2 else 0.02)
         return Fault(number, rng.randrange(ranks), 2 + 2 * number, "checkpoint write", "SIGKILL all", delay)
 
@@ -133,7 +133,7 @@ def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) ->
     while report.starts <= 2 * kills + 2:
         report.starts += 1
         code = started(path, log, max_restarts=0, variables=environment(_plan_path(site, name), site.interposer))
-        torn += any(run.checkpoints.glob("step_*.tmp"))  # of this start, because each start first clears the folder
+        torn += any(run.checkpoints.glob("step_*.tmp"))  # left by this start, because a start removes older ones
         report.problems += [f"start {report.starts}: {each}" for each in unverified(run)]
         if code == 0:
             break

@@ -1,4 +1,4 @@
-"""Whole models in evaluation mode, made from a configuration. Biases and thresholds have values as after a training."""
+"""Whole models in evaluation mode, built from a configuration. Biases and thresholds are not 0, as after training."""
 
 import torch
 
@@ -22,7 +22,7 @@ def evaluated_model(config: Config) -> Transformer:
             if path.endswith("bias"):
                 buffer.copy_(torch.linspace(-0.2, 0.2, buffer.numel()))
         for path, parameter in layer.router.named_parameters():
-            if path.endswith("level"):  # a tensor of the `threshold` router
+            if path.endswith("level"):  # a buffer of the `threshold` router
                 parameter.data.copy_(torch.linspace(-0.5, 0.5, parameter.numel()))
         if isinstance(layer.router, ExpertChoiceRouter):
             for gate in layer.router.gates():

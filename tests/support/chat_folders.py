@@ -1,4 +1,4 @@
-"""Folders of four tiny tokenizers with chat templates of different kinds, and conversations for them.
+"""Folders of four tiny tokenizers with different chat templates, and conversations for them.
 
 python -m tests.support.chat_folders OUT    makes a tiny Mixtral with a tokenizer, and OUT/messages.jsonl with conversations
 """
@@ -70,7 +70,7 @@ def _byte_level(specials: list[str], lines: list[str]) -> Tokenizer:
 
 def _unigram(specials: list[str], lines: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()  # changes lengths, so that offsets differ from offsets in the normalised text
+    tokenizer.normalizer = normalizers.NFKC()  # changes lengths, so that offsets before and after it differ
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token=specials[0], show_progress=False)
@@ -87,7 +87,7 @@ def _word_piece(specials: list[str], lines: list[str]) -> Tokenizer:
     return tokenizer
 
 
-# By kind: the function that trains it, its special tokens (unknown, begin, others, end), and its template.
+# For each kind: the function that trains it, its special tokens (unknown, begin, others, end), and its template.
 KINDS: dict[str, tuple[Callable[[list[str], list[str]], Tokenizer], list[str], str]] = {
     "chatml": (_byte_level, ["<pad>", "<|im_start|>", "<|im_end|>"], CHATML),
     "headers": (_byte_level, ["<pad>", "<|begin|>", "<|start|>", "<|end|>", "<|eot|>"], HEADERS),
@@ -115,8 +115,8 @@ def text(rng: np.random.Generator, most: int) -> str:
 
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Returns rows of one to four turns. Some begin with a system message, some have tools, and some of these have calls
-    and results."""
+    """Returns rows with one to four turns. Some begin with a system message; some have tools, and of these some have
+    calls and results."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):

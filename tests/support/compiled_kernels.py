@@ -1,6 +1,6 @@
-"""Compiles each Triton kernel for the GPU of an architecture, and prints what ptxas reports, as JSON.
+"""Compiles each Triton kernel for a GPU architecture without a GPU, and prints as JSON what ptxas reports.
 
-Usage: python -m tests.support.compiled_kernels 80 90 100. It needs no GPU.
+Usage: python -m tests.support.compiled_kernels 80 90 100.
 """
 
 import json
@@ -33,7 +33,7 @@ from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 
 WIDTH = {"BLOCK": 1024}
 WIDE = {"D": 2048, **WIDTH}
-FFN = {"F": 1536, "ROW": 3072, "UP": 1536, **WIDTH}  # not a multiple of the block
+FFN = {"F": 1536, "ROW": 3072, "UP": 1536, **WIDTH}  # F is no multiple of the block
 TOP_8 = {"C": 64, "E": 64, "K": 8, "AMONG": 0, "ROWS": 16, "COLUMNS": 64, "CHOICES": 8}
 NULLS = {"C": 16, "E": 8, "K": 3, "AMONG": 1, "ROWS": 64, "COLUMNS": 16, "CHOICES": 4}
 MANY = {"C": 300, "E": 256, "K": 8, "AMONG": 1, "ROWS": 2, "COLUMNS": 512, "CHOICES": 8}
@@ -48,7 +48,7 @@ CHOOSE_BACKWARD = (
 KERNELS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "gather": (gather_rows_kernel, "table:*bf16 index:*i64 out:*bf16", WIDE),
 }
-for order in ("i64", "i32"):  # integer types of sorts and of the plan kernels
+for order in ("i64", "i32"):  # the integer types of sorts and plan kernels
     for words, base, both in (("pairs", False, False), ("rows", True, False), ("gradients of gate and up", False, True)):
         arguments = f"own:*bf16 received:*bf16 base:*bf16 order:*{order} first:*i32 out:*bf16 num_own:i32"
         KERNELS[f"sum of {words}, {order}"] = (row_sum_kernel, arguments, {**WIDE, "HAS_BASE": base, "BOTH": both})
@@ -154,7 +154,7 @@ KERNELS["cross entropy backward"] = (
 
 
 def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:
-    """Returns registers of a thread, spilled bytes, and bytes of shared memory of a block."""
+    """Returns a thread's registers, the spilled bytes, and the bytes of shared memory of a block."""
     signature = dict(each.split(":") for each in arguments.split())
     options = {"num_warps": constants.get("num_warps", 4)}
     constants = {name: value for name, value in constants.items() if name != "num_warps"}

@@ -1,8 +1,8 @@
-"""Which cases of a product run when.
+"""Chooses which cases of a product each make target runs.
 
-`make test` runs a small cover of all values of layouts, or the few of its cases that switch on most, where the layouts are
-not what the test is about; `make test-full` runs a cover of all pairs of values, or of all values where the layouts are not
-what the test is about; `make test-exhaustive` runs every case.
+`make test` runs a small cover of all values of layouts, and `make test-full` a cover of all pairs of values. Where
+layouts are not the subject of a test, `make test` runs only the few cases that switch on most, and `make test-full` the
+cover of all values. `make test-exhaustive` runs every case.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,17 +14,17 @@ import pytest
 
 from tests.support.layouts import Layout
 
-MOST_RANKS = 4  # eight processes that import torch take half a minute of two cores
+MOST_RANKS = 4  # eight processes that import torch occupy two cores for half a minute
 
 
 def others_full(cases: Sequence[Any], keep: int | None = None) -> list[Any]:
-    """The cases, layouts or tuples that begin with one, with marks on those outside of a greedy cover of all values of each
-    field: `full` on those of a cover of all pairs of values, `exhaustive` on the rest.
+    """Returns cases (layouts, or tuples that begin with one). Those outside of a greedy cover of all values of each
+    field are marked: `full` if they are in a cover of all pairs of values, otherwise `exhaustive`.
 
     Args:
-        keep: Number of cases of the first cover that are not marked; its others are marked `full`, and all outside of it
-            `exhaustive`. Each kept one switches on most of what the earlier ones leave off. test_n_ranks_equal_one.py gives
-            no number: it has all values of layouts and all pairs of values.
+        keep: Number of cases of the first cover that stay unmarked: each one switches on most of what the earlier ones
+            leave off. Other cases of this cover are then marked `full`, and all cases outside of it `exhaustive`. Only
+            test_n_ranks_equal_one.py gives no number, because layouts are its subject.
     """
     small = [position for position, case in enumerate(cases) if _layout_of(case).world_size <= MOST_RANKS]
     cover = _cover(cases, small, pairs=False)
@@ -65,22 +65,22 @@ def _layout_of(case: Any) -> Layout:
 
 
 def full(*case: Any) -> Any:
-    """A case that `make test` leaves out."""
+    """Marks a case that `make test` leaves out."""
     return pytest.param(*case, marks=pytest.mark.full)
 
 
 def rest_full(cases: Iterable[Any], keep: int = 1) -> list[Any]:
-    """The cases, each a single value, with those after the first `keep` marked `full`."""
+    """Returns the cases, each a single value; those after the first `keep` are marked `full`."""
     return [case if position < keep else full(case) for position, case in enumerate(cases)]
 
 
 def full_unless(keep: Callable[..., bool], cases: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """The cases of a product, with those marked `full` for which `keep`, called with their values, is false."""
+    """Returns the cases of a product; those for which `keep(*values)` is false are marked `full`."""
     return [case if keep(*case) else full(*case) for case in cases]
 
 
 def exhaustive(*case: Any) -> Any:
-    """A case that `make test-full` leaves out as well."""
+    """Marks a case that `make test-full` leaves out as well."""
     return pytest.param(*case, marks=pytest.mark.exhaustive)
 
 

@@ -1,5 +1,4 @@
-"""Damages files, drawn from a seed: truncated, with flipped bits, swapped, missing, of another format, of another save or
-step."""
+"""Damages files by a seed: truncates, flips bits, swaps, removes, or replaces by another format, save or step."""
 
 import os
 import random
@@ -36,7 +35,7 @@ class Damage:
 
 
 def damage(folder: Path, files: Sequence[str], draw: random.Random, *, other: Path) -> Damage:
-    """Damages one of the files in a folder.
+    """Damages one of a folder's files.
 
     Args:
         files: Names to choose from.

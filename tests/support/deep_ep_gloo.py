@@ -1,8 +1,8 @@
 """A stand-in for the package deep_ep with `ElasticBuffer` (DeepEP V2, version 2.1), in torch over gloo.
 
-Arguments, results and requirements follow `deep_ep/buffers/elastic.py` and `csrc/elastic/buffer.hpp` for the expanded
-layout, and the kernels where these require more. With `async_with_compute_stream` a result is NaN until its event is waited
-for.
+Arguments, results and requirements are those of `deep_ep/buffers/elastic.py` and `csrc/elastic/buffer.hpp` for the
+expanded layout, and of the kernels if they require more. With `async_with_compute_stream` a result is NaN until the
+caller waits for its event.
 """
 
 import sys
@@ -22,7 +22,7 @@ from tests.support.sorted_pairs_gloo import SortedPairs
 
 @dataclass(frozen=True)
 class EPHandle:
-    """The public fields of a handle, and the routing."""
+    """The handle's public fields, and the routing."""
 
     do_expand: bool
     num_experts: int
@@ -47,7 +47,7 @@ class EventOverlap:
 class ElasticBuffer:
     """The expert-parallel part of `deep_ep.ElasticBuffer`."""
 
-    strict = True  # if false, accepts rows of any dtype and width
+    strict = True  # False accepts rows of any dtype and width.
     id_dtype = torch.int64
 
     def __init__(
@@ -63,7 +63,7 @@ class ElasticBuffer:
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.deterministic, self.allow_multiple_reduction = deterministic, allow_multiple_reduction
         limits = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(limits, torch.tensor([num_max_tokens_per_rank]), group=group)  # every rank must create its buffer
+        dist.all_gather(limits, torch.tensor([num_max_tokens_per_rank]), group=group)  # all ranks must create buffers
         assert len({int(limit) for limit in limits}) == 1, "all ranks have one limit of tokens"
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
@@ -171,7 +171,7 @@ class ElasticBuffer:
 
 @contextmanager
 def as_package(buffer: type, **names: Any) -> Iterator[None]:
-    """Replaces the package by a module `deep_ep` with the class `buffer`, on a GPU that it accepts."""
+    """Replaces the package by a module `deep_ep` with the class `buffer`, and pretends to have a GPU for it."""
     module = SimpleNamespace(**{buffer.__name__: buffer}, **names)
     with patch.dict(sys.modules, deep_ep=module), patch("torch.cuda.get_device_capability", return_value=(9, 0)):  # pyright: ignore
         yield

@@ -1,4 +1,4 @@
-"""Runs on ranks of tests: built up to their first step, and the same small run with both engines."""
+"""Builds runs on ranks of tests up to their first step, and has one small run for both engines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,8 +43,8 @@ CHANGES: Mapping[str, Any] = {
     "model.moe.shared_gate": True,
     "model.init_std": 0.1,
     "loss.z": 1e-3,
-    "loss.balance.scope": "micro_batch",  # Megatron has only this scope
-    "optimizer.eps": 1e-5,  # large enough that rounding of a gradient near zero makes no full Adam step
+    "loss.balance.scope": "micro_batch",  # the only scope in Megatron
+    "optimizer.eps": 1e-5,  # so large that rounding of a gradient near zero makes no full Adam step
     "placement": {"policy": "interleaved"},
     "evaluation.balance_efficiency": False,
     "evaluation.ablate_experts": False,
@@ -57,7 +57,7 @@ def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) ->
 
 
 def ranks(ep: int, edp: int = 1) -> dict[str, Any]:
-    """The change that sets the number of ranks."""
+    """Returns the changes that set the number of ranks."""
     return {"parallel.ep": ep, "parallel.edp": edp}
 
 
@@ -68,7 +68,7 @@ def megatron(**engine: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """One rank of a built run before its first step, without run folder, lease and sinks."""
+    """One rank of a built run before its first step, without a run folder, lease or sinks."""
 
     config: Config
     checked: Preflight
@@ -90,7 +90,7 @@ class Run:
             yield from chunk.parameters()
 
     def saver(self, **options: Any) -> Resumable:
-        """Returns what saves and restores the run. `options` are further arguments of `Resumable`."""
+        """Returns the object that saves and restores the run. `options` are further arguments of `Resumable`."""
         manager = CheckpointManager(
             RunFolder.of(self.config).checkpoints,
             keep=self.config.checkpoint.keep,
@@ -100,7 +100,7 @@ class Run:
         return Resumable(self.training, self.placement, manager, self.config, self.checked.manifest, **options)
 
     def trainer(self, saver: Resumable, **options: Any) -> Trainer:
-        """Restores the run, and returns its trainer. `options` are arguments of `Trainer` with other values than here."""
+        """Restores the run, and returns its trainer. `options` replace arguments of `Trainer`."""
         progress, manifest = saver.restore(), self.checked.manifest
         own = {"sinks": [], "devices": None, "stop": StopRequest(), "progress": progress, **options}
         evaluator = Evaluator(
@@ -124,14 +124,14 @@ def built_run(config: Config, *, world_size: int = 1) -> Iterator[Run]:
 
 @contextmanager
 def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Iterator[Run]:
-    """Builds the run of both engines with `changes`."""
+    """Builds the small run that both engines share, with `changes`."""
     torch.set_num_threads(1)
     with built_run(config_of(data, rank.folder, changes), world_size=rank.world_size) as run:
         yield run
 
 
 def step_results(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[StepResult]:
-    """Takes the steps `first` to `last` - 1, with the watchers."""
+    """Takes the steps from `first` to `last` - 1, and calls the watchers."""
     results = []
     for step in range(first, last):
         batches = run.loader.batches(step * run.config.train.global_batch)
@@ -141,7 +141,7 @@ def step_results(run: Run, first: int, last: int, watchers: Sequence[StepWatcher
 
 
 def take_steps(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] = ()) -> list[dict[str, Any]]:
-    """Takes the steps `first` to `last` - 1, with the watchers. Returns a report of each step."""
+    """Takes the steps from `first` to `last` - 1, and calls the watchers. Returns a report of each step."""
     return [
         {
             "loss": float(result.nll_M.sum() / result.labels_M.sum()),

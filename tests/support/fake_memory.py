@@ -1,4 +1,4 @@
-"""Measures the most memory that a later training step has on fake CUDA tensors, by torch's MemTracker. Prints bytes.
+"""Measures the peak memory of a later training step on fake CUDA tensors by torch's MemTracker, and prints bytes.
 
 Runs in a process that `tools.fake_gpu.fake_cuda.child` started, with CONFIG RANK RANKS [key=value ...].
 """
@@ -16,7 +16,7 @@ def main() -> None:
     path, rank, ranks, *overrides = sys.argv[1:]
     fake_cuda.enter()
     step, peaks = TrainingStep.__call__, []
-    # another dispatch mode at the same time would also count the tracker's operations
+    # a second active dispatch mode would count the tracker's own operations
     fake_cuda.Recorder.__enter__ = lambda self: self  # pyright: ignore[reportAttributeAccessIssue]
     fake_cuda.Recorder.__exit__ = lambda self, *_: None  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -27,7 +27,7 @@ def main() -> None:
 
         def begin(module: Any, inputs: Any) -> None:
             if module is self.parallel.model:
-                tracker.reset_mod_stats()  # it knows one forward alone
+                tracker.reset_mod_stats()  # the tracker keeps the statistics of only one forward
             before(module, inputs)
 
         tracker._pre_fw_hook = begin
@@ -39,7 +39,7 @@ def main() -> None:
 
     TrainingStep.__call__ = measured  # pyright: ignore[reportAttributeAccessIssue]
     fake_step.count_step(path, int(rank), int(ranks), overrides)
-    print(peaks[-1])  # of the first step the tracker counts whole tensors where the optimizer has shards
+    print(peaks[-1])  # not the first step, in which the tracker counts whole tensors where the optimizer has shards
 
 
 if __name__ == "__main__":

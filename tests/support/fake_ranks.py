@@ -1,4 +1,4 @@
-"""Checkpoints of many ranks in one process: each fake rank is a thread with plain tensors of its own, as under DDP."""
+"""Checkpoints of many ranks in one process: each fake rank is a thread with its own plain tensors, as under DDP."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from moe_dist.checkpoint.state import CheckpointState
 
 
 class FakeStatus(CollectiveStatus):
-    """Sums over threads instead of processes."""
+    """Sums numbers over threads instead of processes."""
 
     def __init__(self, rank: int, world_size: int, shared: "Shared") -> None:
         super().__init__("a fake world", None)
@@ -21,7 +21,7 @@ class FakeStatus(CollectiveStatus):
 
 
 class Shared:
-    """Where the threads meet."""
+    """The barrier and the sums of all threads."""
 
     def __init__(self, world_size: int) -> None:
         self._meet = threading.Barrier(world_size, timeout=600)
@@ -38,7 +38,7 @@ class Shared:
 def on_all(
     states: Sequence[CheckpointState], folder: Path, act: Callable[[CheckpointManager, CheckpointState], object]
 ) -> list:
-    """`act` on each fake rank at once, each with a manager of its own; the first error is raised when all have ended."""
+    """Calls `act` on all fake ranks at once, each with its own manager; when all have ended, raises the first error."""
     shared, results, errors = Shared(len(states)), [None] * len(states), []
 
     def run(rank: int) -> None:
@@ -60,11 +60,11 @@ def on_all(
 
 
 def save_all(states: Sequence[CheckpointState], folder: Path, step: int) -> Path:
-    """One checkpoint of all fake ranks."""
+    """Saves one checkpoint from all fake ranks."""
     on_all(states, folder, lambda manager, state: manager.save(step, state))
     return folder / f"step_{step}"
 
 
 def load_all(states: Sequence[CheckpointState], path: Path) -> list[Restored]:
-    """Loads it on all fake ranks."""
+    """Loads a checkpoint on all fake ranks."""
     return on_all(states, path.parent, lambda manager, state: manager.load(path, state))

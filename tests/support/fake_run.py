@@ -1,4 +1,5 @@
-"""What a run does beside training steps, on fake CUDA tensors: a held-out evaluation, and the copies of asynchronous saves.
+"""Runs the rest of a run besides training steps on fake CUDA tensors: held-out evaluation, and copies of asynchronous
+saves.
 
 `python -m tests.support.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that `tools.fake_gpu.fake_cuda.child`
 started, prints JSON of `observed`.
@@ -22,12 +23,12 @@ from tools.fake_gpu import fake_cuda, fake_step
 
 
 def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 2) -> dict[str, Any]:
-    """Takes two training steps, a run's last evaluation on `held_out` batches, and two saves.
+    """Takes two training steps, the evaluation at the end of a run on `held_out` batches, and two saves.
 
-    Returns for "first step", "step", "evaluation", "first save" and "save": host reads by name (by file if the name is a
-    source line), copies for which the host waits by file, operations with tensors of both devices, and the names of
-    collectives in order. Under "snapshot", for the second save: the numbers of tensors and copies, whether all tensors are
-    on the host, and whether they are the tensors of the first save.
+    Returns, for "first step", "step", "evaluation", "first save" and "save": the host's reads by name (by file if the
+    name is a source line), by file the copies for which the host waits, operations with tensors of both devices, and
+    the names of collectives in order. The entry "snapshot" has, for the second save, the numbers of tensors and copies,
+    whether all tensors are on the host, and whether they are the tensors of the first save.
     """
     found: dict[str, Any] = {}
     recorder, training = run.recorder, run.training
@@ -56,7 +57,7 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
         note("evaluation", lambda: evaluator(1, final=True, trained=trained[: evaluator.calibration]))
 
     snapshots: list[Snapshot] = []
-    checkpoints: Any = SimpleNamespace(rank=1, write=snapshots.append)  # rank 1, because rank 0 logs the committed folder
+    checkpoints: Any = SimpleNamespace(rank=1, write=snapshots.append)  # not rank 0, which would log the committed folder
     saver = resume.Resumable(training, run.layout.placement, checkpoints, run.config, run.manifest)
     with mock.patch.object(resume, "generator_states", generators):
         for name in ("first save", "save"):
@@ -72,7 +73,7 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
 
 
 def _by_file(noted: Counter[Any]) -> dict[str, int]:
-    """Leaves out phases and line numbers, which change with any edit of a file."""
+    """Leaves out phases and line numbers, because any edit of a file changes them."""
     found: Counter[str] = Counter()
     for key, number in noted.items():
         found[(key if isinstance(key, str) else key[-1]).split(".py:")[0]] += number

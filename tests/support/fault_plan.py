@@ -1,4 +1,4 @@
-"""The planned faults of a run, as its ranks read them."""
+"""The plan of a run's faults, as its ranks read it."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
     @property
     def feasible(self) -> bool:
-        """Whether the phase has gradients, writes or touches a file; docs/reliability.md has the reasons."""
+        """Returns whether the phase has gradients, writes or files, if the kind needs them; see docs/reliability.md."""
         if self.kind == "non-finite gradient":
             return self.phase in ("forward", "dispatch", "combine", "backward")
         if self.kind == "ENOSPC":
@@ -39,10 +39,10 @@ class Fault:
     """A fault that strikes once.
 
     Attributes:
-        number: Place in the plan. A fault of phase `import` strikes at the first start after the previous fault.
+        number: Position in the plan. A fault of phase `import` strikes at the first start after the previous fault.
         rank: The rank that fails.
         step: Optimizer step (1-based) of the fault; for phases of saving, the first save at this step or later.
-        kind, phase: Of KINDS and PHASES. The kind 'SIGKILL all' kills every rank.
+        kind, phase: Members of KINDS and PHASES. The kind 'SIGKILL all' kills every rank.
         delay: Seconds from the beginning of the phase, for 'SIGKILL all'.
     """
 
@@ -95,5 +95,5 @@ def build_interposer(folder: Path) -> Path:
 
 
 def environment(plan: Path, interposer: Path) -> dict[str, str]:
-    """Returns the variables of a launcher whose ranks run `PROGRAM`."""
+    """Returns the environment of a launcher whose ranks run `PROGRAM` with the plan."""
     return {PLAN: str(plan), PRELOADED: str(interposer)}

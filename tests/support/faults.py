@@ -1,5 +1,5 @@
-"""A rank that fails at a chosen place: `python -m tests.support.faults CONFIG ...` trains like `moe_dist.train` until the
-rank, step and phase in MOE_DIST_TEST_FAULT.
+"""Makes a rank fail at a chosen place: `python -m tests.support.faults CONFIG ...` trains like `moe_dist.train` until
+it reaches the rank, step and phase in MOE_DIST_TEST_FAULT.
 
     MOE_DIST_TEST_FAULT='{"rank": 1, "step": 3, "phase": "before_step", "kind": "kill"}'
 
@@ -27,7 +27,8 @@ VARIABLE = "MOE_DIST_TEST_FAULT"
 
 
 def fault(*, rank: int, step: int, phase: str, kind: str | Sequence[str]) -> dict[str, str]:
-    """Returns the environment that makes one rank fail. Several kinds apply to torchrun's attempts in turn."""
+    """Returns the environment that makes one rank fail. If `kind` is a sequence, torchrun's attempts get one kind each,
+    in order."""
     return {VARIABLE: json.dumps({"rank": rank, "step": step, "phase": phase, "kind": kind})}
 
 
@@ -86,7 +87,7 @@ def inject(spec: Mapping[str, Any]) -> None:
     first = {"step": 0}
 
     def fit(original: Callable[..., Any], self: Trainer) -> Any:
-        first["step"] = self.progress.step  # a resumed run continues counting
+        first["step"] = self.progress.step  # a resumed run does not count from 0
         return original(self)
 
     around(TrainingStep, "__call__", step)

@@ -1,4 +1,4 @@
-"""Runs the commands of a documentation page as they are written there."""
+"""Runs the commands of a documentation page as written."""
 
 import json
 import os
@@ -13,7 +13,7 @@ PROGRAMS = {"moe-dist": f"{sys.executable} -m moe_dist", "python": sys.executabl
 
 
 def guide_commands(page: str, heading: str) -> list[str]:
-    """Returns the commands of the first console block below a heading, one per line."""
+    """Returns the commands of the first console block below a heading, one string per command."""
     part = (ROOT / "docs" / page).read_text().partition(f"{heading}\n")[2].partition("```console\n")[2]
     lines = re.sub(r"\\\n\s*", "", part.partition("```")[0]).splitlines()
     assert lines, f"docs/{page} has no commands below {heading}"
@@ -22,7 +22,7 @@ def guide_commands(page: str, heading: str) -> list[str]:
 
 
 def run_commands(commands: Sequence[str], folder: Path) -> None:
-    """Runs commands in the folder with this interpreter. Fails with the output of the first failing command."""
+    """Runs commands in the folder with this Python. Fails with the output of the first command that fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for command in commands:
         line = re.sub("^(moe-dist|python) ", lambda found: f"{PROGRAMS[found[1]]} ", command)

@@ -1,8 +1,8 @@
 """Converts weights of Hugging Face's mixture-of-experts blocks to our logical names.
 
-A family's map is a list of rules. A rule turns one of their tensors into one or more of ours. They stack the experts and
-fuse gate and up; we name each expert. Rules apply to gradients as to weights. They know only names and shapes, and import
-no transformers.
+Each family has a list of rules. A rule turns one of transformers' tensors into one or more of ours. Transformers stack
+the experts and fuse gate and up, while we name each expert. The rules also convert gradients. They use only names and
+shapes, and do not import transformers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ from tests.support.agreement import Arrays, arrays, smallest_gap
 
 
 def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
-    """Returns the smallest gap at a token's last choice, of experts and of groups of experts, in any layer of their
-    model."""
+    """Returns the smallest gap between a token's last chosen expert, or group of experts, and the next, over all layers
+    of their model."""
     config: Any = model.config
     biases = [bias for name, bias in model.state_dict().items() if name.endswith("e_score_correction_bias")]
     gaps = []
@@ -48,7 +48,7 @@ def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
 
 
 def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
-    """Returns all tensors of their model in memory, under our names; zeros where it has none.
+    """Returns all tensors of their model under our names, with zeros for those that it lacks.
 
     Args:
         config: Its config.json.
@@ -59,7 +59,7 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
         ours = found[slot.name] = torch.zeros(slot.shape)
         places = [place for place in slot.places if place.name in named][:1] or slot.places[:1]
         boxes = ours.split(1) if slot.next_rows else [ours]
-        for box, place in zip(boxes, (*places, *slot.next_rows), strict=bool(slot.places)):  # a dense FFN has no router
+        for box, place in zip(boxes, (*places, *slot.next_rows), strict=bool(slot.places)):  # a dense FFN lacks a router
             if place.name in named:
                 box.copy_(named[place.name].contiguous().as_strided(box.shape, place.strides or box.stride(), place.begin))
     return arrays(found)
@@ -67,7 +67,7 @@ def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> A
 
 @torch.no_grad()
 def load(module: nn.Module, logical: Mapping[str, Tensor], placement: ExpertPlacement, ep_rank: int) -> None:
-    """Fills every parameter and saved buffer of a model or MoE layer with this rank's part. Every name must exist."""
+    """Fills every parameter and saved buffer of a model or MoE layer. `logical` must have every name."""
     for path, tensor in module.state_dict(keep_vars=True).items():
         name = logical_name(path)
         if "experts." in name:

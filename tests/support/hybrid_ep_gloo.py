@@ -1,8 +1,8 @@
 """A stand-in for `deep_ep.HybridEPBuffer` (branch hybrid-ep) in torch over gloo.
 
-It has dispatch with permutation, combine with the reverse, and their requirements, from `deep_ep/hybrid_ep_buffer.py` and
-`csrc/hybrid_ep/` of that branch. Pairs arrive sorted by expert, and within an expert by source rank and token. With a
-handle the host does not know `num_permuted_tokens`, so a repeated dispatch must pass it.
+It implements dispatch with permutation and combine with the reverse permutation, and checks the requirements of
+`deep_ep/hybrid_ep_buffer.py` and `csrc/hybrid_ep/` on that branch. Pairs arrive sorted by expert, and for one expert by
+source rank and token. With a handle the host does not know `num_permuted_tokens`, so a repeated dispatch must pass it.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from torch import Tensor
 from tests.support.deep_ep_gloo import as_package
 from tests.support.sorted_pairs_gloo import SortedPairs
 
-ROUTING, FUSED = 4, 9  # positions in the handle of the routing, and of the flag for a fused dispatch
+ROUTING, FUSED = 4, 9  # positions of the routing and of the flag for a fused dispatch in the handle
 
 
 class HybridEPBuffer:
-    """The permuting part of `deep_ep.HybridEPBuffer`."""
+    """The part of `deep_ep.HybridEPBuffer` that permutes."""
 
     strict = True  # if false, accepts rows of any dtype and width
     ranks_per_domain = 0  # number of neighbouring ranks in an NVLink domain; 0 means all
@@ -38,7 +38,7 @@ class HybridEPBuffer:
         self.num_of_hybrid_ep_ranks_per_nvlink_domain = self.ranks_per_domain or self.size
         self.hidden_dim, self.num_local_experts = hidden_dim, num_local_experts
         assert num_local_experts * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0
-        dist.barrier(group)  # every rank must create its buffer
+        dist.barrier(group)  # requires that every rank creates its buffer
 
     def dispatch_with_permute(
         self, *, hidden: Tensor, topk_idx: None = None, topk_weights: None = None,
@@ -96,7 +96,7 @@ class HybridEPBuffer:
             assert hidden.shape[1] % 16 == 0
 
     def _handle(self, routing_map: Tensor, *, fused: bool) -> tuple[Any, ...]:
-        """Gathers the map, as HybridEP does. Every rank has the same number of tokens."""
+        """Gathers the map, as HybridEP does. Every rank must have the same number of tokens."""
         assert routing_map.dtype == torch.bool
         assert routing_map.is_contiguous()
         assert routing_map.shape[1] == self.size * self.num_local_experts
@@ -107,7 +107,7 @@ class HybridEPBuffer:
             assert routing_map.shape[0] * self.num_of_hybrid_ep_ranks_per_nvlink_domain % 4 == 0, "TMA 16B alignment"
         routing = SortedPairs(self.group, routing_map)
         arrived = torch.tensor([routing.num_rows], dtype=torch.int32)
-        # The handle has eleven fields in a dense layout. Field 3 counts arrived rows, field 8 this rank's tokens.
+        # The handle of a dense layout has eleven fields. Field 3 counts arrived rows, field 8 this rank's tokens.
         return None, None, None, arrived, routing, None, None, None, routing_map.shape[0], fused, None
 
 

@@ -1,4 +1,4 @@
-"""An imported model on one rank, in memory."""
+"""Loads an imported model on one rank into memory."""
 
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,13 @@ def load_imported(folder: Path) -> tuple[Transformer, CheckpointState]:
 
 
 def manager(folder: Path) -> CheckpointManager:
-    """Returns the manager of the checkpoints in a folder, for one rank."""
+    """Returns the manager, for one rank, of a folder's checkpoints."""
     return CheckpointManager(folder, keep=1, lease_check=lambda: None)
 
 
 @torch.no_grad()
 def logits_of(model: Transformer, tokens_BS: Tensor) -> tuple[Tensor, int]:
-    """Returns logits [B, S, V] of documents of one modality, and the (token, expert) pairs of all layers."""
+    """Returns logits [B, S, V] of documents of one modality, and the number of (token, expert) pairs in all layers."""
     zeros, (batch, length) = torch.zeros_like(tokens_BS), tokens_BS.shape
     logits, reports = model(tokens_BS, torch.arange(length).expand(batch, -1), zeros, zeros)
     return logits, sum(report.sent.pairs for report in reports)

@@ -1,7 +1,7 @@
-"""Training with planned faults: `python -m tests.support.injection CONFIG ...` trains like `moe_dist.train`, and fails as
-planned in the file of MOE_DIST_TEST_PLAN.
+"""Training with planned faults: `python -m tests.support.injection CONFIG ...` trains like `moe_dist.train`, and fails
+as the file in MOE_DIST_TEST_PLAN says.
 
-Each fault strikes once, for any number of attempts.
+Each fault strikes once, in whichever attempt reaches it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tests.support.injector import Injector
 
 
 class Injection:
-    """Wraps the functions of each phase with one rank's faults."""
+    """Wraps the functions of each phase so that one rank's faults strike in them."""
 
     def __init__(self, injector: Injector) -> None:
         self._injector, self._data = injector, injector.plan.data
@@ -25,7 +25,7 @@ class Injection:
     # --- before torch is imported
 
     def around_start(self) -> None:
-        """Covers phase import, until the rank begins to build."""
+        """Covers the phase `import`, which lasts until the rank begins to build."""
         import moe_dist.train.__main__ as program
         from moe_dist.runtime.run_folder import RunFolder
 
@@ -142,7 +142,7 @@ class Injection:
         return fault
 
     def _strike_if_training(self, phase: str) -> Fault | None:
-        """Strikes only in training, because an evaluation takes no step."""
+        """Strikes only in training, because an evaluation belongs to no step."""
         import torch
 
         return self._strike_if_due(phase) if torch.is_grad_enabled() else None
@@ -181,7 +181,7 @@ def _halve(folder: Path, number: int) -> None:
 
 if __name__ == "__main__":
     if os.environ.get(PRELOADED) and os.environ.get("LD_PRELOAD") != os.environ[PRELOADED]:
-        # Only ranks preload the library, not the launcher. exec keeps the process id and the parent.
+        # Only ranks preload the library, and the launcher does not. exec keeps the process id and the parent.
         os.environ["LD_PRELOAD"] = os.environ[PRELOADED]
         os.execv(sys.executable, [sys.executable, *PROGRAM, *sys.argv[1:]])
 

@@ -1,4 +1,4 @@
-"""One rank's faults: finds the due fault, and causes it."""
+"""Finds the due faults of one rank, and causes them."""
 
 import contextlib
 import ctypes
@@ -16,19 +16,19 @@ from tests.support.fault_plan import SAVING, Fault, FaultPlan
 
 
 class Injector:
-    """Takes one rank's faults of a plan, each once, for any number of attempts."""
+    """Causes each of one rank's faults once, in whichever attempt reaches it."""
 
     def __init__(self, plan: FaultPlan, rank: int) -> None:
         self.plan, self._rank = plan, rank
         self._lock = threading.Lock()
         full = [each for each in plan.faults if each.kind == "ENOSPC" and plan.struck(each.number) is not None]
-        if rank == 0 and full and plan.disk is not None:  # a rank that was killed while it filled the disk has left it full
+        if rank == 0 and full and plan.disk is not None:  # a rank killed while it filled the disk has left it full
             (plan.disk / "filler").unlink(missing_ok=True)
 
     # --- find the due fault
 
     def due(self, phase: str, step: int) -> Fault | None:
-        """Returns this rank's due fault in a phase, and records that it has struck."""
+        """Returns the fault that is due on this rank in a phase, and records that it struck."""
         for fault in self.plan.faults:
             if (fault.phase, fault.rank) != (phase, self._rank) or self.plan.struck(fault.number) is not None:
                 continue
@@ -54,7 +54,7 @@ class Injector:
     # --- cause a fault
 
     def strike(self, fault: Fault) -> None:
-        """Causes the kinds that need only this process."""
+        """Causes faults of the kinds that need only this process."""
         if fault.kind == "exception":
             raise RuntimeError("a fault that a test injected")
         if fault.kind == "SIGKILL":
@@ -102,7 +102,7 @@ class Injector:
             filler.unlink()
 
     def around_files(self, fault: Fault | None, fragment: str, call: Callable[[], Any]) -> Any:
-        """Calls `call` while its files fail as the fault demands."""
+        """Calls `call` while access to matching files fails as the fault says."""
         if fault is None:
             return call()
         if fault.kind == "ENOSPC":

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 
 def invoke(command: Callable[..., Any], *arguments: object) -> Result:
-    """Returns exit code, output and exception of `command` with these words."""
+    """Returns exit code, output and exception of `command` with these arguments."""
     app = typer.Typer()
     app.command()(command)
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -1,4 +1,4 @@
-"""The requirements of a run with faults: the bits of the undisturbed run, and the expected end of each fault."""
+"""The requirements of a run with faults: the bits of an undisturbed run, and the expected end of each fault."""
 
 import contextlib
 import json
@@ -20,9 +20,9 @@ from moe_dist.runtime.run_folder import RunFolder
 from tests.support.fault_plan import PLAN, SAVING, Cell, Fault, FaultPlan
 from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECONDS
 
-START_SECONDS = 60.0  # limit of a rank's start until it waits for its peers, on a busy machine
-END_SECONDS = 10.0  # limit from a rank's death to the end of all ranks
-SURVIVED = ("ENOSPC", "EIO", "truncated file")  # during a save: reported, and the save is tried again
+START_SECONDS = 60.0  # limit for the start of a rank until it waits for its peers, on a busy machine
+END_SECONDS = 10.0  # limit from the death of a rank to the end of all ranks
+SURVIVED = ("ENOSPC", "EIO", "truncated file")  # kinds that a save survives: it reports them, and is tried again
 TRIED_AGAIN = "training continues, the next interval tries again"
 _BEGUN, _DURABLE = re.compile(r"checkpoint step_(\d+): training went on"), re.compile(r"checkpoint step_(\d+): durable")
 
@@ -33,7 +33,7 @@ Seen = dict[str, Any]
 
 
 def tensors(run: RunFolder) -> dict[tuple[str, str], np.ndarray]:
-    """Returns all pieces of the newest checkpoint, parameters and moments, by name and place."""
+    """Returns all pieces of the newest checkpoint (parameters and moments) by name and position."""
     folder = run.checkpoints / (run.checkpoints / "latest").read_text().strip()
     found: dict[tuple[str, str], np.ndarray] = {}
     for path in sorted(folder.glob("shard_*.safetensors")):
@@ -44,7 +44,7 @@ def tensors(run: RunFolder) -> dict[tuple[str, str], np.ndarray]:
 
 
 def differences(run: RunFolder, undisturbed: RunFolder) -> list[str]:
-    """Returns differences in any bit, and steps that are missing or repeated."""
+    """Returns tensors and steps that are not bit-equal, and steps that are missing or repeated."""
     faults = []
     ours, theirs = tensors(run), tensors(undisturbed)
     if ours.keys() != theirs.keys():
@@ -61,7 +61,7 @@ def differences(run: RunFolder, undisturbed: RunFolder) -> list[str]:
 
 
 def unverified(run: RunFolder) -> list[str]:
-    """Returns the faults of the checkpoint that `latest` names, found by the user's tool and by reading every piece."""
+    """Returns the faults of the checkpoint that `latest` names, as `verify` and a read of every piece find them."""
     if not committed_step(run.checkpoints):
         return []
     try:
@@ -76,7 +76,7 @@ def unverified(run: RunFolder) -> list[str]:
 
 
 def left_over(plan: Path) -> list[int]:
-    """Returns processes that still run with the plan in their environment."""
+    """Returns the processes that have the plan in their environment and still run."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -114,7 +114,7 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
             seen["restarted"] = bool(following) and following[0].restarts > 0
         others = [each for each in plan.faults if each != fault and _strikes(records[each.number], record["attempt"])]
         if survives(fault):
-            # The next save waits for this one, and reports its failure at the latest.
+            # The next save waits for this one and reports its failure, if nothing did so earlier.
             over = seen.get("verdict") == 0 or end["step"] > record["step"] + SAVE_EVERY
             seen["reported"] = TRIED_AGAIN in log_of(run, fault.rank, record["attempt"]) if over else None
             others = [each for each in others if not survives(each)]
@@ -136,11 +136,11 @@ def survives(fault: Fault | Cell) -> bool:
 
 
 def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the missing effects of a fault that ends an attempt, if it was the only one of its attempt."""
+    """Yields the expected effects that are missing, for a fault that ends an attempt and was alone in it."""
     verdict, reason = seen.get("verdict"), str(seen.get("reason", ""))
     if fault.kind in ("exception", "SIGKILL") and seen["to_end"] > END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"
-    # Before the rendezvous, each peer waits from its own start.
+    # Before the rendezvous each peer waits from its own start.
     waited = MEETING_SECONDS + START_SECONDS if fault.phase == "import" else 1.2 * WATCHDOG_SECONDS
     if fault.kind == "SIGSTOP" and seen["to_end"] > waited + END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"
@@ -168,11 +168,11 @@ def redone(end: Mapping[str, Any]) -> int:
 
 
 def too_many_redone(end: Mapping[str, Any], missed: int, unfinished: int | None) -> bool:
-    """Returns whether too many steps are lost. Allowed are one interval since the last possible durable save, one more for
-    each failed save, and the steps taken during an unfinished save.
+    """Returns whether too many steps are lost. The limit is one interval since the last possible durable save, one more
+    for each failed save, and the steps taken during an unfinished save.
 
     Args:
-        missed: Saves of the attempt that a fault made fail.
+        missed: Number of the attempt's saves that failed by a fault.
         unfinished: Step of the save that was in flight when the attempt ended.
     """
     saved = int(end["step"]) if unfinished is None or unfinished <= end["committed"] else unfinished
@@ -180,8 +180,7 @@ def too_many_redone(end: Mapping[str, Any], missed: int, unfinished: int | None)
 
 
 def in_flight(log: str) -> int | None:
-    """Returns the step of the save that rank 0 had begun and not finished, from its log of an attempt; None if there was
-    none."""
+    """Returns the step of the save that rank 0 had begun and not finished, by its log of an attempt, or None."""
     begun, durable = ([int(step) for step in pattern.findall(log)] for pattern in (_BEGUN, _DURABLE))
     return begun[-1] if begun and begun[-1] not in durable else None
 

@@ -1,4 +1,4 @@
-"""One training on any layout of ranks: three optimizer steps of a small float64 model on made-up batches."""
+"""Trains a small float64 model on made-up batches for three optimizer steps, on any layout of ranks."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from tests.support.worlds import RankContext
 SEQ_LEN = 12
 HIDDEN_DIM = 16
 LAYERS = 2
-SEQUENCES = 8  # sequences of a micro-batch over all ranks
+SEQUENCES = 8  # sequences of a micro-batch on all ranks together
 MICRO_BATCHES = 2
 STEPS = 3
 TEXT, IMAGE = (0, 96), (96, 192)
@@ -51,7 +51,7 @@ E = sum(group.num_experts for group in GROUPS)
 
 @dataclass(frozen=True)
 class Layout:
-    """One distribution of the same run over ranks, with its options."""
+    """One way to distribute the same run over ranks, with its options."""
 
     ep: int = 1
     edp: int = 1
@@ -61,39 +61,39 @@ class Layout:
     precision: str = "float64"
     pair_budget: int | None = None
     capacity: float | None = None
-    free: bool = False  # groups with identity and constant experts beside the null ones, and a selection bias
-    balance: bool = False  # load controllers on the selection bias
+    free: bool = False  # groups have identity and constant experts besides null experts, and a selection bias
+    balance: bool = False  # load controllers adjust the selection bias
     balance_per: str = "expert"  # or "group"
-    limited: bool = False  # sigmoid scores, limited to one node group of two
-    adaptive: str | None = None  # kind of a router that chooses the number of experts by token
+    limited: bool = False  # sigmoid scores, limited to one of two node groups
+    adaptive: str | None = None  # kind of a router that chooses each token's number of experts
     overlap: bool = False
     chunks: int = 1
     halves: bool = False  # parallel.two_batch_overlap
     ranks_per_node: int | None = None
-    choice: str | None = None  # expert choice with this scope: rank, ep_group, world
-    choice_causal: str = "threshold"  # with "auxiliary" only the auxiliary routers are trained
+    choice: str | None = None  # expert choice with this scope: rank, ep_group or world
+    choice_causal: str = "threshold"  # "auxiliary" trains only the auxiliary routers
     noise: float = 0.0
-    parts: int = 1  # number of parts into which each micro-batch of a rank is cut
+    parts: int = 1  # number of parts into which a rank divides each micro-batch
     per_pair: bool = False
-    room: float | None = None  # dispatch `static` with this room
+    room: float | None = None  # room of the dispatcher `static`, which this selects
     mixture_of_depths: str | None = None  # selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
-    tuned: tuple[int, ...] = ()  # only the routers of these layers are trained
+    tuned: tuple[int, ...] = ()  # trains only the routers of these layers
     lora: str | None = None  # LoRA experts with this kind of weight, and LoRA on the attention, on a frozen base
-    ffn_lora: str | None = None  # LoRA on the FFN experts of a frozen base: each (one for each expert) or shared
-    attention_lora: bool = False  # LoRA on attention and shared expert, beside ffn_lora
+    ffn_lora: str | None = None  # LoRA on the FFN experts of a frozen base: `each` has one per expert, `shared` one for all
+    attention_lora: bool = False  # besides ffn_lora, LoRA on attention and shared expert
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
     balance_scope: str = "micro_batch"
     fsdp_gather: str = "micro_batch"
     loss_words: int | None = None
-    null_weight: tuple[float, ...] | None = None  # null weights of the balance loss, by group
-    distilled: Divergence | None = None  # 0.7 of the loss is the KL of a teacher with other weights
+    null_weight: tuple[float, ...] | None = None  # null weights of the balance loss by group
+    distilled: Divergence | None = None  # 0.7 of the loss is the KL from a teacher with other weights
     optimizer: str = "adamw"
-    compiled: bool = False  # dense parts by torch.compile, without code generation
-    tied: bool = False  # the output weight is the embedding
+    compiled: bool = False  # compiles dense parts by torch.compile, without code generation
+    tied: bool = False  # the output layer has the embedding's weight
     replicas: bool = False  # experts may get replicas
-    depth_parts: int = 1  # for the oracle on one rank: number of equal parts of its tokens, each a selection scope
+    depth_parts: int = 1  # for the one-rank oracle: number of equal parts of its tokens, each a selection scope
     form: str | None = None  # a key of FORMS
 
     @property
@@ -115,7 +115,7 @@ class Layout:
         return replace(GROUPS[0], num_identity=1, num_constant=2), replace(GROUPS[1], num_constant=1)
 
     def __str__(self) -> str:
-        """Returns the number of ranks, and each value that is not the default, for ids of tests."""
+        """Returns the number of ranks and each value that is not the default, as the id of a test."""
         chosen = [
             (each.name, getattr(self, each.name)) for each in fields(self)[2:] if getattr(self, each.name) != each.default
         ]
@@ -128,7 +128,7 @@ CONTROLLERS = (
     {"kind": "active_experts", "target": {"text": 1.2, "image": 0.9}, "rate": 0.5, "decay_steps": 2, "per": "expert"},
     {"kind": "loss_free", "rate": 0.01},
 )
-# Parts of published families that the layouts above lack: keys of the section `model`, and of `model.moe`.
+# Parts of published models that the layouts above lack, as keys of the section `model` and of `model.moe`.
 FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
     None: ({}, {}),
     "longcat_flash": (
@@ -182,7 +182,8 @@ FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of one rank. Arrays have logical names. Gradients are from the first step, parameters from the last."""
+    """The results of one rank. Arrays have logical names. Gradients are from the first step, parameters from the
+    last."""
 
     steps: list[StepResult]
     gradients: dict[str, np.ndarray]
@@ -191,7 +192,7 @@ class Outcome:
     logits: np.ndarray
     biases: dict[str, np.ndarray]  # biases of all layers and groups; empty without a selection bias
     buffers: dict[str, np.ndarray]
-    smallest_gap: float  # smallest gap between a token's last choice and the next column, over all tokens, layers and steps
+    smallest_gap: float  # smallest gap between a token's last choice and the next column, over tokens, layers and steps
 
 
 def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -> ExpertPlacement:
@@ -214,14 +215,14 @@ def placement_of(name: str, ep: int, groups: tuple[ExpertGroup, ...] = GROUPS) -
 
 
 def placement_for(layout: Layout) -> ExpertPlacement:
-    """Returns the placement of a layout's experts. LoRA experts are on every rank."""
+    """Returns the placement of a layout's experts. LoRA experts are on all ranks."""
     if layout.lora:
         return replicated_placement(layout.groups)
     return placement_of(layout.placement, layout.ep, layout.groups)
 
 
 def config_of(layout: Layout) -> Config:
-    """Returns a configuration with the layout's keys. Its data section is unused."""
+    """Returns a configuration that has the layout's settings. Nothing uses its data section."""
     dispatch: dict[str, Any] = {"kind": "all_to_all", "overlap": layout.overlap, "chunks": layout.chunks}
     if layout.per_pair:
         dispatch = {"kind": "known_counts"}
@@ -323,14 +324,14 @@ def config_of(layout: Layout) -> Config:
 
 
 def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
-    """Returns sequences [first, first + count) of one micro-batch.
+    """Returns the sequences [first, first + count) of one micro-batch.
 
-    Sequence 0 is all padding, 1 all text, 2 all image, and the rest are mixed. With 8 ranks there are thus a rank without
-    tokens, and ranks of one modality. A third of the tokens are prompts.
+    Sequence 0 is all padding, 1 all text, 2 all image, and the rest are mixed. With 8 ranks, one rank therefore has no
+    token, and some have one modality only. A third of the tokens are prompts.
 
-    No token occurs twice. With expert choice or mixture of depths, two tokens of one id may have equal scores in exact
-    arithmetic, at the start of documents and in mixture-of-depths layers. Rounding, which depends on the layout, would then
-    decide between them.
+    No token occurs twice. With expert choice or mixture of depths, two equal tokens may have equal scores in exact
+    arithmetic: at the start of documents, and in mixture-of-depths layers. Rounding, which depends on the layout, would
+    then decide between the two.
     """
     maker = BatchMaker(seq_len=SEQ_LEN, pad_id=0, modalities=[[TEXT], [IMAGE]])
     shuffled = np.random.default_rng([step, micro])
@@ -349,8 +350,8 @@ def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
 
 
 def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPlacement | None = None) -> ParallelModel:
-    """Returns the model of a layout on its mesh, initialised. Experts are placed by the layout or by the given
-    placement."""
+    """Returns the initialised model of a layout on its mesh. Places the experts by `placement`, or by the layout if it
+    is None."""
     config, placement = config_of(layout), placement or placement_for(layout)
     dtype = getattr(torch, layout.precision)
     master = torch.float64 if layout.precision == "float64" else torch.float32
@@ -389,7 +390,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPl
 
 
 def distillation(divergence: Divergence) -> Distillation:
-    """Returns the distillation term of a teacher with the plain layout's shape, whole on each rank."""
+    """Returns the distillation term of a teacher with the default layout's shape, which every rank holds completely."""
     placement = placement_of("interleaved", 1)
     teacher = build_model(config_of(Layout()), placement, ep_rank=0, ep_group=None, compute_dtype=torch.float64).double()
     initialise(teacher, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)
@@ -398,7 +399,7 @@ def distillation(divergence: Divergence) -> Distillation:
 
 
 def draw_second_matrices(model: nn.Module) -> None:
-    """Draws the adapters' B. At their initial value 0, A would have no gradient."""
+    """Draws the adapters' B, because A has no gradient as long as B is 0."""
     for _, name, _, parameter in named_parameters(model):
         if name.endswith((".b", "_b")):
             set_whole(parameter, normal_tensor(name, tuple(parameter.shape), seed=1, std=0.3))
@@ -437,12 +438,12 @@ class TrainingRank:
         self.step = TrainingStep(self.parallel, self.optimizer, placement=placement, comm_stats=stats, **{**own, **options})
 
     def logical(self, *, gradient: bool = False) -> dict[str, np.ndarray]:
-        """Returns parameters, or gradients, by logical name; see `whole_tensors.logical`."""
+        """Returns full parameters or gradients by logical name; see `whole_tensors.logical`."""
         return logical(self.parallel, self.placement, self.mesh, gradient=gradient)
 
 
 def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> Outcome:
-    """Trains the layout. Returns this rank's results.
+    """Trains the layout. Trains, and returns this rank's results.
 
     Args:
         checkpoint: Folder of the initial weights. A single rank first writes its own weights there.

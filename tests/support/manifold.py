@@ -1,4 +1,4 @@
-"""Slow references of router tuning's manifold term and of its weights, number by number from the formulas."""
+"""Slow references of router tuning's manifold term and of its weights, computed number by number from the formulas."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Our transformer and Megatron's GPTModel with the same weights."""
+"""Our transformer, and Megatron's GPTModel with the same weights."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ RECOMPUTE_MOE = {"recompute_granularity": "selective", "recompute_modules": ["mo
 
 @dataclass(frozen=True)
 class Layout:
-    """How Megatron's ranks are arranged, and what the experts are."""
+    """The sizes of Megatron's parallel groups, and the settings of the experts."""
 
     ep: int = 1
     tp: int = 1
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def settings(self) -> ExpertSettings:
-        """The experts are interleaved. If `uneven`, the first rank has all but three, and the last of four has none."""
+        """Interleaves the experts. If `uneven`, the first rank has all but three, and the last of four has none."""
         settings = ExpertSettings.model_validate_json(json.dumps(self.values))
         if not self.uneven:
             return settings
@@ -81,7 +81,7 @@ class Layout:
 
 
 def transformer_config(layout: Layout) -> Any:
-    """Megatron's TransformerConfig of the shared sizes."""
+    """Returns Megatron's TransformerConfig with the common sizes."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     experts = sum(group.num_experts for group in layout.settings.groups.values())
@@ -119,7 +119,7 @@ def transformer_config(layout: Layout) -> Any:
 
 
 def gpt_model(config: Any, spec: Any) -> Any:
-    """Megatron's GPTModel over a layer spec."""
+    """Returns Megatron's GPTModel with a layer spec."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     return GPTModel(
@@ -133,8 +133,8 @@ def gpt_model(config: Any, spec: Any) -> Any:
 
 
 def decoder_spec(layout: Layout, config: Any) -> Any:
-    """The spec of our decoder layers. Megatron has no norm for sequence parallelism without Transformer Engine or Apex, so
-    with it a block of layers has the norm of the engine."""
+    """Returns the spec of our decoder layers. Without Transformer Engine or Apex, Megatron has no norm for sequence
+    parallelism; a block of layers then has the engine's norm."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -155,7 +155,7 @@ def decoder_spec(layout: Layout, config: Any) -> Any:
 
 
 def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
-    """Our transformer on one rank, with weights drawn from `seed`."""
+    """Returns our transformer on one rank, with weights drawn from `seed`."""
     placement, wire = settings.model_copy(update={"placement": InterleavedSection()}).place(1), AllToAll(None, CommStats())
 
     def make_moe(_: int) -> MoELayer:
@@ -190,7 +190,7 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences of made-up tokens: ids, next tokens, modality ids (-1 for padding)."""
+    """Sequences of made-up tokens: ids, next tokens, and modality ids (-1 for padding)."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -206,7 +206,7 @@ class TokenBatch:
 
 
 def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBatch:
-    """Sequence 0 is all of the first modality, 1 all of the last, the rest mixed; a few tokens are padding."""
+    """Sequence 0 has only the first modality, 1 only the last, and the rest are mixed; a few tokens are padding."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
     labels = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
@@ -218,15 +218,15 @@ def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBat
 
 
 def causal_mask() -> Tensor:
-    """Megatron's mask: true where a query must not see a key."""
+    """Returns Megatron's mask, which is true where a query must not see a key."""
     return ~torch.ones(SEQ_LEN, SEQ_LEN, dtype=torch.bool).tril()[None, None]
 
 
 def our_loss(
     model: Transformer, batch: TokenBatch, settings: ExpertSettings, *, aux: bool, masked: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-    """The oracle: mean cross entropy over all tokens (masked: over tokens that are no padding) plus the aux terms; the
-    logits; and the aux terms of each MoE layer without their coefficients."""
+    """The oracle. Returns the mean cross entropy over all tokens (with `masked` over all but padding) plus the
+    auxiliary terms, the logits, and each MoE layer's auxiliary terms without coefficients."""
     groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
     logits, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
     labels = batch.labels_BS.masked_fill(batch.modality_BS < 0, -100) if masked else batch.labels_BS
@@ -243,7 +243,7 @@ def our_loss(
 
 
 def place_of(layout: Layout, state: Any) -> Place:
-    """This rank's place in the model; `state` is Megatron's `parallel_state`."""
+    """Returns this rank's place in the model; `state` is Megatron's `parallel_state`."""
     return Place(
         num_kv_heads=KV_HEADS,
         queries_per_kv=NUM_HEADS // KV_HEADS,
@@ -256,7 +256,7 @@ def place_of(layout: Layout, state: Any) -> Place:
 
 
 def megatron_tensors(model: Any, ours: Transformer, place: Place, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Weights or gradients of our model as those of one Megatron rank, by the parameters' names in its `model`."""
+    """Returns our model's weights or gradients in the form of one Megatron rank, by its parameters' names."""
     whole: dict[str, Tensor] = {}
     for each in named_parameters(ours):
         tensor: Any = each.parameter.grad if gradients else each.parameter.detach()
@@ -265,7 +265,7 @@ def megatron_tensors(model: Any, ours: Transformer, place: Place, *, gradients: 
         whole |= {f"{stem}.{i}.{leaf}": part for i, part in enumerate(tensor)} if stacked else {each.name: tensor}
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        found[name] = torch.full_like(parameter, float("nan"))  # a value that no piece sets shows
+        found[name] = torch.full_like(parameter, float("nan"))  # a value that no piece sets stays NaN
         for piece in pieces(name, found[name], place, first_layer=0, moe_layers=MOE_LAYERS):
             tensor = whole[piece.name]
             piece.set(tensor if piece.dim is None else tensor.chunk(place.tp_size, piece.dim)[place.tp_rank])
@@ -273,7 +273,7 @@ def megatron_tensors(model: Any, ours: Transformer, place: Place, *, gradients: 
 
 
 def expert_layers(model: Any) -> Iterator[Any]:
-    """The ExpertLayers of a Megatron model, in order."""
+    """Yields the ExpertLayers of a Megatron model in order."""
     from moe_dist.megatron.expert_layer import ExpertLayer
 
     return (module for module in model.modules() if isinstance(module, ExpertLayer))
@@ -281,7 +281,7 @@ def expert_layers(model: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Sets every parameter of a Megatron model; names and shapes must agree exactly."""
+    """Sets every parameter of a Megatron model; names and shapes must be the same."""
     parameters = dict(model.named_parameters())
     assert parameters.keys() == tensors.keys(), parameters.keys() ^ tensors.keys()
     for name, parameter in parameters.items():
@@ -290,13 +290,13 @@ def set_weights(model: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def gradients_of(model: Any) -> dict[str, Tensor]:
-    """Megatron's reduced gradients by name, from the buffers of its DDP."""
+    """Returns Megatron's reduced gradients by name, from the buffers of its DDP."""
     found = ((name, parameter) for name, parameter in model.module.named_parameters() if parameter.requires_grad)
     return {name: parameter.main_grad for name, parameter in found}
 
 
 def largest_difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> tuple[float, str]:
-    """Largest absolute difference over all tensors of `left`, and where it is."""
+    """Returns the largest absolute difference over all tensors of `left`, and its tensor's name."""
     worst = (0.0, "")
     for name, tensor in left.items():
         if tensor.numel():

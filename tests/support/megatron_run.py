@@ -1,4 +1,5 @@
-"""Our layer in a running Megatron (groups, DDP, gradients), and the same model of ours beside it; bodies of worlds."""
+"""Our layer in Megatron with its groups, DDP and gradients, and our model with the same weights, on the ranks of a
+world."""
 
 import contextlib
 import queue
@@ -25,12 +26,12 @@ from tests.support.megatron_model import (
     transformer_config,
 )
 
-SEQUENCES = 8  # of a micro-batch, over all data-parallel ranks
+SEQUENCES = 8  # of a micro-batch, on all data-parallel ranks together
 
 
 @contextlib.contextmanager
 def megatron(layout: Layout) -> Iterator[Any]:
-    """Megatron stands for a layout on all ranks of the world; gives its `parallel_state`."""
+    """Sets Megatron up for a layout on all ranks of the world; yields its `parallel_state`."""
     with megatron_on_cpu(), model_parallel(ep=layout.ep, tp=layout.tp, pp=layout.pp, cp=layout.cp):
         from megatron.core import parallel_state
         from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -41,10 +42,10 @@ def megatron(layout: Layout) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def checkpoint_writers() -> Iterator[None]:
-    """Megatron's checkpoint writer with threads in place of processes.
+    """Makes Megatron's checkpoint writer use threads instead of processes.
 
-    It forks workers, which ranks of a standing world (daemons, with gloo's threads) must not, and keeps a process for its
-    results, which would outlive a rank that is killed.
+    The writer forks workers, which daemons with gloo's threads, such as the ranks of a standing world, must not do. It
+    also keeps a process for its results, which would outlive a killed rank.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -60,7 +61,7 @@ def checkpoint_writers() -> Iterator[None]:
 
 
 def wrapped(model: Any, config: Any) -> Any:
-    """The model in Megatron's DDP."""
+    """Returns the model in Megatron's DDP."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
@@ -68,7 +69,7 @@ def wrapped(model: Any, config: Any) -> Any:
 
 
 def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
-    """Megatron's model (in its DDP) and ours, with the same weights; this rank's batch and all ranks'."""
+    """Returns Megatron's model (in its DDP) and ours with equal weights, and the batches of this and of all ranks."""
     settings, config = layout.settings, transformer_config(layout)
     ours = our_model(settings)
     model = gpt_model(config, decoder_spec(layout, config))
@@ -89,14 +90,14 @@ def backward(model: Any, batch: TokenBatch, *, modalities: bool = True) -> None:
 
 
 def own_sequences(state: Any) -> slice:
-    """This rank's sequences of a micro-batch."""
+    """Returns this rank's sequences of a micro-batch."""
     each = SEQUENCES // state.get_data_parallel_world_size()
     first = state.get_data_parallel_rank() * each
     return slice(first, first + each)
 
 
 def tracked() -> dict[str, list[float]]:
-    """Megatron's tracker after its own reduction, by layer."""
+    """Returns Megatron's tracked auxiliary terms by layer, after its own reduction."""
     try:
         from megatron.core.transformer.moe.moe_logging import (  # pyright: ignore[reportMissingImports]
             destroy_moe_metrics_tracker,

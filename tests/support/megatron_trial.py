@@ -1,4 +1,4 @@
-"""A short run of Megatron-Core's engine on a cluster, and the same run with moe_dist's engine on this machine."""
+"""A short run of Megatron-Core's engine on a cluster, and an equal run of moe_dist's engine on this machine."""
 
 import os
 import subprocess
@@ -21,14 +21,14 @@ CHANGES = (
     "evaluation.final_sequences=4",
     "evaluation.balance_efficiency=false",
     "evaluation.ablate_experts=false",
-    "optimizer.eps=1e-5",  # large enough that rounding of a gradient near zero makes no full Adam step
+    "optimizer.eps=1e-5",  # so large that rounding of a gradient near zero makes no full Adam step
 )
 # One rank reads the micro-batches of the pipeline's four ranks, so that balance losses have the same counts.
 OWN = ("engine={kind: moe_dist}", "parallel.ep=1", "parallel.edp=1", "placement={policy: interleaved}")
 
 
 def check_losses(run: RunFolder, root: Path) -> None:
-    """Requires that every step's loss is within 1e-5 of moe_dist's engine, whose run is written below `root`."""
+    """Requires that every step's loss is within 1e-5 of a run with moe_dist's engine, which writes below `root`."""
     command = [sys.executable, "-m", "launchers.local", CONFIG, *CHANGES, *OWN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

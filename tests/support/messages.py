@@ -1,10 +1,11 @@
-"""Error texts in one golden file. Tests assert an error's class and the keys that it names; the file has the words.
+"""The texts of errors, in one golden file. Tests assert an error's class and the keys that it names; the file has the
+words.
 
     with refused(ConfigError, "train.steps=0"):
         load_config(path)
 
-`tests/data/messages.json` maps each case to the whole text. A case is a test, with a number if the test meets several
-errors. After a change of words run the tests with MESSAGES=write, which writes the new texts, and read the diff.
+`tests/data/messages.json` maps each case to the whole text. A case is the name of a test, with a number if the test
+meets several errors. After a change of words, run the tests with MESSAGES=write and read the diff.
 """
 
 import fcntl
@@ -22,7 +23,7 @@ from pydantic import ValidationError
 
 GOLDEN = Path(__file__).parents[1] / "data" / "messages.json"
 ROOT = GOLDEN.parents[2]
-# Patterns for parts of a text that differ between machines and runs.
+# Patterns for the parts of a text that differ between machines or runs.
 _PASSING = (
     (re.compile(re.escape(str(ROOT))), "<root>"),
     (re.compile(r"(/[\w.-]+)*/pytest-of-\w+/pytest-\d+/(popen-gw\d+/)?[^/\s'\"`;:,]+"), "<tmp>"),
@@ -58,15 +59,15 @@ def refused(error: type[Exception], *keys: str, golden: bool = True) -> Iterator
 
 
 def _text(error: Exception) -> str:
-    """Returns the places and messages of pydantic's errors. The rest of their text cuts long values in the middle, such as
-    paths."""
+    """Returns the places and messages of a pydantic error, or the text of another error. The rest of pydantic's text
+    shortens long values, such as paths, in the middle."""
     if not isinstance(error, ValidationError):
         return str(error)
     return "\n".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
 
 
 def hold(text: str) -> None:
-    """Asserts that the golden file has this text for the running test. With MESSAGES=write, writes it there."""
+    """Asserts that the golden file has this text for the running test. With MESSAGES=write, writes it to the file."""
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0]
     _met[test] = number = _met.get(test, 0) + 1
     case = test if number == 1 else f"{test} #{number}"
@@ -84,7 +85,7 @@ def _golden() -> dict[str, str]:
 
 
 def write_new() -> None:
-    """Runs at the end of a session or worker, because a test may forbid writes."""
+    """Writes the new texts at the end of a session or worker, because a running test may forbid writes."""
     if not _new:
         return
     with GOLDEN.with_suffix(".lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""A whole run on one rank in this process, up to its resume: for tests of its saved state."""
+"""A whole run on one rank in this process, built and ready to resume: for tests of its saved state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +30,7 @@ def world_of_one() -> Iterator[None]:
 
 
 class OneRank:
-    """A whole run on one rank, up to its resume."""
+    """A whole run on one rank, built and ready to resume."""
 
     def __init__(self, data: Path, root: Path, controllers: Mapping[str, Controller] | None = None, **changes: Any) -> None:
         alone = {"parallel.ep": 1, "placement.policy": "interleaved"}
@@ -43,7 +43,7 @@ class OneRank:
 
     @contextmanager
     def trainer(self, further_sinks: Sequence[Any] = (), attempt_id: str = "one") -> Iterator[Trainer]:
-        """Yields the trainer of the run at its start, with the run's sinks and further ones."""
+        """Yields the trainer of the run at its start, with the run's sinks and `further_sinks`."""
         config = self.run.config
         env = RankEnv(0, 1, 0, 1, init_method="", attempt=0, attempt_id=attempt_id)
         attempt = Attempt(env)
@@ -58,7 +58,7 @@ class OneRank:
         attempt.lease.release()
 
     def train_and_save(self) -> Progress:
-        """Takes two steps of a new run on made-up gradients, and saves."""
+        """Takes two steps of a new run with made-up gradients, and saves."""
         assert self.resumable.restore() == Progress()
         for _ in range(2):
             for number, parameter in enumerate(self.training.parallel.model.parameters()):
@@ -73,6 +73,6 @@ class OneRank:
 
     def moments(self) -> torch.Tensor:
         states = self.training.optimizer.state
-        # a frozen parameter has no state
+        # frozen parameters have no state
         parameters = [each for each in self.training.parallel.model.parameters() if each in states]
         return torch.cat([states[each][name].flatten() for each in parameters for name in ("exp_avg", "exp_avg_sq")])

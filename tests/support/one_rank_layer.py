@@ -15,7 +15,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 def context_of(groups: tuple[ExpertGroup, ...], **fields: Any) -> DispatchContext:
-    """Returns the context of a dispatcher on one rank, which holds all experts."""
+    """Returns the context of a dispatcher on one rank with all experts."""
     experts = tuple(expert for group in groups for expert in group.experts)
     return DispatchContext(ExpertPlacement(groups, (experts,)), AllToAll(None, CommStats()), **fields)
 
@@ -23,7 +23,7 @@ def context_of(groups: tuple[ExpertGroup, ...], **fields: Any) -> DispatchContex
 def one_rank_layer(
     router: Any, dim: int, *, recompute: Any = "none", dispatcher: Any = None, std: float = 1.0, **experts: Any
 ) -> MoELayer:
-    """Returns a layer of the router's groups. Its parameters, and biases of a selection, are drawn with `std`.
+    """Returns a layer with the router's groups. Its parameters and selection biases are drawn with deviation `std`.
 
     Args:
         dispatcher: By default `AllToAllDispatcher`.

@@ -1,4 +1,4 @@
-"""A package outside of this project that offers a router, top_k of cosines, written as pip would install it."""
+"""A package outside of this project, written as pip would install it, with a router that takes the top k cosines."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class CosineRouter(TopKRouter):
 
 
 def write_package(folder: Path, *, name: str = PACKAGE, section: str = SECTION, kind: str = "acme_cosine") -> Path:
-    """Returns the folder, which offers the router if it is on sys.path."""
+    """Returns the package's folder; on sys.path, it offers the router."""
     module = name.replace("-", "_")
     (folder / module).mkdir(parents=True)
     for file, text in {"__init__": "", "section": section, "router": ROUTER}.items():

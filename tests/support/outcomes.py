@@ -1,4 +1,4 @@
-"""Compares the outcomes of a layout's ranks with one rank's."""
+"""Compares the outcomes of a layout's ranks with those of one rank."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +9,14 @@ import numpy as np
 from tests.support.agreement import Arrays, merged
 from tests.support.layouts import Layout, Outcome, train
 
-# Fields of a layout that change what is computed, and not only where.
+# Fields of a layout that change what a model computes, and not only where.
 OF_THE_MODEL = (
     "free", "null_logit", "balance_loss", "balance_scope", "null_weight", "tied", "optimizer", "distilled", "form"
 )  # fmt: skip
 
 
 def merged_outcomes(outcomes: list[Outcome], field: str) -> Arrays:
-    """Returns all ranks' tensors under logical names. Copies must be equal to the last bit."""
+    """Returns the tensors of all ranks under logical names. Copies must be bit-equal."""
     return merged([getattr(each, field) for each in outcomes])
 
 
@@ -30,11 +30,11 @@ def assert_same_tensors(outcomes: list[Outcome], one_rank: Outcome) -> None:
 
 
 def assert_equal_one_rank(run_in_world: Callable[..., list[Any]], layout: Layout, start: Path) -> Outcome:
-    """Trains a layout, and the same model on one rank from the same weights, and compares choices, losses, gradient norms,
-    tensors, logits, and between the ranks the order of exchanges. Returns the outcome of one rank.
+    """Trains a layout, and the same model on one rank from the same weights. Compares choices, losses, gradient norms,
+    tensors and logits, and requires the same order of exchanges on all ranks. Returns the outcome of one rank.
 
     Args:
-        start: An empty folder.
+        start: An empty folder for the initial weights.
     """
     alone = Layout(**{name: getattr(layout, name) for name in OF_THE_MODEL})
     one_rank: Outcome = run_in_world(1, train, alone, start)[0]

@@ -1,4 +1,4 @@
-"""One process that selects over the scopes of many ranks: the oracle of mixture of depths on several ranks."""
+"""One process that selects in the scopes of many ranks: the oracle for mixture of depths on several ranks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from tests.reference.mixture_of_depths import choose
 
 
 class PartedSet(SelectionScope):
-    """Equal parts of the tokens, each a selection scope in which the slow reference selects tokens."""
+    """Divides the tokens into equal parts, each a selection scope in which the slow reference selects tokens."""
 
     def __init__(self, parts: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class PartedSet(SelectionScope):
         taken = choose(scores, real, share_E.item(), sets)
         mask = torch.zeros(length, 1, dtype=torch.bool)
         mask[sorted(taken)] = True
-        # The mean over scopes of the lowest selected score, weighted by each scope's tokens.
+        # Averages the scopes' lowest selected scores, weighted by the scopes' numbers of tokens.
         weights = [sum(real[token] for token in members) for members in sets]
         last = logits_TE.new_tensor([min((scores[t] for t in members if t in taken), default=0.0) for members in sets])
         mean = (last.sigmoid() * last.new_tensor(weights)).sum() / max(1, sum(weights))

@@ -36,8 +36,8 @@ def pictured_data(folder: Path) -> Path:
 def pictured_run(
     data: Path, root: Path, *, max_seq_len: int = 96, begin: Callable[[OneRank], None] | None = None, **changes: Any
 ) -> Path:
-    """Returns the folder of a run of two steps on made-up gradients. It has mixture of depths unless `changes` (of
-    `OneRank`) say otherwise. `begin` may change the model before the steps."""
+    """Returns the folder of a run that took two steps with made-up gradients. It has mixture of depths unless `changes`
+    (of `OneRank`) turn it off. `begin` may change the model before the steps."""
     options: dict[str, Any] = {
         "model__vocab_size": VOCAB,
         "model__max_seq_len": max_seq_len,

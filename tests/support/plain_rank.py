@@ -1,4 +1,4 @@
-"""A rank that a launcher without knowledge of moe_dist starts, forked from a process that has imported torch."""
+"""A rank of a launcher that does not know moe_dist, forked from a process that has imported torch."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Faults of a cluster, planted on one node of `tests.support.slurm` within a block. Only the node's namespaces see them."""
+"""Plants faults of a cluster on one node of `tests.support.slurm` for a block. Only the node's namespaces see them."""
 
 import contextlib
 import importlib.metadata
@@ -19,7 +19,7 @@ class Node:
 
     def __init__(self, cluster: SlurmCluster, name: str) -> None:
         outer = (cluster.folder / "run" / f"{name}.pid").read_text().strip()
-        # Its child is the node's first process, which alone is in all of the node's namespaces.
+        # Only the child of this process, the node's first process, is in all of the node's namespaces.
         self.name, self._pid = name, Path(f"/proc/{outer}/task/{outer}/children").read_text().strip()
         hosts = (cluster.folder / "hosts").read_text().splitlines()
         self.address = next(line.split()[0] for line in hosts if line.split()[1] == name)
@@ -41,7 +41,7 @@ class Node:
 
     @contextmanager
     def read_only(self, folder: Path) -> Iterator[None]:
-        """Makes a folder read-only on the node, also for root."""
+        """Makes a folder read-only on the node, even for root."""
         with self.showing(folder, folder):
             self.run("mount", "-o", "remount,bind,ro", str(folder))
             yield
@@ -71,10 +71,10 @@ class Node:
 
 @contextmanager
 def slow_pair(first: Node, second: Node, *, rate: str) -> Iterator[None]:
-    """Limits the traffic between two nodes to `rate`, such as '50mbit'. Other traffic is unlimited."""
+    """Limits the traffic between two nodes to `rate`, such as '50mbit'. All other traffic is unlimited."""
     with contextlib.ExitStack() as stack:
         for here, there in ((first, second), (second, first)):
-            # unclassified traffic is not limited
+            # traffic outside of the class is not limited
             here.run("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb")
             stack.callback(here.run, "tc", "qdisc", "del", "dev", "eth0", "root")
             here.run("tc", "class", "add", "dev", "eth0", "parent", "1:", "classid", "1:2", "htb", "rate", rate)

@@ -1,4 +1,4 @@
-"""A model in the published form of null, copy and constant experts, for which transformers has no class."""
+"""A model in the published form of null, copy and constant experts, which no class of transformers has."""
 
 import json
 from pathlib import Path

@@ -1,12 +1,18 @@
-"""A rank that does all of a training but its steps, without torch, for tests of clusters and launchers.
+"""A rank without torch that does everything in a training except its steps, for tests of clusters and launchers.
 
-It opens the run, checks its place, gains steps, and ends as PRETEND says. PRETEND has the end of each attempt, and the last
-one repeats: `stop+5 done` means 5 steps and exit code 75, then 0. Ends are:
+It opens the run, checks its place, counts steps, and ends as PRETEND says. PRETEND has the end of each attempt, and its
+last one repeats: `stop+5 done` means 5 steps and exit code 75, then 0. Ends are:
 
-    done, stop (at once), wait (for a stop signal, then 75), fail (1, without a word), diverge (rank 2; peers are killed),
-    kill:R (rank R, by SIGKILL; its peers lose the connection), exit:R (rank R, by a native exit with 3; its peers as
-    before), freeze:R (rank R, by SIGSTOP; the watchdogs of its peers end them), gpu (rank 1 has lost its GPU), config (78,
-    on all ranks), close (0, but a sink of rank 0 closes 10 s late)
+    done       all ranks exit with 0
+    stop       all ranks exit with 75 at once; after `wait` only on a stop signal
+    fail       all ranks exit with 1, without a message
+    diverge    rank 2 diverges, and its peers are killed
+    kill:R     SIGKILL kills rank R, and its peers lose the connection
+    exit:R     rank R exits natively with 3, and its peers lose the connection
+    freeze:R   SIGSTOP freezes rank R, and its peers end by their watchdogs
+    gpu        rank 1 loses its GPU
+    config     all ranks exit with 78
+    close      all ranks exit with 0, but a sink of rank 0 closes 10 s late
 """
 
 import contextlib
@@ -43,7 +49,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
     with StopRequest(env.grace_seconds, attempt.expire) as stop, attempt:
         config = load_config(config_path, overrides)
         folder = attempt.open(config)
-        while folder.read_status().of(env.attempt_id) is None:  # rank 0 has not opened the run folder yet
+        while folder.read_status().of(env.attempt_id) is None:  # rank 0 has not yet opened the run folder
             time.sleep(0.02)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
         print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
@@ -91,7 +97,7 @@ def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int)
     if how == "config":
         raise ConfigError("optimizer.lr=-1: must be positive")
     if how == "gpu":
-        time.sleep(1.0)  # they notice the closed connection
+        time.sleep(1.0)  # the peers notice the closed connection
         raise ConnectionError("connection closed by peer")
     if how == "diverge" and env.rank == 2:
         raise DivergedError("loss was nan for 10 steps in a row")

@@ -1,4 +1,4 @@
-"""Waits for what other processes or threads do, and tells whether a process runs."""
+"""Waits for other processes or threads, and tells whether a process runs."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ def wait_until(condition: Callable[[], object], what: str = "") -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Returns whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:

@@ -1,6 +1,6 @@
-"""A real Ray on this machine: a head and labelled nodes, each at its own loopback address, and drivers that run there.
+"""A real Ray on this machine: a head and labelled nodes, each with a loopback address, and drivers that run there.
 
-Ray keeps all its files below RAY_TMPDIR, whose path must be short, because it contains Unix sockets.
+Ray keeps all its files below RAY_TMPDIR, whose path must be short because Unix sockets are in it.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ CONFIG = "configs/adamoe_moma_tiny_cpu.yaml"  # the default model
 DATA = ROOT / ".cache" / "data" / "openmoji"
 MODALITIES = ("text", "text", "image", "image")  # labels of nodes 0 to 3
 STORE_BYTES = 80_000_000
-MARK = "MOE_DIST_TEST_MARK"  # a mark in the environment of all processes that a run starts
-# Ranks 0 and 2 have image experts, 1 and 3 text experts, each on a node with this label.
+MARK = "MOE_DIST_TEST_MARK"  # variable that marks all processes which a run starts
+# Ranks 0 and 2 have image experts, ranks 1 and 3 text experts, each on a node whose label names this modality.
 INTERLEAVED = (
     "placement.groups={text: {ranks: [1, 3], node: {labels: {modality: text}}}, "
     "image: {ranks: [0, 2], node: {labels: {modality: image}}}}"
@@ -51,8 +51,8 @@ def environment(**more: str) -> Iterator[Path]:
         "RAY_TMPDIR": str(folder),
         "TMPDIR": str(folder),  # of the actors
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "180",  # a node may take minutes to start on a busy machine
-        "RAY_worker_niceness": "0",  # Ray's default 15 would starve them on a busy machine
+        "RAY_raylet_start_wait_time_s": "180",  # on a busy machine a node may take minutes to start
+        "RAY_worker_niceness": "0",  # Ray's default, 15, would starve workers on a busy machine
         "RAY_COLOR_PREFIX": "0",
         "GLOO_SOCKET_IFNAME": "lo",  # the machine's host name may not resolve
         "OMP_NUM_THREADS": "1" if drawn().threads == "user" else None,
@@ -80,10 +80,11 @@ def address(slot: int) -> str:
 
 
 class RayCluster:
-    """A head without CPUs and four nodes of one CPU, in this process.
+    """A head without CPUs and four nodes with one CPU each, all in this process.
 
     Args:
-        folder: RAY_TMPDIR. Each node has its own folder in it. Nodes in one folder would unpack the job's code at once.
+        folder: RAY_TMPDIR. Each node has a folder in it, because nodes in one folder would unpack the job's code at
+            once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -111,15 +112,15 @@ class RayCluster:
         )
 
     def kill(self, slot: int) -> None:
-        """Kills every Ray process of a node."""
+        """Kills all Ray processes of a node."""
         self._cluster.remove_node(self._nodes[slot], allow_graceful=False)
 
     def replace(self, slot: int, **variables: str) -> None:
-        """Starts a new node with the labels of a killed one, and with `variables` in the environment of its workers."""
+        """Starts a node with the labels of a killed one; its workers have `variables` in their environment."""
         self._nodes[slot] = self._add(slot, **variables)
 
     def slot_of(self, pid: int) -> int:
-        """Returns the node of a process, found among its ancestors."""
+        """Returns the node that started a process, found among the process's ancestors."""
         raylets = {node.all_processes["raylet"][0].process.pid: slot for slot, node in enumerate(self._nodes)}
         while pid not in raylets:
             pid = parent(pid)
@@ -136,7 +137,7 @@ class RayCluster:
 
 
 class Driver:
-    """A driver in its own process, and its run.
+    """A driver in another process, and its run.
 
     Args:
         module: The module to run.
@@ -174,7 +175,7 @@ class Driver:
         return self._log.read_text(errors="replace")
 
     def wait(self) -> int:
-        """Returns its exit code. Requires that no process of the run is left."""
+        """Returns the driver's exit code. Requires that no process of the run remains."""
         code = self.process.wait()
         self.wait_until(lambda: not marked(self.mark), "processes of the run are left", alive=False)
         return code
@@ -188,7 +189,7 @@ class Driver:
         self.wait_until(lambda: any(line["step"] >= step for line in steps(self.run)), f"step {step}")
 
     def ranks(self) -> dict[int, int]:
-        """Returns the process of each rank."""
+        """Returns the process id of each rank."""
         found = {}
         for pid in marked(self.mark):
             with contextlib.suppress(OSError, KeyError):
@@ -212,7 +213,7 @@ def steps(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def marked(mark: str) -> list[int]:
-    """Returns processes with a mark in their environment, in any session and with any parent, without zombies."""
+    """Returns the processes with a mark in their environment, in any session and with any parent, except zombies."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -223,7 +224,7 @@ def marked(mark: str) -> list[int]:
 
 
 def variables_of(pid: int) -> Mapping[str, str]:
-    """Returns the environment with which a process was started."""
+    """Returns the environment with which a process started."""
     words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
     return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -233,7 +234,7 @@ def parent(pid: int) -> int:
 
 
 def actor_of(rank_pid: int) -> int:
-    """Returns the Ray worker that is the ancestor of a rank's process."""
+    """Returns the Ray worker among the ancestors of a rank's process."""
     pid = parent(rank_pid)
     while "launchers.ray.rank_supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0"):
         pid = parent(pid)
@@ -241,7 +242,7 @@ def actor_of(rank_pid: int) -> int:
 
 
 def end_all(folder: Path) -> None:
-    """Kills all processes with this RAY_TMPDIR. `ray stop` would end every Ray on the machine."""
+    """Kills all processes with this RAY_TMPDIR. `ray stop` would also end every other Ray on the machine."""
     ours = f"RAY_TMPDIR={folder}".encode()
     for _ in range(20):
         left = []
@@ -260,7 +261,7 @@ def end_all(folder: Path) -> None:
 
 
 class StartedRay:
-    """A Ray started by `ray start`: a head with the job API, and four nodes of one CPU.
+    """A Ray that `ray start` started: a head with the job API, and four nodes with one CPU each.
 
     Args:
         folder: RAY_TMPDIR.
@@ -270,10 +271,10 @@ class StartedRay:
         gcs, dashboard = free_port(), free_port()
         self.address = f"127.0.0.100:{gcs}"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
-        # Ray rewrites 127.0.0.1 to the machine's outward address, but keeps other addresses of 127/8.
+        # Ray replaces 127.0.0.1 by the machine's outward address, but keeps other addresses of 127/8.
         head = ["--head", "--node-ip-address=127.0.0.100", f"--port={gcs}", "--num-cpus=1", "--labels=role=head"]
         self._start(*head, "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}").communicate()
-        # Each node has its own folder. Nodes that start at once in one folder would take each other's sockets.
+        # Each node has its own folder, because nodes that start together in one folder would take each other's sockets.
         joining = [
             self._start(
                 f"--address={self.address}",
@@ -292,7 +293,7 @@ class StartedRay:
 
     @staticmethod
     def _start(*options: str) -> subprocess.Popen[bytes]:
-        own_port = f"--dashboard-agent-listen-port={free_port()}"  # otherwise all nodes of this machine use the same port
+        own_port = f"--dashboard-agent-listen-port={free_port()}"  # by default all nodes of this machine use one port
         command = ["ray", "start", *options, own_port, f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT)
 

@@ -1,8 +1,8 @@
-"""The driver for Ray with the ranks of `tests.support.ray_rank`.
+"""The driver for Ray, with ranks that run `tests.support.ray_rank`.
 
     python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
 
-Arguments after `--` name variables that the ranks also get. With PRETEND among them, the ranks are those of
+The arguments after `--` name variables that the ranks get too. If PRETEND is among them, the ranks run
 `tests.support.pretend`.
 """
 

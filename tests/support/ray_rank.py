@@ -1,4 +1,4 @@
-"""A rank like `moe_dist.train` that first leaves behind a process in its own session, and may save slowly.
+"""A rank like `moe_dist.train` that first starts a process in another session, and may save slowly.
 
 MOE_DIST_TEST_SAVE_SECONDS=30     each commit of a checkpoint takes 30 s longer
 """
@@ -14,7 +14,7 @@ SAVE_SECONDS = "MOE_DIST_TEST_SAVE_SECONDS"
 
 
 def leave_a_process() -> None:
-    """Starts a process that survives its parent's end and signals to the process group."""
+    """Starts a process that survives the end of its parent, and signals sent to the parent's process group."""
     sleeper = f"import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep({60 * 60})"
     subprocess.run([sys.executable, "-S", "-c", sleeper], check=True)
 

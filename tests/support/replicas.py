@@ -14,13 +14,13 @@ from tests.support.layouts import HIDDEN_DIM, Layout, config_of
 
 
 def on_others(placement: ExpertPlacement, expert: int, number: int) -> list[Replica]:
-    """Returns replicas of an expert on the next ranks after its own."""
+    """Returns replicas of an expert on the ranks that follow its own."""
     home, ranks = placement.rank_of_expert[expert], placement.num_ranks
     return sorted(Replica(expert, (home + after) % ranks) for after in range(1, number + 1))
 
 
 def of_both_groups(placement: ExpertPlacement) -> list[Replica]:
-    """Returns replicas of the first text expert on all ranks, and of the first image expert on one."""
+    """Returns replicas of the first text expert on all ranks, and of the first image expert on one more rank."""
     text, image = (group.first_expert for group in placement.groups)
     return sorted(on_others(placement, text, placement.num_ranks - 1) + on_others(placement, image, 1))
 
@@ -32,7 +32,7 @@ def replicate(
     comm_stats: CommStats,
     replicas: Sequence[Sequence[Replica]],
 ) -> None:
-    """Gives a layout's experts the replicas of each layer."""
+    """Gives the experts of each layer their replicas."""
     mesh: Mesh = parallel.mesh
     new = PlacementWithReplicas(placement.groups, placement.slots, tuple(map(tuple, replicas)))
     nodes, wire = (mesh.inter_node, mesh.intra_node), AllToAll(mesh.ep, comm_stats)

@@ -1,6 +1,6 @@
 """Random and hand-made routings for dispatchers, and a round trip that compares any dispatcher with the oracle.
 
-Between dispatch and combine stand 'experts' that multiply a row by their id + 1. The oracle is therefore one line.
+The 'experts' between dispatch and combine multiply a row by their id + 1, so that the oracle is one line.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ D = 3
 
 @dataclass(frozen=True)
 class Case:
-    """One routing: the experts on each rank, and each rank's chosen experts per token (ABSENT for a null choice)."""
+    """One routing: the experts on each rank, and the experts that its tokens choose (ABSENT for a null choice)."""
 
     slots: tuple[tuple[int, ...], ...]
     experts_TK: tuple[np.ndarray, ...]
@@ -30,12 +30,12 @@ class Case:
         return ExpertPlacement((ExpertGroup("all", num_experts, 0, 1, 4, 0, ("text",)),), self.slots)
 
     def assignments(self, rank: int, weight_N: torch.Tensor) -> Assignments:
-        """Returns one rank's routing. Pairs are token-major, as in token choice."""
+        """Returns one rank's assignments. Pairs are sorted by token, as in token choice."""
         chosen = torch.from_numpy(self.experts_TK[rank])
         return Assignments(torch.arange(chosen.shape[0]).repeat_interleave(chosen.shape[1]), chosen.flatten(), weight_N)
 
     def taken(self, rank: int) -> tuple[list[int], list[int]]:
-        """Returns token and expert of each taken pair of one rank."""
+        """Returns the token and the expert of each pair that one rank takes."""
         chosen = self.experts_TK[rank]
         tokens, columns = np.nonzero(chosen != ABSENT)
         return tokens.tolist(), chosen[tokens, columns].tolist()
@@ -66,7 +66,7 @@ def random_case(seed: int, world_size: int) -> Case:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """The results of a round trip: its plan, the payload bytes of forward, and of forward and backward together."""
+    """The results of a round trip: its plan, and the payload bytes of forward and of both passes."""
 
     plan: Any
     forward_bytes: int
@@ -79,7 +79,7 @@ def round_trip(
 ) -> RoundTrip:  # fmt: skip
     """Dispatches and combines assignments, and compares values and gradients with the oracle.
 
-    Replaces the assignments' weights by random ones (float64 for a float64 run, else fp32), and by zero where absent.
+    Draws the weights of pairs (float64 in a float64 run, otherwise fp32), with zero where a pair is absent.
     """
     generator = torch.Generator().manual_seed(seed * 100 + rank)
     weights_dtype = torch.promote_types(dtype, torch.float32)

@@ -1,5 +1,4 @@
-"""Models of a few thousand weights, made from configurations of `tests.support.tiny` and exported as Hugging Face
-folders."""
+"""Models of a few thousand weights in configurations of `tests.support.tiny`, exported as Hugging Face folders."""
 
 import json
 import re
@@ -26,7 +25,7 @@ from tests.support.imported import manager
 from tests.support.tiny import IMAGE_IDS, tiny_config
 
 GROUP: dict[str, Any] = {"num_experts": 4, "num_null": 3, "top_k": 3, "ffn_dim": 16, "modalities": ["text", "image"]}
-ONE = {"model.moe.groups": {"all": GROUP}}  # one group, whose null rows are not copies
+ONE = {"model.moe.groups": {"all": GROUP}}  # one group; its null rows are not copies
 
 
 def one_rank_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
@@ -34,7 +33,7 @@ def one_rank_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
 
 
 def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies: bool = False) -> Transformer:
-    """Saves a checkpoint of a model with random weights in `folder`, as a run on `data` would. Returns the model.
+    """Saves in `folder`, as a run on `data` would, a checkpoint of a model with random weights. Returns the model.
 
     Args:
         copies: Whether null rows of routers copy true rows, as at the start of a run.
@@ -51,7 +50,7 @@ def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies:
 
 
 def theirs(folder: Path, **options: Any) -> nn.Module:
-    """Returns the model that transformers loads from an export."""
+    """Returns the model that transformers loads from an exported folder."""
     import transformers
 
     options = {"dtype": torch.float32, "trust_remote_code": True, "output_loading_info": True, **options}
@@ -76,7 +75,7 @@ def next_token_loss(logits_BSV: Tensor, tokens_BS: Tensor) -> Tensor:
 
 
 def our_gradients(model: Transformer, tokens_BS: Tensor) -> Arrays:
-    """Returns gradients of the next-token loss in evaluation mode by logical name; 0 for unused parameters."""
+    """Returns the gradients of the next-token loss in evaluation mode by logical name, with 0 for unused parameters."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     positions = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
@@ -86,7 +85,7 @@ def our_gradients(model: Transformer, tokens_BS: Tensor) -> Arrays:
 
 
 def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Mapping[str, Tensor] | None = None) -> Arrays:
-    """Returns the same gradients of a model in an exported folder, and 0 for its buffers.
+    """Returns these gradients of a model in an exported folder under our names, with 0 for its buffers.
 
     Args:
         more: Tensors besides the model's parameters.
@@ -99,8 +98,7 @@ def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Map
 
 @torch.no_grad()
 def continued(model: Transformer, tokens_BS: Tensor, count: int, *, cached: bool) -> Tensor:
-    """Returns the prompts with `count` more tokens, each the most likely: by our cache, or from logits of the whole
-    sequences."""
+    """Returns the prompts with `count` more tokens, each the most likely one, by our cache or by whole forwards."""
     cache, new = model.make_cache(tokens_BS.shape[0], tokens_BS.shape[1] + count), tokens_BS
     for _ in range(count):
         if cached:

@@ -1,6 +1,6 @@
-"""The properties of a test cluster, drawn from a seed, so that the tests cover unexpected sites.
+"""The properties of a test cluster, drawn from a seed, so that the tests meet unexpected sites.
 
-CLUSTER_SEED fixes the seed, which the tests print. The same seed gives the same cluster.
+The tests print the seed, and CLUSTER_SEED sets it. The same seed gives the same cluster.
 
     CLUSTER_SEED=31 make test-clusters
 """
@@ -25,33 +25,33 @@ PREEMPTION = ("REQUEUE", "CANCEL")
 
 @dataclass(frozen=True)
 class Shape:
-    """A cluster as a site may have it.
+    """One possible cluster of a site.
 
     Attributes:
         seed: The seed of this shape.
         names: Names of the four nodes, in Slurm's order.
-        more_names: Of four more, for a test with eight.
+        more_names: Names of four more nodes, for tests with eight nodes.
         domain: DNS domain in the host name of each node; Slurm leaves it out.
         partition, urgent: Names of the default partition and of the one that preempts it.
         preemption: PreemptMode of the default partition.
         limits: Limits of the default partition: MaxTime, DefaultTime, MaxNodes and MaxCPUsPerNode.
         requeue: JobRequeue, whether Slurm requeues jobs that do not ask for it.
         cpus: CPUs that each node claims.
-        threads: Who gives each rank one thread: `key` (cpus_per_rank of the cluster file), `user` (OMP_NUM_THREADS in the
-            environment of the submission) or `cores` (the job's cores on the node).
-        signal_seconds: Of the cluster file.
+        threads: The setting that gives each rank one thread: `key` (cpus_per_rank of the cluster file), `user` (OMP_NUM_THREADS
+            in the environment of the submission) or `cores` (the job's cores on the node).
+        signal_seconds: The key signal_seconds of the cluster file.
         time: Time limit, in one of Slurm's forms; always 30 minutes.
         silent_seconds: Slurm declares a node down after this time without an answer; a busy machine's nodes answer late.
-        skew: Seconds by which each node starts late.
-        late_rank, late_seconds: Of the test with one rank that starts long after the others.
+        skew: Delay of each node's start in seconds.
+        late_rank, late_seconds: The rank that one test starts long after the others, and its delay.
         late_cpus: CPUs of each rank in that test.
         network: First three bytes of the addresses of Ray's nodes.
         wire, port: First three bytes of the addresses of torchrun's nodes, and the port where its agents meet.
         agent_skew: Seconds by which torchrun's second agent starts after the first; negative: before it.
-        freezing_rank, freezing_step: What torchrun's lost node does last.
-        features: Of the eight nodes.
-        gpus: How a job asks for GPUs.
-        victims: Ranks, two on a node, that are killed, frozen, and end by a native exit.
+        freezing_rank, freezing_step: The rank of torchrun's lost node that freezes, and the step at which it does.
+        features: Slurm features of the eight nodes.
+        gpus: The form in which a job requests GPUs.
+        victims: With two ranks per node, the ranks that are killed, frozen, and ended by a native exit.
     """
 
     seed: int
@@ -124,7 +124,7 @@ class Shape:
         )
 
     def variables(self) -> dict[str, str]:
-        """Returns settings of slurm_cluster.sh, and the environment of users who submit jobs."""
+        """Returns the settings of slurm_cluster.sh, and the environment of users who submit jobs."""
         settings = {
             "NAMES": " ".join((*self.names, *self.more_names)),  # surplus names are ignored
             "DOMAIN": self.domain,
@@ -141,13 +141,13 @@ class Shape:
 
     @property
     def late(self) -> list[str]:
-        """Returns shell lines that delay each node's start by `skew`."""
+        """Returns the shell lines that delay each node's start by `skew`."""
         found = zip(self.names, self.skew, strict=True)
         return [f'[ "$SLURMD_NODENAME" != {name} ] || sleep {seconds}' for name, seconds in found if seconds]
 
     def site(self, *, ranks_per_node: int = 1, exclusive: bool = False, **keys: object) -> str:
         """Returns the text of a cluster file. `keys` replace or add lines. A rank has one thread in every job: an
-        `exclusive` job has all cores of its nodes and sets the number; another job has one core per rank."""
+        `exclusive` job has all cores and sets the number, another has one core per rank."""
         late = [f"'{line}'" for line in self.late]
         lines: dict[str, object] = {"gpus": "{syntax: none}", "ranks_per_node": ranks_per_node, "time": f"'{self.time}'"}
         lines |= {"signal_seconds": self.signal_seconds, "partition": f"'{self.partition}'"}
@@ -158,5 +158,5 @@ class Shape:
 
 @cache
 def drawn() -> Shape:
-    """Returns the properties for this test run."""
+    """Returns the properties of the clusters in this test run."""
     return Shape.draw(int(os.environ.get(SEED) or random.SystemRandom().randrange(1_000_000)))

@@ -1,4 +1,4 @@
-"""The folder of a run that fails many times: its data, a small disk, its settings, and its launcher.
+"""The folder of a run that fails many times, with its data, a small disk, its settings and its launcher.
 
 python -m tests.support.site CONFIG --ends FILE --max-restarts 3      # one call of the local launcher, recorded in FILE
 """
@@ -27,13 +27,12 @@ from tests.support.tiny import tiny_dataset
 ROOT = Path(__file__).parents[2]
 RANKS, STEPS, SAVE_EVERY = 4, 60, 5
 DISK_MIB = 32
-WATCHDOG_SECONDS, MEETING_SECONDS = 30.0, 180.0  # limits for a collective and for the rendezvous, also on a busy machine
+WATCHDOG_SECONDS, MEETING_SECONDS = 30.0, 180.0  # limits for a collective and the rendezvous, for a busy machine
 
 
 @dataclass
 class Site:
-    """The folder of a campaign: its own copy of the data, a small disk for the run, and the undisturbed run for the
-    comparison.
+    """The folder of a campaign: a copy of the data, a small disk for the run, and the undisturbed run to compare with.
 
     Attributes:
         folder: On an ordinary file system.
@@ -60,7 +59,7 @@ class Site:
 
 @contextlib.contextmanager
 def open_site(folder: Path) -> Iterator[Site]:
-    """Creates a campaign's folder. Removes the small disk at the end."""
+    """Creates the folder of a campaign. Removes its small disk at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "pristine").exists():
         tiny_dataset(folder / "pristine")
@@ -78,12 +77,12 @@ def open_site(folder: Path) -> Iterator[Site]:
 
 
 def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
-    """Returns the common settings of the runs."""
+    """Returns the settings that all runs share."""
     values: dict[str, Any] = {
         "run.name": name,
         "train.steps": STEPS,
         "train.global_batch": 2 * ranks,
-        # a skipped step would change all later steps, so the run returns to its checkpoint instead
+        # a skipped step would change all later steps, so the run restarts from its checkpoint instead
         "train.max_skipped_in_a_row": 1,
         "checkpoint.every": SAVE_EVERY,
         "evaluation.every": 20,
@@ -99,8 +98,8 @@ def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
 
 
 def started(config: Path, log: Path, *, max_restarts: int, variables: Mapping[str, str] | None = None) -> int:
-    """Calls the local launcher once, in a process that dies with this one. Returns its verdict; `read_ends` has its
-    ends."""
+    """Calls the local launcher once, in a process that ends with this one. Returns the launcher's verdict; `read_ends`
+    returns how the attempts ended."""
     command = [sys.executable, "-m", "tests.support.site", str(config), "--ends", f"{log}.ends"]
     with log.open("ab") as stream:
         return subprocess.run(
@@ -114,13 +113,13 @@ def started(config: Path, log: Path, *, max_restarts: int, variables: Mapping[st
 
 
 def read_ends(log: Path) -> list[dict[str, Any]]:
-    """Returns the end of each attempt of a run, as `_launch_and_note` recorded it."""
+    """Returns how each attempt of a run ended, as `_launch_and_note` recorded it."""
     return [json.loads(line) for line in Path(f"{log}.ends").read_text().splitlines()]
 
 
 def _launch_and_note(config: Path, ends: Path, max_restarts: int) -> int:
-    """Runs the local launcher with the ranks of `injection`. Records for each attempt the end of its last rank, the last
-    recorded step, whether the attempt recorded any step, and the last committed step."""
+    """Runs the local launcher with ranks of `tests.support.injection`. For each attempt it records when the last rank
+    ended, the last recorded step, whether any step was recorded, and the last committed step."""
     from launchers import local
 
     run = local._run

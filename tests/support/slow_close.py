@@ -1,4 +1,4 @@
-"""A training with a sink that takes ten minutes to close, which records the end of each rank.
+"""A training with a sink that takes ten minutes to close; it records when each rank ends.
 
 MOE_DIST_TEST_ENDS=FOLDER     gets a file `<rank>` with the seconds of the machine's clock
 """
@@ -41,7 +41,7 @@ def prepare() -> None:
 
 
 def seconds_apart(folder: Path) -> float:
-    """Returns the seconds between the ends of two ranks."""
+    """Returns the seconds between the ends of the two ranks."""
     first, second = (float((folder / str(rank)).read_text()) for rank in range(2))
     return abs(first - second)
 

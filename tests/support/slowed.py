@@ -1,7 +1,7 @@
-"""A training that pauses at each step of a job's first start.
+"""A training that pauses at each step after the first start of a job.
 
-The pause gives time to slow events, such as Slurm's checks of time limits, without more steps. Rank 0 pauses before it
-writes a record, and the other ranks wait for it.
+The pause gives slow events, such as Slurm's checks of time limits, time to happen without more steps. Rank 0 pauses
+before it writes a record, and the other ranks wait for it.
 """
 
 import os
@@ -12,7 +12,7 @@ from moe_dist.runtime.lease import Lease
 from moe_dist.train.__main__ import main
 
 PROGRAM = "-m tests.support.slowed"
-PAUSE_SECONDS = 2.5  # slurmctld looks at time limits twice in the pauses of 24 steps
+PAUSE_SECONDS = 2.5  # slurmctld checks time limits twice during the pauses of 24 steps
 
 
 def slow_down() -> None:

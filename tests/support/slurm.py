@@ -1,4 +1,4 @@
-"""A real Slurm of a few nodes on this machine (slurm_cluster.sh), and a test's jobs on it."""
+"""A real Slurm of a few nodes on this machine (slurm_cluster.sh), and the jobs of a test."""
 
 import contextlib
 import os
@@ -18,16 +18,16 @@ from tests.support.shape import Shape
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
-BUSY_SECONDS = 600.0  # limit for any action of four ranks on a busy machine
+BUSY_SECONDS = 600.0  # limit for any action of four ranks, for a busy machine
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-LATE_SECONDS = 30.0  # for what a job that is over, or that Slurm holds, has still to show
+LATE_SECONDS = 30.0  # limit for what a job shows after its end, or while Slurm holds it
 
 
 class SlurmCluster:
-    """Nodes, each with its own network, host name and process tree.
+    """A cluster whose nodes each have a network, a host name and a process tree.
 
     Args:
-        folder: For its state; short, because it contains sockets.
+        folder: Folder of the cluster's state. Its path must be short, because it contains sockets.
         nodes: Number of nodes. Without a shape their names are node1 .. nodeN.
         shape: Names, limits and settings of four nodes.
         features: Features of each node; the last one repeats.
@@ -53,7 +53,7 @@ class SlurmCluster:
         self._script("stop")
 
     def kill_node(self, name: str) -> None:
-        """Kills the node and all its processes at once, and tells Slurm."""
+        """Kills the node with all its processes at once, and tells Slurm."""
         self._script("kill-node", name, "now")
 
     def start_node(self, name: str) -> None:
@@ -68,7 +68,7 @@ class SlurmCluster:
         return self._env
 
     def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Runs a command as a user of the cluster would type it."""
+        """Runs a command in the environment of a user."""
         env = {**self._env, **variables}
         return subprocess.run(
             command, cwd=cwd, env=env, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
@@ -116,7 +116,7 @@ class SlurmJob:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def field(self, name: str) -> str:
-        """Returns a field of `scontrol show job`, such as JobState or Restarts; of a heterogeneous job's first part."""
+        """Returns a field of `scontrol show job`, such as JobState, for a heterogeneous job that of its first part."""
         match = re.search(rf"\b{name}=(\S+)", self.cluster.scontrol("--oneliner", "show", "job", self.number))
         assert match is not None, name
         return match[1]
@@ -130,11 +130,12 @@ class SlurmJob:
         return int(self.field("ExitCode").partition(":")[0])
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = BUSY_SECONDS) -> None:
-        """Waits until `condition` holds. Shows all state if it does not, or cannot any more because the job is over."""
+        """Waits until `condition` holds. Fails with all state after `seconds`, or when the job is over and it cannot
+        hold any more."""
         began = moved = look = time.monotonic()
         while not condition():
             now = time.monotonic()
-            if now >= look:  # a call of scontrol costs more than a look at a file
+            if now >= look:  # a call of scontrol costs more than a read of a file
                 look = now + 2.0
                 moved = moved if self.field("JobState") in OVER or self.field("Reason").startswith("JobHeld") else now
             if now - began > seconds or now - moved > LATE_SECONDS:
@@ -157,10 +158,10 @@ class SlurmJob:
         self.end()
 
     def processes(self, *, rank: int | None = None) -> list[int]:
-        """Every process of the job on every node, or of a rank, but Slurm's own: its daemon of each step, and srun.
+        """Returns the processes of the job or of one rank on all nodes, except Slurm's: daemons of steps, and srun.
 
-        srun is left out, because it answers TERM by killing all tasks unless slurmctld has told it of the end before, as
-        slurmctld does whenever it is the one that sends the signals.
+        srun must get no signal, because it answers TERM by killing all tasks unless slurmctld has announced the end to
+        it. A signal from slurmctld always comes after this announcement.
         """
         found = []
         for entry in Path("/proc").iterdir():
@@ -184,7 +185,7 @@ class SlurmJob:
 
 
 def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
-    """Returns the node of each of four ranks, from the ranks' logs."""
+    """Returns the nodes of four ranks, from the logs of the ranks."""
     logs = [run.log_of(rank).read_text().splitlines() for rank in range(4)]
     return [
         [line for line in log if line.startswith("--- attempt")][attempt].rpartition(", ")[2].partition(".")[0]
@@ -193,5 +194,5 @@ def hosts(run: RunFolder, *, attempt: int = 0) -> list[str]:
 
 
 def overrides(values: Mapping[str, Any]) -> Sequence[str]:
-    """Returns overrides in the form of a command line."""
+    """Returns overrides as words of a command line."""
     return [f"{key}={value}" for key, value in values.items()]

@@ -1,4 +1,4 @@
-"""A model of a few weights in training on one rank, and its checkpoint manager: for tests of saving and loading."""
+"""A model of a few weights in training on one rank, with its checkpoint manager, for tests of saving and loading."""
 
 from collections.abc import Callable
 from pathlib import Path

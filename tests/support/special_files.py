@@ -1,4 +1,4 @@
-"""Special files (no regular files), and a time limit for code that opens them."""
+"""Files that are not regular, and a time limit for code that opens them."""
 
 import os
 import time
@@ -11,7 +11,7 @@ SPECIAL: dict[str, Callable[[Path], None]] = {"fifo": os.mkfifo, "device": lambd
 
 @contextmanager
 def at_once() -> Iterator[None]:
-    """Requires that the block takes less than a second of this process's time."""
+    """Requires that the block takes less than a second of CPU time in this process."""
     began = time.process_time()
     yield
     assert time.process_time() - began < 1.0

@@ -1,4 +1,4 @@
-"""Commands that stand in for others on the path, as for those of Slurm."""
+"""Commands on the path that replace others, such as Slurm's."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 
 def stand_in(folder: Path, path: pytest.MonkeyPatch | None = None, **bodies: str) -> None:
-    """Writes a bash script for each command, which runs in `folder`, and puts the folder first on the path."""
+    """Writes a bash script for each command (they run in `folder`), and puts the folder first on the path."""
     folder.mkdir(exist_ok=True)
     for name, body in bodies.items():
         script = folder / name

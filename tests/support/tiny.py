@@ -1,6 +1,6 @@
-"""A data set of a few kilobytes and the configuration of a run of seconds, for tests of whole runs.
+"""A data set of a few kilobytes, and the configuration of a run that takes seconds, for tests of whole runs.
 
-The data can be learned: a caption's word determines the picture, and each text follows a cycle.
+A model can learn the data: a caption's word determines the picture, and each text follows a cycle.
 """
 
 import json
@@ -24,7 +24,7 @@ FILLER_CODE = IMAGE_IDS[0]
 
 
 def tiny_dataset(folder: Path, seed: int = 0, *, documents: int = 96) -> Manifest:
-    """Writes a prepared data set into `folder`, with filler bits for pictures.
+    """Writes a prepared data set into `folder`, with a bit per token that marks the filler codes of pictures.
 
     Its sources are `captions` (text and image) and `prose` (text), each with a training and a held-out split.
 
@@ -107,7 +107,7 @@ def write_config(config: Config, path: Path) -> Path:
 
 
 def _captions(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
-    """Returns word word BEGIN 16 codes END EOS. The first word determines the codes, and the border is filler."""
+    """Yields word word BEGIN 16 codes END EOS. The first word determines the inner codes; the border is filler."""
     inside = np.zeros(GRID, bool)
     inside[1:, :-1] = True
     for word in rng.choice(WORDS, documents):
@@ -117,7 +117,7 @@ def _captions(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
 
 
 def _prose(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
-    """Returns 5 to 40 words with the document's stride, then EOS."""
+    """Yields documents of 5 to 40 words, which advance by the document's stride, then EOS."""
     for _ in range(documents):
         start, stride, length = rng.integers(0, 24), rng.integers(1, 4), rng.integers(5, 41)
         yield np.append(24 + (start + stride * np.arange(length)) % 24, EOS)

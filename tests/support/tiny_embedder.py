@@ -11,11 +11,11 @@ LETTERS = tuple(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz012345678
 
 
 def tiny_embedder(folder: Path, *, seed: int = 0, normalise: bool = True) -> Path:
-    """Writes a BERT of one layer and width 8, mean pooling, and optionally Normalize."""
+    """Writes a BERT of one layer and width 8 with mean pooling and, optionally, Normalize."""
     import torch
     from transformers import BertConfig, BertModel
 
-    words = dict.fromkeys((*WORDS, *DIGITS, *"abcdefghijklmnopqrstuvwxyz", *LETTERS))  # "a" is a word and a letter
+    words = dict.fromkeys((*WORDS, *DIGITS, *"abcdefghijklmnopqrstuvwxyz", *LETTERS))  # "a" is both a word and a letter
     vocab = {word: number for number, word in enumerate(words)}
     folder.mkdir(parents=True)
     torch.manual_seed(seed)

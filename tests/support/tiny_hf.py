@@ -1,4 +1,4 @@
-"""Tiny models of Hugging Face's families with random weights, made by transformers and saved as it saves them.
+"""Tiny models of Hugging Face's families with random weights, made and saved by transformers.
 
 python -m tests.support.tiny_hf mixtral OUT [--vocab-size 512] [--tokenizer tokenizer.json] [--dtype bfloat16]
 """
@@ -15,7 +15,7 @@ HIDDEN_DIM, LENGTH, VOCAB = 32, 12, 64
 
 
 def draw(module: nn.Module, seed: int) -> None:
-    """Draws weights of order 1. A fresh model's weights would leave logits and gradients near 0."""
+    """Draws weights of order 1, because a fresh model's weights would leave logits and gradients near 0."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -31,7 +31,7 @@ def draw(module: nn.Module, seed: int) -> None:
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
-    """Returns transformers' configuration of a family, or of a family's variant."""
+    """Returns transformers' configuration of a family, or of a variant of it."""
     import transformers
 
     shape: dict[str, Any] = {
@@ -148,7 +148,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
             transformers.MixtralConfig,
             {**shape, **experts8, "intermediate_size": 24, "sliding_window": 4, "head_dim": 8, "rope_parameters": yarn},
         ),
-        "olmoe dynamic": (  # LENGTH exceeds the original length
+        "olmoe dynamic": (  # LENGTH exceeds the original maximum length
             transformers.OlmoeConfig,
             {
                 **shape,
@@ -194,7 +194,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
             transformers.LlamaConfig,
             {**shape, "intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 12},
         ),
-        # The shape of SmolLM2-135M from its model card and config.json, without its weights.
+        # The shape of SmolLM2-135M, by its model card and config.json.
         "smollm2": (
             transformers.LlamaConfig,
             {

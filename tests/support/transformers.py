@@ -1,4 +1,4 @@
-"""Small transformers on one device, with random weights large enough that every part affects the results."""
+"""Small transformers on one device, with random weights so large that every part affects the results."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,8 @@ def make_transformer(
     make_depths: Callable[[int], DepthRouter] | None = None,
     **args: Any,
 ) -> Transformer:
-    """Returns three layers. Layers in `moe_layers` have the layouts' groups with null experts, the others are dense."""
+    """Returns three layers. Those in `moe_layers` have the groups of `layouts` with null experts, all others are
+    dense."""
     placement = ExpertPlacement(GROUPS, (tuple(range(sum(group.num_experts for group in GROUPS))),))
     dispatcher = AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats(), None)))
 

@@ -1,4 +1,4 @@
-"""Router tuning on any layout of ranks: two optimizer steps of the float64 model of `layouts` on made-up samples."""
+"""Tunes routers on any layout of ranks: two optimizer steps of the float64 model of `layouts` on made-up samples."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.support.whole_tensors import carry
 from tests.support.worlds import RankContext
 
 MANIFEST = Manifest.model_construct(modalities={"text": (TEXT,), "image": (IMAGE,)}, pad_id=0)
-BATCH, MICRO_BATCHES = 16, 2  # samples per step, and micro-batches of a rank
+BATCH, MICRO_BATCHES = 16, 2  # samples per step, and micro-batches per rank
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Tuned:
 
     Attributes:
         before, parameters: Parameters by logical name.
-        gradients: Gradients of the first step by name, where they exist.
+        gradients: Existing gradients of the first step, by name.
         moments: Names of the parameters with moments.
         events: Events of the exchanges.
     """
@@ -51,7 +51,7 @@ def tune(
     refresh_every: int | None = None,
     objective: str = "tokens",
 ) -> Tuned:
-    """Tunes the routers of `layout.tuned`. Returns this rank's results."""
+    """Tunes the routers of the layers in `layout.tuned`. Returns this rank's results."""
     training = TrainingRank(layout)
     mesh, parallel, optimizer = training.mesh, training.parallel, training.optimizer
     carry(checkpoint, parallel, optimizer, training.placement, mesh)

@@ -17,8 +17,8 @@ WIDTH = 6
 
 
 def _choices(answer: int, number: int, ids: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Returns the answer's token and one to three others. In every seventh sample the first tokens do not distinguish the
-    choices."""
+    """Returns the answer's first token and one to three others. In every seventh sample the first tokens do not tell
+    the choices apart."""
     others = rng.choice(np.setdiff1d(np.arange(*ids), [answer]), rng.integers(1, 4), replace=False)
     return np.array([-1] if number % 7 == 6 else [answer, *others])
 
@@ -39,15 +39,15 @@ def made_samples(
     told: bool = True,
     **changes: Any,
 ) -> Path:
-    """Returns a folder of `count` samples of random tokens in [ids), `right` of them successful, with random unit
-    embeddings and random routing.
+    """Returns a folder of `count` samples with random tokens, embeddings of norm 1 and routing; `right` samples are
+    successful.
 
     Args:
         model: The run's section `model` as JSON.
         base: A run or checkpoint for the manifest to name.
         longest: Most tokens of a prompt; answers have 1 to 3.
         choices: Whether the folder has choices, which older versions lack.
-        told: Whether first tokens distinguish the choices, except in every seventh sample.
+        told: Whether first tokens tell the choices apart, except in every seventh sample.
         changes: Other values of the manifest.
     """
     rng = np.random.default_rng(seed)

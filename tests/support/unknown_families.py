@@ -10,7 +10,8 @@ from moe_dist.hf.sections import UNKNOWN_FAMILIES
 
 
 def table() -> dict[str, list[str]]:
-    """By type of a language model, with or without pictures: the nearest known family, and the fields that it lacks."""
+    """Returns, by type of a language model (with or without pictures), the nearest known family and the fields it
+    lacks."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -28,7 +29,7 @@ def table() -> dict[str, list[str]]:
 
 
 def text(found: dict[str, list[str]]) -> str:
-    """One line for each type."""
+    """Returns the table as JSON, one line per type."""
     return "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(each)}" for name, each in found.items()) + "\n}\n"
 
 

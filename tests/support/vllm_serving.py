@@ -1,4 +1,4 @@
-"""Serves exported folders with vLLM, in the environment of `make test-vllm`. Imports neither moe_dist nor tests.
+"""Serves exported folders by vLLM, in the environment of `make test-vllm`. It imports neither moe_dist nor tests.
 
     python -P tests/support/vllm_serving.py REQUEST RESULT
 
@@ -44,7 +44,8 @@ def serve(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
     )
 
     def watch(model: Any) -> int:
-        """Counts the rows of every FFN expert. Returns the number of experts. vLLM joins gate and up, but not down."""
+        """Counts the rows of every FFN expert, and returns the number of experts. vLLM fuses gate and up, but not
+        down."""
         experts = [each for name, each in model.named_modules() if name.endswith(".down_proj") and ".experts." in name]
         for each in experts:
             each.register_forward_hook(

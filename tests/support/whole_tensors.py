@@ -1,4 +1,4 @@
-"""The logical tensors of a model on many ranks: through a checkpoint, and gathered whole."""
+"""The logical tensors of a model on many ranks, moved by a checkpoint or gathered."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from moe_dist.train.build.training import rank_layout
 def carry(
     folder: Path, parallel: ParallelModel, optimizer: torch.optim.Optimizer, placement: ExpertPlacement, mesh: Mesh
 ) -> None:
-    """Takes initial weights through a real checkpoint: saves them if there is none, else loads them over NaN weights."""
+    """Gives all layouts the same initial weights: saves a checkpoint if there is none, else loads it over NaN."""
     state = capture(parallel.model, optimizer, rank_layout(placement, mesh))
     manager = CheckpointManager(folder, keep=1, lease_check=lambda: None, process_group=mesh.checkpoint)
     newest = manager.latest()
@@ -34,7 +34,7 @@ def carry(
 
 
 def logical(parallel: ParallelModel, placement: ExpertPlacement, mesh: Mesh, *, gradient: bool) -> dict[str, np.ndarray]:
-    """Returns whole tensors by logical name: this rank's experts, and all dense parameters. Collective under FSDP2."""
+    """Returns full tensors by logical name: this rank's experts, and all dense parameters. Collective under FSDP2."""
     named: dict[str, np.ndarray] = {}
     for info in parallel.parameters:
         tensor = info.parameter.grad if gradient else info.parameter.detach()

@@ -1,16 +1,16 @@
-"""Standing worlds: processes with a gloo group that many tests share.
+"""Standing worlds: processes with a gloo group, which many tests share.
 
     def body(rank: RankContext, rows: np.ndarray) -> float:      # module level, in the test file
-        ...                                                      # the default process group stands here
+        ...                                                      # the default process group exists here
     def test_it(run_in_world):
         results = run_in_world(4, body, rows)                    # one result a rank, in the order of the ranks
 
-The processes of each world size live until the end of the session; the default process group is made anew for each call
-(25 ms), so that no group, counter or mesh leaks from one test into the next. Ranks are forked from two servers that have
-imported torch and most of moe_dist (3 s of CPU time, which each rank would need); ranks of even and of odd number come from
-different servers, whose strings have different hashes: an order that a set decides still differs between the ranks.
-Arguments and results are pickled by value. A rank that raises fails the test with its own traceback; a hang fails it with
-the stacks of the ranks that did not answer. Either way that world is killed, by process id, and the next call starts anew.
+The processes of each world size live until the end of the session. Each call makes a new default process group (25 ms),
+so that no group, counter or mesh leaks from one test into the next. Ranks are forked from two servers that have
+imported torch and most of moe_dist, which saves each rank 3 s of CPU time. Even and odd ranks come from different
+servers, which hash strings differently, so that an order of a set still differs between ranks. Arguments and results
+are pickled by value. A rank that raises fails the test with the rank's traceback; a hang fails it with the stacks of
+the ranks that did not answer. In both cases the world is killed by process id, and the next call starts a new one.
 """
 
 import ast
@@ -44,10 +44,10 @@ from moe_dist.runtime.signals import child_of
 
 START_SECONDS = 600.0
 CALL_SECONDS = 600.0
-# A group that somebody still holds keeps threads of gloo that wake 100 times a second each: hundreds of them fill a core.
+# A group that is still referenced keeps gloo threads, which wake 100 times a second; hundreds of them fill a core.
 MAX_THREADS = 48
 IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # which the first optimizer imports
-SETTLE_SECONDS = 0.5  # after the first failure, time for the others to report: the earliest one is the cause
+SETTLE_SECONDS = 0.5  # after the first failure the others have this time to report, and the earliest report is the cause
 
 
 class WorldError(AssertionError):
@@ -56,10 +56,10 @@ class WorldError(AssertionError):
 
 @dataclass(frozen=True)
 class RankContext:
-    """What a body knows about its place.
+    """The arguments of a body that describe its rank.
 
     Attributes:
-        rank, world_size: As in the default process group.
+        rank, world_size: Those of the default process group.
         folder: An empty folder of this call, shared by all its ranks.
     """
 
@@ -81,7 +81,7 @@ class _Call:
 @dataclass(frozen=True)
 class _Report:
     failed: bool
-    when: float  # time.monotonic, one clock for all processes of a machine
+    when: float  # by time.monotonic, one clock for all processes of a machine
     payload: bytes  # pickled result, or the traceback as UTF-8
     threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # of the rank, after the call
 
@@ -90,8 +90,8 @@ class _Report:
 
 
 def _load(file: str, name: str) -> ModuleType:
-    """The module of a body. Test files are loaded from their path, with pytest's assertion messages, under the name that
-    pytest gave them, so that their classes pickle both ways."""
+    """Returns the module of a body. Loads a test file from its path, with pytest's assertion messages and under
+    pytest's name for it, so that its classes pickle in both directions."""
     if name in sys.modules:
         return sys.modules[name]
     if not Path(file).name.startswith("test_"):
@@ -127,17 +127,17 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     shared = Path(call.folder) / "shared"
     shared.mkdir(exist_ok=True)
     result = pickle.dumps(function(RankContext(rank, world_size, shared), *pickle.loads(call.arguments)))
-    dist.barrier()  # nobody leaves while a peer may still need it
+    dist.barrier()  # no rank leaves while a peer may still need it
     dist.destroy_process_group()
-    gc.collect()  # groups that only cycles hold
-    gc.freeze()  # what is left, modules above all, is not walked again: 0.3 s of CPU time a call and rank
+    gc.collect()  # collects groups in reference cycles
+    gc.freeze()  # the next collections skip all that is left, above all modules: 0.3 s of CPU time per call and rank
     return result
 
 
 def _serve(rank: int, world_size: int, stacks: str, connection: Connection) -> None:
-    # The server ends when pytest does. If it has ended already, the connection has no other end either.
+    # The server, this process's parent, ends when pytest does. If it has ended before, the connection has no other end.
     child_of(os.getppid(), ignore_stop=False)()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is pytest's; it ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which ends the ranks
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     stacks_file = open(stacks, "w")  # noqa: SIM115  # faulthandler keeps the descriptor
     faulthandler.register(signal.SIGUSR1, file=stacks_file, all_threads=False)
@@ -148,8 +148,8 @@ def _serve(rank: int, world_size: int, stacks: str, connection: Connection) -> N
     while message := connection.recv_bytes():
         try:
             report = _Report(False, time.monotonic(), _run(pickle.loads(message), rank, world_size))
-        except BaseException:  # SystemExit too: its traceback is the test's
-            # Stay alive and keep the group: peers wait for us instead of failing of our failure before we are heard.
+        except BaseException:  # SystemExit too, because the test shows its traceback
+            # The rank stays alive with its group, so that its peers do not fail before its own report arrives.
             report = _Report(True, time.monotonic(), traceback.format_exc().encode())
         connection.send_bytes(pickle.dumps(report))
 
@@ -159,7 +159,7 @@ def _serve(rank: int, world_size: int, stacks: str, connection: Connection) -> N
 
 @functools.cache
 def _servers() -> list[forkserver.ForkServer]:
-    """Two servers with the imports of the ranks."""
+    """Starts two servers, each with the imports that the ranks need."""
     servers = [forkserver.ForkServer() for _ in range(2)]
     for server in servers:
         server.set_forkserver_preload(IMPORTED)
@@ -169,8 +169,8 @@ def _servers() -> list[forkserver.ForkServer]:
 
 
 def forked(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Starts a process of its own that calls a function of an importable module; torch and most of moe_dist are imported
-    already, as in the ranks of a world."""
+    """Starts a new process that calls a function of an importable module; like a rank, it has torch and most of
+    moe_dist imported."""
     process = get_context("forkserver").Process(target=target, args=arguments, daemon=True)
     with patch.object(forkserver, "connect_to_new_process", _servers()[0].connect_to_new_process):
         process.start()
@@ -191,7 +191,7 @@ class _World:
     folder: Path
     ranks: list[_Rank] = field(default_factory=list)
     calls: int = 0
-    worn: bool = False  # its ranks have gathered threads: the next call starts anew
+    worn: bool = False  # the ranks have too many threads, so the next call starts new ones
 
     @classmethod
     def start(cls, world_size: int) -> "_World":
@@ -227,11 +227,11 @@ class _World:
         folder = self.folder / f"call_{self.calls}"
         folder.mkdir()
         file, module = inspect.getfile(function), function.__module__
-        # Peers of a hanging rank wait longer than we do: its stack is then the failure, not their timeout.
+        # Peers of a hanging rank wait longer than we do, so that the failure shows its stack and not their timeout.
         call = _Call(file, module, function.__qualname__, pickle.dumps(arguments), str(folder), seconds + 30.0)
         for member in self.ranks:
             member.report = None
-            with contextlib.suppress(OSError):  # it died in between: found by _collect
+            with contextlib.suppress(OSError):  # if the rank died, _collect finds out
                 member.connection.send_bytes(pickle.dumps(call))
         self._collect(time.monotonic() + seconds)
         failed = any(m.died or m.report is None or m.report.failed for m in self.ranks)
@@ -243,7 +243,7 @@ class _World:
         return [pickle.loads(report.payload) for report in reports]
 
     def _collect(self, deadline: float) -> None:
-        """Reads reports until all ranks have one, the deadline, or a little after the first failure."""
+        """Reads reports until all ranks have reported, until the deadline, or shortly after the first failure."""
         while waiting := {m.connection: m for m in self.ranks if m.report is None and not m.died}:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -261,7 +261,7 @@ class _World:
     def _first_cause(self, seconds: float) -> str:
         size = len(self.ranks)
         for rank, member in enumerate(self.ranks):
-            if member.died:  # before any report: the others fail because their connections closed
+            if member.died:  # without a report; the others fail because their connections closed
                 member.process.join(5.0)
                 return f"rank {rank} of {size} died with exit code {member.process.exitcode}, without a traceback"
         failures = [
@@ -296,11 +296,11 @@ class _World:
                 member.connection.send_bytes(b"")
         for member in self.ranks:
             member.process.join(5.0)
-        self.kill()  # for those that have ended this only cleans up
+        self.kill()  # only cleans up if the ranks have ended
 
 
 class Worlds:
-    """All standing worlds of a session, by size. The session fixture `worlds` holds the one of pytest."""
+    """All standing worlds of a session, by size. The session fixture `worlds` yields pytest's only instance."""
 
     def __init__(self) -> None:
         self._worlds: dict[int, _World] = {}
@@ -312,7 +312,7 @@ class Worlds:
 
         Args:
             function: A module-level function of a test file or an importable module.
-            seconds: After which the call is a hang.
+            seconds: Time after which the call counts as a hang.
 
         Returns:
             The results in the order of the ranks.
@@ -325,7 +325,7 @@ class Worlds:
         world = self._worlds[world_size]
         try:
             results = world.call(function, arguments, seconds)
-        except BaseException:  # a timeout of pytest too: no world is used again in an unknown state
+        except BaseException:  # a timeout of pytest too, because a world in an unknown state cannot be used again
             world.kill()
             del self._worlds[world_size]
             raise
@@ -334,7 +334,7 @@ class Worlds:
         return results
 
     def pids(self, world_size: int) -> list[int]:
-        """Process ids of the world's ranks; empty when it does not stand."""
+        """Returns the process ids of the world's ranks, or nothing if there is no such world."""
         world = self._worlds.get(world_size)
         return [member.process.pid or 0 for member in world.ranks] if world else []
 
