@@ -1,4 +1,4 @@
-"""Reports in a headless Chromium: every panel is drawn without scripts, in light and dark, and reachable by keyboard."""
+"""A headless Chromium draws every panel of a report without scripts, in light and dark, and reaches it by keyboard."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,13 +32,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def attached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a Hugging Face model in another training loop, without tokenizer: its trace has token ids without
-    names."""
+    """Returns the run folder of a Hugging Face model trained by a foreign loop without a tokenizer: tokens have ids,
+    not names."""
     return trained(tmp_path_factory.mktemp("attached"), collapsed=1)
 
 
 def foreign(folder: Path) -> Path:
-    """Writes arrays as vLLM and SGLang return them."""
+    """Writes arrays in the form in which vLLM and SGLang return them."""
     rng = np.random.default_rng(0)
     np.save(folder / "answer.npy", rng.permuted(np.tile(np.arange(16), (400, 2, 1)), axis=2)[..., :4].astype(np.int16))
     return folder
@@ -73,7 +73,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, cas
     assert all(letters > 40 and height > 60 for letters, height in sizes), sizes
     broken = page.value("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0
-    # An undrawn SVG shows only the page's colour.
+    # An SVG that was not drawn shows only the page's colour.
     boxes = page.value(
         "[...document.querySelectorAll('svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect())"
         ".map(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])"
@@ -87,7 +87,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, cas
         "[...document.querySelectorAll('svg image')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect())"
         ".flatMap(b => [[b.left, b.top], [b.right - 3, b.bottom - 3]]).map(([x, y]) => [x + scrollX + 1, y + scrollY + 1])"
     )
-    if dark:  # a heat map's cells fill its box
+    if dark:  # the cells of a heat map fill its box
         assert all((image[int(y), int(x)] != image[3, 3]).any() for x, y in cells)
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
     first = page.value("document.querySelector('main').innerText.split('\\n')[0]")
@@ -114,7 +114,7 @@ def test_the_keyboard_moves_the_slider_and_opens_details(page: Browser, tmp_path
         if page.value(closed):
             page.press("Enter")
             assert page.value("document.activeElement.parentElement.open")
-        if page.value("document.activeElement === document.body"):  # the focus has passed the last element
+        if page.value("document.activeElement === document.body"):  # the focus has left the last element
             break
     assert {"A", "INPUT", "SUMMARY", "DIV"} <= reached
     assert page.value("[...document.querySelectorAll('details')].every(d => d.open)")

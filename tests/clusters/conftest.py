@@ -1,4 +1,4 @@
-"""Real clusters, started once, and the default model as the jobs on them train it."""
+"""Real clusters that start once per session, and the default model with the settings of their jobs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +16,13 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Also where -q leaves the header out, and after the output of failures."""
+    """Prints the seed also if -q hides the header, and again after the output of failures."""
     terminalreporter.write_line(f"{AGAIN} makes these clusters again")
 
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Four nodes: the first two have the feature text, the others vision."""
+    """Starts four nodes: the first two have the feature text, the others vision."""
     folder, features = tmp_path_factory.mktemp("slurm"), "text text vision vision"
     with SlurmCluster(folder, nodes=4, features=features, shape=drawn()) as cluster:
         yield cluster
@@ -30,13 +30,13 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cluster file: one rank a node."""
+    """Returns a cluster file with one rank per node."""
     path = tmp_path_factory.mktemp("site") / "site.yaml"
     path.write_text(drawn().site())
     return path
 
 
-# The default model, 0.3 s a step: fewer steps, evaluations and pictures, and a rate that does not depend on the last step.
+# The default model, 0.3 s per step: fewer evaluations and pictures, and a rate that does not depend on the last step.
 QUICK = {
     "optimizer.schedule": "{kind: constant, warmup_steps: 5}",
     "evaluation.every": 100_000,

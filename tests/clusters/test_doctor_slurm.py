@@ -1,4 +1,4 @@
-"""The doctor on a real Slurm: no complaint where nothing is wrong, and of each planted fault exactly its own line."""
+"""On a real Slurm the doctor reports no fault without one, and exactly one line for each planted fault."""
 
 import re
 import sys
@@ -26,7 +26,7 @@ class Doctor:
         self.cluster, self.site, self.root = cluster, site, root
 
     def says(self, *arguments: str, **variables: str) -> tuple[int, list[str]]:
-        """Exit code and lines."""
+        """Returns the exit code and the lines."""
         fixed = [f"run.root={self.root}", "--on=slurm", f"--cluster={self.site}"]
         done = self.cluster.run(
             sys.executable, "-m", "launchers.doctor", DEFAULT, *fixed, *arguments, cwd=ROOT, **variables
@@ -45,7 +45,7 @@ def faults(lines: Sequence[str]) -> list[str]:
 
 
 def assert_only(said: tuple[int, list[str]], code: int, pattern: str) -> None:
-    """Exactly one line is no praise, and it is that one."""
+    """Requires that exactly one line reports a fault, and that it matches the pattern."""
     found = faults(said[1])
     assert len(found) == 1, "\n".join(said[1])
     assert re.search(pattern, found[0]), found[0]

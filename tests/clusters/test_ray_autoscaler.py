@@ -1,4 +1,4 @@
-"""A run on an autoscaling Ray cluster without workers: Ray's autoscaler gets its request for nodes."""
+"""A run on an autoscaling Ray cluster without workers: the autoscaler gets the run's request for nodes."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from tests.support import ray_cluster
 from tests.support.ray_cluster import STORE_BYTES, Driver, free_port, overrides
 
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
-# Ray's fake provider of nodes. The nodes that it starts look for the head at another port, so none of them joins.
+# Ray's fake provider starts nodes that look for the head at another port, so none of them joins.
 SCALING = {
     "cluster_name": "fake_multinode",
     "max_workers": 4,

@@ -1,4 +1,4 @@
-"""Training of the default model over 4 ranks on a Ray cluster of 4 labelled nodes, of which some do not survive it."""
+"""Trains the default model on 4 ranks of a Ray cluster of 4 labelled nodes while workers and nodes are killed."""
 
 import os
 import re
@@ -48,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: RayCluster, root: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
-    """The records of a run that nobody disturbs; what was seen of it while it ran; and what its driver printed."""
+    """Returns the step records of an undisturbed run, what was observed while it ran, and the output of its driver."""
     job = driver(cluster, root, "undisturbed")
     job.wait_for_step(2)
     ranks = job.ranks()
@@ -60,7 +60,7 @@ def undisturbed(cluster: RayCluster, root: Path) -> tuple[list[dict[str, Any]], 
 
 
 def scraped(cluster: RayCluster, slot: int) -> str:
-    """What Prometheus would read of a node."""
+    """Returns the text that Prometheus would read from a node."""
     return urllib.request.urlopen(f"http://{cluster.metrics_address(slot)}/metrics", timeout=10).read().decode()
 
 
@@ -74,7 +74,7 @@ def test_ranks_are_where_an_interleaved_plan_wants_them_whatever_order_the_nodes
     assert [MODALITIES[slots[rank]] for rank in range(4)] == ["image", "text", "image", "text"]
     for rank, experts in enumerate(("image/0-3", "text/0-3", "image/4-7", "text/4-7")):
         assert re.search(rf"│ +{rank} │ {experts} ", printed)
-    # The ranks meet on the node of rank 0, and nowhere else.
+    # The ranks meet only on the node of rank 0.
     assert ray_cluster.address(slots[0]) in seen["listens"]
 
 
@@ -136,7 +136,7 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_f
 ) -> None:
     job = driver(cluster, root, "orphaned", module="tests.support.ray_launch")
     job.wait_for_step(4)
-    assert len(ray_cluster.marked(job.mark)) > 4 * 2  # each rank has left a process in a session of its own
+    assert len(ray_cluster.marked(job.mark)) > 4 * 2  # each rank has started a process in another session
     job.process.kill()
     job.process.wait()
     job.wait_until(lambda: not ray_cluster.marked(job.mark), "processes of the run are left", alive=False)
@@ -145,14 +145,14 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_f
     again.wait_for_step(8)
     os.kill(again.ranks()[3], signal.SIGSEGV)
     assert again.wait() == 1, again.printed
-    assert "rank 3 failed first (killed by SIGSEGV)" in again.printed  # and not those that failed of it
+    assert "rank 3 failed first (killed by SIGSEGV)" in again.printed  # not the ranks that failed after it
     last = again.run.read_status().latest
     assert last is not None
     assert (last.verdict, last.rank) == (1, 3)
     assert [line["step"] for line in steps(again.run)] == list(range(1, steps(again.run)[-1]["step"] + 1))
 
 
-# One rank on one of the two nodes for text, one on one of the two for images.
+# One rank runs on one of the two text nodes, and one on one of the two image nodes.
 TWO_RANKS = (
     "parallel.ep=2",
     "placement.groups={text: {ranks: [0], node: {labels: {modality: text}}}, "
@@ -161,7 +161,7 @@ TWO_RANKS = (
 
 
 def pretended(cluster: RayCluster, root: Path, name: str, ends: str, *, max_restarts: int = 20) -> Driver:
-    """A run of two ranks that end as the test wants it and import no torch."""
+    """Starts a run of two ranks that end as `ends` says and do not import torch."""
     site = root / f"{name}.yaml"
     site.write_text(f"{Path(os.environ['MOE_DIST_CLUSTER']).read_text()}max_restarts: {max_restarts}\n")
     arguments = [*overrides(root, name, 100, *TWO_RANKS), "--", ray_cluster.MARK, "PRETEND"]

@@ -1,5 +1,5 @@
-"""Jobs on a Ray that `ray start` made and that asks for a token: the README's command, our own submission, stops that wait
-for a save, and a doctor who finds nothing to say."""
+"""Jobs on a Ray that `ray start` started and that requires a token: the README's command, our own submission, stops
+that wait for a save, and a doctor that finds no fault."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SLOW_SAVE = 30
 
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[StartedRay]:
-    # Read once by each process: none but those that this cluster starts may have it.
+    # A process reads the token once, and only processes that this cluster starts may have it.
     with ray_cluster.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) as folder:
         try:
             standing = StartedRay(folder)
@@ -37,7 +37,7 @@ def ray_head() -> Iterator[StartedRay]:
 
 
 def readme_command() -> list[str]:
-    """The README's `ray job submit`, as a shell in the clone takes it apart."""
+    """Returns the words of the README's `ray job submit`, as a shell in the clone splits them."""
     (text,) = re.findall(r"^\$ (ray job submit (?:[^\n]*\\\n)*[^\n]*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {text}"], cwd=ROOT, capture_output=True, text=True, check=True)
     return words.stdout.split("\0")[:-1]
@@ -90,7 +90,7 @@ def test_ray_job_stop_waits_for_a_save_of_half_a_minute(ray_head: StartedRay, tm
 def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
     ray_head: StartedRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its --env reaches the ranks, and is in nothing that Ray or the run keeps."""
+    """A variable of --env reaches the ranks, but nothing that Ray or the run stores contains it."""
     run, planted = RunFolder(tmp_path / "ours"), secrets.token_hex(16)
     launcher = (sys.executable, "-m", "launchers.ray")
     address = f"--submit={ray_head.dashboard}"

@@ -1,4 +1,4 @@
-"""What becomes of jobs on a real Slurm, with ranks that end as the test wants it and import no torch."""
+"""What happens to jobs on a real Slurm, with ranks that end as the test says and do not import torch."""
 
 import os
 import re
@@ -46,12 +46,12 @@ class Stage:
         return self.cluster.launch(str(self.config), *options, *arguments, PRETEND=ends, **variables)
 
     def sbatch(self, ends: str, *arguments: str, clone: Path = ROOT) -> SlurmJob:
-        """A plain sbatch of slurm/train.sbatch, which stands in `arguments` after its options."""
+        """Submits slurm/train.sbatch by plain `sbatch`; `arguments` has the options, then the script."""
         variables = {"MOE_DIST_CLUSTER": str(self.site), "MOE_DIST_PROGRAM": PROGRAM, "MOE_DIST_PYTHON": sys.executable}
         return self.cluster.sbatch(*arguments, output=self.folder / "out.txt", cwd=clone, PRETEND=ends, **variables)
 
     def take_a_node(self) -> None:
-        """Somebody with a higher priority takes one for a moment."""
+        """Runs a job of higher priority on one node for a moment."""
         options = (
             f"--partition={drawn().urgent}",
             "--exclusive",
@@ -94,7 +94,7 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
 
 @pytest.mark.exhaustive
 def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
-    """Also the last one, whose id is that of the whole array."""
+    """The last task is requeued alone too, though its id is the id of the whole array."""
     sweep = stage.folder / "sweep.txt"
     sweep.write_text("run.seed=0\nrun.seed=1\n")
     array = stage.launch("stop+5 done", f"--array={sweep}")
@@ -118,9 +118,9 @@ def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stag
 
 
 def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(stage: Stage) -> None:
-    """Two ranks a node. A killed rank, a frozen one whose peers have the watchdog's reports, and one that left by a native
-    exit: the peers of each have an exception, and end first."""
-    stage.set_site(ranks_per_node=2)  # two of the four nodes: others are left
+    """Each node has two ranks. One rank is killed, one freezes until its peers' watchdogs report it, and one ends by a
+    native exit. Each time its peers raise an exception and end first."""
+    stage.set_site(ranks_per_node=2)  # uses two of the four nodes, so that two are left
     victims = drawn().victims
     job = stage.launch("kill:{}+2 freeze:{}+1 exit:{}+1 done".format(*victims))
     assert job.end() == 0, job.said
@@ -139,7 +139,7 @@ def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(sta
 
 
 def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: Stage) -> None:
-    # A copy: each node has mounts of its own, and this one stays on its node after the test.
+    # A copy, because each node has its own mounts, and this mount stays on its node after the test.
     data = shutil.copytree(load_config(stage.config).data.path, stage.folder / "data")
     stage.set_site(prelude=[f'[ "$SLURMD_NODENAME" != {THIRD} ] || mount -t tmpfs none {data}'])
     job = stage.launch("", f"--program={shlex.join(TRAIN)}", "train.steps=3", f"data.path={data}")
@@ -152,10 +152,11 @@ def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: St
     assert seconds < 60.0, "srun's own wait for the other tasks"
 
 
-@pytest.mark.exhaustive  # test_slurm_training.py takes a node in the mode of the drawn cluster
+@pytest.mark.exhaustive  # test_slurm_training.py preempts a job in the drawn cluster's mode
 @pytest.mark.parametrize("mode", PREEMPTION)
 def test_a_job_that_is_preempted_again_and_again_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
-    """Slurm requeues it, or cancels it and the batch script submits it again. No attempt but the last has a checkpoint."""
+    """Slurm requeues it, or cancels it and its batch script submits it again. Only the last attempt has a
+    checkpoint."""
     stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={mode}")
     try:
         first = job = stage.launch("wait wait wait done")
@@ -256,7 +257,7 @@ def test_nodes_without_the_feature_end_with_78_and_the_heterogeneous_line_that_i
 
 
 def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: Stage) -> None:
-    # as if somebody had changed the node
+    # as if somebody had replaced the node
     changed = f'[ "$SLURMD_NODENAME" != {THIRD} ] || export MOE_DIST_NODE_FEATURES=text'
     stage.set_site(prelude=[changed])
     asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
@@ -269,12 +270,12 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
     assert stage.verdicts() == [69]
 
 
-# --- jobs in jobs, nodes at fault, options of the site
+# --- nested jobs, faulty nodes, options of the site
 
 
 @pytest.mark.exhaustive
 def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: Stage) -> None:
-    """The outer job is an array task with memory per CPU, and says that it was requeued and has two components."""
+    """The outer job is an array task with memory per CPU, and its variables claim a requeue and two components."""
     shape = ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=50"]
     inner = shlex.join(["sbatch", "--parsable", f"--output={stage.folder}/inner.txt", *shape, *plain(stage)])
     outer = "SLURM_RESTART_COUNT=3 SLURM_HET_SIZE=2 SLURM_CPU_BIND=none MOE_DIST_SNAPSHOT=/elsewhere"
@@ -319,12 +320,12 @@ def test_a_spare_node_replaces_the_one_at_fault_and_the_sites_options_reach_srun
     assert (first, second) == (given[:2], given[1:])
 
 
-# --- preludes and containers: what the site wants around a rank
+# --- preludes and containers, which the site runs around a rank
 
 
 RUNTIMES = {
     "apptainer": ("apptainer", 'while [ "${1##*.}" != sif ]; do shift; done; shift; IN_BOX=1 "$@"; exit $?'),
-    # pyxis is a plugin of srun: an srun that takes its options away
+    # pyxis is a plugin of srun, so this srun removes the plugin's options
     "pyxis": (
         "srun",
         'for word; do shift; case $word in --container-*) ;; *) set -- "$@" "$word" ;; esac; done; IN_BOX=1 exec REAL "$@"',
@@ -338,7 +339,7 @@ ASKED = {
 
 @pytest.mark.parametrize("kind", ["apptainer", exhaustive("pyxis")])
 def test_a_container_passes_on_environment_signals_and_exit_code(stage: Stage, tmp_path: Path, kind: str) -> None:
-    """By a stand-in runtime on the path, which says what it is asked for, then runs the command."""
+    """A stand-in for the runtime prints its arguments, then runs the command."""
     name, body = RUNTIMES[kind]
     runtime = tmp_path / "bin" / name
     runtime.parent.mkdir()

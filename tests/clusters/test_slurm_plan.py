@@ -1,4 +1,4 @@
-"""64 tasks on 8 nodes of 8 fake GPUs: each finds what the plan says."""
+"""64 tasks run on 8 nodes with 8 fake GPUs each, and each task finds the place that the plan gives it."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_config, write_config
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Eight nodes of eight fake GPUs, four of them for text and four for vision."""
+    """Starts eight nodes of eight fake GPUs, four of them for text and four for vision."""
     features = " ".join(drawn().features)
     with SlurmCluster(tmp_path_factory.mktemp("wide"), nodes=8, features=features, gpus=8, shape=drawn()) as cluster:
         yield cluster
@@ -58,5 +58,5 @@ def test_64_tasks_find_what_the_plan_says(wide: SlurmCluster, tmp_path: Path, ti
     ]
     assert found == expected
     assert {len(node.ranks) for node in plan.nodes} == {8}
-    for first in range(0, 64, 16):  # an EP group stays inside its domain of two neighbouring nodes of the plan
+    for first in range(0, 64, 16):  # the ranks of an EP group share two nodes that are neighbours in the plan
         assert len({plan.node_of(rank).index // 2 for rank in range(first, first + 16)}) == 1

@@ -1,4 +1,4 @@
-"""Starts on a real Slurm: without a launcher of moe_dist, and with ranks that come far apart."""
+"""Starts on a real Slurm: by plain `srun`, and with a rank that starts long after the others."""
 
 import json
 import shlex

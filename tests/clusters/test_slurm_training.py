@@ -1,4 +1,5 @@
-"""The default model on four nodes of a real Slurm: placed by kind of node, and the same bits whatever the cluster does."""
+"""The default model on four nodes of a real Slurm: its experts are on nodes of their kind, and its bits do not depend
+on events in the cluster."""
 
 import json
 import os
@@ -34,7 +35,7 @@ AGAIN = re.compile(r"\(PreemptMode=CANCEL\); submitted again as job (\d+)")
 
 
 class Runs:
-    """Starts runs of the default model on the cluster, each in a folder of its own."""
+    """Starts runs of the default model on the cluster, each in a new folder."""
 
     def __init__(self, cluster: SlurmCluster, site: Path, root: Path) -> None:
         self.cluster, self._site, self._root = cluster, site, root
@@ -52,7 +53,7 @@ def runs(slurm: SlurmCluster, site: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[SlurmJob, RunFolder]:
-    """A heterogeneous job: text experts on text nodes, image experts on vision nodes, and one world of them all."""
+    """Runs a heterogeneous job as one world: text experts on text nodes, image experts on vision nodes."""
     site = tmp_path_factory.mktemp("undisturbed") / "site.yaml"
     site.write_text(drawn().site(exclusive=True))
     job, run = runs.start("undisturbed", STEPS, f"--cluster={site}", **NODES)
@@ -62,7 +63,7 @@ def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 
 
 def records(run: RunFolder) -> list[Mapping[str, Any]]:
-    """The steps as any run of the seed has them."""
+    """Returns the parts of the step records that are equal in all runs with this seed."""
     return [reproducible_part(line) for line in read_lines(run.metrics_jsonl) if line["kind"] == "step"]
 
 
@@ -71,7 +72,7 @@ def steps_taken(run: RunFolder) -> int:
 
 
 def threads(run: RunFolder) -> set[str]:
-    """Of rank 0 in all attempts."""
+    """Returns the numbers of threads that rank 0 had in the attempts."""
     return {entry["threads"] for entry in json.loads((run.path / "provenance.json").read_text())}
 
 
@@ -86,9 +87,9 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
 
 
 def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
-    """The time limit ends within a minute and a half, so that its signal comes at one of slurmctld's next looks."""
+    """Lowers the time limit so that it ends within a minute and a half, at one of slurmctld's checks."""
     hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # minutes: what is left suffices for a save
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; enough remains for a save
     job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
@@ -96,7 +97,7 @@ def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
 
 
 def preempt(job: SlurmJob, run: RunFolder) -> SlurmJob:
-    """Somebody with a higher priority takes a node for a moment."""
+    """Runs a job of higher priority on one node for a moment."""
     urgent = [f"--partition={drawn().urgent}", "--exclusive", f"--nodelist={SECOND}", "--wrap=true", "-o", "/dev/null"]
     done = job.cluster.run("sbatch", *urgent)
     assert done.returncode == 0, done.stderr
@@ -109,7 +110,7 @@ def preempt(job: SlurmJob, run: RunFolder) -> SlurmJob:
 
 
 def lose_a_node(job: SlurmJob, run: RunFolder) -> SlurmJob:
-    """Its second node, not that of the batch script, loses its power."""
+    """Powers off the job's second node, which does not run the batch script."""
     job.cluster.kill_node(SECOND)
     job.wait_for_requeue()
     return job
@@ -130,7 +131,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(drawn().site(ranks_per_node=per_node))
-    every = 5 if disturb is lose_a_node else 100_000  # a node dies without a word: what was saved before is what there is
+    every = 5 if disturb is lose_a_node else 100_000  # a lost node saves nothing, so earlier saves are needed
     program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     options = (f"--cluster={site}", f"--program={program}")
     job, run = runs.start(disturb.__name__, STEPS, *options, **{"checkpoint.every": every})
@@ -178,7 +179,7 @@ def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
 def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]
 ) -> None:
-    """No peer waits for a rank while all are suspended; the peers of a single one wait until the timeout."""
+    """If all ranks are suspended none waits for another; the peers of one frozen rank wait until the timeout."""
     job, run = runs.start("suspended", STEPS, **{"parallel.timeout_seconds": 60, "checkpoint.every": 5})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     job.cluster.scontrol("suspend", job.number)
@@ -241,7 +242,7 @@ def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -
     assert ending.verdict == StoppedError.exit_code
     assert committed_step(run.checkpoints) == ending.last_step
     saved = [path.name for path in run.checkpoints.glob("step_*")]
-    if when == "importing" and not saved:  # rank 0 still waited for the others
+    if when == "importing" and not saved:  # rank 0 was still waiting for the others
         assert (ending.reason.partition(" while rank 0 waited for rank")[0], ending.last_step) == ("stopped on request", 0)
     else:
         assert ending.reason.startswith(f"stopped on request after step {ending.last_step};")
@@ -289,11 +290,11 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
 
 
 def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
-    """The default job on one node, from the clone and by the default cluster file; saved and away once it trains."""
+    """Submits the default job on one node from the clone, with the default cluster file; then stops it with a save."""
     readme = (ROOT / "README.md").read_text()
     (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
     assert "configs/adamoe_moma_tiny_cpu.yaml" in line
-    name = f"slurm-test-{uuid.uuid4().hex[:8]}"  # so that it is no run of somebody's
+    name = f"slurm-test-{uuid.uuid4().hex[:8]}"  # a name that no user's run has
     done = slurm.run("bash", "-c", f"{line} run.name={name}")
     assert done.returncode == 0, done.stderr
     number = done.stdout.removeprefix("Submitted batch job ").strip()

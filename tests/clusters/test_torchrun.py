@@ -1,5 +1,5 @@
-"""The default job under torchrun on two nodes, each a network namespace of two ranks: one agent is lost, and the run ends
-with the undisturbed bits. It needs root and the command `ip`, as make test-clusters does."""
+"""The default job under torchrun on two nodes (network namespaces with two ranks each): one agent is lost, and the run
+ends bit-equal to an undisturbed one. It needs root and the command `ip`, like `make test-clusters`."""
 
 import json
 import os
@@ -30,14 +30,14 @@ SETTINGS = {
     **QUICK,
     "train.steps": STEPS,
     "checkpoint.every": 2,
-    "checkpoint.asynchronous": "false",  # the step of the last checkpoint is then known
+    "checkpoint.asynchronous": "false",  # makes the step of the last checkpoint known
     "parallel.timeout_seconds": 600,
 }
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node: the command prefix that runs something there, its address and its interface."""
+    """A node: the prefix of commands that run there, its address and its interface."""
 
     enter: tuple[str, ...]
     address: str
@@ -61,7 +61,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
         enter = [("ip", "netns", "exec", name, *named, host) for name, host in zip(names, hosts, strict=False)]
         yield Node(enter[0], f"{drawn().wire}.1", link[0]), Node(enter[1], f"{drawn().wire}.2", link[1])
     finally:
-        for name in names:  # the last process has ended, so the links go with their namespaces
+        for name in names:  # no process is left, so the links disappear with their namespaces
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
@@ -71,7 +71,7 @@ def ip(*arguments: str) -> None:
 
 
 class Torchrun:
-    """Agents of one job, one on each node.
+    """The agents of one job, one on each node.
 
     Args:
         run: Overrides of the default configuration.
@@ -85,14 +85,14 @@ class Torchrun:
         node, first = self._nodes[number], self._nodes[0]
         meet = [f"--node-rank={number}", f"--master-addr={first.address}", f"--master-port={drawn().port}"]
         if self._backend == "c10d":
-            conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a busy machine is no lost node
+            conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a slow node is not lost
             meet = [f"--rdzv-endpoint={first.address}:{drawn().port}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
             meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=3"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_", "OMP_"))}
-        # Without this c10d keeps one store for all restarts, and never tells its address to an agent that comes later.
+        # Otherwise c10d keeps one store for all restarts, and never gives its address to an agent that joins later.
         env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        env |= {"OMP_NUM_THREADS": "1"} if drawn().threads == "user" else {}  # else torchrun itself sets it to 1
+        env |= {"OMP_NUM_THREADS": "1"} if drawn().threads == "user" else {}  # otherwise torchrun itself sets it to 1
         env |= {"GLOO_SOCKET_IFNAME": node.interface, **variables}
         with self.log.open("ab") as log:
             agent = subprocess.Popen(
@@ -110,7 +110,7 @@ class Torchrun:
             time.sleep(0.1)
 
     def lose(self, agent: subprocess.Popen[bytes]) -> None:
-        """The agent and its ranks are gone at once, as with their node."""
+        """Kills the agent and its ranks at the same time, as the loss of their node would."""
         for process in (psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)):
             process.send_signal(signal.SIGKILL)
         agent.wait()
@@ -136,7 +136,7 @@ def frozen(agent: subprocess.Popen[bytes]) -> bool:
 def test_torchrun_on_two_nodes_loses_an_agent_and_ends_with_the_undisturbed_bits(
     nodes: tuple[Node, Node], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # equal bits need equal numbers of threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # runs are bit-equal only with equal numbers of threads
     undisturbed, run = (RunFolder(tmp_path / name) for name in ("undisturbed", "disturbed"))
     own, others = (overrides({**SETTINGS, "run.root": tmp_path, "run.name": each.path.name}) for each in (undisturbed, run))
     assert launch(ROOT / DEFAULT, own) == 0
@@ -151,7 +151,7 @@ def test_torchrun_on_two_nodes_loses_an_agent_and_ends_with_the_undisturbed_bits
         lost = agents[1]
         job.wait_for(lambda: frozen(lost))
         job.lose(lost)
-        job.start(1)  # a new agent, whose count of restarts begins anew
+        job.start(1)  # a new agent counts its restarts from zero
         job.wait_for(lambda: all(agent.poll() == 0 for agent in job.agents))
     finally:
         for agent in list(job.agents):

@@ -1,5 +1,5 @@
-"""Tests that break whole runs take minutes, and have their own time limit. `make test-faults` runs them, not `make
-test`."""
+"""Tests that make whole runs fail; they take minutes, and have a longer time limit. `make test-faults` runs them, and
+`make test` does not."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +19,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The folder of a campaign, with a small disk if mounting is permitted."""
+    """Yields the folder of a campaign, with a small disk if mounting is permitted."""
     with open_site(tmp_path_factory.mktemp("site")) as place:
         yield place

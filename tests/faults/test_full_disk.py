@@ -1,5 +1,5 @@
-"""A disk too small for a checkpoint, and then for anything: the log reports it, and the run continues once there is
-space."""
+"""The disk has no space for a checkpoint, and later for nothing: the log reports it, and the run continues when there
+is space."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.support.tiny import tiny_config, write_config
 
 
 def fill(disk: Path, leave: int) -> Path:
-    """Fills the disk up to `leave` bytes."""
+    """Fills the disk except for `leave` bytes."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as stream:
         try:
@@ -33,7 +33,7 @@ def test_a_run_without_room_for_checkpoints_says_so_and_goes_on_when_there_is(si
     config = tiny_config(site.data, site.runs, changes)
     path, run, log = write_config(config, site.folder / "full.yaml"), RunFolder.of(config), site.folder / "full.log"
     run.logs.mkdir(parents=True)
-    filler = fill(site.disk, leave=700_000)  # records and logs fit, but no checkpoint
+    filler = fill(site.disk, leave=700_000)  # enough for records and logs, but not for a checkpoint
     assert started(path, log, max_restarts=0) == 1
     text = log.read_text()
     assert re.search(r"needs [\d,]+ bytes, but [\d,]+ are free; free space", text)

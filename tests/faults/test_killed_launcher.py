@@ -1,5 +1,5 @@
-"""The launcher is killed with SIGKILL at random moments, also during start and saves. No rank outlives it, and the same
-command continues to the bits of the undisturbed run."""
+"""SIGKILL ends the launcher at random moments, including start-up and saves. All ranks end too, and the same command
+resumes the run, which ends bit-equal to an undisturbed one."""
 
 import os
 import random
@@ -51,11 +51,11 @@ def test_a_run_whose_launcher_is_killed_at_any_moment_goes_on(tiny_data: Path, t
     path, run = write_config(config, tmp_path / "killed.yaml"), RunFolder.of(config)
     begun = RunFolder.of(wanted).read_status().attempts[0]
     assert begun.ended is not None
-    whole = begun.ended - begun.started + 3.0  # seconds of an attempt with its start-up
+    whole = begun.ended - begun.started + 3.0  # seconds that an attempt takes with its start-up
     mark = f"{seed}-{os.getpid()}"
     for number in range(KILLS):
         process = start(path, mark)
-        # Half of the kills hit the start-up, half any moment.
+        # Every second kill comes at any moment, the others during start-up.
         time.sleep(rng.uniform(0.0, 4.0 if number % 2 else whole))
         process.send_signal(signal.SIGKILL)
         process.wait()

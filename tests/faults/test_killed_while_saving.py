@@ -1,4 +1,4 @@
-"""All ranks are killed with SIGKILL at random moments of a save. The checkpoint of `latest` always loads and verifies."""
+"""SIGKILL ends all ranks at random moments of a save. The checkpoint that `latest` names always loads and verifies."""
 
 import os
 import random

@@ -1,6 +1,6 @@
-"""A run of 60 steps on 4 ranks with 20 random faults of every phase and kind ends with the bits of the undisturbed run.
+"""A run of 60 steps on 4 ranks with 20 random faults of every phase and kind ends bit-equal to an undisturbed run.
 
-The seed is printed; MOE_DIST_FAULT_SEED=<seed> draws the same faults. MOE_DIST_FAULT_CAMPAIGNS=<n> breaks n runs, every
+MOE_DIST_FAULT_SEED=<seed> repeats the faults of the printed seed. MOE_DIST_FAULT_CAMPAIGNS=<n> runs n campaigns, every
 second one without asynchronous saves.
 """
 

@@ -1,4 +1,4 @@
-"""Each recipe of CONTRIBUTING.md, applied to a copy of the tree as it is written, trains one step with the new kind."""
+"""Each recipe of CONTRIBUTING.md, applied as written to a copy of the tree, trains one step with the new kind."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ON_ONE_RANK = {"parallel.ep": 1, "placement": {"policy": "interleaved"}}
 
 
 class Block(NamedTuple):
-    """A block of code: its file, the beginning of the line above it (empty: the block is the whole file), and its text."""
+    """A block of code: its file, the beginning of the line above it (empty if it is the whole file), and its text."""
 
     path: str
     below: str
@@ -91,7 +91,7 @@ def train_one_step(tree: Path, launcher: tuple[str, ...], overrides: Sequence[st
     return tree.parent / "runs" / "tiny"
 
 
-@pytest.mark.full  # a copy of the tree and a run; the test above reads the recipes
+@pytest.mark.full  # copies the tree and runs it; the test above only reads the recipes
 def test_router_dispatcher_sink_and_launcher(tree: Path) -> None:
     overrides = follow(tree, "A router", "A dispatcher", "A sink", "A launcher")
     folder = train_one_step(tree, ("moe_dist", "launch", "plain"), overrides, {"parallel.ep": 2})
@@ -101,7 +101,7 @@ def test_router_dispatcher_sink_and_launcher(tree: Path) -> None:
     assert json.loads((folder / "status.json").read_text())["verdict"] == 0
 
 
-@pytest.mark.full  # a second copy of the tree and a second run
+@pytest.mark.full  # copies the tree and runs it again
 def test_expert_type_and_controller(tree: Path) -> None:
     overrides = follow(tree, "An expert type", "A controller")
     folder = train_one_step(tree, ("launchers.local",), overrides, ON_ONE_RANK)

@@ -1,5 +1,5 @@
-"""A rank is killed while experts move. The run resumes from its last checkpoint with the same bits. tests/faults kills and
-stops ranks in each phase of other runs."""
+"""A rank is killed while experts move. The run resumes from its last checkpoint and ends bit-equal. tests/faults kills
+and stops ranks in each phase of other runs."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6
 GROUP = {"num_experts": 6, "num_null": 2, "top_k": 2, "ffn_dim": 16}
-SETTINGS = {  # every rank has experts of both groups; moves are cheap, so that the controller accepts them
+SETTINGS = {  # every rank has experts of both groups, and moves are cheap enough for the controller
     "loss.balance.scope": "step",
     "train.steps": STEPS,
     "rank_balance": {"dealing": True, "moving": {"every": 2, "flops_per_byte": 1e-3}},
@@ -29,7 +29,7 @@ SETTINGS = {  # every rank has experts of both groups; moves are cheap, so that 
 
 
 def started(data: Path, root: Path, name: str) -> tuple[int, RunFolder]:
-    """Starts or resumes the run of a name. Returns verdict and folder."""
+    """Starts or resumes the run `name`. Returns its verdict and folder."""
     config = tiny_config(data, root, {**SETTINGS, "run.name": name})
     return launch(write_config(config, root / f"{name}.yaml"), program=PROGRAM), RunFolder.of(config)
 

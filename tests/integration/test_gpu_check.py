@@ -1,4 +1,4 @@
-"""`moe-dist gpu-check` on the CPU: a whole rehearsal, and its reports on wrong kernels, crashes, hangs and interrupted
+"""`moe-dist gpu-check` on the CPU: a whole dry run, and the reports on wrong kernels, crashes, hangs and interrupted
 runs."""
 
 import json
@@ -53,7 +53,7 @@ def test_a_fault_fails_its_check_and_ends_no_other(job: CheckJob) -> None:
     }
 
 
-@pytest.mark.full  # a process that imports torch
+@pytest.mark.full  # starts a process that imports torch
 def test_a_hang_ends_at_its_limit_and_says_where(job: CheckJob) -> None:
     reason = run(job, planted("hang", seconds=1.0))["hang"].reason
     assert reason.startswith("no result within 1 s")
@@ -105,6 +105,6 @@ def test_the_whole_rehearsal_passes(tmp_path: Path) -> None:
 @pytest.mark.needs_hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 def test_all_checks_on_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")  # other tests on the CPU set it
+    monkeypatch.delenv("TRITON_INTERPRET")  # other tests set it for the CPU
     done = command("--minutes", "14", "--json", str(tmp_path / "results.json"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -55,7 +55,7 @@ def launched(config: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 class Terminal:
-    """The launcher on its own pseudo-terminal, so that keys have the effect that a user sees."""
+    """The launcher on a pseudo-terminal, so that keys have the effect that a user sees."""
 
     def __init__(self, config: Path, *arguments: str) -> None:
         self._keyboard, screen = pty.openpty()
@@ -119,7 +119,7 @@ def stopped(data: Path, root: Path) -> tuple[RunFolder, Path, str]:
 
 
 def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tiny_data: Path, tmp_path: Path) -> None:
-    """tests/distributed/test_resume.py compares the steps of such a run with those of an undisturbed one."""
+    """tests/distributed/test_resume.py compares the steps of a resumed run with those of an undisturbed one."""
     run, path, shown = stopped(tiny_data, tmp_path)
     latest = run.read_status().latest
     assert latest is not None
@@ -157,7 +157,7 @@ def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tiny_data: Path, tmp_path: 
     assert (needed[0], min(needed[1:]) >= 1.0) == (0.0, True), "told with the next step"
 
 
-@pytest.mark.full  # tests/unit/parallel/test_meeting.py has the stops of single processes
+@pytest.mark.full  # tests/unit/parallel/test_meeting.py stops single processes
 def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,11 +171,11 @@ def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(
     assert "stopped on request while rank 1 waited for rank 0" in said
 
 
-@pytest.mark.full  # 15 s of waiting; tests/unit/monitor/sinks/test_guarded.py tests the time limit of one rank
+@pytest.mark.full  # waits 15 s; tests/unit/monitor/sinks/test_guarded.py tests the time limit on one rank
 def test_a_sink_that_does_not_close_leaves_the_finished_run_a_success(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks wait for the sink within its time limit, because launchers kill ranks that outlive the others."""
+    """All ranks wait for the sink until its time limit, because launchers kill ranks that outlive the others."""
     monkeypatch.setenv(slow_close.ENDS, str(tmp_path))
     config = tiny_config(tiny_data, tmp_path / "runs", {**QUIET, "train.steps": 2, "monitor.sinks": SINKS})
     path = write_config(config, tmp_path / "x.yaml")

@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "train.steps": 8,
     "checkpoint.every": 4,
     "evaluation.every": 4,
-    "evaluation.final_sequences": 4,  # the same number as in earlier evaluations
+    "evaluation.final_sequences": 4,  # as in earlier evaluations
     "monitor.trace": {"every": 3},
     "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}],
 }
@@ -63,7 +63,7 @@ def test_a_run_is_stopped_and_goes_on_on_other_ranks_and_in_the_other_engine(tin
     assert "finite" in ended(started("moe_dist", "verify", run.path))
     assert 0 < len(records(run, "step")) < 8
 
-    # Two ranks instead of four, with context parallelism and a distributed optimizer.
+    # Resumes on two ranks instead of four, with context parallelism and a distributed optimizer.
     cut = ("parallel.edp=1", "engine.tp=1", "engine.pp=1", "engine.cp=2", "engine.distributed_optimizer=true")
     ended(started(launcher, path, *cut))
     ended(started(launcher, path, "train.steps=10", "engine={kind: moe_dist}", "parallel.ep=1", "parallel.edp=1"))
@@ -84,6 +84,6 @@ def test_a_run_is_stopped_and_goes_on_on_other_ranks_and_in_the_other_engine(tin
         theirs, ours = (each.step(number) for each in traces)
         orders = [np.lexsort((each.tokens["position"], each.tokens["sequence"])) for each in (theirs, ours)]
         assert (theirs.tokens[orders[0]] == ours.tokens[orders[1]]).all()
-        if number == 1:  # in later steps rounding may decide between two experts of nearly equal score
+        if number == 1:  # in later steps rounding may decide between two nearly equal experts
             assert (theirs.ids[orders[0]] == ours.ids[orders[1]]).all()
     assert "events" in " ".join(each.name for each in (run.path / "tensorboard").iterdir())

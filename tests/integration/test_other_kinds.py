@@ -1,4 +1,4 @@
-"""A run with a router of another installed package: started, resumed, and refused without the package."""
+"""A run uses a router of another installed package: it starts and resumes, and is refused without the package."""
 
 import json
 import os

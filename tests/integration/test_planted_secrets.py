@@ -1,4 +1,4 @@
-"""Secrets of the environment appear nowhere in a run folder. The run is real, has every sink, and fails."""
+"""Nothing in the folder of a failed run with every sink contains a secret of the environment."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ SINKS = [
     {"kind": "prometheus"},
     {"kind": "wandb", "project": "x", "mode": "offline"},
 ]
-# A rank fails with a secret in its message and in local variables, as a service's client may.
+# A rank fails with a secret in its error message and in local variables, as the client of a service may.
 FAILING = """
 import os, sys
 from moe_dist.runtime.command_line import run_command
@@ -40,7 +40,7 @@ run_command(main)
 """
 
 
-# a whole program with every sink; tests/unit/runtime/test_secrets.py tests the function that hides secrets
+# a whole run with every sink; tests/unit/runtime/test_secrets.py tests the function that hides secrets
 @pytest.mark.full
 def test_no_byte_of_a_run_has_them(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(
@@ -53,7 +53,7 @@ def test_no_byte_of_a_run_has_them(tiny_data: Path, tmp_path: Path) -> None:
             "monitor.sinks": SINKS,
             "placement.policy": "interleaved",
             "evaluation.balance_efficiency": False,
-            "checkpoint.asynchronous": False,  # the run fails right after a save, whose files are also searched
+            "checkpoint.asynchronous": False,  # the run fails right after a save, so its files are searched too
         },
     )
     path = write_config(config, tmp_path / "x.yaml")

@@ -1,5 +1,4 @@
-"""Run folders and checkpoints written by commit e0d2e61 (tests/data/run_of_e0d2e61) load, and continue with the same
-bits."""
+"""Run folders and checkpoints written by commit e0d2e61 (tests/data/run_of_e0d2e61) load, and continue bit for bit."""
 
 import json
 import re
@@ -47,8 +46,8 @@ def places(run: Path) -> list[str]:
 
 
 def rounding() -> float:
-    """Returns the allowed difference: 0 with the torch, CPU kernels and CPU vendor that wrote the folders, else 1e-4. MKL
-    chooses kernels by vendor."""
+    """Returns the allowed difference: 0 with the torch, CPU kernels and CPU vendor that wrote the folders, otherwise
+    1e-4. MKL chooses its kernels by vendor."""
     written = json.loads((WRITTEN / "written_with.json").read_text())
     vendor = re.search(r"vendor_id\s*: (\w+)", Path("/proc/cpuinfo").read_text())
     here = {

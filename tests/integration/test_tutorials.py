@@ -1,4 +1,4 @@
-"""Each notebook of docs/tutorials runs in an empty folder. Notebooks for clusters run in tests/clusters."""
+"""Each notebook of docs/tutorials runs in an empty folder. tests/clusters runs the notebooks for clusters."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in (
 )
 def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    if (DATA / "openmoji" / "manifest.json").exists():  # otherwise the notebooks that need it prepare it in a minute
+    if (DATA / "openmoji" / "manifest.json").exists():  # otherwise notebooks that need it spend a minute on it
         (tmp_path / ".cache").mkdir()
         (tmp_path / ".cache" / "data").symlink_to(DATA)
     run_tutorial(path, tmp_path, monkeypatch)

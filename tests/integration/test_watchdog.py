@@ -1,5 +1,5 @@
-"""Suspended ranks. The report names a single suspended rank, and the layer in which the others wait. A wholly suspended run
-recovers."""
+"""Suspended ranks. The watchdog's report names a single suspended rank, and the layer in which the other ranks wait. A
+run whose ranks are all suspended continues."""
 
 import json
 import threading
@@ -27,7 +27,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.full  # a whole program, and 20 s until the watchdog acts
+@pytest.mark.full  # starts a whole run, and waits 20 s for the watchdog
 def test_the_report_names_rank_and_layer(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in fault(rank=1, step=2, phase="before_layer_1", kind="freeze").items():
         monkeypatch.setenv(name, value)
@@ -40,7 +40,7 @@ def test_the_report_names_rank_and_layer(tiny_data: Path, tmp_path: Path, monkey
     assert "collective 'counts' of layers.1 did not finish in 20 s at step 1; rank 1 did not enter it" in status.reason
     (waiting,) = read_reports(report_folder(run.logs, status.attempt_id))
     assert (waiting.rank, waiting.collective, waiting.layer, waiting.step) == (0, "counts", "layers.1", 1)
-    assert (waiting.send, waiting.receive) == ((4, 3), (4, 4))  # rows, and one number per expert (3 text, 2 image)
+    assert (waiting.send, waiting.receive) == ((4, 3), (4, 4))  # the rows, and one count per expert (3 text, 2 image)
     assert waiting.seconds > SECONDS
     log = run.log_of(0).read_text()
     assert "rank 0 has been in 'counts' of layers.1" in log
@@ -48,7 +48,7 @@ def test_the_report_names_rank_and_layer(tiny_data: Path, tmp_path: Path, monkey
 
 
 def suspend_the_ranks(run: RunFolder, seconds: float, suspended: list[psutil.Process]) -> None:
-    """Waits for two steps, and suspends all ranks for this many seconds."""
+    """Waits for two steps, then suspends all ranks for some seconds."""
     while not run.metrics_jsonl.is_file() or len(steps(run)) < 2:
         time.sleep(0.1)
     suspended += [child for child in psutil.Process().children() if "tests.support.slowed" in child.cmdline()]
@@ -64,10 +64,10 @@ def steps(run: RunFolder) -> list[dict[str, Any]]:
     return [reproducible_part(line) for line in lines if line["kind"] == "step"]
 
 
-@pytest.mark.exhaustive  # two whole programs, and half a minute of suspension
+@pytest.mark.exhaustive  # starts two whole runs, and suspends one for half a minute
 def test_a_run_suspended_for_longer_than_its_timeout_comes_to_the_same_records(tiny_data: Path, tmp_path: Path) -> None:
-    """The suspension acts like `scontrol suspend`. The run continues, or restarts from its checkpoint if a collective has
-    timed out."""
+    """The suspension has the effect of `scontrol suspend`. The run continues, or restarts from its checkpoint if a
+    collective has timed out."""
     changes = {"train.steps": 6, "checkpoint.every": 2, "evaluation.every": 6, "parallel.timeout_seconds": SECONDS}
     runs: list[RunFolder] = []
     suspended: list[psutil.Process] = []

@@ -1,4 +1,4 @@
-"""A wheel of this clone, installed alone and used in an empty folder, needs nothing from the clone."""
+"""A wheel of this clone, installed and used in an empty folder, needs nothing from the clone."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.full  # a wheel, an environment and a job: 70 s of CPU time
+pytestmark = pytest.mark.full  # builds a wheel, an environment and a job in 70 s of CPU time
 ROOT = Path(__file__).parents[2]
 CONFIG = "adamoe_moma_tiny_cpu"
 Done = subprocess.CompletedProcess[str]
@@ -52,7 +52,7 @@ print(code_folder())
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Makes an environment with only the wheel. It sees this environment's dependencies, but not this clone."""
+    """Makes an environment with only the wheel, which sees this environment's dependencies but not this clone."""
     folder = tmp_path_factory.mktemp("wheel-environment")
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
@@ -69,7 +69,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "--python", str(python), "install", *offline, str(wheel)], check=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
-    # Python reads no .pth files inside a folder that a .pth file names. The editable clone is therefore not found.
+    # Python ignores .pth files in a folder that a .pth file adds, so the editable clone is not found.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "venv"
 
@@ -81,7 +81,7 @@ def test_a_wheel_built_twice_has_equal_bits(environment: Path) -> None:
 
 @pytest.fixture
 def call(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
-    """Runs `moe-dist` of the installed wheel in an empty folder."""
+    """Runs `moe-dist` from the installed wheel in an empty folder."""
     monkeypatch.delenv("PYTHONPATH", raising=False)
 
     def run(*arguments: str, program: str = "moe-dist") -> Done:
@@ -105,7 +105,7 @@ def test_launchers_and_tools_are_no_names_of_the_environment(call: Callable[...,
 
 @pytest.mark.exhaustive  # compiles C++
 def test_a_step_is_counted_without_a_gpu(call: Callable[..., Done]) -> None:
-    """The C++ source comes from the wheel, and runs in its own process."""
+    """The C++ source comes from the wheel, and the count runs in another process."""
     done = call("-c", COUNT, program="python")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "16 ranks, 1 layer"
@@ -153,7 +153,7 @@ def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> 
 
 
 def test_nodes_get_the_code_laid_out_as_a_clone(call: Callable[..., Done], tmp_path: Path) -> None:
-    """Nodes of Slurm and Ray run a copy of the installed files. The copy is made once, and needs no installed moe_dist."""
+    """Nodes of Slurm and Ray run a copy of the installed files. It is made once, and needs no installed moe_dist."""
     first, second = (call("-c", SHOW_CODE_FOLDER, program="python") for _ in range(2))
     assert first.stdout == second.stdout, first.stderr
     folder = Path(first.stdout.strip())

@@ -1,4 +1,4 @@
-"""A trace that Megatron-Core wrote is read. Python 3.11 gets no megatron-core that writes one, so only `make test-megatron`
+"""Reads a trace that Megatron-Core wrote. No megatron-core for Python 3.11 writes traces, so only `make test-megatron`
 runs this."""
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.router_trace import RouterTracer  # pyright: 
 from moe_dist.monitor.trace.foreign import read_foreign
 
 pytestmark = pytest.mark.megatron
-IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # tokens, layers, k different experts
+IDS = np.random.default_rng(0).random((12, 3, 8)).argsort(axis=2)[:, :, :2]  # [tokens, layers, k different experts]
 
 
 def test_a_trace_that_megatron_wrote(tmp_path: Path) -> None:
