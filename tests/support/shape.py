@@ -37,7 +37,7 @@ class Shape:
         limits: Limits of the default partition: MaxTime, DefaultTime, MaxNodes and MaxCPUsPerNode.
         requeue: JobRequeue, whether Slurm requeues jobs that do not ask for it.
         cpus: CPUs that each node claims.
-        threads: The setting that gives each rank one thread: `key` (cpus_per_rank of the cluster file), `user` (OMP_NUM_THREADS
+        threads: What sets one thread per rank: `key` (cpus_per_rank of the cluster file), `user` (OMP_NUM_THREADS
             in the environment of the submission) or `cores` (the job's cores on the node).
         signal_seconds: The key signal_seconds of the cluster file.
         time: Time limit, in one of Slurm's forms; always 30 minutes.
