@@ -1,4 +1,4 @@
-"""Fixtures of the product's tests, for the tests of research, and a golden file of its own for texts of errors."""
+"""The fixtures of the product's tests for the tests of research, and a separate golden file for error messages."""
 
 from pathlib import Path
 
@@ -15,6 +15,6 @@ NOUNS = [[f"noun{number}", *([f"other {number}"] if number % 7 == 0 else [])] fo
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """WordNet files of made-up nouns and opposites."""
+    """Returns WordNet files of made-up nouns and opposites."""
     opposites = [(f"big{number}", f"small{number}") for number in range(60)]
     return write_wordnet(tmp_path_factory.mktemp("dict"), NOUNS, opposites)

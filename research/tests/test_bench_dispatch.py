@@ -1,5 +1,5 @@
-"""The whole benchmark on tiny points: all contenders have the same sums, and an interrupted file is completed. No test
-asserts a time."""
+"""The whole benchmark on tiny points: all contenders compute the same sums, and a second call completes an interrupted
+file. No test asserts a time."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def bench(*arguments: str, rounds: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.exhaustive  # a whole program: 60 s of CPU time
+@pytest.mark.exhaustive  # a whole program that takes 60 s of CPU time
 def test_it_runs_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     first = bench("--json", str(path), "--only", "tokens, no nulls", "--only", "skew")

@@ -1,4 +1,4 @@
-"""The comparison of methods from the command line: run whole, continued, and not repeated when it is done."""
+"""The comparison of methods from the command line: it runs, resumes when interrupted, and repeats no finished run."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from research.experiments import rank_seconds
 from research.experiments.study import load_study
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
-pytestmark = pytest.mark.full  # whole programs: four minutes of CPU time
+pytestmark = pytest.mark.full  # whole programs that take four minutes of CPU time
 REPOSITORY = Path(__file__).parents[2]
 CHANGES: dict[str, Any] = {
     "model.moe.groups": {"all": {"num_experts": 4, "top_k": 2, "ffn_dim": 8, "modalities": ["text", "image"]}},
@@ -46,7 +46,7 @@ def compare(folder: Path, *arguments: str) -> str:
 
 
 def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_dataset(tmp_path / "data", documents=2700)  # enough documents for the held-out sequences of --rates and --hold
+    tiny_dataset(tmp_path / "data", documents=2700)  # so many that --rates and --hold have held-out sequences
     write_config(tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES), tmp_path / "base.yaml")
     given = ("--budget", "1.5", "--methods", "fixed,remoe", "--ranks", "", "--rates", "1e-2,1e-6")
     given = (*given, "--controls", "--hold")
@@ -70,7 +70,7 @@ def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rank_seconds, "ROUNDS", 1)
-    for _ in range(2):  # the second call finds the round finished
+    for _ in range(2):  # the second call finds everything done
         rank_seconds.measure(load_study(folder / "study.yaml"), (2,), folder, lambda: False)
     times = rank_seconds.read_rank_times(folder)
     assert set(times) == {("fixed", 2), ("remoe", 2)}

@@ -1,4 +1,4 @@
-"""The seeded faults fit the product: each text stands once, and no two faults have the same id."""
+"""The seeded faults fit the product: each text occurs once, and no two faults have the same id."""
 
 import pytest
 

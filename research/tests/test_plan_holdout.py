@@ -1,4 +1,5 @@
-"""The hold-out: layouts, fit and verdict, on layouts whose seconds are those of a machine with known factors."""
+"""The hold-out test of predictions: its layouts, fit and verdict, on seconds made up from known factors of a
+machine."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,8 +1,9 @@
-"""Positive controls: tasks on which a correctly built method must win. Each test also breaks the method, and requires that
-it then loses.
+"""Positive controls: tasks on which a correctly built method must win. Each test also breaks the method, and requires
+that it then loses.
 
-The tasks are tables of facts. A token is a fixed random vector (the key), and its answer is a random class. One layer with
-a residual and a linear output learns them. Its loss depends on how much it can store, and on which expert gets which key.
+The tasks are tables of facts. A token is a fixed random vector (the key), and its answer is a random class. One layer
+with a residual and a linear output learns them. Its loss depends on how much it can store, and on which expert gets
+which key.
 """
 
 import math
@@ -48,14 +49,14 @@ from research.routers.scheduled_top_k import ScheduledTopKRouter
 from research.routers.top_k_by_id import TopKByIdRouter
 from tests.support.counts import counts_with
 
-pytestmark = pytest.mark.full  # each up to half a minute of one core
+pytestmark = pytest.mark.full  # each takes up to half a minute of one core
 D, CLASSES, BATCH = 32, 64, 256
-N, STEPS = 8, 500  # experts and steps of the tests against random drop
+N, STEPS = 8, 500  # of the tests that compare with random drop
 After = Callable[[LayerReport], None]
 
 
 class Net(nn.Module):
-    """x + layer(x), then a linear output."""
+    """A model that computes x + layer(x), then a linear output."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ def fit(
     kind: BalanceKind = "null_averaged",
     after: After = lambda report: None,
 ) -> float:
-    """Trains the model. Returns the mean cross entropy of all facts."""
+    """Trains the model. Trains the model, and returns the mean cross entropy of all facts."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
@@ -249,7 +250,7 @@ def test_lora_experts_beat_one_lora_where_domains_contradict() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A task with two kinds of tokens: tokens of one kind need more experts than tokens of the other.
+    """A task with two kinds of tokens, of which one needs more experts than the other.
 
     Attributes:
         needy_N: bool, the tokens that need more experts.
@@ -293,7 +294,7 @@ def half_are_pairs() -> Task:
 
 
 class Method(NamedTuple):
-    """A router, and the rule of the controller that holds its mean number of experts. None if a capacity holds it."""
+    """A router, and the controller's rule for its mean number of experts, or None if a capacity sets that number."""
 
     groups: tuple[ExpertGroup, ...]
     router: Any
@@ -343,8 +344,8 @@ def random_drop(task: Task) -> Method:
 
 
 class LoadOfKind(TopKByIdRouter):
-    """Gives each kind of tokens a fixed number of experts, chosen among all experts. Gets the kind in place of the
-    group."""
+    """Gives each kind of tokens a fixed number of experts, chosen among all experts. `group_T` has the kind instead of
+    the group."""
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         cache = cache or RoutingCache()

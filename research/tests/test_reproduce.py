@@ -1,4 +1,4 @@
-"""An experiment from the command line: killed, continued, measured, and not repeated when it is done."""
+"""An experiment from the command line is killed, resumed and measured, and not repeated when it is done."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from research.experiments.measure import Measurement, Spent
 from research.experiments.study import MeasureSection
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
-pytestmark = pytest.mark.full  # whole programs: two minutes of CPU time
+pytestmark = pytest.mark.full  # whole programs that take two minutes of CPU time
 REPOSITORY = Path(__file__).parents[2]
 ARM = {"about": "", "seeds": "decisive"}
 STUDY: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Files in WordNet's own format, with made-up words."""
+"""Writes files in WordNet's format, with made-up words."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +17,9 @@ def write_wordnet(
     *,
     uncounted: Sequence[str] = (),
 ) -> Path:
-    """Writes synsets. Noun synset i has the words nouns[i], is a kind of synset (i - 1) // 2, has category 4 + i % 25, and
-    the gloss 'gloss number i'. Each word's first sense is its first synset. The words in `uncounted` occur in no text."""
+    """Writes synsets. Noun synset i has the words nouns[i], category 4 + i % 25 and the gloss 'gloss number i', and is
+    a kind of synset (i - 1) // 2. Each word's first sense is its first synset. The words in `uncounted` occur in no
+    text."""
     folder.mkdir(parents=True, exist_ok=True)
     data, senses = [], {}
     for number, words in enumerate(nouns):

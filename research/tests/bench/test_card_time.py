@@ -1,4 +1,4 @@
-"""The time on paper of counted steps, held to sums that are written out."""
+"""The time that the model of a card predicts for counted steps equals sums that are written out here."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def copy(part: str, phase: str, seconds: float) -> list[Any]:
 
 
 def counted(**changes: Any) -> Counted:
-    """Two layers whose times are round numbers: attention 2 and 5 ms, an MoE layer 4 and 8 of which products 3 and 6."""
+    """Two layers with round times: attention takes 2 ms forward and 5 back, an MoE layer 4 and 8 (products 3 and 6)."""
     work = [
         [*copy("attention", "forward", 2 * MS), 2],
         [*copy("attention", "backward", 5 * MS), 2],
@@ -62,7 +62,7 @@ def test_parts_exchanges_and_syncs_follow_each_other() -> None:
     assert time.seconds == pytest.approx(MICRO_BATCHES * time.micro_batch + 20 * MS)
     tokens = MICRO_BATCHES * 2 * 4096
     dim, ffn, vocabulary, length = 2048, 1024, 50304, 4096
-    projections, scores = 4 * dim * dim, 2 * dim * length / 2  # half of the positions are masked
+    projections, scores = 4 * dim * dim, 2 * dim * length / 2  # the causal mask leaves half of the positions
     layer_flops = 2 * (projections + scores + 8 * 3 * dim * ffn + 64 * dim)
     assert time.model_flops == pytest.approx(3 * tokens * (2 * layer_flops + 2 * dim * vocabulary))
     assert time.mfu() == pytest.approx(time.model_flops / time.seconds / 989e12)
@@ -81,7 +81,7 @@ def test_launches_count_where_they_take_longer() -> None:
 def test_overlap_hides_an_exchange_under_the_pairs_of_the_own_tokens() -> None:
     options = [*TWO, "parallel.dispatch.overlap=true"]
     hidden = [card_time(counted(), OLMOE, each, RATES).micro_batch for each in (TWO, options)]
-    own = (3 + 6) / 8 * MS  # products for the rank's own tokens, in each of two layers
+    own = (3 + 6) / 8 * MS  # products for the rank's own tokens, once per layer
     assert hidden[0] - hidden[1] == pytest.approx(2 * own)
 
 
@@ -91,11 +91,11 @@ def test_halves_hide_exchanges_that_are_shorter_than_what_the_other_half_compute
             for phase in ("forward", "backward")]  # fmt: skip
     options = [*TWO[:2], "parallel.two_batch_overlap=true"]
     apart, halves = (card_time(counted(more_sent=sent), OLMOE, each, RATES).micro_batch for each in (TWO, options))
-    assert apart - halves == pytest.approx(8 * (hop + LINK.latency))  # two in forward and two in backward of two layers
+    assert apart - halves == pytest.approx(8 * (hop + LINK.latency))  # four exchanges in each of two layers
 
 
 def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
-    """The experts' edp ranks are on eight nodes, and the dense parameters on all ranks."""
+    """The ranks of an expert's edp group are on eight nodes, and dense parameters are on all ranks."""
     free = card_time(counted(), OLMOE, [*TWO], RATES).micro_batch - 2 * (4 * (7 * MS + LINK.latency) + LINK.latency)
     second = round(RATES.between.bytes_per_second)  # pyright: ignore[reportOptionalMemberAccess]
     sent = [*counted().sent, ["moe", "forward", "_allgather_base_", 8, second, False, 1]]
@@ -105,7 +105,7 @@ def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
     time = card_time(Counted(**{**vars(given), "ranks": 64}), OLMOE, options, RATES)
     latency = RATES.between.latency  # pyright: ignore[reportOptionalMemberAccess]
     assert time.gathers == pytest.approx(1 + latency)
-    # eight adapters of a node together are faster than the ring inside it
+    # the eight adapters of a node are together faster than the ring inside the node
     assert time.sums == pytest.approx(3 * (8 * second / LINK.bytes_per_second + latency))
     assert time.uncovered == pytest.approx(time.gathers + time.sums - free)
 

@@ -18,7 +18,7 @@ POINT = Point(tokens=64, hidden=8, experts=16, top_k=4, null=0.0)
 
 
 class Copies(TorchDispatchMode):
-    """Counts operations, and the rows that are copied."""
+    """Counts operations, and records the numbers of copied rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +34,8 @@ class Copies(TorchDispatchMode):
 
 
 def measure_floor(rank: RankContext) -> dict[str, Any]:
-    """Compares the sent and copied rows of the floors with the dispatcher's, and the outputs of `ours` and `naive` with the
-    expected sums."""
+    """Compares the rows that the floors send and copy with those of the dispatcher, and the outputs of `ours` and
+    `naive` with expected sums."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])

@@ -1,4 +1,4 @@
-"""The counts of a step on a fake GPU against the least possible counts, and the table of both."""
+"""Compares the counts of a step on a fake GPU with the least possible counts, and tests the table of both."""
 
 from collections import Counter
 
@@ -10,8 +10,8 @@ from tools.fake_gpu.count import count
 from tools.fake_gpu.fake_cuda import Work
 from tools.fake_gpu.fake_step import Counted
 
-# Presets whose MoE layers have a bound on 8 ranks: most bytes over the fewest possible. On more ranks FSDP2 shards the
-# experts, and gate and up are two products.
+# Presets whose MoE layers have a bound on 8 ranks: the largest allowed ratio of their bytes to the least possible
+# bytes. On more ranks FSDP2 shards the experts, and gate and up become two products.
 TRAFFIC = {"olmoe_1b7b_8gpu": 1.5}
 PRESETS = ("adamoe_moma_small_1gpu", "olmoe_1b7b_8gpu", "adamoe_mixtral8x7b_64gpu", "moma_1b4_4t4i_32gpu")
 CASES = [(preset, ranks) for preset in PRESETS for ranks in (8, 64, 1024)]
@@ -32,15 +32,15 @@ def test_a_step_moves_no_fewer_bytes_than_possible(preset: str, ranks: int) -> N
         )
         assert moved <= TRAFFIC[preset] * least
     moved = {key: counted.num_bytes[" ".join(key)] / (1 if key[0] == "step" else 2) for key in fewest if fewest[key]}
-    if ranks == 1024:  # the last rank's shards are the smaller rest of tensors that do not divide by 1,024
+    if ranks == 1024:  # 1,024 ranks do not divide all tensors, so the last rank has smaller shards
         del moved["step", "step"]
     assert all(moved[key] >= fewest[key] for key in moved), "fewer bytes than are possible"
     done = Counter[tuple[str, str]]()
     for *key, number in counted.more_work:
         work = Work(*key)
         done[work.part, work.phase] += number * work.flops
-    # Fewer, because the uniform router rounds the number of pairs down. More, because backward repeats the scores of
-    # attention, and with `recompute: experts` (Mixtral) the experts' products of forward.
+    # The count may be lower, because the uniform router rounds pairs down, and higher, because backward recomputes the
+    # scores of attention and, with `recompute: experts` (Mixtral), the experts' products of forward.
     again = 1.34 if preset == "adamoe_mixtral8x7b_64gpu" else 1.15
     assert all(0.99 * each <= done[key] <= again * each for key, each in flops.items() if key[0] != "ffn")
     assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]

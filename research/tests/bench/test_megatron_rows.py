@@ -1,4 +1,4 @@
-"""Rows that Megatron-Core's dispatcher sends for null choices, beside those of the other contenders."""
+"""Megatron-Core's dispatcher sends rows for null choices, which the other contenders do not send."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ POINT = Point(tokens=64, hidden=16, experts=8, null=0.5)
 
 
 def rows_of_variants(rank: RankContext) -> dict[str, int]:
-    """Rows that each variant of Megatron's dispatcher sends, once its result is known to be right."""
+    """Returns the rows that each variant of Megatron's dispatcher sends, after a check of its result."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     with megatron_on_cpu(), model_parallel(ep=rank.world_size), torch.no_grad():

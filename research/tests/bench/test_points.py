@@ -1,4 +1,4 @@
-"""Who goes where at a point: counts of nulls, distinct experts, skew, modality, placement; and the same on every call."""
+"""The routing at a benchmark's point: null choices, distinct experts, skew, modality, placement, and repeated draws."""
 
 from collections import Counter
 from dataclasses import replace

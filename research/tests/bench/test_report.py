@@ -1,4 +1,4 @@
-"""Rules of the judgement on made-up numbers, and the tables and the picture of a file."""
+"""The report's rules on made-up numbers, and its tables and figure of a file."""
 
 from typing import Any
 

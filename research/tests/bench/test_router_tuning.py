@@ -1,4 +1,4 @@
-"""What research.bench.router_tuning prints: both trainings, and moments of a few router rows beside those of everything."""
+"""research.bench.router_tuning prints both trainings, and the moments of a few router rows and of all parameters."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:
             "parallel.ep": 1,
             "placement.policy": "interleaved",
             "train.only": "routers",
-            "run.init_from": "nowhere",  # the bench begins with initial weights
+            "run.init_from": "nowhere",  # the bench starts with initial weights
             "loss.balance.schedule": [[0, 0.0]],
             "router_tuning": {"data": str(samples), "last_layers": 1},
         },

@@ -1,4 +1,4 @@
-"""Medians and their intervals against slow oracles: counted coverage, and the definition written out."""
+"""Medians and their intervals equal those of slow oracles: counted coverage, and the written-out definition."""
 
 import itertools
 from math import comb
@@ -11,7 +11,7 @@ from tests.support.messages import refused
 
 
 def slow_rank(n: int) -> int:
-    """Largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05, from all 2^n outcomes counted by their number of ones."""
+    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05, by the numbers of ones in all 2^n outcomes."""
     best = 0
     for rank in range(1, n // 2 + 1):
         if 2 * sum(comb(n, k) for k in range(rank)) / 2**n <= 0.05:
@@ -21,7 +21,7 @@ def slow_rank(n: int) -> int:
 
 @pytest.mark.parametrize("n", [6, 9, 20, 21, 40])
 def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
-    values = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))  # the value is its rank
+    values = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))  # each value is its own rank
     interval = median_interval(values)
     assert (interval.low, interval.high) == (slow_rank(n), n + 1 - slow_rank(n))
     assert interval.median == np.median(values)
@@ -29,13 +29,13 @@ def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
 
 
 def test_twenty_rounds_use_the_sixth_and_the_fifteenth() -> None:
-    """The textbook value for n = 20: 95.9 % coverage."""
+    """In textbooks this interval covers 95.9 % for n = 20."""
     interval = median_interval(list(range(1, 21)))
     assert (interval.low, interval.high) == (6.0, 15.0)
 
 
 def test_all_outcomes_of_six_coins_are_covered() -> None:
-    """Each of 6 values falls below or above the true median: the interval misses in 2 of 64 cases."""
+    """Each of 6 values lies below or above the true median, so the interval misses it in 2 of 64 cases."""
     missed = 0
     for signs in itertools.product([-1.0, 1.0], repeat=6):
         interval = median_interval([sign * (1 + 0.1 * index) for index, sign in enumerate(signs)])
@@ -51,7 +51,7 @@ def test_few_values_give_all_of_them() -> None:
 
 
 def test_ratios_are_paired() -> None:
-    """A slow machine doubles both times of a round; the ratio does not see it, a ratio of medians would."""
+    """A slow machine doubles both times of a round, which changes a ratio of medians but no median of ratios."""
     slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     interval = paired_ratio(3 * slow, 2 * slow)
     assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)

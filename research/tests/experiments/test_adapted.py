@@ -1,4 +1,4 @@
-"""The comparison of a model before and after it was adapted."""
+"""Compares a model before it was adapted with the model after."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Records of one experiment are of one version of the code: what is refused, and how a page tells versions apart."""
+"""An experiment's records come from one version of the code; others are refused, and a page shows which is which."""
 
 import os
 import subprocess
@@ -53,7 +53,7 @@ def commit(*changed: str) -> str:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """A study in a repository that takes the place of the code's, with the working directory there."""
+    """Returns a study in a repository that stands in for the code's, and makes it the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(moe_dist, "__file__", str(tmp_path / FILES[0]))
     Path("planted.yaml").write_text(STUDY)
@@ -132,7 +132,7 @@ def add(study: Study, path: Path, runs: Sequence[tuple[str, int]]) -> None:
 
 
 class StartedError(Exception):
-    """Raised in place of a process."""
+    """Raised instead of starting a process."""
 
 
 def no_process(*_: Any, **__: Any) -> None:
@@ -149,7 +149,7 @@ def test_the_runner_starts_no_run_by_other_code(
     commit(FILES[0])
     with pytest.raises(error):
         Runner(path, study, False, None, 1, lambda: False, same_code=same_code).run(jobs_of(study))
-    with pytest.raises(StartedError):  # records of a pilot are never judged
+    with pytest.raises(StartedError):  # a pilot's records are never judged
         Runner(path, study, True, None, 1, lambda: False, same_code=same_code).run(jobs_of(study, pilot=True))
 
 

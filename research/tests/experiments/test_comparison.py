@@ -1,4 +1,4 @@
-"""A comparison of methods: what it refuses, that each method fits its budget, and the table and figure of given records."""
+"""A comparison refuses what cannot be compared, fits each method into its budget, and makes a table and a figure."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ CHANGES: dict[str, Any] = {
     "placement.policy": "interleaved",
     "train.steps": 20,
 }
-DOCUMENTS = 2700  # leave held-out sequences besides the 192 that a comparison measures
+DOCUMENTS = 2700  # so many that held-out sequences remain besides the 192 that a comparison measures
 
 
 def asked(root: Path, data: Path, changes: dict[str, Any] | None = None, **other: Any) -> Comparison:
@@ -141,7 +141,7 @@ def test_table_and_figure_have_paired_differences_and_mark_what_is_off_the_budge
     (one.folder / "rank_seconds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in times))
     text = write_comparison(one, study, records)
     rows = {line.split("`")[1]: [cell.strip() for cell in line.split("|")] for line in text.splitlines() if "| `" in line}
-    # differences -.1 -.1 .2: mean 0, sd sqrt(.03), bound 2.92 sd / sqrt 3
+    # The differences -.1 -.1 .2 have mean 0 and deviation sqrt(.03), so the bound is 2.92 sqrt(.03) / sqrt(3).
     assert rows["adamoe"][7] == "+0.0000 [-0.2920, +0.2920]"
     assert rows["remoe"][7] == "+0.1000 [+0.1000, +0.1000]"
     assert rows["remoe"][4] == "1.600 [1.600, 1.600] (off budget)"
@@ -166,7 +166,7 @@ def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, t
     tried = {(job.label.split("~")[0], job.seed, job.settings["optimizer.lr"]) for job in jobs}
     assert tried == {(name, 103, rate) for name in one.methods for rate in one.rates}
     losses = {"fixed": (3.0, 2.0), "adamoe": (2.0, 2.5), "remoe": (2.0, 2.1)}
-    labels = sorted({job.label for job in jobs})  # NAME~lr0.001 and NAME~lr0.01 of each method
+    labels = sorted({job.label for job in jobs})  # each method has the labels NAME~lr0.001 and NAME~lr0.01
     records = {(label, 103): record(label, 103, losses[label.split("~")[0]][label.endswith("0.01")]) for label in labels}
     rates = best_rates(one, records)
     assert rates == {"fixed": 0.01, "adamoe": 1e-3, "remoe": 1e-3}

@@ -1,4 +1,4 @@
-"""What routers see of the domain, and what their choices tell of it, against cases drawn by hand."""
+"""How much routers see of a token's domain and how much their choices show of it, compared with hand-made cases."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ GROUPS = torch.tensor([0])
 
 
 def drawn(seed: int, tokens: int, *, apart: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three domains whose means lie `apart` standard deviations apart along axes of their own."""
+    """Draws tokens of three domains whose means lie `apart` standard deviations out, each along another axis."""
     generator = torch.Generator().manual_seed(seed)
     domain_N = torch.arange(tokens) % 3
     x_ND = torch.randn(tokens, 6, generator=generator) * 4.0 + 7.0
@@ -41,7 +41,7 @@ def test_a_probe_tells_what_is_there_and_no_more(apart: float, low: float, high:
 
 
 def test_a_probe_is_judged_on_the_other_tokens() -> None:
-    """40 tokens of 60 numbers: a plane separates any labels of the tokens it is fitted to, drawn ones too."""
+    """A plane fitted to 40 tokens of 60 numbers separates any labels of these tokens, even random ones."""
     generator = torch.Generator().manual_seed(0)
     x_ND, domain_N = torch.randn(40, 60, generator=generator), torch.randint(3, (40,), generator=generator)
     other_ND, other_N = torch.randn(300, 60, generator=generator), torch.randint(3, (300,), generator=generator)
@@ -65,7 +65,7 @@ def test_bits_by_hand(experts: list[int], bits: float) -> None:
 
 
 def test_the_expert_with_the_largest_weight_comes_first() -> None:
-    """Token 0: experts 3 (0.2) and 1 (0.7); token 1: only a null; token 2: expert 2."""
+    """Token 0 has experts 3 (0.2) and 1 (0.7), token 1 has only a null choice, and token 2 has expert 2."""
     pairs = Assignments(torch.tensor([0, 0, 1, 2]), torch.tensor([3, 1, ABSENT, 2]), torch.tensor([0.2, 0.7, 0.9, 0.1]))
     zeros_LC, zeros_LG = torch.zeros(1, 4), torch.zeros(1, 1)
     counts = RoutingCounts(zeros_LC, torch.tensor([[3]]), zeros_LG, zeros_LC.to(torch.int64))
@@ -87,7 +87,7 @@ def make_model() -> Transformer:
 
 
 def batch_of(ids: range, *, seed: int, sequences: int = 100) -> Batch:
-    """Documents of three prompt tokens and a scored one, drawn from `ids`; the end of each sequence is padding."""
+    """Draws documents of three prompt tokens and a scored one from `ids`; each sequence ends with padding."""
     rng, prompt = np.random.default_rng(seed), np.array([True, True, True, False])
     maker = BatchMaker(seq_len=10, pad_id=0, modalities=(((0, VOCAB),),))
 

@@ -1,4 +1,4 @@
-"""The experiments that come with the project: every arm is a run that could start."""
+"""Every arm of the experiments in research/ is a run that could start."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -42,8 +42,8 @@ def study_of(name: str) -> Study:
 
 
 def manifest(path: str) -> Manifest:
-    """Of the data that `make reproduce-data`, `conventions-data`, `questions-data`, `facts-data` and
-    `domains-data` prepare."""
+    """Returns the manifest of data that `make reproduce-data`, `conventions-data`, `questions-data`, `facts-data` or
+    `domains-data` prepares."""
     names = ["openmoji", "python"]
     if path.endswith("questions"):
         names += ["wordnet", "reasoning"]
@@ -71,7 +71,7 @@ def manifest(path: str) -> Manifest:
 
 
 def jobs_once(study: Study) -> list[StudyJob]:
-    """One job of each arm, and of each variant of the pilot."""
+    """Returns one job of each arm, and of each variant of the pilot."""
     every = {job.label: job for job in (*jobs_of(study), *jobs_of(study, pilot=True))}
     return list(every.values())
 

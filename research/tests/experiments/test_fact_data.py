@@ -1,4 +1,4 @@
-"""A closed set of facts: each once, the held-out split is the training split, and pictures are no near copies."""
+"""A closed set has each fact once, the same facts in its training and held-out splits, and no nearly equal pictures."""
 
 from pathlib import Path
 

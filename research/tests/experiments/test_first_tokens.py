@@ -1,4 +1,4 @@
-"""Questions that are answered by the first tokens of their choices."""
+"""Questions that a model answers by the first tokens of their choices."""
 
 import pytest
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_choice_with_the_likeliest_first_token_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of several lengths, in several batches, against log-likelihoods of the first tokens."""
+    """Prompts of several lengths in several batches have the answers by log-likelihoods of the first tokens."""
     monkeypatch.setattr(first_tokens, "_BATCH_TOKENS", 12)
     model = make_model()
     questions = [

@@ -1,4 +1,4 @@
-"""Gates in the command: their arms run first, and a gate that fails or is not judged keeps the other arms from running."""
+"""Gates of an experiment: their arms run first, and the other arms run only if the gate is judged and passes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ LOSSES = {"dense": 2.0, "wide": 1.5, "experts": 1.0}
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """A study whose runs are replaced by records with the losses of LOSSES."""
+    """Returns a study whose runs are replaced by records with the losses of LOSSES."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(command, "Runner", Recorder)
     monkeypatch.setattr(command, "check_rules", lambda *_: "c0ffee")
@@ -38,7 +38,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 
 class Recorder:
-    """Takes the place of `Runner`: adds a record for each job."""
+    """Replaces `Runner`: adds a record for each job instead of running it."""
 
     losses = LOSSES
 
@@ -47,13 +47,13 @@ class Recorder:
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
         for job in jobs:
-            # Losses differ by seed, so that the differences have a deviation.
+            # The losses depend on the seed, so that the differences have a deviation.
             record = {"arm": job.label, "seed": job.seed, "loss": {"all": self.losses[job.label] * (1 + job.seed / 1000)}}
             add_record(self.path, {"fingerprint": "x"}, record)
 
 
 def ran(study: Study, *, only: str = "") -> list[str]:
-    """The arms that have records after the command."""
+    """Runs the command, and returns the arms that then have records."""
     jobs = [job for job in jobs_of(study) if not only or job.label == only]
     command._run(Path("gated.yaml"), study, jobs, pilot=False, processes=2)
     return list(dict.fromkeys(arm for arm, _ in command.read_records(results_path(study, pilot=False))))

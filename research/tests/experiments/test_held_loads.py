@@ -1,4 +1,4 @@
-"""After `hold_loads` the tokens of each layer and group take the budget, whatever the router; nothing else changes."""
+"""`hold_loads` makes the tokens of each layer and group take the budget under any router, and changes nothing else."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +70,7 @@ def made(data: Path, root: Path, router: dict[str, Any], *, num_null: int = 0, t
 
 @torch.no_grad()
 def mean_loads(one: OneRank, batches: list[Batch]) -> dict[str, list[float]]:
-    """Counts by hand, in each layer, the choices of each group's tokens that have a label."""
+    """Counts in a loop, for each layer and group, the mean number of choices of tokens with a label."""
     model, groups = one.training.parallel.model.eval(), one.training.step.group_of_modality
     sums: dict[tuple[str, int], list[int]] = {}
     for batch in batches:

@@ -1,4 +1,4 @@
-"""What is measured of a run, against cases drawn by hand."""
+"""The measures of a run, compared with hand-made cases."""
 
 import json
 from dataclasses import replace
@@ -47,7 +47,7 @@ def routing(pairs: list[tuple[int, int]], *, tokens: int, nulls: int = 0) -> Rou
 
 
 def test_rows_on_the_wire_by_hand() -> None:
-    """Experts 0 1 | 2 3 on ranks 0 | 1; tokens 0 and 1 are rank 0's, 2 and 3 rank 1's.
+    """Rank 0 has experts 0 and 1 and tokens 0 and 1; rank 1 has experts 2 and 3 and tokens 2 and 3.
 
     token 0: experts 0, 1    both at home                       0 rows, 0 remote pairs
     token 1: experts 2, 3    both on rank 1                     1 row,  2 remote pairs
@@ -71,7 +71,7 @@ def test_a_token_is_filler_by_its_own_cell_and_not_by_the_next_ones() -> None:
     other = Segment(np.array([5, 6]), np.array([True, True]), 2)
     batch = maker.make([[one, other]])
     assert batch.filler_BS[0].tolist() == [True, False, False, False, True, False, False]
-    # The first token of a document is nobody's label, so nothing says that the 5 is filler.
+    # No label is the first token of a document, so it is unknown that the 5 is filler.
     assert input_filler(batch)[0].tolist() == [False, True, False, False, False, True, False]
 
 
@@ -113,7 +113,7 @@ def test_bins_hold_each_token_once_and_modalities_apart() -> None:
 
 
 def test_tables_of_loads_by_hand() -> None:
-    """Id 2 is an image code with two tokens, id 4 an image code without a token, id 1 a text id without a token."""
+    """Id 2 is an image code with two tokens, id 4 an image code without tokens, and id 1 a text id without tokens."""
     seen = replace(tokens(), input_N=np.array([0, 0, 2, 3, 2]))
     by_id_LV, by_modality_LV = tables_of(seen, np.array([False, False, True, True, True]))
     np.testing.assert_allclose(by_id_LV, [[2.0, 2.0, 0.0, 1.0, 1 / 3], [1.5, 1.5, 0.5, 1.0, 2 / 3]])
@@ -121,7 +121,8 @@ def test_tables_of_loads_by_hand() -> None:
 
 
 def test_costs_count_each_groups_experts_whatever_the_scalars_are_named(tmp_path: Path) -> None:
-    """Two layers; group a (experts 0, 1) has 10 tokens in each, with 10 and 15 choices of which one is dropped; b has 0."""
+    """In each of two layers group a (experts 0 and 1) has 10 tokens, which make 10 and 15 choices; one is dropped.
+    Group b has none."""
     other = ExpertGroup("b", num_experts=1, num_null=0, top_k=1, ffn_dim=4, first_expert=2, modalities=("image",))
     groups = (ExpertGroup("a", num_experts=2, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",)), other)
     arrays = {"choices_LC": [[4, 6, 0], [8, 7, 0]], "tokens_LG": [[10, 0], [10, 0]], "dropped_LG": [[0, 0], [1, 0]]}
@@ -193,7 +194,8 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
 
 
 def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:
-    """200 tokens, the last 20 padding; the first component decides, and the threshold lets about half of the others in."""
+    """Of 200 tokens the last 20 are padding. The first component decides, and the threshold takes about half of the
+    others."""
     x_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
     real_T = torch.arange(200) < 180
     module = DepthRouter(4, capacity=0.5, causal="threshold").eval()

@@ -1,4 +1,4 @@
-"""Routing that is fitted to labels: it moves what it says it moves, and only that."""
+"""Routing fitted to labels moves the logits that it is meant to move, and no others."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def make_model() -> Transformer:
 
 
 def answered(model: Transformer) -> list[int]:
-    """What the model takes by itself."""
+    """Returns the unchanged model's answers."""
     likelihood = Likelihood(model, MANIFEST, group_of_modality=[0], max_seq_len=16)
     return [likeliest(likelihood(choices), choices, "normalised") for choices in QUESTIONS]
 
@@ -92,7 +92,7 @@ def test_questions_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_logits_move_by_the_offset_in_the_chosen_layer_at_the_scored_tokens() -> None:
-    """Answer of two tokens behind a prompt of three: the scored labels are those of positions 2 and 3."""
+    """An answer of two tokens follows a prompt of three, so positions 2 and 3 have the scored labels."""
     model = make_model()
     changed = make_oracle(model, 1)
     batch = changed._batch([Continuation((1, 2, 9), (20, 21))])

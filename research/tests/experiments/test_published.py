@@ -1,4 +1,4 @@
-"""Pages and tables in research/records say what the records there say, and docs/results.md shows the same tables."""
+"""Pages and tables in research/records agree with the records there, and docs/results.md shows these tables."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from research.experiments.study import FOLDER, find_file, fingerprint, load_stud
 ROOT = Path("research/records/comparisons")
 REPOSITORY = Path(__file__).parents[3]
 STUDIES = REPOSITORY / "research" / "records" / "reproductions"
-# Their file or base changed after their runs, so that no run may be added.
+# These studies' file or base changed after their runs, so no further run may be added.
 CLOSED = {"adamoe", "adamoe-held", "mole", "moma", "moma-narrow"}
 
 
@@ -40,7 +40,7 @@ def test_tables_say_what_the_records_say(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", sorted(path.name.removesuffix(".jsonl.gz") for path in STUDIES.glob("*.jsonl.gz")))
 def test_pages_say_what_the_records_say(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All tables; figures, and the sentence about versions of the code, which needs the history of git, are left out."""
+    """Compares all tables, but no figures and no sentence about versions of the code, which needs git's history."""
     monkeypatch.chdir(REPOSITORY)
     path = find_file(FOLDER / f"{name}.yaml")
     study = load_study(path)

@@ -1,5 +1,5 @@
-"""Questions as training data: on the right side, without those that are left to router tuning, answered rightly; and asked
-of a model as the experiment roma asks."""
+"""Questions as training data are on the right side, leave out those that router tuning needs, and have the right
+answers; a model is asked as in the experiment roma."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ SIZE, LEFT = 80, 6
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough nouns that each side has hypernyms."""
+    """Returns files with so many nouns that each side has hypernyms."""
     opposites = [(f"big{number}", f"small{number}") for number in range(300)]
     return write_wordnet(tmp_path_factory.mktemp("dict"), [[f"noun{number}"] for number in range(600)], opposites)
 
@@ -193,7 +193,7 @@ def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:
 
 @pytest.fixture(scope="module")
 def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuestionsSection]:
-    """A run with its samples, made by the command."""
+    """Returns a run and the section of its samples, which the command made."""
     run = pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192, model__mixture_of_depths=None)
     embedder = tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
     section = QuestionsSection(tasks=("wordnet-category",), left=5, wordnet=str(words), embedder=str(embedder))
@@ -202,7 +202,7 @@ def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactor
     return run, section
 
 
-@pytest.mark.full  # makes samples, as the tests below; tests/unit/tools/test_prepare_router_tuning.py has their content
+@pytest.mark.full  # makes samples; tests/unit/tools/test_prepare_router_tuning.py tests their content
 def test_samples_are_kept_as_they_are(sampled: tuple[Path, QuestionsSection], monkeypatch: pytest.MonkeyPatch) -> None:
     run, section = sampled
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("they were made again"))
@@ -229,7 +229,7 @@ def test_samples_that_were_made_otherwise_are_refused(
     assert Samples(run / "samples").manifest.samples == 5
 
 
-@pytest.mark.full  # tests/unit/tools/test_prepare_router_tuning.py makes such samples in this process
+@pytest.mark.full  # tests/unit/tools/test_prepare_router_tuning.py makes such samples without a second process
 def test_samples_of_listed_choices_are_right_under_each_rotation(
     own_data: Path, words: Path, tmp_path: Path, sampled: tuple[Path, QuestionsSection]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The rules come before the results: what the tool refuses, and what its files hold."""
+"""Rules come before results: the tool refuses the reverse order, and its files have rules and records."""
 
 import gzip
 import os
@@ -34,7 +34,7 @@ def git(*arguments: str) -> None:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Study]:
-    """A study in a repository of its own, committed, with the working directory there."""
+    """Returns a study committed to a new repository, and makes this the working directory."""
     monkeypatch.chdir(tmp_path)
     path = Path("planted.yaml")
     path.write_text(STUDY)

@@ -1,4 +1,4 @@
-"""How many ranks run at the same time. Processes are fakes that end after a number of looks."""
+"""Limits the ranks that run at the same time. The processes are fakes that end at their third poll."""
 
 import json
 from pathlib import Path
@@ -25,10 +25,10 @@ arms:
 
 
 class Fake:
-    """A process that ends when it is looked at for the third time."""
+    """A process that ends at its third poll."""
 
-    running: dict["Fake", int]  # ranks of each running process
-    together: list[list[int]]  # the running processes' ranks, at each start
+    running: dict["Fake", int]  # number of ranks of each running process
+    together: list[list[int]]  # at each start, the numbers of ranks of the running processes
 
     def __init__(self, arguments: list[str], **_: Any) -> None:
         ranks = [int(each.removeprefix("parallel.ep=")) for each in arguments if each.startswith("parallel.ep=")]
@@ -62,7 +62,7 @@ def study_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(path: Path, *, side_by_side: int) -> list[list[int]]:
-    """Returns the ranks that ran together, at each start."""
+    """Returns the numbers of ranks that ran together, at each start."""
     study = load_study(path)
     made = Runner(path, study, pilot=False, rules=None, side_by_side=side_by_side, stop_requested=lambda: False)
     made.run(jobs_of(study))

@@ -1,4 +1,4 @@
-"""A dense FFN as experts: the parts are the whole, and its router prefers the experts that do most."""
+"""A dense FFN split into experts: the parts sum to the FFN, and its router prefers the experts that contribute most."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_all_experts_together_are_the_ffn() -> None:
 
 
 def test_neurons_of_the_same_tokens_share_an_expert() -> None:
-    """Neuron i belongs to kind i % 4, and each kind has its own tokens."""
+    """Neuron i belongs to kind i % 4, and each kind is active for other tokens."""
     own_FT = (torch.arange(WIDTH)[:, None] % EXPERTS == torch.arange(80)[None] % EXPERTS).float()
     found = cluster(own_FT + 0.1 * random(WIDTH, 80).abs(), experts=EXPERTS)
     assert {tuple(sorted({neuron % EXPERTS for neuron in neurons})) for neurons in found.tolist()} == {

@@ -1,4 +1,4 @@
-"""Statistics and verdicts of experiments against numbers worked out by hand."""
+"""Statistics and verdicts of experiments equal numbers computed by hand."""
 
 import math
 from typing import Any
@@ -10,13 +10,13 @@ from research.experiments.study import Study
 from research.experiments.verdicts import at_equal_cost, cost_to_reach, judge, log_eta, numbers, on_lines, paired
 from tests.support.messages import refused
 
-T_095_4 = 2.131846786  # tables of Student's t: one-sided 95 %, 4 degrees of freedom
+T_095_4 = 2.131846786  # Student's t for one-sided 95 % and 4 degrees of freedom, from tables
 T_0975_4 = 2.776445105  # one-sided 97.5 %
 T_095_2 = 2.919985580
 
 
 def test_bounds_of_five_pairs_are_those_of_the_table() -> None:
-    # mean 3, squared deviations 4 + 1 + 0 + 1 + 4 = 10, s = sqrt(10 / 4), s / sqrt(5) = sqrt(0.5)
+    # The mean is 3; the squared deviations sum to 4 + 1 + 0 + 1 + 4 = 10, so s^2 = 10 / 4 and s^2 / 5 = 0.5.
     found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found.n, found.mean) == (5, 3.0)
     assert found.deviation == pytest.approx(math.sqrt(2.5))
@@ -34,7 +34,7 @@ def test_lines_between_points_and_a_little_beyond() -> None:
     points = [(2.0, 3.0), (1.5, 4.0), (1.75, 3.2)]
     assert on_lines(points, 1.6, reach=0.1) == pytest.approx(4.0 - 0.8 * 0.4)
     assert on_lines(points, 1.75, reach=0.0) == pytest.approx(3.2)
-    assert on_lines(points, 1.45, reach=0.1) == pytest.approx(4.0 + 0.8 * 0.2)  # the first line goes on
+    assert on_lines(points, 1.45, reach=0.1) == pytest.approx(4.0 + 0.8 * 0.2)  # the first line is extended
     assert on_lines(points, 1.39, reach=0.1) is None
     assert on_lines(points, 2.11, reach=0.1) is None
     assert on_lines([(1.5, 4.0), (1.5, 3.0)], 1.5, reach=0.1) is None
@@ -43,16 +43,16 @@ def test_lines_between_points_and_a_little_beyond() -> None:
 
 def test_eta_by_hand() -> None:
     dense = [(1.0, 4.0), (10.0, 3.0), (100.0, 2.0)]
-    # 2.0 lies half way from 3 to 1, so at 10^0.5: eta = 100 / 10^0.5
+    # The loss 2 is half way from 3 to 1, which is at 10^0.5 on the logarithmic axis, so eta = 100 / 10^0.5.
     sparse = [(1.0, 3.0), (10.0, 1.0)]
     assert cost_to_reach(sparse, 2.0) == pytest.approx(10**0.5)
     assert log_eta(sparse, dense) == pytest.approx(math.log(100 / 10**0.5))
-    # It never gets to 2.0: dense is at its 2.5 after 10^1.5, of the arm's 100.
+    # `late` never reaches 2.0; dense has its last loss, 2.5, after 10^1.5, where it needs 100.
     late = [(1.0, 5.0), (100.0, 2.5)]
     assert log_eta(late, dense) == pytest.approx(math.log(10**1.5 / 100))
     assert log_eta(dense, dense) == pytest.approx(0.0)
     assert log_eta([], dense) is None
-    # Below it from the first point on: when it got there is not known.
+    # A curve that starts below the loss does not tell when it reached it.
     assert cost_to_reach([(1.0, 1.5), (2.0, 1.0)], 2.0) is None
     assert cost_to_reach([(1.0, 2.0), (2.0, 1.0)], 2.0) == 1.0
     assert log_eta([(1.0, 1.5), (2.0, 1.0)], dense) is None
@@ -61,7 +61,7 @@ def test_eta_by_hand() -> None:
 
 @pytest.mark.parametrize(("loss", "eta"), [("heldout", 10.0), ("training", 100.0)])
 def test_eta_is_of_the_loss_that_the_rule_names(loss: str, eta: float) -> None:
-    """b reaches a's last held-out loss, 2, at 10 of 100; and its last training loss, 1, at 1."""
+    """b reaches a's last held-out loss, 2, at cost 10 of 100, and a's last training loss, 1, at cost 1."""
 
     def curve(heldout: list[float], training: list[float]) -> list[dict[str, Any]]:
         return [
@@ -115,10 +115,10 @@ NOT_WORSE = {"claim": "", "lower": {"arm": "a", "metric": "loss.all"}, "higher":
     ],
 )
 def test_planted_differences_pass_below_the_margin_alone(shift: float, margin: float, outcome: str) -> None:
-    """Equal differences have their mean as bound: at the margin itself the rule does not hold."""
+    """The bound of equal differences is their mean, and a rule fails if the bound equals the margin."""
     base = [1.0, 2.0, 0.5, 4.0, 8.0]
     records = records_of(a=[loss + shift for loss in base], b=base)
-    # In binary, loss + 0.02 - loss is 0.02 but for its last bits; the boundary is put where it is exact.
+    # In binary, loss + 0.02 - loss is not exactly 0.02, so the case at the margin uses exact numbers.
     if shift == margin:
         records = records_of(a=[shift] * 5, b=[0.0] * 5)
     assert judge(study_of([{**NOT_WORSE, "margin": margin}]), records)[0].outcome == outcome
@@ -164,7 +164,7 @@ def test_a_load_out_of_reach_is_not_testable() -> None:
 
 
 def test_a_sum_of_records_by_hand() -> None:
-    """Half of the gap between b and c: 0.5 x 1 + 0.5 x 3 = 2 lies below a = 2.5 and above a = 1.5."""
+    """Half of the sum of b and c is 0.5 x 1 + 0.5 x 3 = 2, which lies below a = 2.5 and above a = 1.5."""
     half = [{"arm": arm, "metric": "loss.all", "times": 0.5} for arm in ("b", "c")]
     rule = {"claim": "", "lower": {"sum": half}, "higher": {"arm": "a", "metric": "loss.all"}}
     for a, outcome in ((2.5, "pass"), (1.5, "fail")):
@@ -215,5 +215,5 @@ def test_corrected_bounds_hold_for_all_rules_at_once() -> None:
 def test_distance_at_equal_cost_by_hand() -> None:
     dense = np.array([[1.0, 10.0, 100.0], [4.0, 3.0, 2.0]])
     sparse = np.array([[0.5, 10**0.5, 100.5, 110.0], [9.0, 3.0, 2.5, 1.0]])
-    # At 10^0.5 dense is half way from 4 to 3; 100.5 is taken for its end, 0.5 and 110 lie outside.
+    # At 10^0.5 dense is half way from 4 to 3; 100.5 counts as its end, and 0.5 and 110 lie outside.
     np.testing.assert_allclose(at_equal_cost(sparse, dense), [sparse[0], [np.nan, -0.5, 0.5, np.nan]])

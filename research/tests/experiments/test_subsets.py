@@ -1,4 +1,4 @@
-"""Parts of a folder of router-tuning samples."""
+"""Nested parts of a folder of router-tuning samples."""
 
 import json
 from pathlib import Path

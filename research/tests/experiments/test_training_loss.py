@@ -1,4 +1,4 @@
-"""Training losses against cases drawn by hand."""
+"""Training losses compared with hand-made cases."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data for questions with another model's tokenizer: verbs, and marks under the names of moe_dist."""
+"""Data for questions with the tokenizer of another model: verbs, and special tokens under moe_dist's names."""
 
 from pathlib import Path
 from typing import Any

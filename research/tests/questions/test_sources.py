@@ -1,4 +1,4 @@
-"""Facts from files in the packages' formats, and the sides that they stand on."""
+"""Facts read from files in the packages' formats, and the split that each fact belongs to."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_facts_of_made_up_files(tmp_path: Path) -> None:
     nouns = [["thing"], ["Living Thing", "organism"], ["tool"], ["cat", "big cat"], ["cat"], ["dust"]]
     wordnet = WordNet(write_wordnet(tmp_path, nouns, [("hot", "cold"), ("hot", "cool")], uncounted=["dust"]))
     definitions = {fact.id: fact for fact in wordnet.definitions()}
-    # The second sense of "cat" and the uncounted "dust" are not asked for.
+    # There are no questions about the second sense of "cat" and the uncounted "dust".
     assert list(definitions) == [f"n{offset_of(number)}" for number in range(4)]
     cat = definitions[f"n{offset_of(3)}"]
     assert (cat.asked, cat.answer) == ("Which word means: gloss number 3?", "cat")
@@ -76,7 +76,7 @@ def test_damaged_files_are_named_by_line(tmp_path: Path, name: str) -> None:
 def test_nothing_of_training_is_in_any_test(
     tmp_path: Path, nouns: list[list[str]], pictured: list[tuple[str, int, bool]], seed: int
 ) -> None:
-    """Told by synsets, words and families as they were written, not by the facts' keys."""
+    """Compares synsets, words and families as the test wrote them, and not the keys of the facts."""
     wordnet = WordNet(write_wordnet(tmp_path, nouns, list(zip(WORDS[::2], WORDS[1::2], strict=True))))
     trained_families = {family for _, family, trained in pictured if trained}
     pictures = [

@@ -1,4 +1,4 @@
-"""The slow reference of `research.routers.scheduled_top_k`: a loop over tokens, with given uniform numbers."""
+"""The slow reference of `research.routers.scheduled_top_k`: a loop over tokens with given uniform numbers."""
 
 import math
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 def fixed_load_weights(logits_TE: Tensor, load: float, uniform: Sequence[float]) -> Tensor:
-    """Returns weights [T, E] of one group: each token's softmax over its best floor(load) experts. A token whose uniform
-    number is below load - floor(load) takes one more. Other weights are 0. Ties go to the lower index. Differentiable."""
+    """Returns weights [T, E] of one group: each token's softmax over its best floor(load) experts. A token whose
+    uniform number is below load - floor(load) takes one more. Other weights are 0. Ties go to the lower index.
+    Differentiable."""
     rows = []
     for logits_E, u in zip(logits_TE, uniform, strict=True):
         count = math.floor(load) + (u < load - math.floor(load))

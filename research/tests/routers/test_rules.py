@@ -1,4 +1,4 @@
-"""Rules of the control routers for their table and the rest of a configuration: errors name field, value, rule and fix."""
+"""The control routers check their table and the rest of a configuration; errors name the field, value, rule and fix."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whole runs with the control routers: equal draws on any layout and after a resume."""
+"""Whole runs with the control routers draw the same numbers on any layout and after a resume."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def run(
     tiny_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """Returns `run(name, ranks, ep, changes)`: a run in which one micro-batch over all ranks is the whole step."""
+    """Returns `run(name, ranks, ep, changes)`, which starts a run whose steps are one micro-batch over all ranks."""
     root = tmp_path_factory.mktemp("runs")
     router = BY_LAYER
     if request.param == "top_k_by_id":

@@ -1,4 +1,4 @@
-"""A number of experts by token id against a loop over tokens: values and gradients."""
+"""The router that sets each token's number of experts by its id has the values and gradients of a loop over tokens."""
 
 from pathlib import Path
 
