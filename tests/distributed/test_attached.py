@@ -1,5 +1,5 @@
-"""`attach` on several ranks: on Megatron-Core's MoE layers, and on a transformers model whose ranks add up their
-counts."""
+"""`attach` on several ranks: on Megatron-Core's MoE layers, and on a transformers model with counts summed over
+ranks."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -92,7 +92,7 @@ def trained(model: Any, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 
 def watched_megatron(rank: RankContext, ep: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Trains without and with `attach`. Returns this rank's counts by the oracle, and rank 0's records."""
+    """Trains without and then with `attach`. Returns the oracle's counts on this rank, and rank 0's records."""
     layout, found = Layout(ep=ep, values=ONE_GROUP, options=options), []
     with megatron(layout):
         gradients: list[Any] = []
@@ -148,7 +148,7 @@ def test_counts_of_megatrons_own_router(run_in_world: Callable[..., list[Any]], 
         assert trace.manifest.layers == MOE_LAYERS
         assert np.array_equal(trace.choices(), total)
         rows = 0
-        for ranks in results:  # this rank's tokens of both micro-batches, in the router's order
+        for ranks in results:  # this rank's tokens in the router's order, for both micro-batches
             for micro in range(2):
                 calls = [ranks[step]["seen"][micro * len(MOE_LAYERS) + at] for at in range(len(MOE_LAYERS))]
                 part = slice(rows, rows + 2 * SEQ_LEN)
@@ -178,8 +178,8 @@ def test_a_capacity_of_megatron_is_refused(run_in_world: Callable[..., list[Any]
 
 
 def summed(rank: RankContext) -> dict[str, Any]:
-    """Returns a record over ranks with unequal batches, the collectives of one step, and the errors that all ranks
-    raise."""
+    """Returns a record with counts summed over unequal ranks, the collectives of one step, and the errors that all
+    ranks raise."""
     model = tiny_model("mixtral").train()
     tokens = torch.randint(0, VOCAB, (1 + rank.rank, 5), generator=torch.Generator().manual_seed(rank.rank))
     with attach(model, rank.folder / "a", sinks=["jsonl"], trace_every=1) as watch:
@@ -230,13 +230,13 @@ def test_a_record_sums_over_the_ranks(run_in_world: Callable[..., list[Any]]) ->
 
 
 def unwritable(rank: RankContext, failing: int, target: str) -> str:
-    """Calls `attach` while the disk of rank `failing` is full, which the function `target` finds. Each rank has its own
-    disk. Returns the error."""
+    """Calls `attach` while the disk of rank `failing` is full, so that the function `target` raises there. Each rank
+    has its own disk. Returns the error."""
     folder = rank.folder / f"disk_{rank.rank}"
     full = mock.patch(target, side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with full if rank.rank == failing else nullcontext(), pytest.raises(ConfigError) as found:
         attach(tiny_model("mixtral"), folder, sinks=["jsonl"])
-    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # once the disk has space, the same folder works
+    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # with space on the disk, the same folder works
     return str(found.value)
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints on several ranks: each layout loads those of all other layouts, and all ranks see the failure of one.
+"""Checkpoints on several ranks: each layout loads the checkpoints of all layouts, and all ranks see an error of one.
 
-`make test` saves checkpoints from four layouts and loads them in two layouts. Initial weights come from (seed, logical
-name), by code that knows nothing of checkpoints. A model loaded from the checkpoint of another layout must therefore be
-bit-equal to a freshly initialised model.
+`make test` saves checkpoints from four layouts and loads them in two layouts. Initial weights depend only on the seed
+and the logical name, and the code that draws them knows no checkpoints. A model loaded from the checkpoint of another
+layout must therefore be bit-equal to a freshly initialised model.
 """
 
 import functools
@@ -42,7 +42,7 @@ LAYOUTS = [
     Layout(2, 1, "pinned"),
     Layout(2, 1, "interleaved", "fsdp2"),
     Layout(1, 2),
-    Layout(1, 2, data="fsdp2"),  # 5 and 3 experts over edp 2: FSDP2 shards the rows of each expert
+    Layout(1, 2, data="fsdp2"),  # edp 2 divides neither 5 nor 3 experts, so FSDP2 shards the rows of each expert
     Layout(3, 1, "pinned"),
     Layout(3, 1, "uneven", "fsdp2"),
     Layout(4, 1, "uneven"),  # a rank without experts
@@ -102,7 +102,7 @@ def manager(folder: Path, **settings: Any) -> CheckpointManager:
 
 
 class NothingPickled:
-    """Within the `with` block, fails if an object collective pickles or anything is unpickled from a file on this
+    """Fails if an object collective pickles, or if anything is unpickled from a file, in the `with` block on this
     rank."""
 
     collectives = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
@@ -200,7 +200,7 @@ def test_eight_ranks_load_them_all_and_are_loaded(
 
 
 class LostError(MoeDistError):
-    """Stands for the error that a lost lease raises."""
+    """Stands for the error of a lost lease."""
 
 
 def test_muons_moments_load_under_another_layout(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -222,8 +222,8 @@ def kind_of_error(action: Callable[[], Any]) -> tuple[str, str]:
 
 
 def failing_body(rank: RankContext, folder: Path) -> dict[str, Any]:
-    """Makes one rank fail in several ways between two good saves. Returns the error on this rank, and the target of
-    `latest` afterwards."""
+    """Makes one rank's save fail in several ways between two good saves. Returns the errors on this rank, and the step
+    that `latest` then names."""
     setup = Setup(rank, Layout(2, 1, "pinned"), STEPS_TAKEN)
     state, told = setup.capture(), {}
     manager(folder).save(1, state)

@@ -71,7 +71,7 @@ def test_a_run_is_evaluated_by_thresholds_and_tells_what_the_choice_of_training_
         assert evaluation.choice_loss != evaluation.loss
         assert set(evaluation.experts_per_token) == {"text", "image"}
         for group, taken in evaluation.choice_experts_per_token.items():
-            assert 1.0 <= taken < 1.1, group  # each of n experts takes ceil(T / n) tokens
+            assert 1.0 <= taken < 1.1, group  # each of n experts takes ceil(T / n) of T tokens
     named = thresholds(first_stage[0].tensors)
     assert len(named) == 2 * 2 * 2  # two tensors of an auxiliary router for each of two layers and two groups
     assert all((value[..., :] > 0).all() for name, value in named.items() if name.endswith("threshold"))
@@ -122,7 +122,7 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
         assert all(not np.array_equal(outcome.tensors[name], outcome.at_start[name]) for name in auxiliary)
         assert outcome.steps[-1].auxiliary < outcome.steps[0].auxiliary
         assert outcome.evaluation.loss != before.evaluation.loss
-        # The weights equal the first stage's, so the losses with experts chosen as in training are equal too.
+        # The weights are those of the first stage, so the losses with experts chosen as in training are the same too.
         for name, loss in before.evaluation.choice_loss.items():
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
@@ -217,7 +217,7 @@ def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: 
         assert not np.array_equal(rows[0], rows[1])
         assert not np.array_equal(rows[0], begun.tensors["layers.0.moe.router.text.true"][0])
         assert np.array_equal(outcome.at_start["embedding.weight"], begun.tensors["embedding.weight"])
-    # Router and noise sent different tokens to two copies of one expert, so their weights differ after training.
+    # Router and noise gave different tokens to two copies of one expert, so their weights differ after training.
     assert not np.array_equal(
         outcomes[0].tensors["layers.0.moe.experts.text.0.gate"], outcomes[0].tensors["layers.0.moe.experts.text.1.gate"]
     )

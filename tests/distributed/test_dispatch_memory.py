@@ -27,7 +27,7 @@ from tests.support.cover import full, full_unless
 from tests.support.worlds import RankContext
 
 T, D, E, K = 240, 128, 8, 3
-SLICE = 8192  # bytes of a conversion slice: scaled down like the tensors, so that it also holds a few rows
+SLICE = 8192  # bytes of a conversion slice: small, so that tensors of this test need several slices
 PLACEMENTS = {
     2: ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4, 5, 6, 7))),
     4: ExpertPlacement((ExpertGroup("all", E, 0, K, 4, 0, ("text",)),), ((0, 3), (1, 2, 4), (5,), (6, 7))),
@@ -96,8 +96,8 @@ def assignments_of(rank: int, size: int, mode: str) -> Assignments:
 
 
 def experts(here: DispatchedRows, plan: Any) -> Tensor:
-    """Stands in for the experts. It reuses the rows' memory, except for own rows computed apart: they are the tokens,
-    so it copies them."""
+    """Stands in for the experts. It reuses the rows' memory, except for own rows computed apart, which are the tokens
+    themselves and must be copied."""
     apart = here.rows_RD.shape[0] == T
     return here.rows_RD * 1 if apart else here.rows_RD.view_as(here.rows_RD)
 
@@ -134,7 +134,7 @@ def held(rank: RankContext, mode: str, dtype: torch.dtype) -> dict[str, Any]:
 
 def stated(mode: str, dtype: torch.dtype, R: list[int], S: list[int]) -> tuple[float, float]:
     """Evaluates the formulas of docs/parallelism.md for forward and backward, in rows of D elements."""
-    wide = 4 / dtype.itemsize if dtype == torch.bfloat16 else 0.0  # an fp32 sum beside its bf16 row
+    wide = 4 / dtype.itemsize if dtype == torch.bfloat16 else 0.0  # an fp32 sum and its bf16 row
     if mode in ("all_to_all", "known_counts"):
         return (R[0] + S[0] + T * (1 + wide),) * 2
     if mode == "hierarchical":

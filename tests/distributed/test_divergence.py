@@ -33,8 +33,8 @@ ENGINES: dict[str, dict[str, Any]] = {  # each with two ranks
     "megatron": {"parallel.ep": 2, **megatron()},
     "megatron, TP": {"parallel.ep": 1, "parallel.edp": 2, **megatron(tp=2, distributed_optimizer=True)},
 }
-# rate: the learning rate becomes 1e37. data: PATIENCE steps give no finite norm. Others: a number of the state becomes
-# nan.
+# rate: the learning rate becomes 1e37. data: the norms of PATIENCE steps are not finite. Others: one number of the
+# state becomes nan.
 CAUSES = ("rate", "data", "weight", "router", "moment")
 
 
@@ -85,7 +85,7 @@ class Ended:
 
 
 def trained(rank: Any, data: str, root: Path, changes: Mapping[str, Any], cause: str | None) -> Ended:
-    """Runs on a rank of a standing world: starts or resumes the run, and trains until it ends or diverges."""
+    """Starts or resumes the run on one rank of a standing world, and trains until it ends or diverges."""
     with started_run(rank, data, {"run.root": str(root), **changes}) as run:
         trainer = run.trainer(run.saver())
         begun, text = trainer.progress.step, ""
@@ -116,7 +116,7 @@ def test_a_diverged_run_keeps_a_finite_checkpoint_and_its_ways_out_lead_on(
     assert first.newest == second.newest == (6 if cause == "rate" else 4)
     checkpoint = tmp_path / "diverging" / "checkpoints" / f"step_{first.newest}"
     assert verify(checkpoint)[1] == []
-    text = next(each.text for each in (first, second) if "see the log of rank" not in each.text)  # seen by this rank itself
+    text = next(each.text for each in (first, second) if "see the log of rank" not in each.text)  # of a rank with the cause
     assert f"the newest checkpoint {checkpoint} is finite" in text
     if before := re.search(r"before the first skipped step (\d+)", text):
         assert int(before[1]) == first.step - PATIENCE + 1 > first.newest
@@ -128,7 +128,7 @@ def test_a_diverged_run_keeps_a_finite_checkpoint_and_its_ways_out_lead_on(
         ((begin, end),) = re.findall(r"data\.skip='\[\[(\d+), (\d+)\]\]'", text)
         assert (int(begin), int(end)) == ((GOOD - 1) * 8, (GOOD + PATIENCE) * 8 - 1)  # includes the last good step
         way_out = {"data.skip": [[int(begin), int(end)]]}
-    elif cause == "rate":  # keep=1 leaves only weights after the huge rate, so no run can resume
+    elif cause == "rate":  # keep=1 leaves only weights from after the huge rate, so no run can resume
         return
     again, _ = run_in_world(2, trained, str(tiny_data), tmp_path, changes | way_out, cause if way_out else None)
     assert (again.begun, again.step, again.text, again.newest) == (first.newest, STEPS, "", STEPS)

@@ -42,7 +42,7 @@ PLACEMENTS = {
 
 
 def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
-    """Returns all reads of tensors and all named syncs in a layer's forward and backward."""
+    """Returns the host's reads of tensors and the named syncs in a layer's forward and backward."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, placement = CommStats(events=[]), PLACEMENTS[rank.world_size]
     wire = AllToAll(mesh.ep, comm_stats)
@@ -94,7 +94,7 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
     lengths = (5, 0, 9, 2)
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     generator = torch.Generator().manual_seed(5)
-    # products of integers are exact, so scores of different tokens tie
+    # integers make products exact, so that scores of different tokens tie
     h_TD = torch.randint(-2, 3, (sum(lengths), D), generator=generator).double()
     group_T = torch.randint(-1, 2, (sum(lengths),), generator=generator)
     options: dict[str, Any] = {"capacity": 0.3, "causal": "threshold"}

@@ -36,7 +36,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
     exhaustive(Layout(2, 1)),
     exhaustive(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
-    # FSDP2 shards stacks of 3 experts inside experts and stacks of 2 experts between them
+    # FSDP2 shards the stack of 3 experts inside each expert, and the stack of 2 experts between them
     Layout(2, 2, "interleaved", "fsdp2"),
     exhaustive(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),

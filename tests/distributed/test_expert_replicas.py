@@ -1,4 +1,4 @@
-"""Replicas of hot experts change a run only by rounding: it has the weights, moments and norms of a run without
+"""Replicas of hot experts change a run only by rounding: weights, moments and norms are those of a run without
 replicas.
 
 The test makes four runs of three steps. The first is on one rank. The second has no replicas. The third gets replicas
@@ -31,7 +31,7 @@ LAYOUTS = [
     exhaustive(Layout(2, 2, "interleaved", "fsdp2", "block", replicas=True)),
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=2, replicas=True),
     exhaustive(Layout(4, 1, "uneven", overlap=True, replicas=True)),
-    full(Layout(4, 1, "uneven", pair_budget=7, replicas=True)),  # a rank without experts of its own
+    full(Layout(4, 1, "uneven", pair_budget=7, replicas=True)),  # one rank has no expert
     full(Layout(4, 1, "uneven", "fsdp2", "experts", replicas=True)),
     full(Layout(2, 2, replicas=True, optimizer="muon")),
     exhaustive(Layout(2, 2, "interleaved", "fsdp2", fsdp_gather="step", replicas=True)),
@@ -92,8 +92,8 @@ def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]
 def three_runs(rank: RankContext, layout: Layout) -> Seen:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     start = placement_for(layout)
-    # After step 0 layer 0 replicates one expert on all ranks, and one expert of the other group. After step 1 only
-    # layer 1 has replicas, of two experts of one group.
+    # After step 0 layer 0 has replicas of one group's expert on all ranks, and of an expert of the other group. After
+    # step 1 only layer 1 has replicas, of two experts of one group.
     first = [of_both_groups(start), []]
     second = [[], sorted(on_others(start, 1, 1) + on_others(start, 2, 1))]
     plain, replicated, resumed = (ReplicatedRun(rank, layout, mesh, start) for _ in range(3))

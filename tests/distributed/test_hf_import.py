@@ -2,8 +2,8 @@
 gradients.
 
 Each model goes through a user's steps: `save_pretrained`, import, checkpoint, load on EP 1, 2 and 4. Two tensors agree
-if no entry differs by more than 1e-5 of the largest entry. This compares small and large gradients to the same number
-of digits.
+if no entry differs by more than 1e-5 of the tensor's largest entry. Large and small gradients are thus compared to the
+same number of digits.
 """
 
 import re
@@ -48,7 +48,7 @@ KINDS = (
     "gpt_oss",
 )
 SCALED = ("mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled")
-PARTS = (5, 7)  # a cache is filled in two calls, with this many tokens
+PARTS = (5, 7)  # the cache is filled in two calls, with 5 and with 7 tokens
 VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased", "ernie4_5_moe tied", "glm4_moe plain",
             "deepseek_v3 plain", "longcat_flash scaled", "gpt_oss plain")  # fmt: skip
 
@@ -109,7 +109,7 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     return {"logits": out.logits.detach().numpy(), "cached": torch.cat(parts, dim=1).numpy()}, named
 
 
-# For `make test`: softmax over all experts, groups of sigmoids, sinks with clamped experts, and a shortcut.
+# `make test` imports a softmax over all experts, groups of sigmoids, sinks with clamped experts, and a shortcut.
 COVER = ("mixtral", "deepseek_v3", "gpt_oss", "longcat_flash")
 # `make test-full` adds the other families and TELLING on 4 ranks, and models with scaled positions on 2 ranks.
 TELLING = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "glm4_moe plain")

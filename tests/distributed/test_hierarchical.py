@@ -1,4 +1,4 @@
-"""Hierarchical dispatch has the oracle's values and gradients, its closed form's bytes in both hops, and one host
+"""Hierarchical dispatch has the oracle's values and gradients, the bytes of a closed form in both hops, and one host
 sync."""
 
 from collections.abc import Callable
@@ -168,7 +168,7 @@ def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
 
 
 # The exact sum 1 + 3/256 lies halfway between the bf16 numbers 1 + 1/128 and 1 + 2/128, and rounds to 1 + 2/128. A sum
-# in bf16 would stay at 1. With two nodes each node first rounds its sum: 1 + 1/256 and 2/256.
+# in bf16 would stay at 1. With two nodes each node rounds its own sum first, to 1 + 1/256 and 2/256.
 @pytest.mark.parametrize(("per_node", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
 def test_rows_travel_in_bf16_and_are_summed_in_fp32(
     run_in_world: Callable[..., list[Any]], per_node: int, rounded: float

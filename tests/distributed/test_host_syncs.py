@@ -1,4 +1,4 @@
-"""A whole MoE layer waits for the device once, in `dispatcher.plan`; router, capacity, zero-computation experts,
+"""A whole MoE layer waits for the device once, in `dispatcher.plan`. Router, capacity, experts, zero-computation
 experts and both exchanges never wait.
 
 The test sorts pairs by counting, as CUDA does. Each recorded read of a tensor would therefore be a wait on CUDA.

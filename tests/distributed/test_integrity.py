@@ -24,7 +24,7 @@ from tests.support.worlds import RankContext
 KINDS = ("dropped", "duplicated", "swapped", "flipped")
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 NAMES = (DISPATCH_ROWS, DISPATCH_ROWS + BACKWARD)
-TRIALS = 96  # for each world size: four trials for each kind of damage, dtype and exchange
+TRIALS = 96  # for each world size, four trials for each damage, dtype and exchange
 
 
 class FaultyWire(AllToAll):
@@ -60,7 +60,7 @@ def break_rows(rows: torch.Tensor, kind: str, rng: np.random.Generator) -> None:
         one, two = rng.choice(count, 2, replace=False).tolist()
         rows[one], rows[two] = before[two], before[one]
     else:
-        bits = rows[at : at + 1].view(torch.uint8).flatten()  # a view, because the rows are contiguous
+        bits = rows[at : at + 1].view(torch.uint8).flatten()  # a view of contiguous rows
         bits[int(rng.integers(0, len(bits)))] ^= 1 << int(rng.integers(0, 8))
     assert not torch.equal(before.view(torch.uint8), rows.view(torch.uint8))
 
@@ -72,7 +72,7 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
     transport = FaultyWire(mesh.ep, CommStats())
     wire, found = CheckedAllToAll(transport), []
     for trial in range(count):
-        rng = np.random.default_rng([trial, rank.world_size])  # the same on all ranks
+        rng = np.random.default_rng([trial, rank.world_size])  # equal on all ranks
         kind, dtype, name = KINDS[trial % 4], DTYPES[trial // 4 % 3], NAMES[trial // 12 % 2]
         sizes = rng.integers(0, 9, (rank.world_size, rank.world_size)) * (1 - np.eye(rank.world_size, dtype=np.int64))
         victim, source = rng.choice(rank.world_size, 2, replace=False).tolist()
@@ -93,7 +93,7 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
 
 
 def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
-    """Runs one exchange: float rows by a dispatch with backward, integers directly."""
+    """Runs one exchange: for floats a dispatch with its backward, for integers a direct exchange."""
     generator = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         rows = torch.randint(-(1 << 62), 1 << 62, (sum(splits.send),), generator=generator)
@@ -105,7 +105,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
         Exchange(wire).dispatch(rows, weights, _plan(splits))
         return
     rows, weights = rows.requires_grad_(), weights.requires_grad_()
-    back = splits.reversed()  # so that the gradients, which go the other way, have the sizes of `splits`
+    back = splits.reversed()  # so that the gradients have the sizes of `splits`
     shape = (sum(back.send), 5)
     leaves = torch.zeros(shape, dtype=dtype).requires_grad_(), torch.zeros(shape[0]).requires_grad_()
     got, got_weights = Exchange(wire).dispatch(*leaves, _plan(back))
@@ -165,8 +165,8 @@ def test_ranks_that_disagree_are_told_before_the_exchange(
 
 
 def clean_routings(rank: RankContext, seeds: range) -> int:
-    """Returns the number of checked exchanges of undamaged round trips. Rows of three bf16 numbers do not fill a
-    word."""
+    """Returns the number of checked exchanges in round trips without damage. Rows of three bf16 numbers do not fill the
+    checksum's words."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats, checked = CommStats(events=[]), 0
     wire = CheckedAllToAll(AllToAll(mesh.ep, comm_stats))
@@ -186,4 +186,4 @@ def test_a_thousand_clean_routings_are_not_blamed(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
     checked = run_in_world(world_size, clean_routings, seeds)
-    assert checked == [8 * len(seeds)] * world_size  # five exchanges forward, three backward
+    assert checked == [8 * len(seeds)] * world_size  # five exchanges in forward, three in backward

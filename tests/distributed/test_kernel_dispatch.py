@@ -142,7 +142,7 @@ def hand(rank: RankContext, library: str) -> dict[str, Any]:
             _ = plan.row_of_pair_Q
         h_TD = (torch.arange(float(len(chosen)))[:, None] + 10 * rank.rank).expand(-1, 256).bfloat16()
         got = dispatcher.dispatch(h_TD, weight_N, plan)
-        again = dispatcher.dispatch(h_TD, weight_N, plan)  # recompute dispatches again with the same handle
+        again = dispatcher.dispatch(h_TD, weight_N, plan)  # recompute dispatches again, with the same handle
         torch.testing.assert_close(again.rows_RD, got.rows_RD, rtol=0, atol=0)
         torch.testing.assert_close(again.weight_Q, got.weight_Q, rtol=0, atol=0)
         assert got.sorted_pairs

@@ -56,8 +56,8 @@ CHOICE = [
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
     Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
-    # The loss of auxiliary routers is a mean over a scope's micro-batch. It equals the reference's only if one scope
-    # spans all ranks.
+    # The loss of auxiliary routers is a mean over the micro-batch of a scope. The reference has the same loss only if
+    # one scope spans all ranks.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
     Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
     Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
@@ -140,7 +140,7 @@ def on_one_rank(layout: Layout) -> Layout:
 
 @pytest.fixture(scope="session")
 def one_rank(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> OneRank:
-    """Returns a function from a layout to the folder of its initial weights and the outcome of its reference, both
+    """Returns a function from a layout to the folder of its initial weights and its reference's outcome, which are
     cached. References are cached."""
     made: dict[Layout, tuple[Path, Outcome]] = {}
 
@@ -170,7 +170,7 @@ def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], one_rank
             np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
             np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name], err_msg=name)
     assert_same_tensors(outcomes, oracle)
-    if not layout.capacity:  # in the last forward too, and it is not divided in the reference
+    if not layout.capacity:  # in the last forward too, which the reference does not divide
         logits = np.concatenate([outcome.logits for outcome in outcomes])
         np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
     collectives(layout, outcomes[0].events)
@@ -266,7 +266,7 @@ def pairs_are_dropped(layout: Layout, oracle: Outcome) -> None:
     assert all(step.counts.dropped_LE.any() for step in oracle.steps)
 
 
-# A comparison can fail only if its reference passes the check of the first of these fields that the layout sets.
+# Checks that a reference uses the first of these fields that its layout sets; otherwise its comparison could not fail.
 PRESENT: dict[str, Callable[[Layout, Outcome], None]] = {
     "adaptive": number_of_experts_differs,
     "choice": experts_leave_tokens_out,

@@ -80,7 +80,7 @@ def test_pods_lose_a_rank_stop_and_resume(tmp_path: Path) -> None:
 
         pods = start_pods(config, site, "train.steps=100000")
         wait_for_step(folder, committed_step(folder.checkpoints) + 2, pods)
-        pods[0].send_signal(signal.SIGTERM)  # draining one node must also save and stop the other pod
+        pods[0].send_signal(signal.SIGTERM)  # a drain of one node must save and stop the other pod as well
         assert exit_codes(pods) == [75, 75]
 
         steps = committed_step(folder.checkpoints) + 2

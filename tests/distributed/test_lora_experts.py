@@ -1,6 +1,6 @@
 """Whole runs that train adapters on a frozen base: LoRA experts, and LoRA on the attention and experts of a mixture.
 
-The base is found by its content hash. Frozen tensors have no gradients, no moments and no reductions.
+A run finds its base by the hash of the base's content. Frozen tensors have no gradients, no moments and no reductions.
 test_kinds_on_ranks.py compares N ranks with one rank.
 """
 
@@ -72,7 +72,7 @@ def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     layout = {"parallel__ep": world_size, "parallel__data": data, "model__attention_lora__dropout": 0.1}
     changes = adapters(root, run__name=name, **layout)
     runs = run_in_world(world_size, whole_run, tiny_data, root, changes)
-    # If there are fewer rows than ranks, the last ranks have empty shards and no moments for them.
+    # If there are fewer rows than ranks, the last ranks have empty shards, and no moments for them.
     assert set.union(*(run.trained for run in runs)) == {name for name in runs[0].tensors if is_trained(name)}
     for run in runs:
         for name_, before in run.at_start.items():
@@ -94,7 +94,7 @@ def is_matrix(name: str) -> bool:
 
 CLAMPED = {"model.attention": {"kind": "sinks"}, "model.moe.experts": {"kind": "clamped_ffn", "limit": 0.5}}
 SIZES = {"rank": 2, "alpha": 4.0}
-# Changes of the base run, changes that add the adapters, and the test for the names of trained tensors.
+# Each mixture: changes of the base run, changes that add the adapters, and the condition on names of trained tensors.
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str], bool]]] = {
     "attention": ({}, {"model.attention_lora": SIZES}, is_trained),
     "experts": ({}, {"model.moe.experts": {"kind": "ffn_lora", **SIZES}}, is_matrix),

@@ -45,7 +45,7 @@ def own_losses(run_engine: Run) -> Callable[..., list[dict[str, Any]]]:
     return of
 
 
-LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of ranks that read different data
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of ranks that read other data
     "ep2-cp2": ({**ranks(2), **megatron(cp=2)}, 1),
     "tp2-ep2-pp2": (BLOCK, 1),
     "pp2-vpp2": ({**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1),

@@ -38,7 +38,7 @@ BIASES = {
 def legs(
     rank: RankContext, data: str, changes: Mapping[str, Any], source: str | None, steps: tuple[int, int], target: str
 ) -> list[float]:
-    """Loads the checkpoint in `source`, takes the steps from `steps[0]` up to `steps[1]`, and saves to `target`."""
+    """Loads the checkpoint in `source`, takes the steps from `steps[0]` to `steps[1]` - 1, and saves to `target`."""
     with started_run(rank, data, changes) as run:
         mesh = run.mesh
         layout = RankLayout(run.placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -65,8 +65,8 @@ def legs(
 
 
 def fingerprints(folder: str) -> dict[str, Any]:
-    """Returns all that could differ between checkpoints: tensors' dtypes, shapes and fingerprints, optimizer steps,
-    controllers."""
+    """Returns all that could differ: tensors' dtypes, shapes and fingerprints, optimizer steps, and controllers'
+    states."""
     newest = next(each for each in Path(folder).iterdir() if each.is_dir())
     contents = open_checkpoint(newest)
     found: dict[str, Any] = {name: (e.dtype, e.shape, e.fingerprint) for name, e in contents.index.tensors.items()}
@@ -88,7 +88,7 @@ def exported_files(source: str, data: str) -> dict[str, bytes]:
 def test_there_and_back_changes_no_bit(
     run_engine: Run, tiny_data: Path, tmp_path: Path, layout: dict[str, Any], readers: dict[str, Any]
 ) -> None:
-    """`readers` is the own engine's layout that reads the same sequences per micro-batch as `layout` does."""
+    """`readers` is a layout of our engine that reads the same sequences per micro-batch as `layout`."""
     folders = [str(tmp_path / name) for name in ("own", "there", "back", "on", "resumed", "again")]
     own, there, back, on, resumed, again = folders
     run_engine({**ONE, **BIASES}, legs, None, (0, 3), own)

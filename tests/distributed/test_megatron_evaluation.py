@@ -46,8 +46,8 @@ ALL = {
 
 
 def choose_by_rounded(logits_UE: Tensor, noisy_UE: Tensor, *rest: Any, **options: Any) -> ExpertsChoice:
-    """Tokens with equal inputs, such as first tokens of documents, have scores that differ only by an engine's
-    rounding. After this rounding they tie, and the earlier token wins."""
+    """Tokens with equal inputs, such as first tokens of documents, have scores that differ only by rounding. Scores
+    rounded to 1/64 tie instead, so that the earlier token wins in both engines."""
     return choose(logits_UE, (noisy_UE * 64).round() / 64, *rest, **options)
 
 
@@ -76,7 +76,7 @@ def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[li
 def test_experts_choose_what_they_choose_in_the_own_engine(
     run_engine: Run, readers: int, router: dict[str, Any], layout: dict[str, Any]
 ) -> None:
-    """`readers` is the number of ranks of the own engine, each with whole micro-batches."""
+    """`readers` is the number of our engine's ranks, each with whole micro-batches."""
     first = {key: layout[key] for key in LATE if key in layout}
     steps, ours = run_engine({**first, ROUTER: router, **ranks(readers)}, chosen)[0]
     assert len({step["choices"].tobytes() for step in steps}) > 1

@@ -1,5 +1,5 @@
-"""A replay of recorded routing in Megatron's GPTModel with our layer has the recorded step's loss and reduced
-gradients, bit for bit. Two micro-batches both go forward before the first goes backward, as in a pipeline."""
+"""A replay of routing in Megatron's GPTModel with our layer has the recorded step's loss and reduced gradients, bit for
+bit. Two micro-batches both go forward before the first goes backward, as in a pipeline."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,7 +41,7 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
                 for part in parts
             ]
             for hook in hooks:
-                hook.remove()  # removed before backward, so that recompute records nothing twice
+                hook.remove()  # recompute must record nothing twice
             for loss in losses:
                 loss.mean().backward()
             finalize_model_grads([model], None)

@@ -57,7 +57,7 @@ def test_builds_by_name_and_every_layout_starts_equal(run_in_world: Callable[...
     results = run_in_world(4, built_by_name, [1, 4])
     together: dict[str, np.ndarray] = {}
     for alone, parted in results:
-        assert len(alone) == len(MOE_LAYERS) * (4 + 8 * 3)  # two routers with null rows, eight experts of three matrices
+        assert len(alone) == len(MOE_LAYERS) * (4 + 8 * 3)  # two gates with null rows, and eight experts of three matrices
         together.update(parted)
         for name, weight in parted.items():
             np.testing.assert_array_equal(weight, alone[name])

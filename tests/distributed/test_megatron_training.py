@@ -1,4 +1,4 @@
-"""Our layer with Megatron's own training: compared with its stock MoE layer, and with its optimizer and checkpoints."""
+"""Our layer in Megatron's training: beside Megatron's own MoE layer, and with Megatron's optimizer and checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ from tests.support.worlds import RankContext
 pytestmark = pytest.mark.megatron
 
 LR, CLIP, STEPS = 1e-2, 0.3, 3
-ADAM_EPS = 1e-3  # large enough that Adam does not turn the rounding of gradients near zero into whole steps
+ADAM_EPS = 1e-3  # so large that Adam makes no whole step of a rounding error
 
 
 # --- Megatron's own MoE layer
@@ -72,7 +72,7 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
 
         model, _, mine, _ = build(layout, state)
         placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
-        # Megatron's loss is ours divided by top_k, and Megatron averages it over the data-parallel ranks.
+        # Megatron divides this loss by top_k and by the number of data-parallel ranks, which the coefficient undoes.
         coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
         config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
         stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))

@@ -1,5 +1,5 @@
-"""Log-likelihoods do not depend on the number of ranks; two ranks divide the experts and the requests, and the last
-round is incomplete."""
+"""Log-likelihoods do not depend on the number of ranks: two ranks divide the experts, and the requests with a last
+round that is not full."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from moe_dist.parallel.mesh import make_mesh
 from tests.support.one_rank import OneRank, world_of_one
 from tests.support.worlds import RankContext
 
-# Each request is longer than `batch_tokens`, so two ranks compute five batches.
+# Each request is longer than `batch_tokens`, so there are five batches for two ranks.
 ASKED = [Continuation(list(range(8, 8 + size)), [50, 51, 24, 9][: 1 + size % 4]) for size in (3, 5, 8, 12, 14)]
 
 

@@ -59,7 +59,7 @@ NODES = [
     Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4),
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
-WHOLE = 1e9  # room of the static exchange that no choice exceeds
+WHOLE = 1e9  # so large a room for static exchanges that no choice exceeds it
 STATIC = [
     Layout(1, 1, room=WHOLE),
     Layout(2, 1, "pinned", "ddp", "experts", room=WHOLE),
@@ -100,8 +100,8 @@ def test_layout_equals_one_rank(
             np.testing.assert_array_equal(step.labels_M, expected.labels_M)
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
-            # A step exchanges rows twice in forward and twice in backward. Recompute of blocks adds one exchange. With
-            # nodes an exchange has two hops, and `rows_remote` counts the rows of both.
+            # A step exchanges rows twice in forward and twice in backward. Recompute of blocks repeats one exchange, of
+            # experts none. With nodes an exchange has two hops, and `rows_remote` counts the rows of both.
             crossings = 5 if layout.recompute == "block" else 4
             rows = step.ledger["rows_remote"] + step.ledger["rows_padding"]
             assert step.ledger["payload_bytes"] == crossings * rows * HIDDEN_DIM * 8
@@ -145,14 +145,14 @@ VARIANTS = [
     exhaustive(Layout(parts=4, balance_scope="step")),
     full(Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step")),
     Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
-    # These have one logit for all null experts, and other balance losses.
+    # One logit for all null experts, and other balance losses.
     Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
     exhaustive(Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split")),
     full(Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla")),
     exhaustive(Layout(4, 1, "uneven", "ddp", "block", balance_loss="vanilla")),
     exhaustive(Layout(2, 1, "pinned", balance_loss="null_split")),
     Layout(2, 1, "pinned", "fsdp2", balance_loss="weighted", null_weight=(2.0, 0.5), free=True),
-    # These compute the loss in parts of 50 words, with tied embeddings.
+    # The loss is computed in parts of 50 words, with tied embeddings.
     Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50, tied=True),
     full(Layout(2, 1, "pinned", "ddp", "block", loss_words=50, tied=True)),
     # Dense parts by torch.compile.
@@ -164,7 +164,7 @@ VARIANTS = [
     exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
     exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
     exhaustive(Layout(4, 2, "interleaved", "fsdp2", "block", optimizer="muon")),
-    # These distil from a teacher. Their batches have prompts, padding, and a rank without labels.
+    # The loss includes the KL from a teacher. Batches have prompts, padding, and a rank without labels.
     Layout(2, 1, "pinned", "fsdp2", "block", distilled="forward"),
     full(Layout(1, 2, distilled="forward")),
     full(Layout(4, 1, "uneven", "ddp", "experts", distilled="forward")),
@@ -185,7 +185,7 @@ VARIANTS = [
     exhaustive(Layout(2, 2, "pinned", "fsdp2", "experts", form=RESIDUAL)),
     exhaustive(Layout(2, 2, "interleaved", "ddp", "none", form=RESIDUAL)),
 ]
-# For each form, one parameter of each part that only this form has.
+# One parameter of each part that only this form has.
 PARTS: dict[str | None, set[str]] = {
     None: set(),
     LONGCAT: {

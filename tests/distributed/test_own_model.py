@@ -186,7 +186,7 @@ def test_clipping_and_full_weights_do_not_depend_on_ranks_or_placement(
 
 
 def sharded_by_fsdp2(_: RankContext) -> list[str]:
-    """Returns the names of the full weights that FSDP2 changes when it shards the model, or saves and loads it."""
+    """Returns the names of full weights that FSDP2 changes when it shards the model, or when it saves and loads it."""
     names, size = example(), dist.get_world_size()
     plain = names["Model"](dist.group.WORLD)
     whole = moe_dist.full_state_dict(plain)

@@ -56,7 +56,7 @@ def srun(rank: int, start: int) -> dict[str, str]:
 
 
 def pod(rank: int, start: int) -> dict[str, str]:
-    """Returns the variables from an operator that restarts containers; they are the same in every start."""
+    """Returns variables of an operator that restarts containers, which are the same in every start."""
     return {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
 
 
@@ -134,8 +134,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> li
         return job.records()
 
 
-# Faults at step 3, after the checkpoint of step 2: rank, fault, exit codes, and a part of the recorded reason.
-# no launcher reports the signal, only a peer its lost connection
+# Faults at step 3, after the checkpoint of step 2: rank, fault, exit codes, and a part of the recorded reason. After a
+# kill no launcher reports the signal, and a peer reports its lost connection.
 KILLED = (1, "kill", [1, -signal.SIGKILL], "RuntimeError: ")
 FIRST_KILLED = (0, "kill", [-signal.SIGKILL, 1], "RuntimeError: ")
 FROZEN = (1, "freeze", [1, None], "rank 1 did not enter it and wrote no report: suspended, dead")
@@ -202,7 +202,7 @@ class Torchrun:
         return [each.verdict for each in self.run.read_status().attempts]
 
 
-@pytest.mark.exhaustive  # starts six processes that import torch, and waits 30 s until torchrun kills a frozen rank
+@pytest.mark.exhaustive  # six processes that import torch, and 30 s until torchrun kills a frozen rank
 def test_torchrun_restarts_its_ranks_whatever_their_code_and_passes_a_stop_on(tmp_path: Path, tiny_data: Path) -> None:
     job = Torchrun(tmp_path, tiny_data)
     wrong = job.start("train.global_batch=7")

@@ -151,7 +151,7 @@ def _among(ids_TLK: np.ndarray, wanted_TLK: np.ndarray) -> np.ndarray:
 
 
 def sequences_of(rank: int, world_size: int) -> list[range]:
-    """Returns the sequence numbers of each batch of `batches_of`."""
+    """Returns the sequence numbers of the batches of `batches_of`."""
     share = {"micro_batch": SEQUENCES // world_size, "rank": rank, "world_size": world_size}
     return micro_batches(0, global_batch=MICRO_BATCHES * SEQUENCES, **share)
 

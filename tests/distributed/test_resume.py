@@ -241,7 +241,7 @@ class Resumed(TrainingRank):
 
 
 def in_flight_body(rank: RankContext, folder: Path) -> dict[str, Any]:
-    """Delays rank 1's write while all ranks take steps. A second training run saves the same step, which must wait."""
+    """Delays rank 1's write while all ranks take steps. A second run at the same step must wait for this save."""
     layout = Layout(2, 1, "pinned", precision="float32")
     go, begun, real = threading.Event(), threading.Event(), manager_module.write_shard
 

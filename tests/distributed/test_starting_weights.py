@@ -274,7 +274,7 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
         taken = [changes[f"{GROUPS}.{group}.num_experts"] for group in ("text", "image")]
         assert set(zip(told["loads"][1][::2], told["loads"][1][1::2], strict=True)) == {tuple(taken)}
         assert "the same as the checkpoint's; the output of an FFN is the sum of its parts" in told["report"]
-        for name in ("gate", "up", "down") if told["parameters"] else ():  # joined, the parts are the FFN
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts, joined, are the FFN
             parts = told["parameters"][f"layers.0.moe.experts.text.{name}"]
             whole = told["trained"][f"layers.0.moe.experts.text.{name}"][0]
             assert torch.equal(torch.cat([*parts], dim=1 if name == "down" else 0), whole)
@@ -332,7 +332,7 @@ def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
         before, after = told["loads"]
         assert after == [load * parts[group] for load, group in zip(before, ("text", "image") * 2, strict=True)]
         assert "the output of an expert is the sum of its parts" in told["report"]
-        for name in ("gate", "up", "down") if told["parameters"] else ():  # joined, the parts are the expert
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts, joined, are the expert
             stack, whole = (told[each][f"layers.1.moe.experts.text.{name}"] for each in ("parameters", "trained"))
             for expert in range(4):
                 assert torch.equal(torch.cat([*stack[2 * expert :][:2]], dim=1 if name == "down" else 0), whole[expert])

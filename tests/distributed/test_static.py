@@ -38,7 +38,7 @@ from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
 HIDDEN, FFN = 8, 16  # multiples of the SIMD width; beyond the last multiple a CPU rounds silu differently
-WHOLE = 1e9  # room of the static exchange that no choice exceeds
+WHOLE = 1e9  # so large a room for static exchanges that no choice exceeds it
 
 
 def wire_of(mesh: Mesh) -> AllToAll:
@@ -84,7 +84,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         found, plan = trip(rank.rank, case, wire, dtype, static=True)
         assert len(found) == len(expected), seed
         for got, wanted in zip(found, expected, strict=True):
-            # a CPU rounds a product differently for another place of the row in memory, so results are not bit-equal
+            # not bit-equal, because a CPU rounds a product differently for another place of the row in memory
             bound = torch.finfo(dtype).eps * 32 * float(wanted.abs().max()) if wanted.numel() else 0.0
             torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
         real, *pairs, padding, overflow = plan.sent_5.tolist()

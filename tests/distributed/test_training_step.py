@@ -27,7 +27,7 @@ from tests.support.worlds import RankContext
 def poisoned_training(
     rank: RankContext, layout: Layout, where: str
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]], int]:
-    """Takes three steps. In the second, rank 1's activations are NaN, or the gradient of one layer's expert output is not
+    """Takes three steps. In the second step, rank 1's activations or the gradient of one layer's expert output are not
     finite."""
     training, poison = TrainingRank(layout), {"on": False}
     model: Any = training.parallel.model
@@ -73,7 +73,7 @@ def test_one_bad_rank_makes_all_skip(run_in_world: Callable[..., list[Any]], dat
         changed = [any((a[name] != b[name]).any() for name in a) for a, b in itertools.pairwise(parameters)]
         assert changed == [True, False, True]
         assert steps_taken == 2
-        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # the times arrive with the next step
+        assert [result.busy_seconds_W.size for result in results] == [0, 2, 2]  # the next step exchanges the times
         for result in results[1:]:
             quick, slow = result.busy_seconds_W
             assert 0.0 <= quick < 1000.0 <= slow

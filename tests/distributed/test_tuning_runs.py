@@ -66,7 +66,7 @@ def test_choices_train_chosen_routers(site: Site, weight: float) -> None:
     for outcome, before, other in zip(whole, site.base, tokens, strict=True):
         assert outcome.trained == CHOSEN
         moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
-        # The weights of `true_chosen` ignore null rows, so null rows get no gradient from the cross entropy.
+        # `true_chosen` weights do not use null rows, so the cross entropy gives null rows no gradient.
         assert moved == (CHOSEN if weight else {name for name in CHOSEN if name.endswith("true")})
         assert (outcome.steps[0].auxiliary > 0.0) == (weight > 0.0)
         assert outcome.steps[0].labels_M.sum() <= 4 < other.steps[0].labels_M.sum(), "one label a sample, and not a token"

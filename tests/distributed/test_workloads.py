@@ -105,6 +105,6 @@ def test_all_eight_pass_and_none_hangs(run_in_world: Callable[..., list[Any]], w
     seen = run_in_world(world_size, passed)
     for each in seen:
         assert list(each) == list(WORKLOADS), "all eight are reported, never a subset"
-    # W5 must leave one rank without pairs, and in W2 one rank must get more than an even share.
+    # W5 must leave one rank without pairs, and W2 must give one rank more pairs than an even share.
     assert min(each["W5"] for each in seen) == 0
     assert max(each["W2"] for each in seen) > T * K / world_size
