@@ -46,7 +46,7 @@ def compare(folder: Path, *arguments: str) -> str:
 
 
 def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_dataset(tmp_path / "data", documents=2700)  # so many that --rates and --hold have held-out sequences
+    tiny_dataset(tmp_path / "data", documents=2700)  # enough for the held-out sequences of --rates and --hold
     write_config(tiny_config(tmp_path / "data", tmp_path / "runs", CHANGES), tmp_path / "base.yaml")
     given = ("--budget", "1.5", "--methods", "fixed,remoe", "--ranks", "", "--rates", "1e-2,1e-6")
     given = (*given, "--controls", "--hold")
@@ -70,7 +70,7 @@ def test_run_whole_and_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rank_seconds, "ROUNDS", 1)
-    for _ in range(2):  # the second call finds everything done
+    for _ in range(2):  # the second call finds the finished round
         rank_seconds.measure(load_study(folder / "study.yaml"), (2,), folder, lambda: False)
     times = rank_seconds.read_rank_times(folder)
     assert set(times) == {("fixed", 2), ("remoe", 2)}

@@ -51,7 +51,7 @@ from tests.support.counts import counts_with
 
 pytestmark = pytest.mark.full  # each takes up to half a minute of one core
 D, CLASSES, BATCH = 32, 64, 256
-N, STEPS = 8, 500  # of the tests that compare with random drop
+N, STEPS = 8, 500  # for the tests that compare with random drop
 After = Callable[[LayerReport], None]
 
 

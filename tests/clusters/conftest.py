@@ -16,7 +16,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the seed also if -q hides the header, and again after the output of failures."""
+    """Prints the seed again, after all failures and also if -q hides the header."""
     terminalreporter.write_line(f"{AGAIN} makes these clusters again")
 
 

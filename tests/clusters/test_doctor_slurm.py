@@ -1,4 +1,4 @@
-"""On a real Slurm the doctor reports no fault without one, and exactly one line for each planted fault."""
+"""On a real Slurm the doctor reports nothing if all is well, and exactly one line for each planted fault."""
 
 import re
 import sys

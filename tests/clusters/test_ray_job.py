@@ -25,7 +25,7 @@ SLOW_SAVE = 30
 
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[StartedRay]:
-    # A process reads the token once, and only processes that this cluster starts may have it.
+    # Each process reads the token once, and only processes that this cluster starts may have it.
     with ray_cluster.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) as folder:
         try:
             standing = StartedRay(folder)

@@ -94,7 +94,7 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
 
 @pytest.mark.exhaustive
 def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
-    """The last task is requeued alone too, though its id is the id of the whole array."""
+    """The last task too is requeued alone, although its id is also the id of the whole array."""
     sweep = stage.folder / "sweep.txt"
     sweep.write_text("run.seed=0\nrun.seed=1\n")
     array = stage.launch("stop+5 done", f"--array={sweep}")
@@ -120,7 +120,7 @@ def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stag
 def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(stage: Stage) -> None:
     """Each node has two ranks. One rank is killed, one freezes until its peers' watchdogs report it, and one ends by a
     native exit. Each time its peers raise an exception and end first."""
-    stage.set_site(ranks_per_node=2)  # uses two of the four nodes, so that two are left
+    stage.set_site(ranks_per_node=2)  # two of the four nodes, so that two others are left
     victims = drawn().victims
     job = stage.launch("kill:{}+2 freeze:{}+1 exit:{}+1 done".format(*victims))
     assert job.end() == 0, job.said
@@ -152,7 +152,7 @@ def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: St
     assert seconds < 60.0, "srun's own wait for the other tasks"
 
 
-@pytest.mark.exhaustive  # test_slurm_training.py preempts a job in the drawn cluster's mode
+@pytest.mark.exhaustive  # test_slurm_training.py preempts a job in the mode of the drawn cluster
 @pytest.mark.parametrize("mode", PREEMPTION)
 def test_a_job_that_is_preempted_again_and_again_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
     """Slurm requeues it, or cancels it and its batch script submits it again. Only the last attempt has a
@@ -275,7 +275,7 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
 
 @pytest.mark.exhaustive
 def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: Stage) -> None:
-    """The outer job is an array task with memory per CPU, and its variables claim a requeue and two components."""
+    """The outer job is an array task with memory per CPU, whose variables claim a requeue and two components."""
     shape = ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=50"]
     inner = shlex.join(["sbatch", "--parsable", f"--output={stage.folder}/inner.txt", *shape, *plain(stage)])
     outer = "SLURM_RESTART_COUNT=3 SLURM_HET_SIZE=2 SLURM_CPU_BIND=none MOE_DIST_SNAPSHOT=/elsewhere"

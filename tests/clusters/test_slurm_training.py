@@ -63,7 +63,7 @@ def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 
 
 def records(run: RunFolder) -> list[Mapping[str, Any]]:
-    """Returns the parts of the step records that are equal in all runs with this seed."""
+    """Returns the step records without the fields that differ between runs of this seed."""
     return [reproducible_part(line) for line in read_lines(run.metrics_jsonl) if line["kind"] == "step"]
 
 
@@ -89,7 +89,7 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
 def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """Lowers the time limit so that it ends within a minute and a half, at one of slurmctld's checks."""
     hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; enough remains for a save
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # minutes; enough is left for a save
     job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
@@ -131,7 +131,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
 ) -> None:
     site = tmp_path / "site.yaml"
     site.write_text(drawn().site(ranks_per_node=per_node))
-    every = 5 if disturb is lose_a_node else 100_000  # a lost node saves nothing, so earlier saves are needed
+    every = 5 if disturb is lose_a_node else 100_000  # a lost node has no time to save
     program = slowed.PROGRAM if disturb is lose_time else shlex.join(TRAIN)
     options = (f"--cluster={site}", f"--program={program}")
     job, run = runs.start(disturb.__name__, STEPS, *options, **{"checkpoint.every": every})
@@ -242,7 +242,7 @@ def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -
     assert ending.verdict == StoppedError.exit_code
     assert committed_step(run.checkpoints) == ending.last_step
     saved = [path.name for path in run.checkpoints.glob("step_*")]
-    if when == "importing" and not saved:  # rank 0 was still waiting for the others
+    if when == "importing" and not saved:  # rank 0 still waits for the others
         assert (ending.reason.partition(" while rank 0 waited for rank")[0], ending.last_step) == ("stopped on request", 0)
     else:
         assert ending.reason.startswith(f"stopped on request after step {ending.last_step};")
@@ -294,7 +294,7 @@ def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
     readme = (ROOT / "README.md").read_text()
     (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
     assert "configs/adamoe_moma_tiny_cpu.yaml" in line
-    name = f"slurm-test-{uuid.uuid4().hex[:8]}"  # a name that no user's run has
+    name = f"slurm-test-{uuid.uuid4().hex[:8]}"  # no user's run has this name
     done = slurm.run("bash", "-c", f"{line} run.name={name}")
     assert done.returncode == 0, done.stderr
     number = done.stdout.removeprefix("Submitted batch job ").strip()

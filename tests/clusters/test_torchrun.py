@@ -30,7 +30,7 @@ SETTINGS = {
     **QUICK,
     "train.steps": STEPS,
     "checkpoint.every": 2,
-    "checkpoint.asynchronous": "false",  # makes the step of the last checkpoint known
+    "checkpoint.asynchronous": "false",  # so that the step of the last checkpoint is known
     "parallel.timeout_seconds": 600,
 }
 

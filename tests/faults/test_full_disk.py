@@ -1,5 +1,5 @@
-"""The disk has no space for a checkpoint, and later for nothing: the log reports it, and the run continues when there
-is space."""
+"""A disk has too little space for a checkpoint, and then none at all: the log reports it, and with new space the run
+goes on."""
 
 import re
 from pathlib import Path

@@ -15,7 +15,7 @@ from tests.support.tiny import tiny_config, write_config
 
 STEPS = 6
 GROUP = {"num_experts": 6, "num_null": 2, "top_k": 2, "ffn_dim": 16}
-SETTINGS = {  # every rank has experts of both groups, and moves are cheap enough for the controller
+SETTINGS = {  # both ranks have experts of both groups, and moves are cheap, so that the controller accepts them
     "loss.balance.scope": "step",
     "train.steps": STEPS,
     "rank_balance": {"dealing": True, "moving": {"every": 2, "flops_per_byte": 1e-3}},

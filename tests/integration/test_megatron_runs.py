@@ -84,6 +84,6 @@ def test_a_run_is_stopped_and_goes_on_on_other_ranks_and_in_the_other_engine(tin
         theirs, ours = (each.step(number) for each in traces)
         orders = [np.lexsort((each.tokens["position"], each.tokens["sequence"])) for each in (theirs, ours)]
         assert (theirs.tokens[orders[0]] == ours.tokens[orders[1]]).all()
-        if number == 1:  # in later steps rounding may decide between two nearly equal experts
+        if number == 1:  # in later steps rounding may decide between nearly equal experts
             assert (theirs.ids[orders[0]] == ours.ids[orders[1]]).all()
     assert "events" in " ".join(each.name for each in (run.path / "tensorboard").iterdir())

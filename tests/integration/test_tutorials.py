@@ -18,7 +18,7 @@ HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in (
 )
 def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    if (DATA / "openmoji" / "manifest.json").exists():  # otherwise notebooks that need it spend a minute on it
+    if (DATA / "openmoji" / "manifest.json").exists():  # otherwise notebooks that need this data prepare it in a minute
         (tmp_path / ".cache").mkdir()
         (tmp_path / ".cache" / "data").symlink_to(DATA)
     run_tutorial(path, tmp_path, monkeypatch)

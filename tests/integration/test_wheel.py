@@ -69,7 +69,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = folder.glob("*.whl")
     subprocess.run([*pip, "--python", str(python), "install", *offline, str(wheel)], check=True)
     (packages,) = (folder / "venv").glob("lib/python*/site-packages")
-    # Python ignores .pth files in a folder that a .pth file adds, so the editable clone is not found.
+    # Python ignores .pth files inside a folder that a .pth file names, so it does not find the editable clone.
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "venv"
 

@@ -73,7 +73,7 @@ class Browser:
         return result["result"].get("value")
 
     def press(self, key: str) -> None:
-        """Presses a key, as `Tab`, `ArrowLeft`, `Enter` or ` `."""
+        """Presses a key such as `Tab`, `ArrowLeft`, `Enter` or ` `."""
         codes = {"Tab": 9, "Enter": 13, " ": 32, "ArrowLeft": 37, "ArrowRight": 39}
         text = {"Enter": "\r", " ": " "}.get(key, "")
         for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):

@@ -133,7 +133,7 @@ def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) ->
     while report.starts <= 2 * kills + 2:
         report.starts += 1
         code = started(path, log, max_restarts=0, variables=environment(_plan_path(site, name), site.interposer))
-        torn += any(run.checkpoints.glob("step_*.tmp"))  # left by this start, because a start removes older ones
+        torn += any(run.checkpoints.glob("step_*.tmp"))  # of this start, because each start first removes older ones
         report.problems += [f"start {report.starts}: {each}" for each in unverified(run)]
         if code == 0:
             break

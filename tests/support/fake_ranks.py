@@ -21,7 +21,7 @@ class FakeStatus(CollectiveStatus):
 
 
 class Shared:
-    """The barrier and the sums of all threads."""
+    """Adds up the numbers of all threads."""
 
     def __init__(self, world_size: int) -> None:
         self._meet = threading.Barrier(world_size, timeout=600)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.support.deep_ep_gloo import as_package
 from tests.support.sorted_pairs_gloo import SortedPairs
 
-ROUTING, FUSED = 4, 9  # positions of the routing and of the flag for a fused dispatch in the handle
+ROUTING, FUSED = 4, 9  # positions in the handle: of the routing, and of the flag for a fused dispatch
 
 
 class HybridEPBuffer:

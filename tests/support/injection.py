@@ -181,7 +181,7 @@ def _halve(folder: Path, number: int) -> None:
 
 if __name__ == "__main__":
     if os.environ.get(PRELOADED) and os.environ.get("LD_PRELOAD") != os.environ[PRELOADED]:
-        # Only ranks preload the library, and the launcher does not. exec keeps the process id and the parent.
+        # Only the ranks preload the library. exec keeps the process id and the parent.
         os.environ["LD_PRELOAD"] = os.environ[PRELOADED]
         os.execv(sys.executable, [sys.executable, *PROGRAM, *sys.argv[1:]])
 

@@ -75,13 +75,13 @@ class Layout:
     noise: float = 0.0
     parts: int = 1  # number of parts into which a rank divides each micro-batch
     per_pair: bool = False
-    room: float | None = None  # room of the dispatcher `static`, which this selects
+    room: float | None = None  # room of the dispatcher `static`, which replaces the default one
     mixture_of_depths: str | None = None  # selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # trains only the routers of these layers
     lora: str | None = None  # LoRA experts with this kind of weight, and LoRA on the attention, on a frozen base
     ffn_lora: str | None = None  # LoRA on the FFN experts of a frozen base: `each` has one per expert, `shared` one for all
-    attention_lora: bool = False  # besides ffn_lora, LoRA on attention and shared expert
+    attention_lora: bool = False  # with ffn_lora, also LoRA on attention and shared expert
     null_logit: str = "each"
     balance_loss: BalanceKind = "null_averaged"
     balance_scope: str = "micro_batch"

@@ -133,8 +133,8 @@ def gpt_model(config: Any, spec: Any) -> Any:
 
 
 def decoder_spec(layout: Layout, config: Any) -> Any:
-    """Returns the spec of our decoder layers. Without Transformer Engine or Apex, Megatron has no norm for sequence
-    parallelism; a block of layers then has the engine's norm."""
+    """Returns the spec of our decoder layers. Megatron's norms for sequence parallelism need Transformer Engine or
+    Apex; without them a block has the engine's norm."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules

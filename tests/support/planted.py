@@ -74,7 +74,7 @@ def slow_pair(first: Node, second: Node, *, rate: str) -> Iterator[None]:
     """Limits the traffic between two nodes to `rate`, such as '50mbit'. All other traffic is unlimited."""
     with contextlib.ExitStack() as stack:
         for here, there in ((first, second), (second, first)):
-            # traffic outside of the class is not limited
+            # traffic without a class is not limited
             here.run("tc", "qdisc", "add", "dev", "eth0", "root", "handle", "1:", "htb")
             stack.callback(here.run, "tc", "qdisc", "del", "dev", "eth0", "root")
             here.run("tc", "class", "add", "dev", "eth0", "parent", "1:", "classid", "1:2", "htb", "rate", rate)

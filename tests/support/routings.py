@@ -1,6 +1,6 @@
 """Random and hand-made routings for dispatchers, and a round trip that compares any dispatcher with the oracle.
 
-The 'experts' between dispatch and combine multiply a row by their id + 1, so that the oracle is one line.
+Between dispatch and combine the 'experts' multiply a row by their id + 1, so the oracle is one line.
 """
 
 from dataclasses import dataclass

@@ -98,8 +98,8 @@ def settings(name: str, *, ranks: int, **changes: Any) -> dict[str, Any]:
 
 
 def started(config: Path, log: Path, *, max_restarts: int, variables: Mapping[str, str] | None = None) -> int:
-    """Calls the local launcher once, in a process that ends with this one. Returns the launcher's verdict; `read_ends`
-    returns how the attempts ended."""
+    """Calls the local launcher once, in a process that dies with this one. Returns its verdict; `read_ends` returns how
+    the attempts ended."""
     command = [sys.executable, "-m", "tests.support.site", str(config), "--ends", f"{log}.ends"]
     with log.open("ab") as stream:
         return subprocess.run(

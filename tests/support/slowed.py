@@ -1,6 +1,6 @@
-"""A training that pauses at each step after the first start of a job.
+"""A training that pauses at each step of a job's first start, but not after a requeue.
 
-The pause gives slow events, such as Slurm's checks of time limits, time to happen without more steps. Rank 0 pauses
+The pauses give slow events, such as Slurm's checks of time limits, time to happen within few steps. Rank 0 pauses
 before it writes a record, and the other ranks wait for it.
 """
 
@@ -12,7 +12,7 @@ from moe_dist.runtime.lease import Lease
 from moe_dist.train.__main__ import main
 
 PROGRAM = "-m tests.support.slowed"
-PAUSE_SECONDS = 2.5  # slurmctld checks time limits twice during the pauses of 24 steps
+PAUSE_SECONDS = 2.5  # slurmctld checks time limits twice within 24 pauses
 
 
 def slow_down() -> None:

@@ -20,7 +20,7 @@ SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
 BUSY_SECONDS = 600.0  # limit for any action of four ranks, for a busy machine
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-LATE_SECONDS = 30.0  # limit for what a job shows after its end, or while Slurm holds it
+LATE_SECONDS = 30.0  # for what a job shows after its end, or while Slurm holds it
 
 
 class SlurmCluster:
@@ -130,8 +130,8 @@ class SlurmJob:
         return int(self.field("ExitCode").partition(":")[0])
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = BUSY_SECONDS) -> None:
-        """Waits until `condition` holds. Fails with all state after `seconds`, or when the job is over and it cannot
-        hold any more."""
+        """Waits until `condition` holds. Fails with all state after `seconds`, or when the job is over and can meet it
+        no more."""
         began = moved = look = time.monotonic()
         while not condition():
             now = time.monotonic()

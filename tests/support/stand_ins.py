@@ -1,4 +1,4 @@
-"""Commands on the path that replace others, such as Slurm's."""
+"""Commands on the path that replace other commands, such as Slurm's."""
 
 import os
 from pathlib import Path

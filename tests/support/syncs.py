@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
-# The shapes of their results depend on values, for which the host waits on CUDA. The first operation reads one number.
+# The shape of each result depends on values, for which the host waits on CUDA. The first operation reads one number.
 OPS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount", "equal",
        "is_nonzero")  # fmt: skip
 
@@ -32,7 +32,7 @@ class _Ops(TorchDispatchMode):
 
 @contextmanager
 def host_syncs() -> Iterator[list[str]]:
-    """Yields the names of the reads within the block, in order. An operation that a read calls does not count."""
+    """Yields the names of the reads within the block, in order. Operations within a read are not counted again."""
     seen: list[str] = []
 
     def noted(name: str, original: Any) -> Any:

@@ -243,7 +243,7 @@ class _World:
         return [pickle.loads(report.payload) for report in reports]
 
     def _collect(self, deadline: float) -> None:
-        """Reads reports until all ranks have reported, until the deadline, or shortly after the first failure."""
+        """Reads reports until all ranks have reported, the deadline has come, or shortly after the first failure."""
         while waiting := {m.connection: m for m in self.ranks if m.report is None and not m.died}:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:

@@ -1,4 +1,4 @@
-"""The time that the model of a card predicts for counted steps equals sums that are written out here."""
+"""The predicted time of counted steps on a card equals sums that are written out here."""
 
 from typing import Any
 
@@ -91,7 +91,7 @@ def test_halves_hide_exchanges_that_are_shorter_than_what_the_other_half_compute
             for phase in ("forward", "backward")]  # fmt: skip
     options = [*TWO[:2], "parallel.two_batch_overlap=true"]
     apart, halves = (card_time(counted(more_sent=sent), OLMOE, each, RATES).micro_batch for each in (TWO, options))
-    assert apart - halves == pytest.approx(8 * (hop + LINK.latency))  # four exchanges in each of two layers
+    assert apart - halves == pytest.approx(8 * (hop + LINK.latency))  # four exchanges in each of the two layers
 
 
 def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
@@ -105,7 +105,7 @@ def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
     time = card_time(Counted(**{**vars(given), "ranks": 64}), OLMOE, options, RATES)
     latency = RATES.between.latency  # pyright: ignore[reportOptionalMemberAccess]
     assert time.gathers == pytest.approx(1 + latency)
-    # the eight adapters of a node are together faster than the ring inside the node
+    # a node's eight adapters together are faster than the ring inside the node
     assert time.sums == pytest.approx(3 * (8 * second / LINK.bytes_per_second + latency))
     assert time.uncovered == pytest.approx(time.gathers + time.sums - free)
 

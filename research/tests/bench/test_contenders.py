@@ -1,4 +1,4 @@
-"""The benchmark's floor moves exactly the rows that `ours` sends, also if they outnumber the tokens."""
+"""The benchmark's floor moves exactly the rows that `ours` sends, even if these outnumber the tokens."""
 
 from collections import Counter
 from typing import Any

@@ -1,4 +1,4 @@
-"""Copies of experts share their work, and their balance is close to the best way to fill the free slots."""
+"""Copies of an expert share its work, and their balance is near the best way to fill the free slots."""
 
 import itertools
 

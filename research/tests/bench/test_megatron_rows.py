@@ -1,4 +1,4 @@
-"""Megatron-Core's dispatcher sends rows for null choices, which the other contenders do not send."""
+"""Counts the rows that Megatron-Core's dispatcher and the other contenders send for null choices."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The routing at a benchmark's point: null choices, distinct experts, skew, modality, placement, and repeated draws."""
+"""The routing at a benchmark's point: null choices, distinct experts, skew, modality, placement, and equal draws."""
 
 from collections import Counter
 from dataclasses import replace

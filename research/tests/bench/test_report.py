@@ -1,4 +1,4 @@
-"""The report's rules on made-up numbers, and its tables and figure of a file."""
+"""The report's verdicts on made-up numbers, and the tables and the figure that it makes of a file."""
 
 from typing import Any
 

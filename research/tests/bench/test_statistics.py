@@ -21,7 +21,7 @@ def slow_rank(n: int) -> int:
 
 @pytest.mark.parametrize("n", [6, 9, 20, 21, 40])
 def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
-    values = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))  # each value is its own rank
+    values = np.random.default_rng(n).permutation(np.arange(1.0, n + 1))  # each value equals its rank
     interval = median_interval(values)
     assert (interval.low, interval.high) == (slow_rank(n), n + 1 - slow_rank(n))
     assert interval.median == np.median(values)
@@ -51,7 +51,7 @@ def test_few_values_give_all_of_them() -> None:
 
 
 def test_ratios_are_paired() -> None:
-    """A slow machine doubles both times of a round, which changes a ratio of medians but no median of ratios."""
+    """On a slow machine both times of a round double, which changes a ratio of medians but no median of ratios."""
     slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     interval = paired_ratio(3 * slow, 2 * slow)
     assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)

@@ -1,4 +1,4 @@
-"""An experiment's records come from one version of the code; others are refused, and a page shows which is which."""
+"""An experiment accepts only records of one version of the code, and its page tells versions apart."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A comparison refuses what cannot be compared, fits each method into its budget, and makes a table and a figure."""
+"""A comparison refuses what it cannot compare, fits each method into its budget, and makes a table and a figure."""
 
 import gzip
 import json
@@ -166,7 +166,7 @@ def test_each_method_gets_the_rate_with_its_lowest_pilot_loss(tiny_data: Path, t
     tried = {(job.label.split("~")[0], job.seed, job.settings["optimizer.lr"]) for job in jobs}
     assert tried == {(name, 103, rate) for name in one.methods for rate in one.rates}
     losses = {"fixed": (3.0, 2.0), "adamoe": (2.0, 2.5), "remoe": (2.0, 2.1)}
-    labels = sorted({job.label for job in jobs})  # each method has the labels NAME~lr0.001 and NAME~lr0.01
+    labels = sorted({job.label for job in jobs})  # NAME~lr0.001 and NAME~lr0.01 for each method
     records = {(label, 103): record(label, 103, losses[label.split("~")[0]][label.endswith("0.01")]) for label in labels}
     rates = best_rates(one, records)
     assert rates == {"fixed": 0.01, "adamoe": 1e-3, "remoe": 1e-3}

@@ -1,4 +1,4 @@
-"""How much routers see of a token's domain and how much their choices show of it, compared with hand-made cases."""
+"""Measures how much routers see of a token's domain, and how much their choices show of it, on hand-made cases."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A closed set has each fact once, the same facts in its training and held-out splits, and no nearly equal pictures."""
+"""A closed set of facts has each fact once in either split, and no two of its pictures are nearly equal."""
 
 from pathlib import Path
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_choice_with_the_likeliest_first_token_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of several lengths in several batches have the answers by log-likelihoods of the first tokens."""
+    """Answers by first tokens agree with their log-likelihoods, for prompts of several lengths in several batches."""
     monkeypatch.setattr(first_tokens, "_BATCH_TOKENS", 12)
     model = make_model()
     questions = [

@@ -70,7 +70,7 @@ def made(data: Path, root: Path, router: dict[str, Any], *, num_null: int = 0, t
 
 @torch.no_grad()
 def mean_loads(one: OneRank, batches: list[Batch]) -> dict[str, list[float]]:
-    """Counts in a loop, for each layer and group, the mean number of choices of tokens with a label."""
+    """Counts in a loop, per layer, the choices by each group's tokens that have a label."""
     model, groups = one.training.parallel.model.eval(), one.training.step.group_of_modality
     sums: dict[tuple[str, int], list[int]] = {}
     for batch in batches:

@@ -71,7 +71,7 @@ def test_a_token_is_filler_by_its_own_cell_and_not_by_the_next_ones() -> None:
     other = Segment(np.array([5, 6]), np.array([True, True]), 2)
     batch = maker.make([[one, other]])
     assert batch.filler_BS[0].tolist() == [True, False, False, False, True, False, False]
-    # No label is the first token of a document, so it is unknown that the 5 is filler.
+    # The first token of a document is no label, so the batch does not show that this 5 is filler.
     assert input_filler(batch)[0].tolist() == [False, True, False, False, False, True, False]
 
 

@@ -1,5 +1,5 @@
-"""Questions as training data are on the right side, leave out those that router tuning needs, and have the right
-answers; a model is asked as in the experiment roma."""
+"""Training questions are on the right side, have right answers, and leave out those of router tuning; a model is asked
+as in the experiment roma."""
 
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,7 @@ def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:
 
 @pytest.fixture(scope="module")
 def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuestionsSection]:
-    """Returns a run and the section of its samples, which the command made."""
+    """Returns a run, and the section of the questions for its samples."""
     run = pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192, model__mixture_of_depths=None)
     embedder = tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
     section = QuestionsSection(tasks=("wordnet-category",), left=5, wordnet=str(words), embedder=str(embedder))

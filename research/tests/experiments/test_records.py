@@ -1,4 +1,4 @@
-"""Rules come before results: the tool refuses the reverse order, and its files have rules and records."""
+"""The rules come before the results: the tool refuses the reverse order, and its files have both."""
 
 import gzip
 import os

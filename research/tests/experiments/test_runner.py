@@ -27,8 +27,8 @@ arms:
 class Fake:
     """A process that ends at its third poll."""
 
-    running: dict["Fake", int]  # number of ranks of each running process
-    together: list[list[int]]  # at each start, the numbers of ranks of the running processes
+    running: dict["Fake", int]  # numbers of ranks of the running processes
+    together: list[list[int]]  # these numbers at each start of a process
 
     def __init__(self, arguments: list[str], **_: Any) -> None:
         ranks = [int(each.removeprefix("parallel.ep=")) for each in arguments if each.startswith("parallel.ep=")]

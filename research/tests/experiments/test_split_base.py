@@ -31,7 +31,7 @@ def test_all_experts_together_are_the_ffn() -> None:
 
 
 def test_neurons_of_the_same_tokens_share_an_expert() -> None:
-    """Neuron i belongs to kind i % 4, and each kind is active for other tokens."""
+    """Neuron i belongs to kind i % 4, and neurons of a kind are active for the same tokens."""
     own_FT = (torch.arange(WIDTH)[:, None] % EXPERTS == torch.arange(80)[None] % EXPERTS).float()
     found = cluster(own_FT + 0.1 * random(WIDTH, 80).abs(), experts=EXPERTS)
     assert {tuple(sorted({neuron % EXPERTS for neuron in neurons})) for neurons in found.tolist()} == {

@@ -34,7 +34,7 @@ def test_lines_between_points_and_a_little_beyond() -> None:
     points = [(2.0, 3.0), (1.5, 4.0), (1.75, 3.2)]
     assert on_lines(points, 1.6, reach=0.1) == pytest.approx(4.0 - 0.8 * 0.4)
     assert on_lines(points, 1.75, reach=0.0) == pytest.approx(3.2)
-    assert on_lines(points, 1.45, reach=0.1) == pytest.approx(4.0 + 0.8 * 0.2)  # the first line is extended
+    assert on_lines(points, 1.45, reach=0.1) == pytest.approx(4.0 + 0.8 * 0.2)  # the first line extends to the left
     assert on_lines(points, 1.39, reach=0.1) is None
     assert on_lines(points, 2.11, reach=0.1) is None
     assert on_lines([(1.5, 4.0), (1.5, 3.0)], 1.5, reach=0.1) is None
@@ -52,7 +52,7 @@ def test_eta_by_hand() -> None:
     assert log_eta(late, dense) == pytest.approx(math.log(10**1.5 / 100))
     assert log_eta(dense, dense) == pytest.approx(0.0)
     assert log_eta([], dense) is None
-    # A curve that starts below the loss does not tell when it reached it.
+    # A curve below the loss from its first point does not tell when it reached that loss.
     assert cost_to_reach([(1.0, 1.5), (2.0, 1.0)], 2.0) is None
     assert cost_to_reach([(1.0, 2.0), (2.0, 1.0)], 2.0) == 1.0
     assert log_eta([(1.0, 1.5), (2.0, 1.0)], dense) is None

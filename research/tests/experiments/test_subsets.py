@@ -1,4 +1,4 @@
-"""Nested parts of a folder of router-tuning samples."""
+"""Parts of a folder of router-tuning samples, each of which contains all smaller parts."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Facts read from files in the packages' formats, and the split that each fact belongs to."""
+"""Facts from files in the packages' formats, and the split to which each fact belongs."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_damaged_files_are_named_by_line(tmp_path: Path, name: str) -> None:
 def test_nothing_of_training_is_in_any_test(
     tmp_path: Path, nouns: list[list[str]], pictured: list[tuple[str, int, bool]], seed: int
 ) -> None:
-    """Compares synsets, words and families as the test wrote them, and not the keys of the facts."""
+    """Compares the synsets, words and families that the test wrote, because the facts' keys could be wrong."""
     wordnet = WordNet(write_wordnet(tmp_path, nouns, list(zip(WORDS[::2], WORDS[1::2], strict=True))))
     trained_families = {family for _, family, trained in pictured if trained}
     pictures = [

@@ -1,5 +1,4 @@
-"""The router with a fixed mean number of experts has the values and gradients of a loop over tokens, and draws
-fairly."""
+"""The router with a given mean number of experts has the values and gradients of a loop over tokens, and fair draws."""
 
 import math
 
@@ -53,7 +52,7 @@ def test_equals_the_loop_in_values_and_gradients(load: float) -> None:
 
 
 def test_by_hand() -> None:
-    """For 1.5 experts and logits 3, 2, 1, a token takes the best expert (weight 1) or the best two (weights e : 1)."""
+    """With 1.5 experts and logits 3, 2, 1, tokens take the best expert (weight 1) or the best two (weights e : 1)."""
     router, (_, group_T) = made([1.5]), inputs(8)
     rows_ND = torch.zeros(N, D, dtype=torch.float64)
     rows_ND[:3, 0] = torch.tensor([3.0, 2.0, 1.0])
@@ -85,7 +84,7 @@ def test_the_mean_is_the_load_and_the_draw_is_of_the_token() -> None:
     h_TD, group_T = inputs(tokens)
     taken_T = (table(router(h_TD, group_T), tokens) > 0).sum(1).double()
     assert set(taken_T.unique().tolist()) == {1.0, 2.0}
-    # The bound is 4 standard deviations of a share of 0.3 among 4,000 tokens.
+    # The bound is 4 standard deviations of a share of 0.3 in a sample of 4,000 tokens.
     assert abs(float(taken_T.mean()) - 1.3) < 4 * (0.3 * 0.7 / tokens) ** 0.5
     routed = router(h_TD, group_T)
     chosen = int(routed.counts.choices_LC.sum())
