@@ -16,7 +16,7 @@ from tests.support.worlds import Worlds
 # hypothesis gets no deadlines, because other programs slow down the tests. Timeouts end a test that hangs.
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
-# Triton reads this at import, and then runs kernels on CPU tensors in its interpreter.
+# Triton reads this variable at import. With it, Triton's interpreter runs kernels on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # pydantic would search the metadata of all packages for plugins. There are none, and the search takes 0.1 s in each of
 # hundreds of started programs.
@@ -51,7 +51,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks a case `exhaustive` if it is marked `full` twice.
 
-    Long files come first, so that none of them runs last on one worker.
+    Moves long test files to the front, so that no worker starts one of them when the other workers are almost done.
     """
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
     for item in items:
@@ -72,7 +72,7 @@ def pytest_runtest_makereport(
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """With CI=true also a test file that skips itself fails."""
+    """With CI=true a test file that skips itself fails too."""
     report = yield
     if report.skipped:
         _refuse_skip(report)

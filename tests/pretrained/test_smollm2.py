@@ -45,7 +45,7 @@ def command(name: str, *arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def theirs() -> Path:
-    """The folder with model and tokenizer that `save_pretrained` wrote."""
+    """The folder in which transformers' `save_pretrained` wrote the model and the tokenizer."""
     if not (MODEL / "messages.jsonl").is_file():
         pytest.fail(f"{MODEL} is missing; make it with: make smollm2")
     return MODEL
@@ -76,7 +76,7 @@ def their_pass(folder: Path, ids_BS: Tensor, attention: str) -> tuple[Arrays, Ar
     logits, loss = passed(model, lambda model, ids: model(ids, use_cache=False).logits, ids_BS)
     named = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
     found = under_our_names(named, model.config.to_dict())
-    # Our form of a dense model has a router, a row of zeros without a gradient. Transformers' model has none.
+    # In our format a dense model has a router: one row of zeros without a gradient. Transformers' model has no router.
     return logits, {name: each for name, each in found.items() if ".router." not in name}, loss
 
 
@@ -91,7 +91,7 @@ def our_pass(folder: Path, ids_BS: Tensor) -> tuple[Arrays, Arrays]:
 
 
 def worst_of(got: Arrays, wanted: Arrays) -> float:
-    """Returns the largest difference relative to the largest entry of its tensor."""
+    """Divides each tensor's largest difference by the tensor's largest entry, and returns the maximum over all tensors."""
     assert got.keys() == wanted.keys()
     return max(float(np.abs(got[name] - wanted[name]).max() / np.abs(wanted[name]).max()) for name in wanted)
 
@@ -103,11 +103,11 @@ def whole_of(got: Arrays, wanted: Arrays) -> float:
 
 
 def test_logits_and_gradients_are_theirs(theirs: Path, ours: Path) -> None:
-    """Logits must agree to 1e-5 of the largest logit, and the whole gradient to 1e-5 of its norm.
+    """Logits may differ by 1e-5 of the largest logit, and the gradient of all parameters by 1e-5 of its norm.
 
-    In fp32 the single gradient tensors of a model with 30 layers do not agree to 1e-5 of their largest entry: even
-    transformers' two attention implementations differ by more. The difference between those two is the bound for each
-    tensor.
+    With 30 layers in fp32, the gradient of a single parameter may differ by more than 1e-5 of its largest entry, even
+    between transformers' two attention implementations. The difference between these two implementations is therefore
+    the bound for each parameter's gradient.
     """
     import transformers
 
@@ -143,7 +143,7 @@ def test_every_tensor_comes_back_to_the_bit(theirs: Path, ours: Path) -> None:
 
 
 def test_the_guide_fine_tunes_experts_made_of_it(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's model with the adapters has the run's logits, which differ from the base's."""
+    """With the adapters, PEFT's model has the same logits as our run. They differ from the base model's logits."""
     import transformers
     from peft import PeftModel
 
@@ -171,7 +171,7 @@ def test_the_guide_fine_tunes_experts_made_of_it(theirs: Path, tmp_path: Path, m
 
 
 def test_an_adapted_smollm2_leaves(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes two steps of the run in docs/adapt.md, with our guides as data instead of Python's documentation."""
+    """Trains for two steps as docs/adapt.md describes, but on our own guides instead of Python's documentation."""
     import transformers
 
     (tmp_path / ".cache/hf").mkdir(parents=True)

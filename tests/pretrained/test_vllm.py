@@ -1,5 +1,5 @@
-"""vLLM serves exported folders on a CPU. Its tokens and log-probabilities equal ours, and its experts get no null
-choices.
+"""vLLM serves exported folders on a CPU. Its tokens and log-probabilities equal ours, and it sends no null choice to
+its experts.
 
 vLLM is installed in a separate environment. Run with `make test-vllm`.
 """
@@ -53,7 +53,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     asked = {"folders": folders, "prompts": [each.tolist() for each in PROMPTS], "tokens": NEW, "vocab_size": IMAGE_IDS[1]}
     (root / "request.json").write_text(json.dumps(asked))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home")}
-    # -P keeps the script's folder off the path; tests/support/transformers.py would hide the library
+    # -P keeps the script's folder off the module path, because its transformers.py would hide the library
     command = [PYTHON, "-P", ROOT / "tests/support/vllm_serving.py", root / "request.json", root / "result.json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

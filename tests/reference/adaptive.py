@@ -66,7 +66,7 @@ def threshold(x: Tensor, tensors: Tensors, group: ExpertGroup, *, temperature: f
         margins.append((cosine / temperature).sigmoid() - level.sigmoid())
     moved = [each.item() + bias.item() for each, bias in zip(margins, tensors["bias"], strict=True)]
     taken = [c for c in _falling(moved)[: group.top_k] if moved[c] > 0 and c not in _null(group)]
-    # straight-through: the value is 1 / len(taken), the gradient that of margin / len(taken)
+    # straight-through: the value is 1 / len(taken), and the gradient is the gradient of margin / len(taken)
     return {c: (1.0 + margins[c] - margins[c].detach()) / len(taken) for c in taken}
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def choice_loss_reference(h_D: Tensor, weight_VD: Tensor, choices: Sequence[int]) -> Tensor:
-    """Returns -log(exp(z_0) / sum over choices of exp(z_c)), where z_c = h w_c and the first choice is right."""
+    """Returns -log(exp(z_0) / sum over choices of exp(z_c)), where z_c = h w_c. The first choice is the right answer."""
     logits = [sum(h_D[d] * weight_VD[c, d] for d in range(len(h_D))) for c in choices]
     top = max(float(each.detach()) for each in logits)  # pyright: ignore
     shares = [(each - top).exp() for each in logits]  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]

@@ -1,6 +1,6 @@
-"""The slow reference of expert choice: loops over scopes, experts and tokens on one device.
+"""The slow reference of expert choice loops over selection scopes, experts and tokens on one device.
 
-It shares no code with the router. Experts' outputs come from the reference of the layer.
+It shares no code with the router. It takes the experts' outputs from tests/reference/layer.py.
 """
 
 import math
@@ -27,7 +27,8 @@ def choice_of_training(
     capacity_G: Sequence[float],
     choice_sets: Sequence[Sequence[int]],
 ) -> Pairs:
-    """In each scope each expert takes its best tokens. On a tie it takes the earlier token."""
+    """In each selection scope every expert takes the tokens with the highest scores. On a tie it takes the earlier
+    token."""
     pairs: Pairs = set()
     for tokens in choice_sets:
         for index, group in enumerate(groups):
@@ -39,7 +40,7 @@ def choice_of_training(
 
 
 def cut_of(scores: Sequence[float], capacity: float) -> float:
-    """Returns the k-th largest score of one expert in one scope, or 0 if the expert's capacity takes all tokens."""
+    """Returns the k-th largest score of one expert in one scope, or 0 if the expert takes all tokens."""
     if capacity >= 1 or not scores:
         return 0.0
     return sorted(scores, reverse=True)[room(capacity, len(scores)) - 1]
@@ -60,7 +61,7 @@ def choice_by_score(
 
 
 def logits_of(h_TD: Tensor, groups: Sequence[ExpertGroup], weights: Mapping[str, ReferenceWeights]) -> Tensor:
-    """Returns the logits [T, E]: every expert's logit for every token, also across groups."""
+    """Returns the logits [T, E]: every expert's logit for every token, also if the expert is not in the token's group."""
     rows = [weights[group.name].true[column] for group in groups for column in range(group.num_experts)]
     return torch.stack([torch.stack([row @ token for row in rows]) for token in h_TD])
 
@@ -74,7 +75,8 @@ def moe_forward(
     *,
     noise_TE: Tensor | None = None,
 ) -> Tensor:
-    """Returns y_TD: the sum over a token's experts of sigmoid(logit + noise) times their output; 0 without experts."""
+    """Returns y_TD. A token's row is the sum over its experts of sigmoid(logit + noise) times the expert's output. It
+    is 0 for a token without experts."""
     rows = []
     for token in range(len(group_T)):
         y_D = torch.zeros_like(h_TD[token])

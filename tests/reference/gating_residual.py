@@ -1,4 +1,4 @@
-"""The slow reference of the gating residual: loops over tokens and columns. It shares no code with the router."""
+"""The slow reference of the gating residual loops over tokens and columns. It shares no code with the router."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def chained_logits(
     Args:
         h_LD: The router's input in each layer.
         rows_LCD: The group's router rows.
-        residual_LCC: V; None in the first layer.
+        residual_LCC: The matrix V of each layer; None in the first layer.
     """
     found: list[Tensor] = []
     for h_D, rows_CD, residual_CC in zip(h_LD, rows_LCD, residual_LCC, strict=True):

@@ -1,4 +1,4 @@
-"""The slow reference of the group-limited router: Python loops over tokens. It shares no code with the router."""
+"""The slow reference of the group-limited router loops over tokens. It shares no code with the router."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,8 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 def limited_choice(scores: Sequence[float], group: ExpertGroup, *, n_group: int, topk_group: int) -> list[int]:
-    """Returns one token's chosen columns, best first. `scores` are its biased scores of the group's columns (true,
-    null, identity, constant). Ties go to the earlier column, and to the earlier node group."""
+    """Returns one token's chosen columns, best first. `scores` are the token's biased scores of the group's columns, in
+    the order true, null, identity, constant. On a tie the earlier column or the earlier node group wins."""
     size = group.num_experts // n_group
     members = [range(index * size, (index + 1) * size) for index in range(n_group)]
     value = [sum(sorted((scores[expert] for expert in each), reverse=True)[:2]) for each in members]
@@ -30,8 +30,8 @@ def limited_weights(
     normalise: bool = True,
     scale: float = 1.0,
 ) -> dict[int, Tensor]:
-    """Returns the weight of each column that one token takes, without null columns. `logits_C` are its logits of the
-    group's columns."""
+    """Returns the weight of each column that one token takes, without null columns. `logits_C` are the token's logits
+    of the group's columns."""
     score_C = logits_C.sigmoid()
     biased = (score_C if bias_C is None else score_C + bias_C).tolist()
     null = range(group.num_experts, group.num_experts + group.num_null)

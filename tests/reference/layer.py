@@ -1,4 +1,4 @@
-"""The slow reference of an MoE layer: loops over tokens and groups, on one device.
+"""The slow reference of an MoE layer loops over tokens and groups on one device.
 
 It shares no code with the router, the dispatcher or the experts. Tests compare the layer's values and gradients with
 this reference.
@@ -16,9 +16,9 @@ from moe_dist.placement.placement import ExpertGroup
 
 @dataclass(frozen=True)
 class ReferenceWeights:
-    """One group's weights. Router rows: `true` [n, D], and if present `null` [m, D], `identity`, `constant`. Experts:
-    `gate`, `up` [n, F, D], `down` [n, D, F]. Constant experts: `vector` [c, D] and `mix` [c, 2, D]. `bias` is the selection
-    bias of all columns."""
+    """One group's weights. `true` [n, D], `null` [m, D], `identity` and `constant` are the router rows. `gate`, `up`
+    [n, F, D] and `down` [n, D, F] are the experts' weights. `vector` [c, D] and `mix` [c, 2, D] belong to the constant
+    experts. `bias` is the selection bias of all columns."""
 
     true: Tensor
     null: Tensor | None
@@ -63,9 +63,9 @@ def weights_of(
 def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
     """Returns the (token, expert) pairs that no capacity drops.
 
-    `pairs` are the (token, expert, probability) of the tokens of one selection scope. An expert serves its pairs one
+    `pairs` lists (token, expert, probability) for each choice in one selection scope. An expert serves its pairs one
     after the other until it is full. With `drop="probability"` it starts with the most probable pair, otherwise with
-    the earliest token's.
+    the pair of the earliest token.
     """
     kept: set[tuple[int, int]] = set()
     for expert, room in capacity.items():
@@ -105,7 +105,7 @@ def moe_forward(
     for tokens without an expert.
 
     Args:
-        capacity: Factor and order of drops (`probability`, `position`), or None.
+        capacity: The capacity factor and the order of drops (`probability` or `position`); None drops no choices.
         choice_sets: The selection scopes, as sets of tokens; by default all tokens are one scope.
     """
     chosen: dict[int, dict[int, Tensor]] = {}
@@ -192,7 +192,7 @@ def balance_loss(
 
 
 def picks_of(logits_TC: Tensor, num_true: int, top_k: int) -> list[float]:
-    """Returns how often each column is among its tokens' top k."""
+    """Returns for each column the number of tokens that have it among their top k."""
     picks = [0.0] * logits_TC.shape[1]
     for row in logits_TC.tolist():
         for column in choose(row, num_true, top_k):
@@ -204,7 +204,7 @@ def split_loss(logits_TC: Tensor, num_true: int, top_k: int, *, null_weight: flo
     """Returns ZEDA's L_GA (arXiv 2605.18643) of one group in one layer with coefficient 1.
 
     It depends only on how choices divide between the true columns (E) and all others (Z): (n + n_Z w) / k (f_E P_E / n
-    + f_Z P_Z / (n_Z w)). f_E and P_E are sums over the true columns, f_Z and P_Z over the others.
+    + f_Z P_Z / (n_Z w)). f_E and P_E are sums over the true columns, f_Z and P_Z are sums over all other columns.
     """
     num_tokens, num_columns = logits_TC.shape
     load = [count / num_tokens for count in picks_of(logits_TC, num_true, top_k)]
@@ -232,7 +232,7 @@ def bias_steps(
 
     The first controller is LongCat-Flash's rule with a target. It moves each expert by its own error (`per_expert`, as
     published), or all experts by the mean error. The second is DeepSeek-V3's sign rule. If the group also has columns
-    that are not true (`others`), the mean of the signs is subtracted. Without tokens the biases stay.
+    that are not true (`others`), the mean of the signs is subtracted. Without tokens the biases do not change.
     """
     n, moved = len(bias_n), list(bias_n)
     if tokens == 0:
@@ -265,12 +265,12 @@ def expected_node_traffic(
 ) -> tuple[int, int]:
     """Returns how many rows one rank sends to other nodes, and how many inside its node, under hierarchical dispatch.
 
-    To other nodes it sends one row for each distinct (own token, other node). Inside the node it forwards the tokens
-    that it received from the ranks at the same position of each node, and its own: one row for each distinct (token,
-    other rank of the node).
+    To other nodes it sends one row for each distinct pair (own token, other node). Inside its node it sends its own
+    tokens, and the tokens that it received from the ranks with its local rank on the other nodes. It sends one row for
+    each distinct pair (token, other rank of the node).
 
     Args:
-        tokens_W, experts_W: The taken pairs of each rank of the EP group.
+        tokens_W, experts_W: Token and expert of the taken pairs of each rank of the EP group.
     """
     node, local = divmod(own_rank, ranks_per_node)
 

@@ -1,4 +1,4 @@
-"""The slow reference of mixture of depths: lists and loops on one device, document by document.
+"""The slow reference of mixture of depths loops over documents and tokens on one device.
 
 It shares no code with the router, the slots or their mask. It calls the layer's own attention and experts on one document
 at a time.
@@ -16,8 +16,8 @@ Block = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scopes: Sequence[Sequence[int]]) -> set[int]:
-    """Returns the selected tokens: in each scope the best ceil(c n) of its n real tokens, earlier ones first on ties. This
-    is expert choice with one expert."""
+    """Returns the selected tokens. In a scope of n real tokens these are the ceil(c n) tokens with the highest scores.
+    On a tie the earlier token is selected. This is expert choice with one expert."""
     one = ExpertGroup("all", 1, 0, 1, 1, 0, ("text",))
     groups = [0 if each else -1 for each in real]
     return {token for token, _ in choice_of_training([[score] for score in scores], groups, [one], [capacity], scopes)}
@@ -26,7 +26,7 @@ def choose(scores: Sequence[float], real: Sequence[bool], capacity: float, scope
 def depth_forward(
     x_TD: Tensor, router_D: Tensor, taken: set[int], document_T: Sequence[object], position_T: Sequence[int], block: Block
 ) -> Tensor:
-    """Returns x + sigmoid(s) block(x) for the selected tokens, and x for the others.
+    """Returns x + sigmoid(s) block(x) for the selected tokens, and x for all other tokens.
 
     Args:
         document_T: The document of each token. No two sequences share a document, and its tokens are in order.

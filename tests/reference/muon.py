@@ -4,7 +4,8 @@ import numpy as np
 
 
 def orthogonalised(matrix: np.ndarray) -> np.ndarray:
-    """Applies 3.4445 s - 4.775 s^3 + 2.0315 s^5 five times to each singular value s, relative to the Frobenius norm."""
+    """Divides the matrix by its Frobenius norm. Then replaces each singular value s by 3.4445 s - 4.775 s^3 + 2.0315
+    s^5 five times."""
     norm = np.sqrt((matrix**2).sum())
     if norm < 1e-7:
         norm = 1e-7

@@ -1,4 +1,4 @@
-"""Hidden rows and router weights for which a real router makes the choices of a benchmark workload (W0 to W7).
+"""Makes hidden rows and router weights with which a real router makes the choices of a benchmark workload (W0 to W7).
 
 Shape letters: T tokens, E experts, K choices per token, D hidden size.
 """
@@ -11,8 +11,9 @@ from tools.gpu_check.token_imbalance import WorkloadStep
 def hidden_states(step: WorkloadStep, *, num_experts: int, hidden_dim: int, seed: int) -> np.ndarray:
     """Returns hidden rows [T, D], float64, for which a router with weight `router_weight` makes the step's choices.
 
-    The first E numbers of a row are its logits: at least 3 for chosen experts, all different, and at most 1 for the
-    others. With this margin of 2 a few small optimizer steps do not change the choices. The other numbers are noise.
+    The first E numbers of a row are its logits. Chosen experts have different logits of at least 3, and all other
+    experts have logits of at most 1. With this margin of 2 a few small optimizer steps do not change the choices. The
+    other numbers are noise.
 
     Raises:
         ValueError: D is smaller than E.

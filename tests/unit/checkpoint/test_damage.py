@@ -33,7 +33,7 @@ RANKS = 3
 
 
 class Replica(SmallRun):
-    """The small run as one of three ranks, all with equal tensors."""
+    """One of three ranks of the small run. All three have equal tensors."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         super().__init__(folder)
@@ -214,7 +214,7 @@ def test_kinds_of_damage_are_distinguished(good: Path, tmp_path: Path) -> None:
 
 
 def test_non_finite_values_are_reported_as_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "check_finite", lambda _: None)  # as earlier versions saved
+    monkeypatch.setattr(storage, "check_finite", lambda _: None)  # earlier versions saved without this check
     run = SmallRun(tmp_path).train(1)
     with torch.no_grad():
         run.model[0].bias[2] = float("nan")

@@ -14,7 +14,7 @@ from tests.support.messages import refused
 TEXT = ExpertGroup("text", 3, 0, 2, 6, 0, ("text",))
 IMAGE = ExpertGroup("image", 2, 1, 2, 5, 3, ("image",))
 GROUPS = (TEXT, IMAGE)
-# EP rank 0 holds text/0, text/2 and image/1. Rank 1 holds text/1, rank 2 no expert, rank 3 image/0.
+# EP rank 0 holds text/0, text/2 and image/1. Rank 1 holds text/1, rank 2 holds no expert, rank 3 holds image/0.
 SLOTS = ExpertPlacement(GROUPS, ((0, 2, 4), (1,), (), (3,)))
 D = 4
 
@@ -24,7 +24,8 @@ class Stacks(nn.ParameterDict):
 
 
 class Tiny(nn.Module):
-    """Parameters with the names of the real model. All values of an expert are its logical id."""
+    """Its parameters have the names of the real model's parameters. All weights of an expert equal the expert's logical
+    id."""
 
     def __init__(self, placement: ExpertPlacement, ep_rank: int) -> None:
         super().__init__()

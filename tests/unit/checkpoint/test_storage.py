@@ -27,7 +27,7 @@ def specs_of(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
 
 
 def written(folder: Path, save_id: str = "a1", *, sign: int = 1) -> Contents:
-    """Writes two shards. The first has all of TENSORS, the second only `other`. `sign` changes the second's values."""
+    """Writes two shards. The first shard has all of TENSORS. The second shard has only `other`, multiplied by `sign`."""
     folder.mkdir(exist_ok=True)
     write_shard(folder, 0, pieces_of(TENSORS), save_id=save_id, step=1, rank_values={"rng": [1, "x"]})
     write_shard(folder, 1, pieces_of({"other": sign * torch.ones(3)}), save_id=save_id, step=1, rank_values={})

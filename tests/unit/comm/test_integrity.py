@@ -1,5 +1,5 @@
-"""A row's checksum depends on every bit and on its place in the row; rows may be empty. tests/distributed tests
-exchanges."""
+"""A row's checksum depends on every bit and on the bit's place in the row; rows may be empty. tests/distributed tests
+the checksums of exchanges."""
 
 import pytest
 import torch
@@ -37,7 +37,8 @@ def test_every_single_bit_changes_the_sum() -> None:
 
 
 def test_the_longest_row_is_summed_exactly() -> None:
-    """All words are -2^31, the int32 of largest magnitude. If the sum overflowed, it would differ from Python's."""
+    """All words are -2^31, the int32 of largest magnitude. If the sum overflowed, it would differ from the sum in
+    Python's integers."""
     row = torch.full((1, MAX_ROW_BYTES // 4), -(1 << 31), dtype=torch.int32)
     assert content_sums(row).tolist() == [slow_sum(row[0])]
     with refused(AssertionError):

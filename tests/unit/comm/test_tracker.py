@@ -104,8 +104,8 @@ def test_on_cuda_a_finished_entry_waits_for_an_earlier_one(monkeypatch: pytest.M
 
 
 def test_the_watchdogs_thread_asks_the_ranks_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The watchdog's thread must choose the rank's GPU first, because its query would otherwise open a context on GPU
-    0."""
+    """The watchdog's thread must choose the rank's GPU first, because the query of an event would otherwise open a
+    context on GPU 0."""
     calls: list[tuple[str, str]] = []
 
     class Event:

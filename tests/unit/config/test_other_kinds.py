@@ -97,7 +97,7 @@ def test_a_broken_package_is_named(installed: Path, path: Path, monkeypatch: pyt
     assert "No module named 'nothing_of_that_name'" in told
     assert "which is no RouterSection of that kind" in said(path, "model.moe.router.kind=wrong")
     assert "the packages acme-routers and twice both offer the kind 'acme_cosine'" in said(path, CHOSEN)
-    explain("model.moe.router")  # leaves them out
+    explain("model.moe.router")  # does not show the kinds of these packages
 
 
 def test_a_built_in_kind_cannot_be_replaced(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -107,8 +107,8 @@ def test_a_built_in_kind_cannot_be_replaced(path: Path, monkeypatch: pytest.Monk
 
 
 def test_nothing_is_searched_or_imported_unless_it_is_asked_for(installed: Path, path: Path) -> None:
-    """A configuration with only built-in kinds searches no installed packages, and reading a package's kind imports no
-    torch."""
+    """A configuration with only built-in kinds does not search the installed packages. A configuration with a package's
+    kind is read without importing torch."""
     code = f"""
 import sys
 from moe_dist.config.load import load_config

@@ -1,8 +1,8 @@
-"""Tests every rule between keys: a valid configuration is changed, and all errors that follow are compared.
+"""Tests every rule between keys: changes a valid configuration, and compares all resulting errors with a golden file.
 
-A change is a list of overrides, as on the command line, with ` | ` between them. `tests/data/messages.json` has the
-whole error texts of each change, with the value, the rule and the fix. Running the test with `MESSAGES=write` rewrites
-this file.
+A change is a list of overrides, as on the command line, with ` | ` between them. `tests/data/messages.json` has all
+error texts of each change, with the value, the rule and the fix. Running the test with `MESSAGES=write` rewrites this
+file.
 """
 
 from pathlib import Path

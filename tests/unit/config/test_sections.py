@@ -54,7 +54,8 @@ def test_sizes_follow_the_share_that_an_expert_takes() -> None:
         router = {"kind": "expert_choice", "causal": "threshold", "capacity": capacity}
         groups = expert_groups(config({**CHOICE, "model.moe.router": router}).model.moe)
         assert [group.expected_experts_per_token for group in groups] == pytest.approx([text, image])
-    # Text experts are on one rank, image experts on the other. With c = 1 every token goes to all experts of its group.
+    # One rank has the text experts, and the other rank has the image experts. With capacity 1 every token goes to all
+    # experts of its group.
     plan = expected_plan(make_placement(config(CHOICE).placement, groups, num_ranks=2, token_mix={}), {}, name="full")
     assert sum(plan.load_R) == pytest.approx(0.5 * 4 * 16 + 0.5 * 2 * 24)
     assert plan.remote_rows_per_token == pytest.approx(0.5)

@@ -51,7 +51,7 @@ def test_a_stored_configuration_gets_the_balance_loss_of_its_time() -> None:
         assert translate({"loss": {"balance": {"scope": scope}}})["loss"]["balance"]["scope"] == scope
     numbered = {"format": FORMAT, "loss": {"balance": {"kind": "vanilla"}}, "model": {"depths": None}}
     assert translate(numbered) == numbered, "a configuration with a number is as it was written"
-    assert BalanceSection().scope == "step"  # of a new configuration
+    assert BalanceSection().scope == "step"  # the default in a new configuration
 
 
 def test_every_new_name_is_in_the_schema_and_no_old_one() -> None:

@@ -21,7 +21,7 @@ def is_image(token: int) -> bool:
 
 
 def labels(side: str, sources: Iterable[str]) -> Iterator[tuple[int, int, int]]:
-    """Yields for each scored label the token before it, the label, and its place in the source's file."""
+    """Yields for each scored label the token before the label, the label, and the label's place in the source's file."""
     for source in sources:
         place = 0
         for tokens in (TRAIN if side == "train" else VALID)[source]:

@@ -60,8 +60,8 @@ def test_ids_outside_the_vocabulary_are_refused(tokens: list[int], length: int) 
 
 
 def test_a_copy_to_a_gpu_is_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an odd number of tokens, 8-byte elements must still be aligned in the one buffer that also has 4-byte and
-    1-byte elements."""
+    """The batch is copied as one buffer with elements of 8, 4 and 1 bytes. With an odd number of tokens the 8-byte
+    elements must still be aligned."""
     generator = torch.Generator().manual_seed(0)
     integers = [torch.randint(-100, 1 << 40, (3, 5), generator=generator) for _ in range(5)]
     flags = [torch.rand(3, 5, generator=generator) < 0.5 for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Tests prepare_data on conversations: from every form of file, tokens and labels equal transformers', and bad input is
+"""prepare_data reads conversations from every file format. Tokens and labels equal transformers', and bad input is
 refused."""
 
 import json
@@ -284,7 +284,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path, folders: dict[
     (small / "config.json").write_text('{"vocab_size": 100}')
     with refused(DataError, "vocab_size=100", "another model's"):
         made(tmp_path / "set", small, messages=lines)
-    (small / "config.json").write_text('{"vocab_size": 4096}')  # a vocabulary often has more rows than ids
+    (small / "config.json").write_text('{"vocab_size": 4096}')  # models often have more embedding rows than ids
     assert made(tmp_path / "set", small, messages=lines).vocab_size < 4096
     endless = AutoTokenizer.from_pretrained(folders["chatml"])
     endless.eos_token = None

@@ -1,5 +1,4 @@
-"""Compares the labels of 41 published chat templates with those of TRL, which ships the templates, or with the
-contents.
+"""TRL ships 41 chat templates. The tests compare our labels of these templates with TRL's labels or with the contents.
 
 TRL marks most of its templates with {% generation %} blocks. For the others, and for templates that rewrite earlier
 turns, the reference is the messages' contents. Each content is one word that occurs nowhere else.
@@ -29,7 +28,7 @@ from tests.support.messages import refused
 from tools.prepare_data import main
 
 PUBLISHED = Path(trl.__file__).parent / "chat_templates"
-FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # `make test-full` also runs the others
+FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # `make test-full` also runs the other templates
 NAMES = FIRST + sorted({path.stem.removesuffix("_training") for path in PUBLISHED.glob("*.jinja")} - set(FIRST))
 TOKENS = re.compile(
     r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>|<end_of_utterance>|<turn\|>|<\|turn>|\[gMASK\]|<sop>|</s>|\[/?INST\]"
@@ -47,15 +46,15 @@ TRL_PROMPTS = {
     "qwen3_6": "<think>\n",
     "qwen3_8": "<think>\n",
 }
-TRL_TAILS = {"llava_next": " "}  # other templates: TRL labels the white space after the end of a turn
-# Templates whose tool calls are not compared with TRL. Its labels lack two things: the token that ends generation after a
-# call, and the header of an assistant's turn that follows a call.
+TRL_TAILS = {"llava_next": " "}  # with the other templates TRL labels the white space after a turn
+# Templates whose tool calls are not compared with TRL. TRL's labels lack two things: the token that ends generation
+# after a call, and the header of an assistant's turn that follows a call.
 TRL_CALLS_DIFFER = ("diffusion_gemma",)
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
-    """Returns conversations of one to three questions. A quarter begin with a system message, a fifth with the
-    assistant; a seventh have tool calls; a sixth end with a question. Each content is one word."""
+    """Returns conversations of one to three questions. A quarter begin with a system message, a fifth begin with an
+    assistant's message, a seventh have tool calls, and a sixth end with a question. Each content is one word."""
     rows = []
     for number in range(count):
         words = iter(f"w{number}x{place}" for place in range(99))
@@ -100,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 def labelled(tokenizer: Any, conversation: Conversation, *, wanted: bool) -> str:
-    """Returns the text of the tokens of all documents that are labels (`wanted`), or of those that are not."""
+    """Returns the text of all tokens that are labels, or with wanted=False the text of all tokens that are not labels."""
     parts = [document.tokens[~document.prompt if wanted else document.prompt] for document in conversation.documents]  # pyright: ignore
     return "|".join(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts)
 
@@ -156,7 +155,7 @@ def test_labels_of_published_templates(folder, name: str) -> None:
         )
         (document,) = found.documents
         assert document.prompt is not None
-        # They may differ: TRL's template for Qwen3 adds an empty <think> to earlier turns.
+        # The tokens may differ: TRL's template for Qwen3 adds an empty <think> to earlier turns.
         if document.tokens.tolist() == theirs["input_ids"]:
             equal += 1
             expected = adapted(tokenizer, theirs["input_ids"], theirs["assistant_masks"], name)
