@@ -14,8 +14,8 @@ SHAPES = [(1, 4, 8, 1), (2, 4, 4, 2), (8, 4, 1, 1), (4, 8, 2, 8), (3, 1, 5, 1)]
 
 def mixed_costs(count: int, seed: int) -> np.ndarray:
     """Returns the costs of packed sequences of 4,096 tokens. A sequence has short texts, or pictures of 1,500 to 4,096
-    tokens. A picture token takes about a third of a text token's experts. For one token, attention to 2,000 positions
-    costs as much as the rest of the dense layers."""
+    tokens. A picture token uses about a third as many experts as a text token. For one token, attention to 2,000
+    positions costs as much as the rest of the dense layers."""
     rng = np.random.default_rng(seed)
     costs = SequenceCosts(np.arange(4097.0) * (2000 + np.arange(4097.0)), np.array([1000.0, 300.0]))
     found = []
@@ -30,8 +30,8 @@ def mixed_costs(count: int, seed: int) -> np.ndarray:
 
 
 def test_the_cost_of_a_sequence_by_hand() -> None:
-    """Attention costs the square of each length: 4 + 1 + 1 for documents of 2 and 1 tokens and one token of padding.
-    Experts cost 10 per text token and 100 per picture token."""
+    """Attention to a document costs the square of its length. The first case has documents of 2 and 1 tokens and one
+    token of padding, which cost 4 + 1 + 1. Experts cost 10 per text token and 100 per picture token."""
     costs = SequenceCosts(np.arange(5.0) ** 2, np.array([10.0, 100.0]))
     assert costs.of([2, 1], np.array([2, 1])) == (6.0, 120.0)
     assert costs.of([4], np.array([0, 4])) == (16.0, 400.0)
@@ -39,7 +39,7 @@ def test_the_cost_of_a_sequence_by_hand() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_equal_parts_are_near_the_best(seed: int) -> None:
-    """The largest part exceeds the best of all ways to halve 8 items by at most 2 % of the sum."""
+    """The larger half that `equal_parts` makes costs at most 2 % of the sum more than the larger half of the best split."""
     cost = np.random.default_rng(seed).random(8)
     best = min(
         max(cost[list(half)].sum(), cost.sum() - cost[list(half)].sum()) for half in itertools.combinations(range(8), 4)
@@ -84,8 +84,8 @@ def test_an_even_order_stays() -> None:
 
 
 def test_experts_cost_their_ep_group() -> None:
-    """With ep=2 the two ranks share the cost of all experts. Only the local costs 3 2 1 2 can be evened out, to 4 on
-    each rank."""
+    """With ep=2 the two ranks share the cost of all experts. Dealing can even out only the other costs: with 3, 2, 1
+    and 2 for the four sequences, each rank gets 4."""
     cost_Q2 = np.array([[3.0, 0.0], [2.0, 9.0], [1.0, 0.0], [2.0, 0.0]])
     dealt = deal(cost_Q2, micro_batches=1, ranks=2, ep=2, mix=False)
     assert sorted(cost_Q2[dealt.place_IWB[0], 0].sum(1).tolist()) == [4.0, 4.0]

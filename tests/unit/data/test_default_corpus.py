@@ -29,10 +29,10 @@ def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.nda
 
 @pytest.fixture(scope="module")
 def sides(prepared) -> dict[str, Side]:
-    """Returns each split's documents in file order as (picture number, tokens, filler). The captions identify the
-    picture.
+    """Returns each split's documents in file order as (picture number, tokens, filler).
 
-    One caption may fit several pictures, but its two captions together identify a picture. Its renders are consecutive.
+    A caption may fit several pictures, but a picture's two captions together identify it. A picture's renders are
+    consecutive.
     """
     tokenizer = load_tokenizer(prepared.folder / "tokenizer.json")
     number_of = {picture.captions[:2]: number for number, picture in enumerate(prepared.pictures.items)}

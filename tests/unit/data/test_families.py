@@ -1,4 +1,4 @@
-"""Variants of an emoji form a family, nearly equal pictures are found, and the split keeps both together."""
+"""Variants of an emoji form a family. The split keeps a family, and also pictures that are nearly equal, on one side."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_no_family_is_most_of_the_held_out_side() -> None:
 
 def test_variants_leave_each_family_its_first() -> None:
     families = ["a", "a", "b", "a", "b", "c", "c"]
-    # items a0 a1 b2 a3 b4 c5 c6; a3 is similar to b4, and c6 to a0
+    # The items are a0 a1 b2 a3 b4 c5 c6. a3 is similar to b4, and c6 is similar to a0.
     components = np.array([0, 1, 2, 3, 3, 5, 0])
     assert variants(families, components).tolist() == [False, True, False, True, True, False, False]
     assert not variants(["a", "b"], np.array([0, 1])).any()

@@ -20,7 +20,7 @@ def split(**changes: object) -> SplitSection:
 
 @pytest.fixture
 def theirs(tmp_path: Path, megatron: ModuleType) -> Path:
-    """A data set that Megatron wrote. Document 0 has two sequences, document 1 none, document 2 one."""
+    """A data set that Megatron wrote. Document 0 has two sequences, document 1 has no sequence, and document 2 has one."""
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "set.v1.bin"), dtype=np.int32)
     for sequence in ([70_000, 1], [2]):
         builder.add_item(torch.tensor(sequence))

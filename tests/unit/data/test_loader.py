@@ -86,8 +86,8 @@ def test_the_stream_is_a_pure_function_of_position(folder: tuple[Path, Manifest]
 
 @pytest.mark.parametrize("dealt", [False, True])
 def test_skipped_sequences_are_left_out_of_the_stream(folder: tuple[Path, Manifest], dealt: bool) -> None:
-    """Only the skipped sequences are missing: the others keep their order on any ranks. Traces number the sequences of
-    the whole stream."""
+    """Only the skipped sequences are missing. All other sequences keep their order on any number of ranks. In traces
+    they have the numbers of the stream without skips."""
     skip = ((0, 0), (3, 11), (40, 90), (91, 91))
     left_out = {number for first, last in skip for number in range(first, last + 1)}
     whole = global_stream([loader(folder)], 200)

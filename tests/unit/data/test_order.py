@@ -20,8 +20,9 @@ def test_cut_by_hand() -> None:
 
 
 def test_best_fit_by_hand() -> None:
-    # The longest pieces come first: 7, 6, 4, 3, 3, 1. In sequences of 10, 4 joins 6, the first 3 joins 7, and the
-    # second 3 starts a new sequence, which 1 joins.
+    # The longest pieces come first: 7, 6, 4, 3, 3, 1. A sequence has 10 tokens. The piece of 4 tokens joins the piece
+    # of 6, the first piece of 3 joins the piece of 7, and the second piece of 3 starts a new sequence, which the piece
+    # of 1 joins.
     packing = pack(np.array([3, 7, 4, 1, 6, 3]), seq_len=10, window=100)
     assert [packing.pieces_of(q) for q in range(len(packing))] == [[1, 0], [4, 2], [5, 3]]
 

@@ -12,7 +12,7 @@ from moe_dist.errors import DataError
 
 
 def disc() -> np.ndarray:
-    """Returns a red disc left of the centre, transparent around it."""
+    """Returns a picture of a red disc left of the centre. All pixels around the disc are transparent."""
     y, x = np.mgrid[:RASTER, :RASTER]
     raster = np.zeros((RASTER, RASTER, 4), np.uint8)
     raster[(x - 20) ** 2 + (y - 32) ** 2 < 14**2] = (255, 0, 0, 255)

@@ -310,8 +310,8 @@ def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, as
 
 @pytest.mark.parametrize("one_component", [False, True])
 def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_component: bool) -> None:
-    """The pictures are ten families of four. If all variants look alike, they can only be held out together, and are
-    too many."""
+    """The pictures are ten families of four. If all variants look alike, only all pictures together could be held out,
+    which is too many."""
     source = picture_files("images", own / "pictures", "CC0-1.0")
     every = [replace(each, family=f"family {number // 4}") for number, each in enumerate(source.items)]
     monkeypatch.setattr("moe_dist.data.prepare._sources", lambda *_: Corpus(replace(source, items=tuple(every))))

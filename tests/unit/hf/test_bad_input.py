@@ -27,7 +27,7 @@ EXPERT = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mixtral in three shards. Tests must not write to it."""
+    """A small Mixtral model in three shards. Tests must not write to it."""
     folder = save(tiny_model("mixtral"), tmp_path_factory.mktemp("hf") / "mixtral")
     tensors = sorted(load_file(folder / "model.safetensors").items())
     (folder / "model.safetensors").unlink()
@@ -233,8 +233,8 @@ def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
 
 
 def test_what_is_fine_is_taken(theirs: Path) -> None:
-    """Pickles beside safetensors are not opened, a smaller tokenizer fits, and links inside the folder count as files.
-    Import and export copy the tokenizer's files, including SentencePiece's."""
+    """An import does not open pickles beside safetensors. It accepts a tokenizer that is smaller than the vocabulary,
+    and links within the folder. Import and export copy the tokenizer's files, including SentencePiece's."""
     (theirs / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.")
     tokenizer(60)(theirs)
     (theirs / "tokenizer.model").write_bytes(b"pieces")

@@ -1,4 +1,5 @@
-"""The changes that an import makes keep the model's function: null experts change no bit, copied FFNs only the rounding."""
+"""The changes that an import makes keep the model's function: null experts change no bit, copied FFNs change only the
+rounding."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""LoRA on the experts of an imported MoE. PEFT loads the saved adapters with equal logits and gradients, and merging gives
-the same model. The frozen base has no gradient, and backward computes no matrix product for one."""
+"""LoRA on the experts of an imported MoE. With the saved adapters, PEFT's model has our logits and gradients. The merged
+model has the same logits. The frozen base gets no gradients, and backward computes no matrix products for them."""
 
 import re
 from pathlib import Path
@@ -88,7 +88,8 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
     ],
 )
 def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) -> None:
-    """Logits and gradients must agree to 1e-5 of the largest entry, for both layouts of the experts' matrices."""
+    """Logits and gradients must agree with PEFT's to 1e-5 of the largest entry, for both layouts of the experts'
+    matrices."""
     import transformers
     from peft import PeftModel
 
@@ -110,7 +111,7 @@ def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) 
     wanted = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if "lora_" in name}
     model = adapted.config.model
     got = dict(peft_tensors(model, gradients.__getitem__))
-    if CASES[case]["ffn"].get("shared"):  # PEFT has a copy for each expert, whose gradients must be summed
+    if CASES[case]["ffn"].get("shared"):  # PEFT has a copy for each expert; the copies' gradients must be summed
         wanted = {name: summed(name, gradient, model.moe.groups["all"].num_experts) for name, gradient in wanted.items()}
     assert all(gradient.any() for gradient in wanted.values())
     assert_agree(arrays(got), arrays(wanted))

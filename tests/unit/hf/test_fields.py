@@ -1,7 +1,7 @@
-"""An import reads a config.json as transformers' own configuration class does, or refuses it by name.
+"""An import reads a config.json like transformers' configuration class, or refuses it and names the field.
 
-The test changes every field of every family's class, and every other name that transformers reads of a configuration. If
-the import accepts the changed config.json, our logits equal transformers' with the same weights.
+The test changes every field of every family's class, and every other name that transformers reads from a configuration.
+If the import accepts the changed config.json, our logits equal transformers' with the same weights.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config
 ABSENT = object()
 BOUND = 1e-5
 
-# Values by field. Each field is also set to null, and removed.
+# The test sets each field to these values. It also sets each field to null, and removes each field.
 CHANGES: dict[str, tuple[Any, ...]] = {
     "vocab_size": (80,),
     "hidden_size": (48,),
@@ -107,7 +107,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
                     (True, False)),
 }  # fmt: skip
 
-# Names that transformers reads although no class has them.
+# Field names that transformers reads although no configuration class has them.
 FOREIGN: dict[str, tuple[Any, ...]] = {
     **{name: CHANGES[name] for name in ("sliding_window", "use_sliding_window", "layer_types", "head_dim")},
     "num_kv_shared_layers": (1,),
@@ -351,7 +351,7 @@ def test_what_transformers_does_not_read_of_deepseek_is_judged() -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_absent_fields_have_the_defaults_of_the_class(kind: str) -> None:
-    """Tests fields whose effect a few tokens of a tiny model do not show."""
+    """Tests fields that have no visible effect on a few tokens of a tiny model."""
     family, defaults = FAMILIES[kind], {field.name: field.default for field in dataclasses.fields(class_of(kind))}
     assert defaults["num_key_value_heads"] == family.heads.kv_heads
     assert class_of(kind).default_theta == family.rope_base
@@ -386,8 +386,8 @@ def test_a_part_of_a_head_is_written_as_a_share_that_reads_back() -> None:
 
 @pytest.mark.parametrize("kind", rest_full(FAMILIES, 4))
 def test_every_name_that_transformers_reads_is_judged(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Covers every name that the model code reads of a configuration while it is built, runs and generates, with and
-    without cache."""
+    """Covers every name that the model code reads from a configuration while the model is built, runs and generates,
+    with and without a cache."""
     import transformers
 
     values, plain = base_of(kind), transformers.PreTrainedConfig.__getattribute__

@@ -1,4 +1,5 @@
-"""With every way to generate in transformers, the served form gives the same tokens as the family's class."""
+"""With every generation method of transformers, an export with our model code (the served form) gives the same tokens
+as the transformers class of the model's family."""
 
 from typing import Any
 
@@ -26,7 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=["mixtral sliding", full("gpt_oss"), full("deepseek_v3")])
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """A model of a family's class, and the served form of the same weights."""
+    """A model of the family's transformers class, and the served form of the same weights."""
     root, model = tmp_path_factory.mktemp("models"), tiny_model(request.param).eval()
     import_model(save(model, root / "theirs"), root / "ours")
     export_model(root / "ours", root / "served", family="moe_dist")

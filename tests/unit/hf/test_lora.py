@@ -118,7 +118,7 @@ def test_what_is_no_matrix_is_refused(tmp_path: Path, group: dict[str, Any], wei
 def test_a_base_given_by_a_relative_path_is_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
 ) -> None:
-    """Checkpoints of older versions (`older`) store only the relative path, and find the base too."""
+    """Checkpoints of older versions (`older`) store only the relative path of the base. The base must still be found."""
     monkeypatch.chdir(tmp_path)
     imported(Path("models"))
     adapted = Adapted(Path("models/ours"), Path("run"), group=ONE, experts=LORA)

@@ -106,7 +106,8 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The README's commands write the form with code. Its Python lines then generate the same tokens as the reference."""
+    """The README's commands write an export with model code. The README's Python lines then generate the same tokens as
+    the reference."""
     folder = published(tmp_path / "theirs", {"zero": 2, "copy": 2, "constant": 3}, normalise=True)
     import_model(folder, tmp_path / "ours")
     export_model(tmp_path / "ours", tmp_path / "out")
@@ -117,7 +118,7 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         assert done.exit_code == 0, done.output
     assert not commands
     capsys.readouterr()
-    run_readme(tmp_path / "out", monkeypatch, lines=4)  # three lines, and torch in place of a tokenizer
+    run_readme(tmp_path / "out", monkeypatch, lines=4)  # three lines, and one with torch in place of a tokenizer
     expected = their_model(folder).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20)
     assert capsys.readouterr().out == f"{expected}\n"
 

@@ -1,5 +1,5 @@
-"""A killed import continues where it stopped. Its memory grows by less than a quarter of the model, also when it
-continues."""
+"""A killed import continues where it stopped. The memory of an import grows by less than a quarter of the model's size,
+also if it continues after a kill."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
     places = [place for slot in slots(section, family) for place in slot.places[:1]]
     places += [place for place, _ in idle_places(section, family)]
     entries, end = {}, 0
-    for name, shape in {place.name: place.shape for place in places}.items():  # several of our tensors may be in one
+    for name, shape in {place.name: place.shape for place in places}.items():  # one may contain several of our tensors
         begin, end = end, end + 2 * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
@@ -148,7 +148,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         import_model(theirs, tmp_path / "ours", options, shard_bytes=20_000, report=stop)
-    # A kill in the middle of a shard leaves half a file that is not renamed yet. A finished shard is damaged as well.
+    # A kill in the middle of a shard leaves half a file that is not renamed yet. The test also damages a finished shard.
     shards = sorted((tmp_path / "ours.importing/tree/step_0").iterdir())
     shards[-1].write_bytes(shards[-1].read_bytes()[:-7])
     (tmp_path / "ours.importing/writing/shard_00007.safetensors").write_bytes(b"half")

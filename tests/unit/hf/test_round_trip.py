@@ -36,7 +36,7 @@ KINDS = (
     "longcat_flash", "longcat_flash scaled", "gpt_oss", "gpt_oss plain",
 )  # fmt: skip
 
-PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # one tensor of these families has parts of several of ours
+PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # one tensor of these families has parts of several of our tensors
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

@@ -1,5 +1,5 @@
-"""Models that no transformers family can express are exported with their code, and have the same results in
-transformers."""
+"""Models that no transformers family can express are exported with our model code. In transformers they give the same
+results."""
 
 import ast
 import json
@@ -104,7 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "expert_choice softmax": router("expert_choice", causal="threshold", score="softmax") | {"model.moe.groups": TRUE_ONLY},
 }  # fmt: skip
 
-# Together these cases have every value of every field. The other cases combine these values.
+# Together these cases cover every value of every field. All other cases combine these values.
 COVER = (
     "groups", "single null row", "free all_chosen bias", "sigmoid groups", "adapted", "dense first",
     "partial dynamic adjacent", "latent attention", "shortcut", "sinks", "depths window", "top_p free", "relu",

@@ -1,5 +1,5 @@
-"""When tokens are generated one by one, cached logits equal those of the whole sequence, for every kind of layer, step and
-batch."""
+"""When tokens are generated one by one with a cache, the logits equal the logits of a pass over the whole sequence, for
+every kind of layer, step and batch."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -137,7 +137,7 @@ def generator(tiny_data: str) -> Generator:
 
 
 def slow_generate(generator: Generator, prompt: list[int], length: int) -> list[int]:
-    """Generates text: takes the most likely token each time, by a forward pass over the whole sequence."""
+    """Generates the most likely token each time, with a forward pass over the whole sequence."""
     tokens = list(prompt)
     for _ in range(length):
         logits = whole(generator.model, torch.tensor([tokens]))[0, -1].double()

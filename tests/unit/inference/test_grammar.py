@@ -1,4 +1,4 @@
-"""The grammar allows pictures with exactly their number of codes, and text around them."""
+"""The grammar allows text, and pictures that have exactly the required number of codes."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness measures the same with our model class as with its own class for Hugging Face models.
+"""lm-evaluation-harness gives the same results with our model class as with its own class for Hugging Face models.
 
-A run with random weights is exported, gets a Hugging Face tokenizer, and is loaded by `HFLM`. tests/unit/hf compares the
+A run with random weights is exported, gets a Hugging Face tokenizer, and is loaded by `HFLM`. tests/unit/hf tests all
 other forms of an export.
 """
 
@@ -36,8 +36,9 @@ QUESTIONS = 12
 
 @dataclass(frozen=True)
 class Both:
-    """A run as our model for the harness, and its export in the harness's own class. `theirs` puts the begin token before
-    each context; `unmarked` does not, as running texts need."""
+    """`ours` is a run in our model class. `theirs` and `unmarked` are the run's export in the harness's class. `theirs`
+    puts the begin token before each context. `unmarked` does not, because the harness adds the token to running texts
+    itself."""
 
     run: Path
     ours: HarnessModel
@@ -51,7 +52,7 @@ GROUPS = {
     "text": {"num_experts": 4, "num_null": 3, "num_identity": 1, "num_constant": 1, "top_k": 3, "ffn_dim": 16},
     "image": {"num_experts": 2, "num_null": 2, "top_k": 2, "ffn_dim": 24},
 }
-# A plain family of transformers, and the form with its own code.
+# An export as a family of transformers, and an export with our model code.
 FORMS: dict[str, dict[str, Any]] = {  # form of the export -> changes of the model
     "mixtral": {},
     "moe_dist": {"model__moe__groups": GROUPS, "model__moe__router": {"kind": "top_k", "selection_bias": True}},
@@ -123,7 +124,7 @@ def test_log_likelihoods_of_continuations(both: Both) -> None:
 
 
 def test_log_likelihoods_of_running_texts(both: Both) -> None:
-    """One text is longer than the model's window, one shorter."""
+    """One text is longer than the model's window, and one is shorter."""
     requests = asked("loglikelihood_rolling", [("text 1 text 2 " * 40,), ("text",)])
     ours, theirs = both.ours.loglikelihood_rolling(requests), both.unmarked.loglikelihood_rolling(requests)
     assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-4)

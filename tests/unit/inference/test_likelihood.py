@@ -76,7 +76,7 @@ def test_the_two_measures() -> None:
 
 
 def test_a_choice_is_told_by_its_place_before_the_rotation() -> None:
-    """The model always prefers the choice that is second before any rotation."""
+    """The model always prefers the choice that stands second in the question before any rotation."""
     question = Question("task", "id", "asked", ("a", "b", "c"), answer=1)
     turns = [[Continuation([0], [ord(choice)]) for choice in question.rotated(by).choices] for by in range(3)]
 

@@ -61,7 +61,7 @@ def test_cuda_without_a_gpu_is_refused_before_any_rank_starts(
 
 
 class Site:
-    """A folder with a configuration, the program that the ranks run, and the runs."""
+    """A folder with a configuration, the program that the ranks run, and run folders."""
 
     def __init__(self, folder: Path, data: Path, changes: dict[str, Any] | None = None) -> None:
         self.folder = folder

@@ -32,8 +32,8 @@ ENDLESS = ("fifo", "device", "endless")
 READ_BY_STATUS = (
     "config.yaml", "status.json", "lease.json", "metrics.jsonl", "checkpoints/latest", "log/save_seconds.json",
 )  # fmt: skip
-# A resume does not refuse a bomb as lease.json, because it takes over a lease without a holder, and drops lines of
-# metrics.jsonl that are no records.
+# A resume accepts a bomb as lease.json, because it takes over a lease that has no holder. It accepts a bomb as
+# metrics.jsonl, because it drops lines that are no records.
 READ_BY_A_RESUME = [
     *((name, kind) for name in ("config.yaml", "status.json", "provenance.json") for kind in (*ENDLESS, "bomb")),
     *(("lease.json", kind) for kind in ENDLESS),

@@ -7,7 +7,7 @@ import pytest
 from launchers.restart import AttemptEnd, committed_step, why_not_restarted
 
 FAILED, GAINED = AttemptEnd(1, 10, 10), AttemptEnd(1, 0, 10)
-PREEMPTED = AttemptEnd(75, 10, 10)  # while it still started
+PREEMPTED = AttemptEnd(75, 10, 10)  # while it was starting
 KILLED_IN_STOP = AttemptEnd(1, 10, 10, asked=True)
 LIMIT = "it was restarted 3 times already (max_restarts)"
 FRUITLESS = "2 failed attempts in a row committed no checkpoint after step 10"
@@ -22,7 +22,7 @@ FRUITLESS = "2 failed attempts in a row committed no checkpoint after step 10"
         ([GAINED, FAILED], None),
         ([FAILED, GAINED, FAILED], None),
         ([GAINED, FAILED, FAILED], FRUITLESS),
-        # Stops that others asked for: a preemption, a time limit, a requeue.
+        # Stops that the user or Slurm requested: a preemption, a time limit, a requeue.
         ([PREEMPTED] * 3, None),
         ([KILLED_IN_STOP] * 3, None),
         ([FAILED, PREEMPTED], None),

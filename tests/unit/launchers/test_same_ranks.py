@@ -37,7 +37,7 @@ from moe_dist.runtime.place import RunPlace
 from tests.support.cover import full_unless
 
 DEFAULT = "adamoe_moma_tiny_cpu"
-CPUS = 3  # of each rank
+CPUS = 3  # CPUs of each rank
 POOL = {"pool": "training"}  # label of all Kubernetes nodes
 
 
@@ -119,8 +119,8 @@ class Job:
 
 
 def by_slurm(job: Job) -> Ranks:
-    """Gives each component of the batch script the nodes that its options request, and lets bash read the rank table on
-    each."""
+    """Gives each component of the batch script the nodes that its options request. bash reads the rank table on each
+    node."""
     made = prepare(job.run, [], job.site, read=layout_of_file)
     given, features = [], {}
     for number, head in enumerate(made.text.split("#SBATCH hetjob\n")):
@@ -169,7 +169,7 @@ def on_ray(job: Job, nodes: Sequence[RayNode]) -> Ranks:
 
 
 def by_ray(job: Job) -> Ranks:
-    """Starts the job on a Ray cluster that has enough nodes of each kind, in another order than the plan."""
+    """Starts the job on a Ray cluster that has enough nodes of each kind. Their order differs from the plan's."""
     site = job.site
     kinds: list[dict[str, str]] = [{}, {"modality": "small"}, {"feature": "big"}, {"modality": "big"}, {"feature": "small"}]
     found = [

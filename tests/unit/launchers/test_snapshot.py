@@ -1,4 +1,4 @@
-"""A job runs the code of its clone at the time of submission."""
+"""A job runs the code that its clone had when the job was submitted."""
 
 import subprocess
 from pathlib import Path

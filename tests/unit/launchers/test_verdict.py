@@ -126,7 +126,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def began(folder: RunFolder, record: tuple[int, str, int | None] | None = None, told: Sequence[int] = ()) -> None:
-    """Begins an attempt as rank 0, and writes what its ranks leave behind."""
+    """Begins an attempt as rank 0, and writes the notes and the record that the attempt's ranks leave behind."""
     config = tiny_config(folder.path.parents[1] / "data", folder.path.parent)
     lease = folder.open(config, RankEnv(0, 4, 0, 2, "published", 0, ATTEMPT))
     begin_logs(folder, 4, ATTEMPT)
@@ -227,7 +227,7 @@ def test_a_lost_rank_is_at_fault_although_a_killed_rank_0_holds_the_lease(
     monkeypatch.setitem(Lease.__init__.__kwdefaults__, "stale_seconds", 0.5)  # pyright: ignore[reportArgumentType]
     config = tiny_config(folder.path.parents[1] / "data", folder.path.parent)
     lease = folder.open(config, RankEnv(0, 4, 0, 1, "published", 0, ATTEMPT))
-    lease._ended.set()  # no heartbeat any more
+    lease._ended.set()  # ends the heartbeat
     assert folder.write_status(verdict=1, reason=LOST_PEER, last_step=7, attempt_id=ATTEMPT, rank=None)
     outcome = Outcome(codes, failed, lost={0: "lost with its node 10.0.0.4"}, hosts=HOSTS)
     assert conclude(folder, ATTEMPT, outcome) == Verdict(1, "rank 0: lost with its node 10.0.0.4", 0)

@@ -1,4 +1,4 @@
-"""Tests the modality of each token, and the part of these ids that a rank takes."""
+"""Tests the modality ids of tokens, and which of these ids a rank takes."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Attention is causal, stays inside documents, supports grouped heads, and equals a loop with both kinds of mask."""
+"""Attention is causal, stays inside documents, and supports grouped heads. With dense and with flex masks it equals a
+loop."""
 
 from functools import partial
 from typing import Any
@@ -65,8 +66,8 @@ def test_a_later_token_or_another_document_changes_nothing() -> None:
 
 
 def test_more_shapes_than_torch_compiles_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mixture of depths needs 8 shapes in evaluation, and others in training. Beyond torch's limit of 8 recompilations,
-    flex attention would silently run uncompiled, with S x S scores."""
+    """Mixture of depths needs 8 shapes in evaluation, and further shapes in training. Beyond torch's limit of 8
+    recompilations, flex attention would silently run uncompiled, with S x S scores."""
     compiled: list[int] = []
 
     def backend(graph: Any, inputs: Any) -> Any:

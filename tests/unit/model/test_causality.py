@@ -76,8 +76,8 @@ def seen(model: Transformer, tokens_BS: Tensor, group_BS: Tensor) -> tuple[Tenso
 
 
 def leak(model: Transformer) -> tuple[float, int]:
-    """For each position, changes all tokens from there on. Returns the largest change of an earlier output, and the number
-    of changed earlier pairs."""
+    """For each position, changes all tokens from this position on. Returns the largest change of an earlier output, and
+    the number of changed earlier pairs."""
     generator = torch.Generator().manual_seed(0)
     worst, changed = 0.0, 0
     tokens_BS = torch.randint(0, IMAGE[1], (2, SEQ_LEN), generator=generator)

@@ -1,4 +1,4 @@
-"""A group may have any name, even that of an attribute of the modules that contain the group."""
+"""A group may have any name, even the name of an attribute of a module that contains the group."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from moe_dist.plan.policies import expert_groups
 from moe_dist.train.build.training import build_model, freeze
 from tests.support.tiny import tiny_config
 
-# These names are attributes of the modules that contain groups, parts of parameters' names, and a Python keyword.
+# Some of these names are attributes of modules that contain groups, some are parts of parameters' names, and `class` is
+# a Python keyword.
 NAMES = ("auxiliary", "class", "experts", "forward", "group", "null", "parameters", "router", "speech-2", "training")
 
 

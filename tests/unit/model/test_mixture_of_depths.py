@@ -1,4 +1,5 @@
-"""Mixture of depths agrees with the slow reference: the choice of tokens, the block, causal evaluation and the cache."""
+"""Mixture of depths agrees with the slow reference in the choice of tokens, the block's output, and causal evaluation
+with and without a cache."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ def draw_tokens(seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def take_best(score_U: Tensor, capacity: float) -> tuple[Tensor, float]:
-    """Returns the tokens that one scope takes, bool [U], and the lowest score among them."""
+    """Returns which tokens one selection scope takes, bool [U], and the lowest score of a taken token."""
     score_U1, share_1 = score_U[:, None], torch.tensor([capacity], dtype=torch.float64)
     choice = selection.choose(score_U1, score_U1, share_1, slice(None))
     return choice.taken_TE[:, 0], choice.kth_score_E.item()
@@ -74,8 +75,8 @@ def test_the_best_are_those_of_the_loop(scores: list[int], real: list[bool], cap
 
 
 def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
-    """Runs the whole model. Layers with mixture of depths are computed by the reference, the others by the model's own
-    code."""
+    """Runs the whole model. The reference computes layers with mixture of depths, and the model's code computes all
+    other layers."""
     masks = {layer.window: dense_mask(DOCUMENTS, POSITIONS, layer.window) for layer in model.layers}
     rotary = rotary_table(POSITIONS, model.args.head_dim, model.args.rope_base)
     x = model.embedding.weight[tokens]
@@ -114,8 +115,8 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
 def test_values_and_gradients_are_those_of_the_slow_form(
     capacity: float, windows: tuple[int | None, ...], training: bool
 ) -> None:
-    """With capacity 0.05 two tokens are taken, and some documents have none. With 1.0 all are taken that are not
-    padding."""
+    """With capacity 0.05 two tokens are taken, and some documents have no taken token. With capacity 1.0 all tokens
+    except padding are taken."""
     model = make_model(capacity, windows=windows).train(training)
     tokens, group = draw_tokens()
     real = (group >= 0)[..., None]

@@ -1,4 +1,5 @@
-"""Tests that transformers has every scaling of rotary frequencies, and which lengths dynamic scaling counts."""
+"""transformers has a name for every scaling of rotary frequencies. Dynamic scaling counts a sequence's length without
+padding."""
 
 import pytest
 import torch

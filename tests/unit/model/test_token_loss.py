@@ -61,7 +61,7 @@ def test_values_and_gradients_are_those_of_all_logits(
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_bf16_stays_near_the_exact_gradients(monkeypatch: pytest.MonkeyPatch, weight_dtype: torch.dtype) -> None:
-    """Sums over tiles are in fp32. If they were in bf16, the error of the weight's gradient would be twice that of a single
+    """Sums over tiles are in fp32. If they were in bf16, the weight's gradient would have twice the error of a single
     product."""
     monkeypatch.setattr(token_loss, "TILE_TOKENS", 1)
     x, weight, labels, gradient = (each.detach() for each in inputs(torch.bfloat16, weight_dtype))
@@ -110,7 +110,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch() -> None:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors that operations have made, which are all allocations of a run on fake tensors."""
+    """Counts the bytes of live tensors that operations have made. With fake tensors these are all allocations."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,8 +60,8 @@ def test_questions_have_even_places_and_choices_of_their_own_side() -> None:
 
 
 def test_wrong_answers_are_wrong() -> None:
-    """For fact 0, two of the four other answers are right too. Too few wrong answers are left, so it becomes no question.
-    Every other fact becomes one."""
+    """For fact 0, two of the four other answers are right too. Too few wrong answers are left, so fact 0 becomes no
+    question. Every other fact becomes a question."""
     everything = [Fact(str(number), str(number), f"answer {number}", frozenset()) for number in range(5)]
     keyed = [Fact(f.id, f.asked, f.answer, lemma_keys(["x"]), frozenset({"answer 1", "answer 2"} if f.id == "0" else ()))
              for f in everything]  # fmt: skip

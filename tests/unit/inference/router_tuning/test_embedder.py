@@ -1,4 +1,4 @@
-"""An embedding is the mean over a text's own tokens. Folders that need code or pickles are refused by name."""
+"""An embedding is the mean over a text's tokens, without padding. Folders that need code or pickles are refused by name."""
 
 import json
 import shutil

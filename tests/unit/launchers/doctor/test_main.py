@@ -70,8 +70,8 @@ def test_a_save_that_takes_longer_than_a_stop_may(config: Path, tmp_path: Path) 
 
 
 def test_relative_paths_are_no_paths_for_a_job_of_ray(config: Path) -> None:
-    """The doctor reports a relative path as `launchers.ray` does. It needs no Ray to find it, and makes no further
-    checks."""
+    """The doctor reports a relative path with the same error as `launchers.ray`. It finds this error without Ray, and
+    makes no further checks."""
     code, lines = says(config, "run.root=runs", "--on=ray", "--probe")
     assert code == 78
     assert [line.partition(": must")[0] for line in lines[1:]] == ["FAIL configuration: run.root='runs'"]

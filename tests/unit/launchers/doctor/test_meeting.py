@@ -1,4 +1,4 @@
-"""The nodes of a probe meet at the first of them."""
+"""All nodes of a probe connect to the first node."""
 
 import json
 import threading

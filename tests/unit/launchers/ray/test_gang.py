@@ -37,9 +37,9 @@ class Cluster:
     Attributes:
         nodes: Names of the live nodes.
         broken: Nodes where no actor starts.
-        grows: The autoscaler starts node 9 when nodes are requested.
+        grows: Whether the autoscaler starts node 9 when nodes are requested.
         requests: Placement groups that are waiting for nodes.
-        tried: Nodes of each start of a gang.
+        tried: The nodes of each attempt to start a gang.
     """
 
     nodes: list[str]

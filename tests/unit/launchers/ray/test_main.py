@@ -23,8 +23,8 @@ from tests.support.tiny import tiny_config, write_config
 
 @dataclass
 class Api:
-    """Stands in for Ray's job API with one job. The log comes in `pieces`. The connection breaks once, after `breaks_after`
-    pieces. The job has ended when its status was requested more than `runs_for` times."""
+    """Stands in for Ray's job API with one job. The log comes in `pieces`. The connection breaks once, after
+    `breaks_after` pieces. The job has ended once its status has been requested more than `runs_for` times."""
 
     pieces: list[str]
     status: str = "SUCCEEDED"
@@ -105,7 +105,7 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
 def test_variables_reach_the_ranks_by_a_file_that_ray_does_not_show(
     yaml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The variable gets from the submission to the driver's plan, but nothing that Ray stores about the job has its
+    """The variable reaches the driver's plan, but nothing that Ray stores about the job contains the variable's
     value."""
     api = answers(monkeypatch, Api([]))
     monkeypatch.setenv("WANDB_API_KEY", "not-to-be-seen")

@@ -1,4 +1,4 @@
-"""The rank supervisor runs small programs as ranks. It leaves no process, however rank or actor end."""
+"""The rank supervisor runs small programs as ranks. It leaves no process behind, however the rank or the actor ends."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def escape(path):
 
 
 class Kept:
-    """A supervisor, started as an actor starts it."""
+    """A supervisor that is started in the same way as by an actor."""
 
     def __init__(self, folder: Path, program: str, *, shown: bool = False, scratch: str = "") -> None:
         self.log, self.escaped = folder / "rank.log", folder / "escaped"
@@ -140,7 +140,7 @@ def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept])
     supervisor = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
     supervisor.escaped_pid()
     supervisor.say("SIGINT")
-    assert supervisor.hear() == {"code": -signal.SIGINT}  # raised KeyboardInterrupt: SIGINT was not inherited as ignored
+    assert supervisor.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt was raised, so the rank does not ignore SIGINT
 
 
 def test_rank_0_is_shown_and_its_errors_are_in_the_log_as_well(kept: Callable[..., Kept]) -> None:

@@ -45,7 +45,7 @@ def check(*, save_seconds: float = 20.0, config: str = CONFIG, **cluster: object
         ({"save_seconds": 40.0}, []),  # nothing preempts
         (
             {"save_seconds": 40.0, "config": CONFIG.replace("preempt/none", "preempt/partition_prio")},
-            [("stop grace", 0)],  # Slurm kills after KillWait, before the save ends
+            [("stop grace", 0)],  # Slurm kills the ranks after KillWait, before the save ends
         ),
     ],
 )

@@ -63,7 +63,7 @@ class Node:
         self.yaml = write_config(self.config, folder / "x.yaml")
         (folder / "site.yaml").write_text("gpus: {syntax: none}\nranks_per_node: 2\nmax_restarts: 5\n")
         answers = {
-            # Like Slurm, a requeue sends SIGTERM to the job.
+            # Like Slurm's requeue, this requeue sends SIGTERM to the job.
             "requeue*": 'echo "$*" >>asked; kill -TERM $PPID; sleep 0.2; echo PENDING >state',
             "update*": 'echo "$*" >>asked',
             "*hostnames*": "cat hosts",
@@ -179,8 +179,8 @@ def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, cap
 def test_preemptions_and_time_limits_before_the_first_checkpoint_never_end_a_job(
     node: Node, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """This holds also if Slurm kills the batch script before the ranks have saved, and if an attempt saves when it is
-    stopped."""
+    """The job goes on also if Slurm kills the batch script before the ranks have saved, and if a stopped attempt
+    saves."""
     limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1300"}
     kills = "kill -TERM $PPID; sleep 1; exit 137"  # the parent of srun is the batch script
     for restarts, srun in enumerate(["exit 75", "exit 75", kills, f"echo step_1 >{node.run.checkpoints}/latest; exit 75"]):
@@ -190,7 +190,7 @@ def test_preemptions_and_time_limits_before_the_first_checkpoint_never_end_a_job
     assert node.requeues == 4
     (attempts,) = node.run.path.glob("slurm/job_12_*/job_12.json")
     assert [each[3] for each in json.loads(attempts.read_text())] == [False, False, True, False]
-    attempts.write_text("[[75, 0, 0, false], [75, 0, 0, true], [null, 0, 0, true]]")  # killed in its stop
+    attempts.write_text("[[75, 0, 0, false], [75, 0, 0, true], [null, 0, 0, true]]")  # killed while it was stopping
     assert node.attempt("exit 0", restarts=4) == 0
     said = capsys.readouterr().err
     assert said.count("WARNING: the time limit of 300 s leaves an attempt 0 s until its stop signal") == 4

@@ -1,4 +1,4 @@
-"""Tests the submission to Slurm: plan, output, snapshot and errors. sbatch and sinfo are stand-ins on the path."""
+"""Tests the submission to Slurm: plan, output, snapshot and errors. sbatch and sinfo are stand-ins on PATH."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A job compares Slurm's allocation with its plan. Slurm's commands are stand-ins on the path."""
+"""A job compares Slurm's allocation with its plan. Slurm's commands are stand-ins on PATH."""
 
 from pathlib import Path
 
@@ -116,8 +116,8 @@ def test_a_failed_or_missing_command_is_reported() -> None:
 
 _OPTIONS = "ACCOUNT CONSTRAINT CPU_BIND EXCLUSIVE GPUS_PER_NODE GRES MEM_PER_CPU MPI_TYPE PARTITION TIMELIMIT WCKEY"
 
-# An outer job has left these variables: a heterogeneous array task that was requeued twice, with options that srun reads
-# from the environment.
+# Variables that an outer job has left. It is a heterogeneous array task that was requeued twice. Some of its variables
+# are options that srun reads.
 OUTER = {
     **{"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "5", "SLURM_HET_SIZE": "2", "SLURM_RESTART_COUNT": "2"},
     **dict.fromkeys(map("SLURM_{}".format, _OPTIONS.split()), "outer"),

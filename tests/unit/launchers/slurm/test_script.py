@@ -90,8 +90,9 @@ def test_the_script_outside_of_a_job_says_how_to_submit_it() -> None:
 
 @pytest.mark.parametrize(("answer", "code"), [("Restarts=0", "clone"), ("Restarts=1", "first"), ("", "first")])
 def test_a_job_runs_the_code_of_its_first_attempt_only_if_it_was_requeued(tmp_path: Path, answer: str, code: str) -> None:
-    """The environment may have another job's SLURM_RESTART_COUNT, and the clone the pointer of an earlier job with this
-    number. The script therefore asks slurmctld for the count, and trusts the variable only if slurmctld does not answer."""
+    """The environment may have another job's SLURM_RESTART_COUNT, and the clone may have the pointer that an earlier
+    job with the same number has left. The script therefore asks slurmctld for the count, and trusts the variable only
+    if slurmctld does not answer."""
     for name in ("clone", "first/code"):
         (tmp_path / name / "slurm").mkdir(parents=True)
         (tmp_path / name / "slurm" / "node_env.sh").touch()

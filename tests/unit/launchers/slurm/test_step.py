@@ -1,4 +1,4 @@
-"""Tests how the tasks of a step end, and how a job is requeued. srun and scontrol are stand-ins on the path."""
+"""Tests how the tasks of a step end, and how a job is requeued. srun and scontrol are stand-ins on PATH."""
 
 import time
 from collections.abc import Callable
@@ -58,13 +58,13 @@ def test_sruns_lines_about_failed_tasks_are_held_back(capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("lines", "codes", "failed"),
     [
-        # A task's number is not its rank: here the ranks of the two nodes alternate.
+        # The number of a task is not its rank, because the ranks of the two nodes alternate.
         (["n2: task 3: Segmentation fault (core dumped)"], (0, 0, 0, -11), (3,)),
         (["n1: task 1: Killed"], (0, 0, -9, 0), (2,)),
         (["n1: tasks 0-1: Exited with exit code 3", "n2: task 2: Bus error"], (3, -7, 3, 0), (0, 2, 1)),
         (["n2: task 3,2: Aborted"], (0, -6, 0, -6), (3, 1)),
         (["n2: task 9: Killed"], (0, 0, 0, 0), ()),  # no planned task
-        # Tasks that end after srun's announcement were ended by srun, not by their rank.
+        # After its announcement srun kills the remaining tasks. Their ranks did not fail.
         (
             ["n1: task 0: Exited with exit code 3", "srun: First task exited 60s ago", "n2: task 2: Killed"],
             (3, -9, 0, 0),
@@ -106,7 +106,7 @@ def test_a_task_that_is_done_or_stopped_ends_no_other(monkeypatch: pytest.Monkey
 def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job must not wait for srun: Slurm kills the batch script KillWait after the failure, and srun waits longer."""
+    """The job must not wait until srun ends. Slurm kills the batch script earlier: KillWait after the node failure."""
     monkeypatch.setattr(step, "NODE_SECONDS", 0.2)
     lease = run.open(run.read_config(), RankEnv(0, 3, 0, 1, "published", 1, JOB.attempt_id))
     began = time.monotonic()
@@ -194,7 +194,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int
         ("RUNNING", 1, None, "Slurm refuses to requeue the job: scontrol requeue 12: no; continue with: sbatch", True),
         ("COMPLETING Restarts=1 PreemptTime=None", 0, None, "Slurm is ending the job (COMPLETING) for good;", False),
         (
-            "CANCELLED Restarts=1 StartTime=2026-11-27T10:00:00 PreemptTime=2026-11-27T09:00:00",  # of the attempt before
+            "CANCELLED Restarts=1 StartTime=2026-11-27T10:00:00 PreemptTime=2026-11-27T09:00:00",  # of the previous attempt
             *(0, None, "Slurm is ending the job (CANCELLED) for good;", False),
         ),
         ("COMPLETING Restarts=2 PreemptTime=None", 0, None, "Slurm has requeued the job (COMPLETING)", False),
@@ -228,7 +228,7 @@ def test_a_job_that_a_preemption_cancels_is_submitted_again_with_its_count(
     attempts = tmp_path / "job_12.json"
     attempts.write_text("[[75, 0, 7]]")
     (tmp_path / "job_12_faults").write_text("n3")
-    (tmp_path / "job_120_faults").write_text("n4")  # of another job
+    (tmp_path / "job_120_faults").write_text("n4")  # nodes at fault of another job
     requeue_job(JOB, CodeSnapshot(Path("/s")), attempts, None)
     assert "does not requeue it (PreemptMode=CANCEL); submitted again as job 99" in capsys.readouterr().err
     assert asked.read_text().splitlines()[-1] == "--parsable --dependency=afterany:12 /s/train.sbatch "

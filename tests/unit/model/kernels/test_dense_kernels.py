@@ -82,7 +82,7 @@ def test_rotary_embedding(shape: str, dtype: torch.dtype, pairs: RopePairs) -> N
 def test_norm_with_rotary_embedding(
     shape: tuple[int, ...], dtype: torch.dtype, whole: bool, pairs: RopePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norm, "PROGRAMS", 4)  # fewer programs than tokens; the last program has fewer tokens
+    monkeypatch.setattr(norm, "PROGRAMS", 4)  # fewer programs than tokens; the last program gets fewer tokens
     batch, length, heads, width = shape
     torch.manual_seed(0)
     x, weight = (

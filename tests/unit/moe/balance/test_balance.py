@@ -1,4 +1,4 @@
-"""Load controllers move biases as loops do on drawn counts, and as computed by hand in small cases."""
+"""On random counts load controllers move biases like slow loops. In small cases they move biases as computed by hand."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -117,8 +117,8 @@ def test_the_schedule_multiplies_the_target() -> None:
 
 
 def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_one() -> None:
-    """After each step the bias is (rate sum e + p (e - first e)) / k, where e are the steps' errors. A step without tokens
-    changes nothing, and a controller continues from a saved state."""
+    """After each step the bias is (rate sum e + p (e - first e)) / k, where e is the step's error and "sum e" the sum
+    over all steps so far. A step without tokens changes nothing, and a controller continues from a saved state."""
     rule = {"rate": 0.3, "proportional": 0.7}
     moved, gates = controller(ActiveExperts({"text": 1.5}, **rule), layers=1)
     trues = [[0, 0, 0, 0], [2, 3, 1, 4], [9, 1, 1, 1], [0, 0, 0, 0], [0, 2, 0, 0]]

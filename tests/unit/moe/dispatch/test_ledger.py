@@ -14,7 +14,7 @@ PLACEMENT = ExpertPlacement((TEXT, IMAGE), ((0, 1, 4), (2, 3, 5)))
 
 
 def test_shares_of_choices_that_leave_the_rank() -> None:
-    """Rank 0 holds half of each group's experts, so half of evenly spread choices leave it.
+    """Rank 0 holds half of each group's experts, so half of evenly spread choices go to other ranks.
 
     12 of the 30 choices of 10 text tokens, and all 8 choices of 4 image tokens, are true experts.
     """

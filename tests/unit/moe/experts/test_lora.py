@@ -1,5 +1,5 @@
-"""LoRA experts have the values and gradients of a loop over tokens. Also tests which parameters the task trains, and
-dropout."""
+"""LoRA experts have the values and gradients of a loop over tokens. Also tests which parameters the task loss trains,
+and dropout."""
 
 from typing import Any
 
@@ -127,7 +127,7 @@ def test_ablated_the_frozen_ffn_is_left() -> None:
 
 @pytest.mark.parametrize(("weight", "learns"), [("probability", True), ("straight_through", True), ("published", False)])
 def test_who_learns_the_route_from_the_task(weight: str, learns: bool) -> None:
-    """In the published sparse form only the balance loss trains the router; the task gives it no gradient."""
+    """In the published sparse form only the balance loss trains the router; the task loss gives the router no gradient."""
     layer, group_T = make_layer(TOP_1, weight=weight), torch.zeros(9, dtype=torch.int64)
     x_TD = inputs(group_T).requires_grad_()
     y_TD, report = layer(x_TD, group_T)
@@ -155,7 +155,7 @@ def request(step: int = 0, first_token: int = 0, rank: int = 0) -> RoutingReques
 
 @pytest.mark.parametrize("recompute", ["none", "experts", "block"])
 def test_dropout_draws_the_same_again(recompute: str) -> None:
-    """Recomputation draws the same dropout as the forward pass, so the gradient is that of the computed values."""
+    """Recomputation draws the same dropout as the forward pass, so the gradients belong to the forward pass's values."""
     group_T = torch.zeros(12, dtype=torch.int64)
     plain, layer = (make_layer(TOP_1, dropout=0.4, recompute=each) for each in ("none", recompute))
     x_TD = inputs(group_T).requires_grad_()

@@ -1,5 +1,5 @@
-"""bf16 copies of expert weights are made once per training step. They give the values and gradients of a conversion in each
-forward pass."""
+"""bf16 copies of expert weights are made once per training step. Values and gradients are the same as with a conversion
+in each forward pass."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""Triton's kernels are chosen on CUDA where possible, otherwise torch's operations, with a reason in the log."""
+"""On CUDA, Triton's kernels are chosen where possible. Otherwise torch's operations are chosen, and the log gives the
+reason."""
 
 import logging
 from pathlib import Path
