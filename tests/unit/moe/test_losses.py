@@ -1,4 +1,4 @@
-"""Balance and z terms have the values and gradients of the oracle's loops, also as sums over ranks."""
+"""Balance and z terms have the values and gradients of the oracle's loops, also if they are summed over ranks."""
 
 import math
 from typing import Any
@@ -100,15 +100,15 @@ def test_z_is_the_mean_squared_log_sum_exp() -> None:
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.zero_()
-    routed = router(h_TD[:4], torch.tensor([0, 0, 0, 1]))  # all logits are 0: 7 for text, 4 for image
+    routed = router(h_TD[:4], torch.tensor([0, 0, 0, 1]))  # all logits are 0; text has 7 columns, image has 4
     by_hand = torch.tensor([(3 * math.log(7) ** 2 + math.log(4) ** 2) / 4], dtype=torch.double)
     torch.testing.assert_close(z_terms(routed.aux.log_z_squared_LG, routed.counts.tokens_LG), by_hand)
 
 
 @pytest.mark.parametrize("kind", ["null_averaged", "null_split", "weighted"])
 def test_a_null_weight_makes_another_load_even(kind: str) -> None:
-    """With n = 4, m = 2, k = 3 and null weight w = 3, k n / (n + m w) = 1.2 true experts per token is balanced: all columns
-    have the same gradient."""
+    """With n = 4, m = 2, k = 3 and null weight w = 3, a balanced load has k n / (n + m w) = 1.2 true experts per token.
+    At this load all columns have the same gradient."""
     group = ExpertGroup("text", 4, 2, 3, 8, 0, ("text",))
     tables = ColumnTables.on((group,), torch.device("cpu"))
     share = torch.tensor([[1.0, 1.0, 1.0, 1.0, 3.0, 3.0]], dtype=torch.double) / 10
@@ -129,8 +129,8 @@ def test_a_null_weight_makes_another_load_even(kind: str) -> None:
 
 
 def test_the_weighted_loss_equals_the_sum_of_mixture_plus_plus() -> None:
-    """For each group loops compute (n + others / tau) sum_i eta_i f_i P_i, where eta_i is 1 for true columns and tau for
-    the others."""
+    """Loops compute (n + others / tau) sum_i eta_i f_i P_i for each group. "others" is the number of its columns that
+    are not true. eta_i is 1 for true columns, and tau for all others."""
     groups = (
         ExpertGroup("text", 3, 2, 2, 8, 0, ("text",), num_identity=1, num_constant=1),
         ExpertGroup("image", 2, 0, 2, 8, 3, ("image",), num_constant=2),
@@ -141,8 +141,8 @@ def test_the_weighted_loss_equals_the_sum_of_mixture_plus_plus() -> None:
     choices_LC, tokens_LG = torch.randint(0, 9, (2, 11), generator=generator), torch.tensor([[7, 5], [9, 0]])
     weights = tuple(1.0 / tau for tau in taus)
     ours = balance_terms(prob_LC, choices_LC, tokens_LG, tables, kind="weighted", null_weight_G=weights)
-    # Columns 0-2 are text's true experts, 3-4 image's; 5-6 text's null, 7 its identity, 8 its constant experts; 9-10
-    # image's constant.
+    # Columns 0-2 are the true experts of text, and 3-4 the true experts of image. 5-6 are null, 7 is identity and 8 is
+    # constant in text. 9-10 are constant in image.
     columns = {0: ([0, 1, 2], [5, 6, 7, 8]), 1: ([3, 4], [9, 10])}
     expected = torch.zeros(2, 2, dtype=torch.double)
     for layer in range(2):

@@ -21,7 +21,7 @@ from tests.support.one_rank_layer import one_rank_layer
 
 D = 4
 GROUPS = (ExpertGroup("text", 4, 2, 3, 5, 0, ("text",)), ExpertGroup("image", 3, 1, 2, 7, 4, ("image",)))
-# Columns 0 to 3 are text's experts and 4 to 6 image's. 7 and 8 are text's null experts, 9 is image's.
+# Columns 0 to 3 are text's experts, 4 to 6 are image's experts, 7 and 8 are text's null experts, 9 is image's null expert.
 IDS = np.array([[[3, 8, 0]], [[9, 4, -1]], [[-1, -1, -1]], [[7, 8, 2]]], np.int16)
 GROUP = np.array([0, 1, -1, 0])
 

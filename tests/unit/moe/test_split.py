@@ -1,4 +1,5 @@
-"""Experts that split an FFN together compute the FFN, bit for bit if its last product is summed by parts."""
+"""Experts that are the parts of an FFN together compute the FFN. They are bit-equal to an FFN that sums its last
+product by parts."""
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ def swiglu(x_TD: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def test_all_parts_are_the_ffn_whose_last_product_is_summed_by_parts() -> None:
-    """With every router that a split allows, fp32 results are bit-equal to an FFN that sums its last product by parts. One
-    product over all hidden values adds in another order; computed in float64 and rounded to fp32, both agree."""
+    """With every router that a split allows, fp32 results are bit-equal to an FFN that sums its last product by parts.
+    A single product over all hidden values sums in a different order. If both are computed in float64 and rounded to
+    fp32, they agree."""
     torch.manual_seed(0)
     x_TD = torch.randn(T, D)
     gate, up, down = torch.randn(F_ALL, D), torch.randn(F_ALL, D), torch.randn(D, F_ALL)

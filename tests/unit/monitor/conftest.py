@@ -50,7 +50,7 @@ LOOP: Mapping[str, Any] = {
 def record_of(stats: Statistics, placement: ExpertPlacement, modalities: Sequence[str]) -> Record:
     """Makes the record of a step from its statistics."""
     loop, nothing = stats.loop, dict[str, Any]()
-    config: Any = None  # a record reads no key of it
+    config: Any = None  # a record reads no key of the configuration
     plan = LoopSettings(
         config=config,
         placement=placement,
@@ -145,8 +145,7 @@ def groups() -> tuple[ExpertGroup, ...]:
 
 @pytest.fixture
 def placement(groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Rank 0 has text experts 0 and 1, rank 1 text experts 2 and 3, rank 2 image experts 0 and 1, rank 3 image experts 2
-    and 3."""
+    """Ranks 0 and 1 have two text experts each. Ranks 2 and 3 have two image experts each."""
     return ExpertPlacement(groups, ((0, 1), (2, 3), (4, 5), (6, 7)))
 
 

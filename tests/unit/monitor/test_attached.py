@@ -1,4 +1,4 @@
-"""`attach` on transformers models counts their own router outputs, and does not change the training."""
+"""On transformers models `attach` counts the choices of the models' routers, and does not change training."""
 
 import copy
 import functools

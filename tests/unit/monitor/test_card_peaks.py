@@ -1,4 +1,4 @@
-"""A GPU's peak rate follows from the driver's name of the card. If it is unknown, the run logs a line."""
+"""A GPU's peak rate is looked up by the card's name in the driver. If the name is unknown, the run logs a line."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -1,4 +1,4 @@
-"""In hand-made cases each fault gets its hint, and healthy numbers get none."""
+"""In hand-made cases each fault gets its hint, and healthy numbers get no hint."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ LAYERS = (1, 3)
 
 
 def choices(text: list[int], image: list[int], text_null: int = 50, image_null: int = 50) -> np.ndarray:
-    """Returns the choices of two layers, with columns for 4 text experts, 4 image experts, and 2 null experts of each. The
-    second layer differs only in its image experts, which are even."""
+    """Returns the choices of two layers, with columns for 4 text experts, 4 image experts, and 2 null experts of each
+    group. The second layer differs only in its image experts, whose loads are equal."""
     nulls = [text_null, text_null, image_null, image_null]
     return np.array([[*text, *image, *nulls], [*text, 25, 25, 25, 25, *nulls]])
 

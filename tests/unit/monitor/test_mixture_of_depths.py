@@ -1,4 +1,4 @@
-"""Tests by hand the scalars of layers that compute only a share of the tokens."""
+"""The scalars of layers that compute only a share of the tokens have values that were computed by hand."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -75,7 +75,7 @@ def test_apex_counts_steps_by_group(apex: ModuleType) -> None:
 def test_unavailable_apex_is_refused_with_a_fix(apex: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with refused(ConfigError, "backend=apex"):
         make_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], backend="apex", **SETTINGS)
-    monkeypatch.delattr(apex, "FusedAdam")  # like the unrelated project apex of the Python index
+    monkeypatch.delattr(apex, "FusedAdam")  # an unrelated project that is also called apex has no FusedAdam
     with refused(ConfigError, "backend=apex"):
         make_optimizer([{"params": [on_cuda()]}], backend="apex", **SETTINGS)
     assert isinstance(

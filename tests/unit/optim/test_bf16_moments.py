@@ -1,5 +1,5 @@
-"""With moments in bf16 between steps, optimizers take the steps of a slow reference, for any division into slices.
-Checkpoints of these moments are verified."""
+"""Optimizers that keep their moments in bf16 between steps take the same steps as a slow reference, for any division
+into slices. Checkpoints of these moments are verified."""
 
 from pathlib import Path
 from typing import Any

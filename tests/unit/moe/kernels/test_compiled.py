@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# Each kernel may use at most these bytes of shared memory. Other kernels use none.
+# Each of these kernels may use at most this number of bytes of shared memory. All other kernels use none.
 SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}
 SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 SHARED |= {"plan: static pad": 16, "plan: static place": 4096, "plan: static runs": 4096}

@@ -1,7 +1,7 @@
 """Dispatch plans that counting kernels make in Triton's interpreter equal torch's plans in every tensor.
 
-The ranks run one after the other. With the kernels, each rank must send the same items as in the reference, and receives
-the items of the reference.
+The ranks run one after the other. With the kernels, each rank must send the items that it sends in the reference. It
+then receives the items that it receives in the reference.
 """
 
 from collections.abc import Callable, Iterator
@@ -90,8 +90,8 @@ def plan_of(planner: Any, pairs: Assignments) -> Any:
 
 
 def reference(make: Callable[[Wire], Any], pairs: list[Assignments]) -> tuple[list[Any], list[Any]]:
-    """Returns the plans of all ranks, and the sent and received items of each. Each round plans on all ranks again, and
-    reaches one exchange more than the round before."""
+    """Returns the plans of all ranks, and the items that each rank sends and receives. Each round makes all plans
+    again, and reaches one more exchange than the previous round."""
     size = len(pairs)
     exchanges: list[tuple[list[tuple[Tensor, Splits]], list[Tensor]]] = [([], []) for _ in range(size)]
     while True:

@@ -94,8 +94,8 @@ def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_pairs_that_are_sorted_already_are_not_moved(dtype: torch.dtype) -> None:
-    """If the dispatcher has sorted the rows by expert, rows are not gathered and not summed. Values and gradients stay
-    equal."""
+    """If the dispatcher has sorted the rows by expert, rows are not gathered and not summed. Values and gradients still
+    equal torch's."""
     torch.manual_seed(0)
     num_pairs, width = 13, 24
     sorted_index = RowIndex((torch.arange(num_pairs),), num_pairs, in_order=True)
@@ -130,7 +130,7 @@ def test_own_and_received_rows(shape: str, dtype: torch.dtype, base: bool) -> No
 def test_sums_have_the_bits_of_sums_in_the_order_of_the_pairs() -> None:
     torch.manual_seed(0)
     index = RowIndex((torch.randint(0, 3, (200,)),), 3)
-    # Magnitudes differ, so that another order of summation would give other bits.
+    # Magnitudes differ, so that a different order of summation would give different bits.
     rows = drawn(200, 9).detach() * 10.0 ** torch.randint(-4, 4, (200, 1))
     in_order = add_rows(torch.zeros(3, 9), index.parts[0], rows)
     assert torch.equal(TRITON.sum_pairs(rows, rows[:, 0], index, torch.float32), in_order)

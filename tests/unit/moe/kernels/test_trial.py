@@ -1,4 +1,4 @@
-"""The trial of kernels accepts correct kernels in Triton's interpreter, and names the fault of wrong ones."""
+"""The trial of kernels accepts correct kernels in Triton's interpreter, and names the fault of a wrong kernel."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every router in which tokens choose experts equals a loop over tokens, counts the columns that it takes, ignores padding,
+"""Every router in which tokens choose experts equals a loop over tokens, counts the chosen columns, ignores padding,
 and repeats its choice in recomputation. The other files of this folder test properties of single routers."""
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def limited(x: Tensor, tensors: slow.Tensors, group: ExpertGroup, **options: Any
 
 
 ALL_NODES, ONE_NODE = {"n_group": 2, "topk_group": 2}, {"n_group": 2, "topk_group": 1}
-CASES: dict[str, tuple[type[TopKRouter], dict[str, Any], Loop, dict[str, Any]]] = {  # router, options, loop, its options
+CASES: dict[str, tuple[type[TopKRouter], dict[str, Any], Loop, dict[str, Any]]] = {  # router, router's options, loop, loop's options
     "top_k": (TopKRouter, {"selection_bias": True}, top_k, {}),
     "group_limited": (GroupLimitedRouter, {**ONE_NODE, "scale": 2.5}, limited, {**ONE_NODE, "scale": 2.5}),
     "group_limited, all nodes": (GroupLimitedRouter, ALL_NODES, limited, ALL_NODES),

@@ -173,7 +173,7 @@ def test_values_and_gradients_of_the_layer_equal_the_oracle(noise: float, counte
 
 
 def softmax_of_groups(h_TD: Tensor, router: ExpertChoiceRouter) -> Tensor:
-    """Returns the softmax scores [T, E]. Each group has a softmax of its own."""
+    """Returns the softmax scores [T, E]. Each softmax is over the experts of one group."""
     logits_TE = logits_of(h_TD, GROUPS, reference_weights(router))
     return torch.cat([logits_TE[:, list(group.experts)].softmax(-1) for group in GROUPS], dim=1)
 
@@ -277,7 +277,7 @@ def test_capacities_follow_the_steps_and_evaluation_those_of_the_last(kind: type
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     h_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     group_T = torch.tensor([0, 1] * 10)
-    # How many of 10 tokens each text and image expert takes at each factor: ceil(10 c).
+    # For each capacity factor, how many of its group's 10 tokens each of 4 text and 2 image experts takes: ceil(10 c).
     taken = {0.5: [4] * 4 + [3] * 2, 1.0: [8] * 4 + [5] * 2, 0.25: [2] * 4 + [2] * 2}
     factors = [0.5, 0.5, 0.5, 1.0, 1.0, 0.25, 0.25]
     for step, factor in enumerate(factors):
@@ -336,7 +336,7 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens() -> None:
 
 
 def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Returns the experts and weights of each token's pairs, by descending weight. This is the slow form of
+    """Returns the experts and weights of each token's pairs, by descending weight. This is the slow reference of
     `ChosenColumns`."""
     found: list[list[tuple[float, int]]] = [[] for _ in range(num_tokens)]
     pairs = routing.assignments.taken()
@@ -392,8 +392,8 @@ def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(score: Score) -> None:
-    """In the first update tokens compete. Afterwards each is compared with the running mean. Calibrating evaluation does
-    not change training."""
+    """In the first update an expert takes the tokens with the highest scores. In later updates it takes every token
+    whose score exceeds its running mean. Calibration for evaluation does not change training."""
     router = ExpertThresholdRouter(RouterContext(D, GROUPS), warmup_steps=1, score=score).double()
     generator = torch.Generator().manual_seed(1)
     for parameter in router.parameters():
@@ -415,7 +415,7 @@ def test_expert_threshold_takes_by_competition_and_then_by_its_running_mean(scor
     sorted_TE = torch.where(inside_TE, scores_TE, 0.0).sort(dim=0, descending=True).values
     torch.testing.assert_close(mean_E, torch.stack([sorted_TE[k - 1, expert] for expert, k in enumerate(taken_E)]))
     for gate in router.gates():
-        gate.threshold += 0.3  # a calibration may change it so
+        gate.threshold += 0.3  # a calibration may change a threshold like this
         gate.statistics[0] += 1e-9  # rounding must not decide about the token with the k-th score
     mean_E = mean_E + 1e-9
     routing = router(h_TD, group_T)

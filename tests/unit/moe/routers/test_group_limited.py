@@ -1,5 +1,5 @@
-"""The group-limited router equals transformers' router, and small cases by hand. test_contract.py compares it with a
-loop."""
+"""The group-limited router has the results of transformers' router and, in small cases, the results that were computed
+by hand. test_contract.py compares it with a loop."""
 
 from types import SimpleNamespace
 from typing import Any

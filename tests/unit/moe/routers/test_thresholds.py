@@ -115,8 +115,8 @@ def test_a_calibration_is_for_the_capacities_of_the_last_step() -> None:
 
 @pytest.mark.parametrize("choice", ["rank", None])
 def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> None:
-    """Layer 0 computes a share of 0.3 of the tokens, and its experts choose among these. With token choice, mixture of
-    depths has the only threshold."""
+    """Layer 0 computes a share of 0.3 of the tokens, and its experts choose among these. With token choice, only
+    mixture of depths has a threshold."""
     model = model_of(Layout(choice=choice, mixture_of_depths="rank"))
     batches = [batch_of(0, 0, first, 1) for first in range(8)]
     taken: list[int] = []
@@ -141,5 +141,6 @@ def test_calibrated_depths_compute_the_share_of_training(choice: str | None) -> 
     for hook in hooks:
         hook.remove()
     assert sum(taken) == wanted
-    # Over all batches as many tokens are computed as in training, but experts see other tokens in each batch.
+    # Over all batches the layer computes as many tokens as in training. In a single batch its tokens may differ from
+    # training's, so the loads of its experts are only close.
     assert abs(got_E.sum() / wanted_E.sum() - 1) < 0.1

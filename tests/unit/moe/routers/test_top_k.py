@@ -25,7 +25,7 @@ def make_router(*groups: ExpertGroup, **options: object) -> TopKRouter:
 
 def test_ties_go_to_true_experts() -> None:
     """Null rows are copies of the true rows, as when AdaMoE starts from a trained MoE. With n = 4, m = 4 and k = 3 each
-    token takes the plain top-2."""
+    token takes the two true experts with the largest logits."""
     group = ExpertGroup("text", 4, 4, 3, 8, 0, ("text",))
     router = make_router(group)
     gate = router.get_submodule("group:text")
@@ -36,7 +36,8 @@ def test_ties_go_to_true_experts() -> None:
     taken = router(h_TD, torch.zeros(200, dtype=torch.int64)).assignments.taken()
     logits = h_TD @ gate.true.T  # pyright: ignore[reportCallIssue]
     plain = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :2]
-    # If more than two true experts tie at the top, the third choice is also true. Otherwise it is a null copy.
+    # If more than two true experts tie at the top, the third choice is also a true expert. Otherwise the third choice
+    # is a null copy.
     for token in range(200):
         experts = taken.expert_N[taken.token_N == token].tolist()
         assert experts[:2] == plain[token].tolist()

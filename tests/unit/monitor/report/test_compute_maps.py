@@ -1,4 +1,4 @@
-"""A report's compute maps show at each token's place its number of true experts, as the mean over the layers."""
+"""At each token's place, a report's compute map shows the token's number of true experts, averaged over the layers."""
 
 import base64
 import io
@@ -14,8 +14,8 @@ from moe_dist.monitor.report.token_panels import compute_maps
 from tests.unit.monitor.report.conftest import draw_routing
 
 GRID = (2, 3)
-# Two sequences of text (ids below 100) and picture cells. The first has a whole picture, the second the rest of a picture
-# that was cut off, and a whole picture.
+# Two sequences of text (ids below 100) and picture cells. The first sequence has a whole picture. The second begins
+# with the last part of a cut picture, and also has a whole picture.
 TOKENS = [[7, 8, 101, 102, 103, 104, 105, 106, 9], [107, 108, 109, 110, 1, 101, 101, 101, 102, 102, 103]]
 
 

@@ -46,7 +46,7 @@ def test_few_tokens_are_not_judged() -> None:
     group = draw_groups(1, num_experts=128, num_null=0, top_k=8)
     collapsed = draw_routing(
         group, layers=12, tokens=300, steps=1, ranks=1, bias=towards(0, slice(0, 8), 50)
-    )  # 18.75 an expert
+    )  # 18.75 choices per expert
     for routing, cells, none in ((collapsed, "1,536", 1440), (draw_routing(tokens=40, steps=1), "64", 0)):
         page = page_of(routing)
         words = f"too few choices to judge {cells} of {cells} (layer, expert) pairs (fewer than 20 an expert)"

@@ -1,4 +1,5 @@
-"""A sink that fails is left out, and the run goes on. Only a sink whose records a restart needs holds back checkpoints."""
+"""A sink that fails gets no further records, and the run goes on. A failed sink delays checkpoints only if a restart
+needs its records."""
 
 import threading
 from typing import Any
