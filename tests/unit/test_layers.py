@@ -1,5 +1,5 @@
-"""The import graph stays small, and the code has no forbidden imports or calls. Each rule reads imports or syntax trees,
-and fails on a planted line.
+"""The import graph stays small, and the code has no forbidden imports or calls. Each rule reads imports or syntax
+trees, and must fail if a test plants a forbidden line.
 
 docs/import_graph.py defines and computes rooms, floors and arrows. Imports inside functions and under TYPE_CHECKING count
 like all others.
@@ -48,8 +48,8 @@ def planted(path: str, code: str) -> Source:
 
 @pytest.fixture(scope="module")
 def sources() -> list[Source]:
-    """Returns the files of the product and of research. Rules about forbidden imports apply to both, the graph has only the
-    product."""
+    """Returns the files of the product and of research. Rules about forbidden imports apply to both. The import graph
+    has only the product."""
     return [file for file in read_sources(tops=(*TOPS, "research")) if not file.path.startswith("research/tests/")]
 
 
@@ -325,7 +325,8 @@ def test_the_drawing_is_current(graph: ImportGraph) -> None:
 
 
 def test_the_map_names_each_room(graph: ImportGraph) -> None:
-    """docs/architecture.md lists all rooms, and says which import without torch. The files that it names exist."""
+    """docs/architecture.md lists all rooms, and says which rooms can be imported without torch. The files that it names
+    exist."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| .* \| (yes|no) \|$", page, re.MULTILINE)
     plain = graph.rooms_without_torch()

@@ -1,4 +1,4 @@
-"""Every dry run in docs/scaling.md and README.md runs as written, README.md's without any data."""
+"""Every dry run in docs/scaling.md and README.md runs as written. The dry runs in README.md need no data."""
 
 import re
 import shlex

@@ -62,8 +62,8 @@ def test_a_summary_is_safe(tmp_path: Path) -> None:
 
 
 def renamed(folder: Path) -> None:
-    """Writes the hostile name into all files of a checkpoint, for a tensor, values, versions and a group. The files'
-    digests stay right."""
+    """Writes the hostile name into all files of a checkpoint, as the name of a tensor, of values, of versions and of a
+    group. Updates the files' digests."""
     shard = folder / "shard_00000.safetensors"
     content = shard.read_bytes()
     begin = 8 + int.from_bytes(content[:8], "little")

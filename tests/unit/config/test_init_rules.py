@@ -1,5 +1,5 @@
-"""The formula for the k at which copied null rows leave a model unchanged agrees with brute force; any other k is
-refused."""
+"""If null rows are copies of true rows, only some k leave a model unchanged. The formula for these k agrees with brute
+force, and any other k is refused."""
 
 import itertools
 from pathlib import Path

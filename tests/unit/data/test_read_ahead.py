@@ -1,4 +1,4 @@
-"""The next step's batches are read during the current step, and equal those of a reader without a thread."""
+"""The next step's batches are read during the current step, and equal the batches of a reader without a thread."""
 
 import threading
 from collections.abc import Callable

@@ -36,7 +36,7 @@ def test_calls_have_values_errors_and_an_end() -> None:
     assert raised.value.problems == ("one", "two")
     assert "see docs/data.md" in str(raised.value)
     assert call("pid") == child
-    call("sleep", 2)  # waiting for more than 1 s is allowed: a busy machine delays calls, so the short limit is on CPU time
+    call("sleep", 2)  # allowed: the limit of 1 s is on CPU time, not on waiting, because a busy machine delays calls
     assert call("pid") == child
     for endless, limit in ((("sleep", 600), "more than 6 s"), (("compute",), "more than 1 s of CPU time")):
         with pytest.raises(TimeoutError, match=limit):

@@ -62,8 +62,8 @@ def test_tokens_are_those_of_the_family(both: tuple[Any, Any], way: str, padded:
 
 
 def test_assisted_decoding_gives_the_model_its_own_tokens(both: tuple[Any, Any]) -> None:
-    """An assistant model changes how often the main model runs, but not its greedy tokens. The served form may be the main
-    model, the assistant, or both."""
+    """An assistant model changes how often the main model runs, but not the main model's greedy tokens. The served form
+    may be the main model, the assistant, or both."""
     model, served = both
     prompt = {name: each[:1] for name, each in prompts(padded=False).items()}
     wanted = generated(model, prompt, {})

@@ -1,5 +1,5 @@
 """Optimizers that keep their moments in bf16 between steps take the same steps as a slow reference, for any division
-into slices. Checkpoints of these moments are verified."""
+into slices. `verify` accepts checkpoints with bf16 moments."""
 
 from pathlib import Path
 from typing import Any

@@ -21,7 +21,7 @@ SHAPES = [(5, 8), (8, 5), (6, 6), (1, 4)]
 def test_a_stack_is_orthogonalised_matrix_by_matrix(shape: tuple[int, int]) -> None:
     stack = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     stack[1] *= 1e-4  # like the gradient of an expert with few tokens
-    stack[2] = 0.0  # and one without
+    stack[2] = 0.0  # like the gradient of an expert without tokens
     got = orthogonalise(stack, torch.float64)
     for matrix, expected in zip(got, stack, strict=True):
         np.testing.assert_allclose(matrix, reference.orthogonalised(expected.numpy()), rtol=0, atol=1e-12)
@@ -61,7 +61,7 @@ def test_steps_follow_the_reference() -> None:
 
 
 def test_it_is_torchs_muon_in_bf16() -> None:
-    """torch's Muon also iterates in bf16, but in another order."""
+    """torch's Muon also iterates in bf16, but its operations have a different order."""
     values = torch.randn(16, 24, generator=torch.Generator().manual_seed(2))
     ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
     group = {"params": [ours], "weight_decay": 0.1, "moments": ("exp_avg",)}

@@ -9,7 +9,8 @@ pytestmark = pytest.mark.slow
 
 
 def model_of(**parameters: tuple[Role, tuple[int, ...]]) -> nn.Module:
-    """Returns a module with one child per parameter. The child has the parameter's role, and a `weight` of its shape."""
+    """Returns a module with one child per parameter. The child has the parameter's role, and a `weight` of the
+    parameter's shape."""
     model = nn.Module()
     for name, (role, shape) in parameters.items():
         child = nn.Module()

@@ -1,4 +1,4 @@
-"""Initial values: a module can set a constant start value for a parameter, which the random draw must not overwrite."""
+"""A module can set a constant initial value for a parameter. The random initialisation must not overwrite this value."""
 
 from pathlib import Path
 

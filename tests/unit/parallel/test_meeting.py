@@ -1,4 +1,5 @@
-"""Ranks, each in a thread, meet under any launcher and after earlier starts, and refuse ranks that do not fit."""
+"""Ranks find each other under any launcher, also after earlier starts, and refuse ranks of a different start. Each rank
+is a thread."""
 
 import socket
 import threading
@@ -115,7 +116,7 @@ def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     (`owned`)."""
     monkeypatch.setattr(rendezvous, "SOON_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
-    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late rank with this limit
+    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late one with this limit
     monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -249,7 +250,7 @@ def test_a_second_run_on_the_port_is_told_the_first_and_does_not_disturb_it(
     first.append(start(THIRD, folder=night))
     assert {rank.result(600) for rank in first} == {"of-rank-0"}
 
-    taken = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)  # as in another process
+    taken = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)  # as of another process
     PrefixStore("moe_dist", taken).set("run", '["night", "node1"]')
     monkeypatch.setenv("MASTER_PORT", str(taken.port))
     with refused(ConfigError, words, golden=False):

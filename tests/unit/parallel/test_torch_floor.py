@@ -17,7 +17,8 @@ from moe_dist.placement.parameter_names import Role
 from tests.support.layouts import Layout, build
 
 ROOT = Path(__file__).parents[3]
-# Modules import these private names of torch when they are loaded. `make torch-floor` checks that torch 2.11 has each.
+# Modules import these private names of torch when they are loaded. `make torch-floor` checks that torch 2.11 has all of
+# them.
 IMPORTED = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",

@@ -14,8 +14,8 @@ PLACED = PlacementWithReplicas(GROUPS, SLOTS, REPLICAS)
 
 
 def test_by_hand() -> None:
-    """Replicas are numbered in the order of their experts' slots. Expert 1 is on rank 0 and expert 0 on rank 1, so the
-    replica of expert 1 comes first."""
+    """Replicas are numbered in the order of their experts' slots. Expert 1 is on rank 0 and expert 0 is on rank 1, so
+    the replica of expert 1 comes first."""
     one = PLACED.in_layer(0)
     assert one.slots == ((1, 3, 6, 7), (0, 4), (2, 5), (8,))
     assert [(group.name, group.num_experts, group.ffn_dim) for group in one.groups[2:]] == [
@@ -25,7 +25,7 @@ def test_by_hand() -> None:
     assert [PLACED.id_of_expert(0, source) for source in range(4)] == [
         [6, 1, 2, 3, 7],  # rank 0 itself has slots of experts 0, 1 and 4
         [0, 5, 2, 3, 4],
-        [6, 5, 2, 3, 7],  # rank 2 has no slot of expert 4, and uses its first replica
+        [6, 5, 2, 3, 7],  # rank 2 has no slot of expert 4, and uses the first replica of expert 4
         [0, 1, 2, 3, 8],
     ]
     assert PLACED.id_of_expert(1, 0) == [0, 1, 2, 3, 4]
@@ -33,7 +33,7 @@ def test_by_hand() -> None:
 
 
 def test_shares_are_those_of_drawn_tokens() -> None:
-    """A rank's expected load agrees with a count of drawn pairs. Each source rank draws pairs of its own."""
+    """A rank's expected load agrees with a count of drawn pairs. The pairs of each source rank are drawn separately."""
     rng, share_E = np.random.default_rng(0), np.array([0.4, 0.2, 0.1, 0.1, 0.2])
     pairs_RE = rng.multinomial(100_000, share_E, size=4)
     rank_of = np.array(PLACED.in_layer(0).rank_of_expert)

@@ -55,7 +55,7 @@ def _alone() -> Iterator[None]:
 
 
 def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
-    """Returns one random configuration as plain values. About one value in five is a rare one."""
+    """Returns one random configuration as plain values. About one value in five differs from the usual value."""
 
     def rare(*values: Callable[[], Any] | Any, p: float = 0.2) -> Any:
         """Returns the first value, or with probability `p` another one."""

@@ -78,7 +78,7 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert found.memory[0] < found.memory[1] < found.memory[2]
     assert found.out_of_memory < 1e-6
     tight = estimated(config, most_bytes=found.memory[0])
-    assert tight.out_of_memory == pytest.approx(1.0)  # half of the micro-batches need more, and a step has many
+    assert tight.out_of_memory == pytest.approx(1.0)  # half of all micro-batches need more, and a step has many
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 
@@ -99,7 +99,7 @@ def test_more_rank_pairs_and_slower_links_take_longer() -> None:
     assert far.seconds > near.seconds
     assert far.busy == near.busy
     step = config.model_copy(update={"parallel": config.parallel.model_copy(update={"fsdp_gather": "micro_batch"})})
-    assert estimated(step, rates=slower).tail > far.tail  # gathers in each micro-batch
+    assert estimated(step, rates=slower).tail > far.tail  # parameters are gathered in each micro-batch
     with refused(ConfigError, "between=null"):
         estimated(config, rates=RATES.model_copy(update={"between": None}))
     assert weakest("measured", "fitted") == "fitted"

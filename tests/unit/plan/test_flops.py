@@ -181,7 +181,7 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     routers."""
     cfg = config(model={"mixture_of_depths": {"first": 1, "every": 1, "capacity": 0.25, "causal": causal}})
     counted, experts, tokens = count_training(cfg, batch=1)
-    assert experts < 0.6  # mean over all tokens; a computed token takes 4 / 3
+    assert experts < 0.6  # mean over all tokens; a computed token takes 4 / 3 experts
     assert len(cfg.model.depth_layers) == 2
     forward = forward_of(cfg, experts / 0.25)
     scores = 2 * cfg.model.hidden_dim
@@ -204,15 +204,15 @@ def lora_config(**parallel: Any) -> Config:
 
 
 def test_lora_agrees_with_torchs_counter() -> None:
-    """The forward agrees exactly. The total agrees after the backward pass below the first adapter, which is counted here
-    by hand, is subtracted."""
+    """The forward count agrees exactly. Our total also counts a backward pass below the first adapter. Autograd skips
+    this part, so the test subtracts it."""
     cfg = lora_config()
     counted, experts, tokens = count_training(cfg)
     forward = forward_of(cfg, experts)
     frozen = frozen_flops(cfg.model, forward, seq_len=cfg.data.seq_len)
     below = 2 * (32 * 32 + 2 * 32 * 16) + 2 * 3 * 32  # in layer 0, q, k, v and q's first matrix need no input gradient
     scores_of_keys = 2 * 32 * 16  # k has no adapter, so the keys get no gradient from the scores
-    values = 2 * 32 * 16  # nor do the values
+    values = 2 * 32 * 16  # the values get no gradient either
     expected = training_flops(forward, frozen=frozen) - below - scores_of_keys - values
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
 
@@ -222,7 +222,7 @@ def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
     values["run"] |= {"init_from": "x"}
     values["train"]["only"] = "routers"
     values["router_tuning"] = {"data": "none", "layers": layers, "objective": objective}
-    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # both layers take equally many experts
+    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # tokens take the same number of experts in both layers
     return Config.model_validate_json(json.dumps(values))
 
 
@@ -230,7 +230,7 @@ def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
     ("layers", "choices"), [([1], 0), ([2], 0), ([1, 2], 0), ([1, 2], 2)], ids=["1", "2", "1 and 2", "choices"]
 )
 def test_router_tuning_agrees_with_torchs_counter(layers: list[int], choices: int) -> None:
-    """With choices only the logits of two words are computed in forward and backward, instead of the output layer."""
+    """With choices, forward and backward compute only the logits of two words instead of the whole output layer."""
     cfg = tuned_config(layers, "choices" if choices else "tokens")
     counted, experts, tokens = count_training(cfg, choices=choices)
     forward = forward_of(cfg, experts)

@@ -26,7 +26,7 @@ def with_apex(tmp_path: Path, **changes: object) -> Config:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Installs a package called apex, by default the Python index's unrelated one, whose import fails."""
+    """Installs a package called apex, by default the unrelated package of this name on PyPI, whose import fails."""
     package = tmp_path / "site" / "apex"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")

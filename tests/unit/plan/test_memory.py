@@ -106,7 +106,7 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any]) -> None:
 
 
 def test_activations_on_a_cpu_are_known_within_a_twentieth() -> None:
-    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # small: the output's estimate includes a gradient
+    cfg = config(parallel={"device": "cpu"}, vocab_size=16)  # small, as the output's estimate includes a gradient
     kept, rows, pairs = kept_by_autograd(cfg)
     tokens = cfg.train.micro_batch * cfg.data.seq_len
     assert tokens * sum(layer_bytes_per_token(cfg, rows, pairs)) == pytest.approx(kept, rel=0.05)
@@ -147,8 +147,8 @@ def test_states_of_a_rank() -> None:
 
 @pytest.mark.parametrize(("recompute", "layers"), [("none", 3), ("block", 1)])
 def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> None:
-    """With two replicas per rank and layer, the weights of all layers stay in memory from forward to backward, but only one
-    layer's gradients."""
+    """With two replicas per rank and layer, the replicas' weights in all layers stay in memory from forward to
+    backward. Their gradients stay in memory for only one layer."""
     plain = config(parallel={"ep": 2, "recompute": recompute})
     section = RankBalanceSection.model_validate({"replicating": {"slots": 2}})
     more = plain.model_copy(update={"rank_balance": section})

@@ -54,10 +54,10 @@ def test_groups_of_a_configuration() -> None:
             (4, 4),
             {"a": 1, "b": 999},
             ((0, 1, 2, 3), (4, 5), (6,), (7,)),
-        ),  # at least one rank for each
+        ),  # each group gets at least one rank
         (PinnedSection(), (4, 4), {}, ((0, 1), (2, 3), (4, 5), (6, 7))),  # without a mix all groups count equally
         (pinned(b=(1,)), (3, 2, 1), {"a": 100, "b": 1, "c": 1}, ((0, 1), (3, 4), (2,), (5,))),
-        (PinnedSection(), (1, 2), {"a": 1000, "b": 1}, ((0,), (1,), (2,), (), (), ())),  # no more ranks than experts
+        (PinnedSection(), (1, 2), {"a": 1000, "b": 1}, ((0,), (1,), (2,), (), (), ())),  # at most one rank per expert
         (ExplicitSection(slots=(("b/0", "a/1"), (), ("a/0", "a/2"))), (3, 1), {}, ((1, 3), (), (0, 2))),
     ],
 )

@@ -1,5 +1,5 @@
-"""Tests the rows and pairs of a micro-batch: expectations are means over drawn tokens, and draws from a trace equal slow
-counts."""
+"""Tests the rows and pairs of a micro-batch: expected values equal means over drawn tokens, and draws from a trace
+equal slow counts."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ TOKENS, LAYERS, SEQUENCES = 12, 2, 5
 
 
 def draw_ids(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    """Returns the choices of tokens. Even tokens are text, odd ones image. Columns 8 to 10 are null experts, and -2 - c is
-    a dropped pair of column c."""
+    """Returns the choices of tokens. Even tokens are text, and odd tokens are image. Columns 8 to 10 are null experts,
+    and -2 - c is a dropped pair of column c."""
     ids = np.zeros((tokens, LAYERS, 2), np.int16)
     for t, layer in np.ndindex(tokens, LAYERS):
         ids[t, layer] = rng.choice([*range(5), 8, 9, 10] if t % 2 == 0 else [5, 6, 7], 2, replace=False)
@@ -45,8 +45,8 @@ def test_traced_rows_are_those_of_a_slow_count(wire: Wire) -> None:
             assert inside + between == (pairs if wire.each_pair else rows)
         here = [expert for expert in experts if rank_of[expert] == rank]
         each = len(here) if wire.each_pair else len({t for t, e in zip(tokens, experts, strict=True) if rank_of[e] == rank})
-        # Rows arrive from the node's other rank. With two hops this rank forwards rows of one rank on each node, otherwise
-        # it sends only its own.
+        # Rows arrive from the node's other rank. With two hops that rank forwards the rows of one rank on each node.
+        # Otherwise it sends only its own rows.
         arrived = each * ((wire.node - 1) * (2 if wire.hops == 2 else 1))
         assert load.inside[0, layer, rank] == max(inside, arrived)
         if wire.hops == 1:

@@ -1,4 +1,5 @@
-"""The simulated micro-batch takes as long as in a slow event queue over single ranks, and as in closed forms."""
+"""The simulated time of a micro-batch equals the time in a slow event queue over single ranks, and the time by closed
+forms."""
 
 import heapq
 from typing import Any
@@ -101,8 +102,8 @@ def seconds(layer: LayerCost, order: Order = Order(), ranks: int = 2) -> float:
 
 
 def test_overlap_and_chunks_hide_what_the_dispatcher_lets_them_hide() -> None:
-    # In forward a rank's own pairs take 1 s and overlap with the dispatch, 2 s. In backward they take 2 s and overlap with
-    # the exchange of gradients, 2 s.
+    # In forward a rank's own pairs take 1 s and overlap with the dispatch, which takes 2 s. In backward they take 2 s
+    # and overlap with the exchange of gradients, which takes 2 s.
     assert seconds(even(), Order(overlap=True)) == pytest.approx(seconds(even()) - 1.0 - 2.0)
     # Each of two chunks takes 1 s for dispatch, 2 s for experts (in forward), and 1 s for combine. Experts hide all
     # exchanges but the first dispatch and the last combine.

@@ -131,7 +131,8 @@ LOST = "[pair.cc:544] Connection closed by peer [127.0.0.1]:1"
 
 @pytest.mark.parametrize("launched", ["this", ""])
 def test_a_rank_that_lost_a_peer_blames_nobody_and_tells_where_it_cannot_know(tmp_path: Path, launched: str) -> None:
-    """Only moe_dist's launchers compare how all ranks ended. srun, mpirun and torchrun tell moe_dist nothing about it."""
+    """Only moe_dist's launchers compare how all ranks ended. srun, mpirun and torchrun tell moe_dist nothing about the
+    ends of other ranks."""
     done, folder = run(tmp_path, f"raise RuntimeError({LOST!r})", MOE_DIST_ATTEMPT_ID=launched)
     latest = folder.read_status().latest
     assert latest is not None
@@ -162,7 +163,7 @@ def test_errors_of_a_full_or_lost_disk_name_file_and_fix() -> None:
 
 
 def test_a_lost_lease_ends_the_attempt_before_any_other_obstacle_to_a_commit(tmp_path: Path) -> None:
-    """A failed save is tried again, but an attempt that has lost its run must end."""
+    """A failed save is tried again, but an attempt that has lost its lease must end."""
     name = tiny_config(tmp_path / "data", tmp_path / "runs").run.name
     body = f"attempt.require(lambda: print('asked')); os.unlink({str(tmp_path / 'runs' / name / 'lease.json')!r}); "
     done, _ = run(tmp_path, body + "attempt.check_commit()")

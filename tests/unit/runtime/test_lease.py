@@ -1,4 +1,4 @@
-"""A lease allows one writer at a time. The tests have several holders, in one process and in several."""
+"""A lease allows one writer at a time. The tests have several holders, in one process or in several processes."""
 
 import json
 import re

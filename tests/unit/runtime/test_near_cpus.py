@@ -1,4 +1,5 @@
-"""A rank is bound to the CPUs nearest to its GPU, with a fake NVML, and a fake or the real kernel."""
+"""A rank is bound to the CPUs that are nearest to its GPU. The tests use a fake NVML, and a fake kernel or the real
+kernel."""
 
 import os
 import sys
@@ -84,7 +85,7 @@ class Refusing(Kernel):
         (nvml(), Kernel(range(1, 100)), {}),  # the cgroup lacks CPU 0
         (nvml(), Kernel(range(50, 60)), {}),
         (nvml(), Kernel(range(100)), {"CUDA_VISIBLE_DEVICES": "7"}),  # this GPU does not exist
-        (nvml(), Refusing(range(100)), {}),  # a container may not bind
+        (nvml(), Refusing(range(100)), {}),  # a container that may not bind processes
         (None, Kernel(range(8)), {}),
     ],
 )

@@ -1,7 +1,7 @@
 """A writer stops at a chosen place, is replaced, and goes on. It then changes nothing in the second writer's run.
 
-The places include the worst ones, after the first writer's last check of the lease. The second writer acts during a call of
-the first, which sends no heartbeats meanwhile. On disk this looks as if the first process had been suspended there.
+The worst places are after the first writer's last check of the lease. The second writer acts during a call of the first
+writer, which sends no heartbeats meanwhile. On disk this looks as if the first process had been suspended there.
 """
 
 import errno
@@ -41,7 +41,8 @@ class Overtaken:
             return self.folder.open(self.config, env, wait_seconds=600.0)
 
     def overtake(self) -> None:
-        """Replaces the first writer. The second one must wait for the stale time, because the first one's process lives."""
+        """Replaces the first writer. The second writer must wait for the stale time, because the first writer's process
+        is alive."""
         self.first._ended.set()  # no more heartbeats
         self.second = self._open("second")
 
@@ -133,7 +134,7 @@ def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> N
         run.save(30, check)
     assert run.latest == "step_20\n"
     assert {"step_10", "step_20"} <= {path.name for path in run.folder.checkpoints.iterdir()}
-    run.save(40, run.second.check)  # the first writer's files do not hinder
+    run.save(40, run.second.check)  # the first writer's files do not prevent a save
     assert run.latest == "step_40\n"
 
 
@@ -141,8 +142,8 @@ def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> N
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     run: Overtaken, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
-    """A writer that stops while it syncs the new pointer is refused by the next check. One that stops after this check
-    finds no pointer file, because the second writer clears the folder before it reads `latest`."""
+    """A writer that stops while it syncs the new pointer is refused by the next check. A writer that stops after this
+    check finds no pointer file, because the second writer clears the folder before it reads `latest`."""
     run.save(10, lambda: None)
     sync, looks = os.fsync, itertools.count(1)
 

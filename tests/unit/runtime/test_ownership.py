@@ -167,7 +167,7 @@ def test_a_resumed_run_is_given_to_a_new_group(place: Path) -> None:
 
 
 def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For root over NFS, the folder and all files that root creates belong to nobody."""
+    """For root over NFS, the folder and all files that root creates belong to the user nobody."""
     config, folder = a_run(place)
     monkeypatch.setattr(os, "geteuid", lambda: 4242)
     assert folder.inspect(config) is Start.RESUME  # the probe file has the folder's owner, too

@@ -98,8 +98,8 @@ def test_the_stored_configuration_is_that_of_the_last_resume(tmp_path: Path) -> 
 
 
 def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing synchronises the ranks yet, so a folder that rank 0 has half opened must not look like that of another
-    run."""
+    """Nothing synchronises the ranks yet, so a folder that rank 0 has half opened must not look like the folder of
+    another run."""
     config = config_with(tmp_path)
     folder = RunFolder.of(config)
     seen: list[Start] = []

@@ -52,5 +52,5 @@ def test_ranks_of_two_starts_are_told_what_differs(tmp_path: Path, greeting: Gre
     told = greeting.difference(replace(RANK_1, attempt_id="job-6"), tmp_path)
     assert told.startswith("MOE_DIST_ATTEMPT_ID='job-6' for rank 1 on ")
     assert "'job-7' for rank 0 on node0" in told
-    # Without a name from a launcher each process draws one, and later takes rank 0's.
+    # Without a name from a launcher each process draws a name, and later takes rank 0's name.
     assert greeting.difference(replace(RANK_1, attempt_id="drawn", launched=False), tmp_path) == ""

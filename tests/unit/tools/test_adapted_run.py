@@ -41,7 +41,8 @@ def call(tool: ModuleType, *arguments: object) -> Result:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, OneRank]:
-    """The folder of a run of adapters, which is beside its base, and the run in memory. Tests must not change them."""
+    """The folder of a run of adapters, and the run in memory. The folder of its base is beside it. Tests must not
+    change the run."""
     data, root = pictured_data(tmp_path_factory.mktemp("own")), tmp_path_factory.mktemp("runs")
     with world_of_one():
         OneRank(data, root, run__name="base", model__moe__groups=DENSE, **SIZES).train_and_save()

@@ -58,7 +58,8 @@ def test_under_rotations_every_one_must_be_right(own_run: Path, questions: Path,
 def test_a_task_that_the_harness_lacks_is_refused(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, name: str, guess: str
 ) -> None:
-    """Uses a stub of lm_eval's registry, because reading the real index takes half a minute. `make test-full` reads it."""
+    """Uses a stub of lm_eval's registry, because reading the real index takes half a minute. `make test-full` reads the
+    real index."""
     registry = SimpleNamespace(TaskManager=lambda: SimpleNamespace(all_tasks=["arc_easy", "lambada_openai"]))
     monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", registry)

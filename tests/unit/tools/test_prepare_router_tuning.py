@@ -1,4 +1,5 @@
-"""Runs the command on a small run. Its samples agree with how the run answers the questions, and bad input is refused."""
+"""Prepares samples of router tuning with a small run. The samples agree with the run's answers to the questions, and
+bad input is refused."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""Runs the command `report`. Tests what it reads of a run or a trace, and that it refuses bad input before it writes
-anything."""
+"""Runs the command `report`. Tests what the command reads from a run or a trace, and that it refuses bad input before
+it writes anything."""
 
 import json
 import os
@@ -148,7 +148,8 @@ def groups_with(image: dict[str, int]) -> Callable[[dict[str, Any]], dict[str, A
 
 
 def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Returns a change of the manifest: replicas in `count` layers (0: in all). Only the first layer has one."""
+    """Returns a change of the manifest: lists of replicas for `count` layers (0: for all layers). Only the first layer
+    has a replica."""
     return lambda manifest: {"replicas": [[[expert, rank]], *[[]] * ((count or len(manifest["layers"])) - 1)]}
 
 

@@ -1,4 +1,5 @@
-"""A trace of a trained run has the counts of the held-out evaluation. What cannot be traced is refused."""
+"""The trace of a trained run has the same counts as the held-out evaluation. Runs and options that cannot be traced are
+refused."""
 
 from pathlib import Path
 from typing import Any

@@ -23,8 +23,8 @@ class Stop:
 
 @contextmanager
 def started(data: Path, root: Path, skipped: set[int], **changes: Any) -> Iterator[tuple[Trainer, Path, list[int]]]:
-    """Yields the trainer of a run whose steps in `skipped` have no finite gradient, its checkpoint folder, and the steps
-    that it saves."""
+    """Yields a run's trainer, its checkpoint folder, and the list of steps that it saves. The steps in `skipped` have
+    no finite gradient."""
     saved: list[int] = []
     with world_of_one():
         one = OneRank(data, root, **{"evaluation.balance_efficiency": False, **changes})
@@ -104,7 +104,8 @@ def test_the_attempt_after_a_divergence_offers_the_ways_on(
 
 @pytest.mark.parametrize("final", [False, True])
 def test_a_last_held_out_loss_that_is_not_finite_is_a_divergence(tiny_data: Path, tmp_path: Path, final: bool) -> None:
-    """Only the last evaluation ends the run, and its step is not saved. An earlier loss that is not finite does not."""
+    """If this loss is not finite in the last evaluation, the run ends and the last step is not saved. In an earlier
+    evaluation it does not end the run."""
     with started(tiny_data, tmp_path, set()) as (trainer, folder, saved):
         evaluate = trainer.evaluator
 

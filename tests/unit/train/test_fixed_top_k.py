@@ -1,4 +1,4 @@
-"""The held-out loss of a fixed top-k is shown with a run only if its data and configuration match."""
+"""A run is shown with the held-out loss of a fixed top-k only if data and configuration of both match."""
 
 import json
 from pathlib import Path

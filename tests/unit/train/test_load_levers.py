@@ -39,7 +39,7 @@ class Played:
         return self.lever.placement.by_rank(pairs_LE)
 
     def play(self, pairs_LE: np.ndarray) -> float:
-        """Takes a step. Returns its balance efficiency, by counts of pairs."""
+        """Takes a step. Returns the step's balance efficiency, computed from counts of pairs."""
         self.step += 1
         rows_LR = self.rows(pairs_LE)
         result: Any = SimpleNamespace(counts=SimpleNamespace(choices_LC=pairs_LE, dropped_LE=np.zeros_like(pairs_LE)))
@@ -74,8 +74,8 @@ def drawn(name: str, step: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", ["W1", "W2", "W6"])
 def test_hot_experts_are_spread(name: str) -> None:
-    """The balance efficiency, by counts of pairs, rises from at most 0.6 to at least 0.95. W1 starts with its hot experts
-    on one rank."""
+    """The balance efficiency, computed from counts of pairs, rises from at most 0.6 to at least 0.95. W1 starts with
+    its hot experts on one rank."""
     start = CONTIGUOUS
     if name == "W1":
         hot_first = np.argsort(-drawn("W1", 0)[0], kind="stable").reshape(4, -1)

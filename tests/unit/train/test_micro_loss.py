@@ -25,7 +25,7 @@ def test_the_total_is_the_mean_cross_entropy_and_each_auxiliary_term() -> None:
         num_modalities=1,
         tables=ColumnTables.on(GROUPS, torch.device("cpu")),
         aux=AuxSettings("vanilla", balance=0.02, z=0.01),
-        labels_in_step=torch.tensor(28.0),  # two such micro-batches
+        labels_in_step=torch.tensor(28.0),  # the step has two such micro-batches
         share=torch.tensor(0.5),
         counts=global_counts(joined([report.counts for report in reports]), None)(),
     )

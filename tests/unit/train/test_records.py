@@ -41,9 +41,9 @@ def started(data: Path, root: Path, **changes: Any) -> Iterator[tuple[Trainer, K
 
 
 def test_a_record_has_the_target_of_its_step(tiny_data: Path, tmp_path: Path) -> None:
-    """In the first three updates the schedule raises the target from 1.2 to 1.8. The ramp from 2 choices therefore gives
-    2.0, 1.9 and 1.8. The third step is skipped, so step 4 makes the third update. From the fourth update on the target is
-    1.2."""
+    """In the first three updates the schedule multiplies the target 1.2 by 1.5. The ramp goes from 2 experts per token
+    to this 1.8 in two updates, so the targets are 2.0, 1.9 and 1.8. The third step is skipped, so step 4 makes the
+    third update. From the fourth update on the target is 1.2."""
     controller = {"kind": "active_experts", "target": {"text": 1.2}, "rate": 0.5, "ramp_steps": 2}
     changes = {
         "model.moe.balance": [{**controller, "schedule": [[0, 1.5], [3, 1.0]]}],

@@ -1,5 +1,5 @@
-"""Steps of a trace on disk are replayed, wrong traces are refused by name, and a counterfactual equals a forward with one
-changed choice."""
+"""Steps of a trace on disk are replayed. Wrong traces are refused, and the error names them. A counterfactual equals a
+forward pass with one changed choice."""
 
 import re
 from collections.abc import Iterator

@@ -238,7 +238,7 @@ def test_controllers_go_on_by_name(tiny_data: Path, tmp_path: Path) -> None:
 def test_states_of_levers_that_are_no_mapping_are_refused(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run without levers refuses them, too."""
+    """A run without levers also refuses such a state."""
     OneRank(tiny_data, tmp_path).train_and_save()
     resumable = OneRank(tiny_data, tmp_path).resumable
     checkpoints = resumable._checkpoints  # pyright: ignore[reportPrivateUsage]

@@ -49,8 +49,8 @@ def reader(root: Path, folder: Path | None = None, **changes: Any) -> TopLogits:
 
 
 def test_it_says_what_the_teacher_says_in_any_layout(made: Path) -> None:
-    """If the file has all words but one, the KL equals the KL from all words. The second of two ranks, with other
-    micro-batches than the teacher's run, finds its rows."""
+    """If the file has all words but one, the KL equals the KL from all words. The second of two ranks finds its rows,
+    although its micro-batches differ from those of the teacher's run."""
     manifest, cpu = load_manifest(made / "data"), torch.device("cpu")
     teacher, stored = build_distillation(config(made), manifest, cpu).outputs, reader(made)
     batches = build_loader(config(made, train__micro_batch=1), manifest, rank=1, world_size=2).batches(8)

@@ -42,7 +42,7 @@ def limited(x: Tensor, tensors: slow.Tensors, group: ExpertGroup, **options: Any
 
 
 ALL_NODES, ONE_NODE = {"n_group": 2, "topk_group": 2}, {"n_group": 2, "topk_group": 1}
-CASES: dict[str, tuple[type[TopKRouter], dict[str, Any], Loop, dict[str, Any]]] = {  # router, router's options, loop, loop's options
+CASES: dict[str, tuple[type[TopKRouter], dict[str, Any], Loop, dict[str, Any]]] = {  # router and options, loop and options
     "top_k": (TopKRouter, {"selection_bias": True}, top_k, {}),
     "group_limited": (GroupLimitedRouter, {**ONE_NODE, "scale": 2.5}, limited, {**ONE_NODE, "scale": 2.5}),
     "group_limited, all nodes": (GroupLimitedRouter, ALL_NODES, limited, ALL_NODES),

@@ -1,4 +1,4 @@
-"""Checks of nodes give exactly one failed result for each problem, which names the nodes."""
+"""Node checks give exactly one failed result for each problem. The result names the nodes."""
 
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ HEARD = [1000.0] * 3
 
 
 def examine(on_second: dict[str, Any], *, needs: Needs = NEEDS, heard: list[float] | None = HEARD) -> list[CheckResult]:
-    """Examines three nodes, of which the second differs."""
+    """Examines three nodes. `on_second` changes facts of the second node."""
     nodes = [replace(GOOD, node=f"n{index}", **(on_second if index == 1 else {})) for index in range(3)]
     return check_nodes(nodes, needs, heard)
 

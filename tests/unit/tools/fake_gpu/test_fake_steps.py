@@ -19,9 +19,9 @@ from tools.fake_gpu.fake_cuda import child
 from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
 READS_OF_A_STEP = 2  # at the step's end: this rank's counts, and all sums over the ranks
-SPLIT_SIZES = {"forward split sizes": 4}  # one per layer and micro-batch, two each
+SPLIT_SIZES = {"forward split sizes": 4}  # one for each of 2 layers in each of 2 micro-batches
 IN_HALVES = {"forward split sizes": 8}
-TOKENS = {"step tokens of each rank and group": 1}  # expert choice and the draws of dropout need it
+TOKENS = {"step tokens of each rank and group": 1}  # expert choice and dropout need this read
 PRESETS: dict[str, dict[str, Any]] = {
     # `reads` has the named reads, and how often each occurs in a step. `kernels` bounds the kernels of an MoE layer in
     # forward and in backward (of each half, if a micro-batch is computed in halves).
@@ -82,8 +82,9 @@ def exchanges_between_gathers(order: str) -> list[int]:
 
 @pytest.mark.parametrize("halves", [exhaustive(False), full(True)])
 def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
-    """FSDP2 shards the experts over several edp ranks. A layer has 5 exchanges in forward and 3 in backward, so a series of
-    1, 2, 4 or 7 exchanges would show that a layer was interrupted. In halves nothing interrupts a step's exchanges."""
+    """FSDP2 shards the experts over several edp ranks. A layer has 5 exchanges in forward and 3 in backward, so a
+    series of 1, 2, 4 or 7 exchanges would show that a layer was interrupted. If micro-batches are computed in halves,
+    nothing interrupts a step's exchanges."""
     overrides = ["model.num_layers=2", "train.micro_batch=2", f"parallel.two_batch_overlap={halves}"]
     counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, overrides)
     runs = exchanges_between_gathers(counted.order)
@@ -97,7 +98,7 @@ def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
 
 
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # no library from earlier
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # has no library from an earlier build
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ResourceError, match=r"fake_cuda\.cpp by .*'no-such-compiler'.*install g\+\+ or set CXX"):
         count("configs/olmoe_1b7b_8gpu.yaml", 8)
@@ -194,7 +195,7 @@ def test_parameters_gathered_once_per_step() -> None:
     ],
 )
 def test_the_dry_run_knows_the_memory_within_a_tenth(preset: str, ranks: int, more: list[str]) -> None:
-    """Compares how much memory two more layers need, because layers take nearly all of a preset's memory."""
+    """Compares estimated and counted memory of two more layers, because layers take nearly all of a preset's memory."""
     found = []
     for layers in (2, 4):
         path, overrides = f"configs/{preset}.yaml", [f"model.num_layers={layers}", *more]

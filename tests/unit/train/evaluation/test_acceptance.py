@@ -74,8 +74,8 @@ def test_a_data_set_without_baselines_is_measured_by_its_routing_alone() -> None
 
 
 def test_a_controlled_load_moves_the_null_share_that_is_asked_for() -> None:
-    """With k = 2 for text, a target of 1.4 true experts per token leaves 0.3 of the choices to null experts. The even
-    target, 1.0, leaves half."""
+    """With k = 2 for text, a target of 1.4 true experts per token leaves 0.3 of the choices to null experts. The target
+    1.0 of an even load leaves half of the choices."""
     result = EvaluationResult(1, GOOD, {})
     for nulls, load, good in (([3, 3], 1.4, True), ([3, 3], 1.0, False), ([5, 5], 1.4, False)):
         true = (20 - sum(nulls)) // 2

@@ -1,4 +1,4 @@
-"""Each row is one sample, scored on its answer. The position alone determines the order."""
+"""Each row of a batch is one sample, and only its answer is scored. The position alone determines the order of samples."""
 
 from pathlib import Path
 

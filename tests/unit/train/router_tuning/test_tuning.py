@@ -94,8 +94,8 @@ def test_cross_entropy_reaches_the_chosen_routers_and_nothing_else(folder: Path)
 
 
 def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> None:
-    """If a token has one choice and weights are normalised, its weight is 1 for any logit. Preflight therefore refuses this
-    with weight=0."""
+    """If a token has one choice and weights are normalised, its weight is 1 for any logit. Preflight therefore refuses
+    such a model if the manifold term has weight=0."""
     model = make_model(0, 1, top_k=1)
     cross_entropy(model, batch_of(folder)).backward()
     assert all((gradient == 0.0).all() for gradient in gradients(model).values())
@@ -103,8 +103,8 @@ def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> No
 
 
 def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: Path) -> None:
-    """Value and gradient of the term equal the formula. The formula's r comes from a forward pass over each sample's prompt
-    alone."""
+    """Value and gradient of the manifold term equal those of its formula. The formula takes r from a forward pass over
+    each sample's prompt alone."""
     samples, batch, layers = Samples(folder), batch_of(folder), (0, 1)
     model = make_model(*layers)
     tuning = make_tuning(folder, model, *layers)
