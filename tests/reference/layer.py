@@ -61,7 +61,7 @@ def weights_of(
 
 
 def kept_pairs(pairs: Sequence[tuple[int, int, float]], capacity: Mapping[int, int], drop: str) -> set[tuple[int, int]]:
-    """Returns the (token, expert) pairs that no capacity drops.
+    """Returns the (token, expert) pairs that remain after the drops by capacity.
 
     `pairs` lists (token, expert, probability) for each choice in one selection scope. An expert serves its pairs one
     after the other until it is full. With `drop="probability"` it starts with the most probable pair, otherwise with
@@ -270,7 +270,7 @@ def expected_node_traffic(
     each distinct pair (token, other rank of the node).
 
     Args:
-        tokens_W, experts_W: Token and expert of the taken pairs of each rank of the EP group.
+        tokens_W, experts_W: Tokens and experts of the pairs that each rank of the EP group takes.
     """
     node, local = divmod(own_rank, ranks_per_node)
 

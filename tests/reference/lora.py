@@ -1,4 +1,4 @@
-"""The slow reference of `moe_dist.moe.experts.lora`: LoRA experts as a loop over tokens and experts."""
+"""The slow reference of `moe_dist.moe.experts.lora` computes LoRA experts in a loop over tokens and experts."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""A name of a configuration stands for a file in the current folder, or else for a bundled file."""
+"""A configuration's name refers to a file in the current folder or, if there is none, to a bundled file."""
 
 from pathlib import Path
 

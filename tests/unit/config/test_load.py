@@ -1,4 +1,4 @@
-"""Loading applies overrides, reports all problems at once, and knows the keys that may differ on resume."""
+"""Loading a configuration applies overrides, reports all problems at once, and knows which keys may differ on resume."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The manifest of a data set: errors name every fault, and unknown keys are refused."""
+"""Errors about a data set's manifest name every fault, and unknown keys are refused."""
 
 import json
 from pathlib import Path

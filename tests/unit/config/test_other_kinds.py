@@ -1,4 +1,4 @@
-"""Kinds come from other installed packages too, and errors name a package that is missing or broken."""
+"""Installed packages can offer further kinds. Errors name a package that is missing or broken."""
 
 import json
 import subprocess

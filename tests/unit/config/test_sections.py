@@ -1,5 +1,5 @@
-"""Sections compute properties of a run: experts per token, sizes, which ranks hold an expert, and the rules of
-engines."""
+"""Tests properties of a run that sections compute: experts per token, sizes, and which ranks hold an expert. Also tests
+the rules of engines."""
 
 from copy import deepcopy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The cross entropies of N-gram models equal those of a loop over the labels."""
+"""The cross entropies of N-gram models equal the results of a loop over the labels."""
 
 import math
 from collections import Counter

@@ -32,8 +32,8 @@ def make(out: Path, lines: Path, tokenizer: Path, report: Report) -> dict[str, b
 def test_an_interrupted_command_goes_on(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, changed: bool
 ) -> None:
-    """A restarted command keeps the batches that it has encoded if the file has not changed. Its data set equals that
-    of an uninterrupted command."""
+    """A restarted command keeps the batches that it has encoded if the file has not changed. Its data set equals the
+    data set of an uninterrupted command."""
     monkeypatch.setattr(chat_rows, "_BATCH_ROWS", 10)
     lines, parts = write_lines(tmp_path / "lines.jsonl", conversations(100)), tmp_path / "b/.set.parts"
     reports: list[tuple[str, int, int]] = []

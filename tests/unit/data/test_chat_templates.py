@@ -1,7 +1,7 @@
-"""TRL ships 41 chat templates. The tests compare our labels of these templates with TRL's labels or with the contents.
+"""TRL ships 41 chat templates. The tests compare our labels with TRL's labels or with the messages' contents.
 
-TRL marks most of its templates with {% generation %} blocks. For the others, and for templates that rewrite earlier
-turns, the reference is the messages' contents. Each content is one word that occurs nowhere else.
+TRL marks most of its templates with {% generation %} blocks. For templates without these blocks, and for templates that
+rewrite earlier turns, the reference is the messages' contents. Each content is one word that occurs nowhere else.
 """
 
 import json
@@ -120,7 +120,7 @@ def adapted(tokenizer: Any, ids: list[int], mask: list[int], name: str) -> list[
 
 @pytest.mark.parametrize("name", rest_full(NAMES, len(FIRST)))
 def test_labels_of_published_templates(folder, name: str) -> None:
-    """The labels are the assistant's words and the token that ends each turn. They equal TRL's, except for the
+    """The labels are the assistant's words and the token that ends each turn. They equal TRL's labels, except for the
     generation prompt. If a template rewrites earlier turns, this holds for the last turn."""
     path = folder(name)
     hub, tokenizer = HubTokenizer(path), AutoTokenizer.from_pretrained(path)
@@ -244,8 +244,8 @@ def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path:
 
 
 def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
-    """The error names the first ten bad rows. With --skip-bad the command names the first five, and recipe.json lists
-    all."""
+    """The error names the first ten bad rows. With --skip-bad the command names the first five bad rows, and
+    recipe.json lists all of them."""
     thought = {"messages": [ASKED, {**YES, "reasoning_content": "It is August."}]}
     path = write_lines(tmp_path / "lines.jsonl", [thought, *[{"messages": [ASKED]}] * 12])
     with path.open("a") as stream:

@@ -241,7 +241,7 @@ def test_prompts_are_read_and_not_scored(tmp_path: Path, make_set) -> None:
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 1), (2, 4), (4, 2), (4, 1)])
 def test_dealt_ranks_have_the_steps_sequences(folder: tuple[Path, Manifest], world_size: int, micro_batch: int) -> None:
-    """Together the ranks have the sequences that the step has without dealing. The position alone determines each
+    """Together the ranks get the same sequences for the step as without dealing. The position alone determines each
     rank's sequences."""
     dealing = Dealing(SequenceCosts(np.arange(SEQ_LEN + 1.0) ** 2, np.array([1.0, 1.0])), ep=1, mix=True)
     changes = {"world_size": world_size, "micro_batch": micro_batch, "dealing": dealing}

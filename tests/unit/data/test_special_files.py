@@ -1,4 +1,4 @@
-"""If a FIFO or a device stands in place of a data file, the error names it, and no read waits or goes on forever."""
+"""If a FIFO or a device stands in place of a data file, the error names it, and no read blocks or runs forever."""
 
 import shutil
 from pathlib import Path

@@ -128,7 +128,7 @@ def header_of_lists(folder: Path) -> None:
 
 
 def panicking(folder: Path) -> None:
-    """Writes a tokenizer at which the Rust code of the library tokenizers panics."""
+    """Writes a tokenizer for which the Rust code of the library tokenizers panics."""
     tokenizer(10)(folder)
     normaliser = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     edit(folder / "tokenizer.json", lambda values: values.update(normalizer=normaliser))

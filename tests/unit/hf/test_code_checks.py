@@ -53,7 +53,7 @@ def plant(folder: Path, name: str, fields: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder that transformers wrote, its import, and an export with code."""
+    """A folder that transformers wrote, the import of this folder, and an export with our model code."""
     root = tmp_path_factory.mktemp("models")
     save(tiny_model("mixtral"), root / "theirs")
     import_model(root / "theirs", root / "imported")

@@ -1,4 +1,5 @@
-"""Qwen3-MoE++, the published form of models with null, copy and constant experts, is imported and exported bit for bit."""
+"""Qwen3-MoE++, the published form of models with null, copy and constant experts, keeps every bit through import and
+export."""
 
 import json
 import re

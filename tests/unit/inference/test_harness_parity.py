@@ -96,7 +96,7 @@ def asked(kind: Any, arguments: Sequence[tuple[str, ...]]) -> list[Instance]:
 
 
 def likeliest(model: Any, contexts: Sequence[str]) -> tuple[str, str]:
-    """Returns the first context whose most likely next token is text that survives decoding and encoding, with that
+    """Returns the first context whose most likely next token is text that survives decoding and encoding, and this
     text."""
     for context in contexts:
         ids = model.tok_encode(context)

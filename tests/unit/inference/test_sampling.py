@@ -1,4 +1,4 @@
-"""Temperature, nucleus and draws equal those of loops over sorted lists."""
+"""Temperature, nucleus and draws give the same results as loops over sorted lists."""
 
 import math
 
@@ -15,7 +15,7 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 def slow_probabilities(
     logits: list[float], allowed: list[bool], temperature: float, top_p: float
 ) -> tuple[list[float], bool]:
-    """Computes one row's probabilities token by token. Also returns whether rounding decides the nucleus."""
+    """Computes one row's probabilities token by token. Also returns whether rounding can change the nucleus."""
     ids = [token for token in range(len(logits)) if allowed[token]]
     ids.sort(key=lambda token: (-logits[token], token))
     if temperature == 0:

@@ -1,4 +1,4 @@
-"""Tests restarts by the local and the Ray launcher. test_verdict.py tests the verdict of each attempt."""
+"""Tests restarts by the local launcher and the Ray launcher. test_verdict.py tests the verdict of each attempt."""
 
 import signal
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The local launcher runs small programs instead of the training. Tests checks, output and exit codes."""
+"""The local launcher runs small programs instead of training. Tests checks, output and exit codes."""
 
 import os
 import signal

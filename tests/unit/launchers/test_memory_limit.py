@@ -1,4 +1,4 @@
-"""An increase of the kernel's count of processes killed by a memory limit is reported once."""
+"""The kernel counts the processes that a memory limit has killed. An increase of this count is reported once."""
 
 from pathlib import Path
 

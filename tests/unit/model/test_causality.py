@@ -1,5 +1,5 @@
-"""In evaluation no output and no choice of experts depends on a later token, for every router. A second test proves that
-such a dependence would be seen."""
+"""In evaluation no output and no choice of experts depends on a later token, for every router. A second test proves
+that such a dependence would be detected."""
 
 import json
 from typing import Any

@@ -1,5 +1,5 @@
-"""The KL from a teacher has the values and gradients of a slow reference, over all words and over the teacher's most
-likely words. The KL replaces a share of the loss."""
+"""The KL from a teacher has the same values and gradients as a slow reference, over all words and over the teacher's
+most likely words. The KL replaces a share of the loss."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The cross entropy over choices has the values and gradients of a slow reference."""
+"""The cross entropy over choices has the same values and gradients as a slow reference."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""With null, identity and constant experts, a selection bias and a capacity, the layer has the values and gradients of the
-oracle's loops under every recompute policy.
+"""With null, identity and constant experts, a selection bias and a capacity, the layer has the same values and
+gradients as the oracle's loops, under every recompute policy.
 """
 
 from collections.abc import Sequence

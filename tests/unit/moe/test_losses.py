@@ -1,4 +1,4 @@
-"""Balance and z terms have the values and gradients of the oracle's loops, also if they are summed over ranks."""
+"""Balance and z terms have the same values and gradients as the oracle's loops, also if they are summed over ranks."""
 
 import math
 from typing import Any

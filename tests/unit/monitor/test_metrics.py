@@ -1,4 +1,4 @@
-"""Values of records equal slow loops and cases that were computed by hand."""
+"""Values of records equal the results of slow loops, and results that were computed by hand."""
 
 from collections.abc import Callable
 from dataclasses import replace

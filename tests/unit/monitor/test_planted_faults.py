@@ -1,4 +1,5 @@
-"""Planted faults get their hint within 100 steps, and healthy runs get none. A simulated router draws each token's choices.
+"""Planted faults get their hint within 100 steps, and healthy runs get no hint. A simulated router draws each token's
+choices.
 
 Shape letters: L MoE layers, C columns of a group, T tokens of a group, n true experts of a group.
 """

@@ -1,4 +1,5 @@
-"""Muon equals its slow reference and torch's Muon. test_bf16_moments.py tests checkpoints of its moments."""
+"""Muon takes the same steps as its slow reference and as torch's Muon. test_bf16_moments.py tests checkpoints of its
+moments."""
 
 from pathlib import Path
 

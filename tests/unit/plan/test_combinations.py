@@ -1,5 +1,5 @@
-"""For random combinations of kinds, either preflight gives a reason to refuse them, or they build and take a step at tiny
-sizes.
+"""For random combinations of kinds, either preflight gives a reason to refuse them, or a model of tiny size can be
+built and take a step.
 
 A run of one rank takes a real step and, if its evaluation is causal, also a forward pass of evaluation. With several ranks,
 each rank's model is built on the meta device, as in a dry run.

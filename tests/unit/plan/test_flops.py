@@ -141,8 +141,8 @@ def config(*, free: bool = False, model: dict[str, Any] | None = None, **paralle
 
 
 def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[int, float, int]:
-    """Returns torch's FLOPs of forward and backward, the mean experts per token, and the tokens. With `choices` the loss is
-    the cross entropy over this many words."""
+    """Returns torch's count of FLOPs in forward and backward, the mean number of experts per token, and the number of
+    tokens. With `choices` the loss is the cross entropy over this many words."""
     placement = make_placement(config.placement, expert_groups(config.model.moe), num_ranks=1, token_mix={})
     torch.manual_seed(0)
     model = build_model(config, placement, ep_rank=0, ep_group=None)

@@ -1,4 +1,5 @@
-"""Expected load and traffic equal an enumeration of all choices. Also tests the text that compares two plans."""
+"""Expected load and traffic equal the means over an enumeration of all choices. Also tests the text that compares two
+plans."""
 
 import itertools
 

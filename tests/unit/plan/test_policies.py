@@ -42,7 +42,7 @@ def test_groups_of_a_configuration() -> None:
 @pytest.mark.parametrize(
     ("section", "sizes", "mix", "slots"),
     [
-        # a has 5 experts on 4 ranks, the extra one on rank 0; b has 3, starting at rank 1, after a's last expert
+        # a has 5 experts on 4 ranks, so rank 0 gets two. b has 3 experts, which start at rank 1, after a's last expert
         (InterleavedSection(), (5, 3), {}, ((0, 1), (2, 5), (3, 6), (4, 7))),
         (InterleavedSection(), (2, 1), {}, ((0,), (1,), (2,), ())),
         (pinned(a=(2, 0), b=(1, 3)), (5, 3), {}, ((3, 4), (5, 6), (0, 1, 2), (7,))),

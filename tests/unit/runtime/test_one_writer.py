@@ -1,4 +1,4 @@
-"""A writer stops at a chosen place, is replaced, and goes on. It then changes nothing in the second writer's run.
+"""A writer stops at a chosen place, is replaced, and then continues. It must change nothing in the second writer's run.
 
 The worst places are after the first writer's last check of the lease. The second writer acts during a call of the first
 writer, which sends no heartbeats meanwhile. On disk this looks as if the first process had been suspended there.

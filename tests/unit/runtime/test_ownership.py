@@ -51,7 +51,7 @@ except MoeDistError as error:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """Returns a folder that every user can read, unlike pytest's."""
+    """Returns a folder that every user can read, unlike pytest's temporary folders."""
     folder = Path(tempfile.mkdtemp(prefix="moe_dist_test_"))
     folder.chmod(0o755)
     yield folder

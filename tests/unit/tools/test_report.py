@@ -31,7 +31,7 @@ def call(*arguments: object) -> Result:
 
 
 def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40) -> list[dict[str, list[list[int]]]]:
-    """Writes a trace of random choices by one rank. Returns the arrays that the records of the traced steps have."""
+    """Writes a trace of random choices by one rank. Returns the arrays that the records of the traced steps must have."""
     place.mkdir(parents=True)
     (place / "manifest.json").write_text(manifest.to_json())
     writer, rng, arrays = TraceWriter(place, 0, weights=False), np.random.default_rng(0), []

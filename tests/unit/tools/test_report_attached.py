@@ -77,7 +77,7 @@ def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCap
     page = page_of(folder)
     assert page.index("What is wrong in steps 11 to 60") < page.index(first.split(";")[0].replace("'", "&#x27;"))
     warned = [record.message for record in caplog.records if record.name.startswith("moe_dist.monitor")]
-    routed = [text for text in warned if "routed" in text]  # others may be about slow steps on a busy machine
+    routed = [text for text in warned if "routed" in text]  # other hints may be about slow steps on a busy machine
     assert len(routed) == 2
     assert routed[0].startswith("step 50: routed expert")
     events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()

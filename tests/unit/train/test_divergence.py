@@ -104,8 +104,8 @@ def test_the_attempt_after_a_divergence_offers_the_ways_on(
 
 @pytest.mark.parametrize("final", [False, True])
 def test_a_last_held_out_loss_that_is_not_finite_is_a_divergence(tiny_data: Path, tmp_path: Path, final: bool) -> None:
-    """If this loss is not finite in the last evaluation, the run ends and the last step is not saved. In an earlier
-    evaluation it does not end the run."""
+    """If a loss of the last evaluation is not finite, the run ends and the last step is not saved. A loss of an earlier
+    evaluation does not end the run."""
     with started(tiny_data, tmp_path, set()) as (trainer, folder, saved):
         evaluate = trainer.evaluator
 

@@ -1,4 +1,4 @@
-"""Dry runs of all presets need no data. Their figures equal those of configs/README.md."""
+"""Dry runs of all presets need no data. Their figures equal the figures in configs/README.md."""
 
 from pathlib import Path
 

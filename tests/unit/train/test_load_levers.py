@@ -113,8 +113,8 @@ def test_a_move_that_does_not_pay_back_is_refused() -> None:
 
 
 def hot(step: int, *, expert: int = 5, share: float = 0.5) -> np.ndarray:
-    """Returns counts of two layers. In the second, one expert takes a share of 8,192 pairs, by default twice a rank's even
-    share."""
+    """Returns counts of two layers. In the second layer one expert takes a share of the 8,192 pairs, by default twice a
+    rank's even share."""
     rng = np.random.default_rng(step)
     even, one = np.full(32, 1 / 32), np.eye(32)[expert]
     return np.stack([rng.multinomial(8192, even), rng.multinomial(8192, share * one + (1 - share) * even)])

@@ -44,7 +44,7 @@ def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
 
 
 class Traced(NamedTuple):
-    """The first step of a run whose routers chose by reversed scores, with all that a replay needs."""
+    """The first step of a run whose routers chose by reversed scores, with everything that a replay needs."""
 
     folder: Path
     batches: list[Batch]

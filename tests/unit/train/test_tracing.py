@@ -1,4 +1,4 @@
-"""The trace of a run on one rank has the counts of the records, and the tokens of the batches."""
+"""The trace of a run on one rank has the same counts as the run's records, and the same tokens as its batches."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""Tests the results about slow pairs of nodes, and the line with the measured figures."""
+"""Tests the doctor's results for slow pairs of nodes, and the line that shows the measured figures."""
 
 from itertools import combinations
 

@@ -1,5 +1,5 @@
 """The Ray driver chooses nodes and starts actors. It waits for nodes, replaces nodes where actors fail, and asks the
-autoscaler. Ray is a stand-in."""
+autoscaler for nodes. Ray is a stand-in."""
 
 import itertools
 import os

@@ -106,7 +106,8 @@ def test_a_task_that_is_done_or_stopped_ends_no_other(monkeypatch: pytest.Monkey
 def test_a_node_failure_is_recorded_at_once_although_srun_and_rank_0_hang(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The job must not wait until srun ends. Slurm kills the batch script earlier: KillWait after the node failure."""
+    """The job must not wait until srun ends. Slurm kills the batch script earlier, when KillWait has passed since the
+    node failure."""
     monkeypatch.setattr(step, "NODE_SECONDS", 0.2)
     lease = run.open(run.read_config(), RankEnv(0, 3, 0, 1, "published", 1, JOB.attempt_id))
     began = time.monotonic()
@@ -172,8 +173,8 @@ def test_a_batch_script_that_was_killed_after_a_stop_signal_was_asked_to_stop(ru
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Path]:
-    """`slurm(state, code)` makes an sbatch, and a scontrol that shows a job in this state and whose requeue exits with this
-    code."""
+    """`slurm(state, code)` makes stand-ins for sbatch and scontrol. This scontrol shows a job in `state`, and its
+    requeue exits with `code`."""
 
     def make(state: str, code: int) -> Path:
         stand_in(

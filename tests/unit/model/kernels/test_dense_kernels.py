@@ -1,4 +1,4 @@
-"""In Triton's interpreter the kernels of dense parts have the values and gradients of torch in float64.
+"""In Triton's interpreter the kernels of dense parts give the same values and gradients as torch in float64.
 
 The kernels' block sizes do not divide the numbers of heads, the widths and the number of words.
 """
@@ -32,8 +32,8 @@ HEADS = {  # (sequences, heads, positions, head width, rotated width)
     "one pair": (1, 1, 1, 2, 2),
     "empty": (0, 2, 3, 8, 8),
 }
-# The interpreter truncates when it stores bf16, where a GPU rounds. Results may therefore differ by two units in the last
-# place.
+# When it stores bf16, the interpreter truncates, but a GPU rounds. Results may therefore differ by two units in the
+# last place.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}
 
 

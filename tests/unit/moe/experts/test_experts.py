@@ -1,5 +1,5 @@
-"""Tests the memory of experts under a pair budget and recomputation, and grouped products. test_layer.py compares layers
-with loops."""
+"""Tests grouped products, and the memory of experts with a pair budget and with recomputation. test_layer.py compares
+layers with loops."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from tests.support.one_rank_layer import one_rank_layer
 
 
 def kept_bytes(row_of: torch.Tensor, *, recompute: bool, pair_budget: int | None) -> int:
-    """Returns the bytes that autograd keeps of one bf16 forward pass over 64 rows, without parameters, inputs and plan.
-    `row_of` has the row of each pair."""
+    """Returns the bytes that autograd keeps from one bf16 forward pass over 64 rows, without parameters, inputs and
+    plan. `row_of` has the row of each pair."""
     group = ExpertGroup("all", 4, 0, 4, 16, 0, ("text",))
     experts = Experts(32, (group,), (4,), pair_budget=pair_budget)
     for parameter in experts.parameters():

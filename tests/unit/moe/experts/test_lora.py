@@ -1,5 +1,5 @@
-"""LoRA experts have the values and gradients of a loop over tokens. Also tests which parameters the task loss trains,
-and dropout."""
+"""LoRA experts have the same values and gradients as a loop over tokens. Also tests which parameters the task loss
+trains, and dropout."""
 
 from typing import Any
 

@@ -39,7 +39,7 @@ def casts(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_values_and_gradients_over_steps(casts: list[Tensor], fused: bool) -> None:
     """Copies must be correct with a fused optimizer too, which does not raise the versions of the tensors that it
     changes."""
-    made, plain = stack(), stack()  # the second converts its weights in each forward
+    made, plain = stack(), stack()  # `plain` converts its weights in each forward
     optimizers = [torch.optim.AdamW(each.parameters(), lr=0.1, fused=fused) for each in (made, plain)]
     for step in range(3):
         made.keep_copies(True)

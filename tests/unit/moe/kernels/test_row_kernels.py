@@ -1,7 +1,7 @@
-"""In Triton's interpreter the kernels for rows have the values and gradients of torch in float64.
+"""In Triton's interpreter the kernels for rows give the same values and gradients as torch in float64.
 
-The kernels' block sizes do not divide the widths and the numbers of rows. The interpreter truncates when it stores bf16,
-where a GPU rounds. bf16 results may therefore differ by two units in the last place.
+The kernels' block sizes do not divide the widths and the numbers of rows. When it stores bf16, the interpreter
+truncates, but a GPU rounds. bf16 results may therefore differ by two units in the last place.
 """
 
 from itertools import product

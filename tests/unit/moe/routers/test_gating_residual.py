@@ -1,5 +1,5 @@
-"""Routers with gating residuals (a map of the previous layer's logits) have the values and gradients of a loop over
-tokens."""
+"""Routers with gating residuals (a map of the previous layer's logits) have the same values and gradients as a loop
+over tokens."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The report's first lines name the faults of a faulty run, and name none for a healthy run."""
+"""The report's first lines name the faults of a faulty run, and name no fault of a healthy run."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -176,7 +176,7 @@ def test_parameters_gathered_once_per_step() -> None:
             found[gather][name.split()[2]] += number
         again = {sent[2] for sent in counted.more_sent} & {"_allgather_base_", "_reduce_scatter_base_"}
         assert bool(again) == (gather == "micro_batch"), "what FSDP2 copies around them would be copied again, too"
-    layers, meshes = 2, 2  # in an MoE layer, experts are sharded over edp, all else over all ranks
+    layers, meshes = 2, 2  # an MoE layer shards its experts over edp, and all other parameters over all ranks
     units = 1 + layers * (1 + meshes)
     assert found["step"]["_allgather_base_"] == found["step"]["_reduce_scatter_base_"] == units
     assert found["micro_batch"]["_reduce_scatter_base_"] == 2 * units

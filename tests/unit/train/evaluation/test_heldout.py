@@ -1,4 +1,4 @@
-"""Held-out losses equal those of loops over labels."""
+"""Held-out losses equal the results of loops over labels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The manifold term and its weights have the values and gradients of loops over single numbers."""
+"""The manifold term and its weights have the same values and gradients as loops over single numbers."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Neighbours (nearest, within a radius, random) equal those of a search over all pairs. No sample is its own neighbour."""
+"""Neighbours (nearest, within a radius, random) equal the results of a search over all pairs. No sample is its own
+neighbour."""
 
 from pathlib import Path
 
