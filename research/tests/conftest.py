@@ -1,4 +1,4 @@
-"""The fixtures of the product's tests for the tests of research, and a separate golden file for error messages."""
+"""Gives research's tests the fixtures of the product's tests, and a separate golden file for error messages."""
 
 from pathlib import Path
 

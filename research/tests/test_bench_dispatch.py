@@ -1,4 +1,4 @@
-"""The whole benchmark on tiny points: all contenders compute the same sums, and a second call completes an interrupted
+"""Runs the whole benchmark on tiny points. All contenders compute equal sums, and a second call completes an interrupted
 file. No test asserts a time."""
 
 import json

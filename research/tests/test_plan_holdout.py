@@ -1,5 +1,4 @@
-"""The hold-out test of predictions: its layouts, fit and verdict, on seconds made up from known factors of a
-machine."""
+"""Tests the layouts, fit and verdict of the hold-out test of predictions, with seconds from made-up machine factors."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,8 +25,6 @@ TRUTH = ScaleSection(dense=1.7, experts=2.5, launch=1.3, recompute=1.6, exchange
 
 
 class Expectations(Predicted):
-    """Predictions without traces."""
-
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
         self._runs = [(run, LayoutEstimator(rates, Expected({}), {}, 1e12)) for run in runs]
 

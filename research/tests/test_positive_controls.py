@@ -2,8 +2,8 @@
 that it then loses.
 
 The tasks are tables of facts. A token is a fixed random vector (the key), and its answer is a random class. One layer
-with a residual and a linear output learns them. Its loss depends on how much it can store, and on which expert gets
-which key.
+with a residual connection and a linear output learns the facts. The loss depends on how many facts the layer can store,
+and on which expert gets which key.
 """
 
 import math
@@ -105,7 +105,7 @@ def fit(
     kind: BalanceKind = "null_averaged",
     after: After = lambda report: None,
 ) -> float:
-    """Trains the model. Trains the model, and returns the mean cross entropy of all facts."""
+    """Trains the model, and returns the mean cross entropy of all facts."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / steps)
@@ -158,7 +158,7 @@ def test_experts_beat_a_dense_layer_of_equal_flops_where_memory_counts() -> None
 
 def test_grouped_experts_beat_mixed_ones_where_modalities_differ() -> None:
     """The same keys have different answers in each modality. A vector in the key encodes the modality, so mixed experts can
-    learn it. With groups the router knows it from the start."""
+    learn the modality. With groups the router knows the modality from the start."""
     x_ND, text_N = facts(500)
     _, image_N = facts(500, seed=5)
     modality_D = 0.5 * torch.randn(D, generator=torch.Generator().manual_seed(6))
@@ -215,7 +215,7 @@ def test_tuned_routers_recover_a_planted_disturbance() -> None:
 
 
 def test_lora_experts_beat_one_lora_where_domains_contradict() -> None:
-    """Each domain permutes the answers of the same items. The token is the sum of an item and a domain vector."""
+    """All domains have equal items, and each permutes the answers. A token is an item vector plus a domain vector."""
     domains, items = 6, 64
     generator = torch.Generator().manual_seed(1)
     item_ID = torch.randn(items, D, generator=generator)
@@ -253,10 +253,10 @@ class Task:
     """A task with two kinds of tokens, of which one needs more experts than the other.
 
     Attributes:
-        needy_N: bool, the tokens that need more experts.
-        budget: Mean number of experts per token of each method.
-        loads: Experts per token of each kind (needy first) under `two_loads`.
-        solved_D: Direction of tokens with label 0, which the output knows from the start; None if it knows nothing.
+        needy_N: bool, whether a token is of the kind that needs more experts.
+        budget: Mean number of experts per token that every method gets.
+        loads: Numbers of experts per token that `two_loads` gives to the needy tokens and to the rest.
+        solved_D: Direction that the output layer maps to label 0 from the start; None if there is no such direction.
     """
 
     x_ND: Tensor
@@ -269,7 +269,7 @@ class Task:
 
 
 def half_are_facts(budget: float, loads: tuple[int, int], width: int) -> Task:
-    """Half of the tokens are facts. The others share one direction, from which the output knows their answer without
+    """Half of the tokens are facts. The other half share one direction, which the output maps to their answer without
     experts."""
     x_ND, label_N = facts(600)
     generator = torch.Generator().manual_seed(4)
@@ -344,8 +344,8 @@ def random_drop(task: Task) -> Method:
 
 
 class LoadOfKind(TopKByIdRouter):
-    """Gives each kind of tokens a fixed number of experts, chosen among all experts. `group_T` has the kind instead of
-    the group."""
+    """Gives each kind of tokens a fixed number of experts, chosen among all experts. `group_T` contains each token's kind
+    instead of its group."""
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
         cache = cache or RoutingCache()
@@ -362,7 +362,7 @@ def two_loads(task: Task) -> Method:
 
 
 class Found(NamedTuple):
-    """The loss of all tokens, and the experts per token of each kind."""
+    """The mean loss of all tokens, and the mean number of experts per token of each kind."""
 
     loss: float
     needy: float
@@ -407,7 +407,7 @@ def trained(make: Callable[[Task], Method], task: Task, *, broken: bool = False)
 # token at least one expert. Their budget is 1.5, and half of the tokens need two experts. Top-p gives more experts to
 # tokens with a less certain softmax, which are the needy tokens only in PAIRS.
 FACTS, NARROW, PAIRS = half_are_facts(0.5, (1, 0), 16), half_are_facts(1.5, (2, 1), 3), half_are_pairs()
-# the last number bounds the loss relative to random drop
+# The last number is the largest allowed ratio of the method's loss to the loss of random drop.
 METHODS: dict[str, tuple[Callable[[Task], Method], Task, float]] = {
     "nulls": (among_nulls, FACTS, 0.6),
     "longcat": (longcat, FACTS, 0.6),
@@ -439,8 +439,8 @@ def test_experts_for_tokens_in_need_beat_random_drop(name: str) -> None:
 
 @pytest.mark.parametrize("task", [FACTS, NARROW, PAIRS], ids=["facts", "narrow", "pairs"])
 def test_a_fixed_load_for_each_kind_beats_random_drop_too(task: Task) -> None:
-    """A router that only knows the kind also wins. The test above therefore shows that a method separates the kinds, and
-    nothing about single tokens of a kind."""
+    """A router that only knows the kind also wins. The test above therefore shows only that a method separates the kinds.
+    It shows nothing about single tokens of a kind."""
     found, drop = trained(two_loads, task), dropped(task)
     print(f"two loads {found}, random drop {drop}")
     assert found.loss < 0.7 * drop.loss

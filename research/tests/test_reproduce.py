@@ -1,4 +1,4 @@
-"""An experiment from the command line is killed, resumed and measured, and not repeated when it is done."""
+"""An experiment from the command line is killed, resumed and measured. A finished experiment is not repeated."""
 
 import gzip
 import json

@@ -32,8 +32,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def attached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the run folder of a Hugging Face model trained by a foreign loop without a tokenizer: tokens have ids,
-    not names."""
+    """Returns the run folder of a Hugging Face model that a loop outside of moe_dist trained. Without a tokenizer, tokens
+    have ids but no names."""
     return trained(tmp_path_factory.mktemp("attached"), collapsed=1)
 
 

@@ -1,4 +1,4 @@
-"""Real clusters that start once per session, and the default model with the settings of their jobs."""
+"""Starts real clusters once per session, and defines the settings with which their jobs train the default model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Starts four nodes: the first two have the feature text, the others vision."""
+    """Starts four nodes: two with the feature text, then two with the feature vision."""
     folder, features = tmp_path_factory.mktemp("slurm"), "text text vision vision"
     with SlurmCluster(folder, nodes=4, features=features, shape=drawn()) as cluster:
         yield cluster
@@ -36,7 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# The default model, 0.3 s per step: fewer evaluations and pictures, and a rate that does not depend on the last step.
+# With these settings a step of the default model takes 0.3 s, and the learning rate does not depend on the last step.
 QUICK = {
     "optimizer.schedule": "{kind: constant, warmup_steps: 5}",
     "evaluation.every": 100_000,

@@ -11,13 +11,13 @@ from tests.support import ray_cluster
 from tests.support.ray_cluster import CONFIG, DATA, INTERLEAVED, ROOT, RayCluster
 
 Says = Callable[..., tuple[int, list[str]]]
-# Ray's store of the cluster's state listens at all addresses, in this test without a token.
+# Ray's store of the cluster's state listens at all addresses, and this test sets no token.
 EXPOSED = "WARN exposure: Ray accepts connections from other machines ("
 
 
 @pytest.fixture(scope="module")
 def says(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Says]:
-    """Returns a function to the doctor's exit code and its lines, except notes."""
+    """Returns a function that runs the doctor and returns its exit code and its lines of output without notes."""
     root = tmp_path_factory.mktemp("runs")
     with ray_cluster.environment() as folder:
         cluster = RayCluster(folder)

@@ -26,7 +26,7 @@ class Doctor:
         self.cluster, self.site, self.root = cluster, site, root
 
     def says(self, *arguments: str, **variables: str) -> tuple[int, list[str]]:
-        """Returns the exit code and the lines."""
+        """Runs the doctor, and returns its exit code and its lines of output."""
         fixed = [f"run.root={self.root}", "--on=slurm", f"--cluster={self.site}"]
         done = self.cluster.run(
             sys.executable, "-m", "launchers.doctor", DEFAULT, *fixed, *arguments, cwd=ROOT, **variables

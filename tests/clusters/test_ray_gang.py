@@ -70,11 +70,11 @@ def test_ranks_are_where_an_interleaved_plan_wants_them_whatever_order_the_nodes
     records, seen, printed = undisturbed
     assert [line["step"] for line in records] == list(range(1, STEPS + 1))
     slots = seen["slots"]
-    assert sorted(slots.values()) == [0, 1, 2, 3]  # one rank a node
+    assert sorted(slots.values()) == [0, 1, 2, 3]  # one rank per node
     assert [MODALITIES[slots[rank]] for rank in range(4)] == ["image", "text", "image", "text"]
     for rank, experts in enumerate(("image/0-3", "text/0-3", "image/4-7", "text/4-7")):
         assert re.search(rf"│ +{rank} │ {experts} ", printed)
-    # The ranks meet only on the node of rank 0.
+    # Only the node of rank 0 listens at the port where the ranks meet.
     assert ray_cluster.address(slots[0]) in seen["listens"]
 
 

@@ -1,5 +1,5 @@
-"""Jobs on a Ray that `ray start` started and that requires a token: the README's command, our own submission, stops
-that wait for a save, and a doctor that finds no fault."""
+"""Tests jobs on a Ray that `ray start` started and that requires a token: the README's command, moe_dist's Ray launcher,
+stops that wait for a save, and a doctor that finds no fault."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SLOW_SAVE = 30
 
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[StartedRay]:
-    # Each process reads the token once, and only processes that this cluster starts may have it.
+    # Each process reads the token once, and only processes that this cluster starts may have the token.
     with ray_cluster.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)) as folder:
         try:
             standing = StartedRay(folder)

@@ -1,4 +1,4 @@
-"""What happens to jobs on a real Slurm, with ranks that end as the test says and do not import torch."""
+"""Tests jobs on a real Slurm. Their ranks end as the test says, and do not import torch."""
 
 import os
 import re
@@ -119,7 +119,7 @@ def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stag
 
 def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(stage: Stage) -> None:
     """Each node has two ranks. One rank is killed, one freezes until its peers' watchdogs report it, and one ends by a
-    native exit. Each time its peers raise an exception and end first."""
+    native exit. In each of the three cases the peers of this rank raise an exception and end before it."""
     stage.set_site(ranks_per_node=2)  # two of the four nodes, so that two others are left
     victims = drawn().victims
     job = stage.launch("kill:{}+2 freeze:{}+1 exit:{}+1 done".format(*victims))
@@ -139,7 +139,7 @@ def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(sta
 
 
 def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: Stage) -> None:
-    # A copy, because each node has its own mounts, and this mount stays on its node after the test.
+    # The data are copied, because the mount over them stays on its node after the test.
     data = shutil.copytree(load_config(stage.config).data.path, stage.folder / "data")
     stage.set_site(prelude=[f'[ "$SLURMD_NODENAME" != {THIRD} ] || mount -t tmpfs none {data}'])
     job = stage.launch("", f"--program={shlex.join(TRAIN)}", "train.steps=3", f"data.path={data}")
@@ -155,8 +155,8 @@ def test_data_that_one_node_lacks_are_named_at_once_with_node_and_path(stage: St
 @pytest.mark.exhaustive  # test_slurm_training.py preempts a job in the mode of the drawn cluster
 @pytest.mark.parametrize("mode", PREEMPTION)
 def test_a_job_that_is_preempted_again_and_again_goes_on_in_either_mode(stage: Stage, mode: str) -> None:
-    """Slurm requeues it, or cancels it and its batch script submits it again. Only the last attempt has a
-    checkpoint."""
+    """Slurm requeues the job in one mode. In the other mode Slurm cancels the job, and its batch script submits it again.
+    Only the last attempt has a checkpoint."""
     stage.cluster.scontrol("update", f"PartitionName={drawn().partition}", f"PreemptMode={mode}")
     try:
         first = job = stage.launch("wait wait wait done")
@@ -275,7 +275,7 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
 
 @pytest.mark.exhaustive
 def test_a_job_that_another_job_submits_believes_none_of_its_variables(stage: Stage) -> None:
-    """The outer job is an array task with memory per CPU, whose variables claim a requeue and two components."""
+    """The outer job is an array task with memory per CPU. Its variables claim a requeue and two components."""
     shape = ["--nodes=4", "--ntasks=4", "--ntasks-per-node=1", "--mem=50"]
     inner = shlex.join(["sbatch", "--parsable", f"--output={stage.folder}/inner.txt", *shape, *plain(stage)])
     outer = "SLURM_RESTART_COUNT=3 SLURM_HET_SIZE=2 SLURM_CPU_BIND=none MOE_DIST_SNAPSHOT=/elsewhere"

@@ -17,7 +17,7 @@ from tests.support.tiny import tiny_config, write_config
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    """Starts eight nodes of eight fake GPUs, four of them for text and four for vision."""
+    """Starts eight nodes with eight fake GPUs each: four nodes for text and four nodes for vision."""
     features = " ".join(drawn().features)
     with SlurmCluster(tmp_path_factory.mktemp("wide"), nodes=8, features=features, gpus=8, shape=drawn()) as cluster:
         yield cluster

@@ -1,4 +1,4 @@
-"""Starts on a real Slurm: by plain `srun`, and with a rank that starts long after the others."""
+"""Runs start on a real Slurm by plain `srun`, and even if one rank starts long after the others."""
 
 import json
 import shlex

@@ -1,5 +1,5 @@
-"""The default model on four nodes of a real Slurm: its experts are on nodes of their kind, and its bits do not depend
-on events in the cluster."""
+"""Trains the default model on four nodes of a real Slurm. Experts are on nodes of their kind, and events in the cluster
+change no bit of the results."""
 
 import json
 import os
@@ -87,9 +87,9 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
 
 
 def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
-    """Lowers the time limit so that it ends within a minute and a half, at one of slurmctld's checks."""
+    """Lowers the time limit, so that slurmctld ends the job within a minute and a half, at one of its checks."""
     hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # minutes; enough is left for a save
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; the time left suffices for a save
     job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
@@ -179,7 +179,7 @@ def test_a_node_that_takes_the_batch_script_along_is_named_by_the_next_attempt(
 def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
     runs: Runs, undisturbed: tuple[SlurmJob, RunFolder]
 ) -> None:
-    """If all ranks are suspended none waits for another; the peers of one frozen rank wait until the timeout."""
+    """If all ranks are suspended, no rank waits for another. If one rank freezes, its peers wait until the timeout."""
     job, run = runs.start("suspended", STEPS, **{"parallel.timeout_seconds": 60, "checkpoint.every": 5})
     job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
     job.cluster.scontrol("suspend", job.number)
@@ -218,7 +218,7 @@ def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_lo
 
 @pytest.mark.exhaustive
 def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
-    """srun kills a task that runs for a minute after another has ended."""
+    """srun kills a task that still runs a minute after another task has ended."""
     values = {**QUICK, "run.root": tmp_path, "run.name": "slow", "train.steps": 3}
     program, ends = f"--program={slow_close.PROGRAM}", {slow_close.ENDS: str(tmp_path)}
     job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", program, **ends)
@@ -290,7 +290,7 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
 
 
 def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
-    """Submits the default job on one node from the clone, with the default cluster file; then stops it with a save."""
+    """Submits the default job on one node from the clone, with the default cluster file, and stops the job, which saves."""
     readme = (ROOT / "README.md").read_text()
     (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
     assert "configs/adamoe_moma_tiny_cpu.yaml" in line

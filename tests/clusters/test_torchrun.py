@@ -1,5 +1,5 @@
-"""The default job under torchrun on two nodes (network namespaces with two ranks each): one agent is lost, and the run
-ends bit-equal to an undisturbed one. It needs root and the command `ip`, like `make test-clusters`."""
+"""Runs the default job under torchrun on two nodes (network namespaces with two ranks each). One agent is lost, and the run
+ends bit-equal to an undisturbed run. The test needs root and the command `ip`, like `make test-clusters`."""
 
 import json
 import os
@@ -37,7 +37,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Node:
-    """A node: the prefix of commands that run there, its address and its interface."""
+    """A node: the prefix of commands that run on it, its address and its network interface."""
 
     enter: tuple[str, ...]
     address: str

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import worlds
 
-# The servers import these modules before they fork the ranks, each of which would need 2 s of CPU time for them.
+# The servers import these modules before they fork the ranks, because the import takes 2 s of CPU time.
 HEAVY = {
     "test_megatron_": ["megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer"],
     "test_hf_": ["transformers.modeling_utils"],

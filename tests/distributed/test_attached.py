@@ -1,5 +1,5 @@
-"""`attach` on several ranks: on Megatron-Core's MoE layers, and on a transformers model with counts summed over
-ranks."""
+"""Tests `attach` on several ranks, for Megatron-Core's MoE layers and for a transformers model whose counts are summed
+over ranks."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -178,8 +178,8 @@ def test_a_capacity_of_megatron_is_refused(run_in_world: Callable[..., list[Any]
 
 
 def summed(rank: RankContext) -> dict[str, Any]:
-    """Returns a record with counts summed over unequal ranks, the collectives of one step, and the errors that all
-    ranks raise."""
+    """Returns a record with counts summed over ranks with different numbers of tokens, the collectives of one step, and the
+    errors that all ranks raise."""
     model = tiny_model("mixtral").train()
     tokens = torch.randint(0, VOCAB, (1 + rank.rank, 5), generator=torch.Generator().manual_seed(rank.rank))
     with attach(model, rank.folder / "a", sinks=["jsonl"], trace_every=1) as watch:

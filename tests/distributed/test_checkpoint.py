@@ -1,4 +1,4 @@
-"""Checkpoints on several ranks: each layout loads the checkpoints of all layouts, and all ranks see an error of one.
+"""Each layout loads the checkpoints of all layouts. If saving or loading fails on one rank, all ranks see the error.
 
 `make test` saves checkpoints from four layouts and loads them in two layouts. Initial weights depend only on the seed
 and the logical name, and the code that draws them knows no checkpoints. A model loaded from the checkpoint of another
@@ -57,7 +57,7 @@ COVER = [
     LAYOUTS[4],
     LAYOUTS[7],
     LAYOUTS[10],
-]  # `make test` writes from these layouts and reads in READERS; `make test-full` writes from all layouts
+]  # `make test` saves from these layouts and loads in READERS; `make test-full` saves from all layouts
 READERS = [Layout(2, 1, "pinned"), Layout(2, 2, "interleaved", "fsdp2")]
 
 

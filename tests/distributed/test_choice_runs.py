@@ -1,5 +1,5 @@
-"""Whole runs with expert choice: thresholds on another layout, a second stage, and upcycling. test_resume.py resumes
-them."""
+"""Tests whole runs with expert choice: equal thresholds on any layout, a second stage, and upcycling. test_resume.py
+resumes such runs."""
 
 from collections.abc import Callable
 from functools import cache
@@ -122,7 +122,7 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
         assert all(not np.array_equal(outcome.tensors[name], outcome.at_start[name]) for name in auxiliary)
         assert outcome.steps[-1].auxiliary < outcome.steps[0].auxiliary
         assert outcome.evaluation.loss != before.evaluation.loss
-        # The weights are those of the first stage, so the losses with experts chosen as in training are the same too.
+        # The second stage keeps the first stage's weights, so both stages have equal losses with choice as in training.
         for name, loss in before.evaluation.choice_loss.items():
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 

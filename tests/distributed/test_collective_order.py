@@ -74,7 +74,7 @@ def _unit(name: str) -> str:
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
     first, last = (" 0", f" {layout.chunks - 1}") if layout.chunks > 1 else ("", "")
-    hop = "inter-node " if layout.ranks_per_node else ""  # the hop between nodes is the first and the last of a pass
+    hop = "inter-node " if layout.ranks_per_node else ""  # a pass begins and ends with the hop between nodes
     opening = (f"{hop}dispatch rows{first}", f"{hop}combine rows backward{last}")
     closing = (f"wait {hop}combine rows{last}", f"wait {hop}dispatch rows backward{first}")
     if layout.replicas:  # a forward starts with the weights of replicas, and a backward ends with their gradients

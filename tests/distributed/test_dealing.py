@@ -1,5 +1,5 @@
-"""A step with dealt sequences has the gradient of an undealt step in float64, with losses per micro-batch or
-without."""
+"""A step with dealt sequences has the gradient of a step without dealing in float64, both with and without losses per
+micro-batch."""
 
 from collections.abc import Callable
 from pathlib import Path

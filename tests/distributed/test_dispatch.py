@@ -51,8 +51,8 @@ def run_case(rank: int, case: Case, wire: AllToAll, seed: int, options: dict[str
 
 
 def run_cases(rank: RankContext, seeds: range, options: dict[str, Any]) -> int:
-    """Runs random cases. Without options the plain dispatcher plans and dispatches in two calls; with options a
-    pipelined one does it in one call."""
+    """Runs random cases. Without options the plain dispatcher plans and dispatches in two calls. With options the pipelined
+    dispatcher does both in one call."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire = AllToAll(mesh.ep if rank.world_size > 1 else None, CommStats(events=[]))
     for seed in seeds:
@@ -124,8 +124,8 @@ def plan_of_hand_case(rank: RankContext) -> tuple[Any, ...]:
 
 
 def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
-    """Each rank: rows sent and received, pairs sent and received, tokens of sent and of own rows, rows by slot, slot
-    sizes."""
+    """The result lists for each rank: rows sent, rows received, pairs sent, pairs received, tokens of sent rows, tokens of
+    own rows, rows by slot, and slot sizes."""
     assert run_in_world(3, plan_of_hand_case) == [
         ((0, 2, 0), (0, 2, 0), (0, 2, 0), (0, 3, 0), [0, 1], [0], [0, 1, 2, 1], (1, 2, 1)),
         ((2, 0, 0), (2, 0, 0), (3, 0, 0), (2, 0, 0), [0, 1], [1], [0, 1, 2], (3,)),
@@ -134,7 +134,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 
 def dispatchers(placement: ExpertPlacement, comm_stats: CommStats, **bound: int) -> dict[str, Any]:
-    """Returns dispatchers over four ranks; for those that send rows in two hops, two ranks form a node."""
+    """Returns dispatchers over four ranks. Two ranks form a node for the dispatchers that send rows in two hops."""
     mesh = make_mesh(ep=4, device=torch.device("cpu"), timeout=600.0, ranks_per_node=2)
     hops = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
     context = DispatchContext(placement, AllToAll(mesh.ep, comm_stats), hops=hops, **bound)  # pyright: ignore

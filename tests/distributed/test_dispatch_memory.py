@@ -107,7 +107,7 @@ def way(dispatcher: Any, h_TD: Tensor, weight_N: Tensor, plan: Any) -> Tensor:
 
 
 def sizes_of(plan: Any) -> dict[str, list[int]]:
-    """Returns the number of rows on this rank (R) and of sent rows (S), for each chunk or hop."""
+    """Returns, for each chunk or hop, the number of rows on this rank (R) and the number of sent rows (S)."""
     parts = [plan.inter, plan.intra] if hasattr(plan, "inter") else getattr(plan, "chunks", (plan,))
     return {"R": [len(each.row_O) + sum(each.rows.receive) for each in parts], "S": [sum(each.rows.send) for each in parts]}
 

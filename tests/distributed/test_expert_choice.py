@@ -128,7 +128,7 @@ def test_ranks_of_different_lengths_choose_alike(run_in_world: Callable[..., lis
 
 
 def calibrated(rank: RankContext, layout: Layout) -> dict[str, np.ndarray]:
-    """Returns this rank's thresholds after a calibration that gave it a part of two micro-batches."""
+    """Returns this rank's thresholds after a calibration that gave this rank a part of two micro-batches."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
     model, each = build(layout, mesh, CommStats()).model, SEQUENCES // rank.world_size
     batches = [batch_of(0, micro, rank.rank * each, each) for micro in range(2)]

@@ -1,9 +1,9 @@
 """Experts that change ranks during training: weights and moments arrive to the last bit, and training continues.
 
-The test makes three runs of two steps. In the first no expert moves. In the second experts move between the steps. The
-third starts with the new placement, from a checkpoint that the second saved after its move. The second and third are
-bit-equal. The first differs only by rounding, because each rank sums the outputs of its experts before it sends them.
-In float64 the difference is below 1e-9.
+The test makes three runs of two steps. In run 1 no expert moves. In run 2 experts move between the steps. Run 3 starts
+with the new placement, from a checkpoint that run 2 saved after its move. Runs 2 and 3 are bit-equal. Run 1 differs from
+them only by rounding, because each rank sums the outputs of its experts before it sends them. In float64 the difference
+is below 1e-9.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
     exhaustive(Layout(2, 1)),
     exhaustive(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
-    # FSDP2 shards the stack of 3 experts inside each expert, and the stack of 2 experts between them
+    # FSDP2 shards the stack of 3 experts inside each expert, and the stack of 2 experts by experts
     Layout(2, 2, "interleaved", "fsdp2"),
     exhaustive(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),

@@ -1,10 +1,10 @@
 """Replicas of hot experts change a run only by rounding: weights, moments and norms are those of a run without
 replicas.
 
-The test makes four runs of three steps. The first is on one rank. The second has no replicas. The third gets replicas
-after the first step, and others after the second. The fourth resumes from a checkpoint that the third saved with its
-first replicas. The third and fourth are bit-equal. The first two differ from the third only by rounding, because an
-expert's gradient is a sum over its slots. In float64 the difference is below 1e-9.
+The test makes four runs of three steps. Run 1 is on one rank. Run 2 has no replicas. Run 3 gets replicas after the first
+step, and other replicas after the second step. Run 4 resumes from a checkpoint that run 3 saved with its first replicas.
+Runs 3 and 4 are bit-equal. Runs 1 and 2 differ from run 3 only by rounding, because an expert's gradient is a sum over
+its slots. In float64 the difference is below 1e-9.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class ReplicatedRun(Run):
 
     @property
     def exchanges(self) -> int:
-        """Returns the number of exchanges so far of the weights or gradients of replicas."""
+        """Returns how often the replicas' weights or gradients were exchanged so far."""
         return sum(event.startswith(f"wait {REPLICAS}") for event in self.comm_stats.events or [])
 
 
@@ -92,8 +92,8 @@ def on_one_rank(rank: RankContext, layout: Layout) -> tuple[Arrays, list[float]]
 def three_runs(rank: RankContext, layout: Layout) -> Seen:
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     start = placement_for(layout)
-    # After step 0 layer 0 has replicas of one group's expert on all ranks, and of an expert of the other group. After
-    # step 1 only layer 1 has replicas, of two experts of one group.
+    # After step 0 layer 0 has replicas of an expert of one group on all ranks, and replicas of an expert of the other
+    # group. After step 1 only layer 1 has replicas. They belong to two experts of one group.
     first = [of_both_groups(start), []]
     second = [[], sorted(on_others(start, 1, 1) + on_others(start, 2, 1))]
     plain, replicated, resumed = (ReplicatedRun(rank, layout, mesh, start) for _ in range(3))
@@ -153,7 +153,7 @@ def two_runs_with_an_empty_rank(rank: RankContext, layout: Layout) -> tuple[Arra
     full(Layout(2, 2, "pinned", chunks=3, replicas=True)),
 ], ids=str)  # fmt: skip
 def test_replicas_serve_ranks_without_tokens(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
-    """One rank has no token, one no picture, and one no text. With `uneven` one rank has no expert."""
+    """One rank has no token, one has no picture, and one has no text. With `uneven` one rank has no expert."""
     seen = run_in_world(layout.world_size, two_runs_with_an_empty_rank, layout)
     plain, replicated = (merged([each[run] for each in seen]) for run in range(2))
     for name, value in plain.items():

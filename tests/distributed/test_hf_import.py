@@ -1,5 +1,5 @@
-"""Imported models equal Hugging Face's own code in fp32, on tiny random models: logits with and without a cache, and
-gradients.
+"""On tiny random models in fp32, imported models have the logits of Hugging Face's own code, with and without a cache, and
+the gradients of that code.
 
 Each model goes through a user's steps: `save_pretrained`, import, checkpoint, load on EP 1, 2 and 4. Two tensors agree
 if no entry differs by more than 1e-5 of the tensor's largest entry. Large and small gradients are thus compared to the

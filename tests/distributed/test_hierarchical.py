@@ -139,7 +139,7 @@ def plan_of_hand_case(rank: RankContext) -> dict[str, Any]:
 def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
     seen = run_in_world(4, plan_of_hand_case)
     assert [each.pop("syncs") for each in seen] == [[f"sync {SPLIT_SIZES}"]] * 4
-    # Rank 0 forwards its own token 1, and keeps its row for expert 0. Rank 1 forwards rank 3's token to it.
+    # Rank 0 forwards its own token 1, and keeps its row for expert 0. Rank 1 forwards rank 3's token to rank 0.
     assert seen == [
         {"between": (0, 1), "inside": (0, 1), "stays": ([1], [0]), "rows by slot": [0, 1], "slots": (2, 0)},
         {"between": (0, 1), "inside": (1, 0), "stays": ([], [0]), "rows by slot": [0, 1], "slots": (2,)},
@@ -149,7 +149,7 @@ def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
 
 
 def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
-    """Combines bf16 rows. Each token takes experts on all ranks; experts of rank 0 return 1, all others 1/256."""
+    """Combines bf16 rows. Each token takes experts on all ranks. Experts of rank 0 return 1; all others return 1/256."""
     dispatcher_of, comm_stats = make(4, per_node)
     every = np.tile(np.arange(8), (64, 1))
     case = Case(((0, 1), (2, 3), (4, 5), (6, 7)), (every, every, every, every))
@@ -168,7 +168,7 @@ def roundings(rank: RankContext, per_node: int) -> tuple[float, float]:
 
 
 # The exact sum 1 + 3/256 lies halfway between the bf16 numbers 1 + 1/128 and 1 + 2/128, and rounds to 1 + 2/128. A sum
-# in bf16 would stay at 1. With two nodes each node rounds its own sum first, to 1 + 1/256 and 2/256.
+# in bf16 would stay at 1. With two nodes, each node first rounds its own sum: 1 + 1/256 becomes 1, and 2/256 stays.
 @pytest.mark.parametrize(("per_node", "rounded"), [(1, 1 + 2 / 128), (2, 1 + 1 / 128), (4, 1 + 2 / 128)])
 def test_rows_travel_in_bf16_and_are_summed_in_fp32(
     run_in_world: Callable[..., list[Any]], per_node: int, rounded: float

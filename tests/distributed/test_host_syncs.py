@@ -1,7 +1,7 @@
 """A whole MoE layer waits for the device once, in `dispatcher.plan`. Router, capacity, experts, zero-computation
 experts and both exchanges never wait.
 
-The test sorts pairs by counting, as CUDA does. Each recorded read of a tensor would therefore be a wait on CUDA.
+The test sorts pairs by counting, as on CUDA. If the layer ran on CUDA, the host would wait at each recorded read.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ PLACEMENTS = {
     2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
 }
 TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
-# Half of the product still contains each pair of values of any two axes except the kind of GEMM.
+# Every second case still covers each pair of values of two axes. The kind of GEMM is not among these axes.
 CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))[::2]
 
 

@@ -1,4 +1,4 @@
-"""The check of `gpu-check` for rows in flight finds each forbidden access to them, and accepts each allowed one."""
+"""The check for rows in flight in `gpu-check` reports each forbidden access to such rows, and accepts allowed accesses."""
 
 from collections.abc import Callable
 from typing import Any

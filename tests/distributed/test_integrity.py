@@ -93,7 +93,7 @@ def trials(rank: RankContext, count: int) -> list[tuple[str, str]]:
 
 
 def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, seed: int) -> None:
-    """Runs one exchange: for floats a dispatch with its backward, for integers a direct exchange."""
+    """Runs a dispatch and its backward if the dtype is a float, or one direct exchange if it is an integer."""
     generator = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         rows = torch.randint(-(1 << 62), 1 << 62, (sum(splits.send),), generator=generator)
@@ -130,8 +130,8 @@ def test_each_kind_of_damage_is_found_and_named(run_in_world: Callable[..., list
 
 
 def pairs_of_disagreement(rank: RankContext, change: str) -> str:
-    """Both ranks start exchanges whose sizes differ. The check must raise before a rank sends, because the send would
-    hang. Returns the error."""
+    """The two ranks start exchanges of different sizes. The check must raise an error before a rank sends, because the send
+    would hang. Returns the error."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     transport = AllToAll(mesh.ep, CommStats(events=[]))
     odd = rank.rank == 1
@@ -186,4 +186,4 @@ def test_a_thousand_clean_routings_are_not_blamed(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
     checked = run_in_world(world_size, clean_routings, seeds)
-    assert checked == [8 * len(seeds)] * world_size  # five exchanges in forward, three in backward
+    assert checked == [8 * len(seeds)] * world_size  # forward has five exchanges, and backward has three

@@ -201,7 +201,7 @@ PLACEMENT = ExpertPlacement(GROUPS, ((0, 1, 2, 4, 5), (3, 6)))
 
 
 def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | None) -> list[float]:
-    """Returns the largest differences in y and in all gradients between a layer over the library and one over
+    """Returns the largest differences in y and in all gradients between a layer that uses the library and a layer that uses
     `all_to_all`."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     found = []

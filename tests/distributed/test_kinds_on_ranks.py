@@ -116,7 +116,7 @@ CASES = [
     *others_full(LORA, keep=2),
     *others_full(ADAPTED_EXPERTS, keep=3),
 ]
-# The layout's fields that change the training itself; the reference has the same values.
+# The layout's fields that change the training itself. The reference has the same values of these fields.
 KINDS = (
     "capacity", "free", "balance", "balance_per", "limited", "adaptive", "choice_causal", "noise", "mixture_of_depths",
     "depth_causal", "lora", "ffn_lora", "attention_lora", "balance_scope", "form",
@@ -140,8 +140,8 @@ def on_one_rank(layout: Layout) -> Layout:
 
 @pytest.fixture(scope="session")
 def one_rank(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> OneRank:
-    """Returns a function from a layout to the folder of its initial weights and its reference's outcome, which are
-    cached. References are cached."""
+    """Returns a function from a layout to the folder of its initial weights and the outcome of its reference. Both are
+    cached."""
     made: dict[Layout, tuple[Path, Outcome]] = {}
 
     def of(layout: Layout) -> tuple[Path, Outcome]:
@@ -212,7 +212,7 @@ def collectives(layout: Layout, events: list[str]) -> None:
     if layout.choice:
         exchanged = LAYERS * passes if layout.choice != "rank" else 0
         assert events.count(CHOICE_LOGITS) == exchanged, "once a layer and micro-batch, also under recompute"
-        # Known counts need no exchange of counts. The final evaluation chooses by thresholds, and needs one.
+        # Known counts need no exchange of counts. The final evaluation chooses by thresholds, and needs an exchange.
         hop = "inter-node " if layout.ranks_per_node else ""
         assert events.count(f"{hop}counts") == LAYERS * (1 if layout.per_pair else 1 + passes)
 

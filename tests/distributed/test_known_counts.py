@@ -24,7 +24,7 @@ BACKWARD = ["combine rows backward", "dispatch weights backward", "dispatch rows
 
 
 def expert_choice(seed: int, tokens_W: list[int], share_E: list[int], rank: int) -> Assignments:
-    """Each expert takes its capacity of each rank's tokens at random, or all of them if there are fewer."""
+    """Each expert takes as many random tokens of each rank as its capacity, or all tokens of a rank that has fewer."""
     counts = tuple(tuple(min(capacity, tokens) for capacity in share_E) for tokens in tokens_W)
     rng = np.random.default_rng([seed, rank])
     chosen = [np.sort(rng.permutation(tokens_W[rank])[:count]) for count in counts[rank]]
@@ -65,7 +65,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
 def test_equals_the_oracle_and_its_closed_form(
     run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
 ) -> None:
-    """Includes experts without capacity, ranks without tokens or experts, and ranks with different numbers of
+    """The cases include experts without capacity, ranks without tokens or experts, and ranks with different numbers of
     tokens."""
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 

@@ -1,5 +1,5 @@
 """Load controllers compute the same biases as slow loops, and a skipped step changes no bias. test_kinds_on_ranks.py
-compares their layouts with one rank, and test_resume.py resumes them."""
+compares controllers on N ranks with one rank, and test_resume.py resumes runs with controllers."""
 
 from collections.abc import Callable
 from typing import Any

@@ -72,7 +72,7 @@ def test_a_run_moves_adapters_and_routers_alone_and_saves_nothing_else(
     layout = {"parallel__ep": world_size, "parallel__data": data, "model__attention_lora__dropout": 0.1}
     changes = adapters(root, run__name=name, **layout)
     runs = run_in_world(world_size, whole_run, tiny_data, root, changes)
-    # If there are fewer rows than ranks, the last ranks have empty shards, and no moments for them.
+    # If a tensor has fewer rows than there are ranks, the last ranks have empty shards and no moments.
     assert set.union(*(run.trained for run in runs)) == {name for name in runs[0].tensors if is_trained(name)}
     for run in runs:
         for name_, before in run.at_start.items():

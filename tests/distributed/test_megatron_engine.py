@@ -1,4 +1,4 @@
-"""On the same sequences the engine of Megatron-Core has the losses of this project's own engine."""
+"""The engine of Megatron-Core and this project's own engine have equal losses on equal sequences."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def close(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def own_losses(run_engine: Run) -> Callable[..., list[dict[str, Any]]]:
-    """Returns the steps of this project's own engine on a number of data-parallel ranks; computes each once."""
+    """Returns a function from a number of data-parallel ranks to the steps of this project's own engine (cached)."""
     known: dict[str, list[dict[str, Any]]] = {}
 
     def of(data_ranks: int, **changes: Any) -> list[dict[str, Any]]:
@@ -45,7 +45,7 @@ def own_losses(run_engine: Run) -> Callable[..., list[dict[str, Any]]]:
     return of
 
 
-LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of ranks that read other data
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of ranks that read different data
     "ep2-cp2": ({**ranks(2), **megatron(cp=2)}, 1),
     "tp2-ep2-pp2": (BLOCK, 1),
     "pp2-vpp2": ({**ranks(1, 2), **megatron(pp=2, vpp=2)}, 1),

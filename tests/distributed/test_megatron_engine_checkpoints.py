@@ -65,8 +65,8 @@ def legs(
 
 
 def fingerprints(folder: str) -> dict[str, Any]:
-    """Returns all that could differ: tensors' dtypes, shapes and fingerprints, optimizer steps, and controllers'
-    states."""
+    """Returns everything that could differ between two checkpoints: the tensors' dtypes, shapes and fingerprints, the
+    optimizer steps, and the controllers' states."""
     newest = next(each for each in Path(folder).iterdir() if each.is_dir())
     contents = open_checkpoint(newest)
     found: dict[str, Any] = {name: (e.dtype, e.shape, e.fingerprint) for name, e in contents.index.tensors.items()}

@@ -52,7 +52,7 @@ def choose_by_rounded(logits_UE: Tensor, noisy_UE: Tensor, *rest: Any, **options
 
 
 def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[list[dict[str, Any]], EvaluationResult]:
-    """Takes all steps, and the evaluation by calibrated thresholds that ends the run."""
+    """Takes all steps. Returns them and the final evaluation, which uses calibrated thresholds."""
     by_rounded = mock.patch.object(selection, "choose", choose_by_rounded)
     with by_rounded, started_run(rank, data, {**CHOOSING, **changes}) as run:
         steps = take_steps(run, 0, run.config.train.steps)
@@ -76,7 +76,7 @@ def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[li
 def test_experts_choose_what_they_choose_in_the_own_engine(
     run_engine: Run, readers: int, router: dict[str, Any], layout: dict[str, Any]
 ) -> None:
-    """`readers` is the number of our engine's ranks, each with whole micro-batches."""
+    """`readers` is the number of ranks of our engine. Each of these ranks reads whole micro-batches."""
     first = {key: layout[key] for key in LATE if key in layout}
     steps, ours = run_engine({**first, ROUTER: router, **ranks(readers)}, chosen)[0]
     assert len({step["choices"].tobytes() for step in steps}) > 1

@@ -1,6 +1,6 @@
-"""Our layer in Megatron's GPTModel has the logits, gradients, auxiliary terms and bytes of our own model. On gloo.
+"""Our layer in Megatron's GPTModel has the logits, gradients, auxiliary terms and bytes of our own model.
 
-Megatron runs on four ranks with its own groups, DDP and gradient reduction; the oracle is our model on one rank.
+Megatron runs on four ranks over gloo, with its own groups, DDP and gradient reduction. The oracle is our model on one rank.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int
 
 
 def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
-    """Runs forward and backward on both sides; returns their differences, the bytes and the tracked auxiliary terms."""
+    """Runs forward and backward of both models. Returns differences, the bytes, and the tracked auxiliary terms."""
     with megatron(layout) as state:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region

@@ -1,4 +1,4 @@
-"""Megatron-LM's --spec with our name builds the layer from the file that the environment variable gives."""
+"""Megatron-LM's --spec with our name builds the layer from the file that the environment variable names."""
 
 import os
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Our layer in Megatron's training: beside Megatron's own MoE layer, and with Megatron's optimizer and checkpoints."""
+"""In Megatron's training our layer equals Megatron's own MoE layer, and works with Megatron's optimizer and checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,15 +33,15 @@ from tests.support.worlds import RankContext
 pytestmark = pytest.mark.megatron
 
 LR, CLIP, STEPS = 1e-2, 0.3, 3
-ADAM_EPS = 1e-3  # so large that Adam makes no whole step of a rounding error
+ADAM_EPS = 1e-3  # so large that a rounding error does not become a whole step of Adam
 
 
 # --- Megatron's own MoE layer
 
 
 def stock_names(tensors: dict[str, torch.Tensor], placement: ExpertPlacement, ep_rank: int) -> dict[str, torch.Tensor]:
-    """Renames a rank's parameters in our layer to those in Megatron's: one module per expert, gate and up in one
-    matrix."""
+    """Renames a rank's parameters of our layer to Megatron's names. Megatron's layer has one module per expert, and one
+    matrix for gate and up."""
     renamed = {}
     for name, tensor in tensors.items():
         if ".mlp.moe.experts." not in name:
@@ -72,7 +72,7 @@ def beside_stock(rank: RankContext, layout: Layout) -> tuple[float, tuple[float,
 
         model, _, mine, _ = build(layout, state)
         placement, ep_rank = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
-        # Megatron divides this loss by top_k and by the number of data-parallel ranks, which the coefficient undoes.
+        # Megatron divides this loss by top_k and by the number of data-parallel ranks. The coefficient undoes both.
         coefficient = BALANCE * 2 * state.get_data_parallel_world_size()
         config = transformer_config(Layout(ep=layout.ep, values=layout.values, options={"moe_aux_loss_coeff": coefficient}))
         stock = gpt_model(config, get_gpt_decoder_block_spec(config, False, normalization="RMSNorm"))
@@ -114,7 +114,7 @@ def take_step(model: Any, optimizer: Any, layout: Layout, step: int, state: Any)
 
 
 def our_steps(layout: Layout, steps: int) -> tuple[Any, list[float]]:
-    """The oracle: trains our model on one rank with torch's AdamW, and returns the model and the gradient norms."""
+    """Trains the oracle, our model on one rank with torch's AdamW. Returns the model and the gradient norms."""
     model = our_model(layout.settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), eps=ADAM_EPS, weight_decay=0.0)
     norms = []
@@ -139,8 +139,8 @@ def saved_state(model: Any, optimizer: Any, *, is_loading: bool = False) -> dict
 
 
 def train_save_and_go_on(rank: RankContext, first: Layout, then: list[Layout]) -> dict[str, Any]:
-    """Takes three steps on one layout and saves; then takes a fourth on this and on each other layout, from the
-    checkpoint."""
+    """Takes three steps on the layout `first` and saves a checkpoint. Takes a fourth step from this checkpoint on `first`
+    and on each layout of `then`."""
     folder = Path(rank.folder) / "checkpoint"
     folder.mkdir(exist_ok=True)
     after_three, _ = our_steps(first, STEPS)
@@ -182,6 +182,6 @@ def test_trains_and_goes_on_from_a_checkpoint_at_any_ep(
     for outcome in run_in_world(4, train_save_and_go_on, first, then):
         expected = outcome["expected_norms"][:STEPS] + outcome["expected_norms"][STEPS:] * len(then)
         assert outcome["norms"] == pytest.approx(expected, rel=1e-5)
-        assert expected[0] > CLIP  # the bound acts
+        assert expected[0] > CLIP  # gradients are clipped
         for difference, where in outcome["differences"]:
             assert difference <= 1e-5, where

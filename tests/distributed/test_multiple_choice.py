@@ -1,5 +1,5 @@
-"""Log-likelihoods do not depend on the number of ranks: two ranks divide the experts, and the requests with a last
-round that is not full."""
+"""Log-likelihoods do not depend on the number of ranks. Two ranks divide the experts and the requests, and the last round
+of requests is not full."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -59,7 +59,7 @@ NODES = [
     Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4),
     Layout(2, 2, "pinned", "ddp", "block", ranks_per_node=1),
 ]
-WHOLE = 1e9  # so large a room for static exchanges that no choice exceeds it
+WHOLE = 1e9  # a bound of static exchanges that no choice exceeds
 STATIC = [
     Layout(1, 1, room=WHOLE),
     Layout(2, 1, "pinned", "ddp", "experts", room=WHOLE),
@@ -80,7 +80,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def one_rank(run_in_world: Callable[..., list[Any]], start: Path) -> Outcome:
-    """Returns the oracle: one process without recompute."""
+    """Returns the outcome of the oracle, which is one process without recompute."""
     return run_in_world(1, train, Layout(), start)[0]
 
 
@@ -100,8 +100,8 @@ def test_layout_equals_one_rank(
             np.testing.assert_array_equal(step.labels_M, expected.labels_M)
             assert step.tokens == expected.tokens
             assert step.ledger["pairs"] == expected.ledger["pairs"]
-            # A step exchanges rows twice in forward and twice in backward. Recompute of blocks repeats one exchange, of
-            # experts none. With nodes an exchange has two hops, and `rows_remote` counts the rows of both.
+            # A step exchanges rows twice in forward and twice in backward. Recompute of blocks repeats one exchange;
+            # recompute of experts repeats none. With nodes an exchange has two hops, and `rows_remote` counts both.
             crossings = 5 if layout.recompute == "block" else 4
             rows = step.ledger["rows_remote"] + step.ledger["rows_padding"]
             assert step.ledger["payload_bytes"] == crossings * rows * HIDDEN_DIM * 8
@@ -145,7 +145,7 @@ VARIANTS = [
     exhaustive(Layout(parts=4, balance_scope="step")),
     full(Layout(2, 2, "pinned", "fsdp2", "block", parts=2, balance_scope="step")),
     Layout(4, 1, "uneven", "ddp", parts=2, balance_scope="step", balance_loss="null_split"),
-    # One logit for all null experts, and other balance losses.
+    # All null experts share one logit, or the balance loss is of another kind.
     Layout(2, 1, "pinned", "ddp", "block", null_logit="single", balance_loss="null_split"),
     exhaustive(Layout(4, 1, "uneven", "fsdp2", null_logit="single", balance_loss="null_split")),
     full(Layout(2, 2, "interleaved", null_logit="single", balance_loss="vanilla")),
@@ -155,7 +155,7 @@ VARIANTS = [
     # The loss is computed in parts of 50 words, with tied embeddings.
     Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50, tied=True),
     full(Layout(2, 1, "pinned", "ddp", "block", loss_words=50, tied=True)),
-    # Dense parts by torch.compile.
+    # torch.compile compiles the dense parts.
     full(Layout(2, data="fsdp2", recompute="block", compiled=True)),
     exhaustive(Layout(2, compiled=True)),
     # FSDP2 shards some stacks by experts and others inside experts; with 8 ranks, some ranks have no row of a matrix.
@@ -169,8 +169,8 @@ VARIANTS = [
     full(Layout(1, 2, distilled="forward")),
     full(Layout(4, 1, "uneven", "ddp", "experts", distilled="forward")),
     full(Layout(2, 2, "interleaved", "fsdp2", distilled="reverse")),
-    # Shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), or gating residuals
-    # (MoE++).
+    # The models have shortcuts with latent attention (LongCat-Flash), sinks with clamped experts (gpt-oss), or gating
+    # residuals (MoE++).
     exhaustive(Layout(2, 2, "interleaved", "fsdp2", "block", form=LONGCAT, free=True)),
     Layout(4, 1, "uneven", "ddp", "experts", form=LONGCAT, free=True),
     full(Layout(2, 1, "pinned", "fsdp2", "none", form=LONGCAT, free=True)),
@@ -185,7 +185,7 @@ VARIANTS = [
     exhaustive(Layout(2, 2, "pinned", "fsdp2", "experts", form=RESIDUAL)),
     exhaustive(Layout(2, 2, "interleaved", "ddp", "none", form=RESIDUAL)),
 ]
-# One parameter of each part that only this form has.
+# For each form of the model: one parameter of each part that only this form has.
 PARTS: dict[str | None, set[str]] = {
     None: set(),
     LONGCAT: {

@@ -1,4 +1,4 @@
-"""The public API, used as in docs/examples: N ranks train the same model as one rank, in a plain loop and under
+"""With the public API, used as in docs/examples, N ranks train the same model as one rank, in a plain loop and under
 frameworks."""
 
 import re

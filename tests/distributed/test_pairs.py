@@ -1,4 +1,4 @@
-"""Real ranks measure each pair of nodes, and doubtful pairs twice."""
+"""Real ranks measure each pair of nodes, and measure doubtful pairs a second time."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def measure(rank: RankContext, per_node: int, doubted: list[tuple[int, int]], slow: list[tuple[int, int]]) -> list[object]:
-    """Measures all pairs. The pairs `doubted` look slow at first, and the pairs `slow` twice."""
+    """Measures all pairs. The pairs `doubted` look slow once, and the pairs `slow` look slow twice."""
     ranks = NodeRanks(rank.rank, rank.world_size // per_node, per_node)
     names = names_of_nodes(f"node{ranks.node}", ranks, CPU)
     with pytest.MonkeyPatch.context() as patch:

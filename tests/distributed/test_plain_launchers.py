@@ -80,7 +80,7 @@ class Job:
     """A run of the tiny model by one launcher.
 
     Args:
-        variables: Returns the variables that the launcher gives a rank, by rank and by number of the start.
+        variables: Function from the rank and the number of the start to the variables that the launcher sets for the rank.
     """
 
     def __init__(self, folder: Path, data: Path, variables: Callable[[int, int], dict[str, str]]) -> None:
@@ -134,8 +134,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> li
         return job.records()
 
 
-# Faults at step 3, after the checkpoint of step 2: rank, fault, exit codes, and a part of the recorded reason. After a
-# kill no launcher reports the signal, and a peer reports its lost connection.
+# Each entry is a fault at step 3, after the checkpoint of step 2: its rank, kind, exit codes, and a part of the recorded
+# reason. After a kill no launcher reports the signal, and a peer reports its lost connection.
 KILLED = (1, "kill", [1, -signal.SIGKILL], "RuntimeError: ")
 FIRST_KILLED = (0, "kill", [-signal.SIGKILL, 1], "RuntimeError: ")
 FROZEN = (1, "freeze", [1, None], "rank 1 did not enter it and wrote no report: suspended, dead")

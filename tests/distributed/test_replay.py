@@ -1,6 +1,6 @@
 """A replayed step takes the recorded choices, and has the recorded step's loss and gradients, bit for bit.
 
-The recorded step chooses by reversed scores. The replayed step's routers would choose other experts.
+The recorded step chooses by reversed scores. Without the record, the replayed step's routers would choose other experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -209,7 +209,7 @@ def by_one(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.Temp
 def test_another_layout_sends_the_rows_of_the_record(
     run_in_world: Callable[..., list[Any]], by_one: tuple[Path, Step], layout: Layout
 ) -> None:
-    """Several ranks with other placements replay the trace of one rank."""
+    """Several ranks, whose placements differ from the placement of the trace, replay the trace of one rank."""
     folder, recorded = by_one
     traced = read_trace(folder).step(1)
     for outcome in run_in_world(layout.world_size, replayed_from, layout, folder):

@@ -57,8 +57,8 @@ def chosen(case: Case, ranks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def really_run(context: RankContext) -> list[tuple[int, int]]:
-    """Returns, for each case, this rank's drops and its payload bytes of forward and backward; hierarchical counts only
-    bytes between nodes."""
+    """Returns, for each case, this rank's drops and its payload bytes of forward and backward. For hierarchical dispatch it
+    counts only bytes between nodes."""
     node = max(1, context.world_size // 2)
     mesh = make_mesh(ep=context.world_size, device=torch.device("cpu"), timeout=600.0, ranks_per_node=node)
     found = []

@@ -36,7 +36,7 @@ ONE_RANK = {"parallel.ep": 1, "train.micro_batch": 8}
 
 
 def groups(**group: int) -> dict[str, Any]:
-    """Returns equal settings for both groups, so that every rank has experts of each."""
+    """Returns equal settings for both groups, so that every rank has experts of both groups."""
     return {"model.moe.groups": {name: {"ffn_dim": 16, **group} for name in ("text", "image")}}
 
 
@@ -80,9 +80,9 @@ class Kind(NamedTuple):
     """A run that has state of some kind.
 
     Attributes:
-        changes: Changes of the configuration.
+        changes: Changes of the run's configuration.
         ranks: Number of ranks.
-        base: Changes of the run whose weights it begins with; None for initial weights.
+        base: Changes of the configuration of another run, whose weights this run starts with; None for initial weights.
         tuning: The section `router_tuning`, without the folder of its samples; None without router tuning.
     """
 
@@ -93,7 +93,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    # The controllers' biases and last errors, a step's loads for the next step's balance loss, and asynchronous saves.
+    # State: controllers' biases and last errors, and loads for the next step's balance loss. Saves are asynchronous.
     "controllers": Kind({
         **NULLS, **router("top_k", selection_bias=True), **CONTROLLERS, "loss.balance.scope": "step", "loss.z": 1e-3,
         "parallel.data": "fsdp2", "checkpoint.asynchronous": True,

@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(
     run_in_world: Callable[..., list[Any]], folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Layout, int | None], tuple[Tuned, Path]]:
-    """Returns a function to one process's outcome and the checkpoint with its initial weights."""
+    """Returns a function that trains in one process and returns the outcome and the checkpoint of the initial weights."""
     start = tmp_path_factory.mktemp("start")
     known: dict[tuple[Any, ...], tuple[Tuned, Path]] = {}
 

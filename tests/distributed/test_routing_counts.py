@@ -19,8 +19,8 @@ from tests.support.worlds import RankContext
 
 
 def traced_step(rank: RankContext, layout: Layout) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
-    """Returns the events of a step, its counts, and blocking sums of them; the first of two micro-batches has no tokens
-    on rank 0."""
+    """Returns the events of a step, its counts, and blocking sums of these counts. The first of two micro-batches has no
+    tokens on rank 0."""
     training, events, found, expected = TrainingRank(layout), list[str](), [], []
     model = training.parallel.model
     track, counts, losses = collectives.track_collective, training_step.global_counts, model.token_losses

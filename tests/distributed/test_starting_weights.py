@@ -412,8 +412,8 @@ def fully_tuned(rank: RankContext, data: Path, root: Path, changes: dict[str, An
 def test_routers_stay_frozen_in_full_fine_tuning(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """With `train.frozen: routers` the routers stay bit-equal, and all other parameters change. Without it all
-    parameters change except null rows."""
+    """With `train.frozen: routers` the routers stay bit-equal, and all other parameters change. Without this
+    option all parameters change except null rows."""
     frozen = {**changes, "train.frozen": "routers"}
     for moved in run_in_world(2, fully_tuned, tiny_data, tmp_path, frozen):
         assert {name for name, each in moved.items() if not each} == {name for name in moved if ".router." in name}

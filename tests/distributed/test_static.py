@@ -38,7 +38,7 @@ from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
 HIDDEN, FFN = 8, 16  # multiples of the SIMD width; beyond the last multiple a CPU rounds silu differently
-WHOLE = 1e9  # so large a room for static exchanges that no choice exceeds it
+WHOLE = 1e9  # a bound of static exchanges that no choice exceeds
 
 
 def wire_of(mesh: Mesh) -> AllToAll:
@@ -84,7 +84,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
         found, plan = trip(rank.rank, case, wire, dtype, static=True)
         assert len(found) == len(expected), seed
         for got, wanted in zip(found, expected, strict=True):
-            # not bit-equal, because a CPU rounds a product differently for another place of the row in memory
+            # The results are not bit-equal, because a CPU rounds a product differently if the row moves in memory.
             bound = torch.finfo(dtype).eps * 32 * float(wanted.abs().max()) if wanted.numel() else 0.0
             torch.testing.assert_close(got, wanted, rtol=0, atol=bound)
         real, *pairs, padding, overflow = plan.sent_5.tolist()
@@ -102,7 +102,7 @@ def run_cases(rank: RankContext, seeds: range) -> int:
     ids=str,
 )
 def test_the_same_bits_on_random_routings(run_in_world: Callable[..., list[Any]], world_size: int, seeds: range) -> None:
-    """Includes ranks without tokens or experts, batches of only null choices, and an expert that takes all tokens."""
+    """The cases include ranks without tokens or experts, batches of only null choices, and an expert of all tokens."""
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 
@@ -125,8 +125,8 @@ class Shapes(TorchDispatchMode):
 
 
 def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str], list[Any]]]:
-    """Runs forward and backward for mixed tokens, tokens of one group, and no tokens. Returns, for each, the named
-    syncs, all reads, and the shapes."""
+    """Runs forward and backward for mixed tokens, tokens of one group, and no tokens. Returns, for each of the three, the
+    named syncs, all reads, and the shapes."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire, placement = wire_of(mesh), PLACEMENTS[rank.world_size]
     torch.manual_seed(rank.rank)
@@ -158,7 +158,7 @@ def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str]
 def test_nothing_is_read_and_no_shape_depends_on_the_routing(
     run_in_world: Callable[..., list[Any]], world_size: int, recompute: str
 ) -> None:
-    """A CUDA graph of the first forward and backward is therefore valid for all later ones."""
+    """All passes have the same operations and shapes, so a CUDA graph of the first pass is valid for all later passes."""
     for found in run_in_world(world_size, passes, recompute):
         _, _, first = found[1]  # the first pass fills cached tables
         assert len(first) > 100

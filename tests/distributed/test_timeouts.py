@@ -1,8 +1,8 @@
 """Every process group of the training has the configured timeout, except the group of the thread that writes
-checkpoints. A group without it would have torch's default timeout.
+checkpoints. A group without the configured timeout would have torch's default timeout.
 
-The ranks of that thread wait for the slowest disk. When the training waits for a save, the watchdog counts the wait as
-a collective and limits it.
+The threads that write checkpoints wait for the slowest disk. When the training waits for a save, the watchdog counts the
+wait as a collective and limits it.
 """
 
 from collections.abc import Callable

@@ -134,7 +134,7 @@ def kept_gradients(rank: RankContext, layout: Layout) -> tuple[set[Role], bool, 
 
 
 def test_gradients_of_ddp_are_added_up_in_its_buckets(run_in_world: Callable[..., list[Any]]) -> None:
-    """Otherwise a step of several micro-batches would hold each dense gradient twice: in DDP's bucket and beside it."""
+    """Otherwise a step of several micro-batches would keep each dense gradient twice: in DDP's bucket and outside of it."""
     for roles, zero, in_place in run_in_world(2, kept_gradients, Layout(2, 1, "interleaved")):
         assert roles
         assert not roles & (ROUTERS | EXPERTS)

@@ -1,4 +1,4 @@
-"""Whole runs of router tuning, which refuse another base or other samples. test_resume.py resumes them."""
+"""Whole runs of router tuning refuse a changed base and changed samples. test_resume.py resumes such runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +59,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
 
 @pytest.mark.parametrize("weight", [1.0, exhaustive(0.0)])
 def test_choices_train_chosen_routers(site: Site, weight: float) -> None:
-    """Each rank has two micro-batches; with `weight=0` only choices have a gradient, as in the released code."""
+    """Each rank has two micro-batches. With `weight=0` only the choices have a gradient, as in the released code."""
     options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}
     whole = site.tune(f"choices-{weight}", **options)
     tokens = site.tune(f"tokens-{weight}", section={"weight": weight}, train__steps=1)

@@ -1,4 +1,4 @@
-"""Two halves of a micro-batch take turns, so that exchanges of one overlap with computation of the other.
+"""Two halves of a micro-batch take turns, so that exchanges of one half overlap with computation of the other half.
 test_n_ranks_equal_one.py compares the results."""
 
 from collections.abc import Callable

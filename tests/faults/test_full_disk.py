@@ -1,5 +1,5 @@
-"""A disk has too little space for a checkpoint, and then none at all: the log reports it, and with new space the run
-goes on."""
+"""A disk first has too little space for a checkpoint, and then no space. The log reports both, and the run continues when
+there is space again."""
 
 import re
 from pathlib import Path

@@ -55,7 +55,7 @@ def test_a_run_whose_launcher_is_killed_at_any_moment_goes_on(tiny_data: Path, t
     mark = f"{seed}-{os.getpid()}"
     for number in range(KILLS):
         process = start(path, mark)
-        # Every second kill comes at a moment of the whole attempt, the others during start-up.
+        # Half of the kills come at a random moment of the whole attempt, and half come during start-up.
         time.sleep(rng.uniform(0.0, 4.0 if number % 2 else whole))
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -40,7 +40,7 @@ def records(run: RunFolder) -> list[dict[str, Any]]:
 
 @pytest.mark.full
 def test_a_rank_killed_in_a_move_loses_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    """The rank is killed after some expert stacks have moved and before the others, and again after the repeated move."""
+    """The rank is killed when only some expert stacks have moved. It is killed again after the move is repeated."""
     code, whole = started(tiny_data, tmp_path, "undisturbed")
     assert code == 0
     for step, phase, saved in ((2, "in_move", 1), (5, "before_step", 4)):

@@ -1,5 +1,4 @@
-"""Runs the fine-tuning of docs/huggingface.md as it is written: from a Hugging Face folder and a JSONL file to a PEFT
-adapter."""
+"""Runs the fine-tuning of docs/huggingface.md as written, from a Hugging Face folder and a JSONL file to a PEFT adapter."""
 
 from pathlib import Path
 

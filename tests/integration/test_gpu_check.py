@@ -1,5 +1,5 @@
-"""`moe-dist gpu-check` on the CPU: a whole dry run, and the reports on wrong kernels, crashes, hangs and interrupted
-runs."""
+"""Tests a whole dry run of `moe-dist gpu-check` on the CPU, and its reports on wrong kernels, crashes, hangs and
+interrupted runs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Whole runs on two ranks: start, Ctrl-C on a terminal, resume, finish."""
+"""Whole runs on two ranks start, stop by Ctrl-C on a terminal, resume, and finish."""
 
 import contextlib
 import fcntl
@@ -105,7 +105,7 @@ def wait_until(condition: Callable[[], bool], terminal: Terminal) -> None:
 
 
 def stopped(data: Path, root: Path) -> tuple[RunFolder, Path, str]:
-    """Returns a run that Ctrl-C stopped on a terminal, its configuration file, and what the terminal shows."""
+    """Returns a run that Ctrl-C stopped on a terminal, its configuration file, and the text on the terminal."""
     sinks = [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}]
     shown = {"monitor.compute_map": {"sequences": 4}, "monitor.cost_table": True, "monitor.sinks": sinks}
     settings = {**QUIET, **shown, "train.steps": 100_000, "checkpoint.every": 100_000}

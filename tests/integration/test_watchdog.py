@@ -1,5 +1,5 @@
-"""Suspended ranks. The watchdog's report names a single suspended rank, and the layer in which the other ranks wait. A
-run whose ranks are all suspended continues."""
+"""If one rank is suspended, the watchdog's report names this rank, and the layer in which the other ranks wait. If all
+ranks are suspended, the run continues."""
 
 import json
 import threading

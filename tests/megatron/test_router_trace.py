@@ -1,5 +1,5 @@
 """Reads a trace that Megatron-Core wrote. No megatron-core for Python 3.11 writes traces, so only `make test-megatron`
-runs this."""
+runs this test."""
 
 from pathlib import Path
 

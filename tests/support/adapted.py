@@ -1,4 +1,4 @@
-"""Adapters on one rank on an imported base, in memory and in a checkpoint."""
+"""Builds models with adapters on an imported base, on one rank, and saves them in checkpoints."""
 
 import json
 from pathlib import Path
@@ -25,10 +25,10 @@ class Adapted:
     """A model with new adapters on the base `imported`, a folder that `moe-dist import-hf` wrote.
 
     Args:
-        group: Fields of its only group that differ from the base.
-        experts: Fields of LoRA experts; None for none.
-        ffn: Fields of LoRA on the base's own experts; None for none.
-        attention: Fields of LoRA on the attention; None for none.
+        group: Fields of the model's only expert group that differ from the base's group.
+        experts: Fields of the section of LoRA experts; None for no LoRA experts.
+        ffn: Fields of the section of LoRA on the base's own experts; None for no LoRA there.
+        attention: Fields of the section of LoRA on the attention; None for no LoRA on the attention.
     """
 
     def __init__(

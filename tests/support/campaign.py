@@ -63,7 +63,7 @@ class Report:
     Attributes:
         seed: Seed of the faults.
         asynchronous: Whether saves were asynchronous.
-        faults: One entry each: cell, rank, step, and observations.
+        faults: One entry per fault, with its cell, rank, step and observations.
         problems: Violated requirements; empty if the campaign passed.
         starts: Number of launcher calls.
         seconds: Duration of the campaign.
@@ -78,7 +78,7 @@ class Report:
 
 
 def undisturbed_run(site: Site) -> RunFolder:
-    """Returns the run without faults, which every campaign's run must equal; it is made once per site."""
+    """Returns the run without faults, which the run of every campaign must equal. It is made once per site."""
     config = tiny_config(site.folder / "pristine", site.folder / "runs", settings("undisturbed", ranks=RANKS))
     run = RunFolder.of(config)
     if not run.finished(config):

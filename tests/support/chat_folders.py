@@ -115,8 +115,8 @@ def text(rng: np.random.Generator, most: int) -> str:
 
 
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Returns rows with one to four turns. Some begin with a system message; some have tools, and of these some have
-    calls and results."""
+    """Returns rows with one to four turns. Some rows begin with a system message. Some rows have tools, and some rows with
+    tools also have calls and results."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):

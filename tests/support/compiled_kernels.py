@@ -154,7 +154,7 @@ KERNELS["cross entropy backward"] = (
 
 
 def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture: int) -> dict[str, int]:
-    """Returns a thread's registers, the spilled bytes, and the bytes of shared memory of a block."""
+    """Returns the number of registers per thread, the spilled bytes, and the bytes of shared memory per block."""
     signature = dict(each.split(":") for each in arguments.split())
     options = {"num_warps": constants.get("num_warps", 4)}
     constants = {name: value for name, value in constants.items() if name != "num_warps"}

@@ -1,8 +1,8 @@
 """Chooses which cases of a product each make target runs.
 
-`make test` runs a small cover of all values of layouts, and `make test-full` a cover of all pairs of values. Where
-layouts are not the subject of a test, `make test` runs only the few cases that switch on most, and `make test-full` the
-cover of all values. `make test-exhaustive` runs every case.
+`make test` runs a small cover of all values of layouts, and `make test-full` runs a cover of all pairs of values. If
+layouts are not the subject of a test, `make test` runs only the few cases that switch on the most options, and
+`make test-full` runs the cover of all values. `make test-exhaustive` runs every case.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +18,13 @@ MOST_RANKS = 4  # eight processes that import torch occupy two cores for half a 
 
 
 def others_full(cases: Sequence[Any], keep: int | None = None) -> list[Any]:
-    """Returns cases (layouts, or tuples that begin with one). Those outside of a greedy cover of all values of each
-    field are marked: `full` if they are in a cover of all pairs of values, otherwise `exhaustive`.
+    """Returns cases (layouts, or tuples that begin with one). Cases outside of a greedy cover of all values of
+    each field are marked as `full` if they are in a cover of all pairs of values, and otherwise as `exhaustive`.
 
     Args:
-        keep: Number of cases of the first cover that stay unmarked: each one switches on most of what the earlier ones
-            leave off. Other cases of this cover are then marked `full`, and all cases outside of it `exhaustive`. Only
-            test_n_ranks_equal_one.py gives no number, because layouts are its subject.
+        keep: Number of cases of the greedy cover that stay unmarked. Each of them switches on as many options as possible
+            that the cases before it leave off. The cover's other cases are marked as `full`, and cases outside of the cover
+            as `exhaustive`. Only test_n_ranks_equal_one.py gives no number, because layouts are its subject.
     """
     small = [position for position, case in enumerate(cases) if _layout_of(case).world_size <= MOST_RANKS]
     cover = _cover(cases, small, pairs=False)

@@ -1,4 +1,4 @@
-"""The predicted time of counted steps on a card equals sums that are written out here."""
+"""The predicted time of counted steps on a GPU equals sums that the tests write out."""
 
 from typing import Any
 
@@ -24,7 +24,8 @@ def copy(part: str, phase: str, seconds: float) -> list[Any]:
 
 
 def counted(**changes: Any) -> Counted:
-    """Two layers with round times: attention takes 2 ms forward and 5 back, an MoE layer 4 and 8 (products 3 and 6)."""
+    """Returns the counts of two layers. Attention takes 2 ms forward and 5 ms backward. MoE takes 4 ms and 8 ms, of which
+    3 ms and 6 ms are matrix products."""
     work = [
         [*copy("attention", "forward", 2 * MS), 2],
         [*copy("attention", "backward", 5 * MS), 2],
@@ -54,8 +55,8 @@ def counted(**changes: Any) -> Counted:
 
 def test_parts_exchanges_and_syncs_follow_each_other() -> None:
     time = card_time(counted(), OLMOE, [*TWO], RATES)
-    layer = (2 + 4 + 5 + 8) * MS + RATES.sync + 4 * (7 * MS + LINK.latency) + LINK.latency  # the last: counts
-    few = 3 * RATES.launch  # of operations without work
+    layer = (2 + 4 + 5 + 8) * MS + RATES.sync + 4 * (7 * MS + LINK.latency) + LINK.latency  # the last term: counts
+    few = 3 * RATES.launch  # launches of operations without work
     assert time.micro_batch == pytest.approx(2 * layer + 10 * MS, abs=few)
     assert time.once == pytest.approx(20 * MS)
     assert time.uncovered == 0
@@ -81,7 +82,7 @@ def test_launches_count_where_they_take_longer() -> None:
 def test_overlap_hides_an_exchange_under_the_pairs_of_the_own_tokens() -> None:
     options = [*TWO, "parallel.dispatch.overlap=true"]
     hidden = [card_time(counted(), OLMOE, each, RATES).micro_batch for each in (TWO, options)]
-    own = (3 + 6) / 8 * MS  # products for the rank's own tokens, once per layer
+    own = (3 + 6) / 8 * MS  # matrix products of the rank's own tokens, in each layer
     assert hidden[0] - hidden[1] == pytest.approx(2 * own)
 
 

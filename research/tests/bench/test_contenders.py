@@ -1,4 +1,4 @@
-"""The benchmark's floor moves exactly the rows that `ours` sends, even if these outnumber the tokens."""
+"""The benchmark's contender `floor` moves exactly the rows that `ours` sends, even if there are more rows than tokens."""
 
 from collections import Counter
 from typing import Any
@@ -18,8 +18,6 @@ POINT = Point(tokens=64, hidden=8, experts=16, top_k=4, null=0.0)
 
 
 class Copies(TorchDispatchMode):
-    """Counts operations, and records the numbers of copied rows."""
-
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[str] = Counter()
@@ -34,8 +32,7 @@ class Copies(TorchDispatchMode):
 
 
 def measure_floor(rank: RankContext) -> dict[str, Any]:
-    """Compares the rows that the floors send and copy with those of the dispatcher, and the outputs of `ours` and
-    `naive` with expected sums."""
+    """Compares the floors' sent and copied rows with the dispatcher's, and the outputs of `ours` and `naive` with sums."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])

@@ -39,8 +39,8 @@ def test_a_step_moves_no_fewer_bytes_than_possible(preset: str, ranks: int) -> N
     for *key, number in counted.more_work:
         work = Work(*key)
         done[work.part, work.phase] += number * work.flops
-    # The count may be lower, because the uniform router rounds pairs down, and higher, because backward recomputes the
-    # scores of attention and, with `recompute: experts` (Mixtral), the experts' products of forward.
+    # The count may be lower, because the uniform router rounds pairs down. It may be higher, because backward recomputes
+    # the scores of attention and, with `recompute: experts` (Mixtral), the experts' products of forward.
     again = 1.34 if preset == "adamoe_mixtral8x7b_64gpu" else 1.15
     assert all(0.99 * each <= done[key] <= again * each for key, each in flops.items() if key[0] != "ffn")
     assert str(ranks) in table(counted).title  # pyright: ignore[reportOperatorIssue]

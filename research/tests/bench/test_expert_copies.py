@@ -1,4 +1,4 @@
-"""Copies of an expert share its work, and their balance is near the best way to fill the free slots."""
+"""Copies of an expert share its work. The resulting time is close to the time with the best use of the free slots."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def test_copies_share_the_work_and_are_close_to_the_best() -> None:
         assert found.pace(load_LE, ranks) == pytest.approx(work_LR.max(1).sum())
         assert found.pace(load_LE, ranks) <= pace(load_LE, solve(load_LE, slots_R, steps=40), ranks) * (1 + 1e-12)
     ranks, theirs = 3, []
-    for _ in range(20):  # with two free slots, compares with all ways to fill six slots with four experts
+    for _ in range(20):  # with two free slots: compares the result with all ways to fill six slots with four experts
         load_LE = rng.gamma(0.5, size=(2, 4))
         every = [each for each in itertools.product(range(4), repeat=6) if set(each) == set(range(4))]
         best = min(float(shared_work(load_LE, each, ranks).max(1).sum()) for each in every)

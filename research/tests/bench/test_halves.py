@@ -9,7 +9,7 @@ from research.bench.halves import micro_batch_in_halves
 
 
 def test_two_halves_by_hand() -> None:
-    """Attention takes 2, experts take 4, and an exchange takes 1. Each entry is a part with its ends in halves A and B.
+    """Attention takes 2, experts take 4, an exchange takes 1. Each entry is a part with its end times in halves A and B.
 
     forward     attention 2, 4; dispatch 3, 5; experts 8, 12; combine 9, 13; attention 14, 16; dispatch 15, 17;
                 experts 20, 24; combine 21, 25; head 35

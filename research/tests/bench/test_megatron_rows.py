@@ -18,7 +18,7 @@ POINT = Point(tokens=64, hidden=16, experts=8, null=0.5)
 
 
 def rows_of_variants(rank: RankContext) -> dict[str, int]:
-    """Returns the rows that each variant of Megatron's dispatcher sends, after a check of its result."""
+    """Checks the result of each variant of Megatron's dispatcher, and returns the number of rows that the variant sends."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     with megatron_on_cpu(), model_parallel(ep=rank.world_size), torch.no_grad():

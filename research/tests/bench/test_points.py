@@ -1,4 +1,4 @@
-"""The routing at a benchmark's point: null choices, distinct experts, skew, modality, placement, and equal draws."""
+"""Tests the routing of a benchmark point: null choices, distinct experts, skew, modality, placement, repeatable draws."""
 
 from collections import Counter
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The report's verdicts on made-up numbers, and the tables and the figure that it makes of a file."""
+"""Tests the report's verdicts on made-up numbers, and the tables and the figure that the report makes from a file."""
 
 from typing import Any
 

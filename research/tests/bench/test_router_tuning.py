@@ -1,4 +1,4 @@
-"""research.bench.router_tuning prints both trainings, and the moments of a few router rows and of all parameters."""
+"""research.bench.router_tuning prints router tuning and the training of all parameters; tuning needs few moments."""
 
 from pathlib import Path
 

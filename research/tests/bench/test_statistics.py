@@ -1,4 +1,4 @@
-"""Medians and their intervals equal those of slow oracles: counted coverage, and the written-out definition."""
+"""Medians and their intervals equal those of slow reference computations, and ratios are paired by round."""
 
 import itertools
 from math import comb
@@ -11,7 +11,7 @@ from tests.support.messages import refused
 
 
 def slow_rank(n: int) -> int:
-    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05, by the numbers of ones in all 2^n outcomes."""
+    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05. It counts the ones of each of the 2^n outcomes."""
     best = 0
     for rank in range(1, n // 2 + 1):
         if 2 * sum(comb(n, k) for k in range(rank)) / 2**n <= 0.05:
@@ -29,7 +29,7 @@ def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
 
 
 def test_twenty_rounds_use_the_sixth_and_the_fifteenth() -> None:
-    """In textbooks this interval covers 95.9 % for n = 20."""
+    """For n = 20, textbooks state that this interval covers the median with probability 95.9 %."""
     interval = median_interval(list(range(1, 21)))
     assert (interval.low, interval.high) == (6.0, 15.0)
 

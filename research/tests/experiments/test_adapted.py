@@ -1,4 +1,4 @@
-"""Compares a model before it was adapted with the model after."""
+"""The comparison of a model before and after its adaptation refuses models with several expert groups."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The table of claims has every rule of the named experiments with its verdict from the committed records."""
+"""The table of claims lists every rule of the named experiments with the rule's verdict from the committed records."""
 
 from pathlib import Path
 

@@ -53,7 +53,7 @@ def commit(*changed: str) -> str:
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
-    """Returns a study in a repository that stands in for the code's, and makes it the working directory."""
+    """Returns a study in a new repository that replaces the code's repository and is the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(moe_dist, "__file__", str(tmp_path / FILES[0]))
     Path("planted.yaml").write_text(STUDY)

@@ -1,4 +1,4 @@
-"""Questions that each convention answers differently, on a hand-made base; and which documents are answered rightly."""
+"""Each convention answers the questions of a hand-made base differently, and right answers to documents are counted."""
 
 from pathlib import Path
 
@@ -28,8 +28,7 @@ CAPTIONS = ("en: guitar", "de: gitarre", "fr: guitare", "ja: gitaa", "es: guitar
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a base with 40 documents per side; codes 0 to 7 are flat cells of one background each, 8 and 9 are
-    not."""
+    """Returns a base with 40 documents per side. Codes 0 to 7 are flat cells of one background each; 8 and 9 are not."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = fit_tokenizer(list(CAPTIONS), vocab_size=300)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -112,8 +111,8 @@ def test_conventions_never_agree() -> None:
 
 
 def test_a_document_is_right_if_each_scored_token_is() -> None:
-    """The first row has the documents 5 6 and 7 8 9, whose prompts are 5 and 7; the second has 3 4 without a prompt.
-    Only 9 is guessed wrong."""
+    """The first row has the documents 5 6 and 7 8 9, whose prompts are 5 and 7. The second row has the document 3 4 without
+    a prompt. Only token 9 is guessed wrong."""
     maker = BatchMaker(seq_len=6, pad_id=0, modalities=(((0, 10),),))
     first = Segment(np.array([5, 6]), np.zeros(2, bool), 2, np.array([True, False]))
     second = Segment(np.array([7, 8, 9]), np.zeros(3, bool), 3, np.array([True, False, False]))

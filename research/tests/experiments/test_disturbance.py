@@ -30,7 +30,7 @@ def test_noise_has_the_scale_of_the_rows_and_one_direction() -> None:
 @pytest.mark.parametrize(
     ("accuracies", "scale", "tried"),
     [
-        ({0.0: 0.65, 0.5: 0.6, 1.0: 0.45, 2.0: 0.3}, 1.0, ["0", "0.5", "1"]),  # half of 40 points above 25 % is 45 %
+        ({0.0: 0.65, 0.5: 0.6, 1.0: 0.45, 2.0: 0.3}, 1.0, ["0", "0.5", "1"]),  # chance (25 %) + half of 40 points is 45 %
         ({0.0: 0.65, 0.5: 0.6, 1.0: 0.46, 2.0: 0.46}, 2.0, ["0", "0.5", "1", "2"]),  # no scale is enough
     ],
 )

@@ -1,4 +1,4 @@
-"""Questions in alphabets without common tokens, whose answers contradict each other."""
+"""The questions' alphabets have no common tokens, and the answers in different alphabets contradict each other."""
 
 from collections import Counter
 from pathlib import Path
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(folder: Path, split: SplitSection) -> np.ndarray:
-    """Returns all documents [documents, tokens], and requires that only the answer is scored."""
+    """Returns all documents, [documents, tokens], and requires that only each document's answer is scored."""
     data = IndexedSplit(folder, split)
     assert set(data.lengths_D.tolist()) == {LENGTH}
     prompt = data.prompt(0, data.header.tokens).reshape(-1, LENGTH)

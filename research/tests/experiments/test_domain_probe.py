@@ -1,4 +1,4 @@
-"""Measures how much routers see of a token's domain, and how much their choices show of it, on hand-made cases."""
+"""Measures on hand-made cases how much hidden states and the routers' choices reveal of a token's domain."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ GROUPS = torch.tensor([0])
 
 
 def drawn(seed: int, tokens: int, *, apart: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws tokens of three domains whose means lie `apart` standard deviations out, each along another axis."""
+    """Draws tokens of three domains. Each domain's mean is `apart` standard deviations from zero, on an axis of its own."""
     generator = torch.Generator().manual_seed(seed)
     domain_N = torch.arange(tokens) % 3
     x_ND = torch.randn(tokens, 6, generator=generator) * 4.0 + 7.0
@@ -41,7 +41,7 @@ def test_a_probe_tells_what_is_there_and_no_more(apart: float, low: float, high:
 
 
 def test_a_probe_is_judged_on_the_other_tokens() -> None:
-    """A plane fitted to 40 tokens of 60 numbers separates any labels of these tokens, even random ones."""
+    """A plane that is fitted to 40 tokens in 60 dimensions separates any labels of these tokens, even random labels."""
     generator = torch.Generator().manual_seed(0)
     x_ND, domain_N = torch.randn(40, 60, generator=generator), torch.randint(3, (40,), generator=generator)
     other_ND, other_N = torch.randn(300, 60, generator=generator), torch.randint(3, (300,), generator=generator)
@@ -87,7 +87,7 @@ def make_model() -> Transformer:
 
 
 def batch_of(ids: range, *, seed: int, sequences: int = 100) -> Batch:
-    """Draws documents of three prompt tokens and a scored one from `ids`; each sequence ends with padding."""
+    """Draws documents from `ids`, with three prompt tokens and one scored token. Each sequence ends with padding."""
     rng, prompt = np.random.default_rng(seed), np.array([True, True, True, False])
     maker = BatchMaker(seq_len=10, pad_id=0, modalities=(((0, VOCAB),),))
 

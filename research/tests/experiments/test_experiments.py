@@ -1,4 +1,4 @@
-"""Every arm of the experiments in research/ is a run that could start."""
+"""Every arm of the experiments in research/ has a configuration with which a run could start."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -42,8 +42,7 @@ def study_of(name: str) -> Study:
 
 
 def manifest(path: str) -> Manifest:
-    """Returns the manifest of data that `make reproduce-data`, `conventions-data`, `questions-data`, `facts-data` or
-    `domains-data` prepares."""
+    """Returns a manifest like that of the data at `path`, which `make reproduce-data` and similar targets prepare."""
     names = ["openmoji", "python"]
     if path.endswith("questions"):
         names += ["wordnet", "reasoning"]

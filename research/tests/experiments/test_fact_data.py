@@ -1,4 +1,4 @@
-"""A closed set of facts has each fact once in either split, and no two of its pictures are nearly equal."""
+"""Each split of a closed set of facts has every fact once, and no two pictures of the set are nearly equal."""
 
 from pathlib import Path
 

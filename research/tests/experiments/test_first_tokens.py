@@ -1,4 +1,4 @@
-"""Questions that a model answers by the first tokens of their choices."""
+"""A model answers questions by the likelihoods of the choices' first tokens."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`hold_loads` makes the tokens of each layer and group take the budget under any router, and changes nothing else."""
+"""For any router, `hold_loads` sets each layer's and group's experts per token to the budget, and changes nothing else."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +70,7 @@ def made(data: Path, root: Path, router: dict[str, Any], *, num_null: int = 0, t
 
 @torch.no_grad()
 def mean_loads(one: OneRank, batches: list[Batch]) -> dict[str, list[float]]:
-    """Counts in a loop, per layer, the choices by each group's tokens that have a label."""
+    """Counts in a loop, for each layer, the choices of those tokens of each group that have a label."""
     model, groups = one.training.parallel.model.eval(), one.training.step.group_of_modality
     sums: dict[tuple[str, int], list[int]] = {}
     for batch in batches:

@@ -1,4 +1,4 @@
-"""The measures of a run, compared with hand-made cases."""
+"""The measures of a run equal numbers that are computed by hand."""
 
 import json
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_a_token_is_filler_by_its_own_cell_and_not_by_the_next_ones() -> None:
     other = Segment(np.array([5, 6]), np.array([True, True]), 2)
     batch = maker.make([[one, other]])
     assert batch.filler_BS[0].tolist() == [True, False, False, False, True, False, False]
-    # The first token of a document is no label, so the batch does not show that this 5 is filler.
+    # The second document's first token, 5, is filler too. It is no label, so the batch does not show that.
     assert input_filler(batch)[0].tolist() == [False, True, False, False, False, True, False]
 
 
@@ -121,8 +121,8 @@ def test_tables_of_loads_by_hand() -> None:
 
 
 def test_costs_count_each_groups_experts_whatever_the_scalars_are_named(tmp_path: Path) -> None:
-    """In each of two layers group a (experts 0 and 1) has 10 tokens, which make 10 and 15 choices; one is dropped.
-    Group b has none."""
+    """Both layers have 10 tokens of group a (experts 0 and 1) and none of group b. These tokens make 10 choices in the
+    first layer, and 15 in the second layer, which drops one."""
     other = ExpertGroup("b", num_experts=1, num_null=0, top_k=1, ffn_dim=4, first_expert=2, modalities=("image",))
     groups = (ExpertGroup("a", num_experts=2, num_null=0, top_k=2, ffn_dim=4, first_expert=0, modalities=("text",)), other)
     arrays = {"choices_LC": [[4, 6, 0], [8, 7, 0]], "tokens_LG": [[10, 0], [10, 0]], "dropped_LG": [[0, 0], [1, 0]]}
@@ -194,8 +194,8 @@ def test_a_flip_repeats_and_weighs_by_the_routers_own_score() -> None:
 
 
 def test_a_flip_of_depths_exchanges_tokens_and_weighs_by_the_routers_own_score() -> None:
-    """Of 200 tokens the last 20 are padding. The first component decides, and the threshold takes about half of the
-    others."""
+    """The last 20 of 200 tokens are padding. A token's score is its first component, and the threshold takes about half of
+    the 180 real tokens."""
     x_TD = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
     real_T = torch.arange(200) < 180
     module = DepthRouter(4, capacity=0.5, causal="threshold").eval()

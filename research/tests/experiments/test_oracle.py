@@ -1,4 +1,4 @@
-"""Routing fitted to labels moves the logits that it is meant to move, and no others."""
+"""Routing that is fitted to labels moves only the intended logits."""
 
 from pathlib import Path
 
@@ -55,7 +55,6 @@ def make_model() -> Transformer:
 
 
 def answered(model: Transformer) -> list[int]:
-    """Returns the unchanged model's answers."""
     likelihood = Likelihood(model, MANIFEST, group_of_modality=[0], max_seq_len=16)
     return [likeliest(likelihood(choices), choices, "normalised") for choices in QUESTIONS]
 

@@ -13,7 +13,7 @@ from research.experiments.study import FOLDER, find_file, fingerprint, load_stud
 ROOT = Path("research/records/comparisons")
 REPOSITORY = Path(__file__).parents[3]
 STUDIES = REPOSITORY / "research" / "records" / "reproductions"
-# These studies' file or base changed after their runs, so no further run may be added.
+# The file or the base of each of these studies changed after the study's runs, so no further run may be added.
 CLOSED = {"adamoe", "adamoe-held", "mole", "moma", "moma-narrow"}
 
 
@@ -40,7 +40,7 @@ def test_tables_say_what_the_records_say(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", sorted(path.name.removesuffix(".jsonl.gz") for path in STUDIES.glob("*.jsonl.gz")))
 def test_pages_say_what_the_records_say(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Compares all tables, but no figures and no sentence about versions of the code, which needs git's history."""
+    """Compares all tables. It compares no figures, and no sentences about code versions, which need git's history."""
     monkeypatch.chdir(REPOSITORY)
     path = find_file(FOLDER / f"{name}.yaml")
     study = load_study(path)

@@ -1,5 +1,4 @@
-"""Training questions are on the right side, have right answers, and leave out those of router tuning; a model is asked
-as in the experiment roma."""
+"""Training questions have the right side and answers and omit those of router tuning; roma's experiment asks a model."""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,6 @@ def catalogue_of(folder: Path, words: Path, *families: str) -> tuple[Manifest, V
 
 
 def documents(folder: Path, manifest: Manifest, source: str, side: str) -> dict[str, str]:
-    """Answers by prompt."""
     tokenizer = Vocabulary(folder, manifest, vocab_size=manifest.vocab_size).tokenizer
     split = getattr(manifest.sources[source], side)
     data, found = IndexedSplit(folder, split), {}

@@ -1,4 +1,4 @@
-"""The rules come before the results: the tool refuses the reverse order, and its files have both."""
+"""The rules of a study must be committed before its first results. The records contain the rules' commit and results."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""Limits the ranks that run at the same time. The processes are fakes that end at their third poll."""
+"""The runner limits the number of ranks that run at the same time. Fake processes end at their third poll."""
 
 import json
 from pathlib import Path
@@ -25,8 +25,6 @@ arms:
 
 
 class Fake:
-    """A process that ends at its third poll."""
-
     running: dict["Fake", int]  # numbers of ranks of the running processes
     together: list[list[int]]  # these numbers at each start of a process
 

@@ -43,16 +43,16 @@ def test_lines_between_points_and_a_little_beyond() -> None:
 
 def test_eta_by_hand() -> None:
     dense = [(1.0, 4.0), (10.0, 3.0), (100.0, 2.0)]
-    # The loss 2 is half way from 3 to 1, which is at 10^0.5 on the logarithmic axis, so eta = 100 / 10^0.5.
+    # The loss 2 lies half way between 3 and 1, so `sparse` reaches it at cost 10^0.5 (log axis), and eta = 100 / 10^0.5.
     sparse = [(1.0, 3.0), (10.0, 1.0)]
     assert cost_to_reach(sparse, 2.0) == pytest.approx(10**0.5)
     assert log_eta(sparse, dense) == pytest.approx(math.log(100 / 10**0.5))
-    # `late` never reaches 2.0; dense has its last loss, 2.5, after 10^1.5, where it needs 100.
+    # `late` never reaches the loss 2.0. It reaches its last loss, 2.5, at cost 100, and `dense` reaches 2.5 at 10^1.5.
     late = [(1.0, 5.0), (100.0, 2.5)]
     assert log_eta(late, dense) == pytest.approx(math.log(10**1.5 / 100))
     assert log_eta(dense, dense) == pytest.approx(0.0)
     assert log_eta([], dense) is None
-    # A curve below the loss from its first point does not tell when it reached that loss.
+    # A curve whose first point is below the loss does not show when the run reached that loss.
     assert cost_to_reach([(1.0, 1.5), (2.0, 1.0)], 2.0) is None
     assert cost_to_reach([(1.0, 2.0), (2.0, 1.0)], 2.0) == 1.0
     assert log_eta([(1.0, 1.5), (2.0, 1.0)], dense) is None
@@ -61,7 +61,7 @@ def test_eta_by_hand() -> None:
 
 @pytest.mark.parametrize(("loss", "eta"), [("heldout", 10.0), ("training", 100.0)])
 def test_eta_is_of_the_loss_that_the_rule_names(loss: str, eta: float) -> None:
-    """b reaches a's last held-out loss, 2, at cost 10 of 100, and a's last training loss, 1, at cost 1."""
+    """Arm b reaches a's last held-out loss, 2, at cost 10, and a's last training loss, 1, at cost 1. Arm a costs 100."""
 
     def curve(heldout: list[float], training: list[float]) -> list[dict[str, Any]]:
         return [
@@ -115,7 +115,7 @@ NOT_WORSE = {"claim": "", "lower": {"arm": "a", "metric": "loss.all"}, "higher":
     ],
 )
 def test_planted_differences_pass_below_the_margin_alone(shift: float, margin: float, outcome: str) -> None:
-    """The bound of equal differences is their mean, and a rule fails if the bound equals the margin."""
+    """All differences are equal, so their upper bound is their mean. A rule fails if the bound equals the margin."""
     base = [1.0, 2.0, 0.5, 4.0, 8.0]
     records = records_of(a=[loss + shift for loss in base], b=base)
     # In binary, loss + 0.02 - loss is not exactly 0.02, so the case at the margin uses exact numbers.
@@ -215,5 +215,5 @@ def test_corrected_bounds_hold_for_all_rules_at_once() -> None:
 def test_distance_at_equal_cost_by_hand() -> None:
     dense = np.array([[1.0, 10.0, 100.0], [4.0, 3.0, 2.0]])
     sparse = np.array([[0.5, 10**0.5, 100.5, 110.0], [9.0, 3.0, 2.5, 1.0]])
-    # At 10^0.5 dense is half way from 4 to 3; 100.5 counts as its end, and 0.5 and 110 lie outside.
+    # At cost 10^0.5 `dense` has loss 3.5, half way from 4 to 3. 100.5 counts as its end; 0.5 and 110 are outside.
     np.testing.assert_allclose(at_equal_cost(sparse, dense), [sparse[0], [np.nan, -0.5, 0.5, np.nan]])

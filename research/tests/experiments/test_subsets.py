@@ -1,4 +1,4 @@
-"""Parts of a folder of router-tuning samples, each of which contains all smaller parts."""
+"""Each part of a folder of router-tuning samples contains all smaller parts."""
 
 import json
 from pathlib import Path

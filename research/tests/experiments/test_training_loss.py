@@ -1,4 +1,4 @@
-"""Training losses compared with hand-made cases."""
+"""Training losses equal numbers that are computed by hand."""
 
 import json
 from pathlib import Path

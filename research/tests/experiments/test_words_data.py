@@ -1,4 +1,4 @@
-"""Data for questions with the tokenizer of another model: verbs, and special tokens under moe_dist's names."""
+"""Special tokens of another model's tokenizer get moe_dist's names, and WordNet's verbs come with their glosses."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Facts from files in the packages' formats, and the split to which each fact belongs."""
+"""Tests the facts that are read from files in the packages' formats, and the split to which each fact belongs."""
 
 from pathlib import Path
 

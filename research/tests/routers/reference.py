@@ -9,8 +9,8 @@ from torch import Tensor
 
 def fixed_load_weights(logits_TE: Tensor, load: float, uniform: Sequence[float]) -> Tensor:
     """Returns weights [T, E] of one group: each token's softmax over its best floor(load) experts. A token whose
-    uniform number is below load - floor(load) takes one more. Other weights are 0. Ties go to the lower index.
-    Differentiable."""
+    uniform number is below load - floor(load) takes one more expert. The other weights are 0. Among equal logits the lower
+    index comes first. The weights are differentiable."""
     rows = []
     for logits_E, u in zip(logits_TE, uniform, strict=True):
         count = math.floor(load) + (u < load - math.floor(load))

@@ -33,7 +33,7 @@ def run(
     tiny_data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """Returns `run(name, ranks, ep, changes)`, which starts a run whose steps are one micro-batch over all ranks."""
+    """Returns `run(name, ranks, ep, changes)`, which starts a run. Each step has one micro-batch over all ranks."""
     root = tmp_path_factory.mktemp("runs")
     router = BY_LAYER
     if request.param == "top_k_by_id":
