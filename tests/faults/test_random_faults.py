@@ -1,7 +1,7 @@
 """A run of 60 steps on 4 ranks with 20 random faults of every phase and kind ends bit-equal to an undisturbed run.
 
-MOE_DIST_FAULT_SEED=<seed> repeats the faults of the printed seed. MOE_DIST_FAULT_CAMPAIGNS=<n> runs n campaigns, every
-second one without asynchronous saves.
+MOE_DIST_FAULT_SEED=<seed> repeats the faults of the printed seed. MOE_DIST_FAULT_CAMPAIGNS=<n> runs n campaigns. Every
+second campaign has no asynchronous saves.
 """
 
 import os

@@ -15,8 +15,8 @@ SMALLEST_GAP = 1e-5
 
 def assert_agree(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> None:
     """Asserts that no entry differs by more than BOUND of its tensor's largest entry. The bias of keys is an exception: its
-    differences are compared with the largest entry of the keys' weight. A softmax ignores a constant added to all keys, so the terms of
-    this bias's gradient nearly cancel and leave only rounding."""
+    differences are compared with the largest entry of the keys' weight. A softmax ignores a constant added to all keys, so
+    the terms of this bias's gradient nearly cancel and leave only rounding."""
     assert ours.keys() == theirs.keys()
     worst = {name: float(np.abs(ours[name] - theirs[name]).max()) for name in theirs}
     scale = {name: re.sub(r"(\.k)\.bias$", r"\1.weight", name) for name in theirs}

@@ -1,4 +1,4 @@
-"""Builds runs on ranks of tests up to their first step, and has one small run for both engines."""
+"""Builds runs on the ranks of tests up to the first step, and defines one small run for both engines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +52,7 @@ CHANGES: Mapping[str, Any] = {
 
 
 def config_of(data: str | Path, root: str | Path, changes: Mapping[str, Any]) -> Config:
-    """Returns the run's configuration with `changes` by dotted key."""
+    """Returns the run's configuration with `changes`, whose keys are dotted names of fields."""
     return tiny_config(Path(data), Path(root), {**CHANGES, **changes})
 
 

@@ -1,5 +1,5 @@
-"""Runs the rest of a run besides training steps on fake CUDA tensors: held-out evaluation, and copies of asynchronous
-saves.
+"""Runs, on fake CUDA tensors, the parts of a run that are not training steps: the held-out evaluation, and the copies of
+asynchronous saves.
 
 `python -m tests.support.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that `tools.fake_gpu.fake_cuda.child`
 started, prints JSON of `observed`.
@@ -25,10 +25,10 @@ from tools.fake_gpu import fake_cuda, fake_step
 def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 2) -> dict[str, Any]:
     """Takes two training steps, the evaluation at the end of a run on `held_out` batches, and two saves.
 
-    Returns, for "first step", "step", "evaluation", "first save" and "save": the host's reads by name (by file if the
-    name is a source line), by file the copies for which the host waits, operations with tensors of both devices, and
-    the names of collectives in order. The entry "snapshot" has, for the second save, the numbers of tensors and copies,
-    whether all tensors are on the host, and whether they are the tensors of the first save.
+    Returns an entry for each of "first step", "step", "evaluation", "first save" and "save". It has the host's reads by
+    name (by file if the name is a source line), the copies for which the host waits by file, operations with tensors of
+    both devices, and the names of collectives in order. The entry "snapshot" has, for the second save, the numbers of
+    tensors and copies, whether all tensors are on the host, and whether they are the tensors of the first save.
     """
     found: dict[str, Any] = {}
     recorder, training = run.recorder, run.training

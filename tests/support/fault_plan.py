@@ -61,7 +61,7 @@ class FaultPlan:
     Attributes:
         folder: Each fault that has struck leaves a file here.
         data: Prefix of the indexed files to truncate, in the run's own copy of the data.
-        disk: Folder on a small file system, filled for ENOSPC. None if there is none; writes then fail by interposition.
+        disk: Folder on a small file system, which ENOSPC faults fill. If None, the interposer makes writes fail instead.
     """
 
     faults: tuple[Fault, ...]
@@ -80,7 +80,7 @@ class FaultPlan:
         return cls(tuple(Fault(**each) for each in values["faults"]), Path(values["folder"]), Path(values["data"]), disk)
 
     def struck(self, number: int) -> dict[str, Any] | None:
-        """Returns time, attempt and last step of a fault that has struck; None before."""
+        """Returns the time, attempt and last step of a fault that has struck, or None before it strikes."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return json.loads((self.folder / f"struck_{number}").read_text())
         return None

@@ -27,8 +27,8 @@ from tests.support.agreement import Arrays, arrays, smallest_gap
 
 
 def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
-    """Returns the smallest gap between a token's last chosen expert, or group of experts, and the next, over all layers
-    of their model."""
+    """Returns the smallest difference in score between a token's last chosen expert and the next expert, or between expert
+    groups, over all layers of a transformers model."""
     config: Any = model.config
     biases = [bias for name, bias in model.state_dict().items() if name.endswith("e_score_correction_bias")]
     gaps = []
@@ -48,10 +48,10 @@ def choice_gap(model: nn.Module, router_logits: Sequence[Tensor]) -> float:
 
 
 def under_our_names(named: Mapping[str, Tensor], config: Mapping[str, Any]) -> Arrays:
-    """Returns all tensors of their model under our names, with zeros for those that it lacks.
+    """Returns all tensors of a transformers model under our names. Tensors that the model lacks are zero.
 
     Args:
-        config: Its config.json.
+        config: The model's config.json.
     """
     family, plain, _ = read_config(config)
     found: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
 """A stand-in for `deep_ep.HybridEPBuffer` (branch hybrid-ep) in torch over gloo.
 
 It implements dispatch with permutation and combine with the reverse permutation, and checks the requirements of
-`deep_ep/hybrid_ep_buffer.py` and `csrc/hybrid_ep/` on that branch. Pairs arrive sorted by expert, and for one expert by
-source rank and token. With a handle the host does not know `num_permuted_tokens`, so a repeated dispatch must pass it.
+`deep_ep/hybrid_ep_buffer.py` and `csrc/hybrid_ep/` on that branch. Pairs arrive sorted by expert, then by source rank, then
+by token. With a handle the host does not know `num_permuted_tokens`, so a repeated dispatch must pass this number.
 """
 
 from collections.abc import Iterator

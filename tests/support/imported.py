@@ -29,7 +29,7 @@ def load_imported(folder: Path) -> tuple[Transformer, CheckpointState]:
 
 
 def manager(folder: Path) -> CheckpointManager:
-    """Returns the manager, for one rank, of a folder's checkpoints."""
+    """Returns the manager of a folder's checkpoints for one rank."""
     return CheckpointManager(folder, keep=1, lease_check=lambda: None)
 
 

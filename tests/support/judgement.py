@@ -1,4 +1,4 @@
-"""The requirements of a run with faults: the bits of an undisturbed run, and the expected end of each fault."""
+"""Checks a run with faults: it must be bit-equal to an undisturbed run, and each fault must have its expected effects."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from tests.support.site import MEETING_SECONDS, ROOT, SAVE_EVERY, WATCHDOG_SECON
 
 START_SECONDS = 60.0  # limit for the start of a rank until it waits for its peers, on a busy machine
 END_SECONDS = 10.0  # limit from the death of a rank to the end of all ranks
-SURVIVED = ("ENOSPC", "EIO", "truncated file")  # kinds that a save survives: it reports them, and is tried again
+SURVIVED = ("ENOSPC", "EIO", "truncated file")  # a save reports a fault of these kinds, and is tried again
 TRIED_AGAIN = "training continues, the next interval tries again"
 _BEGUN, _DURABLE = re.compile(r"checkpoint step_(\d+): training went on"), re.compile(r"checkpoint step_(\d+): durable")
 
@@ -114,7 +114,7 @@ def look_back(plan: FaultPlan, run: RunFolder, ends: Sequence[Mapping[str, Any]]
             seen["restarted"] = bool(following) and following[0].restarts > 0
         others = [each for each in plan.faults if each != fault and _strikes(records[each.number], record["attempt"])]
         if survives(fault):
-            # The next save waits for this one and reports its failure, if nothing did so earlier.
+            # The next save waits for this one and reports its failure, if the failure was not reported before.
             over = seen.get("verdict") == 0 or end["step"] > record["step"] + SAVE_EVERY
             seen["reported"] = TRIED_AGAIN in log_of(run, fault.rank, record["attempt"]) if over else None
             others = [each for each in others if not survives(each)]
@@ -136,7 +136,7 @@ def survives(fault: Fault | Cell) -> bool:
 
 
 def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:
-    """Yields the expected effects that are missing, for a fault that ends an attempt and was alone in it."""
+    """Yields the expected effects that are missing, for a fault that ended an attempt and was the only fault in it."""
     verdict, reason = seen.get("verdict"), str(seen.get("reason", ""))
     if fault.kind in ("exception", "SIGKILL") and seen["to_end"] > END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"

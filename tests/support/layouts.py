@@ -75,7 +75,7 @@ class Layout:
     noise: float = 0.0
     parts: int = 1  # number of parts into which a rank divides each micro-batch
     per_pair: bool = False
-    room: float | None = None  # room of the dispatcher `static`, which replaces the default one
+    room: float | None = None  # `room` of the dispatcher `static`, which replaces the default dispatcher
     mixture_of_depths: str | None = None  # selection scope of layer 0, which computes 0.3 of the tokens
     depth_causal: str = "threshold"
     tuned: tuple[int, ...] = ()  # trains only the routers of these layers
@@ -182,8 +182,8 @@ FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of one rank. Arrays have logical names. Gradients are from the first step, parameters from the
-    last."""
+    """The results of one rank. Arrays have logical names. Gradients are those of the first step, and
+    parameters are those after the last step."""
 
     steps: list[StepResult]
     gradients: dict[str, np.ndarray]
@@ -326,8 +326,8 @@ def config_of(layout: Layout) -> Config:
 def batch_of(step: int, micro: int, first: int, count: int) -> Batch:
     """Returns the sequences [first, first + count) of one micro-batch.
 
-    Sequence 0 is all padding, 1 all text, 2 all image, and the rest are mixed. With 8 ranks, one rank therefore has no
-    token, and some have one modality only. A third of the tokens are prompts.
+    Sequence 0 is all padding, sequence 1 is all text, sequence 2 is all image, and the other sequences are mixed. With 8
+    ranks, one rank therefore has no token, and some ranks have one modality only. A third of the tokens are prompts.
 
     No token occurs twice. With expert choice or mixture of depths, two equal tokens may have equal scores in exact
     arithmetic: at the start of documents, and in mixture-of-depths layers. Rounding, which depends on the layout, would
@@ -443,7 +443,7 @@ class TrainingRank:
 
 
 def train(rank: RankContext, layout: Layout, checkpoint: Path | None = None) -> Outcome:
-    """Trains the layout. Trains, and returns this rank's results.
+    """Trains the layout, and returns this rank's results.
 
     Args:
         checkpoint: Folder of the initial weights. A single rank first writes its own weights there.

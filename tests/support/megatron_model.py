@@ -1,4 +1,4 @@
-"""Our transformer, and Megatron's GPTModel with the same weights."""
+"""Builds our transformer, and Megatron's GPTModel with the same weights."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -68,7 +68,7 @@ class Layout:
 
     @property
     def settings(self) -> ExpertSettings:
-        """Interleaves the experts. If `uneven`, the first rank has all but three, and the last of four has none."""
+        """Interleaves the experts. If `uneven`, the first rank has all but three experts, and the last of four has none."""
         settings = ExpertSettings.model_validate_json(json.dumps(self.values))
         if not self.uneven:
             return settings
@@ -134,7 +134,7 @@ def gpt_model(config: Any, spec: Any) -> Any:
 
 def decoder_spec(layout: Layout, config: Any) -> Any:
     """Returns the spec of our decoder layers. Megatron's norms for sequence parallelism need Transformer Engine or
-    Apex; without them a block has the engine's norm."""
+    Apex. Without these packages a block has the engine's norm."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -206,7 +206,7 @@ class TokenBatch:
 
 
 def batch_of(count: int, settings: ExpertSettings, *, seed: int = 5) -> TokenBatch:
-    """Sequence 0 has only the first modality, 1 only the last, and the rest are mixed; a few tokens are padding."""
+    """Sequence 0 has only the first modality, sequence 1 only the last, and others are mixed. A few tokens are padding."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
     labels = torch.randint(0, VOCAB_SIZE, (count, SEQ_LEN), generator=generator)
@@ -225,8 +225,8 @@ def causal_mask() -> Tensor:
 def our_loss(
     model: Transformer, batch: TokenBatch, settings: ExpertSettings, *, aux: bool, masked: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, list[float]]]:
-    """The oracle. Returns the mean cross entropy over all tokens (with `masked` over all but padding) plus the
-    auxiliary terms, the logits, and each MoE layer's auxiliary terms without coefficients."""
+    """Runs the oracle. Returns the mean cross entropy over all tokens (without padding if `masked`) plus the auxiliary
+    terms, the logits, and each MoE layer's auxiliary terms without coefficients."""
     groups = torch.tensor([*settings.group_of_modality(), -1])[batch.modality_BS]
     logits, reports = model(batch.tokens_BS, batch.positions, torch.zeros_like(batch.tokens_BS), groups)
     labels = batch.labels_BS.masked_fill(batch.modality_BS < 0, -100) if masked else batch.labels_BS
@@ -256,7 +256,7 @@ def place_of(layout: Layout, state: Any) -> Place:
 
 
 def megatron_tensors(model: Any, ours: Transformer, place: Place, *, gradients: bool = False) -> dict[str, Tensor]:
-    """Returns our model's weights or gradients in the form of one Megatron rank, by its parameters' names."""
+    """Returns our model's weights or gradients as one Megatron rank stores them, by the names of its parameters."""
     whole: dict[str, Tensor] = {}
     for each in named_parameters(ours):
         tensor: Any = each.parameter.grad if gradients else each.parameter.detach()

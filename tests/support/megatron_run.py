@@ -1,5 +1,5 @@
-"""Our layer in Megatron with its groups, DDP and gradients, and our model with the same weights, on the ranks of a
-world."""
+"""Runs our layer in Megatron, with Megatron's groups, DDP and gradients, on the ranks of a world. Builds our model with the
+same weights."""
 
 import contextlib
 import queue
@@ -69,7 +69,7 @@ def wrapped(model: Any, config: Any) -> Any:
 
 
 def build(layout: Layout, state: Any) -> tuple[Any, Any, TokenBatch, TokenBatch]:
-    """Returns Megatron's model (in its DDP) and ours with equal weights, and the batches of this and of all ranks."""
+    """Returns Megatron's model (in its DDP) and ours with equal weights, this rank's batch, and the batch of all ranks."""
     settings, config = layout.settings, transformer_config(layout)
     ours = our_model(settings)
     model = gpt_model(config, decoder_spec(layout, config))

@@ -44,7 +44,7 @@ class CosineRouter(TopKRouter):
 
 
 def write_package(folder: Path, *, name: str = PACKAGE, section: str = SECTION, kind: str = "acme_cosine") -> Path:
-    """Returns the package's folder; on sys.path, it offers the router."""
+    """Writes the package, and returns its folder. If the folder is on sys.path, moe_dist finds the router."""
     module = name.replace("-", "_")
     (folder / module).mkdir(parents=True)
     for file, text in {"__init__": "", "section": section, "router": ROUTER}.items():

@@ -9,7 +9,7 @@ import numpy as np
 from tests.support.agreement import Arrays, merged
 from tests.support.layouts import Layout, Outcome, train
 
-# Fields of a layout that change what a model computes, and not only where.
+# Fields of a layout that change the results of the computation, and not only its distribution over ranks.
 OF_THE_MODEL = (
     "free", "null_logit", "balance_loss", "balance_scope", "null_weight", "tied", "optimizer", "distilled", "form"
 )  # fmt: skip

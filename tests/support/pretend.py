@@ -1,10 +1,10 @@
 """A rank without torch that does everything in a training except its steps, for tests of clusters and launchers.
 
-It opens the run, checks its place, counts steps, and ends as PRETEND says. PRETEND has the end of each attempt, and its
-last one repeats: `stop+5 done` means 5 steps and exit code 75, then 0. Ends are:
+It opens the run, checks its place, counts steps, and ends as PRETEND says. PRETEND lists the end of each attempt; the last
+end repeats. With `stop+5 done` the first attempt takes 5 steps and exits with 75, and later ones exit with 0. Ends are:
 
     done       all ranks exit with 0
-    stop       all ranks exit with 75 at once; after `wait` only on a stop signal
+    stop       all ranks exit with 75 at once; the end `wait` does this only after a stop signal
     fail       all ranks exit with 1, without a message
     diverge    rank 2 diverges, and its peers are killed
     kill:R     SIGKILL kills rank R, and its peers lose the connection

@@ -27,7 +27,7 @@ DATA = ROOT / ".cache" / "data" / "openmoji"
 MODALITIES = ("text", "text", "image", "image")  # labels of nodes 0 to 3
 STORE_BYTES = 80_000_000
 MARK = "MOE_DIST_TEST_MARK"  # variable that marks all processes which a run starts
-# Ranks 0 and 2 have image experts, ranks 1 and 3 text experts, each on a node whose label names this modality.
+# Ranks 0 and 2 have image experts; ranks 1 and 3 have text experts. The label of a rank's node names this modality.
 INTERLEAVED = (
     "placement.groups={text: {ranks: [1, 3], node: {labels: {modality: text}}}, "
     "image: {ranks: [0, 2], node: {labels: {modality: image}}}}"
@@ -83,8 +83,8 @@ class RayCluster:
     """A head without CPUs and four nodes with one CPU each, all in this process.
 
     Args:
-        folder: RAY_TMPDIR. Each node has a folder in it, because nodes in one folder would unpack the job's code at
-            once.
+        folder: RAY_TMPDIR. Each node has its own folder in it, because nodes that share a folder would unpack the job's
+            code there at the same time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class RayCluster:
         self._cluster.remove_node(self._nodes[slot], allow_graceful=False)
 
     def replace(self, slot: int, **variables: str) -> None:
-        """Starts a node with the labels of a killed one; its workers have `variables` in their environment."""
+        """Starts a node with the labels of a killed node; its workers have `variables` in their environment."""
         self._nodes[slot] = self._add(slot, **variables)
 
     def slot_of(self, pid: int) -> int:
@@ -144,7 +144,7 @@ class Driver:
         address: The cluster's address.
         run: The run's folder.
         arguments: Overrides, and options of the module.
-        log: File to which its output is appended.
+        log: File to which the driver's output is appended.
         config: The configuration to train.
     """
 

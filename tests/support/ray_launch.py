@@ -2,7 +2,7 @@
 
     python -m tests.support.ray_launch CONFIG [key=value ...] -- NAME ...
 
-The arguments after `--` name variables that the ranks get too. If PRETEND is among them, the ranks run
+The arguments after `--` name environment variables that are passed on to the ranks. If PRETEND is among them, the ranks run
 `tests.support.pretend`.
 """
 

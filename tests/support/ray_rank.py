@@ -14,7 +14,7 @@ SAVE_SECONDS = "MOE_DIST_TEST_SAVE_SECONDS"
 
 
 def leave_a_process() -> None:
-    """Starts a process that survives the end of its parent, and signals sent to the parent's process group."""
+    """Starts a process that survives the end of its parent, and survives signals to its parent's process group."""
     sleeper = f"import os, time; os.setsid(); os.fork() and os._exit(0); time.sleep({60 * 60})"
     subprocess.run([sys.executable, "-S", "-c", sleeper], check=True)
 

@@ -14,7 +14,7 @@ from tests.support.layouts import HIDDEN_DIM, Layout, config_of
 
 
 def on_others(placement: ExpertPlacement, expert: int, number: int) -> list[Replica]:
-    """Returns replicas of an expert on the ranks that follow its own."""
+    """Returns replicas of an expert on the `number` ranks that follow the expert's own rank."""
     home, ranks = placement.rank_of_expert[expert], placement.num_ranks
     return sorted(Replica(expert, (home + after) % ranks) for after in range(1, number + 1))
 

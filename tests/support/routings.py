@@ -79,7 +79,7 @@ def round_trip(
 ) -> RoundTrip:  # fmt: skip
     """Dispatches and combines assignments, and compares values and gradients with the oracle.
 
-    Draws the weights of pairs (float64 in a float64 run, otherwise fp32), with zero where a pair is absent.
+    The weights of pairs are random (float64 in a float64 run, otherwise fp32). Absent pairs have weight zero.
     """
     generator = torch.Generator().manual_seed(seed * 100 + rank)
     weights_dtype = torch.promote_types(dtype, torch.float32)

@@ -33,7 +33,7 @@ def one_rank_placement(groups: Sequence[ExpertGroup]) -> ExpertPlacement:
 
 
 def saved_model(folder: Path, data: Path, changes: Mapping[str, Any], *, copies: bool = False) -> Transformer:
-    """Saves in `folder`, as a run on `data` would, a checkpoint of a model with random weights. Returns the model.
+    """Saves a checkpoint of a model with random weights in `folder`, as a run on `data` would do. Returns the model.
 
     Args:
         copies: Whether null rows of routers copy true rows, as at the start of a run.
@@ -85,10 +85,10 @@ def our_gradients(model: Transformer, tokens_BS: Tensor) -> Arrays:
 
 
 def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Mapping[str, Tensor] | None = None) -> Arrays:
-    """Returns these gradients of a model in an exported folder under our names, with 0 for its buffers.
+    """Returns the gradients of the next-token loss of an exported model under our names, with 0 for buffers.
 
     Args:
-        more: Tensors besides the model's parameters.
+        more: Further tensors with gradients, which are not parameters of the model.
     """
     next_token_loss(model(tokens_BS).logits, tokens_BS).backward()
     trained = dict(model.named_parameters()) | dict(more or {})
@@ -98,7 +98,7 @@ def their_gradients(folder: Path, model: nn.Module, tokens_BS: Tensor, more: Map
 
 @torch.no_grad()
 def continued(model: Transformer, tokens_BS: Tensor, count: int, *, cached: bool) -> Tensor:
-    """Returns the prompts with `count` more tokens, each the most likely one, by our cache or by whole forwards."""
+    """Returns the prompts with `count` more tokens, each the most likely one, with our cache or by whole forwards."""
     cache, new = model.make_cache(tokens_BS.shape[0], tokens_BS.shape[1] + count), tokens_BS
     for _ in range(count):
         if cached:

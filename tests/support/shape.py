@@ -31,8 +31,8 @@ class Shape:
         seed: The seed of this shape.
         names: Names of the four nodes, in Slurm's order.
         more_names: Names of four more nodes, for tests with eight nodes.
-        domain: DNS domain in the host name of each node; Slurm leaves it out.
-        partition, urgent: Names of the default partition and of the one that preempts it.
+        domain: DNS domain in the host name of each node. Slurm's names of the nodes omit the domain.
+        partition, urgent: Names of the default partition and of the partition that preempts it.
         preemption: PreemptMode of the default partition.
         limits: Limits of the default partition: MaxTime, DefaultTime, MaxNodes and MaxCPUsPerNode.
         requeue: JobRequeue, whether Slurm requeues jobs that do not ask for it.
@@ -47,8 +47,8 @@ class Shape:
         late_cpus: CPUs of each rank in that test.
         network: First three bytes of the addresses of Ray's nodes.
         wire, port: First three bytes of the addresses of torchrun's nodes, and the port where its agents meet.
-        agent_skew: Seconds by which torchrun's second agent starts after the first; negative: before it.
-        freezing_rank, freezing_step: The rank of torchrun's lost node that freezes, and the step at which it does.
+        agent_skew: Seconds by which torchrun's second agent starts after the first agent, or before it if negative.
+        freezing_rank, freezing_step: The rank of torchrun's lost node that freezes, and the step at which it freezes.
         features: Slurm features of the eight nodes.
         gpus: The form in which a job requests GPUs.
         victims: With two ranks per node, the ranks that are killed, frozen, and ended by a native exit.
@@ -146,8 +146,8 @@ class Shape:
         return [f'[ "$SLURMD_NODENAME" != {name} ] || sleep {seconds}' for name, seconds in found if seconds]
 
     def site(self, *, ranks_per_node: int = 1, exclusive: bool = False, **keys: object) -> str:
-        """Returns the text of a cluster file. `keys` replace or add lines. A rank has one thread in every job: an
-        `exclusive` job has all cores and sets the number, another has one core per rank."""
+        """Returns the text of a cluster file. `keys` replace or add lines. A rank has one thread in every job. An
+        `exclusive` job has all cores, and sets the number of threads. Other jobs have one core per rank."""
         late = [f"'{line}'" for line in self.late]
         lines: dict[str, object] = {"gpus": "{syntax: none}", "ranks_per_node": ranks_per_node, "time": f"'{self.time}'"}
         lines |= {"signal_seconds": self.signal_seconds, "partition": f"'{self.partition}'"}

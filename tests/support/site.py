@@ -35,7 +35,7 @@ class Site:
     """The folder of a campaign: a copy of the data, a small disk for the run, and the undisturbed run to compare with.
 
     Attributes:
-        folder: On an ordinary file system.
+        folder: The campaign's folder, on an ordinary file system.
         disk: A small tmpfs if mounting is permitted, else None. With None an interposed system call simulates a full disk.
     """
 

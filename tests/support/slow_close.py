@@ -1,6 +1,6 @@
 """A training with a sink that takes ten minutes to close; it records when each rank ends.
 
-MOE_DIST_TEST_ENDS=FOLDER     gets a file `<rank>` with the seconds of the machine's clock
+MOE_DIST_TEST_ENDS=FOLDER     gets a file `<rank>` with the time of the rank's end, in seconds of the machine's clock
 """
 
 import os

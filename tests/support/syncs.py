@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__")
-# The shape of each result depends on values, for which the host waits on CUDA. The first operation reads one number.
+# The shapes of the results depend on values, so on CUDA the host waits. The first operation reads a single number.
 OPS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "unique_consecutive", "bincount", "equal",
        "is_nonzero")  # fmt: skip
 

@@ -117,7 +117,7 @@ def _captions(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
 
 
 def _prose(rng: np.random.Generator, documents: int) -> Iterator[np.ndarray]:
-    """Yields documents of 5 to 40 words, which advance by the document's stride, then EOS."""
+    """Yields documents of 5 to 40 words and EOS. From word to word the id advances by the document's stride."""
     for _ in range(documents):
         start, stride, length = rng.integers(0, 24), rng.integers(1, 4), rng.integers(5, 41)
         yield np.append(24 + (start + stride * np.arange(length)) % 24, EOS)

@@ -30,7 +30,7 @@ class Tuned:
 
     Attributes:
         before, parameters: Parameters by logical name.
-        gradients: Existing gradients of the first step, by name.
+        gradients: Gradients of the first step by name, without parameters that have no gradient.
         moments: Names of the parameters with moments.
         events: Events of the exchanges.
     """

@@ -17,8 +17,8 @@ WIDTH = 6
 
 
 def _choices(answer: int, number: int, ids: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Returns the answer's first token and one to three others. In every seventh sample the first tokens do not tell
-    the choices apart."""
+    """Returns the first tokens of the answer and of one to three other choices, or -1 for every seventh sample, whose first
+    tokens do not tell the choices apart."""
     others = rng.choice(np.setdiff1d(np.arange(*ids), [answer]), rng.integers(1, 4), replace=False)
     return np.array([-1] if number % 7 == 6 else [answer, *others])
 
@@ -44,11 +44,11 @@ def made_samples(
 
     Args:
         model: The run's section `model` as JSON.
-        base: A run or checkpoint for the manifest to name.
-        longest: Most tokens of a prompt; answers have 1 to 3.
-        choices: Whether the folder has choices, which older versions lack.
+        base: A run or checkpoint that the manifest names as the base.
+        longest: Largest number of tokens of a prompt. Answers have 1 to 3 tokens.
+        choices: Whether the folder has choices. Folders of older versions have none.
         told: Whether first tokens tell the choices apart, except in every seventh sample.
-        changes: Other values of the manifest.
+        changes: Values of the manifest that differ from the defaults.
     """
     rng = np.random.default_rng(seed)
     choice_rng = np.random.default_rng([seed, 1])

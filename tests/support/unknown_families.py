@@ -10,8 +10,8 @@ from moe_dist.hf.sections import UNKNOWN_FAMILIES
 
 
 def table() -> dict[str, list[str]]:
-    """Returns, by type of a language model (with or without pictures), the nearest known family and the fields it
-    lacks."""
+    """Returns, for each type of language model (with or without pictures), the nearest known family and those fields of the
+    type that this family lacks."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

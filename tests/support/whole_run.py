@@ -28,7 +28,7 @@ class WholeRun:
     Attributes:
         begun, ended: Progress at the start of this attempt, and at the end.
         tensors: Parameters and persistent buffers by logical name, with this rank's experts.
-        at_start: These tensors after the weights were loaded, before the first step.
+        at_start: The values of these tensors after the weights were loaded and before the first step.
         trained: Names of the parameters with moments in the optimizer.
         steps: Every step's result.
     """
@@ -83,7 +83,7 @@ class _Recorded:
 
 
 def tensors_of(config: Config, training: Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
-    """Returns full tensors by logical name; collective under FSDP2. Megatron's ranks have parts, so it returns none."""
+    """Returns full tensors by logical name. Collective under FSDP2. Megatron's ranks have parts; it returns none."""
     found: dict[str, np.ndarray] = {}
     if not isinstance(training.parallel.model, torch.nn.Module):
         return found

@@ -1,4 +1,4 @@
-"""The logical tensors of a model on many ranks, moved by a checkpoint or gathered."""
+"""Loads the logical tensors of a model on many ranks from a checkpoint, or gathers them."""
 
 from pathlib import Path
 

@@ -3,12 +3,12 @@
     def body(rank: RankContext, rows: np.ndarray) -> float:      # module level, in the test file
         ...                                                      # the default process group exists here
     def test_it(run_in_world):
-        results = run_in_world(4, body, rows)                    # one result a rank, in the order of the ranks
+        results = run_in_world(4, body, rows)                    # one result per rank, in the order of the ranks
 
 The processes of each world size live until the end of the session. Each call makes a new default process group (25 ms),
 so that no group, counter or mesh leaks from one test into the next. Ranks are forked from two servers that have
 imported torch and most of moe_dist, which saves each rank 3 s of CPU time. Even and odd ranks come from different
-servers, which hash strings differently, so that an order of a set still differs between ranks. Arguments and results
+servers, which hash strings differently, so that the order of a set still differs between ranks. Arguments and results
 are pickled by value. A rank that raises fails the test with the rank's traceback; a hang fails it with the stacks of
 the ranks that did not answer. In both cases the world is killed by process id, and the next call starts a new one.
 """
@@ -44,10 +44,10 @@ from moe_dist.runtime.signals import child_of
 
 START_SECONDS = 600.0
 CALL_SECONDS = 600.0
-# A group that is still referenced keeps gloo threads, which wake 100 times a second; hundreds of them fill a core.
+# A group that is still referenced keeps gloo threads, which wake 100 times a second. Hundreds of these threads fill a core.
 MAX_THREADS = 48
-IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # which the first optimizer imports
-SETTLE_SECONDS = 0.5  # after the first failure the others have this time to report, and the earliest report is the cause
+IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # the first optimizer imports it
+SETTLE_SECONDS = 0.5  # after the first failure other ranks have this time to report, and the earliest report is the cause
 
 
 class WorldError(AssertionError):
@@ -59,7 +59,7 @@ class RankContext:
     """The arguments of a body that describe its rank.
 
     Attributes:
-        rank, world_size: Those of the default process group.
+        rank, world_size: This rank's number, and the number of ranks, in the default process group.
         folder: An empty folder of this call, shared by all its ranks.
     """
 
@@ -130,7 +130,7 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     dist.barrier()  # no rank leaves while a peer may still need it
     dist.destroy_process_group()
     gc.collect()  # collects groups in reference cycles
-    gc.freeze()  # the next collections skip all that is left, above all modules: 0.3 s of CPU time per call and rank
+    gc.freeze()  # the next collections skip all remaining objects, which saves 0.3 s of CPU time per call and rank
     return result
 
 
@@ -243,7 +243,7 @@ class _World:
         return [pickle.loads(report.payload) for report in reports]
 
     def _collect(self, deadline: float) -> None:
-        """Reads reports until all ranks have reported, the deadline has come, or shortly after the first failure."""
+        """Reads reports until all ranks have reported or the deadline has come, or shortly after the first failure."""
         while waiting := {m.connection: m for m in self.ranks if m.report is None and not m.died}:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -261,7 +261,7 @@ class _World:
     def _first_cause(self, seconds: float) -> str:
         size = len(self.ranks)
         for rank, member in enumerate(self.ranks):
-            if member.died:  # without a report; the others fail because their connections closed
+            if member.died:  # without a report; other ranks fail because their connections closed
                 member.process.join(5.0)
                 return f"rank {rank} of {size} died with exit code {member.process.exitcode}, without a traceback"
         failures = [
