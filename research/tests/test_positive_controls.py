@@ -215,7 +215,7 @@ def test_tuned_routers_recover_a_planted_disturbance() -> None:
 
 
 def test_lora_experts_beat_one_lora_where_domains_contradict() -> None:
-    """All domains have equal items, and each permutes the answers. A token is an item vector plus a domain vector."""
+    """All domains share the items, and each permutes their answers. A token is an item vector plus a domain vector."""
     domains, items = 6, 64
     generator = torch.Generator().manual_seed(1)
     item_ID = torch.randn(items, D, generator=generator)

@@ -45,7 +45,7 @@ def faults(lines: Sequence[str]) -> list[str]:
 
 
 def assert_only(said: tuple[int, list[str]], code: int, pattern: str) -> None:
-    """Requires that exactly one line reports a fault, and that it matches the pattern."""
+    """Requires that exactly one line reports a fault, and that this line matches the pattern."""
     found = faults(said[1])
     assert len(found) == 1, "\n".join(said[1])
     assert re.search(pattern, found[0]), found[0]

@@ -48,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: RayCluster, root: Path) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
-    """Returns the step records of an undisturbed run, what was observed while it ran, and the output of its driver."""
+    """Returns the step records of an undisturbed run, the observations during the run, and its driver's output."""
     job = driver(cluster, root, "undisturbed")
     job.wait_for_step(2)
     ranks = job.ranks()

@@ -120,7 +120,7 @@ def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stag
 def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(stage: Stage) -> None:
     """Each node has two ranks. One rank is killed, one freezes until its peers' watchdogs report it, and one ends by a
     native exit. In each of the three cases the peers of this rank raise an exception and end before it."""
-    stage.set_site(ranks_per_node=2)  # two of the four nodes, so that two others are left
+    stage.set_site(ranks_per_node=2)  # the job has two of the four nodes, and two nodes remain
     victims = drawn().victims
     job = stage.launch("kill:{}+2 freeze:{}+1 exit:{}+1 done".format(*victims))
     assert job.end() == 0, job.said

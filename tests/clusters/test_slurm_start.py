@@ -1,4 +1,4 @@
-"""Runs start on a real Slurm by plain `srun`, and even if one rank starts long after the others."""
+"""Runs start on a real Slurm by plain `srun`. They also start if one rank begins long after the other ranks."""
 
 import json
 import shlex

@@ -90,7 +90,7 @@ class Torchrun:
             meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=3"]
         env = {name: value for name, value in os.environ.items() if not name.startswith(("MOE_DIST", "SLURM_", "OMP_"))}
-        # Otherwise c10d keeps one store for all restarts, and never gives its address to an agent that joins later.
+        # Otherwise c10d keeps one store for all restarts, and an agent that joins later never gets the store's address.
         env |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         env |= {"OMP_NUM_THREADS": "1"} if drawn().threads == "user" else {}  # otherwise torchrun itself sets it to 1
         env |= {"GLOO_SOCKET_IFNAME": node.interface, **variables}
@@ -110,7 +110,7 @@ class Torchrun:
             time.sleep(0.1)
 
     def lose(self, agent: subprocess.Popen[bytes]) -> None:
-        """Kills the agent and its ranks at the same time, as the loss of their node would."""
+        """Kills the agent and its ranks at the same time, as if their node were lost."""
         for process in (psutil.Process(agent.pid), *psutil.Process(agent.pid).children(recursive=True)):
             process.send_signal(signal.SIGKILL)
         agent.wait()

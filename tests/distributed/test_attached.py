@@ -252,7 +252,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(run_in_world: Callable[..., lis
 
 
 def test_a_folder_takes_one_of_two_groups(tmp_path: Path) -> None:
-    """The second group looked for a free folder before the first group created this one."""
+    """The second group looked for a free folder before the first group created the folder."""
     attach(tiny_model("mixtral"), tmp_path, sinks=["jsonl"]).detach()
     (place,) = (tmp_path / "trace").iterdir()
     taken = int(place.name.rpartition("_")[2])

@@ -1,4 +1,4 @@
-"""The peak memory of dispatch and combine, measured by live storages, equals the formulas of docs/parallelism.md."""
+"""The peak of dispatch's and combine's live storages, in bytes, equals the formulas of docs/parallelism.md."""
 
 import weakref
 from collections.abc import Callable

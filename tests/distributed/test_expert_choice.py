@@ -60,7 +60,7 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
     )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    # The tokens' groups on all ranks, from which each rank knows the counts of all others. Rank 1 has only padding.
+    # Each rank knows the groups of all ranks' tokens, and computes all counts from them. Rank 1 has only padding.
     groups = [torch.randint(-1, 2, (T,), generator=torch.Generator().manual_seed(r)) for r in ranks]
     if rank.world_size > 1:
         groups[1] = torch.full((T,), -1)

@@ -1,4 +1,4 @@
-"""Experts that change ranks during training: weights and moments arrive to the last bit, and training continues.
+"""Experts change ranks during training. Their weights and moments arrive bit-equal, and training continues.
 
 The test makes three runs of two steps. In run 1 no expert moves. In run 2 experts move between the steps. Run 3 starts
 with the new placement, from a checkpoint that run 2 saved after its move. Runs 2 and 3 are bit-equal. Run 1 differs from
@@ -96,7 +96,7 @@ class Run:
 
 
 class Seen(NamedTuple):
-    """Tensors on one rank: before and after the move in the second run, and at the end of each of the three runs."""
+    """Tensors on one rank: before and after the move in run 2, and at the end of each of the three runs."""
 
     before: Arrays
     after: Arrays

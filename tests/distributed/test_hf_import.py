@@ -109,7 +109,7 @@ def their_numbers(model: nn.Module, tokens: np.ndarray) -> tuple[Arrays, dict[st
     return {"logits": out.logits.detach().numpy(), "cached": torch.cat(parts, dim=1).numpy()}, named
 
 
-# `make test` imports a softmax over all experts, groups of sigmoids, sinks with clamped experts, and a shortcut.
+# `make test` imports models with a softmax over all experts, sigmoids in groups, sinks and clamped experts, or a shortcut.
 COVER = ("mixtral", "deepseek_v3", "gpt_oss", "longcat_flash")
 # `make test-full` adds the other families and TELLING on 4 ranks, and models with scaled positions on 2 ranks.
 TELLING = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "glm4_moe plain")

@@ -43,7 +43,7 @@ PLACEMENTS = {
     2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
 }
 TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
-# Every second case still covers each pair of values of two axes. The kind of GEMM is not among these axes.
+# Every second case of the product still covers all pairs of values of two axes, except pairs with the kind of GEMM.
 CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))[::2]
 
 

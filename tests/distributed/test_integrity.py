@@ -113,7 +113,7 @@ def _exchange(wire: AllToAll, splits: Splits, dtype: torch.dtype, name: str, *, 
 
 
 def _plan(splits: Splits) -> ExchangePlan:
-    """Plans to send all rows to other ranks, in order and each with a weight."""
+    """Returns the plan of an exchange that sends all rows to other ranks in order, each row with a weight."""
     every, none = torch.arange(sum(splits.send)), torch.zeros(0, dtype=torch.int64)
     return ExchangePlan("layers.5", "", "", len(every), splits, splits, every, none, every, None)
 

@@ -1,5 +1,5 @@
-"""The adaptors to DeepEP and HybridEP, tested on stand-ins that keep the libraries' contracts: formats, values,
-gradients, bytes and recompute."""
+"""Tests the formats, values, gradients, bytes and recompute of the adaptors to DeepEP and HybridEP. Stand-ins that keep
+the libraries' contracts replace the libraries."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -170,7 +170,7 @@ def test_layout_equals_one_rank(run_in_world: Callable[..., list[Any]], one_rank
             np.testing.assert_allclose(outcome.buffers[name], buffer, rtol=0, atol=1e-9, err_msg=name)
             np.testing.assert_array_equal(outcome.buffers[name], outcomes[0].buffers[name], err_msg=name)
     assert_same_tensors(outcomes, oracle)
-    if not layout.capacity:  # in the last forward too, which the reference does not divide
+    if not layout.capacity:  # the reference does not divide its last forward, which also has a capacity
         logits = np.concatenate([outcome.logits for outcome in outcomes])
         np.testing.assert_allclose(logits, oracle.logits, rtol=0, atol=1e-9)
     collectives(layout, outcomes[0].events)

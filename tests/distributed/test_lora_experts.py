@@ -1,4 +1,4 @@
-"""Whole runs that train adapters on a frozen base: LoRA experts, and LoRA on the attention and experts of a mixture.
+"""Whole runs train adapters on a frozen base: LoRA experts, or LoRA on the attention and experts of a mixture.
 
 A run finds its base by the hash of the base's content. Frozen tensors have no gradients, no moments and no reductions.
 test_kinds_on_ranks.py compares N ranks with one rank.
@@ -94,7 +94,7 @@ def is_matrix(name: str) -> bool:
 
 CLAMPED = {"model.attention": {"kind": "sinks"}, "model.moe.experts": {"kind": "clamped_ffn", "limit": 0.5}}
 SIZES = {"rank": 2, "alpha": 4.0}
-# Each mixture: changes of the base run, changes that add the adapters, and the condition on names of trained tensors.
+# For each mixture: changes of the base run, changes that add adapters, and the condition on names of trained tensors.
 MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str], bool]]] = {
     "attention": ({}, {"model.attention_lora": SIZES}, is_trained),
     "experts": ({}, {"model.moe.experts": {"kind": "ffn_lora", **SIZES}}, is_matrix),

@@ -1,5 +1,5 @@
-"""Expert choice and the evaluation at the end of a run give the same results in the engine of Megatron-Core as in our
-own."""
+"""Expert choice and the evaluation at the end of a run give the same results in the engine of Megatron-Core as in our own
+engine."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
 """N ranks equal one rank: losses, gradients, norms, and parameters after three optimizer steps.
 
-For the layouts, `make test` covers each value of each axis, `make test-full` each pair of values, and `make
-test-exhaustive` the whole product. The second test compares each variant of the model with its own one-rank run.
+For the layouts, `make test` covers each value of each axis, `make test-full` covers each pair of values, and `make
+test-exhaustive` covers the whole product. The second test compares each variant of the model with its own one-rank run.
 
 One sequence is all padding, one has only text and one has only pictures. With 8 ranks, some ranks therefore have no
 token, and some have tokens of one modality only.

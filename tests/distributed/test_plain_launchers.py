@@ -1,4 +1,4 @@
-"""Launchers that only set variables (mpirun, srun, Kubernetes pods): all ranks end after a fault, and starting again in
+"""Under launchers that only set variables (mpirun, srun, Kubernetes pods), all ranks end after a fault. A second start in
 the same way resumes the run."""
 
 import contextlib

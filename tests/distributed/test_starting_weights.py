@@ -1,7 +1,7 @@
-"""Whole runs that start with the weights of another model.
+"""Whole runs start with the weights of another model.
 
-A trained top-k model with copied null rows is bit-equal to the original. A dense model equals the model upcycled from
-it. Weights that do not fit are refused before the first step.
+A trained top-k model that gets copied null rows is bit-equal to the original model. A dense model equals the model that
+is upcycled from it. Weights that do not fit are refused before the first step.
 """
 
 from collections.abc import Callable, Iterable
@@ -129,7 +129,7 @@ def begun(rank: RankContext, data: Path, root: Path, trained: dict[str, Any], ch
 
 
 def begun_unchanged(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Checks on each rank that the second run starts equal to the first up to rounding, and that it trains."""
+    """Checks on each rank that the second run starts equal to the first run up to rounding, and that it trains."""
     for told in ranks:
         assert not told["fresh"]
         assert "error" not in told, told

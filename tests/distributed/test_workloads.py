@@ -1,4 +1,4 @@
-"""The workloads W0 to W7 on real ranks: a layer's output, gradients and traffic equal those of a loop over tokens.
+"""Under the workloads W0 to W7, a layer on real ranks has the output, gradients and traffic of a loop over tokens.
 test_n_ranks_equal_one.py takes training steps."""
 
 from collections.abc import Callable

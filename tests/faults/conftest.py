@@ -1,5 +1,5 @@
-"""Tests that make whole runs fail; they take minutes, and have a longer time limit. `make test-faults` runs them, and
-`make test` does not."""
+"""The tests in this folder make whole runs fail. They take minutes, and have a longer time limit. `make test-faults` runs
+them; `make test` does not."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,5 @@
 """SIGKILL ends the launcher at random moments, including start-up and saves. All ranks end too, and the same command
-resumes the run, which ends bit-equal to an undisturbed one."""
+resumes the run, which ends bit-equal to an undisturbed run."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Whole runs with Megatron-Core's engine: started by the launcher, stopped, and resumed on other ranks and engines."""
+"""Whole runs with Megatron-Core's engine are started by the launcher, stopped, and resumed on other ranks and engines."""
 
 import json
 import os

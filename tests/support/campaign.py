@@ -1,4 +1,4 @@
-"""Runs with planned faults, and the reports on them.
+"""Makes runs with planned faults, and reports on these runs.
 
 A campaign is one run of 60 steps on 4 ranks with up to 20 faults. The local launcher starts the ranks, and restarts
 them if its rules allow it. If they do not, the campaign repairs the data and starts the run again, as a user would.
@@ -19,7 +19,7 @@ from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config
 
 FAULTS = 20
-MOST_FROZEN = 2  # in a campaign, because each one waits for the watchdog
+MOST_FROZEN = 2  # most frozen ranks in a campaign, because each of them waits for the watchdog
 
 
 def draw(rng: random.Random) -> tuple[Fault, ...]:

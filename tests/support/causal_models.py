@@ -1,4 +1,4 @@
-"""Whole models in evaluation mode, built from a configuration. Biases and thresholds are not 0, as after training."""
+"""Builds whole models in evaluation mode from a configuration. As after training, biases and thresholds are not 0."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Folders of four tiny tokenizers with different chat templates, and conversations for them.
+"""Writes folders of four tiny tokenizers with different chat templates, and makes conversations for them.
 
 python -m tests.support.chat_folders OUT    makes a tiny Mixtral with a tokenizer, and OUT/messages.jsonl with conversations
 """

@@ -1,4 +1,4 @@
-"""Damages random files: truncates, swaps or removes them, flips bits, or copies a file of another format, save or step."""
+"""Damages random files: truncates, swaps or removes them, flips bits, or replaces them by another format, save or step."""
 
 import os
 import random

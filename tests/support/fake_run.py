@@ -26,7 +26,7 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
     """Takes two training steps, the evaluation at the end of a run on `held_out` batches, and two saves.
 
     Returns an entry for each of "first step", "step", "evaluation", "first save" and "save". It has the host's reads by
-    name (by file if the name is a source line), the copies for which the host waits by file, operations with tensors of
+    name (by file if the name is a source line), the copies for which the host waits (by file), operations on tensors of
     both devices, and the names of collectives in order. The entry "snapshot" has, for the second save, the numbers of
     tensors and copies, whether all tensors are on the host, and whether they are the tensors of the first save.
     """

@@ -51,7 +51,7 @@ E = sum(group.num_experts for group in GROUPS)
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to distribute the same run over ranks, with its options."""
+    """A way to distribute the run over ranks, and options of the run."""
 
     ep: int = 1
     edp: int = 1
@@ -390,7 +390,7 @@ def build(layout: Layout, mesh: Mesh, comm_stats: CommStats, placement: ExpertPl
 
 
 def distillation(divergence: Divergence) -> Distillation:
-    """Returns the distillation term of a teacher with the default layout's shape, which every rank holds completely."""
+    """Returns the distillation term of a teacher with the default layout's shape. Every rank has the whole teacher."""
     placement = placement_of("interleaved", 1)
     teacher = build_model(config_of(Layout()), placement, ep_rank=0, ep_group=None, compute_dtype=torch.float64).double()
     initialise(teacher, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)

@@ -1,5 +1,5 @@
-"""The texts of errors, in one golden file. Tests assert an error's class and the keys that it names; the file has the
-words.
+"""Compares the texts of errors with one golden file. A test asserts the class of an error and the keys that its text
+names; the file has the whole text.
 
     with refused(ConfigError, "train.steps=0"):
         load_config(path)

@@ -1,4 +1,4 @@
-"""A whole run on one rank in this process, built and ready to resume: for tests of its saved state."""
+"""Builds a whole run on one rank in this process, ready to resume, for tests of the run's saved state."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""One process that selects in the scopes of many ranks: the oracle for mixture of depths on several ranks."""
+"""The oracle for mixture of depths on several ranks: one process selects tokens in the scopes of all ranks."""
 
 from collections.abc import Sequence
 from typing import Any

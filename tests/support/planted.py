@@ -1,4 +1,4 @@
-"""Plants faults of a cluster on one node of `tests.support.slurm` for a block. Only the node's namespaces see them."""
+"""Plants faults on one node of a `tests.support.slurm` cluster during a block. Only the node's namespaces see them."""
 
 import contextlib
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Checks for `moe-dist gpu-check` with planted faults. Each runs in its own process."""
+"""Checks for `moe-dist gpu-check` with planted faults. Each check runs in its own process."""
 
 import os
 import signal

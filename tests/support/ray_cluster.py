@@ -1,4 +1,4 @@
-"""A real Ray on this machine: a head and labelled nodes, each with a loopback address, and drivers that run there.
+"""Starts a real Ray on this machine: a head and labelled nodes with loopback addresses, and drivers that run on them.
 
 Ray keeps all its files below RAY_TMPDIR, whose path must be short because Unix sockets are in it.
 """

@@ -1,4 +1,4 @@
-"""Replicas of a layout's experts."""
+"""Makes replicas of a layout's experts."""
 
 from collections.abc import Sequence
 

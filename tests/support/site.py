@@ -1,4 +1,4 @@
-"""The folder of a run that fails many times, with its data, a small disk, its settings and its launcher.
+"""Prepares the folder of a run that fails many times, with the data, a small disk, the settings and the launcher.
 
 python -m tests.support.site CONFIG --ends FILE --max-restarts 3      # one call of the local launcher, recorded in FILE
 """

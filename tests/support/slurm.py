@@ -1,4 +1,4 @@
-"""A real Slurm of a few nodes on this machine (slurm_cluster.sh), and the jobs of a test."""
+"""Runs a real Slurm of a few nodes on this machine (slurm_cluster.sh), and the jobs of a test."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Files that are not regular, and a time limit for code that opens them."""
+"""Makes files that are not regular, and limits the time of code that opens them."""
 
 import os
 import time

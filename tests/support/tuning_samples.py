@@ -39,8 +39,8 @@ def made_samples(
     told: bool = True,
     **changes: Any,
 ) -> Path:
-    """Returns a folder of `count` samples with random tokens, embeddings of norm 1 and routing; `right` samples are
-    successful.
+    """Returns a folder of `count` samples with random tokens, embeddings of norm 1 and routing, of which `right`
+    samples are successful.
 
     Args:
         model: The run's section `model` as JSON.

@@ -32,7 +32,7 @@ class Copies(TorchDispatchMode):
 
 
 def measure_floor(rank: RankContext) -> dict[str, Any]:
-    """Compares the floors' sent and copied rows with the dispatcher's, and the outputs of `ours` and `naive` with sums."""
+    """Compares the floors' sent and copied rows with the dispatcher's, and `ours` and `naive` with expected sums."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     case = make_case(POINT, mesh, seed=0)
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])

@@ -1,4 +1,4 @@
-"""An experiment accepts only records of one version of the code, and its page tells versions apart."""
+"""An experiment accepts only records of one version of the code. Its page lists which runs are of which version."""
 
 import os
 import subprocess
@@ -132,7 +132,7 @@ def add(study: Study, path: Path, runs: Sequence[tuple[str, int]]) -> None:
 
 
 class StartedError(Exception):
-    """Raised instead of starting a process."""
+    """The replacement for the start of a process raises this error."""
 
 
 def no_process(*_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""A comparison refuses what it cannot compare, fits each method into its budget, and makes a table and a figure."""
+"""A comparison refuses runs that it cannot compare, fits each method into its budget, and makes a table and a figure."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Each convention answers the questions of a hand-made base differently, and right answers to documents are counted."""
+"""Each convention answers the same questions differently. A document is right if each of its scored tokens is right."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Noise on router rows has the scale that it states, and a run can start from the disturbed checkpoint."""
+"""Noise on router rows has the given scale, and a run can start from the disturbed checkpoint."""
 
 from pathlib import Path
 

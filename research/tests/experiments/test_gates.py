@@ -47,7 +47,7 @@ class Recorder:
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
         for job in jobs:
-            # The losses depend on the seed, so that the differences have a deviation.
+            # The losses depend on the seed, so that the differences between arms vary.
             record = {"arm": job.label, "seed": job.seed, "loss": {"all": self.losses[job.label] * (1 + job.seed / 1000)}}
             add_record(self.path, {"fingerprint": "x"}, record)
 

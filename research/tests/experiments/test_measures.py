@@ -49,10 +49,10 @@ def routing(pairs: list[tuple[int, int]], *, tokens: int, nulls: int = 0) -> Rou
 def test_rows_on_the_wire_by_hand() -> None:
     """Rank 0 has experts 0 and 1 and tokens 0 and 1; rank 1 has experts 2 and 3 and tokens 2 and 3.
 
-    token 0: experts 0, 1    both at home                       0 rows, 0 remote pairs
+    token 0: experts 0, 1    both on rank 0                     0 rows, 0 remote pairs
     token 1: experts 2, 3    both on rank 1                     1 row,  2 remote pairs
     token 2: expert 1, null  on rank 0                          1 row,  1 remote pair
-    token 3: expert 2, null  at home                            0 rows, 0 remote pairs
+    token 3: expert 2, null  on rank 1                          0 rows, 0 remote pairs
     """
     count = SentRows(ExpertPlacement((GROUP,), ((0, 1), (2, 3))))
     pairs = [(0, 0), (0, 1), (1, 2), (1, 3), (2, 1), (2, ABSENT), (3, 2), (3, ABSENT)]

@@ -1,4 +1,5 @@
-"""Training questions have the right side and answers and omit those of router tuning; roma's experiment asks a model."""
+"""Training questions have the right side and right answers, and omit the questions of router tuning. A run is asked
+questions as in an evaluation."""
 
 from pathlib import Path
 from typing import Any

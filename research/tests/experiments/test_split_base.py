@@ -1,4 +1,4 @@
-"""A dense FFN split into experts: the parts sum to the FFN, and its router prefers the experts that contribute most."""
+"""Splits a dense FFN into experts, whose sum is the FFN. The router prefers the experts that contribute most."""
 
 from pathlib import Path
 
