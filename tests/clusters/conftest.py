@@ -16,7 +16,7 @@ def pytest_report_header() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints the seed again, after all failures and also if -q hides the header."""
+    """Prints the seed a second time, after all failures, because -q hides the header, which has the seed too."""
     terminalreporter.write_line(f"{AGAIN} makes these clusters again")
 
 

@@ -152,7 +152,7 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_f
     assert [line["step"] for line in steps(again.run)] == list(range(1, steps(again.run)[-1]["step"] + 1))
 
 
-# One rank runs on one of the two text nodes, and one on one of the two image nodes.
+# One rank runs on one of the two text nodes. The other rank runs on one of the two image nodes.
 TWO_RANKS = (
     "parallel.ep=2",
     "placement.groups={text: {ranks: [0], node: {labels: {modality: text}}}, "

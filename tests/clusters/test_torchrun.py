@@ -85,7 +85,7 @@ class Torchrun:
         node, first = self._nodes[number], self._nodes[0]
         meet = [f"--node-rank={number}", f"--master-addr={first.address}", f"--master-port={drawn().port}"]
         if self._backend == "c10d":
-            conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a slow node is not lost
+            conf = f"is_host={1 - number},read_timeout=600,keep_alive_max_attempt=6"  # a slow node must not count as lost
             meet = [f"--rdzv-endpoint={first.address}:{drawn().port}", "--rdzv-id=test", f"--rdzv-conf={conf}"]
             meet += ["--rdzv-backend=c10d", f"--local-addr={node.address}"]
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--max-restarts=3"]

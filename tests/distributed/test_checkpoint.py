@@ -50,7 +50,7 @@ LAYOUTS = [
     Layout(2, 2, "interleaved"),
     Layout(2, 2, "interleaved", "fsdp2"),  # FSDP2 shards some stacks by experts, and some inside experts
     Layout(2, 2, "pinned", "fsdp2"),
-    Layout(1, 4, data="fsdp2"),  # some ranks have no shard: 4 divides neither 5 and 3 experts nor 6 and 10 rows
+    Layout(1, 4, data="fsdp2"),  # 4 divides neither 5 and 3 experts nor 6 and 10 rows, so some ranks have no shard
 ]
 COVER = [
     LAYOUTS[1],

@@ -89,7 +89,7 @@ def own_loss() -> float:
 
 
 def own_loop(rank: RankContext, data: str, changes: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Returns losses and gradient norms of a loop over the public API, with the model and batches of moe_dist's
+    """Returns losses and gradient norms of a loop that uses the public API, with the model and batches of moe_dist's
     trainer."""
     with started_run(rank, data, changes) as run:
         model, group, groups = run.training.parallel.model, run.mesh.world, run.placement.groups

@@ -24,7 +24,7 @@ from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
 
-STEPS, STOP = 5, 3  # no multiple of the intervals of refreshes and levers, so that the stop falls between two of them
+STEPS, STOP = 5, 3  # STOP is no multiple of the intervals of refreshes and levers, so that the run stops between them
 RUN = {
     "train.steps": STEPS,
     "checkpoint.every": STOP,

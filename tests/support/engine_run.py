@@ -124,7 +124,7 @@ def built_run(config: Config, *, world_size: int = 1) -> Iterator[Run]:
 
 @contextmanager
 def started_run(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Iterator[Run]:
-    """Builds the small run that both engines share, with `changes`."""
+    """Builds the small run that both engines share, with `changes` of its configuration."""
     torch.set_num_threads(1)
     with built_run(config_of(data, rank.folder, changes), world_size=rank.world_size) as run:
         yield run

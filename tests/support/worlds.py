@@ -46,7 +46,7 @@ START_SECONDS = 600.0
 CALL_SECONDS = 600.0
 # A group that is still referenced keeps gloo threads, which wake 100 times a second. Hundreds of these threads fill a core.
 MAX_THREADS = 48
-IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # the first optimizer imports it
+IMPORTED = ["tests.support.layouts", "moe_dist.train.build.training", "torch._dynamo"]  # an optimizer imports _dynamo
 SETTLE_SECONDS = 0.5  # after the first failure other ranks have this time to report, and the earliest report is the cause
 
 
