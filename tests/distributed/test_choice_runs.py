@@ -1,4 +1,4 @@
-"""Tests whole runs with expert choice: equal thresholds on any layout, a second stage, and upcycling. test_resume.py
+"""Tests whole runs with expert choice: thresholds that another layout loads, a second stage, and upcycling. test_resume.py
 resumes such runs."""
 
 from collections.abc import Callable

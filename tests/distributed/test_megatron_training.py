@@ -1,4 +1,4 @@
-"""In Megatron's training our layer equals Megatron's own MoE layer, and works with Megatron's optimizer and checkpoints."""
+"""Without null experts our layer equals Megatron's own MoE layer. It works with Megatron's optimizer and checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path
