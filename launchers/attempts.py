@@ -41,13 +41,13 @@ def run_attempts(
     Calls `blame` with the rank at fault after each failed attempt."""
     attempts: list[AttemptEnd] = []
     while True:
-        begin = committed_step(folder.checkpoints)  # compared with the newest committed step after the attempt
+        begin = committed_step(folder.checkpoints)  # newest committed step before the attempt
         # The id becomes part of file names; the random suffix makes it unique.
         attempt_id = f"{prefix}-{time.strftime('%Y%m%dT%H%M%S')}-{uuid.uuid4().hex[:8]}"
         restarts, started = len(attempts), time.monotonic()
         outcome = run(restarts, attempt_id)
         verdict = conclude(folder, attempt_id, outcome, restarts=restarts, lasted=time.monotonic() - started)
-        # The SIGTERM that ranks get from a node that shuts down, and is then lost, is no request to stop.
+        # A node that shuts down sends SIGTERM to its ranks before it is lost. This SIGTERM is no request to stop.
         asked = signals.first is not None or (outcome.stop is not None and not outcome.lost)
         attempts.append(AttemptEnd(verdict.code, begin, committed_step(folder.checkpoints), asked))
         if asked or is_final(verdict.code):  # a stop signal may also have come between two attempts

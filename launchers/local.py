@@ -41,7 +41,7 @@ from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS, StopSignals
 
 KILL_AFTER_GRACE_SECONDS = 10.0  # a rank is killed if it still runs this many seconds after the grace period
-STORE_PREFIX = "moe_dist_store_"  # names the folder of a rendezvous in the system's temporary folder
+STORE_PREFIX = "moe_dist_store_"  # prefix of the names of rendezvous folders in the system's temporary folder
 NEW_STORE_SECONDS = 60.0  # age from which an unlocked folder is deleted; a newer folder may not have been locked yet
 
 
@@ -58,7 +58,7 @@ def launch(
 ) -> int:
     """Checks a run, starts its ranks on this machine and waits for their end. Failed ranks are restarted from the last
     checkpoint. Must be called in the main thread, because the function installs signal handlers. Returns the run's exit
-    code. Raises MoeDistError if the run is invalid; no process was started.
+    code. Raises MoeDistError before any process is started if the run is invalid.
 
     Args:
         nproc: Number of ranks; None takes parallel.ep x parallel.edp. If `nproc` is another multiple of parallel.ep,

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Controllers in a line of /proc/self/cgroup -> folders of the hierarchy below CGROUPS, and the file with the count. The
-# first entry is for version 2 of cgroups, the second for version 1.
+# Maps the controllers in a line of /proc/self/cgroup to the folders of their hierarchy below CGROUPS, and to the file with
+# the count. The first entry is for version 2 of cgroups, the second for version 1.
 _FILES = {"": (("", "unified"), "memory.events"), "memory": (("memory",), "memory.oom_control")}
 
 

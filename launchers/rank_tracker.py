@@ -43,13 +43,15 @@ class Outcome:
     Attributes:
         codes: Exit code of each rank; a negative code is the signal that killed the rank.
         failed: Ranks in the order in which they failed, without ranks that the launcher killed.
-        stop: The first stop signal that the launcher got, or SIGTERM if a rank stopped on a signal of its own.
+        stop: The first stop signal that the launcher got, or SIGTERM if a rank stopped on a signal that the launcher did
+            not send.
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed.
-        lost: A description for each rank that died with its node or its Ray worker; the code of such a rank is SIGKILL's.
+        lost: A description for each rank that died with its node or its Ray worker; such a rank gets the exit code of a
+            rank that SIGKILL killed.
         words: The system's message about a rank's end, such as the memory limit that killed the rank.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
-        launched: Exit code of the program that started the ranks; counts if no rank failed.
+        launched: Exit code of the program that started the ranks; used only if no rank failed.
     """
 
     codes: tuple[int, ...]
@@ -71,7 +73,7 @@ class Outcome:
         3. A rank that SIGSTOP suspended.
         4. A rank that failed without printing an error; the errors of its peers only report a lost connection.
         5. The recorded rank: its error is the reason, or it did not enter a collective.
-        6. If the record names no rank: a rank that aborted, or ended with 0, and printed no error. Without a record:
+        6. If the record names no rank: a rank that printed no error, and that aborted or ended with 0. Without a record:
            the rank that failed first.
 
         Args:
@@ -89,7 +91,8 @@ class Outcome:
 
     @property
     def unready(self) -> bool:
-        """True if the first failed rank had no signal handlers yet when the stop signal came, which therefore killed it."""
+        """True if the stop signal killed the first failed rank, because this rank had not yet installed its signal
+        handlers."""
         return bool(self.failed) and self.stop is not None and self.codes[self.failed[0]] == -self.stop
 
     def exit_code(self, cause: int | None) -> int:

@@ -21,8 +21,8 @@ from moe_dist.runtime.status import AttemptRecord, Number, measured_save_seconds
 
 RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # age of a lease that counts as not renewed, unless it is renewed while this process looks
-BEAT_SECONDS = 6.0  # a lease is renewed every 5 s
+SILENT_SECONDS = 90.0  # a lease not renewed for this long counts as silent, unless it is renewed while this process looks
+BEAT_SECONDS = 6.0  # how long to look for a renewal; a lease is renewed every 5 s
 LEASE_BYTES = 1 << 16
 _STEP_LINE = b'"kind":"step"'
 
@@ -119,7 +119,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
     with contextlib.suppress(OSError):
         holder = read_holder(folder.lease_json)
     if holder is not None and (holder.is_dead() or _has_ended(latest, holder)):
-        holder = None  # it died, or recorded its end, without releasing the lease
+        holder = None  # the holder died, or recorded its end, without releasing the lease
     if holder is not None and (_age(folder.lease_json, now) or 0.0) >= SILENT_SECONDS:
         now = _time_of_beat(folder.lease_json) or now
     beat_age = _age(folder.lease_json, now)

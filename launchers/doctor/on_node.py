@@ -30,7 +30,8 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         unknown, error = (listen(path, questions.num_nodes, env), "") if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **unknown}, unreachable=error)
-    # A scheduler may bind this task to some cores. The clock is read last: the receiver compares it with the arrival time.
+    # A scheduler may bind this task to some cores; `os.cpu_count` counts all cores. The clock is read last: the receiver
+    # compares it with the arrival time.
     return replace(facts, cores=os.cpu_count(), clock=time.time())
 
 
@@ -56,9 +57,9 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
 
 
 def connect(path: Path) -> tuple[dict[str, str], str]:
-    """Resolves, on the other nodes, the name of rank 0's node and connects to that node. Returns {name: resolver's
-    error} and the error of the connection, both empty without an error. If `path` never appears, the folder is not
-    shared, which another check reports."""
+    """Runs on all nodes except rank 0's: resolves the name of rank 0's node and connects to that node. Returns {name:
+    resolver's error} and the error of the connection, both empty without an error. If `path` never appears, the folder is
+    not shared, which another check reports."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError):  # the file does not exist yet or is not readable

@@ -108,4 +108,4 @@ def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path
     try:
         yield (str(folder / "token"), token), folder / "meeting"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # even if the job failed
+        shutil.rmtree(folder, ignore_errors=True)  # deletes the folder even if the job failed

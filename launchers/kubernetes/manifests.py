@@ -27,8 +27,8 @@ _MOST_NAME = 40  # largest number of characters of a run's name in an object's n
 
 @dataclass(frozen=True)
 class Part:
-    """Planned nodes whose pods are equal. `domain` numbers the set of nodes that must share an interconnect domain; None
-    allows any nodes."""
+    """Planned nodes whose pods are equal. `domain` is the number of the set of nodes that must share an interconnect
+    domain; None allows any nodes."""
 
     name: str
     nodes: tuple[NodePlan, ...]

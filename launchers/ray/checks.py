@@ -138,7 +138,7 @@ def check_exposure(parts: Mapping[str, str]) -> CheckResult:
 
 def listening(parts: Mapping[str, str]) -> dict[str, Sequence[str]]:
     """Returns the addresses at which parts of Ray listen. A part of Ray on this machine may listen at more addresses than
-    it announces, so its addresses are read from the list of sockets. Of a part on another machine only the announced
+    it announces, so its addresses are read from the list of sockets. For a part on another machine, only the announced
     address is known."""
     found: dict[str, Sequence[str]] = {}
     connections = psutil.net_connections("tcp")  # scans /proc

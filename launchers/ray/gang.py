@@ -33,7 +33,7 @@ TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # failed starts of actors after which a node is left out; only one after the wait for nodes is over
+START_TRIES = 3  # a node is left out after this many failed starts of actors; after the wait for nodes is over, after one
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
@@ -142,8 +142,8 @@ class Gang:
         return self._nodes[self.job.node_of(rank).index]
 
     def _code(self, rank: int, reference: Any) -> tuple[int, str, str]:
-        """Returns (exit code, message about a memory limit, '') of a rank; (code of SIGKILL, '', description) of a lost
-        rank."""
+        """Returns (exit code, message about a memory limit, '') for an ended rank, and (code of SIGKILL, '', description)
+        for a lost rank."""
         try:
             return *ray.get(reference), ""
         except RayError as error:

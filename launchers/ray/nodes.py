@@ -81,8 +81,9 @@ def assign(
     *,
     most: int | None = None,
 ) -> Assignment:
-    """Chooses for each planned node a Ray node with its labels and enough resources for all its ranks. If the Ray nodes are
-    too small or too few for the planned nodes, but have resources for all ranks, distributes the ranks again.
+    """Chooses for each planned node a Ray node that has the planned node's labels and enough resources for all of its
+    ranks. If the Ray nodes are too small or too few for the planned nodes, but have resources for all ranks, distributes
+    the ranks again.
 
     Args:
         nodes: Live nodes; nodes earlier in the sequence are preferred.
@@ -96,7 +97,7 @@ def assign(
         ]
         return _match_domains(possible, nodes, together) if any(len(each) > 1 for each in together) else match(possible)
 
-    found = chosen("total")  # counts resources in use as available, because a wait can free these resources
+    found = chosen("total")  # counts resources in use as available, because other jobs will free them
     if None in found:
         missing = [each for each, node in zip(job.nodes, found, strict=True) if node is None]
         alone = match([[n for n, node in enumerate(nodes) if _fits(each, node, node.total, bundle)] for each in job.nodes])

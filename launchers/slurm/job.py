@@ -88,7 +88,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
         with contextlib.suppress(OSError):
             _keep(path, [*ends, AttemptEnd(None, begin, begin, asked=True)])
 
-    with StopSignals():  # because Slurm also sends stop signals while the job is requeued
+    with StopSignals():  # Slurm also sends stop signals while the job is requeued
         with StopSignals(note_stop) as signals:
             started, restarts = time.monotonic(), len(ends)
             outcome = outcome_of(*run_step(command, env), places, stopped=signals.first is not None)

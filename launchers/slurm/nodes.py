@@ -189,7 +189,7 @@ def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -
 
 def ranks_by_task(job: JobPlan, hosts: Sequence[str], allocated: Sequence[str]) -> dict[str, dict[int, int]]:
     """Returns the tasks of each host, with the rank of each task. Slurm numbers the tasks of a component node by node.
-    `allocated` are the job's hosts in Slurm's order, from which the plan's order differs if a node was at fault."""
+    `allocated` are the job's hosts in Slurm's order. The plan's order differs from Slurm's order if a node was at fault."""
     found = {}
     for part in parts(job):
         in_order = sorted(part.nodes, key=lambda node: allocated.index(hosts[node.index]))

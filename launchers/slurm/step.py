@@ -26,7 +26,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
 # Slurm kills this process KillWait (30 s by default) after a node failure, and srun may need longer than KillWait to end.
-NODE_SECONDS = 5.0  # from the node failure until this process kills srun, so that it can still record the cause
+NODE_SECONDS = 5.0  # from a node failure until this process kills srun, to have time left to record the cause
 PEER_SECONDS = 6.0  # from a task's failure until srun kills the other tasks, which log their own errors meanwhile
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
@@ -73,7 +73,7 @@ class SlurmJob:
 
     @property
     def name(self) -> str:
-        """A name of this job alone. The job id is not enough, because the last task of an array has the id of the whole
+        """A name that no other job has. The job id is not enough, because the last task of an array has the id of the whole
         array."""
         return self.id if self.array is None else f"{self.array}_{self.task}"
 
@@ -192,7 +192,7 @@ def name_unconcluded(
 
 
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
-    """Makes Slurm run the job again, unless `limit` has a reason against a restart, or the job was cancelled. Slurm itself
+    """Makes Slurm run the job again, unless `limit` is a reason against a restart, or the job was cancelled. Slurm itself
     requeues a job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with
     PreemptMode=CANCEL, this function submits the job again. A new submission takes over the file `attempts` of the job's
     attempts, and the file of the nodes at fault."""
