@@ -16,7 +16,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import AttemptRecord
 
 MOST_BYTES = 1 << 20  # bytes read from the end of a rank's log
-LEASE_SECONDS = 5.0  # wait until rank 0, which has just ended, releases the run folder's lease
+LEASE_SECONDS = 5.0  # limit of the wait for rank 0, which has just ended, to release the lease
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, *, restarts: 
     cause = outcome.cause(told, record)
     code, reason = outcome.exit_code(cause), "" if record is None else record.reason
     if record is not None and record.verdict == EXIT_DONE:
-        for rank in outcome.failed:  # failed after the last save, for example while it closed its metrics
+        for rank in outcome.failed:  # a rank that failed after the last save, for example when it closed its metrics
             _say(f"rank {rank} failed after the run was done: {_end(outcome, rank)}")
         return Verdict(EXIT_DONE, reason)
     if outcome.aborted:

@@ -145,7 +145,7 @@ def _examine_saves(folder: Path, examined: Examined, checksums: tuple[str, dict[
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # the digests of files of several saves would differ, too, and are not checked
+    if len(set(said.values())) > 1:  # files of several saves also differ in their digests
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())

@@ -101,12 +101,12 @@ def run_path(path: Path, wanted: str = "", *, option: str = "") -> Path:
     """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs.
 
     Args:
-        wanted: The folders that the command takes, for the error text. Without it, a missing `path` without a similar name
-            is returned.
+        wanted: The folders that the command takes, for the error text. Without `wanted`, a missing `path` that resembles no
+            folder's name is returned.
         option: Option of the command line that names `path`; empty for an argument.
 
     Raises:
-        ConfigError: neither exists, and a folder has a similar name or `wanted` is given.
+        ConfigError: neither folder exists, and either a folder has a similar name or `wanted` is given.
     """
     named = Path("runs") / path
     if path.exists() or named.is_dir():

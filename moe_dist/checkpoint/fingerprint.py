@@ -57,8 +57,8 @@ def hexadecimal(value: int) -> str:
 
 
 def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """Yields (index of the first element in the box, its index in the whole tensor, number of elements) for each range
-    of elements that is contiguous in both."""
+    """Yields (index of the first element in the box, its index in the whole tensor, number of elements) for each range of
+    elements that is contiguous in both the box and the whole tensor."""
     if not math.prod(box):
         return
     cut = max((d for d in range(len(whole)) if box[d] != whole[d]), default=0)  # last dim that the box does not fill

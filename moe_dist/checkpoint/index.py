@@ -38,7 +38,7 @@ ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1
 
 
 class StoredModel(BaseModel):
-    most_lists: ClassVar[int] = MAX_LISTS  # limit of lists and mappings in the file
+    most_lists: ClassVar[int] = MAX_LISTS  # largest number of lists and mappings in the file
 
     # Unknown keys are ignored, because pydantic would collect the faults of millions of keys.
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
@@ -47,7 +47,7 @@ class StoredModel(BaseModel):
 M = TypeVar("M", bound=StoredModel)
 Length = Annotated[int, Field(ge=0, lt=1 << 63)]
 Steps = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number of steps, which float64 represents exactly
-Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # a list as well
+Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # strict=False also takes a list
 
 
 class Chunk(StoredModel):
@@ -70,8 +70,8 @@ class Entry(StoredModel):
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of the stored tensor `name` that begins at index `start` of dim `dim`; the loaded tensor gives its
-    length."""
+    """The part of the stored tensor `name` that begins at index `start` of dim `dim`; the part is as long in `dim` as the
+    loaded tensor."""
 
     name: str
     dim: int
@@ -140,7 +140,7 @@ class StateFile(StoredModel):
     @field_validator("values")
     @classmethod
     def _in_present_format(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # twice, as it includes defaults
+        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # includes defaults, so twice as many
             raise ValueError(f"config has more than {2 * yaml_text.MAX_VALUES:,} values")
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 

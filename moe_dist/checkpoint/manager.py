@@ -88,7 +88,8 @@ class CheckpointManager:
 
     Attributes:
         folder: As given.
-        newest: The newest checkpoint that this manager has loaded or committed, the same on all ranks; None before.
+        newest: The newest checkpoint that this manager has loaded or committed, equal on all ranks; None before the first
+            load or commit.
         status: Runs further phases that fail on all ranks or on none.
     """
 

@@ -3,7 +3,7 @@ layouts of ranks.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
-    optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments; of Muon's matrices only exp_avg
+    optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments; Muon's matrices have only exp_avg
 
 Because every tensor shares the memory of its parameter or moment, a load into the tensors changes model and optimizer.
 """

@@ -1,7 +1,7 @@
 """Writes tensors to shard files and reads them, without collectives and without pickle. Copies tensors to host memory, for
 a save that a thread writes.
 
-A rank reads the parts of the stored tensors that intersect its own, whatever layout of ranks saved them. The `save` and
+Whatever layout of ranks saved the tensors, a rank reads only the stored parts that intersect its own parts. The `save` and
 `load` of torch.distributed.checkpoint (DCP) are not used, because they exchange pickled plans. The files are safetensors
 with the header entry `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
 """
@@ -65,7 +65,7 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The data that this rank writes in the save of step `step`; `values` and `rank_values` as in `CheckpointState`."""
+    """The data that this rank writes in the save of step `step`; `CheckpointState` explains `values` and `rank_values`."""
 
     step: int
     pieces: Mapping[str, Piece]  # by logical name; exactly one rank writes each piece

@@ -36,8 +36,7 @@ def find_config(path: str | Path) -> Path:
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # os.path.isfile does not raise, as Path.is_file does without permission or for a too long name. The later read
-    # raises.
+    # Unlike Path.is_file, os.path.isfile returns False without permission or for a too long name. The later read raises.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 

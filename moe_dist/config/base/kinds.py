@@ -2,8 +2,8 @@
 installed packages offer.
 
 A new file in the package adds a kind: there is no list of kinds to edit. Another package offers a kind by an entry
-point in the group `moe_dist.<folder>`, such as `moe_dist.routers`. The entry point's name is the kind, its value the
-section's class. Entry points are searched when a configuration has a kind without a file, or when all kinds are listed;
+point in the group `moe_dist.<folder>`, such as `moe_dist.routers`. The entry point's name is the kind, and its value names
+the section's class. Entry points are searched when a configuration has a kind without a file, or when all kinds are listed;
 only the chosen kind, or all listed kinds, are imported. A configuration never names a module to import.
 """
 

@@ -171,8 +171,8 @@ def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> I
 
 
 def unmet(config: WholeConfig, key: str, chosen: str, needs: Iterable[Need], *, instead: str) -> Iterator[Violation]:
-    """Yields a violation for each of `needs` that the configuration does not meet. `chosen`, `key` with its value as on
-    the command line, has these needs; `instead` is the fix that avoids `chosen`."""
+    """Yields a violation for each of `needs` that the configuration does not meet. `chosen` (`key` with its value, as on
+    the command line) has these needs; `instead` is the fix that avoids `chosen`."""
     for other, allowed, reason in needs:
         *above, name = other.split(".")
         section = config
