@@ -57,7 +57,7 @@ def _split_violations(config: WholeConfig) -> Iterator[Violation]:
             yield Violation(("run.init_rules", f"{ROUTER}.scale", key), problem)
 
 
-# Rule of `run.init_rules` that cannot be combined with other rules -> function that checks the rule, and the reason.
+# Maps each rule of `run.init_rules` that cannot be combined with others to the function that checks it, and the reason.
 _ALONE = {
     "split": (_split_violations, "split sets all router rows to 0 and takes whole FFNs"),
     "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),

@@ -15,7 +15,7 @@ MAX_LISTS, MAX_VALUES = 1 << 22, 1 << 24
 
 def bounded(raw: bytes, most_lists: int = MAX_LISTS, most_values: int = MAX_VALUES) -> bytes:
     """Returns a JSON text. Raises ValueError, before the text is parsed, if it has more than `most_lists` lists and
-    mappings or more than `most_values` values, because to parse it would take minutes and many GB."""
+    mappings or more than `most_values` values, because parsing would take minutes and many GB."""
     lists, values = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
     if lists > most_lists or values > most_values:
         most = f"{most_lists:,} lists and mappings, and {most_values:,} values"

@@ -151,7 +151,7 @@ class MoESection(Section):
 
     @property
     def most_columns(self) -> int:
-        """Largest number of columns that a token takes: the number of ids of each token and layer in a trace."""
+        """Largest number of columns that a token takes; a trace has this many ids for each token and layer."""
         return max(self.router.most_columns(group) for group in self.groups.values())
 
     @property
@@ -208,8 +208,8 @@ class ModelSection(Section):
     rope_scaling: AnyRopeScaling | None = None
     """Change of the rotary frequencies for sequences that are longer than in pretraining. null: no change."""
     rope_dim: PositiveInt | None = None
-    """Number of values of a head that RoPE rotates: the first values, with attention.kind=latent the last. null: all
-    values."""
+    """Number of values of a head that RoPE rotates: the first values, or with attention.kind=latent the last values. null:
+    all values."""
     rope_pairs: Literal["halves", "adjacent"] = "halves"
     """Values of a head that rotate together. halves: i and i + rope_dim / 2 (Llama). adjacent: 2 i and 2 i + 1 (Ernie
     4.5)."""

@@ -281,8 +281,8 @@ class MonitorSection(Section):
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
     cost_table: bool = False
-    """At the end, show the rows and bytes that the last 100 steps sent, and that other placements and methods would have
-    sent for the same choices."""
+    """At the end, show how many rows and bytes the last 100 steps sent, and how many other placements and methods would
+    have sent for the same choices."""
     compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:

@@ -25,11 +25,12 @@ class ActiveExpertsSection(ControllerSection):
     target: dict[GroupName, PositiveFloat] = Field(min_length=1)
     """Target number of true experts per token, by group. The controller does not change groups that are not named."""
     rate: PositiveFloat
-    """Rate of the first step. A bias changes by rate x (target - load) / (k x n); load is true experts per token."""
+    """Rate of the first step. A bias changes by rate x (target - load) / (k x n); load is the mean number of true experts
+    per token."""
     decay_steps: PositiveInt | None = None
     """Steps after which the rate has halved: the rate is rate / (1 + step / decay_steps). null keeps the rate constant."""
     ramp_steps: Count = 0
-    """Steps in which the target moves in a straight line from all true experts of the group (at most top_k) to `target`, so
+    """Number of steps in which the target moves linearly from all true experts of the group (at most top_k) to `target`, so
     that a trained model gives up true experts slowly."""
     schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
     """Pairs (first step, factor of the targets). [[0, 2.0], [1000, 1.0]] doubles the targets in the first 1,000 steps."""

@@ -13,12 +13,12 @@ FIX = f"or set {KIND}=all_to_all"
 class DispatchSection(KindSection):
     """The exchange that brings rows (hidden vectors of tokens) to the ranks of their experts, and the results back."""
 
-    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed, with dots inside packages
+    needs_modules: ClassVar[tuple[str, ...]] = ()  # dotted names of Python modules that must be installed
     source: ClassVar[str] = ""  # the project that these modules come from
     static: ClassVar[bool] = False  # whether exchanges have fixed sizes, so that the host never learns the numbers of rows
     needs: ClassVar[tuple[Need, ...]] = ()  # values that the dispatcher needs elsewhere in the configuration
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
-    replicas: ClassVar[bool] = False  # whether all plans come from its attribute `planner`, which replicas replace
+    replicas: ClassVar[bool] = False  # whether its attribute `planner`, which replicas replace, makes all plans
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from unmet(config, KIND, self.name, self.needs, instead=FIX[3:])

@@ -20,7 +20,7 @@ class EngineSection(KindSection):
     layouts: ClassVar[str] = ""  # function like `tools.plan_megatron.plan_layouts`, for `moe-dist plan`; empty if `planned`
 
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
-    source: ClassVar[str] = ""  # how to install them
+    source: ClassVar[str] = ""  # how to install these modules
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
     passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the previous MoE layer
