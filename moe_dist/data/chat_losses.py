@@ -12,7 +12,7 @@ from typing import Any
 from moe_dist.data.chat_masks import Messages
 from moe_dist.errors import DataError
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers passes reasoning under all 3 names
+REASONING = ("reasoning_content", "reasoning", "thinking")  # transformers passes the reasoning under each of these names
 
 
 def check_losses(messages: Messages, tools: Sequence[dict[str, Any]] | None, text: str, where: str) -> list[str]:

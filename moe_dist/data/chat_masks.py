@@ -66,7 +66,7 @@ class TurnFinder:
             return self._first_start(text, messages, number)
         if text.startswith(before):
             return len(before)
-        # A rendered turn may begin otherwise than the generation prompt ends, for example without <think>.
+        # The generation prompt may end with text, for example <think>, that the rendered turn lacks.
         opened = _attempt(self.render, messages[:number])
         shared = self._shared(before, text)
         return shared if opened is not None and shared > self._shared(opened, before) else None

@@ -1,7 +1,7 @@
 """Divides a conversation into rendered texts to train on, each with the spans that assistants write.
 
-Most chat templates write a turn in the same way whatever follows, so that one text serves all turns. Others drop or rewrite
-earlier turns (their reasoning, for example), and a model must not learn to write turns in that form. For such a
+Most chat templates write a turn in the same way whatever follows, so that one text serves all turns. Other templates drop
+or rewrite earlier turns (their reasoning, for example), and a model must not learn to write turns in that form. For such a
 conversation, the model trains on the last turn alone, or on each turn in a separate text.
 """
 

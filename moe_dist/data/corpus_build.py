@@ -32,7 +32,7 @@ CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted, within seconds
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
-_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # limits of a call, which encodes many texts, with the user's tokenizer
+_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # seconds and bytes of one call, which encodes many texts
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # picture tokens and filler flags of an instruction without a picture
 

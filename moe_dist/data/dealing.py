@@ -108,16 +108,16 @@ def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
 
 
 def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
-    """Returns the sequences of each micro-batch, [I, W B]: B sets of W sequences of similar cost, with one sequence for
-    each rank. Each micro-batch gets expensive and cheap sets."""
+    """Returns the sequences of each micro-batch, [I, W B]: B sets of W sequences. The sequences of a set have similar
+    costs, and each rank gets one of them. Each micro-batch gets expensive and cheap sets."""
     runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
     runs[1::2] = runs[1::2, ::-1].copy()  # every second run is reversed, so that no micro-batch gets every expensive set
     return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
 
 
 def _among_ranks(cost_Q2: np.ndarray, place_K: np.ndarray, ranks: int, ep: int) -> np.ndarray:
-    """Deals the sequences of a micro-batch, first to EP groups by their whole cost, then to the ranks of a group by the
-    cost that a rank computes alone. Returns the sequences by rank, [W, B], sorted within a rank."""
+    """Deals the sequences of a micro-batch, first to EP groups by the sequences' whole cost, then to the ranks of a group
+    by the cost that a rank computes alone. Returns the sequences by rank, [W, B], sorted within a rank."""
     found = []
     for group_N in equal_parts(cost_Q2[place_K].sum(1), ranks // ep):
         group_N = place_K[group_N]

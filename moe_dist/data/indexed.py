@@ -92,8 +92,7 @@ class IndexedSplit:
     """Random access to the tokens of one split.
 
     Attributes:
-        starts_D, lengths_D: int64, index, in the file, of each document's first token, and each document's number of
-        tokens.
+        starts_D, lengths_D: int64, for each document the index of its first token in the file, and its number of tokens.
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.

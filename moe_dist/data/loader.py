@@ -175,7 +175,7 @@ def heldout_batches(
     validation: bool = False,
 ) -> list[Batch]:
     """Returns this rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out
-    split. With `validation`, returns as many of the other sequences of the split.
+    split. With `validation`, returns equally many sequences of the split that are not among these.
 
     Every rank gets the same number of batches; if there are too few sequences, the last batches have rows of padding. A
     source without a held-out split gives no batch. The chosen sequences do not depend on world_size or micro_batch.

@@ -50,8 +50,8 @@ def rasterise(path: str | Path) -> np.ndarray:
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for a picture with more pixels than this
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # those of Pillow's decoders
-        if isinstance(error, OSError) and error.errno:  # a file system error, because a decoder's has no errno
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # errors of Pillow's decoders
+        if isinstance(error, OSError) and error.errno:  # a file system error; decoders' errors have no errno
             raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error
         kind = "SVG" if path.suffix.lower() == ".svg" else "PNG or JPEG"
         raise DataError(f"picture {str(path)!r}: not a {kind}, or damaged; replace or remove it") from error

@@ -40,7 +40,7 @@ class SplitSection(Section):
     filler: FilePath | None = None
     """File of one bit per token, in file order, packed by numpy.packbits: 1 for an empty cell of a picture."""
     prompt: FilePath | None = None
-    """File of bits like filler: 1 for a token of a prompt, which is an input but not a label."""
+    """File in the format of `filler`: 1 for a token of a prompt, which is an input but not a label."""
 
 
 class SourceSection(Section):

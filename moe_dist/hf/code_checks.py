@@ -2,7 +2,7 @@
 nothing.
 
 Only three files of moe_dist's own may bring code: an export of the form `moe_dist` has them beside the weights, and
-`verify_export` compares them with those of the installed package.
+`verify_export` compares them with the files of the installed package.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, 
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Key at any depth of a JSON file -> which library runs which code for it.
+# Maps keys at any depth of a JSON file to a text: which library runs which code for the key.
 _KEYS = {
     "auto_map": "transformers would run the classes that it names",
     "auto_mapping": "PEFT would import the library that it names",
@@ -27,7 +27,7 @@ _KEYS = {
 }
 # Keys whose value may name a repository of kernels, which transformers downloads and runs.
 _KERNELS = ("attn_implementation", "experts_implementation")
-_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers adds its fields to those of tokenizer_config.json
+_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers adds its fields to the fields of tokenizer_config.json
 # Files that a folder of a model or of adapters may have beside config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 

@@ -57,7 +57,7 @@ class Exported:
     shards: int
     folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which tokenizer files and fields of config.json were copied
-    merged: bool = False  # LoRA adapters were merged into their base
+    merged: bool = False  # true if LoRA adapters were merged into their base
     reasons: Sequence[str] = ()  # why no plain family was written; empty for a plain family, or if the user chose the form
 
 
@@ -275,7 +275,7 @@ def tensor_reader(contents: Contents) -> Read:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor to write, and the logical tensors whose rows it contains: (name, rows, place). Without parts it is
+    """One tensor to write, and the logical tensors whose rows it contains: (name, rows, place). A tensor without parts is
     zero."""
 
     name: str

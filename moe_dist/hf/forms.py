@@ -85,7 +85,7 @@ def _served(model: ModelSection) -> Form:
 
 def _plus_plus(model: ModelSection) -> Form:
     """Returns the form Qwen3-MoE++, whose routing weights are a softmax over all columns, or over all chosen columns;
-    null experts' columns count."""
+    null experts' columns included."""
     _, group = _only_group(model)
     problems, router = _depth_problems(model), model.moe.router
     if group.num_null and router.single_null_row:

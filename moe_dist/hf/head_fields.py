@@ -17,7 +17,7 @@ class GroupedHeads:
     width: int | None = None  # default of head_dim; None means hidden_size / num_attention_heads
     field: bool = True  # config.json has the field head_dim
     null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
-    kv_heads: int | None = None  # default of num_key_value_heads; None: num_attention_heads, also if null
+    kv_heads: int | None = None  # default of num_key_value_heads; None means num_attention_heads, also if the field is null
     rope_share: float | None = None  # default of partial_rotary_factor; None if the family has no such field
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
