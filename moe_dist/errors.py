@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
-MOST_LINES = 40  # of an error's text
+MOST_LINES = 40  # largest number of lines of an error's text
 LONGEST = 20_000  # characters of a message that is printed or recorded
 
 

@@ -26,7 +26,7 @@ RANK_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
-QUIET = 0.25  # the rates use this quantile of the repeats' seconds: other load of the machine only slows repeats
+QUIET = 0.25  # rates use this quantile of all repeats' seconds, because other load of the machine slows repeats
 ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
 LAUNCHED = 64  # operations of a chain whose forward and backward are timed
 EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank

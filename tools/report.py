@@ -278,7 +278,7 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
     for size in sorted({*known, *sizes, own.num_ranks} - {1}):
         if size == own.num_ranks:
             yield Layout("as in the run", own)
-        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # equal with one group
+        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # equal for one group
             try:
                 placement = make_placement(section, routing.groups, num_ranks=size, token_mix=mix)
             except ConfigError:

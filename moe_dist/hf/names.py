@@ -85,8 +85,8 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
-    """Yields the tensors that transformers needs but never uses (gate and up of LongCat-Flash's identity experts). With
-    each comes the name of the logical tensor whose dtype it gets."""
+    """Yields the tensors that transformers needs but never uses (gate and up of LongCat-Flash's identity experts). Yields
+    with each tensor the name of the logical tensor whose dtype it gets."""
     for layer in section.moe_layers if family.layout == "identity" else ():
         ((name, group),) = section.moe.groups.items()
         for expert in range(group.num_experts, group.num_experts + group.num_identity):

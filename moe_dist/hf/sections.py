@@ -16,7 +16,7 @@ from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields, Part, Value, setting
 
 # `tests/support/unknown_families.py` generates this file. For each type of language model in transformers, it has the
-# nearest known family (whose configuration class lacks the fewest of the type's fields) and these lacking fields.
+# nearest known family (whose configuration class lacks the fewest of the type's fields) and the fields that it lacks.
 UNKNOWN_FAMILIES = Path(__file__).with_name("unknown_families.json")
 _SHOWN = 8  # largest number of fields that a message names
 GROUP = "all"  # name of the only expert group of an imported model

@@ -33,7 +33,7 @@ class DecoderLayer(TransformerLayer):
     Args:
         submodules: The submodules of the layer's spec; None takes the submodules of Megatron's decoder spec.
         settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
-        options: Further arguments of Megatron's layer. All other arguments are also Megatron's.
+        options: Further arguments of Megatron's layer. The arguments that are not listed here are Megatron's, too.
     """
 
     def __init__(

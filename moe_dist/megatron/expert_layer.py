@@ -153,7 +153,7 @@ def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
     for parameter in layer.experts.parameters():
         # With this attribute Megatron reduces the gradient over the expert data parallel group.
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-        # With this attribute the gradient norm counts the parameter on every TP rank, as each TP rank holds other experts.
+        # With this attribute the gradient norm counts the parameter on every TP rank, as TP ranks have different experts.
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         parameter.requires_grad_(parameter.numel() > 0)  # a stack is empty if this rank has no expert of the group
     for parameter in layer.router.parameters():

@@ -42,7 +42,8 @@ Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
 
 
 class Norm(RMSNorm):
-    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums its gradient over TP."""
+    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums its weight's gradient over
+    TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps)
@@ -76,7 +77,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         virtual_pipeline_model_parallel_size=engine.vpp if engine.vpp > 1 else None,
         context_parallel_size=engine.cp,
         # With an interleaved schedule on two stages, a batch of sends and receives has two sends between the same two
-        # ranks, and a receive could take the wrong one.
+        # ranks, and a receive could match the wrong send.
         overlap_p2p_comm=engine.vpp > 1,
         batch_p2p_comm=engine.vpp == 1,
         expert_model_parallel_size=parallel.ep,

@@ -60,7 +60,7 @@ class Piece:
         return self.view.detach().clone().reshape(self.shape)
 
 
-# Megatron's name, inside a layer, of each parameter that is one logical tensor -> logical name, dimension that is cut.
+# Maps the name (inside a layer) of each Megatron parameter that is one logical tensor to logical name and cut dimension.
 _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "self_attention.linear_proj.weight": ("attention.o.weight", 1),
     "input_layernorm.weight": ("attention.norm.weight", None),

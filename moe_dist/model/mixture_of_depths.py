@@ -40,7 +40,7 @@ from moe_dist.moe.routers.selection import (
 from moe_dist.moe.routing.counts import DepthCounts
 from moe_dist.placement.parameter_names import Role
 
-_SHAPES = 8  # most different values of C on CUDA, because flex attention compiles for each C
+_SHAPES = 8  # largest number of values of C on CUDA, because flex attention compiles for each C
 
 
 class Chosen(NamedTuple):
@@ -170,7 +170,8 @@ class DepthRouter(ChoosingRouter):
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Returns the auxiliary router's cross entropy against the selection, summed over tokens, if there is one."""
+        """Returns the auxiliary router's cross entropy (target: the selection), summed over tokens; None without this
+        router."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")

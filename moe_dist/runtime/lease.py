@@ -104,7 +104,7 @@ class Lease:
         """
         deadline = time.monotonic() + wait_seconds
         seen, since = _read(self.path), time.monotonic()
-        while not self._try_create():  # O_EXCL: one of several processes succeeds
+        while not self._try_create():  # with O_EXCL only one of several processes succeeds
             now = time.monotonic()
             if (current := _read(self.path)) != seen:
                 seen, since = current, now  # the holder has sent a heartbeat, or another process holds the lease

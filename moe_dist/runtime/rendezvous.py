@@ -134,8 +134,8 @@ class Greeting:
     key: str
 
     def probe(self, run_folder: Path) -> Path:
-        """Returns the path of the file that rank 0 writes into the run folder; the other ranks check that they see
-        it."""
+        """Returns the path of the file that rank 0 writes into the run folder; other ranks check that they see this
+        file."""
         return run_folder / f".shared_{self.key}"
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:

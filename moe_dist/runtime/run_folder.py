@@ -343,7 +343,7 @@ class RunFolder:
 
     def tell(self, attempt_id: str, rank: int) -> None:
         """Notes that a rank ends by itself: done, stopped, or with an error that it has printed."""
-        with contextlib.suppress(OSError):  # on a full disk
+        with contextlib.suppress(OSError):  # raised on a full disk
             (self.path / f".told_{attempt_id}_{rank}").touch()
 
     def told(self, attempt_id: str) -> frozenset[int]:

@@ -39,8 +39,8 @@ FREE = {
     *("unsafe_split", "_assert_tensor_metadata", "_unsafe_view"),
 }
 COPIES = ("_to_copy", "copy_")
-# In-place operations that do not read their target. All other in-place operations read it. Names may also begin with
-# `_foreach_`.
+# In-place operations that do not read their target. All other in-place operations read their target. Names may also begin
+# with `_foreach_`.
 WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # index of the argument that is the first factor
 # (operation, argument that it does not write, although the schema says so): AdamW writes gradients only with a gradient

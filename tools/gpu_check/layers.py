@@ -127,16 +127,17 @@ def layer(job: CheckJob) -> list[Reading]:
 
 
 def dispatch(job: CheckJob) -> list[Reading]:
-    """Measures, by dispatcher, the largest relative difference of an MoE layer on 2, 4, 8 and `job.gpus` ranks from one
-    rank; with `rehearse`, only on two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then communicate
-    over gloo."""
+    """Measures, by dispatcher, the largest relative difference between an MoE layer on 2, 4, 8 and `job.gpus` ranks and the
+    layer on one rank; with `rehearse`, only on two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then
+    communicate over gloo."""
     worlds = [2] if job.rehearse else sorted({2, 4, 8, max(2, job.gpus)})
     found = [each for world in worlds for each in on_ranks(_dispatched, job, world=world)]
     return [Reading(f"{name}: difference", max(each[name] for each in found), most=1e-9) for name in found[0]]
 
 
 def _dispatched(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    """Returns, by dispatcher, the largest float64 difference of output and gradients from one rank with all tokens."""
+    """Returns, by dispatcher, the largest float64 difference of outputs and gradients from a layer with all tokens on one
+    rank."""
     hidden, groups = 16, single_group(2 * mesh.world_size, 2, 2, 24)
     worst: dict[str, float] = {}
     for kind in DISPATCH:

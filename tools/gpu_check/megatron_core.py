@@ -41,7 +41,7 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
         num_attention_heads=4,
         num_moe_experts=experts,
         moe_router_topk=top_k,
-        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 without this; its router is not used
+        moe_router_pre_softmax=top_k == 1,  # Megatron refuses top-1 without this option; its router is not used
         moe_ffn_hidden_size=ffn,
         expert_model_parallel_size=ep,
         moe_token_dispatcher_type="alltoall",

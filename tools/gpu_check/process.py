@@ -169,7 +169,7 @@ def _rank(
         own, backend = torch.device("cpu"), None
         if device == "cuda":
             count = torch.cuda.device_count()
-            own, backend = torch.device("cuda", rank % count), "gloo" if world > count else None  # NCCL: one rank a card
+            own, backend = torch.device("cuda", rank % count), "gloo" if world > count else None  # NCCL: one rank per GPU
             torch.cuda.set_device(own)
         else:
             torch.set_num_threads(1)

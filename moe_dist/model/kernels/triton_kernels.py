@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def _rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "halves") -> Tensor:
-    # Nothing is copied, because the projections write [B, S, H, d] and flex attention's output has the same layout.
+    # The transposes copy nothing: the memory of x, written by a projection, has the order [B, S, H, d] that the kernel
+    # needs.
     batch, _, length, _ = x_BHSd.shape
     cos, sin = _per_token(table, batch, length)
     return _Rotate.apply(x_BHSd.transpose(1, 2), cos, sin, pairs == "adjacent").transpose(1, 2)  # pyright: ignore
@@ -30,7 +31,7 @@ def _rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "ha
 def _norm_and_rotate(
     x_BSHd: Tensor, weight: Tensor, eps: float, table: tuple[Tensor, Tensor], pairs: RopePairs
 ) -> Tensor | None:
-    """Returns None where the kernel does not fit: rotation of a part of a head, or too wide heads normed together."""
+    """Returns None where the kernel does not fit: if part of a head rotates, or heads normed together are too wide."""
     batch, length, heads, width = x_BSHd.shape
     if 2 * table[0].shape[-1] != width or heads * width > norm.LARGEST:
         return None

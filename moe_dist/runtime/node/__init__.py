@@ -1,1 +1,1 @@
-"""Facts about this node, and the checks of them."""
+"""Facts about this node, and checks of these facts."""
