@@ -14,7 +14,7 @@ from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-RunAttempt = Callable[[int, str], Outcome]  # runs an attempt: (restarts before the attempt, attempt_id) -> outcome
+RunAttempt = Callable[[int, str], Outcome]  # runs an attempt: takes the restarts before the attempt and the attempt_id
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:

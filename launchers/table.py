@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launchers.launcher import Launcher
 
 GROUP = "moe_dist.launchers"  # of entry points
-# Name of a launcher -> its class, and its line in the help of `moe-dist launch`.
+# Maps the name of a launcher to its class, and to its line in the help of `moe-dist launch`.
 LAUNCHERS: Mapping[str, tuple[str, str]] = {
     "local": ("launchers.local:LocalLauncher", "Run on this machine, with one process per rank."),
     "slurm": ("launchers.slurm.__main__:SlurmLauncher", "Submit a run to a Slurm cluster."),
@@ -28,8 +28,8 @@ LAUNCHERS: Mapping[str, tuple[str, str]] = {
 
 
 def launcher_table() -> dict[str, tuple[str, str]]:
-    """Returns the class and the help line of each launcher by name, those of installed packages included. Imports no
-    launcher."""
+    """Returns the class and the help line of each launcher by name, including the launchers of installed packages. Imports
+    no launcher."""
     outside = {
         each.name: (each.value, f"Run by {each.dist.name if each.dist is not None else 'another package'}.")
         for each in entry_points(group=GROUP)

@@ -63,7 +63,7 @@ class LazyGroup(TyperGroup):
 
 
 def commands() -> list[tuple[str, str, str]]:
-    """Returns all subcommands in the form of COMMANDS: one for each launcher, then those of COMMANDS."""
+    """Returns all subcommands in the form of COMMANDS: one for each launcher, then the subcommands in COMMANDS."""
     table = _bundled("launchers.table").launcher_table()
     return [*((f"launch {name}", target, line) for name, (target, line) in table.items()), *COMMANDS]
 

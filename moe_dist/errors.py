@@ -89,4 +89,4 @@ class StorageError(MoeDistError):
 
 
 class IntegrityError(MoeDistError):
-    """A rank received other data than another rank sent. `parallel.check_exchanges` finds such errors."""
+    """The data that a rank received differ from the sent data. `parallel.check_exchanges` finds such errors."""

@@ -20,8 +20,8 @@ from moe_dist.runtime.node.checks import answered_at, check_cores, check_folders
 from moe_dist.runtime.node.facts import NodeFacts, Questions, from_line, nearest
 
 PROBE_MINUTES, FABRIC_MINUTES = 2, 10
-# (module, argument, tasks per node, minutes) -> (Unix time of arrival, line) of each line that
-# `python -m MODULE ARGUMENT` prints on the planned nodes
+# Takes (module, argument, tasks per node, minutes). Yields (Unix time of arrival, line) for each line that `python -m
+# MODULE ARGUMENT` prints on the planned nodes.
 RunOnNodes = Callable[[str, str, int, int], Iterator[tuple[float, str]]]
 
 

@@ -234,7 +234,7 @@ def gather_gang(
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
-    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on this node
+    faults: dict[str, list[str]] = {}  # by Ray's id of a node, a message for each failed start there
 
     def say_once(text: str) -> None:
         if text not in printed and time.monotonic() - began >= PATIENT_SECONDS:
@@ -257,7 +257,7 @@ def gather_gang(
             if assignment.problems and over:
                 raise ResourceError([*_start_problems(faults), *assignment.problems], see="docs/ray.md")
             if request is not None and (assignment.nodes or request.wait(RETRY_SECONDS)):
-                remove_placement_group(request)  # the actors need its resources
+                remove_placement_group(request)  # the actors need the resources of this group
                 request = None
             elif not assignment.nodes:
                 request = request or request_nodes(job, bundle)

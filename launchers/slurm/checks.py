@@ -24,7 +24,7 @@ from moe_dist.runtime.node.facts import nearest
 START_SECONDS = 300.0  # seconds that the job may wait in the queue
 # States in which a node can run jobs, now or after other jobs end
 UP = frozenset(("idle", "mixed", "allocated", "completing", "planned", "reserved"))
-Ask = Callable[..., str]  # words of a Slurm command -> output of the command
+Ask = Callable[..., str]  # takes the words of a Slurm command; returns the output
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:

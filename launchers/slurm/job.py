@@ -100,7 +100,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
         if verdict.code == EXIT_FAILED and verdict.rank is not None:
             faulty.append(outcome.hosts[verdict.rank])
-            with contextlib.suppress(OSError):  # if the disk is full, the next attempt may use the faulty node again
+            with contextlib.suppress(OSError):  # with a full disk, the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
     return verdict.code

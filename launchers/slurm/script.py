@@ -15,7 +15,7 @@ from moe_dist.runtime.place import FEATURES
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
 PROGRAM = "MOE_DIST_PROGRAM"  # arguments of the ranks' interpreter, instead of the training
 STOP_SIGNAL = "USR2"  # not USR1, which NCCL may use
-LINGER_SECONDS = 60  # from the end of the first rank until srun kills the other ranks; meanwhile they log their errors
+LINGER_SECONDS = 60  # from the first rank's end until srun kills the other ranks, which log their errors in this time
 # Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).
 HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 

@@ -36,7 +36,7 @@ _ENDED = re.compile(
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
 _MEMORY = re.compile(r"slurmstepd\S*: error: (.*(?:memory limit|oom.?kill).*)", re.IGNORECASE)
 _CODES = {signal.strsignal(each): -each for each in signal.Signals} | {"Out Of Memory": -signal.SIGKILL}  # srun's words
-Places = Mapping[str, Mapping[int, int]]  # host -> task -> rank
+Places = Mapping[str, Mapping[int, int]]  # rank of each task on each host
 
 
 @dataclass(frozen=True)

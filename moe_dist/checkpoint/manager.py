@@ -173,7 +173,7 @@ class CheckpointManager:
 
     def clear(self) -> None:
         """Deletes temporary files that crashed or suspended processes left. A new holder of the run's lease must call this
-        method before it loads anything. A suspended process that wakes up later then cannot commit its deleted folder.
+        method before it loads anything. If a suspended process wakes up later, it cannot commit its deleted folder.
 
         Raises:
             CheckpointError: a file cannot be deleted.

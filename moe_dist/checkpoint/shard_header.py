@@ -48,7 +48,7 @@ class _Metadata(StoredModel):
     rank_values: str
 
 
-# Mappings of any values: each value is checked when it is used, because pydantic would collect the faults of all of them.
+# Mappings of any values: each value is checked when it is used, because pydantic would collect the faults of all values.
 _VALUES = TypeAdapter(dict[str, JsonValue])
 _FINGERPRINT = re.compile("[0-9a-f]{16}")
 

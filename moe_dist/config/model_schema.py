@@ -279,7 +279,7 @@ class ModelSection(Section):
                 "experts; lower num_layers, or the experts of moe.groups"
             )
             yield Violation(("num_layers", "moe.groups", "moe.every", "moe.first"), problem)
-            return  # with so many experts the other rules would take hours
+            return  # the later rules would take hours with so many experts
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"

@@ -10,15 +10,15 @@ from typing import Any
 
 FORMAT = 1  # the present format
 
-# Former key (a dotted path, in which only the last part is a former name; * is an item of a list) -> present name of
-# the last part.
+# Maps each former key (a dotted path, in which only the last part is a former name; * is any item of a list) to the present
+# name of the last part.
 KEYS = {
     "model.depths": "mixture_of_depths",
     "model.mixture_of_depths.set": "scope",
     "model.moe.capacity.set": "scope",
     "model.moe.router.set": "scope",
 }
-# Key -> former value -> present value.
+# Maps each key to the present value of each former value.
 VALUES = {
     "model.moe.balance.*.kind": {"load_target": "active_experts"},
     "parallel.dispatch.kind": {
@@ -28,7 +28,7 @@ VALUES = {
         "deep_ep": "deep_ep_v2",  # V1 of DeepEP, which its makers call legacy
     },
 }
-# Key -> the value that applies if a stored configuration lacks the key.
+# Maps each key to the value that applies if a stored configuration lacks the key.
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
 
 

@@ -109,8 +109,8 @@ class HubTokenizer:
         """Encodes a conversation. Tokens of assistants are labels; all other tokens are prompt.
 
         Args:
-            row: `messages`, a list of objects with a `role`, and optionally `tools`, a list of JSON schemas or its JSON
-                text. Other keys are not read.
+            row: `messages`, a list of objects with a `role`, and optionally `tools`, a list of JSON schemas or the JSON
+                text of such a list. Other keys are not read.
             where: Place of the row, for error texts.
 
         Raises:

@@ -87,7 +87,7 @@ class _SourceRows:
         self._sizes: list[np.ndarray] = []
         self._families: list[bytes] = []
         self._bad: list[str] = []
-        self._notes: dict[str, tuple[int, str]] = {}  # warning -> number of its rows, place of its first row
+        self._notes: dict[str, tuple[int, str]] = {}  # for each warning: number of rows, place of the first row
 
     def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
         """Returns the files of encoded rows."""

@@ -53,8 +53,8 @@ class TurnFinder:
         return turn.rstrip().endswith(self._added)
 
     def stop_after(self, text: str, messages: Messages) -> str:
-        """Returns the text of the token that ends the last turn, for templates in which the next message's first token ends
-        it; '' if the template has no such token."""
+        """Returns the text of the token that ends the last turn, for templates in which the first token of a message ends
+        the turn before; '' if the template has no such token."""
         answer = {"role": "tool", "content": "x"} if messages[-1].get("tool_calls") else _QUESTION
         longer = _attempt(self.render, [*messages, answer])
         found = self._stop.match(longer, len(text)) if longer is not None and longer.startswith(text) else None

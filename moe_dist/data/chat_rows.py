@@ -35,7 +35,7 @@ class Part:
     """The encoded rows of one batch. D documents, T tokens.
 
     Attributes:
-        lengths_D, tokens_T, prompt_T: Documents one after the other; prompt_T is empty if all tokens are labels.
+        lengths_D, tokens_T, prompt_T: Concatenated documents; prompt_T is empty if all tokens are labels.
         families_D: SHA-256 that identifies the family of each document, uint8 [D, 32]. A family is on one side of the
             split.
         bad: Reasons why rows are left out.

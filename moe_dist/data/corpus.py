@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 from moe_dist.data.chat_turns import Turns
 from moe_dist.errors import DataError
 
-Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; returns to leave it out, or raises
+Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; returns to leave the input out, or raises
 VARIATIONS = ("place", "flip", "background")  # how augmented copies of a picture may differ; place is scale and shift
 Item = TypeVar("Item")
 

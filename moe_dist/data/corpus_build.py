@@ -137,7 +137,7 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
 
 
 def _limited(encode: Encode, named: str) -> Encode:
-    """Limits time and memory, because a tokenizer that others made can turn a short text into gigabytes."""
+    """Limits time and memory, because a user's tokenizer can turn a short text into gigabytes."""
     calls = TimedCalls(encode, _ENCODE_SECONDS, _ENCODE_MEMORY)
 
     def limited(texts: Sequence[str]) -> list[np.ndarray]:

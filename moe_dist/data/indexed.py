@@ -4,7 +4,7 @@ without Megatron.
 Megatron's readers do not detect damage: the memory-mapped reader ends the process with SIGBUS if the file is truncated or
 the disk fails, and the plain reader returns undefined memory. Importing Megatron takes each rank 3 s. This file's reader
 calls `pread` on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read
-raises an error that names the file. Tests compare this reader's results with those of Megatron's readers.
+raises an error that names the file. Tests compare the results of this reader and of Megatron's readers.
 """
 
 import os

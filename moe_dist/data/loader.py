@@ -63,7 +63,7 @@ class TrainLoader:
         skip: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._dealing, self._skip = dealing, skip
-        self._dealt: dict[int, Deal] = {}  # position -> deal, of the last steps
+        self._dealt: dict[int, Deal] = {}  # deals of the last steps, by position
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
         self._streams = {
@@ -159,7 +159,7 @@ class ReadAhead:
     def settle(self) -> None:
         """Waits until the thread has finished reading."""
         if self._ahead is not None:
-            self._ahead[1].exception()  # waits, but raises no error: `batches` raises it
+            self._ahead[1].exception()  # waits without raising an error; `batches` raises the error
 
 
 def heldout_batches(

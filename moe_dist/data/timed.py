@@ -20,8 +20,8 @@ class TimedCalls:
     Args:
         function: Function whose arguments and result can be pickled.
         seconds: CPU seconds of all threads that a call may take. The limit of wall-clock time is WAITS times as long.
-        memory: Bytes that the child may take beyond those of this process. A call that needs more raises MemoryError,
-            or ends the child if the allocating C code raises no error.
+        memory: Bytes that the child may take in addition to the memory of this process. A call that needs more raises
+            MemoryError, or ends the child if the allocating C code raises no error.
     """
 
     def __init__(self, function: Callable[..., Any], seconds: int, memory: int = 2 << 30) -> None:

@@ -2,7 +2,7 @@
 columns. A sample's question has at most K choices.
 
     manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
-    tokens.npy         int32 [tokens], the samples one after the other: prompt, then right answer
+    tokens.npy         int32 [tokens], the concatenated samples: prompt, then right answer
     lengths.npy        int32 [S, 2], tokens of each sample's prompt and answer
     embeddings.npy     float32 [S, width], embedding of each question
     routing.npy        float32 [S, L, C], each router's softmax at the prompt's last token

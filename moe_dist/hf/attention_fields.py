@@ -14,7 +14,7 @@ from moe_dist.config.rope.yarn import YarnRopeSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 
-# `rope_type` -> section. The type `default` of transformers is a model without `rope_scaling`.
+# Maps `rope_type` to the section. The type `default` of transformers is a model without `rope_scaling`.
 ROPE_SCALINGS: Mapping[str, type[RopeScalingSection]] = {
     section.model_fields["kind"].default: section
     for section in (LinearRopeSection, DynamicRopeSection, YarnRopeSection, Llama3RopeSection)

@@ -92,14 +92,15 @@ class ModelFamily:
     rope_pairs: Choices = field(default_factory=lambda: {"halves": {}})  # fields by value of `model.rope_pairs`
     windows: Windows = "none"  # how config.json expresses sliding windows
     tied: bool = False  # default of tie_word_embeddings
-    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # field -> allowed values, reason
+    must_be: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)  # allowed values and reason, by field
     training: tuple[str, ...] = ()  # fields that only training uses
     # Names of a layer's tensors; an export uses a tuple's first name. `part` is gate, up or down; `old` is w1, w3 or w2.
     gates: tuple[str, ...] = ("mlp.gate.weight",)
     expert: str = "mlp.experts.{expert}.{part}_proj.weight"
     selection_bias: tuple[str, ...] = ()
     selection_bias_dims: int = 1  # number of dims of the selection bias; all but the last have one entry
-    # (fields, names of all tensors) -> prefixes of the tensors for multi-token prediction, which an import leaves out.
+    # Takes the fields and the names of all tensors. Returns the prefixes of the tensors for multi-token prediction, which
+    # an import leaves out.
     multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
 
     def place(self, layer: int) -> tuple[str, str]:

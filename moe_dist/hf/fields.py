@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moe_dist.config.json_text import read_json
 from moe_dist.errors import ConfigError, DataError
 
-Choices = Mapping[str, Mapping[str, bool]]  # value of a key (the first is the default) -> names and values of fields
+Choices = Mapping[str, Mapping[str, bool]]  # maps values of a key (the first is the default) to names and values of fields
 
 MAX_JSON_BYTES = 1 << 26  # the index of 250,000 tensors has 25 MB
 _MISSING: Any = object()

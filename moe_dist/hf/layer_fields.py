@@ -24,7 +24,7 @@ class AllLayers:
 
 @dataclass(frozen=True)
 class DenseFirst(AllLayers):
-    """The first layers are dense, all others have experts."""
+    """The first layers are dense, and all later layers have experts."""
 
     names: Sequence[str] = ("first_k_dense_replace",)
     first: int = 1  # default of the field with the number of dense layers

@@ -72,7 +72,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
         for a, b, scale in _pairs(name, ffn_names, model):
             if a in adapter_index.tensors:
                 rows = adapters(b)
-                if rows.shape[-2] == 2 * len(whole):  # one adapter of gate and up together
+                if rows.shape[-2] == 2 * len(whole):  # gate and up share one adapter
                     rows = rows.chunk(2, dim=-2)[name.endswith(".up")]
                 whole = whole + scale * _product(rows, adapters(a)).to(whole.dtype)
         return whole

@@ -153,7 +153,7 @@ def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
 
 
 def _mixture(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields router and experts of one group. In router and list of experts, zero-computation experts follow all others."""
+    """Yields router and experts of one group. In router and list of experts, zero-computation experts come last."""
     ((name, group),) = section.moe.groups.items()
     router, dim = f"{ours}.moe.router.{name}", section.hidden_dim
     gates = [f"{theirs}.{gate}" for gate in family.gates] if family.experts else []

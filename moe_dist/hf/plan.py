@@ -98,8 +98,8 @@ class ImportPlan:
 
     section: ModelSection  # section `model` of the imported model
     shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
-    dtypes: Mapping[str, str]  # logical tensor -> its dtype in the Hugging Face folder
-    copies: Mapping[str, str]  # stored tensor that is not imported -> stored tensor to which it must be equal
+    dtypes: Mapping[str, str]  # dtype of each logical tensor in the Hugging Face folder
+    copies: Mapping[str, str]  # maps a stored tensor that is not imported to its required equal
     left_out: Sequence[str] = ()  # stored tensors that are not part of the model's function
 
     @property

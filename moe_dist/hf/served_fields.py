@@ -31,7 +31,7 @@ AUTO_MAP = {
 }
 OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` of older exports
 
-_FIELDS = {  # key of the section `model` -> field
+_FIELDS = {  # maps keys of the section `model` to fields
     "hidden_dim": "hidden_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -48,7 +48,7 @@ _FIELDS = {  # key of the section `model` -> field
     "sliding_window": "sliding_window",
     "mixture_of_depths": "mixture_of_depths",
 }
-_MOE_FIELDS = {  # key of the section `model.moe` -> field
+_MOE_FIELDS = {  # maps keys of the section `model.moe` to fields
     "first": "first_moe_layer",
     "every": "moe_layer_step",
     "shared_ffn_dim": "shared_expert_intermediate_size",

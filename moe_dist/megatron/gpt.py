@@ -1,7 +1,7 @@
 """Makes Megatron's GPTModel, DDP and optimizer from the configuration of a run (engine.kind=megatron).
 
-Weights and steps equal those of moe_dist's own engine: weights are drawn by logical name, the weight decay is the same, and
-a step's loss is summed over ranks and micro-batches (Megatron's per-token loss without its division).
+Weights and steps equal the own engine's weights and steps: weights are drawn by logical name, the weight decay is the same,
+and a step's loss is summed over ranks and micro-batches (Megatron's per-token loss without its division).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,14 +36,13 @@ from moe_dist.model.layers import RMSNorm
 from moe_dist.placement.placement import ExpertPlacement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # parallel.recompute -> granularity and modules
+RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules by parallel.recompute
 NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"
 Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
 
 
 class Norm(RMSNorm):
-    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums its weight's gradient over
-    TP."""
+    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums the gradient over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps)

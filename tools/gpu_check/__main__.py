@@ -58,7 +58,8 @@ def main(
 
 
 def _with_card(job: CheckJob, gpus: int | None) -> tuple[CheckJob, dict[str, object]]:
-    """Reads the card's facts in another process, because this process must not touch CUDA before it forks others."""
+    """Reads the card's facts in another process, because this process must not touch CUDA before it forks the checks'
+    processes."""
     outcome = run_check("card", "tools.gpu_check.machine:card", replace(job, seconds=120.0))
     if outcome.verdict != "pass":
         raise ResourceError(f"{outcome.reason}; to run the checks on the CPU, give --rehearse")

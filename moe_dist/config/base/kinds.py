@@ -24,7 +24,7 @@ from pydantic_core.core_schema import SerializationInfo, ValidationInfo
 from moe_dist.config.base.section import KindSection
 
 OTHERS = "kind of another package"  # tag of the union's member for the kinds of other packages
-PACKAGE = "package"  # in a stored section of such a kind, an additional key with the package's name
+PACKAGE = "package"  # a stored section of such a kind has this additional key: the package's name
 
 
 class OtherKinds(NamedTuple):

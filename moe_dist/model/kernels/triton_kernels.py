@@ -134,9 +134,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Project(torch.autograd.Function):
-    """Multiplies one normed x by several weights. In backward each product adds its gradient of the normed x to the sum of
-    the products before, so that no separate pass adds gradients. Backward computes the norm again, so that autograd keeps
-    only x."""
+    """Multiplies one normed x by several weights. In backward each product adds its gradient of the normed x to the sum
+    over the earlier products, so that no separate pass adds gradients. Backward computes the norm again, so that autograd
+    keeps only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -61,7 +61,7 @@ def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = Resourc
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
-# Exit code -> class of the error, in the order in which a user must fix errors.
+# Maps each exit code to the class of the error, in the order in which a user must fix errors.
 _KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ResourceError)}
 
 
