@@ -86,7 +86,7 @@ def main(
     fabric: Annotated[bool, typer.Option("--fabric", help="Measure every pair of nodes, and name the slow node.")] = False,
 ) -> None:
     """Check a machine or cluster for a run, and print each check with its fix. The exit code is 0 if all is well, 1 if
-    there are warnings, and 78, 69 or 65 if the run would end with this code."""
+    there are warnings, and 78, 69 or 65 if the run would end with that code."""
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     found: list[CheckResult] = []
     for result in examine(config, overrides or [], on=on, cluster=cluster, probe=probe, fabric=fabric):

@@ -78,7 +78,7 @@ class RankActor:
             shown: True for rank 0: its output goes to the driver and its metrics to Ray.
         """
         variables = {**os.environ, **env}
-        scratch = tempfile.mkdtemp(prefix="moe_dist_") if shown else ""  # the supervisor, which outlives us, deletes it
+        scratch = tempfile.mkdtemp(prefix="moe_dist_") if shown else ""  # the supervisor, which lives longer, deletes it
         if shown:
             variables[RAY_METRICS] = str(Path(scratch) / "metrics")
             serve_metrics(Path(variables[RAY_METRICS]))  # runs in the actor, because only the actor can use Ray's API

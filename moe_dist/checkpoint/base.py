@@ -68,9 +68,9 @@ class Base:
         return cls(path, content, beside if isinstance(beside, str) else "")
 
     def places(self, adapters: Path) -> list[Path]:
-        """Returns the folders where the base may be: its path; its path relative to the adapters' checkpoints, which
-        stays valid if both are moved together; and, if its path is relative, this path below each folder that contains
-        the adapters."""
+        """Returns the folders where the base may be. The first is its path. The second is its path relative to the
+        adapters' checkpoints, which stays valid if both are moved together. If the path is relative, the last are this path
+        below each folder that contains the adapters."""
         folder = adapters.absolute()
         places = [Path(self.path)]
         if self.beside:

@@ -334,7 +334,7 @@ class CheckpointManager:
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """Reads a checkpoint into the tensors of `state`. Returns index and state, and `rank_values` as in `Restored`."""
+        """Reads a checkpoint into the tensors of `state`. Returns index, state, and the `rank_values` of `Restored`."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)

@@ -112,8 +112,8 @@ class BalanceSection(Section):
 
     kind: Literal["null_averaged", "vanilla", "null_split", "weighted"] = "null_averaged"
     """null_averaged: all null experts of a group share their mean load (AdaMoE). vanilla: each null expert has its own
-    load. null_split: the loss balances only the share of true experts against the share of all others (ZEDA). weighted:
-    null_weight is the weight of each null, identity and constant expert, which all have their own loads (MoE++)."""
+    load. null_split: the loss balances only the share of true experts against the share of all other columns (ZEDA).
+    weighted: null_weight is the weight of each null, identity and constant expert, which all have their own loads (MoE++)."""
     scope: Literal["micro_batch", "step"] = "step"
     """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
     the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: loads and probabilities of
@@ -348,5 +348,5 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "run.group",
     "data.path",  # the data's folder may move, because digests identify its content (formats/split_files.py)
     "data.skip",  # may change only for sequences that the run has not reached yet (train/start/resume.py)
-    "router_tuning.data",  # the folder may move, as with data.path
+    "router_tuning.data",  # this folder may move, like the folder data.path
 )

@@ -54,8 +54,8 @@ class RouterTuningSection(Section):
     """Indices of the layers whose routers are trained; overrides last_layers."""
     objective: Literal["tokens", "choices"] = "tokens"
     """Cross entropy that trains routers. tokens: the cross entropy of each token of the right answer, over the whole
-    vocabulary. choices: only of the right answer's first token, over the first tokens of the question's choices, as in
-    the code of RoMA."""
+    vocabulary. choices: the cross entropy of only the right answer's first token, over the first tokens of the question's
+    choices, as in the code of RoMA."""
     regulariser: Literal["manifold", "l2"] = "manifold"
     """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 is its own routing before the
     first step."""

@@ -50,9 +50,8 @@ class Deal(NamedTuple):
 
     Attributes:
         place_IWB: int64, for each micro-batch and rank the indices of its sequences in the step.
-        undealt, dealt: Cost of the busiest rank / mean cost of a rank, both summed over micro-batches, because in each
-            micro-batch all ranks wait for the busiest rank; `undealt` is for sequences in the stream's order, `dealt` for
-            this deal.
+        undealt, dealt: (Cost of the busiest rank) / (mean cost of a rank), in the stream's order and in this deal. Both
+            costs are summed over micro-batches, because in each micro-batch all ranks wait for the busiest rank.
     """
 
     place_IWB: np.ndarray
@@ -84,8 +83,8 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
     [P, N].
 
     Uses the balanced largest differencing method (Yakir 1996): the sorted items are cut into rows with one item for each
-    part. Then, until one row is left, the two rows with the largest differences between their parts' sums are joined:
-    the part with the largest sum in one row joins the part with the smallest sum in the other row, and so on.
+    part. Until one row is left, the two rows with the largest differences between their parts' sums are joined: the part
+    with the largest sum in the first row joins the part with the smallest sum in the second row, and so on.
     """
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):

@@ -124,7 +124,7 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
     ]
-    return values.index(max(values))  # `index` finds the first
+    return values.index(max(values))  # `index` finds the first maximum
 
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:

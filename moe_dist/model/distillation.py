@@ -27,7 +27,7 @@ class TeacherOutput:
 
     log_prob_BSK: Tensor  # fp32 (float64 for a float64 model)
     word_BSK: Tensor | None = None  # int64, K < V different words; None: all words in order (K = V)
-    divergence: Divergence = "forward"  # reverse only with all words
+    divergence: Divergence = "forward"  # `reverse` needs all words
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns cross entropies and divergences [2, B, S]; see `moe_dist.model.objective`."""

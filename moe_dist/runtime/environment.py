@@ -68,7 +68,7 @@ class RankEnv:
                 return 0
             return int(text)
 
-        alone = "RANK" not in env and "WORLD_SIZE" not in env  # a plain `python -m moe_dist.train`
+        alone = "RANK" not in env and "WORLD_SIZE" not in env  # true for a plain `python -m moe_dist.train`
         rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
         one_per_node = world_size == 1 or not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & env.keys()  # as in pods of Kubernetes
         local_rank = number("LOCAL_RANK", 0 if one_per_node else None)

@@ -85,7 +85,7 @@ class RunFolder:
         with in_words(self.path):
             owner = other_owner(self.path)
             if owner is None:
-                refuse_planted_files(self.path)  # before any file is read
+                refuse_planted_files(self.path)  # called before any file is read
                 return self._inspect(config)
             with contextlib.suppress(OSError, MoeDistError):
                 if self._inspect(config) is Start.FINISHED:  # reading a summary needs no ownership

@@ -24,7 +24,7 @@ from tools.gpu_check.rates import BF16, drawn, seconds_of
 from tools.gpu_check.training import RandomRun, configure
 
 WIDTH = 2048
-HIDDEN, TOKENS = 512, 256  # sizes of the layers over other libraries
+HIDDEN, TOKENS = 512, 256  # sizes of the layers that use other libraries
 TIMES = 20  # number of exchanges, equal on all ranks
 KINDS = {
     "plain": "parallel.dispatch={kind: all_to_all}",

@@ -14,7 +14,7 @@ from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
-SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # numbers of pairs and of rows, width
+SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # (pairs, rows, width)
 LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # in float64 the CPU takes minutes for these
 MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # relative differences; a bf16 store rounds (the interpreter truncates)
 

@@ -218,7 +218,7 @@ def attention(job: CheckJob) -> list[Reading]:
             exact = _attended([each.double() for each in drawn], dense_mask(documents_BS, positions_BS, window))
             mask = make_mask(documents_BS.to(device), positions_BS.to(device), window)
             found = _attended([each.to(device) for each in drawn], mask)
-            worst, most = max(map(difference, found, exact)), {"fp32": 1e-3, "bf16": 0.02}[precision]  # flex may take TF32
+            worst, most = max(map(difference, found, exact)), {"fp32": 1e-3, "bf16": 0.02}[precision]  # flex may use TF32
             readings.append(Reading(f"{precision}, window {window}: difference", worst, most=most))
     return readings
 

@@ -60,7 +60,7 @@ class OtherExperts(nn.Module):
 
 
 def hugging_face(stack: ExpertStack) -> Callable[..., Tensor]:
-    from transformers.integrations.moe import grouped_mm_experts_forward  # imports nothing that CUDA needs
+    from transformers.integrations.moe import grouped_mm_experts_forward  # works without CUDA
     from transformers.models.olmoe.configuration_olmoe import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 

@@ -122,7 +122,7 @@ def kind_of(section: type[KindSection]) -> str:
 
 
 @cache
-def _entry_points(path: tuple[str, ...]) -> Any:  # SelectableGroups in Python 3.11, EntryPoints in 3.12
+def _entry_points(path: tuple[str, ...]) -> Any:  # returns SelectableGroups in Python 3.11, EntryPoints in 3.12
     """Returns the entry points of all packages on `sys.path`. Reads a file of each installed package."""
     return entry_points()
 

@@ -87,7 +87,7 @@ class RouterSection(KindSection):
 
     def growth_of_scale(self, parts: int) -> int | None:
         """Returns the factor by which `scale` must grow if each column becomes `parts` equal columns, so that the equal
-        columns together have the weight of the one column; None if tokens would then take other columns."""
+        columns together have the former column's weight; None if tokens would then take other columns."""
         return None
 
     @property

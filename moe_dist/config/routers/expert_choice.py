@@ -83,7 +83,7 @@ class ExpertChoiceRouterSection(RouterSection):
         yield from unordered(self.capacity_schedule, "capacity_schedule")
 
     def most_columns(self, group: Any) -> int:
-        return group.num_experts  # each expert decides without the others
+        return group.num_experts  # each expert decides without the other experts
 
     def counts_unknown(self) -> str:
         if self.scope == "rank":

@@ -43,7 +43,7 @@ def rotate_kernel(
     second = tl.load(x + at + FAR, mask=mask).to(tl.float32)
     tl.store(out + at, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
     tl.store(out + at + FAR, (second * c + first * s).to(out.dtype.element_ty), mask=mask)
-    if 2 * HALF < D:  # the values that do not rotate
+    if 2 * HALF < D:  # copies the values that do not rotate
         column = 2 * HALF + tl.arange(0, REST)[None, :]
         kept = inside & (column < D)
         tl.store(out + head * D + column, tl.load(x + head * D + column, mask=kept), mask=kept)
