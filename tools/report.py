@@ -1,5 +1,4 @@
-"""Draws the routing of a run, or of a trace from moe_dist or another system, into one HTML file. See
-docs/monitoring.md."""
+"""Draws the routing of a run, or of a trace from moe_dist or another system, into one HTML file. See docs/monitoring.md."""
 
 import math
 import os
@@ -95,9 +94,8 @@ def main(options: ReportOptions) -> None:
 
 
 def _out(options: ReportOptions) -> Path:
-    """Returns the path of the report: `--out`, else report.html in the folder of the run or trace. If that folder
-    cannot be written, takes the current folder. Raises ConfigError if `--out` has another ending, or cannot be
-    written."""
+    """Returns the path of the report: `--out`, else report.html in the folder of the run or trace. If that folder cannot be
+    written, takes the current folder. Raises ConfigError if `--out` has another ending, or cannot be written."""
     if options.out is None:
         path = run_path(options.path)
         beside = path if path.is_dir() else path.parent

@@ -1,5 +1,4 @@
-"""Checks whether a Slurm cluster (nodes, time limit, stop signals) fits a plan; runs the doctor's tasks on its
-nodes."""
+"""Checks whether a Slurm cluster (nodes, time limit, stop signals) fits a plan; runs the doctor's tasks on its nodes."""
 
 import re
 import shlex

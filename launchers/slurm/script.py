@@ -159,8 +159,7 @@ def rank_table(
 
 
 def interpreter(cluster: Cluster) -> str:
-    """Returns the Python interpreter of the ranks: the cluster file's, else this process's (`python3` in a
-    container)."""
+    """Returns the Python interpreter of the ranks: the cluster file's, else this process's (`python3` in a container)."""
     return cluster.python or (sys.executable if cluster.container.kind == "none" else "python3")
 
 

@@ -92,9 +92,8 @@ class Base:
 
 
 def find_base(base: Base, adapters: Path) -> Contents:
-    """Opens the base's checkpoint for the adapters in the folder `adapters`. Takes the first of the base's possible
-    folders that has the base's content hash. Raises DataError if the base is missing or damaged, or has another content
-    hash."""
+    """Opens the base's checkpoint for the adapters in the folder `adapters`. Takes the first of the base's possible folders
+    that has the base's content hash. Raises DataError if the base is missing or damaged, or has another content hash."""
     others = []
     for place in base.places(adapters):
         try:

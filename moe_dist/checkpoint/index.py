@@ -150,8 +150,7 @@ class StateFile(StoredModel):
 
 
 def few_values(value: JsonValue, *, most: int) -> bool:
-    """Returns whether a JSON value consists of at most `most` values; lists, mappings and the values in them all
-    count."""
+    """Returns whether a JSON value consists of at most `most` values; lists, mappings and the values in them all count."""
     count, waiting = 0, [value]
     while waiting and count <= most:
         count, each = count + 1, waiting.pop()

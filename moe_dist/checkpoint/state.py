@@ -195,8 +195,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Yields, for each expert in this rank's stack [e, ...], the expert's global id and its tensor, a view of the
-    stack."""
+    """Yields, for each expert in this rank's stack [e, ...], the expert's global id and its tensor, a view of the stack."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):

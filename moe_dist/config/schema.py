@@ -113,7 +113,7 @@ class BalanceSection(Section):
     kind: Literal["null_averaged", "vanilla", "null_split", "weighted"] = "null_averaged"
     """null_averaged: all null experts of a group share their mean load (AdaMoE). vanilla: each null expert has its own
     load. null_split: the loss balances only the share of true experts against the share of all other columns (ZEDA).
-    weighted: null_weight is the weight of each null, identity and constant expert, which all have their own loads (MoE++)."""
+    weighted: each null, identity and constant expert has its own load and the weight null_weight (MoE++)."""
     scope: Literal["micro_batch", "step"] = "step"
     """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
     the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: loads and probabilities of

@@ -97,8 +97,7 @@ class TurnFinder:
             return None
         if text.startswith(after):
             return len(after)
-        # The template may end a conversation with another token, such as <|endoftext|>, after the token that ends the
-        # turn.
+        # The template may end a conversation with another token, such as <|endoftext|>, after the token that ends the turn.
         shared = self._shared(after, text)
         closed = self._closing.fullmatch(after, shared) and self.stops(text[first:shared])
         return shared if closed else None

@@ -101,8 +101,7 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
-    """Returns the part of each sequence's cost that its rank computes alone; the part includes the experts only if
-    ep=1."""
+    """Returns the part of each sequence's cost that its rank computes alone; the part includes the experts only if ep=1."""
     return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
 
 

@@ -4,10 +4,9 @@ The measure `plain` is the choice's log-likelihood, which favours short choices.
 log-likelihood divided by the choice's number of tokens.
 
 Without rotations the text of a question does not list the choices. The order of the choices then matters only if two
-choices have equal values of the measure: the first of the two is taken. With rotations the text lists the choices, and
-the question is asked once for each choice, with that choice first. A question with rotations counts as right only if
-the answer to every rotation is right. A model that always takes the second choice therefore gets no rotated question
-right.
+choices have equal values of the measure: the first of the two is taken. With rotations the text lists the choices, and the
+question is asked once for each choice, with that choice first. A question with rotations counts as right only if the answer
+to every rotation is right. A model that always takes the second choice therefore gets no rotated question right.
 """
 
 from collections.abc import Sequence
