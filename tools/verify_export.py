@@ -1,4 +1,4 @@
-"""Checks that loading an exported folder with trust_remote_code runs no code but moe_dist's. See docs/huggingface.md."""
+"""Checks that loading an exported folder with trust_remote_code runs only moe_dist's code. See docs/huggingface.md."""
 
 from pathlib import Path
 from typing import Annotated

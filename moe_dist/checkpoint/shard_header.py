@@ -2,7 +2,7 @@
 
 A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
 without gaps. The entry `__metadata__` of the header maps strings to strings. One string, the `DCP_SHARDING_INFO` of
-torch.distributed.checkpoint, has the offsets of each part in its whole tensor; the other entries are moe_dist's own.
+torch.distributed.checkpoint, has the offsets of each part within the whole tensor; the other entries are moe_dist's own.
 """
 
 import hashlib

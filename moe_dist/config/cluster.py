@@ -101,9 +101,9 @@ class Cluster(Section):
     partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
     options: tuple[Option, ...] = ()
-    """More options of sbatch, as --mem=0 or --reservation=x. These options apply to every part of a job."""
+    """More options of sbatch, such as --mem=0 or --reservation=x. These options apply to every part of a job."""
     srun_options: tuple[Option, ...] = ()
-    """More options of the srun that starts the ranks, as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
+    """More options of the srun that starts the ranks, such as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
     exclude: tuple[SiteName, ...] = ()
     """Nodes that no run uses: Slurm's names of nodes, or host names or addresses of Ray's nodes."""
     spare_nodes: Count = 0
@@ -121,7 +121,7 @@ class Cluster(Section):
     nccl: dict[VariableName, NcclVariable] = Field(default_factory=dict)
     """Environment variables of NCCL, each with its value and reason."""
     prelude: tuple[Line, ...] = ()
-    """Shell lines that run before Python starts, as `module load cuda` or `conda activate x`."""
+    """Shell lines that run before Python starts, such as `module load cuda` or `conda activate x`."""
     kubernetes: KubernetesSection = Field(
         default_factory=KubernetesSection, description="Image, volumes and labels of a site that runs Kubernetes."
     )

@@ -28,8 +28,8 @@ class KubernetesSection(Section):
     """Labels that every node of a run must have, besides the labels in `placement.groups.<group>.node`."""
     gpu_resource: LabelKey = Field(default="nvidia.com/gpu", description="Name of the GPU resource of a node.")
     domain_label: LabelKey | None = None
-    """Label whose value is equal on all nodes of an interconnect domain, as nvidia.com/gpu.clique. Needed if an EP group
-    has several nodes and `domain_nodes` is set."""
+    """Label whose value is equal on all nodes of an interconnect domain, such as nvidia.com/gpu.clique. Needed if an EP
+    group has several nodes and `domain_nodes` is set."""
     service_account: ObjectName | None = Field(default=None, description="Service account of the pods.")
     shared_memory_gib: PositiveInt = Field(default=32, description="GiB of /dev/shm, through which NCCL exchanges data.")
     port: Annotated[int, Field(ge=1024, le=65535)] = Field(default=29500, description="Port at which rank 0 listens.")

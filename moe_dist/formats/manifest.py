@@ -76,8 +76,8 @@ class Manifest(Section):
     image: ImageSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
     baselines: dict[str, float] = Field(default_factory=dict)
-    """Held-out loss in nats per token of models that count training tokens, as 'text/unigram', 'image/left_bigram' or
-    'image_no_filler/unigram'."""
+    """Held-out loss in nats per token of models that count training tokens, by names such as 'text/unigram',
+    'image/left_bigram' or 'image_no_filler/unigram'."""
 
     def violations(self) -> Iterator[Violation]:
         for problem in self._range_problems():

@@ -19,8 +19,8 @@ _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly space
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads sequence lengths, no tokens.
-    Raises DataError if a file is missing or damaged, or its counts differ from the manifest's."""
+    """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads the lengths of the sequences but
+    no tokens. Raises DataError if a file is missing or damaged, or its counts differ from the manifest's."""
     prefix = Path(folder) / split.path
     header = read_index_header(prefix)
     for what, said, found in (("documents", split.documents, header.documents), ("tokens", split.tokens, header.tokens)):

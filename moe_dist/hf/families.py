@@ -27,7 +27,7 @@ def _softmax(normalise: Choices, *, selection_bias: bool = False, logit_bias: bo
 
 def _sigmoid(n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> Part:
     """Returns the fields of a router that takes the top k of sigmoids plus bias, inside the best groups of experts. The
-    arguments are defaults."""
+    arguments are the defaults of the fields."""
     return Part({
         "kind": "group_limited",
         "n_group": Value("n_group", "whole", n_group),

@@ -76,7 +76,7 @@ def import_model(
     Raises:
         ConfigError: `out` exists, an option does not fit the model, or moe_dist does not support the family or a field.
         DataError: `folder` is damaged, or its tensors or its tokenizer do not fit its config.json.
-        CheckpointError: `out` cannot be written; complete shards are kept, and the same command continues.
+        CheckpointError: `out` cannot be written; complete shards are kept, and the same command continues the import.
     """
     options = options or ImportOptions()
     if os.path.lexists(out):

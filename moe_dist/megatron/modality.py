@@ -21,7 +21,7 @@ def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, i
 
     Args:
         ranges: For each modality its vocabulary ranges [first, end), in the order in which the settings' groups list the
-            modalities. A token in no range counts as padding, -1.
+            modalities. A token in no range counts as padding and gets the id -1.
     """
     ids_BS = torch.full_like(tokens_BS, PADDING, dtype=torch.int64)
     for modality, parts in enumerate(ranges):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_TOKENS = 4096  # tokens of the largest tile. With 8,192 words it has 134 MB in fp32; at most four tiles exist
+TILE_TOKENS = 4096  # tokens of the largest tile, which has 134 MB in fp32 with 8,192 words; at most four tiles exist
 
 
 def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:

@@ -274,7 +274,7 @@ def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterato
 
     real_route = MoELayer._route
 
-    def route(layer: MoELayer, x_TD: Tensor, *args: Any) -> Any:  # evaluation and mixture of depths route other numbers
+    def route(layer: MoELayer, x_TD: Tensor, *args: Any) -> Any:  # mixture of depths and evaluation change the number
         uniform.route(len(x_TD))
         return real_route(layer, x_TD, *args)
 

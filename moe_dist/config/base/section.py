@@ -120,7 +120,7 @@ class KindSection(Section):
     kind: Any
 
     builds: ClassVar[str]  # class, or function, that makes the object: "package.module:Class"
-    served: ClassVar[str] = ""  # the kind, if exports to Hugging Face support it; subclasses have other kinds
+    served: ClassVar[str] = ""  # the kind, if exports to Hugging Face support it; else any other text
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:

@@ -71,7 +71,7 @@ class ParallelSection(Section):
     more words, backward computes all logits again (docs/parallelism.md). null: all words of a vocabulary up to 65,536, else
     8,192."""
     max_receive_rows: PositiveInt | None = None
-    """Largest number of rows that a rank may receive in one layer. More rows are an error before the buffer is allocated.
+    """Largest number of rows that a rank may receive in one layer. More rows raise an error before the buffer is allocated.
     null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
     dispatch: AnyDispatch = Field(default_factory=AllToAllDispatchSection)
     """Exchange that brings rows to the ranks of their experts and back."""

@@ -38,7 +38,7 @@ def _normed(norm: RMSNorm, kernels: DenseKernels, x: Tensor) -> tuple[Tensor, Te
 def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> None:
     """Lets the model use Triton's kernels. Call `use_triton` only if the experts use Triton's kernels, too. With `auto` the
     kernels are tried first, and the log has the reason if they are not used."""
-    from moe_dist.model.kernels.triton_kernels import TRITON  # imports Triton, which a CPU need not have
+    from moe_dist.model.kernels.triton_kernels import TRITON  # imports Triton, which a machine without a GPU may lack
 
     reason = why_not(TRITON, device, dtype) if kind == "auto" else None
     if reason is None:
