@@ -73,7 +73,7 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> None:
 
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
     """Describes another live attempt that holds the run's lease (the right to write to its folder), because a restart would
-    only wait for the end of this attempt. Returns None if no other attempt is alive."""
+    only wait for the end of that attempt. Returns None if no other attempt is alive."""
     holder = read_holder(folder.lease_json)
     if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # a restart takes over an abandoned lease
         return None

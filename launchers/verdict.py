@@ -114,8 +114,8 @@ def write(
 
 
 def last_output(log: Path, attempt_id: str, *, most_lines: int = 200) -> str:
-    """Returns the last traceback that a rank's log has of an attempt, with the exceptions that caused it. Returns the last
-    20 lines if there is no traceback, and '' if there is no log."""
+    """Returns an attempt's last traceback in a rank's log, with the exceptions that caused it. Returns the last 20 lines if
+    there is no traceback, and '' if there is no log."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - MOST_BYTES))

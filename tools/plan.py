@@ -287,7 +287,7 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
 
 
 def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
-    """Returns each rank's experts by the placement solver, equally many for each rank."""
+    """Returns the experts that the placement solver assigns to each rank; all ranks get equally many."""
     slots_R = np.full(ep, -(-load_LE.shape[1] // ep))
     return slots_of(solve(load_LE, slots_R), ep)
 

@@ -50,7 +50,7 @@ def hint_for_missing(path: Path) -> str:
 
 
 def _with_its_words(stem: str, names: Sequence[str]) -> list[str]:
-    """Returns the names that begin with `stem`, or have all its words; the nearest first."""
+    """Returns the names that begin with `stem`, or have all its words; the most similar name comes first."""
     words = set(stem.split("_"))
     found = [name for name in names if len(stem) > 2 and (name.startswith(stem) or words <= set(name.split("_")))]
     return sorted(found, key=lambda name: -difflib.SequenceMatcher(None, stem, name).ratio())

@@ -59,7 +59,7 @@ class Batch:
 class Segment:
     """A piece of a document, as read from disk."""
 
-    tokens: np.ndarray  # int64 [length]; [length + 1] if the document continues: the last token is only a label
+    tokens: np.ndarray  # int64 [length]; [length + 1] if the document continues, and then the last token is only a label
     filler: np.ndarray  # bool per token, true for filler, a picture's cell that shows only background
     length: int  # number of input tokens
     prompt: np.ndarray | None = None  # bool per token, true for a token that is no label; None if all tokens are labels

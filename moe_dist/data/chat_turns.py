@@ -78,7 +78,7 @@ def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list
 
 
 def _stopped(text: str, spans: list[Span], messages: Messages, finder: TurnFinder) -> Rendered:
-    """Adds the token that ends the last turn, if the template leaves it to the next message."""
+    """Adds the token that ends the last turn, if the template writes this token only before the next message."""
     first, last = spans[-1]
     if finder.stops(text[first:last]):
         return Rendered(messages, text, spans)

@@ -25,7 +25,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # augmented training pictures on which the codebook is fitted (256,000 patches) in 3 s
+_FIT_RENDERS = 4000  # number of augmented training pictures for the fit of the codebook: 256,000 patches, 3 s
 _CHUNK = 64  # number of pictures encoded at once
 
 
@@ -197,7 +197,7 @@ class PictureCoder:
             turn, which = divmod(index, len(picture.captions))
             caption = self._captions[picture.captions[which]]
             share, time = self._recipe.caption_first, turn + number
-            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # 0 puts the caption first, 1 the picture
+            at = 0 if int(share * (time + 1)) > int(share * time) else 1  # 0 puts the caption first, 1 puts it last
             parts.insert(at, caption)
             fillers.insert(at, np.zeros(len(caption), bool))
         return Document(

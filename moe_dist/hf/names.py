@@ -265,7 +265,7 @@ def _expert_places(
 ) -> Iterator[TensorPlace]:
     old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
     yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
-    if not family.experts:  # a dense FFN, which an import copies, or the form `moe_dist`
+    if not family.experts:  # true for dense FFNs, which an import copies, and the form `moe_dist`
         return
     rows, columns = shape
     if part == "down":

@@ -38,7 +38,7 @@ class Sampling:
 
 
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Returns the probability with which each token is drawn, float64 [B, V]: 0 for tokens outside `allowed_BV` or nucleus.
+    """Returns each token's probability of being drawn, float64 [B, V]: 0 for tokens outside `allowed_BV` or the nucleus.
 
     Every row of `allowed_BV` must allow a token. Among equally likely tokens the lower id is preferred.
     """

@@ -60,7 +60,7 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """Returns the beginning of faulthandler's output, which has the innermost call; without such output the end of
+    """Returns the beginning of faulthandler's output, which has the innermost call; without such output, returns the end of
     `text`."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()

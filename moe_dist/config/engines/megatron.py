@@ -58,7 +58,7 @@ NEEDED = (
 
 class MegatronEngineSection(EngineSection):
     """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
-    size is parallel.ep x parallel.edp, as with the own engine. Experts are sharded over the ranks of a pipeline stage."""
+    size is parallel.ep x parallel.edp, as with the engine `own`. Experts are sharded over the ranks of a pipeline stage."""
 
     builds = "moe_dist.train.build.megatron:megatron_engine"
     memory = "moe_dist.plan.pipeline_memory:stage_memory"

@@ -67,8 +67,8 @@ class RouterSection(KindSection):
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of a group's saved tensors besides router rows and biases; the keys are the ends of their
-        names."""
+        """Returns the shapes of a group's saved tensors besides router rows and biases; the keys are the ends of the
+        tensors' names."""
         return {}
 
     def further_parameters(self, columns: int) -> int:
