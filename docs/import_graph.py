@@ -201,7 +201,7 @@ Node = str | tuple[str, str, int]
 
 
 def unimplied(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The arrows that no longer path implies: if a imports b and c, and b imports c, a to c is left out."""
+    """The arrows that are not implied by a longer path: if a imports b and c, and b imports c, a to c is left out."""
     return sorted(
         (a, b) for a, others in arrows.items() for b in others if not any(b in reachable(arrows, c) for c in others - {b})
     )
