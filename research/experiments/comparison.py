@@ -259,11 +259,13 @@ def table_text(asked: Comparison, study: Study, records: Records) -> str:
         *(f"seconds of a step, EP {number}" for number in ranks),
     ]  # fmt: skip
     rounds = max((len(time.seconds) for time in times.values()), default=0)
-    timed = {0: "", 1: "Seconds of one round; "}.get(rounds, f"Seconds: median, lowest and highest of {rounds} rounds; ")
-    end = timed + (f"code of {commits(records.values())}" if records else "no run is finished")
+    many = f"seconds are the median, lowest and highest of {rounds} rounds; "
+    timed = {0: "", 1: "seconds are those of one round; "}.get(rounds, many)
+    end = timed + (f"the runs used the code of {commits(records.values())}" if records else "no run is finished")
     lines = [
-        f"Budget: {asked.budget:g} true experts per token and layer. Seeds {', '.join(map(str, asked.seeds))}; "
-        f"differences are paired by seed, in brackets one-sided 95 % bounds to both sides. {end[0].upper()}{end[1:]}.",
+        f"The budget is {asked.budget:g} true experts per token and layer. The seeds are "
+        f"{', '.join(map(str, asked.seeds))}. Differences are paired by seed; brackets contain their lower and upper "
+        f"one-sided 95 % bounds. {end[0].upper()}{end[1:]}.",
         "",
         *table(heads, rows),
         "",

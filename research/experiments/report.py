@@ -72,12 +72,12 @@ def _section(
     done = sum((job.label, job.seed) in records for job in jobs)
     lines = [f"# {study.name}", "", study.question.strip(), ""]
     fewer = any(arm.seeds == "other" for arm in study.arms.values())
-    others = f", other arms the first {len(study.seeds.other)}" if fewer else ""
+    others = f"; some arms have only the first {len(study.seeds.other)}" if fewer else ""
     lines += [
-        f"The rules stand in research/configs/reproduce/{study.name}.yaml, of commit `{str(header['rules'])[:12]}`. {done} "
-        f"of {len(jobs)} runs are finished, by the code of {commits(records.values())}. Seeds: "
-        f"{', '.join(map(str, study.seeds.decisive))}{others}. The records of all runs are in {study.name}.jsonl.gz; "
-        f"`make reproduce-{study.name}` makes missing runs, and this page from the records.",
+        f"The rules are in research/configs/reproduce/{study.name}.yaml, of commit `{str(header['rules'])[:12]}`. {done} "
+        f"of {len(jobs)} runs are finished. The runs used the code of {commits(records.values())}. The seeds are "
+        f"{', '.join(map(str, study.seeds.decisive))}{others}. The file {study.name}.jsonl.gz has the records of all runs. "
+        f"`make reproduce-{study.name}` trains the missing runs. It then writes this page from all records.",
         "",
     ]
     if versions := tell_versions(study, records):
@@ -140,7 +140,7 @@ def _arms(study: Study, records: Records) -> list[str]:
     heads = ["arm", "what", "seeds", *(f"{part.replace('_', ' ')}, nats" for part in LOSSES)]
     missing = [f"`{name}` ({arm.about})" for name, arm in study.arms.items() if not of_arm(records, name)]
     lines = table(*_compact([*heads, "true experts a token", "TFLOP", "seconds", "tokens/s", "GB sent"], rows))
-    return [*lines, "", f"Without a run: {'; '.join(missing)}."] if missing else lines
+    return [*lines, "", f"These arms have no run: {'; '.join(missing)}."] if missing else lines
 
 
 def _compact(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
@@ -182,9 +182,9 @@ def _domains(study: Study, records: Records) -> list[str]:
                 cells.append(" ".join(f"{_mean(layer):.3f}" for layer in layers))
             rows.append([_label(study, name), *cells])
     about = (
-        "A domain is a data source. *Probe*: the share of held-out tokens whose domain a linear classifier predicts from "
-        "the router's input. *Bits*: the mutual information of the domain and a token's expert of largest weight, over the "
-        "tokens that predict a scored token."
+        "A domain is a data source. *Probe* is the share of held-out tokens whose domain a linear classifier predicts "
+        "right from the router's input. *Bits* is the mutual information between the domain and a token's expert of "
+        "largest weight, over the tokens that predict a scored token."
     )
     return [about, "", *table(["arm", "probe, by layer", "bits, by layer"], rows)] if rows else []
 
@@ -238,9 +238,10 @@ def _wire(study: Study, records: Records) -> list[str]:
     if not shown:
         return []
     lines = [
-        "Rows sent in one forward, per token and layer. They are computed from the routing of the held-out tokens, for "
-        f"EP = {wire.ep} and {wire.placement} experts: the rows of this system, and the rows of other dispatchers for the "
-        "same choices." + (f" Alike in all arms: {'; '.join(alike)}." if alike else ""),
+        "The table has the rows that this system sends in one forward pass, per token and layer, and the rows that other "
+        "dispatchers would send for the same choices. The rows are computed from the routing of the held-out tokens, for "
+        f"EP = {wire.ep} and {wire.placement} experts."
+        + (f" All arms have the same number of these rows: {'; '.join(alike)}." if alike else ""),
         "",
     ]
     rows = [[arm, *(f"{columns[what][place]:.3f}" for what in shown)] for place, arm in enumerate(means)]
@@ -302,8 +303,8 @@ def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) 
         return []
     heads = [f"{part}, {cost}" for cost in costs for part in ("all", "text", "image")]
     return [
-        f"Cost relative to `{dense}`; in brackets the lowest and the highest value among the seeds. Arms that begin with "
-        "another arm's weights have no value, because that training is not counted.",
+        f"The table has each arm's eta over `{dense}`, with the lowest and the highest value among the seeds in brackets. "
+        "Arms that begin with another arm's weights have no value, because the training of these weights is not counted.",
         "",
         *table(["arm", *heads], rows),
     ]
