@@ -3,7 +3,7 @@
 `python docs/import_graph.py` writes docs/import_graph.svg and prints the figures that tests/unit/test_layers.py checks. A
 room is one of: a folder directly below moe_dist with everything in it, a single file of moe_dist, launchers, tools. Imports
 inside functions and under TYPE_CHECKING count. Two tables that name modules as text do not count: the subcommands in
-moe_dist/__main__.py and the public API in moe_dist/__init__.py. They import a module when it is first used.
+moe_dist/__main__.py and the public API in moe_dist/__init__.py. These two files import a module when it is first used.
 """
 
 import ast
@@ -109,7 +109,7 @@ class ImportGraph:
         return name
 
     def apart(self, kind: Kind) -> list[str]:
-        """Lines `importing file:line imports module` for each pair of modules whose imports are all of this kind."""
+        """Returns lines `importing file:line imports module`, one for each two modules whose imports are all of this kind."""
         return [
             f"{self.sources[a].path}:{found[0].line} imports {b}"
             for a, others in self.files.items()
@@ -270,7 +270,7 @@ def level(node: Node, floors: dict[str, int]) -> int:
 
 
 def mean(values: list[float], otherwise: float) -> float:
-    return fsum(values) / len(values) if values else otherwise  # fsum: `values` come from a set, in any order
+    return fsum(values) / len(values) if values else otherwise  # fsum, because `values` come from a set, in any order
 
 
 def spread(row: list[Node], wish: dict[Node, float], x: dict[Node, float]) -> None:

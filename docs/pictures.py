@@ -20,9 +20,9 @@ from PIL import Image
 from tests.support.browser import Browser, browser
 
 IMAGES = Path(__file__).parent / "images"
-SECONDS = 120.0  # that TensorBoard has to answer
-DRAWING = 30.0  # seconds: TensorBoard draws its charts some time after the page has loaded
-COLOURS = 256  # of a PNG's palette: the pages have few colours, and the file shrinks to a third
+SECONDS = 120.0  # time limit for the first answer of TensorBoard
+DRAWING = 30.0  # seconds of waiting: TensorBoard draws its charts some time after the page has loaded
+COLOURS = 256  # size of a PNG's palette: the pages have few colours, and a palette shrinks the file to a third
 
 
 @contextmanager
