@@ -109,7 +109,7 @@ class ImportGraph:
         return name
 
     def apart(self, kind: Kind) -> list[str]:
-        """Returns lines `importing file:line imports module`, one for each two modules whose imports are all of this kind."""
+        """Returns `importing file:line imports module` for each pair of modules whose imports are all of this kind."""
         return [
             f"{self.sources[a].path}:{found[0].line} imports {b}"
             for a, others in self.files.items()
