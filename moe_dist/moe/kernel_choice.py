@@ -1,7 +1,7 @@
 """Chooses between Triton kernels and operations of torch for the arithmetic on rows, after a trial of the Triton kernels on
 this machine: their values and gradients on small tensors must equal torch's.
 
-Shape letters are those of `kernels.interface`.
+Shape letters are as in `kernels.interface`.
 """
 
 import importlib.util
@@ -36,8 +36,8 @@ Results = list[tuple[str, Tensor]]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels, and for `auto` on CUDA the reason if the kernels are torch's. `auto` first tries Triton's
-    kernels (`why_not`). Raises ValueError if kind is `triton`, and `why_not_triton` returns a reason."""
+    """Returns the kernels. For `auto` on CUDA also returns the reason if the kernels are torch's. `auto` first tries
+    Triton's kernels (`why_not`). Raises ValueError if kind is `triton`, and `why_not_triton` returns a reason."""
     if kind == "torch" or (kind == "auto" and device.type != "cuda"):
         return TORCH, None
     reason = why_not_triton(device, dtype)
@@ -94,7 +94,7 @@ def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _plan(kernels: RowKernels) -> Results:
-    """Returns the dispatch plans of a layer on one rank, which sends no row: three experts for a token, some null."""
+    """Returns the dispatch plans of a layer on one rank, which sends no row. A token has three choices, some null."""
     group, num_tokens = GROUPS[0], 300  # several blocks of tokens
     first_T = torch.arange(num_tokens) * 7
     columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
@@ -144,7 +144,7 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _experts_choice(kernels: RowKernels) -> Results:
-    """Lets experts choose among tokens of their group, and computes the sums of a report."""
+    """Lets experts choose among tokens of their group, and computes the sums of a layer's report."""
     groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
     router = ExpertChoiceRouter(RouterContext(HIDDEN, groups, kernels=kernels))
     for n, parameter in enumerate(router.parameters()):

@@ -1,5 +1,5 @@
-"""Computes load-balance losses and the z-loss from one rank's router sums and from counts over all ranks, and keeps the
-loads of the last step for them.
+"""Computes load-balance losses and the z-loss from one rank's router sums and from counts over all ranks. Keeps the loads
+of the last step for the balance losses.
 
 Shape letters: L MoE layers, G expert groups, C choice columns (a column for each true expert by logical id, then for the
 groups' null, identity and constant experts).
@@ -24,7 +24,7 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split", "weighted"]
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Kind and coefficients of a step's auxiliary losses; for `null_weight_G` see `balance_terms`."""
+    """Kind and coefficients of a step's auxiliary losses; `balance_terms` describes `null_weight_G`."""
 
     kind: BalanceKind
     balance: float
@@ -86,8 +86,8 @@ def balance_terms(
     `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, without a mean.
     MoE++'s tau is 1 / w.
 
-    The null weight w is ZEDA's: the loss drives the load of a null column to w times the load of a true column. A token of
-    a balanced layer takes k n / (n + m w) true experts, and the factor C becomes C + m (w - 1), where m is the number of
+    The null weight w is as in ZEDA: the loss drives the load of a null column to w times the load of a true column. A token
+    of a balanced layer takes k n / (n + m w) true experts, and the factor C becomes C + m (w - 1), where m is the number of
     null columns (for `weighted` and `null_split`, of all columns other than true experts).
 
     Args:
@@ -95,7 +95,7 @@ def balance_terms(
         choices_LC: Number of choices of each column over all ranks.
         tokens_LG: Number of tokens of each group over all ranks. A group without tokens contributes 0.
         null_weight_G: w of each group; None for 1. `vanilla` ignores it.
-        load_tokens_LG: Number of tokens counted in `choices_LC`, if `prob_LC` sums over other tokens.
+        load_tokens_LG: Number of tokens counted in `choices_LC`, if these are not the tokens of `tokens_LG`.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
     weight_G = [1.0] * len(groups) if null_weight_G is None else null_weight_G
@@ -179,13 +179,13 @@ class StepLoad:
     """Keeps the load of each choice column over a whole step, for the balance loss of the next step.
 
     The load-balance loss is a product of loads and mean probabilities. If both are of one micro-batch, the loss depends on
-    how the step is cut into micro-batches, and pushes even a micro-batch of similar tokens to a uniform load (Qiu et al.,
-    arXiv 2501.11873, count the loads over all micro-batches of a step so far). Loads have no gradient, so this class uses
-    the loads of the previous step, which are known before the first forward. The balance loss is then a plain sum over the
-    step's tokens: micro-batch size, accumulation and number of ranks change only its rounding.
+    how the step is cut into micro-batches, and pushes even a micro-batch of similar tokens to a uniform load. (Qiu et al.,
+    arXiv 2501.11873, therefore count loads over all earlier micro-batches of the step, too.) Loads have no gradient, so
+    this class uses the loads of the previous step, which are known before the first forward. The balance loss is then a
+    plain sum over the step's tokens: micro-batch size, accumulation and number of ranks change only its rounding.
 
-    The counts are over all ranks, for each group of the last step in which the group had tokens. All counts are 0 before
-    the first step, whose balance loss is therefore 0.
+    The counts are over all ranks. A group's counts are from the last step in which the group had tokens. All counts are 0
+    before the first step, whose balance loss is therefore 0.
 
     Attributes:
         choices_LC: float64, number of choices of each column.

@@ -29,9 +29,9 @@ from moe_dist.moe.routing.types import ABSENT, group_columns
 
 class Replay:
     """A context in which the model's routers choose the columns in `ids_TLK`. Each call of an MoE layer reads the choices
-    of the next tokens in `ids_TLK` after those of the layer's last call, so the micro-batches must come in the order of
-    `ids_TLK`. Recomputation reads the choices a second time, in the same order. When the context ends, each layer must have
-    read all choices.
+    of the tokens that follow, in `ids_TLK`, the tokens of the layer's previous call. The micro-batches must thus come in
+    the order of `ids_TLK`. Recomputation reads the choices a second time, in the same order. When the context ends, each
+    layer must have read all choices.
 
     Attributes:
         ids_TLK: int16 on the host, 2 T L K bytes; a replay keeps no other memory.
@@ -40,9 +40,9 @@ class Replay:
         model: A model with `MoELayer`s or `LoRALayer`s whose routers have `TopKRouter`'s `forward` and `_choose`: a model
             of moe_dist, with or without FSDP2 or DDP, Megatron's GPTModel with `ExpertLayer`s, or a model of your own.
         ids_TLK: Whole numbers, the chosen columns (see `moe_dist.moe.routing.types`) of this rank's tokens, padding
-            included. As in a trace, -1 means no choice, and -2 - c means a pair of column c that a capacity dropped.
-            Exactly the pairs that were dropped are dropped again. True experts have the first columns, so expert ids of
-            other systems are valid, too.
+            included. As in a trace, -1 means no choice, and -2 - c means a pair of column c that a capacity dropped. The
+            replay drops exactly these pairs. True experts have the first columns, so expert ids of other systems are valid,
+            too.
         group_T: Expert group of each token, -1 for padding; None if all tokens are of group 0.
         source: Name of the record in errors, for example its file.
 
@@ -98,7 +98,7 @@ def replayable_routers(model: nn.Module) -> list[TopKRouter]:
     """Returns the routers of the model's MoE layers, in order. Raises ConfigError if the model has no MoE layer, or a
     router that does not choose as `TopKRouter` does."""
     routers = [module.router for module in model.modules() if isinstance(module, MoELayer | LoRALayer)]
-    others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also in mixture of depths
+    others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also mixture of depths
     others += [router for router in routers if not _keeps_choices(router)]
     if others or not routers:
         found = f"a router of class {type(others[0]).__name__}" if others else "no MoE layer"

@@ -8,7 +8,7 @@ the selection scopes of a step, weighted by the scopes' numbers of tokens. w is 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d
 
-With d = 0 evaluation would admit more or fewer tokens than training, for example because m lags behind drifting scores.
+With d = 0 evaluation might admit more or fewer tokens than training, for example because m lags behind drifting scores.
 `moe_dist.train.evaluation.calibration` sets d so that evaluation admits the same fraction of tokens as training.
 
 The scores contain no noise, because evaluation adds no noise. All ranks get the same thresholds, because the step's sums
@@ -66,7 +66,7 @@ class ThresholdUpdater:
         assert kth_score_LE is not None, "routers with thresholds count scores"
         num_layers, buffers = len(self._gates_LG), [gate.running_mean() for gates in self._gates_LG for gate in gates]
         sizes = [len(threshold_n) for threshold_n, _, _ in buffers]
-        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate, repeated per chooser in the next line
+        tokens_E = tokens_LG.to(torch.float64).flatten()  # one number per gate; the next line repeats it per chooser
         tokens_E = torch.cat([one.expand(size) for one, size in zip(tokens_E.split(1), sizes, strict=True)])
         threshold_E, mean_E, steps_E = (torch.cat(parts) for parts in zip(*buffers, strict=True))
         kth_score_E = kth_score_LE.to(torch.float64).reshape(num_layers, -1).flatten() / tokens_E.clamp_min(1.0)

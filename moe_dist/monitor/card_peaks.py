@@ -3,7 +3,7 @@
 import re
 
 # Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. The first key whose words are all in
-# the card's name is used; therefore a longer key is before a shorter key with the same words.
+# the card's name is used. A key with more words therefore comes before a key with some of these words.
 PEAK_BF16_TFLOPS: dict[str, float] = {
     "GB200": 2500.0,
     "B200": 2250.0,

@@ -29,11 +29,11 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. Lines
-    that have none of the compared keys are not counted. Lines of one file beyond the end of the other are ignored.
+    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. Lines that
+    have none of the compared keys are not counted. If one file has more lines, its last lines are ignored.
 
     Args:
-        rtol: Numbers, also those in lists, may differ by this fraction of the larger number; 0 compares exactly.
+        rtol: Numbers, also in lists, may differ by this fraction of the larger number; 0 compares exactly.
         only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
     """
     same = 0
@@ -72,7 +72,7 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers, an array, is one value."""
+    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers is one value."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))

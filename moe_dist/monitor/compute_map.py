@@ -27,7 +27,7 @@ from moe_dist.monitor.statistics import ComputeMap, MappedPicture
 HEAD, LABEL, GAP = 74, 22, 14  # heights in pixels: title, line of words, gap between pictures
 SIDE = 112  # largest length in pixels of the longer side of a picture
 LINE = 22  # pixels from one line of text to the next
-SHADES = " .:-=+*#%@"  # console characters that show numbers of experts, from 0 to the largest possible number
+SHADES = " .:-=+*#%@"  # console characters for numbers of experts, from 0 to the largest possible number
 SHOWN, SHOWN_LINES = 3, 3  # largest numbers of pictures and of lines of text on a console
 
 

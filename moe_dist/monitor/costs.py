@@ -1,4 +1,5 @@
-"""Compares a step's rows and bytes with those of other placements and dispatch methods for the same choices."""
+"""Compares a step's rows and bytes with the rows and bytes of other placements and dispatch methods for the same
+choices."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,14 +53,14 @@ def cost_table(
     A method's bytes are the method's rows times the bytes per row of this run (forward, backward and recomputation).
     Numbers of rows are from the ledger (`moe_dist.moe.dispatch.ledger`), except the rows under other placements.
     Megatron-Core's all-to-all dispatcher sends one row for each (token, expert) pair with an expert on another rank, and
-    needs equally many experts on each rank. The rows counted at Megatron-Core's collectives for docs/benchmarks.md equal
-    the ledger's number.
+    needs equally many experts on each rank. For docs/benchmarks.md the rows of Megatron-Core's collectives were counted;
+    their number equals the ledger's number.
 
     Args:
         ledgers: Each step's ledger, summed over ranks.
         by_placement: Number of rows of the same steps under the run's and other placements, by policy
-            (`moe_dist.train.rank_balance.placement_rows`), one row per token and rank. Other placements are left
-            out if the run sends a row more than once (dispatch `hierarchical`).
+            (`moe_dist.train.rank_balance.placement_rows`), one row per token and rank. Other placements are not compared if
+            the run sends a row more than once (dispatch `hierarchical`).
         tokens, seconds: Mean tokens of a step, and `Cost.seconds` of this run.
         untimed: Why this run's timings are meaningless; empty if the timings are meaningful.
     """
@@ -86,7 +87,7 @@ def cost_table(
 
 
 def _placed(policy: str, rows: float, rows_of: Mapping[str, float]) -> str:
-    """Returns a sentence that compares the `rows` of the run with those of other placements; empty without any."""
+    """Returns a sentence that compares the `rows` of the run with the rows of other placements; empty if there are none."""
     parts = []
     for name, other in rows_of.items():
         share = f"{abs(1 - rows / other):.1%} " if other else ""

@@ -93,7 +93,7 @@ class _Gpu:
             return None
         try:
             return get(self._nvml, self._handle)
-        except Exception as error:  # pynvml raises one class for 'not supported' (power of some cards) and 'GPU is lost'
+        except Exception as error:  # pynvml uses one class for 'not supported' (power of some cards) and for 'GPU is lost'
             self._say(name, f"no reading of the GPU's {name} (NVML: {error})")
             return None
 

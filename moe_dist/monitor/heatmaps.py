@@ -35,7 +35,7 @@ class Scale:
     """How a heat map shows numbers as colours.
 
     Attributes:
-        colours: Colours for evenly spaced numbers from 0 to 1; between these numbers the scale interpolates.
+        colours: Colours for evenly spaced numbers from 0 to 1; the colours of numbers in between are interpolated.
         caption: A line under the title that explains the numbers.
         zero: Colour of exact zeros; None for no special colour.
     """
@@ -79,7 +79,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     bar_space = BAR_WIDTH + 74
     width_cell = _cell_size(CANVAS - row_gutter - bar_space, num_columns)
     label_width = max(_widest(columns.labels, 13), _widest(columns.sublabels, 11)) + 8
-    if num_columns * label_width <= CANVAS // 2:  # few columns, so that even long names are shown
+    if num_columns * label_width <= CANVAS // 2:  # if there are few columns, even long names are shown
         width_cell = max(width_cell, label_width)
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88

@@ -15,7 +15,7 @@ from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks have at least this factor times the mean rank's work
+BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks have at least this factor times the mean work of a rank
 LOSS_RISE = 1.05  # the loss has risen if its mean / its mean in the previous window is above this number
 LOSS_FALL = 0.99  # the loss has fallen if its mean / its mean in the first window is below this number
 SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this factor times the median of the other ranks
@@ -64,7 +64,7 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # Only the window of the run's first steps counts, because a resumed run begins with a low loss, which falls slowly
+        # Only the first window of the whole run is used, because a resumed run begins with a low loss, which falls slowly
         # anyway.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
@@ -93,7 +93,7 @@ def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """Warns if each layer's busiest EP rank, for which the others wait, has much more work than the mean rank."""
+    """Warns if the busiest EP rank of each layer has much more work than the mean rank, because all ranks wait for it."""
     if weighted_rows_LR.shape[1] < 2 or not weighted_rows_LR.any():  # one rank, or no rows
         return
     ratio = float(weighted_rows_LR.max(1).sum() / weighted_rows_LR.mean(1).sum())

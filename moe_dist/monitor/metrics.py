@@ -38,10 +38,10 @@ class Record:
             largest memory of any rank, the peak rate by which perf/mfu divides, and `NEEDED` factors.
         busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
         memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator; empty in the first step.
-        load: For each group with a load controller, true experts per token: the step's `target`, the mean over layers
-            (`achieved`), and the `lowest` and `highest` layer's number, all before a capacity drops pairs. A number is None
-            if the group had no tokens.
-        target_G: float64, the targets in `load`; nan for a group without one.
+        load: Numbers of true experts per token of each group with a load controller, before a capacity drops pairs: the
+            step's `target`, the mean over layers (`achieved`), and the numbers of the `lowest` and of the `highest` layer.
+            A number is None if the group had no tokens.
+        target_G: float64, the targets in `load`; nan for a group without a target.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
         levers: Decisions of the levers of `rank_balance` after this step.
     """
@@ -126,8 +126,8 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
 
 
 def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """Returns the scalars of the mixture-of-depths layers. Each fraction divides a sum over layers by a sum over layers.
-    Without `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
+    """Returns the scalars of the mixture-of-depths layers. Each fraction is a quotient of two sums over layers. Without
+    `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = {name: ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
     if not split:
@@ -144,7 +144,7 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
     """Returns the scalars of a held-out evaluation: eval/..., the measured balance efficiencies, and
     mixture_of_depths/load_over_target, which is a mean over the mixture-of-depths layers.
 
-    If there are too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
+    If modalities are too many for a scalar each, eval/mean is the mean loss over the tokens of all modalities.
     """
     scalars: dict[str, float | None]
     depths = result.mixture_of_depths
@@ -231,7 +231,7 @@ def group_scalars(
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # family of tags -> (metrics of the sum over layers or of each layer; how to reduce their layer axis)
+    reduced = {  # family of tags -> (metrics of the sum over layers or of each layer; function to reduce the layer axis)
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),

@@ -1,6 +1,6 @@
 """Draws the heat maps of a run. Each map shows sums over all steps since the previous map, because a single step is noisy.
 
-Shape letters as in `metrics.py`.
+Shape letters are as in `metrics.py`.
 """
 
 import math
@@ -58,7 +58,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     for name, values_LG, top, title, caption in _per_group_maps(sums, subject):
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(values_LG, layers, by_group, scale=scale, title=title)
-    if "aimed_LG" in sums:  # mean target over tokens, because it may differ between steps
+    if "aimed_LG" in sums:  # the mean of the target over tokens, because the target may differ between steps
         target_LG = divide(sums["aimed_LG"], sums["tokens_LG"])
         chosen_LG = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)["experts_per_token"]
         scale = ratio_scale(f"true experts per token over the target, {steps}")
@@ -72,8 +72,8 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement, steps: str) -> np.ndarray:
-    """Draws the effect of a lever of `rank_balance`: each rank's load / mean rank's load for the same choices, with the
-    placement of `subject` and with the placement `after`."""
+    """Draws the effect of a lever of `rank_balance`: each rank's load divided by the mean load of a rank, for the same
+    choices under the placement of `subject` and under the placement `after`."""
     load_LE = choices_LC[:, : after.num_experts] * np.array(after.width_of_expert)
     values = np.concatenate([over_mean(each.by_rank(load_LE)) for each in (subject.placement, after)], axis=1)
     ranks, layers = [str(rank) for rank in range(after.num_ranks)], [str(layer) for layer in subject.moe_layers]

@@ -1,8 +1,8 @@
 """Hints about the routing counts of a window of steps. Each rule compares a load with the possible loads.
 
 A token takes an expert at most once. Therefore an expert's load is at most the number of the group's tokens, and at most
-min(k, m) of a token's k choices are the m null experts. Layers and experts with fewer than `ENOUGH` expected choices are
-not judged. Shape letters as in `metrics.py`.
+min(k, m) of a token's k choices are null if the group has m null experts. Layers and experts with fewer than `ENOUGH`
+expected choices are not judged. Shape letters are as in `metrics.py`.
 """
 
 import re
@@ -16,10 +16,10 @@ from moe_dist.monitor.metrics import GroupChoices, divide, group_choices
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_EXPERT = 3.0  # an expert is busy if its load is at least this many times the even load
-BUSY_SPAN = 0.8  # also busy if its load lies this fraction of the way from the even to the largest possible load
+BUSY_SPAN = 0.8  # an expert is also busy if its load is this fraction of the way from the even to the largest load
 BUSY_ROOM = 1.5  # experts are judged as busy only if the largest possible load is at least this many times the even load
 DROPPED = 0.1  # a hint warns, and few_drops fails, if a capacity drops at least this share of a layer's pairs
-NULL_EDGE = 0.02  # a hint warns if the null fraction is nearer than this to its smallest or largest possible value
+NULL_EDGE = 0.02  # a hint warns if the null fraction is less than this above 0, or below its largest possible value
 IDLE = 0.02  # a layer is dead if its tokens take less than this many times the even number of experts
 STARVED = 0.1  # a group is starved if its tokens take less than this many times the even number of experts
 ENOUGH = 20.0  # with fewer expected choices than this, an unusual number may be due to chance
@@ -146,7 +146,7 @@ def dead_experts(window: GroupWindow) -> Iterator[Hint]:
 
 def dead_layers(window: GroupWindow) -> Iterator[Hint]:
     """Warns about layers that compute hardly any (token, expert) pair of the group, while other layers compute pairs."""
-    # A layer without tokens of the group is judged as if it had the mean layer's tokens.
+    # A layer without tokens of the group is judged as if it had the mean number of tokens of all layers.
     even_L = np.maximum(window.even, window.even.mean() * (window.tokens_L == 0))
     dead_L = (window.kept < IDLE * even_L) & (even_L >= ENOUGH)
     dead = np.flatnonzero(dead_L).tolist()

@@ -20,7 +20,7 @@ class DepthStatistics:
 
     Attributes:
         layers: Index of each mixture-of-depths layer in the model.
-        token_share: Fraction of the tokens that each layer should compute.
+        token_share: Fraction of its tokens that each layer should compute.
         tokens_LG, taken_LG: int64, numbers of tokens, and of computed tokens, of each group.
         agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
             evaluation, which makes only causal decisions.
@@ -41,8 +41,10 @@ class LeverDecision(NamedTuple):
 
     Attributes:
         taken: False if the change was refused.
-        before, after: Busiest / mean rank's load without and with the change; 1 if the ranks' loads are equal.
-        cost_steps: Time that the change costs, in steps: for a move once; for replicas the sum until the next decision.
+        before, after: Load of the busiest rank / mean load of a rank, without and with the change; 1 if all loads are
+            equal.
+        cost_steps: Time that the change costs, in units of steps: once for a move; for replicas in total until the next
+            decision.
         placement: Placement after this step, if the lever moved experts or changed replicas; else None.
     """
 
@@ -91,7 +93,7 @@ class MappedPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class ComputeMap:
-    """True experts per token, mean over MoE layers, of some held-out tokens.
+    """Number of true experts of some held-out tokens, as a mean over MoE layers.
 
     Attributes:
         mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background'.
@@ -114,15 +116,16 @@ class EvaluationResult:
         loss: Nats per token by modality; also 'image_no_filler' if the data mark filler cells.
         tokens: Number of labels over which each loss is a mean.
         ablated_loss: The held-out losses with the experts' output set to zero.
-        balance_efficiency: Throughput with the real routing / with evenly spread routing; None if not measured.
+        balance_efficiency: Throughput with the real routing / throughput with evenly spread routing; None if not measured.
         balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): the balance_efficiency if time
             were proportional to work.
         balance_note: How balance_efficiency was measured, or why it was not measured.
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token in this evaluation, by group.
         choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
-        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally here; None without any.
-        compute_map: None without `monitor.compute_map`, and on ranks other than 0.
+        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally in evaluation; None without such
+            layers.
+        compute_map: The map of experts per token; None without `monitor.compute_map`, and on ranks other than 0.
     """
 
     step: int

@@ -114,7 +114,7 @@ def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = 
     """Splits tag families by group or modality, as many families as `MAX_SCALARS` allows: first losses by modality, then
     families by group, then epochs by modality.
 
-    With mixture-of-depths layers, which add scalars, as many group families are split as fit into `MAX_SCALARS`, in order.
+    Mixture-of-depths layers add scalars; then as many group families are split, in order, as fit into `MAX_SCALARS`.
     Without mixture-of-depths layers either all group families are split or none.
     """
     families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
@@ -148,9 +148,9 @@ def curve_of(tag: str) -> tuple[str, str]:
     """Returns the place of a scalar in TensorBoard: the name of a sub-run ('' for the main run), and the tag in the
     sub-run.
 
-    TensorBoard gives each run a colour. A sub-run for each group, modality and part of the evaluation therefore gives each
-    curve of a chart its own colour. Example: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the sub-run 'text'.
-    Terms of the loss, and values over all groups or modalities, are in the main run.
+    TensorBoard gives each run a colour. Each group, modality and part of the evaluation therefore has a sub-run, so that
+    each curve of a chart has a colour of its own. Example: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the
+    sub-run 'text'. Terms of the loss, and values over all groups or modalities, are in the main run.
     """
     family, label, value = split_tag(tag)
     if not label or not value or value in (*RESERVED_MODALITIES, "mean", "max"):

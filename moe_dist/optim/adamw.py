@@ -1,10 +1,10 @@
 """AdamW (decoupled weight decay, Loshchilov & Hutter 2019) with moments in fp32 or, between steps, in bf16.
 
 A moment in bf16 is converted to the parameter's dtype, updated, and rounded to the nearest value. Rounding is element by
-element and draws no random numbers, so a moment has the same bits on any layout of ranks. Rounding undoes a change of
-less than 2^-9 to 2^-8 of the moment (0.2 to 0.4 %). A moment whose gradient has become 0 shrinks by the share 1 - beta in
-a step, which must therefore be above 2^-8. The configuration allows betas up to 0.99, a change of 1 %. (Stochastic rounding
-would allow larger betas, at the cost of a random number for each element, drawn by its global index.)
+element and draws no random numbers, so a moment has the same bits on any layout of ranks. Rounding undoes a change of less
+than 2^-9 to 2^-8 of the moment (0.2 to 0.4 %). If a gradient becomes 0, its moment shrinks by the share 1 - beta in each
+step, so 1 - beta must be above 2^-8. The configuration allows betas up to 0.99, a change of 1 %. (Stochastic rounding would
+allow larger betas, at the cost of a random number for each element, drawn by its global index.)
 """
 
 from collections.abc import Callable, Iterator, Sequence

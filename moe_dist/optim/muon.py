@@ -3,9 +3,9 @@ parameters get AdamW.
 
     m <- mu m + (1 - mu) g;   u = mu m + (1 - mu) g;   W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) NS(u)
 
-NS is a Newton-Schulz iteration, which sends each singular value to about 1. The factor 0.2 sqrt(max(rows, columns)) gives
-updates the size of AdamW's, so that AdamW's learning rate and weight decay fit (Liu et al., arXiv 2502.16982, eq. 4).
-torch.optim.Muon computes the same updates for single matrices in bf16, but takes neither stacks of experts nor shards.
+NS is a Newton-Schulz iteration, which sends each singular value to about 1. With the factor 0.2 sqrt(max(rows, columns))
+updates are as large as in AdamW, so AdamW's learning rate and weight decay can be used (Liu et al., arXiv 2502.16982, eq.
+4). torch.optim.Muon computes the same updates for single matrices in bf16, but takes neither stacks of experts nor shards.
 """
 
 import math
@@ -27,7 +27,7 @@ LEAST_NORM = 1e-7  # a smaller matrix is treated as nearly zero, and its update 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Applies Newton-Schulz iterations to a matrix, or to each matrix of a stack, [..., rows, columns]. Singular values of
-    at least 0.002 of the Frobenius norm end between 0.68 and 1.21. Computes in `dtype`."""
+    at least 0.002 of the Frobenius norm become values between 0.68 and 1.21. Computes in `dtype`."""
     x = (matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp_min(LEAST_NORM)).to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # transposed, so that x x^T is the smaller square matrix

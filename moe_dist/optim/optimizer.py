@@ -22,11 +22,11 @@ from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by
 from moe_dist.placement.parameter_names import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
 MATRIX_MOMENTS = MOMENTS[:1]  # the moment of matrices under an optimizer that orthogonalises them
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors of any role do not decay either
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors have no weight decay either
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
-    """True if this rank holds no element of the parameter: no expert of its group, or a shard beyond the last row."""
+    """True if this rank holds no element of the parameter: the rank has no expert of the group, or an empty shard."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local.numel() == 0
 
@@ -176,9 +176,9 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
     gradients, 0-d float64. The shares of all ranks add up to the squared norm. Costs no host sync.
 
     Args:
-        parameters: Each parameter with its replicas: the number of ranks that hold the same part of its (already reduced)
-            gradient. The number of replicas is the world size for a replicated dense parameter, the edp size for a
-            replicated expert, 1 for a shard.
+        parameters: Each parameter with its number of replicas: how many ranks hold the same part of its (already reduced)
+            gradient. This is the world size for a replicated dense parameter, the edp size for a replicated expert, 1 for a
+            shard.
         device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -245,5 +245,6 @@ def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), rising from 0."""
+    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), sorted, the first at step
+    0."""
     return next(value for first, value in reversed(schedule) if first <= step)

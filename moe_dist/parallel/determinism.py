@@ -19,7 +19,7 @@ _NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables for deterministic cuBLAS and NCCL that `given` lacks. cuBLAS and NCCL read these variables at
-    their first use. Raises ConfigError if the variable in `given` has a value with which cuBLAS is not deterministic."""
+    their first use. Raises ConfigError if `given` has a value with which cuBLAS is not deterministic."""
     name, value, good = _CUBLAS
     if given.get(name, value) not in good:
         raise ConfigError(

@@ -49,7 +49,7 @@ def initial_value(
     """
     owner, _, leaf = path.rpartition(".")
     constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-    if constant is not None:  # set only now, because the meta device stores no values
+    if constant is not None:  # set now, because the meta device stores no values
         return torch.full(shape, constant)
     role = role_of_name(name)
     if role is Role.NORM:

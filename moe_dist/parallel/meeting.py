@@ -7,7 +7,7 @@
     KEY/go            rank 0's decision: an exit code, and the errors
     KEY/world/        keys of the process groups
 
-All keys begin with moe_dist/. torchrun's store outlives a restart, and so contains keys of earlier starts. Tokens and KEY
+All keys begin with moe_dist/. torchrun's store survives a restart, so it contains keys of earlier starts. Tokens and KEY
 are therefore random, and a rank reads only keys with its token or this start's KEY.
 """
 
@@ -55,8 +55,8 @@ def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[S
     block.
 
     Raises:
-        ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder, and the error names rank, host and
-            values; or another run uses MASTER_PORT.
+        ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder (the error names rank, host and values),
+            or another run uses MASTER_PORT.
         StartError, StoppedError: `wait` raised the error on this rank or on rank 0, or the store's owner has ended.
         ResourceError: see `publish`.
     """
@@ -147,7 +147,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
 
 @contextmanager
 def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
-    """Yields the store of all ranks of a start, owned by rank 0 or torchrun's agent, unless it is a file."""
+    """Yields the store of all ranks of a start. Rank 0 or torchrun's agent owns the store, unless it is a file."""
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:
@@ -249,7 +249,7 @@ def _greet_store(host: str, port: int) -> Future[TCPStore]:
 
 
 def _unresolved(host: str) -> str:
-    """Returns the problem if a host name has no address on this node; otherwise ''."""
+    """Returns the problem if this node finds no address of the host name; otherwise ''."""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:

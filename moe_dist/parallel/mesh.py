@@ -33,7 +33,7 @@ class Mesh:
 
     Attributes:
         ep: Process group of the EP ranks; None for a single EP rank, which communicates nothing.
-        checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses the other groups.
+        checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses all other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
         tracker: Tracks all collectives of this rank, for the watchdog.
         intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or for a single rank.
@@ -89,7 +89,7 @@ def init_world(
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing, to count one rank's work."""
+    """Creates a default process group without peers, whose collectives do nothing. It serves to count one rank's work."""
     # imported here, because the import registers a backend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -170,8 +170,8 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """Creates a process group of `ranks`, for measurements; returns None on other ranks. With `alone`, only `ranks` call
-    this function, and no earlier process group may have exactly these ranks."""
+    """Creates a process group of `ranks`, for measurements; returns None on ranks outside of it. With `alone`, only `ranks`
+    call this function, and no earlier process group may have exactly these ranks."""
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
 

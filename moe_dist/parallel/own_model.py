@@ -1,7 +1,8 @@
 """Expert-parallel layers in a user's own model: balance loss, gradients and full weights of such layers (docs/api.md).
 
-An expert is on one rank of `ep_group`, which gets the gradients of all tokens that chose it. Frameworks that average
-gradients over ranks, like DDP, must therefore leave experts out. No rank has the weights or gradients of all experts.
+An expert is on one rank of `ep_group`. This rank gets the gradients of all tokens that chose the expert. Frameworks that
+average gradients over ranks, like DDP, must therefore leave experts out. No rank has the weights or gradients of all
+experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,8 +150,8 @@ def finish_gradients(
 ) -> None:
     """Sums gradients over ranks, between backward and the optimizer step, in a loop whose losses add up over ranks.
 
-    Costs an all-reduce of all dense gradients for each dtype, a second buffer of their size, and a host sync. A parameter
-    that no rank used keeps no gradient.
+    Costs, for each dtype, an all-reduce of all dense gradients and a buffer of their size; and costs a host sync. A
+    parameter that no rank used keeps no gradient.
 
     Args:
         group: All ranks that train the model; None for one process.
@@ -237,7 +238,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads `full_state_dict`'s result on any ranks and placement. Raises RuntimeError if names or shapes differ."""
+    """Loads the result of `full_state_dict`, for any ranks and placement. Raises RuntimeError if names or shapes differ."""
     own = dict(state)
     for path, _, experts, planner in _expert_stacks(model):
         if path in state and len(state[path]) == experts.num_experts:  # otherwise load_state_dict reports the wrong shape

@@ -1,4 +1,4 @@
-"""Measures all-reduce and all-to-all on every pair of nodes, in rounds in which each node is in at most one pair.
+"""Measures all-reduce and all-to-all on every pair of nodes. In each round of measurements, a node is in at most one pair.
 
 Every rank calls `measure_pairs`. All ranks of a pair's two nodes take part, so that all network cards are used.
 """
@@ -42,9 +42,9 @@ def measure_pairs(
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, in turn with a pair of usual speed. A temporary load on
-    the network then slows both pairs of the comparison, and so makes no pair look slow. Each rank sends `payload_bytes` to
-    the other node in an all-to-all, and all-reduces as many bytes."""
+    A pair that looks slow is measured again without other traffic, alternately with a pair of usual speed. A temporary load
+    on the network then slows both pairs, and so makes no pair look slow. Each rank sends `payload_bytes` to the other node
+    in an all-to-all, and all-reduces as many bytes."""
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
     for pairs in round_robin(ranks.nodes):
@@ -87,7 +87,7 @@ def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str
 
 @dataclass(frozen=True)
 class PairMeasurement:
-    """Measures collectives on pairs of nodes. See `measure_pairs` for the fields."""
+    """Measures collectives on pairs of nodes. `measure_pairs` describes the fields."""
 
     ranks: NodeRanks
     payload_bytes: int
@@ -102,7 +102,7 @@ class PairMeasurement:
                 group = groups[pair]
                 assert group is not None
                 seconds[number] = torch.tensor(self._time(pair, group), dtype=torch.float64)
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time; is also a barrier
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)  # gives the slowest rank's time, and is also a barrier
         return {pair: PairExchange(*values) for pair, values in zip(pairs, seconds.tolist(), strict=True)}
 
     def _time(self, pair: Pair, group: dist.ProcessGroup) -> tuple[float, float]:

@@ -1,8 +1,8 @@
-"""Makes a single-device model parallel, in these steps:
+"""Makes a single-device model parallel in three steps:
 
 1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
-2. Recompute: set inside each FSDP2 unit when the model is built, so that FSDP2 gathers a unit before recomputation.
-3. FSDP2 or DDP: last, because the wrapper needs the final parameters and units.
+2. Recompute: it is set inside each FSDP2 unit when the model is built, so that FSDP2 gathers a unit before recomputation.
+3. FSDP2 or DDP: they wrap the model last, because they need the final parameters and units.
 
 Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
 summed over the world, and gradients of experts over edp (ranks with the same experts). Router weights stay replicated plain
@@ -88,8 +88,8 @@ class ParallelModel:
 
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
-        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks in a step's last micro-batch only.
-        FSDP2 gathers parameters and sums gradients in each micro-batch, or gathers in the first and sums in the last
+        """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks only in a step's last micro-batch.
+        FSDP2 gathers parameters and sums gradients either in each micro-batch, or gathers in the first and sums in the last
         micro-batch (`fsdp_gather`). Until the last micro-batch or an error, experts keep copies of their weights in the
         dtype of the experts' inputs."""
         for stack in self._stacks:
@@ -125,7 +125,8 @@ class ParallelModel:
         self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
-        """Sums gradients that DDP and FSDP2 leave out: of routers over the world and, under DDP, of experts over edp."""
+        """Sums gradients that DDP and FSDP2 leave out: gradients of routers over the world, and under DDP of experts over
+        edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
@@ -134,16 +135,16 @@ class ParallelModel:
             sum_gradients(experts, self.mesh.edp, flat=False, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
 
     def clear_gradients(self) -> None:
-        """Sets gradients in DDP's buckets to zero and all others to None, also of parameters that the optimizer lacks
-        (frozen, or empty on this rank)."""
+        """Sets gradients in DDP's buckets to zero and all other gradients to None, also for parameters that the optimizer
+        lacks (frozen, or empty on this rank)."""
         in_buckets = []
         for each in self.parameters:
             gradient = each.parameter.grad
             if gradient is None:
                 continue
             if isinstance(self._module, DistributedDataParallel) and each.role not in _NOT_IN_DDP:
-                # It stays a view of the bucket: otherwise the next step would add up its micro-batches in another tensor,
-                # as the first step does, and copy the sum into the bucket.
+                # The gradient stays a view of the bucket: otherwise the next step would add up its micro-batches in a new
+                # tensor, as the first step does, and copy the sum into the bucket.
                 in_buckets.append(gradient)
             else:
                 each.parameter.grad = None
@@ -165,8 +166,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. FSDP2 thus runs no
     collective between the layer's two exchanges (dispatch and combine). If the experts were a separate unit, its
     reduce-scatter would run between the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds
-    this rank's experts, so they stay plain tensors: FSDP2 would copy them and their gradients in each micro-batch without
-    need. Raises ConfigError: see `_expert_placement`."""
+    this rank's experts, so they stay plain tensors: FSDP2 would needlessly copy them and their gradients in each
+    micro-batch. Raises ConfigError: see `_expert_placement`."""
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
@@ -200,9 +201,9 @@ def _gather_all(model: nn.Module, _inputs: Any) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Shards expert stacks over edp by experts. If the edp size divides only the number of rows of each expert, shards by
-    these rows. Returns None if no expert must be sharded. Raises ConfigError if the installed torch shards all parameters
-    of an FSDP2 unit over the same ranks."""
+    """Returns how FSDP2 shards expert stacks over edp: by experts; or by the rows of each expert, if the edp size divides
+    only the number of these rows. Returns None if no expert must be sharded. Raises ConfigError if the installed torch
+    shards all parameters of an FSDP2 unit over the same ranks."""
     experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:
         return None
@@ -226,7 +227,7 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 class _OrderedBuckets(DistributedDataParallel):
-    """DDP whose buckets stay in one order, from the last parameter to the first, in which gradients become ready.
+    """DDP whose buckets keep the order in which gradients become ready: from the last parameter to the first.
 
     Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
     its bucket determines the order of its sum. With plain DDP the first step after a resume would therefore differ in the
@@ -246,7 +247,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step uses the buckets of later steps
+    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step already has the buckets of all other steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

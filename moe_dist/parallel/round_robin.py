@@ -1,7 +1,7 @@
 """Schedules pairs of nodes in rounds, and detects slow pairs. Pure functions without torch.
 
 A collective over all nodes is as slow as its slowest link, but does not show which link is slow. A round-robin schedule
-measures every pair of n nodes once, in n - 1 rounds (n for odd n). Pairs of a round share no node, and so no link.
+measures every pair of n nodes once, in n - 1 rounds (n rounds if n is odd). Pairs of a round share no node, and so no link.
 """
 
 import statistics
@@ -14,7 +14,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class PairExchange:
-    """Best time, in seconds, of each collective on a pair of nodes."""
+    """The best times of all-reduce and all-to-all on a pair of nodes, in seconds."""
 
     all_reduce: float
     all_to_all: float
@@ -36,7 +36,7 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Returns the time of a normal pair: the lower median, which is normal even if one of four nodes is slow and slows half
+    """Returns the time of a normal pair: the lower median. It is normal even if one of four nodes is slow, which slows half
     of the pairs. For at most three pairs returns the least time."""
     ordered = sorted(seconds)
     # of three nodes, a slow node is in two of the three pairs
@@ -55,7 +55,8 @@ def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
 
 
 def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
-    """Returns the pairs that are slow compared with the usual times. Of fewer than three pairs, none is slow."""
+    """Returns the pairs that are slow compared with the usual times. If there are fewer than three pairs, none counts as
+    slow."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))

@@ -1,9 +1,9 @@
 """Determines the role and the logical name of each parameter. Checkpoints store parameters by logical names, and initial
 values are drawn from logical names.
 
-A module class sets the role of its parameters, as in `role = Role.ROUTER`. Child modules without a role inherit their
-parent's role. A dict `roles` of a module sets the roles of some of its own parameters. The role is not an attribute of
-parameters, because FSDP2 and `Module.to_empty` replace parameters.
+A module class sets the role of its parameters, for example by `role = Role.ROUTER`. Child modules without a role inherit
+their parent's role. A dict `roles` of a module sets the roles of some of its own parameters. The role is not an attribute
+of parameters, because FSDP2 and `Module.to_empty` replace parameters.
 
 This file imports no torch, so that commands without torch can describe checkpoints.
 """
@@ -70,7 +70,8 @@ def group_module(name: str) -> str:
 
 
 def logical_name(path: str) -> str:
-    """Returns the logical name of a parameter or buffer: its name in the state dict without the prefixes of groups."""
+    """Returns the logical name of a parameter or buffer: its name in the state dict, without the prefixes of group
+    names."""
     return path.replace(_GROUP, "")
 
 

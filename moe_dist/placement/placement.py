@@ -30,8 +30,8 @@ class ExpertGroup:
         first_expert: Logical id of the group's first true expert.
         modalities: Modalities whose tokens are routed in the group.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
-        token_share: Share of the group's tokens that each expert takes in expert choice (c), or on average under a target
-            in an adaptive router; None where each token has top_k choices.
+        token_share: Share c of the group's tokens that each expert takes in expert choice; with an adaptive router and a
+            target, the mean share. None where each token has top_k choices.
         node_groups: Number of node groups into which the true experts are divided, in order.
         topk_node_groups: Number of node groups whose experts a token may take.
     """
@@ -61,7 +61,8 @@ class ExpertGroup:
 
     @property
     def expected_experts_per_token(self) -> float:
-        """Returns the mean number of true experts per token if routing is uniform: k n / columns; c n in expert choice."""
+        """Returns the mean number of true experts per token if routing is uniform: k n / columns, or c n in expert
+        choice."""
         if self.token_share is not None:
             return min(1.0, self.token_share) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
@@ -84,7 +85,7 @@ def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) ->
 class ExpertPlacement:
     """The logical ids of the experts in the slots of each rank of an EP group. The slots of a rank are sorted by logical
     id, so that the experts of a group are in consecutive slots. Raises ConfigError if an expert has no slot or several
-    slots, or the slots of a rank are not sorted."""
+    slots, or if the slots of a rank are not sorted."""
 
     groups: tuple[ExpertGroup, ...]
     slots: tuple[tuple[int, ...], ...]
@@ -143,7 +144,7 @@ class ExpertPlacement:
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """Sums numbers of the experts in each layer, [L, E], by the rank that computes them, [L, R]."""
+        """Sums numbers of each layer's experts, [L, E], by the rank that computes the experts, [L, R]."""
         rank_E = np.array(self.rank_of_expert)
         return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(self.num_ranks)], axis=1)
 

@@ -1,7 +1,7 @@
 """Replicas: in single layers a hot (much chosen) expert temporarily has slots on other ranks, beside its own slot.
 
 A rank that has a replica of an expert sends its tokens for that expert to the replica. The ranks without a slot of the
-expert are assigned to the expert's slots in turns. Each rank thus knows the slots of its tokens without an exchange. The
+expert are assigned to the expert's slots in turn. Each rank thus knows the slots of its tokens without an exchange. The
 slots of an expert get about equally many tokens, because the tokens of all ranks are drawn from the same data.
 
 Shape letters: L MoE layers, E true experts, R ranks of an EP group.
@@ -28,8 +28,9 @@ class Replica(NamedTuple):
 @dataclass(frozen=True)
 class PlacementWithReplicas(ExpertPlacement):
     """A placement whose experts may have replicas. `slots` has each expert's own slot, in which its weights are trained and
-    saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty. Raises ConfigError: see
-    `ExpertPlacement`, or the replicas of a layer are not sorted, or a replica is on the rank of its expert's own slot."""
+    saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty. Raises ConfigError as
+    `ExpertPlacement` does, and if the replicas of a layer are not sorted, or a replica is on the rank of its expert's own
+    slot."""
 
     replicas: tuple[tuple[Replica, ...], ...] = ()
 
@@ -83,7 +84,7 @@ class PlacementWithReplicas(ExpertPlacement):
         return found_LR
 
     def computing_ranks(self, layer: int) -> np.ndarray:
-        """See `ExpertPlacement.computing_ranks`. Layers differ."""
+        """See `ExpertPlacement.computing_ranks`. The result differs between layers."""
         found_RE = super().computing_ranks(layer)
         for expert, hosts in self.hosts(layer).items():
             found_RE[:, expert] = servers(hosts, self.num_ranks)
@@ -96,7 +97,7 @@ class PlacementWithReplicas(ExpertPlacement):
 
 
 def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
-    """Returns the ranks of each expert with replicas; the own rank is last and so serves the fewest ranks."""
+    """Returns the ranks of each expert with replicas; the rank of the own slot is last and so serves the fewest ranks."""
     found: dict[int, list[int]] = {}
     for expert, rank in sorted(replicas):
         found.setdefault(expert, []).append(rank)
@@ -104,7 +105,8 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank that gets its tokens: itself if it has a slot, else one of `hosts` in turns."""
+    """Returns for each source rank the rank that gets its tokens: the source rank if it has a slot, else `hosts` in
+    turn."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

@@ -63,8 +63,8 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
 
 
 def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> str:
-    """Returns a sentence that says for which shares of the second group's modality the best pinned layout is faster than
-    the same layout with interleaved experts; empty without pinned layouts of two groups."""
+    """Returns a sentence that says for which token shares of the second group's modality the best pinned layout is faster
+    than the same layout with interleaved experts; empty if there are no pinned layouts of two groups."""
     pinned = [each for each in fitting if each.config.placement.policy == "pinned" and not is_interleaved(each.placement)]
     if not pinned or len(pinned[0].placement.groups) != 2:
         return ""
@@ -96,7 +96,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> st
 
 
 def is_interleaved(placement: ExpertPlacement) -> bool:
-    """Returns whether a placement equals the interleaved placement, which other policies can also choose."""
+    """Returns whether a placement equals the interleaved placement. Other policies can give the same placement."""
     return placement.slots == ExpertPlacement.interleaved(placement.groups, placement.num_ranks).slots
 
 

@@ -60,13 +60,14 @@ class Costs:
 
     @property
     def backward(self) -> float:
-        """Ratio of seconds of backward to seconds of forward. For each matrix product, backward computes one product if the
-        weight is frozen, else two."""
+        """Ratio of the seconds of backward to the seconds of forward. For each matrix product of forward, backward computes
+        one product if the weight is frozen, else two."""
         return BACKWARD - flops.flops_left_out(self.config, self.parts) / self.parts.total
 
     @cached_property
     def _attention(self) -> float:
-        """Seconds of attention with its norms. The matrix products of attention scores have the rate `Rates.attention`."""
+        """Seconds of attention with its norms. The matrix products of attention scores run at the rate
+        `Rates.attention`."""
         model, layers = self.model, self.model.num_layers
         widths = model.attention_widths
         products = 2 * sum(inputs * outputs for inputs, outputs in widths.values())

@@ -1,8 +1,7 @@
 """Estimates step time, bytes and memory of a layout. Imports no torch.
 
-Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free; the
-remaining time of sums and gathers prolongs the step. The estimate assumes that EP groups wait for each other in each
-micro-batch.
+Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free. If they
+need more time, they prolong the step. The estimate assumes that EP groups wait for each other in each micro-batch.
 """
 
 import math
@@ -31,15 +30,15 @@ class Estimate:
     """The planner's estimates of one layout.
 
     Attributes:
-        seconds: Seconds of a step. `busy`, `imbalance`, `exchange` and `tail` are the parts of a step: the mean rank's
-            compute and syncs with its host, the wait for the busiest rank, the part of exchanges that no compute covers,
-            and the time of sums, gathers and optimizer.
+        seconds: Seconds of a step, the sum of four parts. `busy`: compute and host syncs of the mean rank. `imbalance`: the
+            wait for the busiest rank. `exchange`: the part of exchanges that no compute covers. `tail`: sums, gathers and
+            optimizer.
         wire: Seconds of a step in which the rank with the most sent rows exchanges rows, even if it computes at the same
             time.
         bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
         memory: Bytes of the rank that needs most memory, at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
         out_of_memory: Probability that a step runs out of memory on some rank.
-        mark, rows_mark: Certainty of the time, and certainty of bytes and memory; see `moe_dist.plan.rates.MARKS`.
+        mark, rows_mark: Certainty (`moe_dist.plan.rates.MARKS`) of the time, and of bytes and memory.
     """
 
     config: Config
@@ -140,7 +139,8 @@ class LayoutEstimator:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores. The simulated ranks, one EP group, get their part of the node's cores.
+        # All ranks of a node share its cores. The simulated ranks are one EP group; they get their part of the node's
+        # cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
@@ -208,8 +208,8 @@ class LayoutEstimator:
         if key not in self._memory:
             self._memory[key] = _linear_memory(config, placement, rows_R, pairs_R)
         base_R, row_R, pair_R = self._memory[key]
-        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md), in the layer with the
-        # most rows.
+        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md). The layer with the
+        # most rows counts.
         buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
         buffers_R = buffer * ((load.rows + load.sent_inside + load.sent_between).max(1).mean(0) + tokens)
         mean_R = (1 + SLACK) * (base_R + rows_R * row_R + pairs_R * pair_R + buffers_R) + LIBRARIES
@@ -226,9 +226,9 @@ def _linear_memory(
     config: Config, placement: ExpertPlacement, rows_R: np.ndarray, pairs_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns three arrays [R] from which `_memory_of` adds up the memory of each rank: bytes without rows and pairs, bytes
-    for one row per token, and bytes for one pair per token. The sum is exact at `rows_R` rows and `pairs_R` pairs per token
-    (means), and at a tenth of a row or pair more. Elsewhere it is approximate, because memory also has maxima as terms.
-    Ranks with equally many experts, rows and pairs share a result."""
+    for one row per token, and bytes for one pair per token. The sum is exact for the means `rows_R` rows and `pairs_R`
+    pairs per token, and for a tenth of a row or pair more. For all other numbers it is approximate, because some terms of
+    the memory are maxima. Ranks with equally many experts, rows and pairs share a result."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
     for rank, (rows, pairs) in enumerate(zip(rows_R.tolist(), pairs_R.tolist(), strict=True)):

@@ -53,7 +53,8 @@ def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
 
 
 def _replicated_adapters(model: ModelSection) -> float:
-    """Returns the number of parameters of adapters on attention and shared expert, and of adapters that experts share."""
+    """Returns the number of parameters of adapters on attention and on the shared expert, and of adapters that experts
+    share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
     found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.adapter_is_shared else 0
     return found + len(model.moe_layers) * 3 * section.shared_expert_rank * (model.hidden_dim + model.moe.shared_ffn_dim)
@@ -73,7 +74,7 @@ def router_rows(model: ModelSection) -> int:
 
 
 def layers_passed_by(model: ModelSection) -> float:
-    """Returns the mean number of layers that a token skips by mixture of depths."""
+    """Returns the mean number of layers that a token skips because of mixture of depths."""
     depths = model.mixture_of_depths
     return 0.0 if depths is None else len(model.depth_layers) * (1.0 - depths.capacity)
 
@@ -90,7 +91,7 @@ class Parts:
     """Parameters or FLOPs of each part of the model, over all layers."""
 
     embedding: float = 0  # embedding table; if tied, it is also the output projection
-    attention: float = 0  # projections with biases and norms; FLOPs also of queries x keys and scores x values
+    attention: float = 0  # projections with biases and norms; its FLOPs include queries x keys and scores x values
     router: float = 0
     experts: float = 0
     free: float = 0  # vectors and gates of constant experts
@@ -112,8 +113,8 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
     """Returns the number of parameters of each part of the model. The part of routers includes the rows of zero-computation
-    experts. `experts_held` has the number of experts per layer to count, by group, perhaps fractional; by default all
-    experts."""
+    experts. `experts_held` is the number of experts per layer to count, by group. It may be fractional; by default all
+    experts count."""
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
     attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
@@ -164,7 +165,7 @@ def active_parameters(
 def forward_flops(
     model: ModelSection, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Returns forward FLOPs per token in each part of the model. See `active_parameters` for `experts_per_token` and
+    """Returns forward FLOPs per token in each part of the model. `active_parameters` describes `experts_per_token` and
     `token_share`.
 
     A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S FLOPs per token for the scores
@@ -172,7 +173,7 @@ def forward_flops(
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
-    # Each expert that a token takes multiplies by the shared adapter, whose parameters are counted once in `weights`.
+    # A token multiplies by the shared adapter once for each expert that it takes, but `weights` counts the adapter once.
     beyond_one = {name: each - 1 for name, each in taken.items()}
     repeated = expert_adapters(model, beyond_one) - own_adapters(model, beyond_one)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
@@ -241,14 +242,15 @@ def flops_left_out(config: Config, forward: Parts) -> float:
         return frozen_flops(model, forward, seq_len=seq_len)
     untuned = untuned_flops(model, forward, seq_len=seq_len, tuned=tuned)
     assert config.router_tuning is not None, "it has the tuned layers"
-    # Forward and backward of the output layer are then a few rows of the vocabulary.
+    # Forward and backward of the output layer then compute only a few rows of the vocabulary.
     return untuned if config.router_tuning.over_vocabulary else untuned + 2 * forward.output
 
 
 def model_flops_per_token(
     experts_per_token: Mapping[str, float], token_share: Mapping[str, float], *, config: Config
 ) -> float:
-    """Returns FLOPs per token of forward and backward, without recomputation. For arguments see `active_parameters`."""
+    """Returns FLOPs per token of forward and backward, without recomputation. `active_parameters` describes the
+    arguments."""
     forward = forward_flops(
         config.model, seq_len=config.data.seq_len, experts_per_token=experts_per_token, token_share=token_share
     )

@@ -23,7 +23,7 @@ def host_violations(config: Config) -> list[Violation]:
 
 
 def _device_violations(config: Config) -> Iterator[Violation]:
-    """Finds the kernels that do not run on the device, or not on its sharded parameters."""
+    """Finds kernels that do not run on the configured device, or not on sharded parameters."""
     on_cpu = config.parallel.device == "cpu"
     apex, device = config.optimizer.needs_apex, "parallel.device"
     if apex and config.parallel.data == "fsdp2":

@@ -72,8 +72,8 @@ def _dispatchers(config: Config, ep: int, rates: Rates) -> list[DispatchSection]
 
 
 class Placements:
-    """The placements for each EP size, each made once: interleaved, pinned (with several groups), and one for measured
-    loads. `solved` returns the slots of a placement for measured loads at an EP size; None without a trace."""
+    """The placements for each EP size: interleaved, pinned (with several groups), and one for measured loads. Each is made
+    once. `solved` returns the slots of a placement for measured loads at an EP size; None without a trace."""
 
     def __init__(self, config: Config, token_mix: Mapping[str, int], solved: Any = None) -> None:
         self._config, self._mix, self._solved = config, token_mix, solved

@@ -2,8 +2,8 @@
 
 The memory of weights, gradients and optimizer is exact: fp32 master weights, fp32 gradients and AdamW's two moments of the
 rank's parameters. Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only
-weights. The memory of activations is an estimate: the tensors that autograd keeps for one micro-batch, below in elements
-per token, of `a` bytes each (2 in bf16, 4 in fp32):
+weights. The memory of activations is an estimate of the tensors that autograd keeps for one micro-batch. The table has
+elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
                 2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same of latent attention
@@ -17,8 +17,8 @@ per token, of `a` bytes each (2 in bf16, 4 in fp32):
                 or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; and once for one
                                                                 sequence v, and 8 v bytes in fp32
 
-With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less. With `parallel.compile` only the
-line MoE below applies, because torch fuses attention and output itself:
+With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less, as the next table shows. With
+`parallel.compile` only its line MoE applies, because torch fuses attention and output itself:
 
     attention   D + 2 (H + H_kv) d (3, not 2, with qk_norm)     neither the norm, if there are no biases (else 2 D), nor
                                                                 the projections before the rotation
@@ -28,8 +28,8 @@ line MoE below applies, because torch fuses attention and output itself:
 With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` autograd
 keeps only the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. Recomputed tensors exist
 only for one layer at a time. They never exist together with the output layer's tensors, which backward frees first. If only
-routers are trained, autograd keeps no inputs of frozen weights, and nothing below the first trained router. `recompute:
-block` cannot recompute the layer of the first trained router, since the layer's input has no gradient:
+routers are trained, autograd keeps no inputs of frozen weights, and no tensors of layers before the first trained router.
+`recompute: block` cannot recompute the layer of the first trained router, since the layer's input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the first such layer
                 D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
@@ -62,7 +62,7 @@ class RankMemory:
     parameters: float  # fp32 master weights
     gradients: float  # fp32 gradients; with fsdp_gather=step also gradients of gathered parameters
     optimizer: float
-    # Weights in the compute dtype during a micro-batch. DDP: no copies in fp32, copies of all weights in bf16. FSDP2: the
+    # Weights in the compute dtype during a micro-batch. DDP: in bf16 copies of all weights, in fp32 no copies. FSDP2: the
     # weights of two units, or of all units with fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does
     # not shard them. The weights of replicas are included.
     casts: float
@@ -78,8 +78,8 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Estimates the memory of the rank at position `rank` of an EP group. `rows` and `pairs` are
-    expected numbers per own token: of rows that the rank receives, and of (token, expert) pairs that it computes."""
+    """Estimates the memory of the rank at position `rank` of an EP group. `rows` and `pairs` are expected numbers, per own
+    token, of rows that the rank receives and of (token, expert) pairs that it computes."""
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
     held, trained = (each(config, placement, rank=rank) for each in (held_parameters, trained_parameters))
@@ -175,7 +175,7 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Returns the most bytes of a run's checkpoints: `checkpoint.keep` of them, and one that is being written."""
+    """Returns the largest size of a run's checkpoints: `checkpoint.keep` checkpoints, and one that is being written."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
@@ -216,7 +216,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 
 def _replicas(config: Config) -> float:
-    """Returns the largest number of replicas' parameters that a rank keeps until backward, plus gradients of one layer's
+    """Returns the number of replicas' parameters that a rank keeps until backward, at most, plus gradients of one layer's
     replicas."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
@@ -232,14 +232,14 @@ def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> fl
 
 
 class LayerBytes(NamedTuple):
-    """Bytes per token: of the tensors that autograd keeps in all layers, and of one layer's recomputed tensors."""
+    """Bytes per token of the tensors that autograd keeps in all layers, and of one layer's recomputed tensors."""
 
     kept: float
     once: float
 
 
 def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerBytes:
-    """Returns the bytes per token of the tensors that autograd keeps, and of those that it recomputes."""
+    """Returns the bytes per token of the tensors that autograd keeps, and of the tensors that it recomputes."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0
@@ -289,7 +289,8 @@ def _has_triton(config: Config) -> bool:
 
 
 def _has_dense_kernels(config: Config) -> bool:
-    """Whether norms, rotary embedding and loss run Triton kernels; torch fuses compiled parts itself."""
+    """Whether norms, rotary embedding and loss run Triton kernels; they do not in a compiled model, which torch fuses
+    itself."""
     return _has_triton(config) and not config.parallel.compile
 
 

@@ -82,7 +82,7 @@ def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, ranks_per_node: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
     """Places ranks with a demand first; different demands get different nodes. Ranks without a demand then fill the free
-    places: first on nodes with ranks of their own EP group, then on other used nodes, and last on new nodes."""
+    places: first on nodes with ranks of the same EP group, then on all other used nodes, and last on new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

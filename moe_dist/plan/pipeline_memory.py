@@ -20,7 +20,7 @@ from moe_dist.plan.memory import FP32, ITEMSIZE, RankMemory, held_experts, layer
 
 
 def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Returns the memory of the rank at position `rank` of an EP group, with the arguments of `rank_memory`."""
+    """Returns the memory of the rank at position `rank` of an EP group. The arguments are as in `rank_memory`."""
     engine: Any = config.engine
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     parts = parameters(config.model, experts_held=held_experts(placement, rank))

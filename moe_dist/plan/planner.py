@@ -1,5 +1,5 @@
 """Estimates the costs of pinned placement (expert groups on ranks of their own) and interleaved placement (every group on
-all ranks) for the training data's token mix (its tokens of each modality).
+all ranks) for the token mix of the training data (the number of tokens of each modality).
 
 All figures are expectations under uniform routing: a token's k choices are a random subset of its expert group's n + m
 router columns (n true experts, m others). Every rank has the same token mix. Shape letters: R ranks of an EP group, D
@@ -32,7 +32,7 @@ class PlacementCosts:
 
     @property
     def efficiency(self) -> float:
-        """Returns mean / maximum load of the ranks: the bound of throughput / throughput under equal loads."""
+        """Returns the ranks' mean / maximum load: an upper bound of throughput / throughput under equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
@@ -46,7 +46,7 @@ class PlacementCosts:
 class PlanComparison:
     """The costs of pinned and of interleaved placement of the same groups."""
 
-    plans: tuple[PlacementCosts, ...]  # a plan for each of the two policies that is possible
+    plans: tuple[PlacementCosts, ...]  # a plan for each possible policy of the two
     missing: Mapping[str, str]  # impossible policy -> reason
 
 
@@ -113,10 +113,10 @@ def render(
 def verdict(
     chosen: PlacementCosts, others: Sequence[PlacementCosts], missing: Mapping[str, str], *, itemsize: int = 2
 ) -> str:
-    """Returns sentences that say how many rows and how much work the chosen placement has, compared with each other one.
+    """Returns sentences that compare the rows and the work of the chosen placement with each other placement.
 
     Args:
-        others: Plans of other placements. A plan with the chosen plan's name has other ranks for the groups.
+        others: Plans of other placements. A plan of the same name as the chosen plan gives the groups different ranks.
         missing: Impossible policy -> reason.
         itemsize: Bytes of an element of a sent row.
     """
@@ -152,8 +152,8 @@ def _more_or_less(own: float, other: float, less: str, unit: str) -> str:
 
 
 def _trade(chosen: PlacementCosts, other: PlacementCosts, name: str, itemsize: int) -> str:
-    """Returns the condition under which the chosen placement is faster; empty if no plan has both less work and more rows
-    than the other plan.
+    """Returns the condition under which the chosen placement is faster; empty unless one of the two plans has both less
+    work and more rows.
 
     Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
     """

@@ -31,7 +31,7 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    # result of `token_mix`; without data empty, which counts as equally many tokens of all modalities
+    # result of `token_mix`; empty without data, which counts as equally many tokens of all modalities
     token_mix: Mapping[str, int]
     config: Config
 
@@ -114,7 +114,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # data.path was replaced, so these problems are of other data
+    if not read.broken([Violation(("data.path",), "")]):  # a broken data.path was replaced, so ignore the data's problems
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)
@@ -177,7 +177,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Returns each modality's number of training tokens; with `data.weights`, in a million tokens drawn by the weights."""
+    """Returns each modality's number of training tokens; with `data.weights`, its number in a million drawn tokens."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

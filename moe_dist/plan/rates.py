@@ -44,7 +44,7 @@ class CurveSection(Section):
 
 
 class LinkSection(Section):
-    """An exchange of `ranks` ranks takes latency + bytes of the busiest rank / bytes_per_second (alpha-beta model)."""
+    """An exchange of `ranks` ranks takes latency + (bytes of the busiest rank) / bytes_per_second (alpha-beta model)."""
 
     ranks: PositiveInt = Field(description="Number of ranks that exchange at the same time.")
     latency: NonNegative = Field(description="Seconds of an exchange without rows.")

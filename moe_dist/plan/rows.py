@@ -27,11 +27,12 @@ class Load:
     `spread` are [S, L, R], for one micro-batch.
 
     Attributes:
-        inside, between: Rows that a rank sends or receives in one dispatch, the larger of the two numbers, inside its node
-            and between nodes; with the dispatcher `hierarchical`, in the hop inside nodes and in the hop between nodes.
+        inside, between: Rows that a rank sends in one dispatch, or rows that it receives if these are more: inside its
+            node, and between nodes. With the dispatcher `hierarchical`: in the hop inside nodes, and in the hop between
+            nodes.
         sent_inside, sent_between: Rows that a rank sends inside its node and to other nodes, for the sum of bytes.
-        rows: Rows that the rank computes, its own tokens' included.
-        pairs, own: (token, expert) pairs that the rank computes: all, and only those of the rank's own tokens.
+        rows: Rows that the rank computes, including rows of its own tokens.
+        pairs, own: Numbers of (token, expert) pairs that the rank computes: of all tokens, and of the rank's own tokens.
         work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
         spread: Standard deviation over micro-batches of a rank's mean rows and mean pairs per layer, [2, R].
     """
@@ -67,8 +68,8 @@ class Expected:
         self.token_mix = token_mix
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently. The spread of a mean
-        over more independent `layers` is smaller."""
+        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently. The more `layers`,
+        the smaller is the spread of the mean over layers."""
         groups, ranks = placement.groups, placement.num_ranks
         share_G = np.array(group_shares(groups, self.token_mix))
         here_RG = np.array([[len(placement.local_experts(rank, group)) for group in groups] for rank in range(ranks)])
@@ -184,7 +185,7 @@ class Traced:
         return found
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the loads of `DRAWS` micro-batches. For arguments see `Expected.load`."""
+        """Returns the loads of `DRAWS` micro-batches. The arguments are as in `Expected.load`."""
         del layers
         ranks = placement.num_ranks
         rank_E = np.array(placement.rank_of_expert)

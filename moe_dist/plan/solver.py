@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_dist.errors import ConfigError
 
-STEPS = 120  # experts for which all swaps are tried; each takes L x E operations
+STEPS = 120  # number of experts for which all swaps are tried; each expert takes L x E operations
 
 
 def pace(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> float:
@@ -38,7 +38,7 @@ def solve(
 
 
 def placed(load_LP: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray, steps: int) -> np.ndarray:
-    """Returns the rank of each item, such as an expert or one of its copies; arguments as in `solve`."""
+    """Returns the rank of each item, such as an expert or one of its copies. The arguments are as in `solve`."""
     ranks, items = len(slots_R), load_LP.shape[1]
     rank_P = _greedy(load_LP.sum(0), slots_R, allowed_PR)
     # A move is a swap with a free slot, an item without load.
@@ -63,8 +63,8 @@ def slots_of(rank_E: np.ndarray, ranks: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _greedy(load_P: np.ndarray, slots_R: np.ndarray, allowed_PR: np.ndarray) -> np.ndarray:
-    """Assigns each item to the least loaded rank that may hold it and has a free slot. Items that fewest ranks may hold
-    come first, and among these the heaviest."""
+    """Assigns each item to the least loaded rank that may hold it and has a free slot. Items that fewer ranks may hold come
+    first; among items with equally many ranks, heavier items come first."""
     rank_P, work_R, left_R = np.zeros(len(load_P), np.int64), np.zeros(len(slots_R)), slots_R.copy()
     for item in np.lexsort((-load_P, allowed_PR.sum(1))):
         open_R = allowed_PR[item] & (left_R > 0)

@@ -56,8 +56,8 @@ class Played:
 
 
 def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
-    """Simulates the events of a queue. The ranks share `cores` cores, a number below 1 if other ranks use these cores too;
-    None if each rank has its own device."""
+    """Simulates the events of a queue. The ranks share `cores` cores; the number may be below 1 if further ranks use the
+    cores. None means that each rank has a device of its own."""
     clock, busy = np.zeros((2, draws, ranks)), np.zeros((2, draws, ranks))
     ended: list[np.ndarray] = []
     for event in events:
@@ -77,7 +77,8 @@ def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None
 
 
 def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.ndarray:
-    """Returns when each rank ends its work, if running ranks share the cores evenly and none uses more than one core."""
+    """Returns the time when each rank ends its work, if running ranks share the cores evenly and no rank uses more than one
+    core."""
     end_SR = start_SR + work_SR
     for start_R, work_R, end_R in zip(start_SR, work_SR, end_SR, strict=True):
         left_R, now = work_R.copy(), start_R.min()
@@ -105,17 +106,17 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
 
 
 def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
-    """Returns the mean time until the slowest of `groups` EP groups is done: the mean longest of `groups` independent
-    draws. The probability that the k-th smallest of S values is the longest draw is (k / S)^groups - ((k - 1) /
+    """Returns the mean time until the slowest of `groups` EP groups is done: the mean of the longest of `groups`
+    independent draws. The probability that the k-th smallest of S values is the longest draw is (k / S)^groups - ((k - 1) /
     S)^groups."""
     share = (np.arange(len(seconds_S) + 1) / len(seconds_S)) ** groups
     return float(np.sort(seconds_S) @ np.diff(share))
 
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
-    """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends or receives, the larger
-    of the two, inside its node and between nodes. The bytes inside the node and between nodes are sent at the same time.
-    `ranks` ranks of a node take part."""
+    """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends inside its node and
+    between nodes, or the bytes that it receives if these are more. Both are sent at the same time. `ranks` ranks of a node
+    take part."""
     near, far = rates.link(ranks), rates.between
     seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)
     if far is not None and np.any(between):
@@ -164,12 +165,12 @@ class LayerCost:
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # seconds of backward / forward: a matrix product has two products in backward, if its weight has a gradient
+BACKWARD = 2.0  # seconds of backward / forward: for each product, backward has two if the weight has a gradient
 
 
 @dataclass(frozen=True)
 class Order:
-    """The order of exchanges and products in a layer; see parallel.dispatch and parallel.recompute.
+    """The order of exchanges and products in a layer, from parallel.dispatch and parallel.recompute.
 
     Attributes:
         backward: Seconds of backward / seconds of forward.
@@ -194,7 +195,7 @@ def micro_batch(
         last = (_forward(queue, layer, order, last),)
     last = (queue.add("head", COMPUTE, head * (1 + order.backward), *last),)
     for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
-        if order.recompute == "block":  # recomputes attention, dispatch and experts, not the combine
+        if order.recompute == "block":  # recomputes attention, dispatch and experts, but not combine
             last = (_forward(queue, _times(layer, order.again), order, last, repeated=True),)
         last = (_backward(queue, costs, order, last),)
     return queue.events

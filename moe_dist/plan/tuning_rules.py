@@ -89,7 +89,7 @@ def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest
 
 
 def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
-    """Checks that each sample can have k other samples as neighbours."""
+    """Checks that each sample can have k neighbours, which are other samples."""
     if section.regulariser == "l2" or section.weight == 0.0:
         return []
     members = manifest.right if section.filter_by_success else manifest.samples

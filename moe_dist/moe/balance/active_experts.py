@@ -2,21 +2,21 @@
 
 The paper calls this controller PID; it is an integral controller, because a bias is the sum of all its updates. A token has
 k choices among n true experts and the router's other columns. Of T tokens in a step, c_i choose true expert i; c is the sum
-of c_i over i. The update of bias b_i after a step:
+of c_i over i. After a step bias b_i is updated in one of two ways:
 
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
     per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the update per expert
 
 While the mean number of true experts is below the target the biases rise, so true experts win choices from null experts.
-The updates per expert and per group change the mean bias equally. The update per expert also balances the true experts; the
-update per group adds one number to the biases of all true experts, so the order of true experts stays.
+The updates per expert and per group change the mean bias equally. The update per expert also balances the true experts. The
+update per group adds one number to the biases of all true experts, so their order stays.
 
 With `proportional` p the controller is proportional-integral, like the controller that DTop-p (arXiv 2512.13996) uses for
-its bound p. With `proportional` the update has a second term, which is p times the change of the bracket since the last
-step. The bias is thus the sum of mu times each step's bracket, plus p times (last bracket - first bracket).
+its bound p. With `proportional` the update has a second term: p times the change, since the last step, of the expression in
+brackets. The bias is thus the sum of mu times the bracket of each step, plus p times (last bracket - first bracket).
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. The mean number of
-true experts per token therefore converges to the target although each step is noisy (Robbins and Monro, 1951), even as the
+true experts per token therefore converges to the target (Robbins and Monro, 1951), although each step is noisy and the
 router learns.
 """
 
@@ -39,8 +39,9 @@ class ActiveExperts:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.
         rate: mu of the first step.
         decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
-        ramp_steps: Updates in which the target moves in a straight line from a token's most true experts to `target`.
-        schedule: Pairs (first update, factor of the target), with first updates rising from 0.
+        ramp_steps: Number of updates in which the target moves linearly from the largest number of true experts of a token
+            to `target`.
+        schedule: Pairs (first update, factor of the target), sorted by first update; the first pair has 0.
         proportional: p; with 0 the controller is only integral.
     """
 

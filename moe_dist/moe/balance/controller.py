@@ -1,10 +1,10 @@
 """Updates selection biases after each optimizer step, by rules that read the step's counts over all ranks.
 
 With the routers top_k, group_limited, top_p and threshold a selection bias changes only which experts a token chooses. With
-relu the bias is part of the logits, and with predicted_k part of the predicted number of experts, so the bias also changes
-routing weights and gradients. Only the biases of true (not null) experts are updated; the biases of null and
-zero-computation experts stay 0. A rule that adds one number to all true experts' biases thus changes how many true experts
-a token takes.
+relu the bias is part of the logits, and with predicted_k the bias is part of the predicted number of experts. With these
+two routers the bias also changes routing weights and gradients. Only the biases of true (not null) experts are updated; the
+biases of null and zero-computation experts stay 0. A rule that adds one number to all true experts' biases thus changes how
+many true experts a token takes.
 
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
@@ -66,7 +66,8 @@ class BiasController:
     ranks.
 
     Args:
-        gates_LG: The gate of each layer and group. Each update reads `bias` again, because a model may replace its buffers.
+        gates_LG: The gate of each layer and group. Each update reads the gate's `bias` again, because a model may replace
+            its buffers.
         rules: All rules get the same counts, and their updates are added up.
     """
 

@@ -3,8 +3,8 @@
     b_i += rate * sign(mean of c - c_i)     c_i choices of true expert i in a step
 
 In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign, so that the mean bias
-does not change. The mean bias determines how many true experts a token takes, and only `active_experts` may change that.
-Without null and zero-computation columns the mean bias changes no choice, so the published rule is used unchanged.
+does not change. The mean bias determines how many true experts a token takes, and only `active_experts` may change this
+number. Without null and zero-computation columns the mean bias changes no choice, so the published rule is used unchanged.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Sends one row (hidden state) per distinct (token, destination rank), by one all-to-all in dispatch and one in combine.
 
-A token with three experts on one rank is sent to the rank once. The experts' rank sums its experts' weighted outputs for a
-token (in fp32, rounded once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a
+A token with three experts on one rank is sent to the rank once. The experts' rank sums the weighted outputs of the token's
+experts (in fp32, rounded once to the rows' dtype) and sends one row back. Rows that stay on their rank never enter a
 collective. Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, S rows sent
 to other ranks, O rows that stay, R = O + rows received, Q pairs computed here.
 
@@ -15,11 +15,11 @@ A layer has one host sync: the method `plan` reads the numbers of rows and of pa
 Forward and backward each take at most (R + S + T) x D x item bytes of memory, with `item` bytes per element of a row. The
 S rows are a buffer that all layers share, the R rows live until the experts have gathered their inputs, and the T rows
 are the output y. If the rows are bf16 or fp16, the fp32 sum takes T x D x 4 bytes more. Rows are converted to fp32 in
-slices of `torch_kernels.SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`). If T x D x item is smaller than a slice, the memory
-bound has the bytes of a slice in place of T x D x item. From forward to backward only the plan is kept: 8 bytes for each
-taken pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels the
-plan has 20 bytes for each of the N pairs (absent pairs included, because the lists are made before their lengths are
-known), 20 for each of the Q pairs, and 4 for each row that is a sum of other rows.
+slices of `torch_kernels.SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`). If T x D x item is smaller than a slice, replace T x D x
+item in the memory bound by the bytes of a slice. From forward to backward only the plan is kept: 8 bytes for each taken
+pair of this rank's tokens, 8 for each of the S and O rows, and 16 for each of the Q pairs. With Triton kernels the plan has
+20 bytes for each of the N pairs (absent pairs included, because the lists are made before their lengths are known), 20 for
+each of the Q pairs, and 4 for each row that is a sum of other rows.
 """
 
 from moe_dist.moe.dispatch.context import DispatchContext

@@ -13,7 +13,7 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingPlanner(DispatchPlanner):
-    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`) in one chunk; else as
+    """Plans by counting if there is one chunk and pairs are sorted by token (`Assignments.num_choices`); else plans like
     `DispatchPlanner`."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:

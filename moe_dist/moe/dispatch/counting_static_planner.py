@@ -11,7 +11,7 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingStaticPlanner(StaticPlanner):
-    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`); else as the parent."""
+    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`); else plans like `StaticPlanner`."""
 
     def static_plan(self, assignments: Assignments, num_tokens: int, layer: str) -> StaticPlan:
         if assignments.num_choices is None:

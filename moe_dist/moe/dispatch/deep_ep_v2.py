@@ -1,15 +1,15 @@
 """Dispatches and combines by DeepEP's kernels (`deep_ep.ElasticBuffer`, API of V2), for NVLink and RDMA; see `kernels`.
 
 DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
-null choice is -1, so a token whose choices are all null goes to no rank. DeepEP's expanded layout is used: one row
-for each pair, sorted by expert, without padding. In DeepEP's expanded layout the order of an expert's rows may differ
+null choice is -1, so a token whose choices are all null goes to no rank. The dispatcher uses DeepEP's expanded layout,
+which has one row for each pair, sorted by expert, without padding. In this layout the order of an expert's rows may differ
 between executions, unless the buffer is deterministic: DeepEP then sorts the rows once more.
 
-Memory: Q rows, the output y, DeepEP's buffer. DeepEP's buffer is made for the number of tokens of the first plan; a plan
-with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many
+Memory holds Q rows, the output y and DeepEP's buffer. DeepEP's buffer is made for the number of tokens of the first plan; a
+plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many
 tokens.
 
-Shape letters are those of `kernels`, and K choices per token, so that N = T K.
+Shape letters are as in `kernels`. K is the number of choices per token, so N = T K.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ _WEIGHT_BYTES = 4  # bytes of an fp32 weight
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
     """Returns DeepEP's `topk_idx` [T, K], int64, -1 for no expert, from assignments sorted by token. Raises ConfigError if
-    there are not T x K pairs, so the router is not token choice."""
+    there are not T x K pairs, because the router is then not token choice."""
     if assignments.expert_N.shape[0] != num_tokens * top_k:
         raise ConfigError(
             f"parallel.dispatch.kind=deep_ep_v2 takes {top_k} choices of each of {num_tokens} tokens, and got "
@@ -52,8 +52,8 @@ class DeepEPPlan(KernelPlan):
 
 
 class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
-    """Dispatches and combines by a `deep_ep.ElasticBuffer`. `top_k` is K, by default the largest of all groups. A token of
-    a group with fewer choices has absent pairs."""
+    """Dispatches and combines by a `deep_ep.ElasticBuffer`. `top_k` is K, by default the largest top_k of all groups. A
+    token of a group with fewer choices has absent pairs."""
 
     LIBRARY = "DeepEP"
 

@@ -7,8 +7,8 @@
 
 The constructors of DispatchSend and CombineReceive start the collectives, and their `wait` returns the result. The rows
 that stay on this rank are copied while the other rows are in flight. Torch's `kernels` also add the rank's own rows to the
-sums while other rows are in flight; Triton's kernels add all rows at once. The hierarchical dispatcher chains two
-exchanges: the rows that arrive in the first exchange are the table of the second exchange.
+sums during this time; Triton's kernels add all rows at once. The hierarchical dispatcher chains two exchanges: the rows
+that arrive in the first exchange are the table of the second exchange.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward. Shape letters: M rows
 of the table, D hidden size, N weights of (token, expert) pairs, P taken (not absent) pairs of this rank's tokens (to other
@@ -38,7 +38,7 @@ class ExchangePlan:
 
     Attributes:
         layer: Name of the layer, for statistics and reports of a hang.
-        prefix, suffix: Text around the names of the plan's collectives: the hop, and the number of the chunk.
+        prefix, suffix: Text before and after the names of the plan's collectives: the hop, and the number of the chunk.
         table_rows: M, the number of rows of the table.
         rows, pairs: Numbers of rows and of pairs to and from each other rank.
         row_S, row_O: int64, table index of each row for another rank (in sending order), and of each own row.
@@ -104,8 +104,8 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. With `keep_buffers` the next layer uses the same send buffers [S, D].
-    `kernels` sum the returned rows."""
+    """Exchanges rows over one process group. With `keep_buffers` all layers use the same send buffers [S, D]. `kernels` sum
+    the returned rows."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True, kernels: RowKernels = TORCH) -> None:
         self.all_to_all, self.kernels = all_to_all, kernels
@@ -117,8 +117,7 @@ class Exchange:
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
-        """Sends rows [R, D] back to their tokens' ranks. Returns, for each table row, the sum of the rows sent back for the
-        table row, [M, D].
+        """Sends rows [R, D] back to their tokens' ranks. Returns for each table row the sum of its returned rows, [M, D].
 
         The call is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
         """
@@ -127,7 +126,8 @@ class Exchange:
     def start(
         self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
     ) -> Pending:
-        """Issues one collective of a plan, for rows if `out` is given, else for weights. `back` swaps the directions."""
+        """Issues one collective of a plan, for rows if `out` is given, else for weights. `back` swaps senders and
+        receivers."""
         splits = plan.pairs if out is None else plan.rows
         return self.all_to_all.start(
             items,

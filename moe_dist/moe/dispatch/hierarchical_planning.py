@@ -1,9 +1,9 @@
 """Makes the plans of the hierarchical dispatcher: which rows go to which node, and to which rank inside a node.
 
-(token, expert) pairs are sorted by (node, token), this node last, so that the pairs of one row (a token sent to a node) are
+(token, expert) pairs are sorted by (node, token), this node last. The pairs of one row (a token sent to a node) are thus
 consecutive. In both hops a (token, expert) pair is sent as one code: the expert's slot, and a bit that marks the first pair
-of a row. A sender also sends the forwarding rank the numbers of rows and pairs for each rank of the node. The forwarding
-rank sums the numbers of all senders on the device, and so has the sizes of the second hop before expert ids arrive. One
+of a row. A sender also tells the forwarding rank how many rows and pairs it sends to each rank of the node. The forwarding
+rank sums these counts over all senders on the device, and so has the sizes of the second hop before expert ids arrive. One
 host sync can therefore read the sizes of both hops.
 
 Shape letters: T tokens on this rank, N pairs (absent pairs included), E experts, W ranks, M rows of the middle table (rows
@@ -56,7 +56,7 @@ class HierarchicalPlan:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors. Node slots are the slots of a node's ranks, numbered rank by rank.
+    """The placement as tensors. A node slot is a slot of any rank of a node; node slots are numbered rank by rank.
 
     Attributes:
         rank_E, node_slot_E: EP position of each expert's rank, and each expert's node slot.
@@ -86,7 +86,7 @@ class _Sizes:
 
 
 class HierarchicalPlanner:
-    """Makes the plans of this rank for one EP group of several nodes. See `HierarchicalDispatcher` for the arguments."""
+    """Makes the plans of this rank for one EP group of several nodes. `HierarchicalDispatcher` describes the arguments."""
 
     def __init__(
         self,

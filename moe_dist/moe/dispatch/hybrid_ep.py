@@ -7,11 +7,11 @@ slots, as the kernels require inside an NVLink domain. All ranks must have equal
 multiple of 16.
 
 In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends gradients of
-rows and weights the reverse way, and no maps. HybridEP's dispatch also permutes rows into one row for each pair, sorted by
-slot, and its combine sums a token's rows; the sending kernels also permute and sum (`fuse_...`). Memory: Q rows, the output
-y, and HybridEP's own buffer.
+rows and weights in the reverse directions, and no maps. HybridEP's dispatch also permutes rows into one row for each pair,
+sorted by slot, and its combine sums a token's rows. The sending kernels also permute and sum (`fuse_...`). Memory holds Q
+rows, the output y and HybridEP's own buffer.
 
-Shape letters are those of `kernels`, and X = W E' slots of all ranks.
+Shape letters are as in `kernels`. X = W E' is the number of slots of all ranks.
 """
 
 from dataclasses import dataclass

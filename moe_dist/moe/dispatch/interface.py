@@ -31,7 +31,7 @@ class DispatchedRows:
 
 
 class PairLayout(Protocol):
-    """Says which rows each of this rank's experts computes. Experts read only this part (`PairLayout`) of a dispatch plan.
+    """Says which rows each of this rank's experts computes. Experts read only these attributes of a dispatch plan.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each (token, expert) pair computed here, in slot order.
@@ -59,8 +59,8 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Sends tokens through the experts of one EP group, whose ranks all issue the same collectives in the same order. With
-    `takes_known_counts`, routers should set `Assignments.counts_WE`, which the dispatcher uses."""
+    """Sends tokens through the experts of one EP group, whose ranks all issue the same collectives in the same order. If
+    `takes_known_counts` is true, the dispatcher uses `Assignments.counts_WE`, so routers should set it."""
 
     takes_known_counts: bool = False
 

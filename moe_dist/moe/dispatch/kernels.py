@@ -8,8 +8,8 @@ kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate t
 cannot be checked before the allocation. The first dispatch returns a handle, the library's record of the routes of all
 rows, which the kernels need in combine, backward and recompute.
 
-A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. When the number of rows has
-arrived, the counts of the traffic ledger (module `ledger`) have arrived, too.
+A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. By then the host also has the
+counts of the traffic ledger (module `ledger`).
 
 An adaptor converts assignments and weights to the format of the library's kernels, and calls the library's buffer in
 `first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, W ranks, N (token,
@@ -103,7 +103,7 @@ class KernelPlan:
         return self.arrived
 
     def arrive(self, arrived: Arrival) -> None:
-        """Keeps the result of the first dispatch, and reads the counts, which have arrived with the result."""
+        """Keeps the result of the first dispatch, and reads the counts, which are on the host by then."""
         self.arrived, found = arrived, self.counts()
         self._rows_pairs = found[: len(found) // 2], found[len(found) // 2 :]
 

@@ -4,15 +4,15 @@ ids, and no host waits for its device.
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows `counts_WE` before routing, because every expert takes a fixed number of each rank's
 tokens. In token choice `counts_WE` depends on the routing. If each rank holds at most one expert of a group, no two pairs
-have the same (token, rank), and one row per (token, rank) would save no rows. The kind `all_to_all` then uses this
-dispatcher, too.
+have the same (token, rank), so one row per (token, rank) would be as many rows as one row per pair. The kind `all_to_all`
+then uses this dispatcher, too.
 
 The number of rows that a rank sends is the sum of the rank's row of `counts_WE` over the experts of other ranks. The rows
 are sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
 letters: T tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
-`dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of weights and of both
-rows. Every rank issues all collectives, even with nothing to send. Nothing syncs. The order of pairs depends on the counts
+`dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all these. Every rank
+issues all collectives, even with nothing to send. No step syncs host and device. The order of pairs depends on the counts
 alone. The host computes the pairs' order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders.
 Memory is as in `all_to_all`, where S is the number of (token, expert) pairs sent.
 """
@@ -54,8 +54,8 @@ class _Order:
 
 class KnownCountsDispatcher(AllToAllDispatcher):
     """Dispatches and combines over one EP group, with known counts. Assignments without `counts_WE` are planned as by
-    `AllToAllDispatcher`; evaluation has them, because tokens choose experts there. All ranks make matching plans, because
-    all have the same counts and placement.
+    `AllToAllDispatcher`. Evaluation has such assignments, because in evaluation tokens choose experts. All ranks make
+    matching plans, because all have the same counts and placement.
 
     A token with several experts on a rank is sent to the rank once for each of these experts.
     """

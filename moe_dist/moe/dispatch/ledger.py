@@ -1,11 +1,12 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. All numbers of a ledger count one rank. Rows and pairs count forward alone; bytes count forward and backward.
+choices. A ledger is of one rank. Its rows and pairs are counted in forward alone; its bytes are counted in forward and
+backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. All other
 row counts of the ledger are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that
-choices spread evenly over the n experts of a group. If this rank holds `own` of the n experts, 1 - own/n of the choices
-leave the rank:
+choices spread evenly over the n experts of a group. If this rank holds `own` of the n experts, the fraction 1 - own/n of
+the choices leaves the rank:
 
     rows_per_pair       one row per pair with an expert on another rank, without deduplication
     rows_topk           top-k with the same k among true experts alone, one row per choice

@@ -1,10 +1,10 @@
-"""Runs experts while exchanges are in flight, in forward and backward: on the rank's own rows (`overlap`), or by chunks of
-tokens, or by `overlap` and chunks.
+"""Runs experts while exchanges are in flight, in forward and backward. During an exchange experts compute the rank's own
+rows (`overlap`), or another chunk of tokens, or both.
 
 Each exchange has two autograd nodes: Start issues the exchange and End waits for its result; in backward End issues the
 reverse exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so
 that backward runs the nodes in exactly the reverse order. All ranks thus issue the same collectives in the same order,
-whatever else autograd runs between the nodes. The order with two chunks; (o) marks the steps that only `overlap` takes:
+whatever else autograd runs between the nodes. The following is the order with two chunks; (o) marks steps of `overlap`:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
@@ -14,7 +14,7 @@ The nodes keep the plan and save no tensor. The recomputation of a block repeats
 needs the result of combine.
 
 Memory in rows of D elements. R' and S' are the received and sent rows of the chunks that are in memory at once (at most
-three chunks). With `overlap` own rows are not copied, so R counts only received rows, but the sums of the own rows' experts
+three chunks). With `overlap` own rows are not copied, so R counts only received rows, but the experts' sums for own rows
 take T more rows:
 
     overlap     forward     R + S + 2 T
@@ -60,9 +60,9 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
     """Sends the same rows as `AllToAllDispatcher`, and runs the experts on some rows while other rows are in flight.
 
     Args:
-        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. With
-            `overlap` the experts run once more per layer, each time on fewer rows.
-        chunks: Number of ranges of tokens. Each range of tokens is sent while the experts compute the range before.
+        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. The experts
+            then run once more per layer than without `overlap`, each time on fewer rows.
+        chunks: Number of ranges of tokens. Each range is sent while the experts compute the previous range.
     """
 
     def __init__(self, context: DispatchContext, *, overlap: bool = False, chunks: int = 1) -> None:
@@ -161,8 +161,8 @@ class StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """Returns its arguments. The gate's backward runs after the backward of everything computed from its output, and before
-    the backward of StartDispatch, so that own pairs and shared expert overlap with the exchange in backward, too."""
+    """Returns its arguments. Its backward runs after the backward of everything that is computed from its output, and
+    before the backward of StartDispatch. Own pairs and shared expert thus overlap with the exchange in backward, too."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:

@@ -1,10 +1,10 @@
 """Makes the plans of the dispatch methods `all_to_all` and `pipelined`. A plan says which rows (hidden states, one per
 token and destination rank) and which (token, expert) pairs go to which rank. Making a layer's plan needs one host sync.
 
-The tokens are cut into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot), and
-rows by (chunk, rank, token), the own rank last. A slot is an expert's place on its rank. The pairs received from a rank are
-then grouped by slot, so the receiver need not sort the pairs. A (token, expert) pair is sent as the index of its row among
-the rows to the same rank; the pair's slot follows from the counts.
+The tokens are cut into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot). Rows
+are sorted by (chunk, rank, token). The own rank is last in both orders. A slot is an expert's place on its rank. The pairs
+received from a rank are then grouped by slot, so the receiver need not sort the pairs. A (token, expert) pair is sent as
+the index of its row among the rows to the same rank; the pair's slot follows from the counts.
 
 Shape letters: T tokens, N pairs (absent pairs included), E experts, W ranks, C chunks, P taken pairs, S rows sent to other
 ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each slot), H ranks
@@ -33,8 +33,8 @@ SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens with this rank's experts, if computed outside of the chunks. The row of a pair is the
-    pair's token.
+    """The pairs of this rank's tokens with this rank's experts, if these are computed outside of the chunks. A pair's row
+    is the hidden state of its token.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -62,9 +62,10 @@ class _Tables:
     is -1.
 
     Attributes:
-        place_E: Place of each expert's rank in the order of sending: other ranks, own rank; W for absent pairs.
-        bin_E: Position of each expert in the order of (place of its rank, slot); E for absent pairs.
-        message_M: Index of each count to send, rank by rank, in the concatenation of row counts and pair counts.
+        place_E: Place of each expert's rank in the order of sending (other ranks, then own rank); W for absent pairs.
+        bin_E: Index of each expert if experts are sorted by (place of the rank, slot); E for absent pairs.
+        message_M: For each count of the message, rank by rank, its index in the concatenation of row counts and pair
+            counts.
     """
 
     place_E: Tensor
@@ -263,10 +264,10 @@ class DispatchPlanner:
         )
 
     def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """Returns the place of the first row of each run; and for each chunk an array [3, runs]. There a run is the pairs
-        of one slot from one source rank, and runs are in the order of slots. The three numbers of a run are its length, the
-        place of its first pair in the order of arrival minus its place in the order of slots, and the place of the source
-        rank's first row. One copy from the host brings all results to the device."""
+        """Returns the place of the first row of each run of rows to send, and for each chunk an array [3, runs]. In the
+        array a run is the pairs of one slot from one source rank, and runs are sorted by slot. The three numbers of a run
+        are its length, its first pair's place in the order of arrival minus that pair's place in the order of slots, and
+        the place of the source rank's first row. One copy from the host brings all results to the device."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
@@ -355,7 +356,7 @@ def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of(length_X: np.ndarray) -> np.ndarray:
-    """Returns the start of each block: the sum of the lengths of the blocks before."""
+    """Returns the start of each block: the sum of the lengths of all previous blocks."""
     return length_X.cumsum() - length_X
 
 

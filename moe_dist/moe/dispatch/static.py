@@ -9,7 +9,7 @@ without gradient asserts on the device.
 
 Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of the table's
 row T, which is zero and belongs to no token. A padding pair has the weight at index N, which is 0. As input of experts,
-padding pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no other value and no
+padding pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no output of a token and no
 gradient.
 
 The own rows are all rows of the table. The number of tokens may differ between ranks; the room (numbers of places for rows
@@ -33,8 +33,8 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
-    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes. `room` is the numbers of places for
-    rows and (token, expert) pairs, equal on all ranks, or the factor of `StaticRoom.expected`."""
+    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes. `room` has the numbers of places for
+    rows and (token, expert) pairs, equal on all ranks, or it is the factor of `StaticRoom.expected`."""
 
     def __init__(self, context: DispatchContext, *, room: float | StaticRoom) -> None:
         if not isinstance(room, StaticRoom):

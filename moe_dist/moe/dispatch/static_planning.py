@@ -78,7 +78,7 @@ class StaticPlan(ExchangePlan):
     """`order_Q` of the exchange is None; weights are sorted by `arrival_Q` afterwards.
 
     Attributes:
-        arrival_Q: int64, place, in the order of arrival, of each pair computed here; A for padding. Pairs are sorted by
+        arrival_Q: int64, for each pair computed here, its place in the order of arrival; A for padding. Pairs are sorted by
             slot, with the padding of a group after the group's last slot.
         row_of_pair_Q: int64, row in [0, R) of each pair computed here; T for padding.
         room_G: Number of pairs of each group, padding included.
@@ -116,10 +116,10 @@ class _Places:
     room alone.
 
     Attributes:
-        place_J, nth_J: Destination's place in the order of sending (other ranks, then this rank), and the pair's number
-            among the destination's pairs.
+        place_J, nth_J: For each pair, its destination's place in the order of sending (other ranks, then this rank), and
+            the pair's number among the pairs to that destination.
         most_rows_J: Number of rows for which the destination has room.
-        row_J: Place among the S rows of the destination's first row; not used for own pairs.
+        row_J: Place, among the S rows, of the first row to the pair's destination; not used for own pairs.
         row_A: Row in [0, R) of the first row of the rank from which each pair arrives; 0 for own pairs.
         first_H: Place in the order of arrival of the first pair from each rank.
         token_O: The row of the table of each own row.
@@ -142,8 +142,8 @@ class _Fixed:
     Attributes:
         first_bin: Bin of the first expert of each place, then E.
         source_H: Ranks in the order of arrival.
-        run_order: Place of each run's length among the lengths of (slot, source rank), then of each group's padding. Runs
-            are sorted by slot, then source rank; the padding of a group follows its last slot.
+        run_order: Index of each run's length in the list of the lengths by (slot, source rank), followed by the lengths of
+            the groups' padding. Runs are sorted by slot, then source rank; the padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
         first_row_W, first_pair_W: Numbers of rows and pairs before the first row and pair of each place; the own rank is
             last.
@@ -229,7 +229,8 @@ class StaticPlanner(DispatchPlanner):
         return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])
 
     def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and each group's pairs beyond the room [G]."""
+        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and for each group the number of pairs beyond the room
+        [G]."""
         total_X = arriving_HX.sum(0)
         total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)
         padding_G = (fixed.computed_G - total_G).clamp_min(0)

@@ -1,11 +1,11 @@
 """Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
 
-`steps` is a generator, which yields when an exchange has been issued and all further computation of the half needs the
-result. The caller then runs the other half of the micro-batch up to that half's next exchange
+`steps` is a generator. It yields when an exchange has been issued and all further computation of the half needs the
+exchanged rows. The caller then runs the other half of the micro-batch up to that half's next exchange
 (`moe_dist.model.two_batches`). `pipelined` defines the autograd nodes. The chain (an empty tensor) passes through the nodes
 of both halves of the micro-batch, so backward runs the nodes in exactly the reverse order: every rank issues the same
-collectives in the same order. The order for halves A and B of a micro-batch; each line is computed while the exchanges of
-the line before are in flight:
+collectives in the same order. The following is the order for the halves A and B. Each line is computed while the exchange
+of the previous line is in flight:
 
     forward     A  attention, router                    StartDispatch
                 B  attention, router                    StartDispatch
@@ -36,8 +36,8 @@ class Chain:
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches like `AllToAllDispatcher`. `run` dispatches a whole micro-batch, as in evaluation, and `steps` half of
-    one."""
+    """Dispatches like `AllToAllDispatcher`. `run` dispatches a whole micro-batch, as in evaluation; `steps` dispatches half
+    a micro-batch."""
 
     def steps(
         self,

@@ -4,8 +4,8 @@
     [gate; up]' x = [gate; up] x + (alpha / r) B A x        A [r, D], B [2 F, r]
     down' h       = down h       + (alpha / r) B A h        A [r, F], B [D, r]
 
-Either each expert has its own A and B, on the expert's rank, or all experts of a group share one A and B, which every rank
-holds. Backward computes no product for the gradient of a frozen matrix.
+Either each expert has A and B of its own, on the expert's rank, or all experts of a group share one A and B, which every
+rank has. Backward does not compute the gradient of a frozen matrix.
 
 Shape letters: Q (token, expert) pairs computed on this rank, D hidden size, F hidden width, r rank, I inputs and O outputs
 of a matrix.
@@ -37,14 +37,14 @@ class ExpertLoRA:
         return {target: widths[target] for target in self.targets}
 
     def stacked(self, hidden_dim: int, ffn_dim: int) -> dict[str, tuple[int, int]]:
-        """Returns the shapes of an expert's own matrices by name; none if the adapters are shared."""
+        """Returns the shapes of an expert's adapter matrices by name; no shapes if the adapters are shared."""
         shapes = {}
         for target, (inputs, outputs) in self._widths(hidden_dim, ffn_dim).items() if not self.shared else ():
             shapes |= {f"{target}_a": (self.rank, inputs), f"{target}_b": (outputs, self.rank)}
         return shapes
 
     def modules(self, hidden_dim: int, ffn_dim: int) -> nn.ModuleDict | None:
-        """Returns the shared adapters by target; None if each expert has its own."""
+        """Returns the shared adapters by target; None if each expert has adapters of its own."""
         widths = self._widths(hidden_dim, ffn_dim)
         return nn.ModuleDict({each: Adapter(*widths[each], self.rank) for each in widths}) if self.shared else None
 

@@ -3,9 +3,9 @@ are sorted by slot (the expert's place on this rank).
 
     y = W_down a(W_gate x, W_up x)
 
-`Experts` is composed of values: an activation a (`activations.py`), an adapter of the matrices
-(`expert_lora.py`) and a storage, which tells where the experts' numbers of rows are (`on_host`, or `on_device` of
-static_storage.py). Replicas (`replicas.py`) add experts for one forward.
+`Experts` takes an activation a (`activations.py`), an adapter of the matrices (`expert_lora.py`), and a storage, which
+tells where the experts' numbers of rows are (`on_host`, or `on_device` of static_storage.py). Replicas (`replicas.py`) add
+experts for one forward.
 
 Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
 e number of a group's experts on this rank.
@@ -63,7 +63,7 @@ class Runs:
         return choose_gemm(kind, widths=widths, num_experts=len(self.lengths), **options)
 
     def product(self, device: torch.device) -> Product:
-        """Returns the grouped product, for one row or more."""
+        """Returns the grouped product, which needs at least one row."""
         return grouped_product(self.lengths, device)
 
     def of_rows(self, bias_eO: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ Storage = Callable[[DispatchedRows, Any, Sequence[int], int | None], list[Chunk]
 
 
 def on_host(dispatched: DispatchedRows, plan: PairLayout, slots: Sequence[int], budget: int | None) -> list[Chunk]:
-    """Cuts pairs, whose numbers the host knows, into chunks of at most `budget` pairs."""
+    """Cuts pairs into chunks of at most `budget` pairs. The host knows the number of pairs of each slot."""
     chunks = slot_chunks(plan.slot_counts, budget or sum(plan.slot_counts))
     known: dict[str, Any] = {"items": dispatched.items, "in_order": dispatched.sorted_pairs} if len(chunks) == 1 else {}
     found, at = [], 0
@@ -132,7 +132,7 @@ def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
 
 
 def rows_between(x: Tensor, start: int, end: int) -> Tensor:
-    """Returns x[start:end], or x itself if the range has all rows, because the backward of a slice copies the gradient."""
+    """Returns x[start:end], or x itself if the range has all rows: the backward of a slice would copy the gradient."""
     return x if (start, end) == (0, x.shape[0]) else x[start:end]
 
 
@@ -168,9 +168,9 @@ class ExpertStack(nn.Module):
         for name, shape in [*((name, (width,)) for name, width in biases.items()), *own.items()]:
             self.register_parameter(name, nn.Parameter(torch.empty(num_local, *shape)))
         self.initial_values = dict.fromkeys(biases, 0.0)
-        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # only of parameters whose role differs from the stack's
+        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # only parameters whose role is not the stack's
         self.adapters = adapter.modules(hidden_dim, ffn_dim) if adapter else None
-        self.tensors = ("gate", "up", "down", *biases)  # an expert without its adapter
+        self.tensors = ("gate", "up", "down", *biases)  # the weights of an expert, without its adapter
         self._copies: dict[str, Tensor] | None = None  # converted weights by name; None if copies are not kept
 
     def keep_copies(self, keep: bool) -> None:
@@ -206,8 +206,8 @@ class ExpertStack(nn.Module):
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         if not runs.num_experts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
-            # without a gradient. FSDP2 shards a stack over ranks with the same experts, so the stack is empty on all
-            # these ranks, and all skip it. Every rank holds a shared adapter, whose gradient must be zero here, not None.
+            # without a gradient. FSDP2 shards a stack over ranks with the same experts, so the stack is empty on all these
+            # ranks, and all skip it. But every rank has a shared adapter, whose gradient must be zero, not None.
             return like + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else like
         activate = activate or self._activate
         grouped = runs.grouped(self.gemm, like, (*self.widths, *([self.adapter.rank] if self.adapter else ())))
@@ -250,7 +250,7 @@ class ExpertStack(nn.Module):
     def _outputs(
         self, inputs: Mapping[str, Tensor], target: str, weights: Mapping[str, Tensor], product: Product
     ) -> Sequence[Tensor]:
-        """Returns the outputs of the matrices that `inputs` names, which together are the adapter's target."""
+        """Returns the outputs of the matrices that `inputs` names. Together these matrices are the adapter's target."""
         outputs = []
         for name, x_QI in inputs.items():
             y_QO, bias_QO = product(x_QI, weights[name]), weights.get(f"{name}_bias")
@@ -279,15 +279,15 @@ class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
     A group without experts on this rank has a stack [0, F, D], so that all ranks have the same FSDP2 units and gather these
-    units in the same order. Without the empty stack, FSDP2's prefetch on one rank ran ahead of other ranks' exchanges, and
-    all ranks hung.
+    units in the same order. Without the empty stack, one rank's FSDP2 prefetch would run ahead of the exchanges of the
+    other ranks, and all ranks would hang.
 
     Args:
         groups: All expert groups in logical order, which is also the order of this rank's slots.
         storage: `on_host`, or `on_device` for plans of fixed sizes.
-        pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. If there are more pairs,
-            chunks of pairs are computed, which backward recomputes, so that unbalanced routing costs time but no more
-            memory. `on_device` has no bound.
+        pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. More pairs are computed in
+            chunks, which backward recomputes, so that unbalanced routing costs time but no more memory. `on_device` has no
+            bound.
         kernels: Functions that gather rows, compute silu(gate) * up, and sum pairs.
 
     Attributes:
@@ -321,8 +321,8 @@ class Experts(nn.Module):
         return self.get_submodule(group_module(group))  # pyright: ignore[reportReturnType]
 
     def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
-        """Begins the forward of a layer, before any row is sent. Returns the layer's input, which the dispatcher sends, and
-        `forward` for one call or several. Issues the exchange of replicas' weights."""
+        """Begins the forward of a layer, before any row is sent. Issues the exchange of replicas' weights. Returns the
+        layer's input, which the dispatcher sends, and `forward`, which may be called more than once."""
         if self.replicas is None:
             return h_TD, partial(self, recompute=recompute)
         h_TD, arrived = self.replicas.start(h_TD, self.stack)

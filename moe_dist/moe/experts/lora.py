@@ -1,11 +1,11 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down projection have the same
-routing.
+"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). One routing serves the gate, up and down
+projection.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
 W is frozen. If a token chooses only null experts, the token's y is the frozen FFN's output. Every rank holds all experts,
-so there is no all-to-all. A token costs one FFN, and for each chosen expert matrix products of rank r. The weight w_e
+so there is no all-to-all. A token costs one FFN, and matrix products of rank r for each chosen expert. The weight w_e
 depends on the router's probability p_e of expert e, a softmax over all columns:
 
     probability         w_e = p_e
@@ -145,7 +145,7 @@ class LoRAExperts(nn.Module):
         """Adds the weighted LoRA outputs of each token's experts to y, the output of the projection `target`.
 
         Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the input row
-        and two vectors of length r. `draw` names the random numbers for dropout, see `adapter_draw`."""
+        and two vectors of length r. `draw` names the random numbers for dropout (`adapter_draw`)."""
         if target not in self._widths:
             return y_TO
         if self.training and self._dropout:
@@ -169,8 +169,8 @@ class LoRAExperts(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. Has the
-    interface of `MoELayer`, but no all-to-all, because every rank holds all LoRA experts.
+    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. The interface is
+    the interface of `MoELayer`, but there is no all-to-all, because every rank holds all LoRA experts.
 
     Args:
         norm: Frozen norm of the base model.
@@ -235,5 +235,5 @@ class LoRALayer(nn.Module):
 
 
 def adapter_draw(seed: int, layer: int, batch_info: GlobalBatchInfo) -> tuple[int, ...]:
-    """Returns the name with which `dropped` draws a layer's random numbers for this rank's micro-batch."""
+    """Returns the name from which `dropped` draws a layer's random numbers for this rank's micro-batch."""
     return (seed, batch_info.step, layer, batch_info.first_token_of(batch_info.rank))

@@ -36,8 +36,8 @@ def grouped_product(counts: Sequence[int], device: torch.device) -> Product:
 
 
 def offset_product(offsets_e: Tensor, clear: Callable[[Tensor], Tensor] | None) -> Product:
-    """Returns the product of rows, whose runs end at int32 offsets on the device, with a stack. `clear` sets the gradients
-    of experts without rows to zero, because torch does not document what backward writes there."""
+    """Returns a function that multiplies rows with a stack; int32 offsets on the device say where each expert's rows end.
+    `clear` sets the gradients of experts without rows to zero, because torch does not document their values."""
 
     def product(x_QI: Tensor, weight_eOI: Tensor) -> Tensor:
         if clear is not None:

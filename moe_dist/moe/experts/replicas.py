@@ -1,13 +1,13 @@
 """Computes replicas of experts (`placement/replica_slots.py`). Each forward fetches the replicas' weights from the
 experts' own slots.
 
-Replicas have no parameters that must be kept equal. Backward sends the gradients of replicas to the experts' own slots and
-adds them there. The optimizer, the gradient norm and checkpoints thus see each expert once.
+Replicas have no parameters that must be kept equal. Backward sends the gradients of replicas to the experts' own slots, and
+adds them to the experts' gradients. The optimizer, the gradient norm and checkpoints thus see each expert once.
 
 A layer exchanges weights once in each pass, however many times its dispatcher runs the experts. Forward issues the exchange
 before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sends the gradients,
-summed over all runs, after the layer's last exchange of rows. The layer's input passes through the same autograd node, so
-every rank issues its collectives in the same order with any dispatcher.
+summed over all runs, after the layer's last exchange of rows. The layer's input passes through the autograd node of this
+exchange, so all ranks issue their collectives in the same order with any dispatcher.
 
 The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
 
@@ -78,7 +78,7 @@ class ReplicaWeights:
         return cls(name, wire, routes) if routes else None
 
     def exchange(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
-        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` their gradients back."""
+        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` gradients from the replicas."""
         name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
         return self.wire.start(items, splits, name=name, layer=self.layer)
 
@@ -103,15 +103,15 @@ def _cut(stack: ExpertStack, all_cV: Tensor) -> dict[str, Tensor]:
     """Returns gate, up [c, F, D], down [c, D, F] and any biases of replicas, from all their parameters [c, V]."""
     shapes = {name: stack.get_parameter(name).shape[1:] for name in stack.tensors}
     pieces = all_cV.split([shape.numel() for shape in shapes.values()], dim=1)
-    # contiguous, as all other stacks that the grouped product gets
+    # contiguous, like all stacks that the grouped product gets
     return {name: piece.unflatten(1, shapes[name]).contiguous() for name, piece in zip(shapes, pieces, strict=True)}
 
 
 class _Fetch(torch.autograd.Function):
     """Forward issues one exchange for each group, which sends the weights of experts to the ranks of their replicas. It
-    appends the exchanges to `pending` and returns the received weights, [c, V] for each group; the caller waits for them.
-    Backward sends the weights' gradients back. The layer's input [T, D] passes through unchanged, so that this node's
-    backward runs on every rank, after all exchanges of rows."""
+    appends the exchanges to `pending`, and returns the tensors [c, V] of each group that will receive the weights; the
+    caller waits for the exchanges. Backward sends the weights' gradients back. The layer's input [T, D] passes through
+    unchanged, so that this node's backward runs on every rank, after all exchanges of rows."""
 
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, replicas: ReplicaWeights, pending: list[Pending], *weights: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 (token, expert) pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads
 the experts' rows from offsets on the device. Its results in padding rows are undefined and never used. The gradient of an
-adapter that experts share would use them, and the configuration refuses such adapters with fixed sizes.
+adapter that experts share would use these results, so the configuration refuses such adapters with fixed sizes.
 
 Shape letters as in `products.py`.
 """
@@ -33,7 +33,7 @@ class DeviceRuns(Runs):
         return self.room
 
     def counts(self) -> Sequence[int]:
-        return self.end_e.diff(prepend=self.end_e.new_zeros(1)).tolist()  # called on the CPU only, where it does not sync
+        return self.end_e.diff(prepend=self.end_e.new_zeros(1)).tolist()  # called only on the CPU, so it does not sync
 
     def grouped(self, kind: ExpertGemm, like: Tensor, widths: Sequence[int]) -> bool:
         return like.device.type != "cpu" or (self.room > 0 and why_not_grouped(like.dtype, like.device, widths) is None)

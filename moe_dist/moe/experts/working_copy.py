@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 
 
 def working_copy(copies: dict[str, Tensor], name: str, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-    """Returns the weights in `dtype`, joined along dim 1, with gradient. Takes the copy `name` from `copies`, or makes and
-    adds it. One joined copy costs as much as separate copies."""
+    """Returns the weights in `dtype`, joined along dim 1, with gradient. Takes the copy `name` from `copies`, or makes the
+    copy and adds it. One joined copy costs as much as separate copies."""
     copy = copies.get(name)
     if copy is None or copy.dtype != dtype:
         first, widths = weights[0].detach(), [each.shape[1] for each in weights]

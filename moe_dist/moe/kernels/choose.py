@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.moe.kernels.operation import launch, operation
 
-AMONG = {"none": 0, "true_chosen": 1, "all_chosen": 2}  # columns over which weights are a softmax: all or chosen
+AMONG = {"none": 0, "true_chosen": 1, "all_chosen": 2}  # columns over which weights are a softmax; `none` means all columns
 ELEMENTS = 1024  # logits that one program has in registers
 
 
@@ -87,7 +87,7 @@ def choose_kernel(
         if CHOSEN:
             c = tl.load(choice + at + k, mask=live, other=0).to(tl.int32)
         else:
-            c = tl.argmax(rest, 1).to(tl.int32)  # the first of columns with equal logits, as in a stable sort
+            c = tl.argmax(rest, 1).to(tl.int32)  # among columns with equal logits the first, as in a stable sort
             tl.store(choice + at + k, c.to(tl.int64), mask=live)
         hit = column[None, :] == c[:, None]
         rest = tl.where(hit, float("-inf"), rest)
@@ -155,7 +155,7 @@ def choose_backward_kernel(
             z = tl.where(place[None, :] == k, value[:, None], z)
         w = softmax_among(z, true if AMONG == 1 else valid)
         dw = w * (dw - tl.sum(w * dw, 1)[:, None])
-    of_choices = tl.zeros((ROWS, COLUMNS), tl.float32)  # gradients of chosen columns: of p if AMONG is 0, else of logits
+    of_choices = tl.zeros((ROWS, COLUMNS), tl.float32)  # gradients of p if AMONG is 0, else of logits
     for k in tl.static_range(K):
         c = tl.sum(tl.where(place[None, :] == k, taken, 0), 1)
         value = tl.sum(tl.where(place[None, :] == k, dw, 0.0), 1)
@@ -192,8 +192,8 @@ def choose(
     scale: float,
     among: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns the chosen columns, best first, each pair's token, and its expert (-1 if absent): int64 [T, K]; the weights
-    [T, K]; and the sums of each block, [B, 2 C + 3 G]: choices, tokens, probabilities, squares of z, entropies.
+    """Returns int64 [T, K]: the chosen columns (best first), each pair's token, and its expert (-1 if absent). Also returns
+    the weights [T, K], and the sums of each block, [B, 2 C + 3 G]: choices, tokens, probabilities, squares of z, entropies.
 
     Args:
         logits: fp32 [T, C].

@@ -171,7 +171,7 @@ def choice_sums(
     logits: Tensor, group: Tensor, group_of_expert: Tensor, threshold: Tensor, taken: Tensor, num_groups: int
 ) -> Iterator[Tensor]:
     """Returns the sums of each block, [B, 3 E + 3 G]: choices, tokens, tokens above the threshold, tokens that no expert
-    takes, scores, entropies. For the arguments see `choice_candidates`; `taken` is uint8 [T, E]."""
+    takes, scores, entropies. `choice_candidates` describes the arguments; `taken` is uint8 [T, E]."""
     (num_tokens, num_experts), blocks = logits.shape, _blocks(logits.shape[1])
     num_blocks = triton.cdiv(num_tokens, blocks["ROWS"])
     sums = logits.new_empty((num_blocks, 3 * (num_experts + num_groups)))

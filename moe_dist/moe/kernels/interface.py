@@ -44,7 +44,7 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class TopK:
-    """Says how tokens choose columns of the router, of which the first `num_true` are true experts and all others null.
+    """Says how tokens choose columns of the router. The first `num_true` columns are true experts, all others are null.
 
     Attributes:
         group_of_column_C: int64, group of each column.
@@ -63,8 +63,8 @@ class TopK:
 
 
 class Choice(NamedTuple):
-    """Choices of T tokens, and sums over the tokens. `Assignments` (moe/routing/types.py), `RoutingCounts` and `AuxSums`
-    (moe/routing/counts.py) explain the fields without a comment."""
+    """Choices of T tokens, and sums over the tokens. Fields without a comment are explained by `Assignments`
+    (moe/routing/types.py), `RoutingCounts` and `AuxSums` (moe/routing/counts.py)."""
 
     choice_TK: Tensor  # chosen columns, the best first
     token_N: Tensor
@@ -110,7 +110,7 @@ class RowKernels(Protocol):
     has_plan: bool
 
     def choose(self, logits_TC: Tensor, group_T: Tensor, top_k: TopK, choice_TK: Tensor | None) -> Choice:
-        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or uses their earlier choice."""
+        """Lets tokens of the groups `group_T` (-1: padding) choose columns, or uses the earlier choice `choice_TK`."""
         ...
 
     def experts_choose(
@@ -143,8 +143,8 @@ class RowKernels(Protocol):
     def sum_rows(
         self, own_OD: Tensor, wait: Callable[[], Tensor], index: RowIndex, base_MD: Tensor | None = None
     ) -> Tensor:
-        """Returns for each table row the sum of `base` (if given), of own rows, and then of received rows with the table
-        row's index: [M, D] in the dtype of the own rows.
+        """Returns for each table row the sum of `base` (if given), of its own rows, and then of its received rows: [M, D]
+        in the dtype of the own rows.
 
         Args:
             wait: Waits for the received rows, and returns them: [S, D].

@@ -67,7 +67,8 @@ def count_kernel(
 @triton.jit
 def orders(starts, totals, place, bin, has_place, has_bin, B, W: tl.constexpr, E: tl.constexpr):
     """Returns the number of pairs of each bin; the place of each (token, bin) in the order of all pairs, if (token, bin) is
-    a pair; the index of each token's row among the rows for a place; and the rows for each place before this block."""
+    a pair; the index of each token's row among the rows for a place; and the number of rows of earlier blocks for each
+    place."""
     block, known = tl.program_id(0), bin < E
     length = tl.load(totals + W + bin, mask=known, other=0)
     before = tl.cumsum(length, 0) - length + tl.load(starts + (W + bin) * B + block, mask=known, other=0)
@@ -201,7 +202,7 @@ def plan_count(expert: Tensor, place: Tensor, bin: Tensor, num_ranks: int) -> It
 
     Args:
         expert: int64 [T, K], -1 for absent pairs. The experts of a token are distinct.
-        place, bin: int64 [E + 1], place of each expert's rank, and each expert's bin.
+        place, bin: int64 [E + 1], place of each expert's rank, and bin of each expert.
     """
     (num_tokens, num_choices), num_experts = expert.shape, place.shape[0] - 1
     sizes = blocks(num_ranks, num_experts)
@@ -214,8 +215,8 @@ def plan_count(expert: Tensor, place: Tensor, bin: Tensor, num_ranks: int) -> It
 
 @operation("plan_scan(Tensor counts, Tensor column) -> (Tensor, Tensor, Tensor)")
 def plan_scan(counts: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Returns the sums of the counts of earlier blocks, int32 [W + E, B]; the totals, int32 [W + E]; and the totals in the
-    order of `column`, int64 [W + E]."""
+    """Returns for each block the sums of the counts of all earlier blocks, int32 [W + E, B]; the totals, int32 [W + E]; and
+    the totals in the order of `column`, int64 [W + E]."""
     starts, totals = counts.new_empty(counts.shape), counts.new_empty(counts.shape[:1])
     message = column.new_empty(column.shape)
     yield starts, totals, message
@@ -250,9 +251,9 @@ def plan_arrive(
 
     Args:
         own, arrived: int32, row index of each own and of each received pair among the rows of its source rank.
-        runs: int64 [3 X + 3 H + 1]. `runs` has first, for each run, by slot and source rank: the run's length, its place in
-            the order of slots, and its place in the order of arrival. `runs` has then, for each source rank: its number of
-            rows, its first row, and the number of pairs before its first pair. Last is the number of all pairs.
+        runs: int64 [3 X + 3 H + 1]. First come the lengths of the runs (sorted by slot, then source rank), their places in
+            the order of slots, and their places in the order of arrival. Then come, by source rank, the numbers of rows,
+            the first rows, and the numbers of pairs before the first pair. Last is the number of all pairs.
         longest: Length of the longest run.
     """
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources

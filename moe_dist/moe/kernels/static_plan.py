@@ -8,8 +8,8 @@
 
 After these kernels `collect` of `plan.py` finds the pairs of each row. `dispatch/static_planning.py` is the reference, and
 `static.py` defines padding and room. If any rows or pairs of a rank exceed the fixed sizes, the rank computes no pairs, so
-that every index stays inside its tensor; the step fails anyway. Shape letters are those of `static.py`, and, as in
-`plan.py`, K choices, E experts, B blocks of tokens.
+that every index stays inside its tensor; the step fails anyway. Shape letters are as in `static.py`; K choices, E experts
+and B blocks of tokens are as in `plan.py`.
 """
 
 # Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
@@ -276,7 +276,7 @@ def static_pad(
     most: int,
 ) -> Iterator[Tensor]:
     """Fills lists of `static_place`, and returns the number of pairs for the rank of each place, int64 [W].
-    `num_pairs` is N, and `most` the largest of N and of the rooms for pairs and rows. `static_place` has the other
+    `num_pairs` is N. `most` is the largest of N and of the rooms for pairs and rows. `static_place` describes the other
     arguments."""
     size, num_experts = first_row.shape[0], totals.shape[0] - first_row.shape[0]
     pairs_W = pair.new_empty(size)
@@ -311,7 +311,7 @@ def static_runs(
     """Returns the runs of `plan_arrive`, and `counts_X`, `end_X` and `sent_5` of the plan.
 
     Args:
-        received: int64 [W, 1 + X], rows and pairs of each slot from each rank.
+        received: int64 [W, 1 + X], from each rank the number of rows, then the number of pairs of each slot.
         pairs: From `static_pad`. `static_place` explains `totals`, `first_pair`, `first_row` and `num_rows`.
         source: int64 [W], ranks in the order of arrival.
         group, computed: int64 group of each slot, and room of each group's pairs.
@@ -335,7 +335,7 @@ def static_runs(
 def static_arrive(
     own: Tensor, arrived: Tensor, runs: Tensor, num_sources: int, num_computed: int, num_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns `arrival_Q` and `row_of_pair_Q` of the plan. `plan_arrive` has the other arguments.
+    """Returns `arrival_Q` and `row_of_pair_Q` of the plan. `plan_arrive` describes the other arguments.
 
     Args:
         num_computed: Q, the room of all groups.

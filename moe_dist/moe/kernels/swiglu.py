@@ -3,8 +3,8 @@
     h = w silu(g) u,   silu(g) = g s,   s = 1 / (1 + exp(-g))
     dg = dh w u s (1 + g (1 - s)),   du = dh w silu(g),   dw = sum over F of dh silu(g) u
 
-g and u are two tensors, or one tensor [Q, 2 F], whose rows are ROW = 2 F apart, with g in its left half and u from column
-UP = F on. Shape letters: Q rows, F hidden width of experts.
+g and u are two tensors, or one tensor [Q, 2 F] with g in columns 0 to F - 1 and u from column UP = F on, whose rows are ROW
+= 2 F apart. Shape letters: Q rows, F hidden width of experts.
 """
 
 from collections.abc import Iterator

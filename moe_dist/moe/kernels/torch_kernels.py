@@ -120,13 +120,13 @@ def _device_order(short_N: Tensor) -> Tensor:
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     """Returns `items[keep]` in order. Does not sync, because the argument `num_kept` gives the length."""
-    kept = items_N.new_empty(num_kept + 1)  # with an element for the items not kept
+    kept = items_N.new_empty(num_kept + 1)  # one more element, into which all items are written that are not kept
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]
 
 
 class TorchKernels:
-    """`RowKernels` by torch, on any device. `sum_pairs` applies the weights. Routers choose without these kernels."""
+    """`RowKernels` by torch, on any device. `sum_pairs` applies the weights. Routers do not choose by these kernels."""
 
     has_choose = False
     has_plan = False

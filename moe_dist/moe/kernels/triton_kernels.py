@@ -20,7 +20,7 @@ from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 class TritonKernels:
-    """`swiglu` applies the routing weights, so that backward needs neither outputs nor a pass over them."""
+    """`swiglu` applies the routing weights, so that backward does not read the experts' outputs."""
 
     has_choose = True
     has_plan = True
@@ -71,8 +71,8 @@ class TritonKernels:
     ) -> Tensor:
         items = index.items_of_rows  # sorts while the other rows are in flight
 
-        # Own rows are summed only after the received rows have arrived, because a separate pass would write and read M rows
-        # more than one kernel does.
+        # Own rows are summed only after the received rows have arrived, because a separate pass for own rows would write
+        # and read M rows more.
         return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Base class of the routers whose number of experts per token depends on the token, at most the group's `top_k`.
+"""Base class of the routers whose number of experts per token depends on the token. It is at most the group's `top_k`.
 
     T(x) = the token's columns of largest score that the router's rule keeps
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
@@ -25,7 +25,7 @@ from moe_dist.moe.routing.types import RoutingCache
 
 
 class AdaptiveRouter(TopKRouter):
-    """Routes tokens, each inside its expert group, to the columns that `_kept` marks. Arguments as `TopKRouter`."""
+    """Routes tokens, each inside its expert group, to the columns that `_kept` marks. Arguments are as in `TopKRouter`."""
 
     def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:
         super().__init__(context, normalise=normalise, scale=scale, selection_bias=True)
@@ -51,7 +51,7 @@ class AdaptiveRouter(TopKRouter):
         return torch.stack([*means, torch.zeros_like(means[0])]).to(dtype)
 
     def _by_probability(self, probs_TC: Tensor, masked_TC: Tensor) -> Tensor:
-        """Returns scores [T, C] that order columns: probability plus deviation of the bias; -inf outside the group."""
+        """Returns scores [T, C] that order columns: probability plus (bias - budget shift); -inf outside the group."""
         bias_C = self._bias(probs_TC.dtype)
         true_E = bias_C[: self.num_experts] - self._shift(probs_TC.dtype)[self.group_of_expert_E]
         score_TC = probs_TC.detach() + torch.cat([true_E, bias_C[self.num_experts :]])

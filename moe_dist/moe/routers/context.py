@@ -21,7 +21,7 @@ class RouterContext:
         kernels: Functions that may replace the router's own operations.
         seed, layer: Parts of the names of random draws; `layer` is the layer's index in the model.
         place: Index of the layer among the MoE layers.
-        selection_scope: The ranks whose tokens compete, if experts choose tokens.
+        selection_scope: The ranks whose tokens compete with each other, if experts choose tokens.
         known_counts: Whether the dispatcher uses numbers of (token, expert) pairs that are known before routing.
     """
 

@@ -77,12 +77,12 @@ class ExpertChoiceRouter(ChoosingRouter):
     Args:
         capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For
             other groups c is `ExpertGroup.token_share`, or top_k / num_experts for a group without it.
-        capacity_schedule: Pairs (first step, factor of c), with first steps rising from 0. The step is `batch_info.step` in
-            training, and `noncausal_step` without `batch_info`.
+        capacity_schedule: Pairs (first step, factor of c), sorted by first step; the first pair has step 0. The current
+            step is `batch_info.step` in training, and `noncausal_step` without `batch_info`.
         score: The kind of scores: sigmoids of logits, or the softmax of a group's logits.
         noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
-        causal: The rule by which evaluation routes each token alone. If `causal` is None, evaluation raises an error.
-        threshold_decay: Decay, per step, of the running means from which thresholds are made.
+        causal: The rule by which evaluation routes each token without reading others. If None, evaluation raises an error.
+        threshold_decay: Decay per step of the running means from which thresholds are computed.
     """
 
     group_of_expert_E: Tensor
@@ -186,7 +186,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     @torch.no_grad()
     def scores(self, h_TD: Tensor, group_T: Tensor) -> Tensor:
-        """Returns scores [T, E] without noise; 0 for experts of other groups than the token's."""
+        """Returns scores [T, E] without noise; 0 for experts outside of the token's group."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):
             logits_TE = self._logits(h_TD.to(dtype))
@@ -198,7 +198,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return next(factor for first, factor in reversed(self.capacity_schedule) if first <= step)
 
     def _with_noise(self, logits_TE: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns the logits of this rank's tokens plus noise, or the same tensor if there is no noise."""
+        """Returns the logits of this rank's tokens plus noise, or `logits_TE` itself if there is no noise."""
         if not (self.training and self.noise):
             return logits_TE
         batch_info, token_T = cache.batch_info, cache.token_T
@@ -254,8 +254,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Returns the auxiliary routers' binary cross entropy, summed over tokens and experts. Its targets are training's
-        choices."""
+        """Returns the auxiliary routers' binary cross entropy, summed over tokens and experts. Its targets are the choices
+        of the experts in training."""
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, to train only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
@@ -315,12 +315,12 @@ def _experts_sums(
 def softmax_logits(logits_Tn: Tensor) -> Tensor:
     """Returns the logits whose sigmoids are the softmax p of `logits_Tn`, n > 1: ln p_j - ln(1 - p_j)."""
     log_p_Tn = logits_Tn.log_softmax(1)
-    # 1 - p loses the digits of the largest p if p is near 1. The sum of the others has these digits.
+    # If the largest p is near 1, the difference 1 - p loses digits. The sum of all other probabilities has these digits.
     largest_Tn = F.one_hot(log_p_Tn.argmax(1), log_p_Tn.shape[1]).to(torch.bool)
     others_T1 = log_p_Tn.masked_fill(largest_Tn, OUTSIDE).logsumexp(1, keepdim=True)
     return log_p_Tn - torch.where(largest_Tn, others_T1, torch.log1p(-log_p_Tn.exp().masked_fill(largest_Tn, 0.0)))
 
 
 def share_of_group_tokens(group: ExpertGroup) -> float:
-    """Returns a group's capacity c: its `capacity`, or else the value that gives a token `top_k` experts on average."""
+    """Returns a group's capacity c: its `token_share`, or else the value that gives a token `top_k` experts on average."""
     return group.token_share if group.token_share is not None else group.top_k / group.num_experts

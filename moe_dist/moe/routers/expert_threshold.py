@@ -35,8 +35,8 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         self.warmup_steps = warmup_steps
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
-        """Lets experts choose tokens by thresholds, but in the first steps and with `noncausal` by competition. The
-        competition always runs, because it finds the k-th largest scores."""
+        """Lets experts choose tokens by competition in the first steps and with `noncausal`, and by thresholds otherwise.
+        The competition always runs, because it finds the k-th largest scores."""
         choice = super()._experts_choose(logits_TE, group_T, cache)
         if not self.training:
             return choice

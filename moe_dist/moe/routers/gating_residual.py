@@ -1,5 +1,5 @@
-"""Top-k whose logits add a learned map of the logits of the MoE layer before: the gating residual of MoE++ (arXiv
-2410.07348, section 3.2; as in its code, gradients pass through all layers' logits).
+"""Top-k with the gating residual of MoE++ (arXiv 2410.07348, section 3.2): a learned map of the previous MoE layer's logits
+is added to a layer's logits. As in the code of MoE++, gradients pass through the logits of all layers.
 
     z_1 = x W_1^T,   z_l = x W_l^T + z_{l-1} V_l^T        over all columns of the token's group
 
@@ -17,9 +17,9 @@ from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 
 
 class GatingResidualRouter(TopKRouter):
-    """Routes T tokens by their logits of this layer and of the one before. Except in the first MoE layer, each group's gate
-    also has `residual` [c, c], the V above. Returns its logits, which the transformer passes to the next MoE layer. See
-    `TopKRouter` for `normalise`, `scale` and `selection_bias`."""
+    """Routes T tokens by their logits of this MoE layer and of the previous one. Except in the first MoE layer, each
+    group's gate also has `residual` [c, c], the V above. Forward also returns the logits, which the transformer passes to
+    the next MoE layer. `TopKRouter` describes `normalise`, `scale` and `selection_bias`."""
 
     by_group_C: Tensor  # all columns, sorted by group
     place_C: Tensor  # place of each column in `by_group_C`
@@ -46,10 +46,10 @@ class GatingResidualRouter(TopKRouter):
         self.register_buffer("place_C", torch.tensor(by_group_C).argsort(), persistent=False)
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
-        """See `TopKRouter.forward`. The cache must have the logits of the layer before, except in the first MoE layer."""
+        """See `TopKRouter.forward`. Except in the first MoE layer, the cache must have the previous layer's logits."""
         cache = cache or RoutingCache()
         routing = super().forward(h_TD, group_T, cache)
-        # Logits leave the cache: block recompute keeps the cache, and the logits would keep their autograd graph in memory.
+        # Logits are removed from the cache: block recompute keeps the cache, so their autograd graph would stay in memory.
         logits_TC, cache.logits_TC = cache.logits_TC, None
         return routing._replace(logits_TC=logits_TC)
 

@@ -1,5 +1,5 @@
-"""Top-k of sigmoid scores within a few node groups of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1;
-GLM-4.5, Kimi K2).
+"""Top-k of sigmoid scores within a few node groups of experts, as in DeepSeek-V3 (arXiv 2412.19437, section 2.1), GLM-4.5
+and Kimi K2.
 
     s = sigmoid(x W^T),  b = the selection bias
     the n true experts are cut, in order, into n_group node groups; a token may use the topk_group node groups with the
@@ -72,7 +72,7 @@ class GroupLimitedRouter(TopKRouter):
         two node groups with equal scores, the first is used."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # torch.topk leaves the order of ties open
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # the order of ties is undefined in topk
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 

@@ -5,10 +5,10 @@
     m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)
     w_j  = scale m_j v_j,   v a softmax over T(x) without null columns, or the softmax over all columns
 
-Ada-K samples an integer k and trains its predictor by policy gradient. In this router the last taken column's weight is
-multiplied by the fractional rest of k(x), like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983), so u
-gets a gradient from the loss. If v is the softmax over all columns, the output is a continuous function of k(x). If v is
-the softmax over T(x), all weights change when a column is added. b is the budget shift of `adaptive`.
+Ada-K samples an integer k and trains its predictor by policy gradient. This router multiplies the weight of the last taken
+column by the fractional rest of k(x), like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983). So u gets
+a gradient from the loss. If v is the softmax over all columns, the output is a continuous function of k(x). If v is the
+softmax over T(x), all weights change when a column is added. b is the budget shift of `adaptive`.
 
 Shape letters: T tokens, D hidden size, C columns, K choices, G expert groups.
 """

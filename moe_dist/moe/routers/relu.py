@@ -7,9 +7,9 @@
 A column with the logit 0 has the weight 0, so the output is a continuous function of x and of W while at most top_k logits
 are positive. b is the selection bias of a controller. ReMoE itself controls the number of experts by the coefficient of an
 L1 loss. It multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
-too few experts. ReMoE's loss, with its load f_i, is this router's balance loss `vanilla` up to the factor k, because the
-balance loss uses the unnormalised r as probabilities. The coefficient follows `loss.balance.schedule`. The reported entropy
-is the entropy of r / sum(r).
+too few experts. ReMoE's loss, with its load f_i, equals this router's balance loss `vanilla` up to the factor k, because
+the balance loss uses the unnormalised r as probabilities. The coefficient follows `loss.balance.schedule`. The reported
+entropy is the entropy of r / sum(r).
 
 A token may take no expert. A null column that a token takes adds 0 to the output and uses up one of the token's top_k
 choices. Shape letters: T tokens, D hidden size, C columns, K choices.
@@ -24,7 +24,7 @@ from moe_dist.moe.routing.types import RoutingCache
 
 
 class ReLURouter(AdaptiveRouter):
-    """Routes T tokens by positive logits. See `TopKRouter` for `scale`."""
+    """Routes T tokens by positive logits. `TopKRouter` describes `scale`."""
 
     def __init__(self, context: RouterContext, *, scale: float = 1.0) -> None:
         super().__init__(context, scale=scale)

@@ -6,10 +6,10 @@ The tokens of one selection scope compete:
     ep_group    tokens of all ranks of an EP group
     world       tokens of all ranks
 
-In the scopes ep_group and world, one all-gather per layer and forward gathers the logits on every rank of the scope.
-Recomputation does not repeat the all-gather. Each rank sends T x E numbers of the router's dtype (fp32) to each of the S -
-1 other ranks: (S - 1) x T x E x 4 bytes. All ranks of the scope select the same tokens, because the gathered logits are
-bit-identical. The selection costs no host sync.
+In the scopes ep_group and world, each forward of a layer gathers the logits on every rank of the scope by one all-gather.
+Recomputation does not repeat the all-gather. Each rank sends T x E numbers of the router's dtype (fp32) to each of the
+other ranks of the scope: (S - 1) x T x E x 4 bytes. All ranks of the scope select the same tokens, because the gathered
+logits are bit-identical. The selection costs no host sync.
 
 Whether a token is selected depends on later tokens, so only training selects tokens by competition. Evaluation decides for
 each token independently, by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
@@ -89,7 +89,8 @@ class ChoosingRouter(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
-        """Returns the scores of tokens for choosers [T, E], 0 if the token does not compete. Arguments as in `forward`."""
+        """Returns each token's score for each chooser [T, E], 0 if the token does not compete. Arguments are as in
+        `forward`."""
 
     @abstractmethod
     def num_taken(self, found: Any) -> Tensor:
@@ -98,8 +99,8 @@ class ChoosingRouter(nn.Module, ABC):
 
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module], steps: int) -> Iterator[None]:
-    """In this context tokens compete in evaluation, too, as in training (`ChoosingRouter.noncausal`). `steps` is the number
-    of training steps so far; token shares are those of the last step."""
+    """In this context tokens also compete in evaluation, as in training (`ChoosingRouter.noncausal`). `steps` is the number
+    of training steps so far; token shares are as in the last of these steps."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal, router.noncausal_step = True, max(0, steps - 1)
@@ -119,8 +120,9 @@ class SelectionScope:
         ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list. Ranks that
             share sequences count as one rank, as in `GlobalBatchInfo`.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: Counts the all-gather's bytes; shows the running all-gather to the watchdog.
-        shares: Process groups of the ranks that share sequences: each rank has a part of the tokens of a micro-batch.
+        comm_stats, tracker: `comm_stats` counts the all-gather's bytes; `tracker` shows a running all-gather to the
+            watchdog.
+        shares: Process groups of the ranks that share sequences. Each of these ranks has a part of a micro-batch's tokens.
     """
 
     kind: ScopeKind = "rank"
@@ -159,13 +161,14 @@ class SelectionScope:
             share_E: float64, fraction of the competing tokens that each chooser takes.
             lengths: T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
-            add_noise: Adds noise to the scope's logits [U, E] before the comparison; the k-th scores contain none.
-            token_T: Index of each of this rank's tokens in its micro-batch; None if they are the micro-batch, in order.
+            add_noise: Adds noise to the scope's logits [U, E] before the comparison; the k-th scores contain no noise.
+            token_T: Index of each of this rank's tokens in its micro-batch; None if this rank has the whole micro-batch, in
+                order.
         """
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
             logits_TE[token_T] = local_TE
-            for group in self.shares:  # each token is on one rank, so only zeros are added, which change no bit
+            for group in self.shares:  # each token is on one rank: all other ranks add zeros, which change no bit
                 sum_over(logits_TE, group, name=name, tracker=self.tracker)
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -209,7 +212,7 @@ def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, 
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
-        noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or the same tensor as `logits_UE`.
+        noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or `logits_UE` itself.
         share_E: float64, the share c of the tokens that each chooser takes.
         own: The rows of this rank's tokens.
         keep_order: If true, `order_TE` is returned, too. `keep_order` needs a scope of one rank.
@@ -277,9 +280,9 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
     """Returns T x K (token, expert) pairs sorted by token: the K experts of the token's group, or ABSENT for an expert that
     does not take the token.
 
-    K is the number of experts of the largest group. A list of fewer than T x K pairs might not hold all pairs: a threshold
-    does not limit the number of tokens of an expert, and a scope of several ranks does not limit an expert's number of
-    tokens from one rank. `columns_TK` has the experts of each token's group, int64, then ABSENT up to K; padding has only
+    K is the number of experts of the largest group. A list of fewer than T x K pairs might be too short: a threshold does
+    not limit the number of tokens of an expert, and a scope of several ranks does not limit an expert's number of tokens
+    from one rank. `columns_TK` has the experts of each token's group, int64, then ABSENT up to K; padding has only
     ABSENT."""
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)
@@ -294,7 +297,7 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
 @torch.no_grad()
 def recorded(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> ChosenColumns:
     """Returns the experts that take each token, for a trace: up to K experts, the largest weight first, then ABSENT.
-    Arguments as in `token_pairs`. Costs a sort."""
+    Arguments are as in `token_pairs`. Costs a sort."""
     pairs = token_pairs(taken_TE, weight_TE, columns_TK)
     expert_TK, weight_TK = pairs.expert_N.view_as(columns_TK), pairs.weight_N.view_as(columns_TK)
     order_TK = torch.where(expert_TK == ABSENT, -1.0, weight_TK).argsort(dim=1, descending=True, stable=True)

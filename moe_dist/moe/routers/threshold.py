@@ -6,11 +6,11 @@
     w_i  = scale / (number of columns of T(x) that are not null)
 
 b is the selection bias of a controller; with b = 0 the rule is DynMoE's published rule. The gradient passes through the
-sign function as if it were the identity: the derivative of w_i by s_i - c_i is scale / (number of taken columns) where the
-column is taken, and 0 elsewhere, as in the authors' DeepSpeed code. DynMoE has more parts, which this router lacks: a
-temperature that divides G; losses for diverse and small router rows and for the mean of the gates; a number of experts that
-changes during training; and, in evaluation, the best expert for a token without experts. This last rule would change the
-number of experts in evaluation.
+sign function as if it were the identity, as in the authors' DeepSpeed code: the derivative of w_i by s_i - c_i is scale /
+(number of taken columns) where the column is taken, and 0 elsewhere. This router lacks some parts of DynMoE: a temperature
+that divides G; losses that make router rows diverse and small, and a loss for the mean of the gates; a number of experts
+that changes during training; and a rule of evaluation that gives the best expert to a token without experts, which would
+change the number of experts.
 
 Balance loss and entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
 choices.
@@ -31,8 +31,8 @@ TINY = 1e-20  # prevents 0 / 0 where all scores underflow
 
 class ThresholdRouter(AdaptiveRouter):
     """Routes T tokens by learned thresholds. Each group's gate also has the parameter `level` [columns], initially 0: the G
-    of the module's formula. The threshold of a column is sigmoid(level). The divisor of the cosines is `temperature`;
-    DynMoE's Tutel code learns it, from 0.1."""
+    of the module's formula. The threshold of a column is sigmoid(level). The divisor of the cosines is `temperature`; in
+    DynMoE's Tutel code it is learned, with the initial value 0.1."""
 
     def __init__(self, context: RouterContext, *, temperature: float = 0.1, scale: float = 1.0) -> None:
         super().__init__(context, scale=scale)

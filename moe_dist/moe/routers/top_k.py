@@ -63,8 +63,8 @@ class GroupGate(nn.Module):
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
         """Sets all router rows to 0, so that all columns get the same score. The biases of null columns become -step, -2
-        step and so on. A fall of all true experts' biases by r times `step` thus replaces only r of a token's true experts
-        by null experts. Returns the number of rows."""
+        step and so on. If the biases of all true experts then fall by r times `step`, null experts replace only r of a
+        token's true experts. Returns the number of rows."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -114,9 +114,9 @@ class TopKRouter(nn.Module):
             row, whose logit is a learned threshold that depends on the token (Kilian et al., arXiv 2601.15370).
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add the bias to a softmax). Biases start at 0. While all
-            biases of a group are 0, its tokens choose by logits. Logits have the order of the softmax, but not its ties by
-            rounding.
-        logit_bias: Whether each true expert's logit has a learned bias; groups must then have true experts only.
+            biases of a group are 0, its tokens choose by logits. Logits have the order of the softmax, but without the ties
+            that rounding makes.
+        logit_bias: Whether each true expert's logit has a learned bias. Groups must then have only true experts.
     """
 
     group_of_column_C: Tensor
@@ -247,7 +247,7 @@ class TopKRouter(nn.Module):
                     num_rows = group.num_experts
                     slices = [rows] if rows.shape[0] == num_rows else rows.split(num_rows)  # backward of a split copies
                     products = [F.linear(h_TD, slice_nD) for slice_nD in slices]
-                    single = (kind, self.null_logit) == ("null", "single")  # true if all null columns share one logit
+                    single = (kind, self.null_logit) == ("null", "single")  # whether null columns share one logit
                     parts += [products[0].expand(-1, count)] if single else products
         logits_TC = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if self.logit_bias:
@@ -330,7 +330,7 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
-        # an extra last column counts the choices of other kinds of columns, so that shapes do not depend on data
+        # an extra last column counts the choices of true and null experts, so that shapes do not depend on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
@@ -391,12 +391,12 @@ def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenCol
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
     """Returns each row's softmax over the entries of `among_TK`; 0 elsewhere. A row without entries has no gradient."""
-    safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf - -inf would give NaN gradients despite the mask
+    safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf minus -inf would give NaN gradients despite the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
-    # Adds one by one, because the order of torch's sum depends on K. Adding 0 changes no bit, so a token's weights do not
-    # depend on the number of null choices between its true choices.
+    # Adds the exponentials one by one, because the order in which torch's sum adds depends on K. Adding 0 changes no bit,
+    # so a token's weights do not depend on the number of null choices between its true choices.
     total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
     # the largest exponential is 1, so the clamp changes only rows without marked entries
     return exp_TK / total_T1.clamp_min(0.5)

@@ -4,12 +4,12 @@
     T(x) = the columns i with q_1 + ... + q_(i-1) < p + b,  at least one and at most top_k
     w_i  = scale q_i, or scale times a softmax over T(x) without null columns
 
-b is the budget shift of `adaptive`, by which a controller changes p per layer and group so that the mean number of true
+b is the budget shift of `adaptive`. By b a controller changes p in each layer and group, so that the mean number of true
 experts is the controller's target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral
-controller and learns a norm of the logits in each layer. In this router each layer has its own p, which the controller
-`active_experts` changes; with the key `proportional` this controller is proportional-integral, too. Huang et al. also add
-the entropy of q to the loss; in this project the controller keeps the number of experts at its target, and the entropy is
-not in the loss.
+controller, and learns a norm of the logits in each layer. In this router each layer has a p of its own, which the
+controller `active_experts` changes; with the key `proportional` this controller is proportional-integral, too. Huang et al.
+also add the entropy of q to the loss. This project does not, because the controller keeps the number of experts at its
+target.
 
 Shape letters: T tokens, C columns, K choices.
 """
@@ -25,8 +25,8 @@ from moe_dist.moe.routing.types import RoutingCache
 
 class TopPRouter(AdaptiveRouter):
     """Routes T tokens by cumulative probability. `p` is the bound on the cumulative probability before a controller has
-    changed the bound. `normalise` is `none`, by which weights are probabilities, as published, or `true_chosen`, by which
-    they sum to `scale` over the taken columns that are not null."""
+    changed the bound. With `normalise="none"` weights are probabilities, as published; with `true_chosen` they sum to
+    `scale` over the taken columns that are not null."""
 
     def __init__(
         self, context: RouterContext, *, p: float = 0.4, normalise: Normalise = "none", scale: float = 1.0

@@ -18,7 +18,7 @@ class DepthCounts(NamedTuple, Generic[Array]):
     Attributes:
         tokens_P: Number of tokens, without padding, among which a layer selects.
         taken_P: Number of tokens that a layer computes.
-        agreed_P: Number of tokens for which evaluation's causal rule and training's selection decide the same.
+        agreed_P: Number of tokens for which the causal rule of evaluation decides the same as the selection of training.
         kth_score_P: Lowest score that a layer selects in its selection scope, times the number of tokens.
         weight_P: Sum of the weights of the computed tokens.
         tokens_PG, taken_PG: `tokens_P` and `taken_P` by expert group, which the transformer adds.
@@ -45,8 +45,8 @@ class RoutingCounts(NamedTuple, Generic[Array]):
         tokens_LG: Number of routed tokens.
         entropy_LG: Entropy (nats) of the router's probabilities, summed over tokens.
         dropped_LE: Number of choices of each true expert that a capacity dropped.
-        kth_score_LE: k-th largest score of each expert that takes k tokens, times the number of tokens of its group. In
-            token choice kth_score_LE, above_LE and unrouted_LG are None.
+        kth_score_LE: k-th largest score of each expert that takes k tokens, times the number of tokens of its group. None,
+            like above_LE and unrouted_LG, in token choice.
         above_LE: Number of tokens whose score is above each expert's threshold.
         unrouted_LG: Number of tokens that no expert took.
         depth: None without mixture of depths.
@@ -71,8 +71,9 @@ class AuxSums(NamedTuple):
     Attributes:
         prob_LC: Sum over tokens of each column's probability. In expert choice `prob_LC` sums scores, without gradient.
         log_z_squared_LG: Sum over tokens of the squared log-sum-exp of the group's logits.
-        auxiliary_LG: Cross entropy of expert choice's auxiliary routers, summed over tokens and experts; None if untrained.
-        depth_auxiliary_P: Cross entropy of mixture-of-depths' auxiliary routers, summed over tokens; None if untrained.
+        auxiliary_LG: Cross entropy of expert choice's auxiliary routers, summed over tokens and experts; None if not
+            trained.
+        depth_auxiliary_P: Cross entropy of mixture-of-depths' auxiliary routers, summed over tokens; None if not trained.
     """
 
     prob_LC: "Tensor"

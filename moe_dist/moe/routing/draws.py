@@ -50,12 +50,13 @@ def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
 
 
 def _mix(word: Tensor) -> Tensor:
-    """Mixes 32 bits, held in int64, so that each output bit depends on all input bits (`lowbias32` of C. Wellons)."""
+    """Mixes 32 bits (in an int64) so that each output bit depends on all input bits (`lowbias32` of C. Wellons)."""
     word = _times(word ^ (word >> 16), 0x7FEB352D)
     word = _times(word ^ (word >> 15), 0x846CA68B)
     return word ^ (word >> 16)
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Returns the product modulo 2^32, from the halves of `factor`, because the whole product would overflow int64."""
+    """Returns the product modulo 2^32. Multiplies by each half of `factor`, because the whole product would overflow
+    int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

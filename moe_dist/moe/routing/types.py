@@ -70,7 +70,7 @@ class Routing(NamedTuple):
             is None if no group has zero-computation experts.
         prob_AC: Probabilities of the probe tokens, 0 in other groups' columns; fp32 with gradient, or None.
         chosen: Each token's choices, if the request asks for them.
-        logits_TC: Logits with gradient, for the next layer; None unless its router adds them to its own.
+        logits_TC: Logits with gradient; None unless the next layer's router adds them to its own logits.
     """
 
     assignments: Assignments
@@ -87,7 +87,7 @@ class LayerReport(NamedTuple):
     tensors.
 
     Attributes:
-        counts, aux: The router's counts and sums over this rank's tokens, and those of mixture of depths.
+        counts, aux: Counts and sums of the router and of mixture of depths over this rank's tokens.
         sent: The numbers of sent rows and pairs; int64 [5] in the order of `SentCounts` if only the device has them.
         prob_AC, chosen: See `Routing`.
         late_TD: Output [T, D] that is added after the next layer; None without a shortcut, and in final reports.
@@ -137,9 +137,9 @@ class RoutingRequest:
         id_T: int64, id of each token in the vocabulary. The transformer sets it.
         experts_off: If true, routed experts add 0 to the output. The routed experts and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
-        on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer.
-            Training starts the sum of routing counts in this call.
-        previous_TC: `LayerReport.logits_TC` of the MoE layer before. The transformer sets it for each layer.
+        on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer. In
+            this call training starts the sum of routing counts over the ranks.
+        previous_TC: `LayerReport.logits_TC` of the previous MoE layer. The transformer sets it for each layer.
     """
 
     batch_info: GlobalBatchInfo | None = None
@@ -175,7 +175,7 @@ class ExpertsChoice(NamedTuple):
 class RoutingCache:
     """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
     the recomputed forward reads them. The recomputed forward must not choose again: recomputed logits may differ in the
-    last bits, and a different choice would change the sizes that this rank sends.
+    last bits, and a different choice would change the number of rows that this rank sends.
 
     Attributes:
         choice_TK: The columns that each token chose, under token choice.
@@ -203,6 +203,6 @@ class RoutingCache:
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
     """Returns the group's index of each choice column. The columns are all true experts, then all null, all identity and
-    all constant experts, each sorted by group. True experts are the first columns, to win ties in a stable sort."""
+    all constant experts, each kind sorted by group. True experts come first, so that they win ties in a stable sort."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]

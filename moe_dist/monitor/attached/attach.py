@@ -6,7 +6,7 @@
             watch.step(loss)
 
 Forward hooks on the routers count the choices that the routers return. The hooks change no value and no gradient. Shape
-letters as in `routers.py`.
+letters are as in `routers.py`.
 """
 
 import math
@@ -33,7 +33,7 @@ from moe_dist.monitor.trace.foreign import routed_group
 from moe_dist.monitor.trace.format import Manifest
 from moe_dist.placement.placement import ExpertPlacement
 
-GIVEN = 4  # numbers appended to the summed counts: loss and gradient norm, and for each the number of ranks that pass it
+GIVEN = 4  # numbers appended to the summed counts: loss, gradient norm, and the number of ranks that pass each of them
 
 # Tags that only moe_dist's own trainer knows.
 UNKNOWN_COSTS = (
@@ -43,9 +43,9 @@ UNKNOWN_COSTS = (
 
 class Attached:
     """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the
-    constructor is collective (two small all-reduces). Raises ConfigError if the model has no known routers or is watched
-    already; the folder has records of another model or training; a sink cannot be opened; another process group took the
-    folder at the same time; the ranks' models differ; or another rank failed.
+    constructor is collective (two small all-reduces). Raises ConfigError in any of these cases: the model has no known
+    routers, or is watched already; the folder has records of another model or training; a sink cannot be opened; another
+    process group took the folder at the same time; the ranks' models differ; another rank failed.
 
     Args:
         model: A model of transformers or Megatron-Core, wrapped (DDP, FSDP2) or not, whose routers are in `ROUTERS`.
@@ -54,7 +54,7 @@ class Attached:
         trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
         tokenizer: tokenizer.json with the names of the tokens, for the report.
         last_step: Last step before this call if training resumes, else 0; later records in `folder` are dropped.
-        group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
+        group: Process group of the ranks that have the same layers and route different tokens. By default it has all ranks.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class Attached:
         """Records an optimizer step with all forwards since the last call. All ranks of the group must call `step`
         together.
 
-        Sums L x (E + 2) + 4 numbers over the ranks by one all-reduce, and waits once for the device; in a traced step the
-        host also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
+        Sums L x (E + 2) + 4 numbers over the ranks by one all-reduce. The host waits once for the device; in a traced step
+        it also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
 
         Args:
             loss, grad_norm: Values on this rank; the record has the means over the ranks that pass a value.

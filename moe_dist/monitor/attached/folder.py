@@ -1,6 +1,7 @@
-"""Opens the folder for a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as in a run folder.
+"""Opens the folder with the records of a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as in a
+run folder.
 
-Shape letters as in `routers.py`; T' tokens without padding.
+Shape letters are as in `routers.py`; T' is the number of tokens without padding.
 """
 
 import logging
@@ -66,7 +67,7 @@ def open_together(
     group: Any,
     device: torch.device,
 ) -> tuple["ChoiceWriter | None", Sink | None]:
-    """Opens the sinks on rank 0, and the files of the trace on each rank. With a group, all ranks make two small
+    """Opens the sinks on rank 0, and the files of the trace on each rank. With a group, all ranks take part in two small
     all-reduces, and all ranks raise an error if one rank fails. Raises ConfigError: see `Attached`.
 
     Returns:
@@ -130,8 +131,8 @@ def _place(folder: Path, from_step: int, attempt: int) -> Path:
 
 
 def _take_attempt(folder: Path, manifest: Manifest) -> int:
-    """Writes the manifest of the next attempt, and returns the attempt's number. Raises ConfigError: see `_next_attempt`;
-    or another process group took the attempt at the same time."""
+    """Writes the manifest of the next attempt, and returns the attempt's number. Raises ConfigError as `_next_attempt`
+    does, and if another process group took the attempt at the same time."""
     attempt = _next_attempt(folder, manifest)
     place = _place(folder, manifest.from_step, attempt)
     try:

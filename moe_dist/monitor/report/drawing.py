@@ -1,5 +1,6 @@
 """Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. Uses no script: a slider is a row of radio
-buttons, which the arrow keys move. Text and curves have style classes of `page.py`, which adapt to light and dark mode.
+buttons, among which the arrow keys move. Text and curves have style classes of `page.py`, which adapt to light and dark
+mode.
 
 Shape letters: R rows, C columns of a heat map.
 """
@@ -17,7 +18,7 @@ from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on
 
 WIDTH, MARK = 860, 7  # widths in SVG units of all cells of a wide picture, and of one character
 MOST_FRAMES = 12
-WRITTEN = 400  # largest number of cells with written numbers; each number needs 80 bytes
+WRITTEN = 400  # largest number of cells whose numbers are written; each number needs 80 bytes
 CURVES = 6  # number of colours of curves
 _numbers = count()
 

@@ -1,7 +1,7 @@
-"""Makes the first lines of a routing report: the faults that the rules of the hints find, then the extreme loads, in
-sentences.
+"""Makes the first lines of a routing report: sentences about the faults that the rules of the hints find, then about the
+largest loads.
 
-Shape letters as in `metrics.py`.
+Shape letters are as in `metrics.py`.
 """
 
 import math

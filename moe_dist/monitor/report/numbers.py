@@ -43,8 +43,8 @@ def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
 
 
 def together(taken_Tn: np.ndarray) -> np.ndarray:
-    """Returns the lift of each pair of experts, float64 [n, n]: how often a token takes both experts, divided by how often
-    a token would if experts were chosen independently. nan on the diagonal, and for experts without tokens."""
+    """Returns the lift of each pair of experts, float64 [n, n]: the number of tokens that take both experts, divided by the
+    number to be expected if tokens chose experts independently. nan on the diagonal, and for experts without tokens."""
     share_n = taken_Tn.mean(0)
     both_nn = taken_Tn.T.astype(np.float32) @ taken_Tn.astype(np.float32) / len(taken_Tn)
     lift_nn = divide(both_nn, np.outer(share_n, share_n))
@@ -53,7 +53,7 @@ def together(taken_Tn: np.ndarray) -> np.ndarray:
 
 
 class Special(NamedTuple):
-    """A token id that characterises an expert: the expert takes its occurrences much more often than those of other ids.
+    """A token id that characterises an expert: the expert takes this id's tokens much more often than tokens of other ids.
 
     Attributes:
         times, share: Number and fraction of the token id's occurrences that the expert takes.
@@ -104,7 +104,7 @@ class Traffic(NamedTuple):
         rows: Rows sent to other ranks, one for each (token, rank).
         between: Maps a node size to the rows that leave a node: one for each (token, rank on another node).
         between_hierarchical: Maps a node size to the rows that leave a node if a token is sent to each node only once.
-        imbalance: Work of a layer's busiest rank (pairs x FFN width) / mean rank's work, mean over layers.
+        imbalance: Work (pairs x FFN width) of a layer's busiest rank / mean work of its ranks, averaged over layers.
     """
 
     pairs: int
@@ -146,8 +146,8 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
 
 
 def same_experts(first_TLK: np.ndarray, second_TLK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Returns the number of (token, true expert) pairs in both of two routings of the same tokens / the number in at least
-    one, float64 [L] (Jaccard 1901)."""
+    """Compares two routings of the same tokens: returns the number of (token, true expert) pairs in both routings / the
+    number of pairs in at least one of them, float64 [L] (Jaccard 1901)."""
     shares = []
     for one_TK, other_TK in zip(first_TLK.transpose(1, 0, 2), second_TLK.transpose(1, 0, 2), strict=True):
         sets = []

@@ -186,7 +186,7 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """Returns the two frames to compare, of held-out tokens if both traces have them, and a text that names the tokens."""
+    """Returns the two frames to compare (of held-out tokens if both traces have such), and a text that names the tokens."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]

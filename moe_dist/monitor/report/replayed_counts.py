@@ -83,8 +83,8 @@ def capped(
     factor: float,
 ) -> np.ndarray:
     """Drops (token, expert) pairs like `model.moe.capacity` with drop=position: each expert keeps its first ceil(factor k T
-    / columns) pairs of each micro-batch, where T is the number of the group's traced tokens. May keep pairs that the run
-    dropped."""
+    / columns) pairs of each micro-batch, where T is the number of the group's traced tokens. The result may keep pairs that
+    the run dropped."""
     num_experts = sum(group.num_experts for group in groups)
     made = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
     _, batch_T = np.unique(batch_T, return_inverse=True)

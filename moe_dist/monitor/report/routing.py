@@ -1,6 +1,6 @@
 """Reads the data that a report draws: counts over steps from a run's records or a trace, and single tokens from a trace.
 
-Shape letters as in `metrics.py`; F frames (sums over consecutive steps), T tokens, K choices of a token.
+Shape letters are as in `metrics.py`; also F frames (sums over consecutive steps), T tokens, K choices of a token.
 """
 
 import math
@@ -30,7 +30,7 @@ MOST_TOKENS = 50_000  # largest number of tokens of a trace that a report reads,
 
 class Frame(NamedTuple):
     """Routing counts summed over consecutive steps, int64 as in `Record.arrays`. `needed_G`, float64, is the largest
-    `StepResult.busiest_G` of these steps; 0 if records or trace do not have it."""
+    `StepResult.busiest_G` of these steps; 0 if the records or the trace lack it."""
 
     first: int
     last: int
@@ -53,7 +53,8 @@ class Tokens:
     """Single tokens of a trace.
 
     Attributes:
-        token_T, modality_T, sequence_T, position_T: Token id, modality's index, sequence's number, position in it.
+        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, number of the sequence, and position
+            in the sequence.
         ids_TLK: Chosen columns; -2 - c is a choice of column c that a capacity dropped, -1 no choice.
         steps: Numbers of the steps from which the tokens come; `of` is the number of all traced steps.
         split: `training` or `held-out`.
@@ -88,7 +89,7 @@ class Routing:
 
     Attributes:
         frames: At most `FRAMES` frames, in the order of the steps.
-        window: Sums over the last `WINDOW` recorded steps; `window_steps` is their number.
+        window: Sums over the last `WINDOW` recorded steps; `window_steps` is the number of these steps.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
         split: Split of the counted tokens: `training`, or the split of the trace.
     """
@@ -141,8 +142,8 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Sums consecutive frames into at most `most` frames. Each is a sum of equally many; the last also has the remaining
-    frames."""
+    """Sums consecutive frames into at most `most` frames. Each sums equally many frames; the last sum also has the
+    remaining frames."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)
     return tuple(total(frames[at : at + size] if at < starts[-1] else frames[at:]) for at in starts)
@@ -158,7 +159,7 @@ def total(frames: Sequence[Frame]) -> Frame:
 def frames_of_records(
     path: Path, shape: tuple[int, int, int], names: Sequence[str] = ()
 ) -> tuple[list[Frame], list[Frame], float]:
-    """Reads metrics.jsonl. Raises DataError if a line is damaged or has arrays of another model, or no line has arrays.
+    """Reads metrics.jsonl. Raises DataError if a line is damaged or has arrays of another model, or if no line has arrays.
 
     Args:
         shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
@@ -166,7 +167,7 @@ def frames_of_records(
 
     Returns:
         At most 2 x FRAMES frames, a frame for each of the last WINDOW steps, and the last coefficient of the balance loss.
-        All frames have equally many records, but the last frame has up to twice as many.
+        All frames but the last sum equally many records; the last frame sums up to twice as many.
     """
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
@@ -177,7 +178,7 @@ def frames_of_records(
             frames[-1], inside = total([frames[-1], frame]), inside + 1
         else:
             frames, inside = [*frames, frame], 1
-        if len(frames) > 2 * FRAMES:  # joins pairs of frames while reading, because the file may not fit into memory
+        if len(frames) > 2 * FRAMES:  # joins pairs of frames while reading, because all arrays may not fit into memory
             frames, width = [total(frames[i : i + 2]) for i in range(0, len(frames), 2)], 2 * width
     if not frames:
         raise DataError(f"{path}: no line has the arrays of a step; train the run at least one step, or give another run")

@@ -1,4 +1,4 @@
-"""The panels of a report that need single tokens, see `panels.py`.
+"""The panels of a report that need single tokens (see `panels.py`).
 
 Shape letters: L MoE layers, T tokens, n true experts of a group, V token ids.
 """
@@ -19,8 +19,8 @@ from moe_dist.placement.placement import ExpertGroup
 
 SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
 SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # numbers of drawn co-activation matrices, and of listed pairs of experts
-MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures, most texts, and most tokens of a text in the compute map
-AROUND = 5  # tokens of an example's text on each side
+MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures, texts, and tokens of a text in the compute map
+AROUND = 5  # tokens shown before and after an example
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
 
 # The first pattern that matches a token's whole text names its class.
@@ -123,7 +123,7 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
     found.sort(key=lambda each: -each[0])
     room = np.cumsum([group.num_experts**2 for _, _, group, _ in found]) <= subject.matrix_cells
     parts = []
-    # The loop computes the shown matrices again, because the matrices of all layers may not fit into memory.
+    # The loop computes the shown matrices again, because keeping the matrices of all layers might need too much memory.
     for lift, layer, group, _ in found[: min(SHOWN_MATRICES, int(room.sum()))]:
         names = Axis("expert", [str(i) for i in range(group.num_experts)])
         title = f"Group {group.name}, layer {routing.layers[layer]}."
@@ -268,7 +268,7 @@ def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale:
 def _text_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> Iterator[str]:
     for row in rows.tolist():
         text = _token(tokens, int(tokens.token_T[row]), plain=True)
-        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # later text begins a new line
+        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # the text after a ⏎ begins a new line
 
 
 def _coloured(experts: float, html: str, scale: Scale) -> str:

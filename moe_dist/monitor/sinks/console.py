@@ -128,14 +128,14 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
-    """Returns the number of (token, expert) pairs that a capacity dropped in this step as text; none without drops."""
+    """Returns as text the number of (token, expert) pairs that a capacity dropped in this step; empty without drops."""
     pairs = scalars.get("moe/dropped") or 0.0
     return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Returns the held-out losses. Adds a loss's change if the previous evaluation had equally many tokens; the final one
-    has more."""
+    """Returns the held-out losses. Adds a loss's change if the previous evaluation had equally many tokens; the final
+    evaluation has more."""
     parts = []
     for name, loss in result.loss.items():
         change = ""

@@ -1,5 +1,5 @@
-"""The sink that writes metrics.jsonl, one line for each step and evaluation. All displays of a run can be made from
-metrics.jsonl.
+"""The sink that writes metrics.jsonl, one line for each step and evaluation. All curves and pictures of a run can be made
+from metrics.jsonl.
 
 A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
 disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds the lines of
@@ -31,7 +31,7 @@ METRICS = "metrics.jsonl"
 # Every line begins with the keys `step` and `kind`, so that a resume finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
 LONGEST_LINE = 1 << 24  # bytes; a record of 128 layers with 1,024 experts has 4 MB
-MOST_LISTS = 1 << 16  # lists and mappings of a record, whose arrays have one for each layer
+MOST_LISTS = 1 << 16  # lists and mappings of a record; its arrays have a list for each layer
 MOST_UNREADABLE = 1 << 26  # bytes; an attempt leaves at most one line that was cut short
 BUFFER = 1 << 20  # bytes; the usual buffer of 8 KB makes reading a long line slow
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
@@ -144,9 +144,9 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     `evaluation_owed` the evaluation of `step` is dropped too, because the resumed run repeats the evaluation. Warns if
     steps up to `step` have no record.
 
-    metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole, and a suspended earlier
-    writer that wakes up writes to a deleted file. The file is read once. Raises DataError, and leaves the file unchanged,
-    if more than MOST_UNREADABLE bytes are no records."""
+    metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole; and if an earlier writer
+    was suspended and wakes up, it writes to a deleted file. The file is read once. Raises DataError, and leaves the file
+    unchanged, if more than MOST_UNREADABLE bytes are no records."""
     recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():
         _warn_of_missing(path, recorded)

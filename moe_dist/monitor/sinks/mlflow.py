@@ -9,11 +9,11 @@ from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 
 
 class MlflowSink(ScalarSink):
-    """Starts an MLflow run for each attempt (start of the run), because one MLflow run would show both values of a step
-    that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so that a
-    slow server delays no step. Raises ConfigError if mlflow is not installed, or the server does not answer or refuses the
-    run. The tracking server is at `uri`, by default MLFLOW_TRACKING_URI. MLflow reads credentials from its own environment
-    variables."""
+    """Starts an MLflow run for each attempt (start of the run), because a single MLflow run would show two values of each
+    step that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so
+    that a slow server delays no step. Raises ConfigError if mlflow is not installed, or if the server does not answer or
+    refuses the run. The tracking server is at `uri`, by default MLFLOW_TRACKING_URI. MLflow reads credentials from its own
+    environment variables."""
 
     def __init__(self, context: SinkContext, *, experiment: str, uri: str | None = None) -> None:
         run_name, resume_step = context.run_name, context.resume_step

@@ -78,8 +78,8 @@ class ScalarSink(Sink, ABC):
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record, by reading one small file. Must come before the sinks that write, in the list of
-    sinks. `check` raises if this process may no longer write to the run folder."""
+    """Checks the lease before each record, by reading one small file. In the list of sinks it must come before the sinks
+    that write. `check` raises an error if this process may no longer write to the run folder."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -94,7 +94,7 @@ class LeaseWatch(Sink):
         self._watch()
 
     def _watch(self) -> None:
-        with contextlib.suppress(OSError):  # a failed read does not show who holds the lease; the next record checks again
+        with contextlib.suppress(OSError):  # a failed read tells nothing about the lease; the next record checks again
             self._check()
 
 

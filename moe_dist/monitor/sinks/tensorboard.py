@@ -33,7 +33,7 @@ from moe_dist.monitor.tags import (
 FLUSH_SECONDS = 10  # an event reaches the disk after at most this many seconds
 NUM_BINS = 40
 NOISY = ("moe/", "mixture_of_depths/")  # prefixes of the tags that count a step's routing
-# Kind of value -> plugin and `tensorboard.DataClass` (1 scalar, 2 tensor, 3 blob sequence) that show it.
+# Kind of value -> TensorBoard's plugin that shows the value, and `DataClass` (1 scalar, 2 tensor, 3 blob sequence).
 PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
 GROUP_CHARTS = dict(  # tag family -> title of its chart
     zip(
@@ -279,9 +279,9 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
     """Drops the events of steps after `step` from the event files in `folder`. With `evaluation_owed` the evaluation of
     `step` is dropped too, because the resumed run repeats the evaluation. Each event file is replaced by one rename.
 
-    TensorBoard's own mark (`purge_step`) does not help: its fast server ignores the mark and shows both attempts. Reads
-    files from the newest backwards, up to a file that needs no cut, because an earlier resume has cut all older files. The
-    events of 100,000 steps take about ten seconds.
+    TensorBoard's own mark (`purge_step`) does not help: its fast server ignores the mark and shows both attempts. Files are
+    read from the newest to the oldest, until a file needs no cut, because an earlier resume has cut all older files. For
+    100,000 steps this takes about ten seconds.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
         if _cut(path, step, evaluation_owed):
@@ -306,7 +306,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
                 writer.write(raw)
         file.flush()
         os.fsync(file.fileno())  # the content must be on disk before the rename
-    os.replace(kept_path, path)  # also if no event is dropped: a suspended earlier writer then writes to a deleted file
+    os.replace(kept_path, path)  # even if no event is dropped: a suspended earlier writer then writes to a deleted file
     return kept_steps and not dropped
 
 

@@ -1,7 +1,7 @@
-"""Reads other systems' records of routing as steps of a trace. The other systems' records have no token ids and no
-modalities; therefore each token gets the id -1, and all experts are one group.
+"""Reads other systems' records of routing as steps of a trace. These records have no token ids and no modalities; therefore
+each token gets the id -1, and all experts are one group.
 
-READERS has a pattern of file names and a reader for each format. Shape letters as in `format.py`.
+READERS has a pattern of file names and a reader for each format. Shape letters are as in `format.py`.
 """
 
 import json
@@ -39,7 +39,7 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
 
     Raises:
         ConfigError: no file has a known name.
-        DataError: a file is damaged, has an id outside the model, or has other layers than the first file.
+        DataError: a file is damaged, has an id outside the model, or has different layers than the first file.
     """
     for pattern, reader in READERS.items():
         files = sorted(path.glob(pattern)) if path.is_dir() else [path] * path.match(pattern)
@@ -134,8 +134,9 @@ def _arrays(files: Sequence[Path]) -> Parts:
 
 
 def _flame(files: Sequence[Path]) -> Parts:
-    """Reads FLAME-MoE-Traces, which have a folder for each step with a parquet file for each layer, with a row of `indices`
-    for each token. Reads only the first FLAME_TOKENS rows of a file, because a published file has 52 million rows."""
+    """Reads FLAME-MoE-Traces. They have a folder for each step, with a parquet file for each layer; a file has a row of
+    `indices` for each token. Reads only the first FLAME_TOKENS rows of a file, because a published file has 52 million
+    rows."""
     by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for file in files:
         try:

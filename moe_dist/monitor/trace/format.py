@@ -1,4 +1,4 @@
-"""The files of a trace. Every attempt of a run has a folder trace/<attempt>/ with files that only grow:
+"""The files of a trace. Every attempt of a run has a folder trace/<attempt>/, to whose files data are only appended:
 
     manifest.json    written by rank 0 before the first step: layers, columns, placement, modalities, configuration
     rank_R.tokens    one `TOKEN` for each traced token
@@ -64,8 +64,8 @@ class Manifest:
 
     Attributes:
         attempt: Number of the attempt in this trace, from 1.
-        from_step: Last step before the attempt. Steps after `from_step` of earlier attempts do not count, because this
-            attempt repeats these steps.
+        from_step: Last step before the attempt. If an earlier attempt traced steps after `from_step`, these do not count,
+            because this attempt repeats them.
         ranks: Number of ranks, each of which wrote files.
         layers: Layer index of each MoE layer (L).
         choices: Largest number of choices of a token (K).
@@ -74,7 +74,8 @@ class Manifest:
         every, tokens: Steps between traced steps, and largest number of a rank's tokens per step (None for all).
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         replicas: Expert and EP rank of the replicas in each layer, sorted; empty if there are none.
-        split: `training`, or `held-out` for the trace of a trained run, whose only step is the checkpoint's step.
+        split: `training`, or `held-out` for a trace of a checkpoint on held-out data, whose only step is the checkpoint's
+            step.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # applies to `from_json` alone; the constructor checks nothing
@@ -102,7 +103,7 @@ class Manifest:
 
     @property
     def placement(self) -> ExpertPlacement:
-        """Where the experts were. Raises ConfigError: see `PlacementWithReplicas`."""
+        """The experts' placement on the ranks. Raises ConfigError: see `PlacementWithReplicas`."""
         last = max([*self.rank_of_expert, *(each.rank for layer in self.replicas for each in layer)])
         found: list[list[int]] = [[] for _ in range(last + 1)]
         for expert, rank in enumerate(self.rank_of_expert):

@@ -1,6 +1,6 @@
 """Reads a trace: `read_trace(folder)` reads the manifests and indices, and `Trace.step(n)` then reads the tokens of step n.
 
-Shape letters as in `format.py`; T tokens of all ranks.
+Shape letters are as in `format.py`; T is the number of tokens of all ranks.
 """
 
 import math
@@ -76,8 +76,8 @@ class Attempt:
 
 
 class Trace:
-    """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts. `steps` are the
-    traced steps that all ranks wrote, rising, from 1 on."""
+    """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts. `steps` has, in
+    rising order, the traced steps (counted from 1) that all ranks wrote."""
 
     def __init__(self, attempts: list[Attempt]) -> None:
         self.attempts = tuple(attempts)
@@ -133,7 +133,7 @@ def _attempt(folder: Path) -> Attempt:
     for rank in range(manifest.ranks):
         by_rank.append(_index(folder / f"rank_{rank}.index"))
         if not by_rank[-1]:
-            break  # a rank without entries leaves no step complete
+            break  # if a rank has no entries, no step is complete
     whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank's index may lack the last step
     return Attempt(folder, manifest, {step: tuple(entries[step] for entries in by_rank) for step in whole})
 
@@ -208,5 +208,5 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
         with open_regular(path) as stream:
             yield stream
     except OSError as error:
-        # repr is used, because an error of pyarrow has no strerror, and ends with a new line.
+        # repr is used, because an error of pyarrow has no strerror, and its text ends with a new line.
         raise DataError(f"{path}: {error.strerror or repr(error):.100}; restore the file") from error

@@ -58,7 +58,7 @@ def dispatch_context(
 
 
 def dispatch_with(model: Transformer, section: DispatchSection, context: DispatchContext) -> None:
-    """Gives all MoE layers a new dispatcher, for another placement of the experts."""
+    """Gives all MoE layers a new dispatcher, for a new placement of the experts."""
     dispatcher = section.build(context)
     for layer in model.moe_modules():
         layer.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]: layers of LoRA experts have none

@@ -43,13 +43,14 @@ class GptState:
 
     @property
     def counted(self) -> Optimizer:
-        """The optimizer of the dense parameters, whose step count is the run's: every rank has dense parameters."""
+        """The optimizer of the dense parameters. Its step count is the step count of the run: every rank has dense
+        parameters."""
         return self._optimizers[0].optimizer
 
     def held(self) -> dict[str, LocalShard]:
         """Returns this rank's tensors by logical name. Creates moments that do not exist yet. Values loaded into the
         returned tensors take effect only after `loaded`. Collective with a distributed optimizer: its tensors are gathered
-        one by one into host memory, which lives as long as the returned dict."""
+        one by one into host memory, which is freed with the returned dict."""
         for each in self._optimizers:
             for group in getattr(each.optimizer, "param_groups", ()):
                 for parameter in group["params"]:
@@ -102,7 +103,7 @@ class GptState:
             yield prefix + piece.name, piece
 
     def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """Returns the whole local weight (kind "") or moment: the optimizer's own, or gathered from shards."""
+        """Returns the whole local weight (kind "") or moment: the optimizer's own tensor, or one gathered from shards."""
         place = self._slice(parameter)
         if not place.sharded:
             return _updated(place, kind)
@@ -111,7 +112,7 @@ class GptState:
             shard = _updated(place, kind)
             flat[place.begin : place.begin + shard.numel()] = shard.flatten()
         expert = not getattr(parameter, "allreduce", True)
-        # Sums the bits as integers, to which all ranks but one add 0, so that no bit changes; as floats, -0.0 + 0.0 is 0.0.
+        # Sums the bits as integers: all ranks but one add 0, so no bit changes. As floats, -0.0 + 0.0 would give 0.0.
         dist.all_reduce(flat.view(torch.int32), group=self._gpt.groups.expt_dp if expert else self._gpt.groups.dp_cp)
         return flat.view(parameter.shape).to(_HOST)
 

@@ -83,7 +83,7 @@ class _Elsewhere:
 def build_thresholds(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> ThresholdUpdater | None:
-    """Makes the controller of expert choice's thresholds; None if tokens choose. See `build_balance` for `routers`."""
+    """Makes the controller of expert choice's thresholds; None if tokens choose. `build_balance` describes `routers`."""
     if not section.router.experts_choose:
         return None
     gates_LG: list[Any] = [

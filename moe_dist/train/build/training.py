@@ -95,7 +95,7 @@ def build_model(
         node_groups: Process groups between nodes and inside this node, for the hierarchical dispatcher.
         comm_stats: Counts bytes and seconds of the exchanges of all layers.
         compute_dtype: Overrides `parallel.precision`, for tests in float64.
-        choice_scope: Ranks whose tokens compete for an expert in expert choice; None: only this rank's tokens.
+        choice_scope: Ranks whose tokens compete for an expert in expert choice; None if only this rank's tokens compete.
         depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None if only this rank's tokens compete.
         kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
     """
@@ -121,8 +121,8 @@ def build_model(
 def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
-    """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. Ignores how the training
-    run was laid out over ranks. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
+    """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. The layout of the
+    training run does not matter. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
     experts."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
     alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
@@ -187,7 +187,7 @@ class Training:
         return capture(self.parallel.model, self.optimizer, layout, **options)
 
     def loaded(self, state: CheckpointState) -> None:
-        """Must be called after a checkpoint is loaded into the tensors of `state`, which `capture` returned."""
+        """Call this method after a checkpoint is loaded into the tensors of `state`, which `capture` returned."""
 
     def controllers(self) -> dict[str, BiasController | RouterTuning | StepLoad]:
         """Returns the controllers whose state a checkpoint saves, by name."""
@@ -244,7 +244,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
     optimizer = build_optimizer(config, model)
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # if False, routers keep the thresholds of the loaded model
+    whole = config.train.only is None  # if it is False, routers keep the thresholds of the loaded model
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     layers = model.moe_modules()
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)

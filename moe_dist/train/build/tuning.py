@@ -49,7 +49,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
     """Returns the function that finds the neighbours of a sample. With the regulariser `l2` a sample's only neighbour is
-    the sample itself, and the target is its routing before the first step."""
+    the sample itself, so the target is the sample's routing before the first step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(

@@ -1,5 +1,5 @@
 """Compares the held-out losses of a finished run with the losses of unigram and bigram models of its training tokens, and
-its routing with expected values. Pure functions."""
+compares its routing with expected values. Pure functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -65,8 +65,8 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """Checks the picture loss: this loss must be below the loss of the left bigram model and, without background cells, at
-    most `NO_FILLER_RATIO` times the unigram model's loss. The text loss must be at least `TEXT_MARGIN` below the unigram
+    """Checks that the picture loss is below the loss of the left bigram model and, without background cells, at most
+    `NO_FILLER_RATIO` times the unigram model's loss. Checks that the text loss is at least `TEXT_MARGIN` below the unigram
     model's loss."""
     checks = []
 
@@ -109,8 +109,8 @@ def null_checks(
 ) -> list[Check]:
     """Checks that, in each group, null experts get about (null experts / all experts) of the choices.
 
-    If `even_active` has the group, a token of the group is expected to take `even_active` true experts, and to spread its
-    other choices evenly over experts that are not true.
+    If `even_active` has the group, its tokens are expected to take this number of true experts, and to spread all other
+    choices evenly over the experts that are not true.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):

@@ -1,9 +1,9 @@
 """Measures balance_efficiency: the throughput with the model's own routing, divided by the throughput with the same number
 of (token, expert) pairs spread evenly over the experts.
 
-Published MoE throughputs are often measured with evenly spread pairs; such a throughput times balance_efficiency is the
-throughput with real routing. Only the forward pass is timed, on held-out batches. The measurement leaves gradients, random
-generators, loader and routers unchanged.
+Published MoE throughputs are often measured with evenly spread pairs. Such a throughput, multiplied by balance_efficiency,
+is the throughput with real routing. Only the forward pass is timed, on held-out batches. The measurement leaves gradients,
+random generators, loader and routers unchanged.
 """
 
 import os
@@ -33,11 +33,11 @@ class BalanceEfficiency:
     """The result of a measurement."""
 
     timed: float | None  # the balance efficiency; None if it was not measured
-    note: str  # how the balance efficiency was measured, or why not
+    note: str  # how the balance efficiency was measured, or why it was not
 
 
 class EvenRouter(nn.Module):
-    """Makes as many pairs as `router`, with the same weights, but assigns them to a group's experts in turn."""
+    """Makes as many pairs as `router`, with the weights of `router`, but assigns them to a group's experts in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Calibrates the thresholds of routers before a held-out evaluation. By its threshold, each expert and each
-mixture-of-depths layer must select the same fraction of tokens as in training.
+"""Calibrates the thresholds of routers before a held-out evaluation, so that each expert and each mixture-of-depths layer
+selects, by its threshold, the same fraction of tokens as in training.
 
 The model runs on training batches in evaluation mode, but each expert or layer selects its tokens without threshold, as in
 training. Then each threshold is set so that, over all ranks and batches, the number of tokens with a score above it equals
 the number of selected tokens. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration
-counts`. In an evaluation the fraction may still differ, because earlier layers select other tokens, and held-out tokens
-differ from training tokens.
+counts`. In an evaluation the fraction may still differ, because with thresholds earlier layers select different tokens, and
+held-out tokens differ from training tokens.
 
 Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
 mixture-of-depths layer only the selected tokens).
@@ -27,7 +27,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.selection import ChoosingRouter, choice_of_training
 from moe_dist.train.objective.loss import forward
 
-HALVINGS = 30  # 30 halvings of [0, 1] end at a width of 1e-9, below the resolution of fp32 scores
+HALVINGS = 30  # 30 halvings of [0, 1] give a width of 1e-9, below the resolution of fp32 scores
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
@@ -56,7 +56,7 @@ def calibrate(
     if not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality, steps)
-    if not routers:  # this rank ran the forward passes only for the ranks that have other layers
+    if not routers:  # this rank ran the forward passes only for the ranks that have layers with thresholds
         return
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)

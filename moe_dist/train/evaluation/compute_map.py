@@ -1,5 +1,5 @@
-"""Counts the true experts of single held-out tokens (cells of some pictures, tokens of some lines of text), and their mean
-number for each kind of token.
+"""Counts the true experts of single held-out tokens (cells of some pictures, tokens of some lines of text), and computes
+their mean number for each kind of token.
 
 Shape letters: B sequences, S positions, T = B x S tokens, L MoE layers, K choices, M modalities.
 """
@@ -53,7 +53,7 @@ class Mapper:
     _tokenizer: Tokenizer | None = field(init=False)
 
     def __post_init__(self) -> None:
-        """Reads codebook and tokenizer at the start of the run. Raises DataError if that fails."""
+        """Reads codebook and tokenizer at the start of the run. Raises DataError if this fails."""
         image, tokenizer = self.manifest.image, self.manifest.tokenizer
         codebook = None if image is None or image.codebook is None else load_codebook(self.folder / image.codebook)
         object.__setattr__(self, "_codebook", codebook)
@@ -63,12 +63,12 @@ class Mapper:
     def __call__(
         self, model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, mesh: Mesh
     ) -> ComputeMap | None:
-        """Routes held-out batches and returns the map on rank 0. Collective: the all-to-alls of the forward passes, and one
-        sum over the ranks. Costs the forward passes of `batches`."""
+        """Routes held-out batches and returns the map on rank 0. Collective. Costs the forward passes of `batches` with
+        their all-to-alls, and one sum over the ranks."""
         device, names = group_of_modality.device, tuple(self.manifest.modalities)
         sums_2MF = torch.zeros(
             2, len(names), 2, dtype=torch.float64, device=device
-        )  # [number of experts or of tokens, modality, not filler or filler]
+        )  # axes: number of experts or of tokens; modality; not filler or filler
         seen: list[tuple[Batch, np.ndarray]] = []
         training = model.training
         model.eval()
@@ -101,7 +101,7 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Returns consecutive lines of a document without pictures, or of several documents if one has too few lines."""
+        """Returns consecutive lines of a document without pictures, and of further documents if it has too few lines."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):
@@ -132,14 +132,14 @@ def _draw(found: Sequence[T], count: int) -> list[T]:
 
 
 def true_experts(reports: Sequence[LayerReport], num_experts: int) -> Tensor:
-    """Returns each token's true experts, mean over layers, float64 [T], without pairs that a capacity dropped."""
+    """Returns each token's mean number of true experts over layers, float64 [T], without pairs that a capacity dropped."""
     chosen = [report.chosen for report in reports if report.chosen is not None]
     ids_LTK = torch.stack([each.column_TK for each in chosen])
     return ((ids_LTK >= 0) & (ids_LTK < num_experts)).sum(2).to(torch.float64).mean(0)
 
 
 def _filler(batch: Batch) -> Tensor:
-    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each of these."""
+    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each such cell."""
     filler_BS = torch.zeros_like(batch.filler_BS)
     filler_BS[:, 1:] = batch.filler_BS[:, :-1] & (batch.positions_BS[:, 1:] > 0)
     return filler_BS
@@ -193,8 +193,8 @@ def _pictures(
 
 
 def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the tokens and their numbers of true experts of each document (or piece of one) that has no picture and only
-    tokens of the modality of `eos_id`."""
+    """Yields the tokens of each document (or piece of a document) that has no picture and only tokens of the modality of
+    `eos_id`, and the tokens' numbers of true experts."""
     tokens_BS, modality_BS = batch.tokens_BS.numpy(), batch.modality_BS.numpy()
     (text,) = (
         index

@@ -31,7 +31,7 @@ class Evaluator:
         group_of_modality: int64 [M], expert group of each modality, on the model's device.
 
     Attributes:
-        placement: Where the experts are now.
+        placement: The current placement of the experts.
         mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
         calibration: Training micro-batches that calibrate thresholds before an evaluation; 0 without thresholds.
     """
@@ -55,12 +55,12 @@ class Evaluator:
         self._cached: dict[int, list[Batch]] = {}  # results of `_batches`, by argument
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
-        """Evaluates the model after step `step`. Collective. The evaluation calibrates thresholds of routers, and changes
-        nothing else: no gradients, random generators or loader.
+        """Evaluates the model after step `step`. Collective. The evaluation calibrates thresholds of routers. It does not
+        change gradients, random generators or the loader.
 
         Args:
-            final: True for the last evaluation, which uses `evaluation.final_sequences`, and also measures the loss without
-                experts and, if experts choose tokens in training, the loss with the training's selection of tokens.
+            final: True for the last evaluation, which uses `evaluation.final_sequences`. It also measures the loss without
+                experts and, if experts choose tokens in training, the loss if experts choose as in training.
             trained: This rank's last `calibration` training micro-batches, or fewer at the start of the run.
         """
         mesh, groups, section = self.mesh, self.group_of_modality, self._config.evaluation

@@ -66,7 +66,7 @@ def heldout_losses(
             sums_4M += _sums(losses_BS, on_device, len(modalities))
         local.append(joined([report.counts for report in reports]))
     model.train(training)  # the model's mode before the call
-    if not local:  # no rank has batches: all have equally many
+    if not local:  # no rank has batches, because all ranks have equally many
         return Heldout({}, {}, None)
     summed = sum_over(pack(added(local)), world, name=EVALUATION_COUNTS, tracker=tracker)
     counts = whole_numbers(unpack(summed.cpu().numpy(), local[0]))

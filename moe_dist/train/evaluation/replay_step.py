@@ -29,9 +29,8 @@ def replay_step(
     *,
     source: str,
 ) -> Replay:
-    """Returns the replay of a traced step for this rank's micro-batches, which may differ from the traced run's
-    micro-batches. The replay finds tokens by sequence and position, so that the number of ranks and the placement may
-    differ from the traced run.
+    """Returns the replay of a traced step for this rank's micro-batches. The replay finds tokens by sequence and position,
+    so micro-batches, number of ranks and placement may differ from the traced run.
 
     Args:
         traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
@@ -42,7 +41,7 @@ def replay_step(
 
     Raises:
         ConfigError: the model has a router that cannot replay.
-        DataError: the traced step has another model or other tokens, or lacks tokens of the batches.
+        DataError: the traced step is of a different model or different tokens, or lacks tokens of the batches.
     """
     routers, recorded = replayable_routers(model), traced.manifest
     ours, theirs = _columns(routers[0].groups), _columns(recorded.groups)

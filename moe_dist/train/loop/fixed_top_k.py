@@ -15,8 +15,8 @@ from moe_dist.formats.split_files import data_digest
 from moe_dist.monitor.statistics import EvaluationResult
 
 FIGURES = source_root() / "configs" / "fixed_top_k.json"
-# Keys whose values may differ between this run and the run with fixed top-k: null experts, k and normalisation, whose
-# effect is compared, and keys that change no loss.
+# Keys whose values may differ between this run and the run with fixed top-k. The comparison shows the effect of null
+# experts, k and normalisation; all other keys listed here change no loss.
 MAY_DIFFER = (
     *("run.name", "run.root", "run.group", "data.path", "placement.*", "checkpoint.*", "monitor.*", "evaluation.checks"),
     *("model.moe.groups.*.num_null", "model.moe.groups.*.top_k", "model.moe.router.normalise"),

@@ -1,6 +1,6 @@
 """Runs Python's garbage collector at the same steps on all ranks.
 
-An automatic garbage collection stops one rank at a random moment, and the other ranks wait for this rank in their next
+An automatic garbage collection pauses one rank at a random moment, and all other ranks wait for it in their next
 collective.
 """
 

@@ -6,7 +6,7 @@ from moe_dist.runtime.run_folder import RunFolder
 
 
 def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
-    """Writes the folder, unless it exists, from the newest checkpoint, which must be the checkpoint of step `step`.
+    """Writes the folder from the newest checkpoint, which must be of step `step`, unless the folder exists.
 
     Returns a line for the summary: the folder, or why PEFT's format cannot store the adapters; "" if the run trains no
     adapters.

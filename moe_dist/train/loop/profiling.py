@@ -45,7 +45,8 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surrounds step `number`, counted from 1. A run that resumes between `first` and `last` is profiled at once."""
+        """Surrounds step `number`, counted from 1. A run that resumes between `first` and `last` is profiled from its first
+        step."""
         if not self._first <= number <= self._last:
             yield
             return
@@ -148,7 +149,7 @@ def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield moe.register_forward_hook(lambda *_: (entered.pop(), None)[1], always_call=True).remove
         for method in ("plan", "dispatch", "combine"):
             if method in vars(dispatcher) or not hasattr(dispatcher, method):
-                continue  # another layer shares this dispatcher, or a pipelined dispatcher has no `dispatch`
+                continue  # an earlier layer shares this dispatcher, or a pipelined dispatcher has no `dispatch`
             yield _method_range(dispatcher, method, entered)
 
 

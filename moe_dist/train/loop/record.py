@@ -131,7 +131,7 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 
 
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """The entries of `Record.host` with `busiest_G` by group; no entry if it is unknown, or if experts choose tokens."""
+    """Returns `busiest_G` by group, as entries of `Record.host`; none if it is unknown, or if experts choose tokens."""
     pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
     return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.token_share is None}
 
@@ -144,8 +144,8 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # Runs with auxiliary routers or router tuning have no z-loss, so that loss/auxiliary can replace loss/z in the 40
-    # scalars.
+    # Runs with auxiliary routers or router tuning have no z-loss, so loss/auxiliary can take the place of loss/z among the
+    # 40 scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}

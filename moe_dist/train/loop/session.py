@@ -103,11 +103,11 @@ def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  #
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
-    """Waits for all other ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait.
+    """Waits for all ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait.
 
     Raises:
-        ResourceError: a rank is on another node than planned, or has no GPU.
-        MoeDistError: a check of this node fails; a rank does not join; or the ranks' run folders or starts differ.
+        ResourceError: a rank is not on its planned node, or has no GPU.
+        MoeDistError: a check of this node fails, a rank does not join, or the ranks' run folders or attempts differ.
     """
     if config.parallel.deterministic:
         make_deterministic()  # called before the first CUDA call, which reads the variables that `make_deterministic` sets
@@ -174,8 +174,8 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     checked: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list that is empty except on rank 0. There it has one sink, which passes the records of steps and
-    evaluations to all sinks. The sinks are closed even after an error, so that no record stays in a buffer.
+    """Yields a list that is empty except on rank 0. On rank 0 it has one sink, which passes the records of steps and
+    evaluations to all configured sinks. These are closed even after an error, so that no record stays in a buffer.
 
     Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
     """

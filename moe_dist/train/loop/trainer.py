@@ -59,7 +59,7 @@ class Trainer:
         loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
         saver: Saves the state of the run; all ranks call it at the same steps.
-        stop: Tells whether this process got a stop signal, which each step passes on to all ranks.
+        stop: Tells whether this process got a stop signal. Each step tells all ranks of such a signal.
         progress: The counters of the run, which begin with the values of the loaded checkpoint.
         profile: Returns a context manager for the step with a given number (the first step is 1).
         watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
@@ -92,8 +92,8 @@ class Trainer:
 
         Raises:
             StoppedError: a rank got a stop signal. The state has been saved, unless the last step was skipped.
-            DivergedError: too many consecutive steps or the last step were skipped, or the held-out loss after the last
-                step or the state to be saved is not finite. The newest checkpoint is finite.
+            DivergedError: too many consecutive steps were skipped, or the last step was; or the held-out loss after the
+                last step, or the state to be saved, is not finite. The newest checkpoint is finite.
         """
         config, progress = self.plan.config, self.progress
         evaluation: EvaluationResult | None = None
@@ -163,7 +163,7 @@ class Trainer:
         return decisions
 
     def follow(self, placement: ExpertPlacement) -> None:
-        """Uses the new placement, after a lever's change, for records, evaluations, traces and checkpoints."""
+        """After a lever's change, uses the new placement for records, evaluations, traces and checkpoints."""
         self.plan = replace(self.plan, placement=placement)
         self.evaluator.placement = self.saver.placement = placement
         for watcher in self.watchers:
@@ -202,7 +202,7 @@ class Trainer:
         """Saves the run's state. With `must` the method returns after the files are written; otherwise a thread may write
         the files during the next steps."""
         for sink in self.sinks:
-            sink.flush()  # before the save: a run that resumes from the save does not repeat these records
+            sink.flush()  # before the save, because a run that resumes from it does not repeat these records
         for watcher in self.watchers:
             watcher.flush()
         self.saver.save(self.progress, durable=must)

@@ -3,8 +3,8 @@
     loss = (1 - weight) cross entropy + weight KL       means over the labels of the step
     KL = KL(teacher || model), or with the divergence `reverse` KL(model || teacher)
 
-Every rank holds the whole teacher, frozen and in evaluation mode, and runs the teacher on the rank's own tokens, or reads
-the teacher's output from a file (`top_logits.py`). Both ways need no collective.
+Either every rank holds the whole teacher (frozen, in evaluation mode) and runs it on the rank's own tokens, or every rank
+reads the teacher's output from a file (`top_logits.py`). Neither needs a collective.
 """
 
 from collections.abc import Callable

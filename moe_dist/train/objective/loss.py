@@ -142,7 +142,7 @@ def micro_loss(
     share_G: Tensor | None = None,
     load: StepLoad | None = None,
 ) -> MicroLoss:
-    """Returns the share of one micro-batch on this rank in the step's loss:
+    """Returns the share of this rank's micro-batch in the step's loss:
 
         sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z
                                                               + sum_layers,groups auxiliary)

@@ -6,9 +6,9 @@ memory:
     words.npy         int32 [D, S, K], the K most likely next tokens; entries [N:] are unused
     log_probs.npy     float32 [D, S, K], the log-probabilities of words.npy
 
-A run finds its sequences by their hashes, so that runs with any number of ranks, micro-batches or resumes can use the same
-folder. Repeated sequences are stored once. Shape letters: D sequences of the stream, N different sequences among them, B
-sequences of a batch, S positions, K words, V vocabulary.
+A run finds its sequences by their hashes, so runs with any number of ranks, micro-batches or resumes can use one folder.
+Repeated sequences are stored once. Shape letters: D sequences of the stream, N different sequences among them, B sequences
+of a batch, S positions, K words, V vocabulary.
 """
 
 import hashlib
@@ -95,7 +95,7 @@ class TopLogits:
     needs them.
 
     Raises:
-        ConfigError: the folder is missing, or was made for other sequences. The error lists every reason.
+        ConfigError: the folder is missing, or was made for different sequences. The error lists every reason.
         DataError: the folder is damaged.
     """
 

@@ -30,7 +30,7 @@ class Route:
     Attributes:
         send: Indices, in this rank's stack of the group, of the experts that leave, ordered by their new ranks.
         splits: Numbers of experts sent to and received from each rank.
-        take: For each expert of the new stack its index in the old stack with the received experts appended.
+        take: For each expert of the new stack, its index in the concatenation of old stack and received experts.
     """
 
     send: list[int]

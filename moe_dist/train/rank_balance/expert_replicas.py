@@ -19,11 +19,11 @@ from moe_dist.placement.replica_slots import PlacementWithReplicas
 
 
 class ReplicaPlanner:
-    """Takes the place of a dispatcher's planner: sends this rank's tokens to the replicas that serve this rank
+    """Replaces a dispatcher's planner, in order to send this rank's tokens to the replicas that serve this rank
     (`placement/replica_slots.py`). The planner of a layer treats each replica as a separate expert.
 
     Args:
-        plain: The dispatcher's planner until now, for layers without replicas.
+        plain: The dispatcher's planner before the replacement, for layers without replicas.
         of_layer: Maps the name of a layer to the id of each expert's slot (int64 [E + 1]; the last id is for absent pairs),
             and to a planner, of the same kind as `plain`, for the layer's slots.
     """
@@ -39,7 +39,7 @@ class ReplicaPlanner:
         return planner.plan(assignments._replace(expert_N=slot_E[assignments.expert_N]), num_tokens, layer)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """See `DispatchPlanner.chunk_lengths`; the same for all layers."""
+        """See `DispatchPlanner.chunk_lengths`. The lengths are equal in all layers."""
         return self._plain.chunk_lengths(num_tokens)
 
 
@@ -48,8 +48,7 @@ def give_replicas(parallel: ParallelModel, section: DispatchSection, context: Di
     between two steps. Dispatchers with the capability `replicas` take all plans from their attribute `planner`."""
     mesh, layers, placement = parallel.mesh, parallel.model.moe_modules(), context.placement
     assert isinstance(placement, PlacementWithReplicas)
-    # `context.all_to_all` is not used, because its checksums of rows may be switched on, and an expert is too long for
-    # checksums.
+    # `context.all_to_all` is not used, because its checksums of rows may be on, and an expert is too long for them.
     wire = AllToAll(mesh.ep, context.all_to_all.comm_stats, mesh.tracker)
     dispatcher: Any = section.build(context)
     of_layer: dict[str, tuple[Tensor, Any]] = {}

@@ -36,7 +36,7 @@ class Lever(Protocol):
 
 class DealingLever:
     """Shows how the loader deals the sequences of a step to the ranks (`moe_dist.data.dealing`), in the first and every
-    `SHOW_EVERY`-th step. The loader keeps the order of the stream if no other deal is more even."""
+    `SHOW_EVERY`-th step. The loader keeps the order of the stream if no deal is more even."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader

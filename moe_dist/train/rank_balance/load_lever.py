@@ -17,7 +17,7 @@ P = TypeVar("P", bound=ExpertPlacement)
 
 
 class LoadLever(ABC, Generic[P]):
-    """See `moe_dist.train.rank_balance.levers.Lever`. Decides after the last step of each window of `every` steps."""
+    """A `moe_dist.train.rank_balance.levers.Lever` that decides after the last step of each window of `every` steps."""
 
     def __init__(self, placement: P, every: int, layers: int) -> None:
         self.placement, self._every, self._layers = placement, every, layers

@@ -3,8 +3,8 @@ all runs with the same seed.
 
 A window of steps is cut in two halves. The placement solver finds swaps of experts for the loads of the first half-window;
 the loads of the second half-window judge the swaps. A placement that only fits the noise of the first half-window therefore
-shows no gain. The solver minimises the busiest rank's load, summed over steps and layers; so it also spreads experts that
-are busy in turn.
+shows no gain. The solver minimises the busiest rank's load, summed over steps and layers, so it also spreads experts that
+are busy at different times.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -28,7 +28,7 @@ BYTES_OVER_FLOPS = 12 / 6
 
 
 class MovingLever(LoadLever[ExpertPlacement]):
-    """See `moe_dist.train.rank_balance.levers.Lever`. The lever's state is saved in checkpoints.
+    """A `moe_dist.train.rank_balance.levers.Lever` that moves experts. Checkpoints save the lever's state.
 
     Args:
         move: Moves the experts from the first placement to the second one. Collective.
@@ -74,7 +74,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns a move's cost: the pairs x FFN width that the busiest sender or receiver could compute during the
+        """Returns a move's cost: the work (pairs x FFN width) that the busiest sender or receiver could compute during the
         move."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
@@ -92,8 +92,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Moves the experts to the saved placement. Collective. The experts keep the configured placement if the saved
-        placement has other numbers of experts per rank, or if the configured placement has changed since the save. Raises
+        """Moves the experts to the saved placement. Collective. The experts keep the configured placement if the ranks'
+        numbers of experts differ in the saved placement, or if the configured placement has changed since the save. Raises
         DataError if the state was not made by `state`."""
         try:
             assert isinstance(state, dict)
