@@ -1,10 +1,10 @@
-"""Trains several routing methods at one mean number of true experts per token, and compares them:
+"""Trains several routing methods at the same mean number of true experts per token, and compares them:
 
 python -m research.compare_methods --budget 1.5 --methods adamoe,longcat,top_p,remoe,expert_choice,fixed
 
-Each method is trained with each seed. With --rates a pilot run with each of these learning rates first chooses the best
-rate of each method. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl.gz, table.md and
-figure.svg. After a stop, the same command keeps finished runs and makes the missing runs.
+Each method is trained with each seed. With --rates, each method first has a pilot run with each of these learning rates,
+and then takes its best rate. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl.gz,
+table.md and figure.svg. After a stop, the same command keeps finished runs and makes the missing runs.
 """
 
 import json

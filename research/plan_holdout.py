@@ -45,9 +45,9 @@ def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
     )
 
 
-# Neighbours in the list differ in one factor, so that the layouts at even places and those at odd places both vary every
-# factor. The workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks of a training
-# step.
+# Neighbours in the list differ in one factor, so that the layouts at even places vary every factor, and so do the layouts
+# at odd places. The workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks of a
+# training step.
 LAYOUTS: tuple[MeasuredLayout, ...] = (
     *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
     *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),
@@ -71,9 +71,9 @@ class Observed:
     """The measurements of one layout.
 
     Attributes:
-        seconds: Seconds of a step, by clock. `cpu`: CPU seconds, mean over ranks, lower quartile over steps. `wall`: wall
-            time of the shortest step, because other load of the machine only makes steps longer.
-        spread: By clock, the relative difference between the median over steps and `seconds`.
+        seconds: Seconds of a step, by clock. `cpu`: CPU seconds, as the mean over ranks and the lower quartile over steps.
+            `wall`: wall time of the shortest step, because further load of the machine only makes steps longer.
+        spread: Relative difference between the median over steps and `seconds`, by clock.
         sent, replayed: Bytes that the traced step sent, and bytes that `replay` counts for the traced expert choices.
         memory: Peak bytes of all tensors of the fullest rank in a step.
     """
@@ -167,8 +167,8 @@ class Predicted:
 
 
 def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
-    """Returns predicted seconds of a step; for the clock `cpu` only time in which the average rank computes, exchanges rows
-    or sums gradients."""
+    """Returns predicted seconds of a step. For the clock `cpu` these are the seconds in which the average rank computes,
+    exchanges rows or sums gradients."""
     return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
 
 
@@ -182,7 +182,7 @@ FACTORS = ("dense", "experts", "launch", "recompute", "exchange")
 
 def fitted(rates: Rates, seconds: Callable[[Rates], np.ndarray], measured: np.ndarray, rounds: int = 8) -> Rates:
     """Fits the factors of `ScaleSection` to measured seconds, by Gauss-Newton steps on the logarithms of seconds. A small
-    penalty keeps a factor at 1 if no run depends on this factor."""
+    penalty keeps a factor at 1 if no run depends on it."""
     count = len(FACTORS) + 1  # the last value is 1 + ScaleSection.step / (the shortest measured step)
     logs, shortest = np.zeros(count), float(measured.min())
 

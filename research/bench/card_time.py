@@ -1,10 +1,10 @@
-"""Computes the time of a counted training step from a GPU's rates. The time is modelled, not measured.
+"""Computes the time of a training step from the step's counted operations and a GPU's rates. The time is not measured.
 
 An operation takes FLOPs / (rate of this kind of operation), or bytes / (rate of a copy), whichever is longer. Operations
 run one after the other. A part of the model takes the time of its operations or of the host's kernel launches, whichever is
 longer. An exchange takes latency + bytes / rate, and does not slow simultaneous computation. Exchanges have the order of
-the dispatcher or of two-batch overlap (`moe_dist.plan.step_model`). Parameter all-gathers overlap with forward, and
-gradient sums with backward, while no exchange runs; with two-batch overlap neither overlaps with anything. All ranks take
+the dispatcher or of two-batch overlap (`moe_dist.plan.step_model`). While no exchange runs, parameter all-gathers overlap
+with forward, and gradient sums overlap with backward; with two-batch overlap neither overlaps with anything. All ranks take
 equal times.
 """
 
@@ -47,16 +47,16 @@ class CardTime:
     """Seconds of one rank.
 
     Attributes:
-        parts, launches: Seconds of a micro-batch by part and phase: of operations on the device, and of the host's
-            launches.
+        parts, launches: Seconds of a micro-batch by part and phase: of the operations on the device (`parts`), and of the
+            host's launches (`launches`).
         kinds: Seconds of a micro-batch on the device, by kind of operation.
-        exchange, sync: Seconds of a micro-batch in exchanges, and in which the device is idle after host syncs.
+        exchange, sync: Seconds of a micro-batch in exchanges, and seconds in which the device is idle after host syncs.
         micro_batch: Seconds of a micro-batch.
-        once: Seconds of what a step does once rather than per micro-batch, such as the optimizer's update.
-        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in those gathers and
-            sums that overlap with no computation.
-        model_flops, masked: FLOPs (not seconds) of a step: all except recomputation and masked attention scores, and those
-            of masked scores alone.
+        once: Seconds of the work that a step does once and not per micro-batch, such as the optimizer's update.
+        gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in gathers and sums
+            that overlap with no computation.
+        model_flops, masked: FLOPs (not seconds) of a step: without recomputation and masked attention scores
+            (`model_flops`), and of masked scores alone (`masked`).
     """
 
     rates: Rates
@@ -87,7 +87,7 @@ class CardTime:
 
 
 def card_rates(card: str) -> Rates:
-    """Returns a GPU's rates by its data sheet, in nodes as in the cluster file `CLUSTER`.
+    """Returns a GPU's rates from its data sheet, and the rates of the nodes in the cluster file `CLUSTER`.
 
     Raises:
         ConfigError: from `published_rates`.

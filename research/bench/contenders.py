@@ -1,21 +1,21 @@
-"""Makes the contenders of the dispatch benchmark. A contender is made from a case (routing and rows of a measured point on
-this rank), and is a function without arguments to time. "Ours" is moe_dist's dispatcher. Each of a token's K choices is an
-expert or null; a pair is a (token, expert) choice.
+"""Makes the contenders of the dispatch benchmark. A contender is a function without arguments, which is timed. It is made
+from a case: the routing and rows of a measured point on this rank. "Ours" is moe_dist's dispatcher. Each of a token's K
+choices is an expert or null; a pair is a (token, expert) choice.
 
 The following contenders bring token rows to the ranks of the chosen experts and back, without sorting rows by expert:
 
-    floor               two all_to_all_single with exactly the rows that our dispatcher sends, and one copy before each
-    floor, all          `floor`, and two copies of the rows whose experts are on this rank
-    dispatch, combine   our dispatch and combine; the plan is not timed
-    ours at rank        our plan, dispatch and combine
+    floor               runs two all_to_all_single of exactly the rows that our dispatcher sends, and one copy before each
+    floor, all          runs `floor`, and two copies of the rows whose experts are on this rank
+    dispatch, combine   runs our dispatch and combine; the plan is not timed
+    ours at rank        runs our plan, dispatch and combine
 
 The following contenders sort rows by expert, and bring weighted sums back to the tokens (each expert is the identity):
 
-    ours                our plan, dispatch, one row for each pair in the experts' order, weighted sum, combine
-    megatron, ...       see megatron_core.py
-    naive               one row for each choice, null or not, also for experts on this rank: a few plain lines of torch
-    per pair            `naive` without the null choices
-    equal active        `ours` on another routing: as many pairs, spread evenly over the tokens, and no null choice
+    ours                runs our plan and dispatch, a copy of one row for each pair by expert, a weighted sum, and combine
+    megatron, ...       see megatron_variants.py
+    naive               sends one row for each choice, null or not, even to this rank; written in a few lines of torch
+    per pair            runs `naive` without the null choices
+    equal active        runs `ours` on another routing: as many pairs, spread evenly over the tokens, no null choices
 
 Shape letters: T tokens, D hidden size, K choices per token, N rows of a rank's choices.
 """
@@ -91,8 +91,8 @@ def assignments_of(expert_TK: Tensor, weight_TK: Tensor) -> Assignments:
 
 
 def floor(case: Case, *, own_rows: bool) -> Run:
-    """Makes the contender `floor`, or with `own_rows` `floor, all`. Buffers are allocated before the timed part, which only
-    copies and exchanges rows."""
+    """Makes the contender `floor`, or `floor, all` if `own_rows` is true. Buffers are allocated before the timed part,
+    which only copies and exchanges rows."""
     plan = case.dispatcher.plan(case.taken, case.h_TD.shape[0])  # costs two metadata collectives and one host sync
     send, receive = list(plan.rows.send), list(plan.rows.receive)
     num_own = plan.row_O.shape[0] if own_rows else 0

@@ -1,5 +1,5 @@
-"""Prints the counts of a training step on a fake GPU as a table, beside the least possible counts, and the step's time by a
-GPU's rates."""
+"""Prints the counts of a training step on a fake GPU as a table, beside the least possible counts, and the time of the step
+computed from a GPU's rates."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +22,8 @@ from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
 @dataclass(frozen=True)
 class Share:
-    """Counts that each micro-batch adds to a step, and counts that do not depend on the number of micro-batches; by part
-    and phase."""
+    """Counts by part and phase: those that each micro-batch adds to a step, and those that do not depend on the number of
+    micro-batches."""
 
     micro_batch: Counter[Key]
     once: Counter[Key]
@@ -53,9 +53,9 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
 
 def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = ({}, {})) -> Table:
     """Returns a table of the numbers that one more micro-batch adds to a step, and of the kernels and bytes that a step has
-    once; attention and MoE layers per layer. The number of collectives is half the number in a step of two micro-batches.
-    Memory in GB: bytes that a part allocated minus bytes that it freed (kept), and the most bytes of all tensors while the
-    part ran (live).
+    once. Numbers of attention and MoE layers are per layer. The number of collectives is half the number in a step of two
+    micro-batches. Memory is in GB: `kept` is the bytes that a part allocated minus the bytes that it freed; `live` is the
+    most bytes of all tensors while the part ran.
 
     Args:
         leasts: The fewest bytes and FLOPs, shown beside the counted bytes and FLOPs.
@@ -128,7 +128,7 @@ def report(path: Path, ranks: int, overrides: Sequence[str], *, card: str | None
     """Returns tables of a step's counts and, if `card` is given, of the step's time by the card's rates.
 
     Raises:
-        ConfigError, ResourceError: from `count`; or the card's rates are unknown, or a layer does not fit on the card.
+        ConfigError, ResourceError: `count` raises them, the card's rates are unknown, or a layer does not fit on the card.
     """
     rates = None if card is None else card_rates(card)
     counted = count(path, ranks, overrides)

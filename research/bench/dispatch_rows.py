@@ -58,7 +58,7 @@ def _by_expert(case: Case) -> dict[str, Run]:
 
 @torch.no_grad()
 def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str, planned: bool) -> dict[str, Any]:
-    """Measures the cost of dispatch and combine per sent row, at points that differ in their field `by`.
+    """Measures the cost of dispatch and combine per sent row, at points that differ in the field named `by`.
 
     All points are timed in the same rounds. With `planned` the plan is made before the timing.
     """

@@ -2,8 +2,8 @@
 [TRACE.npz ...]
 
 EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads both
-solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB. Both do so without and
-with a spare slot on each rank.
+solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB. Both solvers run without
+and with a spare slot on each rank.
 """
 
 import time
@@ -63,7 +63,7 @@ def main(
 
 
 def eplb_solver(module: Any) -> Solver:
-    """Returns EPLB's policy without node groups as a solver, which makes one map from experts to slots for all layers."""
+    """Returns EPLB's policy without node groups, as a solver that makes one map from experts to slots for all layers."""
     import torch
 
     def solver(load_LE: np.ndarray, slots_R: np.ndarray) -> Copied:

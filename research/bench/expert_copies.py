@@ -1,6 +1,6 @@
 """Fills free slots of ranks with copies of hot experts, as DeepSeek's EPLB does; the planner itself makes no copies.
 
-Shape letters as in `moe_dist.plan.solver`.
+Shape letters are as in `moe_dist.plan.solver`.
 """
 
 from contextlib import suppress
@@ -11,7 +11,7 @@ import numpy as np
 from moe_dist.errors import ConfigError
 from moe_dist.plan.solver import STEPS, pace, placed, solve
 
-PARTS, SWAPPED = 4, 2  # numbers of copies that are tried, and how many of these are improved by swaps
+PARTS, SWAPPED = 4, 2  # how many numbers of copies are tried, and how many of these trials are improved by swaps
 
 
 class Copied(NamedTuple):
@@ -29,7 +29,7 @@ class Copied(NamedTuple):
 def solve_with_copies(
     load_LE: np.ndarray, slots_R: np.ndarray, *, allowed_ER: np.ndarray | None = None, steps: int = STEPS
 ) -> Copied:
-    """Fills free slots with copies of experts, if the copies lower `pace`. For arguments and errors see `solve`.
+    """Fills free slots with copies of experts, if the copies lower `pace`. Arguments and errors are as in `solve`.
 
     The next copy goes to the expert with the largest work per copy (the rule of highest averages, which DeepSeek's EPLB
     also uses).

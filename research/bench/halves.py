@@ -17,7 +17,7 @@ def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: 
 
 
 def _in_turns(halves: Sequence[Iterator[int]]) -> tuple[int, ...]:
-    """Runs both halves of a micro-batch in turns, and returns the last event of each half."""
+    """Runs both halves of a micro-batch alternately, and returns the last event of each half."""
     last = [0 for _ in halves]
     for events in zip(*halves, strict=True):
         last = list(events)

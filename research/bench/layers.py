@@ -1,4 +1,5 @@
-"""Compares our MoE layer with Megatron-Core's: alone (forward and backward), and in training steps of the default model.
+"""Compares our MoE layer with Megatron-Core's: forward and backward of a single layer, and training steps of the default
+model.
 
 Our layer and Megatron-Core's have equal weights and routing. Before the timing, outputs, gradients and losses are compared.
 """
@@ -41,7 +42,7 @@ class LayerSize:
     ffn: int
     experts: int
     top_k: int
-    null: bool  # true: as many null as true experts and twice top_k, so that about half of the choices are null
+    null: bool  # if true, there are as many null as true experts, and top_k is doubled: about half of the choices are null
 
 
 LAYERS: Mapping[str, LayerSize] = {
@@ -111,8 +112,8 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures training steps of the default job's model, but with 8 null experts per group, on random tokens: with our MoE
-    layers and with Megatron-Core's MoE layers. All steps use the same attention, router, loss, gradient reduction and
+    """Measures training steps of the default job's model with 8 null experts per group, on random tokens, once with our MoE
+    layers and once with Megatron-Core's MoE layers. All steps use the same attention, router, loss, gradient reduction and
     optimizer."""
     half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second half
     text, image = list(range(half)), list(range(half, mesh.ep_size))

@@ -2,7 +2,7 @@
 expert choices.
 
 The processes of each number of ranks stay alive, and wait on a pipe while other processes compute. A round therefore visits
-(times) all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is one line of
+(times) all layouts within minutes, and further load of the machine affects all layouts alike. Each visit is one line of
 `visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The
 learning rate is 0, so that routing is equal in all rounds.
 """
@@ -33,7 +33,7 @@ FIRST, STEPS = 1, 7  # numbers of untimed and of timed steps of a visit
 
 @dataclass(frozen=True)
 class MeasuredLayout:
-    """A configuration, and the workload whose expert choices replace those of the routers (None: the routers choose)."""
+    """A configuration, and the workload whose expert choices replace the routers' choices. With None the routers choose."""
 
     config: str
     overrides: tuple[str, ...]
@@ -153,7 +153,7 @@ def _rank(
 
 
 def counted_memory(make: Callable[[], "_Job"]) -> tuple["_Job", float]:
-    """Makes a job and takes two steps. Returns the job, and the peak bytes of all tensors in the second step, by the
+    """Makes a job and takes two steps. Returns the job, and the peak bytes of all tensors in the second step, from the
     allocator's record of allocations and frees since `make` began."""
     from torch.profiler import ProfilerActivity, profile, record_function
 

@@ -14,7 +14,7 @@ from moe_dist.plan.preflight import PlannedLayout
 from tools.fake_gpu.fake_step import Uniform
 
 Key = tuple[str, str]  # part and phase
-OPTIMIZER = 32  # bytes per fp32 parameter: reads of weight, gradient and 2 moments, 3 writes, the norm's read
+OPTIMIZER = 32  # bytes per fp32 parameter: reads of weight, gradient and 2 moments, 3 writes, and a read for the norm
 
 
 def least_flops(config: Config, layout: PlannedLayout) -> dict[Key, float]:
@@ -73,8 +73,8 @@ def experts(config: Config, layout: PlannedLayout, rank: int) -> dict[str, float
     slots = layout.placement.slots[uniform.own]
     own, *pairs = uniform.entry(uniform.own)
     sent = sum(uniform.entry(each)[0] for each in range(ranks)) - own
-    # Sums of pairs write the rows of all ranks' tokens; packing reads and writes the rows to send; sums of rows read and
-    # write rows.
+    # Summing pairs writes the rows of all ranks' tokens. Packing reads and writes the rows to send. Summing rows reads and
+    # writes rows.
     rows = (ranks * own + 2 * sent + sent + own + config.train.micro_batch * config.data.seq_len) * dim
     wide = sum(number * width_E[slot] for number, slot in zip(pairs, slots, strict=True)) * ranks
     weights, pairs = 3 * dim * sum(width_E[slot] for slot in slots), ranks * sum(pairs) * dim

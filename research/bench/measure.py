@@ -48,7 +48,7 @@ class Interval:
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of independent values, and its interval by the sign test, between two of the values.
+    """Returns the median of independent values, and its interval by the sign test, whose ends are two of the values.
 
     The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
     fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). The true median lies above
@@ -70,7 +70,7 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
     """Returns the median ratio of our times to their times, with the interval of the median. The two times of a ratio are
-    from the same round, so that a disturbance of the machine slows both and mostly cancels in the ratio."""
+    from one round, so a disturbance of the machine slows both and mostly cancels in the ratio."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")

@@ -34,8 +34,8 @@ def variants(*, nulls: bool) -> Mapping[str, Variant]:
 
 
 def megatron_dispatch(case: Case, variant: Variant) -> Run:
-    """Makes the contender with Megatron's dispatch to rows sorted by expert, and back. A remapped null choice goes to the
-    expert that was drawn before the choice became null."""
+    """Makes the contender with Megatron's dispatch, which sorts rows by expert, and combine. A remapped null choice goes to
+    the expert that was drawn before the choice became null."""
     point = case.point
     config = configuration(
         hidden=point.hidden,

@@ -1,5 +1,5 @@
-"""Lists the measured points (a base point, and changes of one factor at a time), and draws the routing (expert choices) at
-each point.
+"""Lists the measured points (a base point, and points that change one factor of it), and draws the routing (expert choices)
+at each point.
 
 Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. (seed, rank, point) determines the choices.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 ABSENT = -1
-HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; label "95%:4": 95 % of the choices go to 4 experts
+HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; "95%:4" means that 4 experts get 95 % of the choices
 Policy = Literal["contiguous", "pinned", "interleaved"]
 
 
@@ -30,7 +30,7 @@ class Point:
     hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all experts are equally likely
     image: float | None = None  # fraction of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
-    workload: str | None = None  # one of the workloads W0 to W7 instead of a random routing
+    workload: str | None = None  # one of the workloads W0 to W7, whose routing replaces a random one
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Compares throughputs that the step model predicts from data sheets with published throughputs: python -m
 research.bench.published
 
-Rows without a `note` have the published layout. Predictions assume uniform routing; NVIDIA's measurements force balanced
-routing.
+Predictions for rows without a `note` use the published layout. Predictions assume uniform routing; NVIDIA's measurements
+force balanced routing.
 """
 
 from typing import NamedTuple

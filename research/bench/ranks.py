@@ -19,7 +19,7 @@ from moe_dist.runtime.signals import child_of
 from tools.calibrate import RANK_ENV
 
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # the slope of time omits points with fewer tokens, at which fixed costs dominate
+SCALING_TOKENS = 2048  # the slope of time is computed without points of fewer tokens, whose fixed costs dominate
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         fresh: Whether to measure again chosen rows that the file contains.
 
     Raises:
-        ConfigError: the file has rows with other settings than `job`; nothing was measured.
+        ConfigError: the file has rows whose settings differ from `job`; nothing was measured.
         RuntimeError: a rank failed; the rank's traceback is on standard error.
     """
     results = read_results(job.path)

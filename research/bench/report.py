@@ -1,4 +1,4 @@
-"""Judges the benchmark's table rows by rules, explains why a rule does not hold, and writes text, Markdown and a picture.
+"""Judges the benchmark's table rows by rules, explains why rules do not hold, and writes text, Markdown and a picture.
 
 A table row is lost if the whole 95 % interval of a ratio (our time / a rival's time) is above 1.05.
 """
@@ -37,7 +37,7 @@ FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
 # Sweeps that time whole layers and steps, in which `megatron, remapped` is also a rival.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# By comparison and sweep ("" for all other sweeps): why the rule does not hold, and attempted remedies.
+# Maps comparison and sweep ("" for all sweeps not listed) to the reason why the rule does not hold, and attempted remedies.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "

@@ -2,8 +2,8 @@
 
 python -m research.experiments.adapted BEFORE AFTER --tokenizer FOLDER --data FOLDER --out FILE
 
-Both models score the same held-out sequences and the same questions about words from WordNet. Differences are paired; their
-95 % intervals come from a bootstrap over sequences and over the questions of each task."""
+Both models score the same held-out sequences and the same questions about words from WordNet. Differences are paired. Their
+95 % intervals come from a bootstrap over sequences, or over the questions of each task."""
 
 import json
 from collections.abc import Mapping
@@ -114,7 +114,8 @@ def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, s
 
 
 def check_one_group(config: Config, folder: Path) -> None:
-    """Raises ConfigError if the model has several expert groups, which could use different fractions of their experts."""
+    """Raises ConfigError if the model has several expert groups, because these could use different fractions of their
+    experts."""
     if len(groups := config.model.moe.groups) > 1:
         raise ConfigError(
             f"{folder}: model.moe.groups are {', '.join(groups)}: the share of experts is that of one group; "

@@ -1,5 +1,5 @@
-"""Reads additions to experiments that were made after their first run, when an experiment's file may not change any more.
-The file FILE in the folder of the records maps names of experiments to `Additions`."""
+"""Reads additions to experiments. An addition is made after the first run of an experiment, when the experiment's file may
+not change any more. FILE, in the folder of the records, maps names of experiments to `Additions`."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Writes the table of claims in docs/results.md: each rule of the experiments that the page's first comment names, with its
-verdict and its effect. The comment is `<!-- begin claims NAME NAME ... -->`."""
+"""Writes the table of claims in docs/results.md: each rule of the experiments NAME, with its verdict and its effect. The
+page names the experiments in the comment `<!-- begin claims NAME NAME ... -->`."""
 
 import re
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def write_claims(page: Path = PAGE) -> None:
     """Writes the table anew from the records.
 
     Raises:
-        DataError: the page has no comments around its table.
+        DataError: the page has no comments before and after the table.
     """
     text = page.read_text()
     found = TABLE.search(text)

@@ -1,7 +1,7 @@
 """Tells apart the versions of the code that made the records of an experiment.
 
-Two commits are the same version if the folders FOLDERS have the same contents in both. Without git, the version is that of
-the package.
+Two commits are the same version if the folders FOLDERS have equal contents in both commits. Without git, the version is the
+version of the package.
 """
 
 from collections.abc import Mapping
@@ -61,8 +61,8 @@ def _way_out(old: Code, path: Path, runs: Path) -> str:
 
 
 def tell_versions(study: Study, records: Records) -> str:
-    """Returns a sentence that lists the runs of each version of the code, the version with most runs first. Empty if all
-    runs were made by one version without uncommitted changes."""
+    """Returns a sentence that lists the runs of each version of the code, beginning with the version of most runs. Empty if
+    one version without uncommitted changes made all runs."""
     codes = {name_of(record["code"]): record["code"] for record in records.values()}
     contents = {name: _contents(code) for name, code in codes.items()}
     versions: dict[tuple[frozenset[str] | str, bool], list[tuple[str, int]]] = {}

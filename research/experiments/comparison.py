@@ -1,7 +1,7 @@
 """Makes a comparison of methods at one budget: study file (run by the experiments' runner), table and figure.
 
 All methods have the same seeds, data, order of data, model and true experts. The methods differ in the router, and in the
-mechanism that keeps the number of true experts per token at the budget, and they may differ in the learning rate, which
+mechanism that keeps the number of true experts per token at the budget. They may also differ in the learning rate, which
 `research.experiments.rate_search` finds. Differences are paired by seed, and have lower and upper one-sided 95 % bounds.
 """
 
@@ -34,7 +34,7 @@ from research.experiments.verdicts import Paired, Record, Records, number_at, of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SEQUENCES = 192  # held-out sequences of each source; with 64, a load differs by up to 9 % between sets of documents
+SEQUENCES = 192  # held-out sequences of each source; with 64, loads on different documents differ by up to 9 %
 OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's losses cannot be compared
 BYTES = 4  # size of an fp32 number
 EXCHANGES = 4  # times that a row is sent: dispatch and combine, forward and backward
@@ -56,7 +56,7 @@ class Comparison:
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
     controls: bool = False  # whether each method is also compared with a control that has its loads by modality
-    hold: bool = False  # whether loads are set to the budget on validation sequences, after training
+    hold: bool = False  # whether, after training, loads are set to the budget on validation sequences
 
     @property
     def folder(self) -> Path:
@@ -76,11 +76,11 @@ def make_study(asked: Comparison, rates: Mapping[str, float] | None = None) -> S
     """Writes the study's file, unless the folder has it already, and returns the study.
 
     Args:
-        rates: The learning rate of each method; None leaves all methods at the base's.
+        rates: The learning rate of each method; with None all methods have the base's rate.
 
     Raises:
-        ConfigError: methods cannot reach the budget or cannot train on the configuration (all are listed, with reasons),
-            the folder has another comparison, or the data have no validation sequences, which an option needs.
+        ConfigError: methods cannot reach the budget or cannot train on the configuration (the error lists all, with
+            reasons), the folder has another comparison, or an option needs validation sequences, which the data lack.
     """
     values = study_values(asked)
     for name, rate in (rates or {}).items():
@@ -94,7 +94,7 @@ def make_study(asked: Comparison, rates: Mapping[str, float] | None = None) -> S
 
 
 def study_values(asked: Comparison) -> dict[str, Any]:
-    """Returns the contents of a study's file. Raises ConfigError as `make_study`."""
+    """Returns the contents of a study's file. Raises ConfigError as `make_study` does."""
     base = _base(asked)
     _check_base(base)
     unknown = [name for name in asked.methods if name not in METHODS]
@@ -136,7 +136,7 @@ def _base(asked: Comparison) -> Config:
 
 
 def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Study:
-    """Writes and checks a study's file. Raises ConfigError as `make_study`."""
+    """Writes and checks a study's file. Raises ConfigError as `make_study` does."""
     text = dump_yaml(values)
     if path.exists() and path.read_text() != text:
         raise ConfigError(
@@ -159,8 +159,8 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
 
 
 def _check_validation(asked: Comparison, study: Study) -> None:
-    """Raises ConfigError if an option needs validation sequences, and the data have no held-out sequences besides the
-    measured ones."""
+    """Raises ConfigError if an option needs validation sequences, but the data have no held-out sequences besides the
+    measured sequences."""
     options = [name for name, given in (("--rates", asked.rates), ("--hold", asked.hold)) if given]
     try:
         if options:
@@ -221,7 +221,7 @@ def write_comparison(asked: Comparison, study: Study, records: Records) -> str:
 
 
 def table_text(asked: Comparison, study: Study, records: Records) -> str:
-    """Returns the table in Markdown, behind a sentence about what was run."""
+    """Returns a sentence about the runs, and the table in Markdown."""
     rows, times = [], read_rank_times(asked.folder)
     ranks = sorted({number for _, number in times})
     exchanging = [number for number in ranks if number > 1]

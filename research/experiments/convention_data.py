@@ -6,8 +6,8 @@ conventions.
 The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers is called by the (k + step)-th name, counted modulo n. Only
 the instruction says which convention to use. An instruction is one of many paraphrases, some of which are held out.
-Pictures and captions that are held out in the base data are also held out here, because the adapted model was trained on
-the base data. All conventions ask about the same pictures and captions.
+Pictures and captions that are held out in the base data are held out in this data set, too, because the adapted model was
+trained on the base data. All conventions ask about the same pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,7 +175,7 @@ def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _colours(base: Path, manifest: Manifest) -> np.ndarray:
-    """Returns, int [codes], the index in BACKGROUNDS of the colour nearest to each code's mean colour."""
+    """Returns for each code the index in BACKGROUNDS of the colour nearest to the code's mean colour, int [codes]."""
     assert manifest.image is not None
     means = load_codebook(base / str(manifest.image.codebook)).astype(np.float64).mean((1, 2))
     return ((means[:, None] - np.array(BACKGROUNDS, np.float64)) ** 2).sum(-1).argmin(1)
@@ -184,7 +184,7 @@ def _colours(base: Path, manifest: Manifest) -> np.ndarray:
 def _documents(convention: str, side: str, every: Sequence[Asked], tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
     """Yields the documents of a convention: the picture or caption, the instruction, a space and the answer."""
     special, instructions = special_ids(tokenizer), paraphrases(convention, side)
-    # The seed depends on the convention, so that a picture gets other paraphrases in each convention.
+    # The seed depends on the convention, so that a picture gets different paraphrases in each convention.
     rng = np.random.default_rng((seed, list(CONVENTIONS).index(convention)))
     drawn = rng.integers(len(instructions), size=len(every)).tolist()
     asked = encode_texts(tokenizer, [f"\n{instructions[number]}\nAnswer:" for number in drawn])

@@ -1,9 +1,9 @@
-"""Disturbs the routers of a trained model. The result is a positive control: a model whose routing is known to be
-improvable.
+"""Disturbs the routers of a trained model. The result is a positive control: a model whose routing can certainly be
+improved.
 
-Adds Gaussian noise to the router rows of the last MoE layers, and raises the noise until enough of the accuracy on the
-validation side is lost. The undisturbed routers answer more questions right, so tuning the routers alone can regain the
-accuracy that the noise took.
+Adds Gaussian noise to the router rows of the last MoE layers, and raises the noise until the accuracy on validation
+questions has fallen far enough. The undisturbed routers answer more questions right, so tuning the routers alone can regain
+the accuracy that the noise took.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from moe_dist.train.router_tuning.tuning import router_parameters
 from research.experiments.study import DisturbanceSection
 
 CHANCE = 1 / NUM_CHOICES
-FOLDER = "disturbed"  # folder, inside that of the run, of the checkpoint with disturbed routers
+FOLDER = "disturbed"  # folder of the checkpoint with disturbed routers, in the run's folder
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Noise:
 
     @torch.no_grad()
     def add(self, scale: float) -> None:
-        """Sets the rows to their undisturbed values plus Gaussian noise, whose standard deviation is `scale` times that of
-        the undisturbed rows."""
+        """Sets the rows to their undisturbed values plus Gaussian noise. The noise's standard deviation is `scale` times
+        the standard deviation of the undisturbed rows."""
         generator = torch.Generator().manual_seed(self.seed)
         for rows, clean in zip(self.rows, self._clean, strict=True):
             rows.copy_(clean + scale * clean.std() * torch.randn(clean.shape, generator=generator))
@@ -79,7 +79,7 @@ def disturb(
     Args:
         checkpoint: The checkpoint without noise; the new checkpoint has its configuration.
         layers: Indices of the layers whose routers are disturbed.
-        accuracy: Measures the share of right answers of the reader's model on the validation side.
+        accuracy: Measures the share of validation questions that the reader's model answers right.
 
     Raises:
         DataError: `out` holds a checkpoint.

@@ -12,12 +12,12 @@ which tokens belong to one alphabet, because it is trained on texts of a single 
     DOMAIN      filler_d item_d(i) filler_d ask_d   item_d(rule_d(i))
 
 The rule of a domain is a permutation of the items. No two rules agree on any item, and no rule keeps an item. So the
-answers contradict each other and the base, and each token of a domain's document shows the domain. Only the answer is
-scored; in a text, each token after the first.
+answers contradict each other and the base, and each token of a domain's document shows the domain. Only the answer of a
+question is scored; in a text, each token after the first is scored.
 
 Held-out documents have fillers that no training document of the same item has. Held-out documents of `parallel` also have
-(alphabet, other alphabet, item) that no training document has: a model that answers these knows that the alphabets share
-their items.
+triples (alphabet, other alphabet, item) that no training document has: a model that answers them knows that the alphabets
+share their items.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,13 +79,13 @@ def alphabets(items: int) -> list[Alphabet]:
 
 
 def rules(items: int, *, seed: int) -> np.ndarray:
-    """Returns the item with which each domain answers each item, int64 [domains, items]. The answers of any two domains,
-    and the item itself, differ for each item."""
+    """Returns the item with which each domain answers each item, int64 [domains, items]. For each item, the answers of any
+    two domains differ, and no answer is the item itself."""
     rng = np.random.default_rng((seed, items))
     taken = [np.arange(items)]
     while len(taken) <= len(DOMAINS):
         drawn = rng.permutation(items)
-        if not any((drawn == other).any() for other in taken):  # holds for one draw in some thousands, at the last rule
+        if not any((drawn == other).any() for other in taken):  # true for one draw in some thousands, at the last rule
             taken.append(drawn)
     return np.stack(taken[1:])
 
@@ -171,8 +171,8 @@ def _drawn(
 
 
 def _may_ask(asked: int, answered: int, item: int, side: str) -> bool:
-    """Returns whether a side asks for an item of one domain in the alphabet of another. Questions that stay in their domain
-    are on both sides in the domains' sources, and on the training side of `parallel`."""
+    """Returns whether a side (training or held-out) asks for an item of one domain in the alphabet of another. Questions
+    within one domain are on both sides of the domains' sources, and on the training side of `parallel`."""
     return asked == answered or _on_side((asked, answered, item), side)
 
 

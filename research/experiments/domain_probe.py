@@ -22,7 +22,7 @@ from moe_dist.moe.routing.types import ABSENT
 from moe_dist.train.objective.loss import forward
 from research.experiments.tokens import TokenPairs, recorded_routers
 
-PENALTY = 1e-4  # on the squares of the probe's weights, so that separable domains have a finite fit
+PENALTY = 1e-4  # penalty on the squares of the probe's weights, so that separable domains have a finite fit
 STEPS = 50  # of L-BFGS
 
 
@@ -84,8 +84,8 @@ def _rows(h_TD: Tensor, seen: TokenPairs, batch: Batch, domain: int) -> tuple[Te
 
 
 def first_choice(seen: TokenPairs, num_tokens: int) -> Tensor:
-    """Returns the expert with the largest weight of each routed token, the last of equal ones [T]; ABSENT for a token
-    without a true expert."""
+    """Returns the expert with the largest weight of each routed token [T] (of experts with equal weights the last); ABSENT
+    for a token without a true expert."""
     pairs = seen.routing.assignments.taken()
     weight_N = pairs.weight_N.detach()
     largest_T = torch.zeros(num_tokens, dtype=weight_N.dtype).scatter_reduce_(0, pairs.token_N, weight_N, "amax")

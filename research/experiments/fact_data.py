@@ -5,7 +5,7 @@
 The source `facts` has definitions of WordNet, one document each ("guitar: a stringed instrument ..."). The source
 `openmoji` has one picture of each OpenMoji family, always rendered the same way, with its English name. The held-out split
 of a source is its training split, so a model's score there shows how many of the facts it has stored. The held-out split
-packs the documents into other sequences than the training split.
+packs the documents into different sequences than the training split.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def defined_words(wordnet: Path) -> Source[Text]:
 
 
 def one_of_each_family(source: Source[Picture]) -> Source[Picture]:
-    """Returns the first picture of each family. Skin tones and genders are left out: their pictures are near copies."""
+    """Returns the first picture of each family. Variants of skin tone and gender are left out: they are nearly copies."""
     firsts: dict[str, Picture] = {}
     for picture in source.items:
         firsts.setdefault(picture.family, picture)

@@ -1,8 +1,8 @@
 """Answers multiple-choice questions by the first tokens of the choices: the model takes the choice whose first token has
 the highest logit after the question. `router_tuning.objective: choices` trains the same logits.
 
-A question can only be answered if no wrong choice has the same first token as the right choice. A question costs one
-forward of its prompt.
+A question can be answered only if no wrong choice has the same first token as the right choice. An answer costs one forward
+of the prompt.
 
 Shape letters: B questions of a batch, S positions, V vocabulary, K choices.
 """
@@ -44,8 +44,8 @@ class FirstTokens:
 
     @torch.no_grad()
     def __call__(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
-        """Returns, for each question, the index of the choice whose first token has the highest logit; of choices with the
-        same first token, the first one.
+        """Returns, for each question, the index of the choice whose first token has the highest logit. If several choices
+        have this token, returns the first of them.
 
         Args:
             written: The choices of each question, as tokens.
@@ -59,7 +59,7 @@ class FirstTokens:
         return taken
 
     def _answers(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
-        # A sample must have an answer, which is no input: here the first token of the first choice.
+        # A sample must have an answer, which is not an input; the first token of the first choice serves as answer.
         samples = [TuningSample(np.array(c[0].context, np.int64), np.array(c[0].tokens[:1], np.int64)) for c in written]
         batch = self.maker.make(samples)
         logits_BSV, _ = forward(self.model, batch, self.group_of_modality)

@@ -1,11 +1,11 @@
 """Sets a trained model's load to a budget, on held-out sequences that no table measures.
 
-In training a method holds the mean number of true experts per token at the budget. On held-out tokens the trained model may
-take another number: the last biases follow the noise of the last steps, and unfamiliar tokens have other scores. So in each
-layer one number is added to the selection biases of all true experts of a group, or taken from the thresholds of experts
-that choose tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a label
-count, as in the tables. Layers are set in order, because a layer changes the inputs of later layers. Routers with a given
-number of experts per token are left unchanged.
+In training a method keeps the mean number of true experts per token at the budget. On held-out tokens the trained model may
+take more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So in
+each layer one number is added to the selection biases of all true experts of a group, or taken from the thresholds of
+experts that choose tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a
+label count, as in the tables. Layers are set in order, because a layer changes the inputs of later layers. Routers with a
+given number of experts per token are left unchanged.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.train.objective.loss import forward
 
 FARTHEST = 64.0  # largest shift; beyond any logit or probability
-HALVINGS = 24  # bisections: they end at a width of 1e-5
+HALVINGS = 24  # number of bisections; they end at a width of 1e-5
 
 
 class Lever(NamedTuple):

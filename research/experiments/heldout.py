@@ -9,10 +9,10 @@ from research.experiments.study import MeasureSection
 
 
 def check_validation(section: MeasureSection, config: Config) -> None:
-    """Checks, before a pilot trains, that each source has held-out sequences besides those of the test.
+    """Checks, before a pilot trains, that each source has held-out sequences besides the test sequences.
 
     Raises:
-        ConfigError: a source has none.
+        ConfigError: a source has no such sequences.
     """
     manifest = load_manifest(config.data.path)
     for source in source_shares(manifest, config.data.weights):

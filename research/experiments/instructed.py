@@ -56,7 +56,8 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
 
 
 def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
-    """Writes the manifest of a new data set: the base's manifest with `sources` and the baselines counted from them."""
+    """Writes the manifest of a new data set: the base's manifest with `sources`, and with baselines counted from the
+    sources."""
     manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
     manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
     write_manifest(manifest, folder)

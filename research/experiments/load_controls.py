@@ -1,8 +1,8 @@
 """Adds a control to each method of a comparison. The control has the method's loads, but does not choose by token.
 
-In each layer a token of the control takes as many experts as the method's tokens of the same modality take on average. A
-random draw decides about the fractional expert. A method that is no better than its control gains by moving experts between
-modalities and layers, and not by its choice for each token.
+In each layer a token of the control takes as many experts as the method's tokens of the same modality take on average. If
+this average is not a whole number, a random draw rounds it. A method that is no better than its control gains by moving
+experts between modalities and layers, and not by its choice for each token.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def with_controls(
 
     Args:
         router: Settings of the controls' weights.
-        top_k: Most experts of a token, by override of a group.
+        top_k: Largest number of experts of a token, by the configuration key of each group.
     """
     found: dict[str, Any] = {}
     for name, arm in arms.items():

@@ -2,7 +2,7 @@
 
 Writes measured.json into the run's folder. It contains held-out and training losses, true (not null) experts per token,
 rows that an EP group would send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm
-asks for. Then removes all checkpoints but the last, because only the curve needs earlier checkpoints.
+requests. Then removes all checkpoints but the last, because only the curve needs earlier checkpoints.
 """
 
 import json
@@ -185,8 +185,8 @@ class Measurement:
         return {**made, **asked, "samples": make_samples(out, section)}
 
     def _batches_by_source(self, sequences: int, *, validation: bool = False) -> dict[str, list[Batch]]:
-        """Maps each source of the training data to batches of held-out sequences: those of the test or, in a pilot and with
-        `validation`, those of validation."""
+        """Maps each source of the training data to batches of held-out sequences: test sequences or, in a pilot and with
+        `validation`, validation sequences."""
         config, validation = self._config, validation or self._side is Side.VALID
         return {
             source: heldout_sequences(config, self._manifest, source, sequences, validation=validation)
@@ -264,9 +264,9 @@ class Measurement:
 
     def _load_tables(self, model: Transformer) -> dict[str, str]:
         """Writes the mean true experts per token of each MoE layer, by token id and by the id's modality, as tables
-        [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last
-        TABLE_STEPS training steps, or with `hold` over validation sequences, on which the loads are set; an id without a
-        token there has the mean of its modality."""
+        [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last TABLE_STEPS
+        training steps, or with `hold` over validation sequences, on which the loads are set. An id that does not occur in
+        these has the mean of its modality."""
         batches = self._trained_last() if self._section.hold is None else self._validation
         tokens = evaluate(model, batches, self._groups, image=self._image)
         paths = {}
@@ -315,8 +315,8 @@ class Measurement:
 
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss with fewer experts per token, after dropping second experts of low weight. A first pass over
-        all batches finds, for each number of experts, the weight up to which second experts are dropped."""
+        """Measures the loss with fewer experts per token, by dropping second experts of low weight. For each number of
+        experts, a first pass over all batches finds the weight up to which second experts are dropped."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -342,8 +342,8 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss if routers select as in training, with a selection that sees later tokens. A lower loss than
-        with the usual selection shows that later tokens leak into the prediction."""
+        """Measures the loss if routers select as in training, with a selection that sees later tokens. If this loss is
+        lower than the loss with the usual selection, later tokens leak into the prediction."""
         with choice_of_training(probes.routers(self._model), max(self._directory.steps())):
             return [self._point(batches, at=0.0)]
 
@@ -359,8 +359,8 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Returns the `steps` at which every run of this configuration has a checkpoint. The additional checkpoint of a stopped
-    and resumed run must not count in means of weights, because other runs lack this checkpoint."""
+    """Returns the `steps` at which every run of this configuration has a checkpoint. A stopped and resumed run has an
+    additional checkpoint, which must not count in means of weights, because all other runs lack it."""
     return [step for step in steps if step % every == 0 or step == last]
 
 

@@ -3,10 +3,10 @@ true (not null) experts, called the budget.
 
 The following rules apply to all methods. Groups keep their numbers of true experts. Softmax weights that are not normalised
 are scaled so that the weights sum to 1 for a token that takes the budget's number of experts under a uniform router. The
-positive logits of `remoe` are scaled likewise, although not probabilities. Sigmoid weights of methods in which experts
-choose tokens are not scaled. In methods with null experts, a group has as many null as true experts (except `single_null`).
-A controller has the rate RATE if its biases are added to probabilities, and LOGIT_RATE, ten times RATE, if its biases are
-added to logits.
+positive logits of `remoe` are scaled likewise, although they are not probabilities. Sigmoid weights of methods in which
+experts choose tokens are not scaled. In methods with null experts, a group has as many null as true experts (except
+`single_null`). A controller has the rate RATE if its biases are added to probabilities, and LOGIT_RATE, ten times RATE, if
+its biases are added to logits.
 """
 
 import math
@@ -20,7 +20,7 @@ from moe_dist.config.schema import Config
 Settings = dict[str, Any]
 RATE = 1.0  # rate of controllers whose biases are added to probabilities
 LOGIT_RATE = 10.0
-DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; at 0.25 loads lag behind the routers
+DECAY_SHARE = 1.0  # after this fraction of the steps a controller's rate has halved; with 0.25 loads lag behind the routers
 WARMUP_SHARE = 0.1  # fraction of the steps in which experts compete before thresholds replace the competition
 
 
@@ -32,7 +32,7 @@ class Method:
         about: The method in a few words, for the table.
         settings: Function of a base configuration and a budget that returns the overrides of the base.
         refused: Function of a group and a budget that returns why the method cannot reach the budget; empty if the method
-            can. The function need not find cases that the rules of a configuration refuse.
+            can. The function may ignore cases that the rules of a configuration refuse.
     """
 
     about: str
@@ -58,7 +58,7 @@ def _held(base: Config, budget: float, rate: float, per: str = "group") -> Setti
 
 
 def _choices(budget: float) -> int:
-    """Returns top_k, twice the budget: with as many null as true experts about half of a token's choices are true
+    """Returns twice the budget, for top_k: with as many null as true experts, about half of a token's choices are true
     experts."""
     return math.ceil(2.0 * budget)
 

@@ -74,7 +74,7 @@ class Oracle:
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
         """Fits the offsets of the logits, float32 [B, L, C]. Questions do not influence each other, because the loss is the
-        sum over questions, and Adam scales each offset by itself."""
+        sum over questions, and Adam scales each offset separately."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -124,7 +124,7 @@ def check_routers(section: MoESection) -> None:
     """Checks that an oracle can fit the router: tokens must choose among the experts of a single group, all true.
 
     Raises:
-        ConfigError: the configuration has another router or other experts.
+        ConfigError: the configuration has a router or experts of a different kind.
     """
     groups, router = expert_groups(section), section.router
     if not router.softmax_top_k or len(groups) > 1 or any(group.num_columns > group.num_experts for group in groups):

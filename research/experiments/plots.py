@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss against true (not null) experts per token, true experts per token against
-the token's loss, loss against FLOPs, seconds and bytes, and the accuracy of each arm."""
+"""Plots an experiment with matplotlib: loss over true (not null) experts per token, true experts per token over the token's
+loss, loss over FLOPs, seconds and bytes, and the accuracy of each arm."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 INCHES = (9.5, 4.2)
 BOTH_INCHES = (13.5, 4.6)
 LABEL_CHARACTERS = 44
-# Colours of Okabe and Ito, for colour-blind readers. There are seven colours. Markers distinguish further arms, and arms in
-# print without colour.
+# Colours of Okabe and Ito, for colour-blind readers. There are seven colours. Markers distinguish further arms, and all
+# arms in a print without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
 ROW_INCHES = 0.28  # height of an arm's row of accuracies
@@ -28,7 +28,7 @@ COSTS = {
     "seconds": "seconds of training steps",
     "bytes": "bytes that all ranks send to other ranks",
 }
-LEAST_LOADS = 3  # a picture of loss against load needs this many loads that differ by a tenth
+LEAST_LOADS = 3  # a picture of loss over load needs this many loads that differ by a tenth
 IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
 
 
@@ -46,7 +46,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
             panels[f"loss_over_{cost}"] = _curves(study, records, cost, label)
     for key, what in (("answers", "documents"), ("questions", "questions")):
         arms = {arm for (arm, _), record in records.items() if key in record}
-        if len(arms) > 1:  # a single arm has no arm to compare with
+        if len(arms) > 1:  # a comparison needs a second arm
             heights[key] = max(INCHES[1], ROW_INCHES * len(arms))
             label = f"held-out {what} answered right"
             panels[key] = [lambda axes, k=key, x=label: _accuracies(axes, study, records, k, x)]

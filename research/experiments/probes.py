@@ -63,7 +63,7 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """Returns the bound on the second expert's weight with which tokens keep `load` experts on average, from 1 to 2.
+    """Returns the bound on the second expert's weight with which tokens keep, on average, `load` experts (from 1 to 2).
     `second_N` has the second weight of each token."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
@@ -127,8 +127,9 @@ def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen, the weight that the pair
-    has, or would have if chosen, and whether token and expert are in the same expert group. Takes O(T x E) memory."""
+    """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen; the weight that the pair
+    has, or would have if it were chosen; and whether token and expert are in the same expert group. Takes O(T x E)
+    memory."""
     assert isinstance(module, ExpertChoiceRouter), "routers whose tokens choose have other weights"
     logits_TE = module._logits(h_TD.float())  # their sigmoids are the scores
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

@@ -2,12 +2,12 @@
 
     python -m research.experiments.question_data --base .cache/data/reproduce --out .cache/data/questions
 
-The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
-`tools.evaluate` writes them. Only training questions are used (see `moe_dist.inference.questions.split`). The first
-questions of each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from those. A question
-with the same numbers, or about the same pair of antonyms, as a left-out question is left out, too; a question about the
-same noun as a left-out question is kept. More seeds of reasoning-gym give more questions. Because only the numbers in a
-question determine whether it is a training or held-out question, no seed adds a held-out question to the training data.
+The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, in the form
+of `tools.evaluate`. Only training questions are used (see `moe_dist.inference.questions.split`). The first questions of
+each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from those. A question is left out,
+too, if it has the same numbers, or asks about the same pair of antonyms, as a left-out question. A question about the same
+noun as a left-out question is kept. More seeds of reasoning-gym give more questions. Because only the numbers in a question
+determine whether it is a training or held-out question, no seed adds a held-out question to the training data.
 """
 
 from collections.abc import Iterator

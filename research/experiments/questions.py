@@ -42,9 +42,9 @@ SAMPLES = "samples"
 @dataclass
 class QuestionRound:
     """Asks a model validation or test questions. The model's answer is the answer choice with the highest log-likelihood
-    per token, or whose first token has the highest logit."""
+    per token, or the answer choice whose first token has the highest logit."""
 
-    model: Transformer  # all its experts are on this process
+    model: Transformer  # all experts of the model are on this process
     config: Config
     manifest: Manifest
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
@@ -125,8 +125,8 @@ def facts_of(section: QuestionsSection) -> dict[str, list[Fact]]:
 
 
 def asked(section: QuestionsSection, catalogue: Catalogue, task: str, side: Side) -> list[Question]:
-    """Returns the questions of a task that are asked; with `first_token` those whose right choice has its own first
-    token."""
+    """Returns the questions of a task that are asked: all or, with `first_token`, those in which no wrong choice has the
+    first token of the right choice."""
     questions = catalogue.questions(task, side, limit=section.limit)
     if not section.first_token:
         return questions
@@ -158,7 +158,7 @@ def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
     """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing samples.
 
     Raises:
-        DataError: the tool failed and printed the reason, or the existing samples were made with other options.
+        DataError: the tool failed and printed the reason, or the existing samples were made with different options.
     """
     folder = run / SAMPLES
     facts = facts_of(section)

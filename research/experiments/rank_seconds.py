@@ -1,8 +1,8 @@
 """Times the training steps of a comparison's methods on several ranks, with one thread each.
 
-The run of each method's first seed continues for STEPS steps in a copy of its folder, because a trained router has other
-expert loads than a new router. A round times each method once on each number of ranks, in random order. All rounds take the
-same steps. A time is the median over a round's steps, without the first WARM_UP steps.
+The run of each method's first seed continues for STEPS steps in a copy of its folder, because a trained router has
+different expert loads than a new router. A round times each method once on each number of ranks, in random order. All
+rounds take the same steps. A time is the median over a round's steps, without the first WARM_UP steps.
 """
 
 import json
@@ -57,7 +57,7 @@ def first_jobs(study: Study) -> dict[str, StudyJob]:
 
 
 def check_ranks(study: Study, ranks: Sequence[int]) -> None:
-    """Raises one ConfigError that names all numbers of ranks on which a method cannot train."""
+    """Raises one ConfigError that names all numbers of ranks on which some method cannot train."""
     problems = []
     for name, job in first_jobs(study).items():
         for number in ranks:

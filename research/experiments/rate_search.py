@@ -1,7 +1,7 @@
 """Searches the learning rate of each method of a comparison.
 
-Each method has a pilot run with each of the same rates, on a seed of its own. A method gets the rate of its run with the
-lowest loss on validation sequences, which no other run measures.
+Each method has one pilot run with each rate. All pilot runs share a seed that no other run has. A method gets the rate of
+its pilot run with the lowest loss on validation sequences, on which no other run is measured.
 """
 
 from moe_dist.errors import ConfigError
@@ -16,7 +16,7 @@ def make_search(asked: Comparison) -> Study:
     """Writes the study whose pilot runs are the search.
 
     Raises:
-        ConfigError: as `make_study`.
+        ConfigError: see `make_study`.
     """
     values = study_values(asked)
     variants = {_variant(rate): {"optimizer.lr": rate} for rate in asked.rates}

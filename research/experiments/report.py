@@ -1,7 +1,7 @@
 """Writes the results of an experiment into a page beside its records: verdicts, tables and plots.
 
-The page has a section between two comments, which each report rewrites. Results of an earlier attempt under other rules
-have another section, which no report rewrites. What people write behind a section stays.
+The page has a section between two comments, which each report rewrites. Results of an earlier attempt under different rules
+have a section of their own, which no report rewrites. Text that people write behind a section stays.
 """
 
 import math
@@ -23,7 +23,7 @@ from research.experiments.verdicts import Record, Records, Verdict, judge, judge
 
 CONSTANT = 0.05  # an arm's bins are not shown if their loads differ by no more than this
 SAME_ROWS = 0.02  # arms count as alike if their rows per token differ by no more than this
-TWICE = "-twice"  # ends the name of a source with further documents of the same kind
+TWICE = "-twice"  # end of the name of a source with twice as many documents of the same kind
 LOSSES = ("all", "text", "image", "image_no_filler")
 ROWS = {
     "rows_remote": "one row a (token, rank)",
@@ -144,7 +144,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _compact(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Returns heads and rows without the columns that have no value in any row or repeat the column before."""
+    """Returns heads and rows without the columns that have no value in any row or repeat the previous column."""
     columns = [[head, *cells] for head, *cells in zip(heads, *rows, strict=True)]
     kept = [
         column
@@ -225,7 +225,7 @@ def _parts(records: Mapping[Any, Record], kind: str, by: str) -> list[str]:
 
 
 def _wire(study: Study, records: Records) -> list[str]:
-    """Returns a table of rows, without columns in which all arms are alike; empty if they are alike in all columns."""
+    """Returns a table of the rows sent, without columns in which all arms are alike; empty if all columns are so."""
     wire = study.measure.wire
     means = {
         _label(study, name): [_mean(each["wire"][key] for each in mine.values()) for key in ROWS]
@@ -280,12 +280,12 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) -> list[str]:
-    """Returns a table of eta (see `EtaValue`) for all labels and by modality: geometric mean, smallest and largest over
-    seeds. Empty for training losses that no record has."""
+    """Returns a table of eta (see `EtaValue`) for all labels and by modality: geometric mean, smallest and largest value
+    over seeds. Empty if no record has the losses."""
     if (dense := study.reference) is None:
         return []
     costs: dict[str, Literal["flops", "seconds", "bytes"]] = {"FLOPs": "flops", "seconds": "seconds"}
-    if all(record.get("bytes") for record in of_arm(records, dense).values()):  # one rank sends none
+    if all(record.get("bytes") for record in of_arm(records, dense).values()):  # a single rank sends no bytes
         costs["bytes"] = "bytes"
     rows = []
     for name in study.with_whole_cost():
@@ -324,7 +324,7 @@ def _bins(study: Study, records: Records, key: str) -> list[str]:
         if not tables:
             continue
         cells, loads = [], {"text": [], "image": []}
-        for bins in zip(*tables, strict=False):  # seeds may have fewer bins: `binned` merges equal bins
+        for bins in zip(*tables, strict=False):  # some seeds may have fewer bins, because `binned` merges equal bins
             both = []
             for modality in ("text", "image"):
                 found = [row[modality]["load"] for row in bins if row[modality]["tokens"]]

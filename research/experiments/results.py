@@ -1,5 +1,5 @@
-"""Reads and writes the records of an experiment: a JSON line that identifies the rules, then a JSON line for each run,
-compressed by gzip.
+"""Reads and writes the records of an experiment: a gzip file with a JSON line that identifies the rules, then a JSON line
+for each run.
 
 The file is committed. A record takes a few kilobytes and has all data for tables, plots and verdicts.
 """
@@ -34,7 +34,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
     Raises:
         ConfigError: the study lacks the values that the pilot fixes, a file with rules has uncommitted changes, or the
-            results at `path` were made under other rules.
+            results at `path` were made under different rules.
     """
     if not study.pilot.found:
         raise ConfigError(

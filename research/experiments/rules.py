@@ -26,7 +26,7 @@ class InterpolatedValue(Part):
     """Interpolates linearly between the points (`x`, `y`) of the arms `through`, at the `x` of the arm `at`. `x` and `y`
     are dotted paths of numbers in a record.
 
-    The outermost lines extend by `reach` beyond the outermost arms; beyond these ends there is no value.
+    The outermost lines extend by `reach` beyond the outermost arms. Farther outside there is no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
@@ -39,7 +39,7 @@ class InterpolatedValue(Part):
 class EtaValue(Part):
     """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`).
 
-    The loss is the held-out loss, or the training loss, in which experts that choose tokens see later tokens.
+    The loss is the held-out loss or the training loss. In the training loss, experts that choose tokens see later tokens.
     """
 
     eta: ArmName
@@ -66,7 +66,7 @@ class SumValue(Part):
 
 
 class RatioValue(Part):
-    """`factor` times the rise of the loss by a probe with the setting `at`: loss with the probe - loss without the
+    """`factor` times the rise of the loss that a probe with the setting `at` causes: loss with the probe - loss without the
     probe."""
 
     arm: ArmName

@@ -1,7 +1,7 @@
 """Runs the jobs of an experiment, up to `side_by_side` ranks at the same time, each with one thread.
 
-Most jobs have one rank. A job of n ranks counts as n, so that its seconds are not measured on a crowded machine. A job of
-more ranks than `side_by_side` runs alone.
+Most jobs have one rank. A job of n ranks counts as n jobs, so that its seconds are not measured on a crowded machine. A job
+of more ranks than `side_by_side` runs alone.
 
 A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
 unfinished training resumes from its last checkpoint. Child processes end when this process ends, even if it is killed.
@@ -66,12 +66,12 @@ class Runner:
         self._records = read_records(self._path)
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
-        """Runs all jobs that have no record yet, ordered by seed, so that compared runs are near each other in time.
+        """Runs all jobs that have no record yet, ordered by seed, so that runs that will be compared are close in time.
 
         Raises:
             StoppedError: a stop was requested; the running trainings have saved checkpoints.
-            JobFailedError: a job failed; the other running trainings have saved checkpoints.
-            ConfigError: a job needs a record that none of the `jobs` makes, or the code may not make records.
+            JobFailedError: a job failed; all other running trainings have saved checkpoints.
+            ConfigError: a job needs a record that none of the `jobs` makes, or the code is not allowed to make records.
         """
         jobs = sorted(jobs, key=lambda job: job.seed)
         try:

@@ -33,8 +33,8 @@ from research.experiments.domain_probe import recorded_inputs
 from research.experiments.instructed import check_new
 
 GROUP = "all"  # the expert group of an import
-ROUNDS = 10  # of the clustering of neurons
-RIDGE = 1e-2  # of the ridge regression, as a fraction of the inputs' mean square
+ROUNDS = 10  # rounds of the clustering of neurons
+RIDGE = 1e-2  # penalty of the ridge regression, as a fraction of the inputs' mean square
 SPREAD = 0.25  # standard deviation of the logits: small, so that the experts of a token have nearly equal weights
 
 
@@ -79,8 +79,8 @@ def cluster(activity_FT: Tensor, *, experts: int) -> Tensor:
 
 
 def regression(x_TD: Tensor, wanted_Tn: Tensor) -> Tensor:
-    """Returns router rows [n, D] whose logits predict `wanted_Tn` less its mean over all tokens and experts, multiplied so
-    that the logits have the standard deviation SPREAD."""
+    """Returns router rows [n, D] whose logits predict `wanted_Tn` minus its mean over all tokens and experts. The rows are
+    scaled so that the logits have the standard deviation SPREAD."""
     x_TD, wanted_Tn = x_TD.double(), wanted_Tn.double()
     square_DD = x_TD.T @ x_TD
     ridge_DD = RIDGE * square_DD.diagonal().mean() * torch.eye(len(square_DD), dtype=torch.float64)
@@ -124,7 +124,7 @@ def inputs_of_ffns(model: Transformer, batches: Sequence[Batch], groups: Tensor)
 
 
 def split(trained: LoadedRun, out: Path, *, experts: int, top_k: int, sequences: int, length: int) -> None:
-    """Writes the mixture as the checkpoint of the folder `out`, made with held-out sequences of the data."""
+    """Makes the mixture with held-out sequences of the data, and writes it as the checkpoint of the folder `out`."""
     config = split_config(trained.config, experts=experts, top_k=top_k)
     device = torch.device("cpu")
     dense = CheckpointReader(trained.folder.parent, trained.config, device)

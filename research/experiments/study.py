@@ -34,7 +34,7 @@ VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allo
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 Settings = dict[str, Any]
-# Default of the schema when the base configurations in FOLDER were written, which may not change.
+# A default of the schema at the time when the base configurations in FOLDER were written. These may not change.
 EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
@@ -47,7 +47,7 @@ class CurveSection(Part):
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm with which the curves of other arms are compared
+    of: ArmName | None = None  # the arm with which all other arms' curves are compared
 
 
 class WireSection(Part):
@@ -58,7 +58,7 @@ class WireSection(Part):
 
 
 class DisturbanceSection(Part):
-    """Noise on the router rows of the last `oracle_layers` MoE layers, in standard deviations of the rows."""
+    """Noise on the router rows of the last `oracle_layers` MoE layers; its scale is in standard deviations of the rows."""
 
     scales: tuple[PositiveFloat, ...] = Field(default=(0.5, 1.0, 2.0, 4.0), min_length=1)  # tried in this order
     keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # largest share that may remain of the accuracy above chance
@@ -73,10 +73,10 @@ class QuestionsSection(Part):
     embedder: str | None = None  # folder of the embedder; by default the folder of `make embedder`
     least: NonNegativeInt = 0  # smallest allowed number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
-    first_token: bool = False  # whether choices are scored by their first tokens; other questions are left out
-    sizes: tuple[PositiveInt, ...] = ()  # numbers of samples of which parts of `samples` are made
+    first_token: bool = False  # whether choices are scored by first tokens; questions for which this fails are left out
+    sizes: tuple[PositiveInt, ...] = ()  # sizes of the subsets of `samples` that are made
     disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # for arms with `disturbed`
-    listed: bool = False  # whether questions list their choices, and count only if right in each rotation of the choices
+    listed: bool = False  # whether questions list their choices, and are right only if each rotation of the choices is
     oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
@@ -87,7 +87,7 @@ class MeasureSection(Part):
     sequences: PositiveInt = 256
     accuracy: bool = False  # whether to measure the fraction of labels that are the model's most likely token
     curve: CurveSection | None = None
-    hold: PositiveFloat | None = None  # true experts per token that the model is set to, on validation sequences
+    hold: PositiveFloat | None = None  # number of true experts per token to which the model is set on validation sequences
     wire: WireSection = Field(default_factory=WireSection)
     threshold_loads: tuple[PositiveFloat, ...] = ()
     flips: tuple[PositiveFloat, ...] = ()  # percentages; only for arms whose experts or layers choose tokens
@@ -127,7 +127,7 @@ class Seeds(Part):
 
 
 class PilotSection(Part):
-    """Pilot runs, which have other seeds, determine learning rate, steps and coefficients, and are never reported."""
+    """Pilot runs determine learning rate, steps and coefficients. They have seeds of their own, and are never reported."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     arms: tuple[ArmName, ...] = ()
@@ -150,9 +150,9 @@ class Study(Part):
     names: dict[ArmName, str] = Field(default_factory=dict)  # short names of arms, for tables
     not_testable: str = ""  # why no rule can be judged on the study's runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
-    gates: tuple[ValueRule, ...] = ()  # rules that must hold, or no rule of `rules` can be judged; their arms run first
+    gates: tuple[ValueRule, ...] = ()  # if one of these rules fails, no rule of `rules` is judged; their arms run first
     rules: tuple[ValueRule, ...] = ()
-    corrected: bool = False  # whether the upper bounds of all rules hold at once with 95 % (Bonferroni), not each alone
+    corrected: bool = False  # whether the upper bounds of all rules together (not each alone) hold with 95 % (Bonferroni)
     committed_code: bool = False  # whether runs that count need code without uncommitted changes
 
     @property
@@ -166,7 +166,7 @@ class Study(Part):
 
     @property
     def gate_arms(self) -> frozenset[str]:
-        """Returns the arms that gates compare, with the arms that these need."""
+        """Returns the arms that gates compare, and the arms that these arms need."""
         found: list[str] = []
         for name in reversed(self.arms):  # backwards, because an arm comes after the arms that it needs
             if any(name in rule.arms for rule in self.gates) or any(name in self.arms[each].needs for each in found):
@@ -175,7 +175,7 @@ class Study(Part):
 
     @property
     def reference(self) -> str | None:
-        """Returns the arm `curve.of`, with which the curves of other arms are compared."""
+        """Returns the arm `curve.of`, with which all other arms' curves are compared."""
         return self.measure.curve.of if self.measure.curve is not None else None
 
     @model_validator(mode="after")
@@ -240,7 +240,7 @@ class StudyJob:
 
 def find_file(path: str | Path) -> Path:
     """Finds a study or a base configuration by its path below `RESEARCH`, or as `find_config` does. Studies name their base
-    by the path below `RESEARCH`, because the fingerprints of their records include this text."""
+    by its path below `RESEARCH`, because a study's fingerprint includes the text of the path."""
     inside = RESEARCH / path
     return inside if inside.is_file() else find_config(path)
 
@@ -328,8 +328,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """Returns the configuration of a run. Replaces settings that are not measured yet: a number of experts by 1.5, a folder
-    by the name of a missing folder.
+    """Returns the configuration of a run. A setting that is not measured yet gets a substitute: 1.5 for a number of
+    experts, the name of a missing folder for a folder.
 
     Raises:
         ConfigError: the arm's settings are not valid.

@@ -1,5 +1,5 @@
-"""Writes subsets of a folder of router-tuning samples. All arms get the same subsets, and each subset is part of the larger
-ones."""
+"""Writes subsets of a folder of router-tuning samples. All arms get the same subsets. Each subset is part of all larger
+subsets."""
 
 import json
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from moe_dist.train.router_tuning.samples import Samples, Scored, write_samples
 
 
 def make_subsets(folder: Path, sizes: Sequence[int], *, labelled: bool = False) -> dict[str, dict[str, Any]]:
-    """Writes a folder FOLDER-SIZE for each size, beside the folder of all samples; keeps existing folders. Returns path,
-    samples and right answers of each, by size.
+    """Writes a folder FOLDER-SIZE for each size, beside the folder of all samples; keeps existing folders. Maps each size
+    to the folder's path, number of samples and number of right answers.
 
     Args:
         labelled: Takes only samples with a label for `router_tuning.objective: choices`.
 
     Raises:
         ConfigError: the folder has fewer samples than a size.
-        DataError: an existing folder was made from other samples.
+        DataError: an existing folder was made from different samples.
     """
     samples = Samples(folder)
     order = [number for number in _dealt(_questions(folder)) if not labelled or samples.sample(number).choices[0] >= 0]

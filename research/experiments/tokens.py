@@ -1,10 +1,10 @@
 """Evaluates a model token by token: loss and true (not null) experts of each held-out token, right answers of instruction
 data, and the rows that an EP group would send.
 
-The evaluation has one rank and sends no token rows. The rows that an EP group would send are counted, because their number
-depends only on the expert choices. Sequences are assigned to the ranks in turn, as in the loader. Rows are counted in
-forward, per token and layer; `moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would send for the
-same choices.
+The evaluation has one rank and sends no token rows. It can count the rows that an EP group would send, because their number
+depends only on the expert choices. Sequences are assigned to the group's ranks in turn, as in the loader. Rows are counted
+in forward, per token and layer; `moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would send for
+the same choices.
 
 Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
@@ -104,8 +104,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns whether each token is an empty cell of a picture, bool [B, S], from `Batch.filler_BS`, which tells whether
-    the next token is one. The first token of a document does not count as an empty cell."""
+    """Returns whether each token is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` tells whether the next token
+    is such a cell. The first token of a document does not count as an empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
@@ -185,8 +185,8 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 def accuracy(
     model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor, *, image: int = 1
 ) -> dict[str, float]:
-    """Returns the fraction of labels that are the model's most likely token: of all labels, of text labels, of picture
-    codes, whose modality has the index `image`."""
+    """Returns the fraction of labels that are the model's most likely token: of all labels, of text labels, and of picture
+    codes. `image` is the index of the picture codes' modality."""
     right, kinds = [], []
     for batch in batches:
         logits_BSV, _ = forward(model, batch, group_of_modality)
@@ -200,8 +200,8 @@ def accuracy(
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts, in each source, the scored documents and those with a right answer, and sums the nats of each document's
-    answer; averages accuracy and nats over sources.
+    """Counts, in each source, the scored documents and the documents with a right answer, and sums the nats of the
+    documents' answers. Averages accuracy and nats over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """

@@ -8,9 +8,9 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 
 
 def training_between(metrics: Path, steps: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Maps each of the rising `steps` to means over the training steps since the one before it: nats per label of all
-    labels (`all`) and of each modality. If experts choose, also the fraction of tokens that no expert takes (`idle`), in
-    the mean over layers."""
+    """Maps each of the rising `steps` to means over the training steps since the previous one of `steps`: nats per label of
+    all labels (`all`) and of each modality. If experts choose, also the mean over layers of the fraction of tokens that no
+    expert takes (`idle`)."""
     means: dict[int, dict[str, float]] = {}
     since: list[Mapping[str, Any]] = []
     wanted = set(steps)

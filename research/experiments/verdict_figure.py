@@ -1,5 +1,5 @@
-"""Draws the verdicts of an experiment: for each rule the paired differences of the seeds, their mean with its one-sided
-bounds, and the margin that the upper bound must not reach. Rules with the same unit share a panel."""
+"""Draws the verdicts of an experiment: for each rule each seed's paired difference, the mean of the differences with its
+one-sided bounds, and the margin that the upper bound must not reach. Rules with the same unit share a panel."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Colours of Okabe and Ito, for colour-blind readers.
 COLOURS = {"pass": "#0072B2", "fail": "#D55E00", "not testable here": "#000000"}
-MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # they distinguish verdicts also in print without colours
+MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # they also distinguish verdicts in a print without colours
 FAINT = "#999999"
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46
 UNITS = {  # key: the metric, or its first part
@@ -43,7 +43,7 @@ def save(figure: "Figure", path: Path) -> Path:
 
 
 def draw_verdicts(study: Study, records: Records, verdicts: Sequence[Verdict], path: Path) -> list[Path]:
-    """Writes the figure of all rules that have differences; writes nothing if no rule has any."""
+    """Writes the figure of all rules that have differences; writes nothing if no rule has differences."""
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
     panels: dict[str, list[Verdict]] = {}

@@ -1,8 +1,8 @@
 """Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
 
 Because runs of all arms with the same seed share data, order of data and base weights, the difference d_i between two arms
-is taken between runs with seed i. The one-sided bounds of the mean difference over n seeds (Student's t) at confidence c,
-by default 0.95, are
+is taken between runs with seed i. The one-sided bounds of the mean difference over n seeds (Student's t), with the
+confidence c (by default 0.95), are
 
     mean d +- t(c, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
@@ -28,7 +28,7 @@ from research.experiments.rules import (
 )
 from research.experiments.study import Study
 
-LARGE = 1e4  # differences from here on, such as FLOPs, are written with four significant digits
+LARGE = 1e4  # larger differences, such as FLOPs, are written with four significant digits
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, int], Record]  # records by (arm, seed)
 Outcome = Literal["pass", "fail", "not testable here"]
@@ -145,7 +145,7 @@ def judge_gates(study: Study, records: Records) -> list[Verdict]:
 
 
 def failed_gates(gates: Sequence[Verdict]) -> str:
-    """Describes the gates that do not hold, with the measured figures, or are not judged yet; empty if all hold."""
+    """Describes the gates that fail, with the measured figures, or are not judged yet; empty if all gates hold."""
     words = {"fail": "gate not held", "not testable here": "gate not judged"}
     return "; ".join(f"{words[each.outcome]}: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome in words)
 
@@ -178,7 +178,7 @@ def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
 
 
 def differences(study: Study, rule: ValueRule, records: Records) -> list[float]:
-    """Returns lower - higher of each seed for which `records` has both."""
+    """Returns lower - higher of each seed for which `records` has both values."""
     found = (_difference(rule, records, seed) for seed in _seeds(study, rule))
     return [each for each in found if each is not None]
 

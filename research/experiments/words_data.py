@@ -3,9 +3,9 @@
     python -m research.experiments.words_data .cache/hf/smollm2 --out .cache/data/smollm2-words
 
 The texts are WordNet's verbs with their glosses and examples. No task of the family wordnet asks about verbs. `prepare_data
---tokenizer` writes no tokenizer into a data set, because the marks of a Hugging Face tokenizer have other names. Here five
-marks are renamed in a copy: the mark between documents is <bos>, the end of a turn is <eos>, and three marks of source
-code, which no question contains, are <pad>, <boi> and <eoi>.
+--tokenizer` writes no tokenizer into a data set, because the marks of a Hugging Face tokenizer have different names. This
+module renames five marks in a copy: the mark between documents becomes <bos>, the end of a turn becomes <eos>, and three
+marks of source code, which no question contains, become <pad>, <boi> and <eoi>.
 """
 
 import json

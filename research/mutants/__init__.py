@@ -1,2 +1,2 @@
-"""Seeds faults into the product and finds the tests that detect them, to show that CI's tests detect what all tests
-detect."""
+"""Seeds faults into the product and finds the tests that detect them, to show that CI's tests detect every fault that any
+test detects."""

@@ -1,8 +1,8 @@
 """`python -m research.mutants reach`, then `run`, for both also with `--tests clusters` and `--tests rest`, and `table`.
 
-`reach` runs tests over a copy with a probe at the place of each fault. `run` puts one fault after the other into a copy.
-For each it runs the tests that passed and reach the fault, until one fails. All results are lines of JSON below OUT; an
-interrupted `run` goes on where it stopped.
+`reach` runs tests in a copy of the tree with a probe at the place of each fault. `run` puts one fault after the other into
+a copy. For each fault it runs the tests that passed and reach the fault, until a test fails. All results are lines of JSON
+in the folder OUT; an interrupted `run` continues where it stopped.
 """
 
 import itertools
@@ -21,13 +21,13 @@ from research.mutants.reach import ORDER, REACH_BASE, add_probes, read_durations
 from research.mutants.seeds import FILES, ROOT, Fault, load_faults
 
 DEFAULT = "not full and not exhaustive"
-# Names of sets of tests, in the order in which faults meet them: (folders, marks). The first two are CI's.
+# Maps names of sets of tests, in the order in which they run, to (folders, marks). CI runs the first two sets.
 SETS: dict[str, list[tuple[str, str]]] = {
     "test": [("tests/unit", DEFAULT), ("tests/integration tests/distributed", DEFAULT)],
     "clusters": [("tests/faults tests/browser", "not exhaustive"), ("tests/clusters", "not exhaustive")],
     "rest": [("tests/unit", "full or exhaustive"), ("tests/integration tests/distributed", "full or exhaustive")],
 }
-FIRST = 60  # first tests of a fault, run and collected in a process of their own, since most faults fail one of them
+FIRST = 60  # number of a fault's first tests, which run in a process of their own, since they detect most faults
 LIMIT_SECONDS = 3600.0  # limit for all tests of one fault
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -110,14 +110,14 @@ def run(
 
 
 def _order(fault: Fault, test: str, seconds: dict[str, float]) -> tuple[bool, bool, float]:
-    """Returns a sort key: tests of the fault's module first, then tests of its folder; quick tests before slow ones."""
+    """Returns a sort key: tests of the fault's module first, then tests of its folder; quick tests before slow tests."""
     path = Path(fault.path)
     return path.stem not in test, f"/{path.parent.name}/" not in test, seconds[test]
 
 
 def _first_failed(tree: Path, candidates: list[str]) -> str | None:
-    """Runs these tests in order, until one fails; returns the one that failed. If they hang, the first counts as the one
-    that failed."""
+    """Runs these tests in order until a test fails; returns the failed test. If they hang, the first test counts as the
+    failed one."""
     order = tree.with_suffix(".order")
     order.write_text("\n".join(candidates))
     files = dict.fromkeys(test.partition("::")[0] for test in candidates)

@@ -1,8 +1,9 @@
-"""Finds the tests that execute the place of each fault: all tests run once over a copy with a probe before each place.
+"""Finds the tests that execute the place of each fault: all tests run once in a copy of the tree with a probe before each
+place.
 
-A probe notes (fault, test) in a file. Tests start ranks and launchers as separate processes. So the running test's name is
-in a file, and an environment variable gives all child processes its folder. Ranks that stay alive between tests inherit it
-from their pytest.
+A probe writes (fault, test) to a file. Tests start ranks and launchers as separate processes. So the running test's name is
+in a file, whose folder an environment variable tells to all child processes. Ranks that stay alive between tests inherit
+the variable from their pytest.
 """
 
 import ast
@@ -16,7 +17,7 @@ import pytest
 from research.mutants.seeds import Fault
 
 FOLDER = "MUTANTS_REACH"  # variable: folder of one pytest process
-REACH_BASE = "MUTANTS_REACH_BASE"  # variable: folder of these folders
+REACH_BASE = "MUTANTS_REACH_BASE"  # variable: folder of the folders of all pytest processes
 ORDER = "MUTANTS_ORDER"  # variable: file with the names of the tests to run, in order
 NO_TEST = "between tests"
 # Written into the copy. It must import in processes without torch, and cost little in loops.
@@ -58,7 +59,7 @@ def add_probes(root: Path, faults: Iterable[Fault]) -> None:
 
 
 def _statement(source: str, line: int) -> int:
-    """Returns the first line of the innermost statement that holds `line` and before which a call may stand."""
+    """Returns the first line of the innermost statement that contains `line` and may have a call before it."""
     found = 1
     for node in ast.walk(ast.parse(source)):
         for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
@@ -96,7 +97,7 @@ def read_durations(out: Path, tests: str) -> dict[str, float]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives this pytest process, a worker of xdist or the only one, a folder of its own."""
+    """Gives this pytest process (a worker of xdist, or the only process) a folder of its own."""
     if base := os.environ.get(REACH_BASE):
         folder = Path(base) / str(os.getpid())
         folder.mkdir(parents=True)

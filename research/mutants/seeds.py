@@ -1,4 +1,4 @@
-"""The seeded faults: texts of the product, each with the text that takes its place.
+"""The seeded faults. A fault is a text of the product, and the faulty text that replaces it.
 
 A file of faults is YAML, a list of mappings:
 
@@ -12,8 +12,8 @@ A file of faults is YAML, a list of mappings:
 A fault needs `at` if no probe can stand before `old`: in a Triton kernel, in an `elif`, or at the level of a module, where
 a probe would run only at import.
 
-CI's tests were chosen by the faults in `seeded.yaml`. `held_out.yaml` was written later by another reader, and only judges
-these tests.
+CI's tests were chosen by the faults in `seeded.yaml`. `held_out.yaml` was written later by another person, and serves only
+to judge these tests.
 """
 
 from dataclasses import dataclass

@@ -1,1 +1,1 @@
-"""Facts of WordNet, of the quiz files of bsdgames, and of reasoning-gym."""
+"""Makes facts (questions with answers) from WordNet, from the quiz files of bsdgames, and by reasoning-gym."""

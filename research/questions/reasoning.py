@@ -38,7 +38,7 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
 
 
 def key_of(name: str, asked: str) -> str:
-    """Returns the key that decides a fact's side: the numbers in the question `asked`, sorted and without signs. So 6 * 7
-    and 7 * 6 are on the same side. The key of a question without numbers is the question."""
+    """Returns the key that decides whether a fact is for training or held out: the numbers in the question `asked`, sorted
+    and without signs. So 6 * 7 and 7 * 6 are on the same side. The key of a question without numbers is the question."""
     numbers = sorted(re.findall(r"\d+", asked), key=int)
     return f"{name}:{' '.join(numbers) or asked}"

@@ -22,8 +22,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def text_tasks(names: Sequence[str]) -> list[str]:
-    """Returns the named tasks, or those of named families, without tasks about pictures. Raises ConfigError for an unknown
-    name."""
+    """Returns the named tasks, and the tasks of named families, without tasks about pictures. Raises ConfigError for an
+    unknown name."""
     facts: dict[str, list[Fact]] = {task: [] for tasks in FAMILIES.values() for task in tasks}
     return [task for task in task_names(",".join(names), facts) if task in facts]
 

@@ -22,7 +22,7 @@ class Quiz:
     answer: int  # index of the field with the answer
 
 
-# A task has several quizzes if one quiz would give a side only a few facts.
+# A task has several quizzes if one quiz has too few training or held-out facts.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),

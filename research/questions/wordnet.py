@@ -28,10 +28,10 @@ CATEGORIES = dict(enumerate(_CATEGORY_NAMES.split(), start=4))
 class Synset:
     """One synset: a meaning, and the words with that meaning."""
 
-    lexicographer: int  # number of the lexicographer file; for a noun a key of CATEGORIES or 3
+    lexicographer: int  # number of the lexicographer file; for a noun it is a key of CATEGORIES, or 3
     words: tuple[str, ...]  # with spaces instead of underscores
-    # (symbol, offset of the other synset, its part of speech, source word, target word); a word is its number from 1, or 0
-    # for all words
+    # (symbol, offset of the target synset, its part of speech, source word, target word); a word is given by its number
+    # from 1, or 0 for all words
     pointers: tuple[tuple[str, str, str, int, int], ...]
     gloss: str  # the definition, without examples
 
@@ -40,7 +40,7 @@ class WordNet:
     """Makes facts from the WordNet files in one folder. Reads a file when it is first needed; the nouns take a second.
 
     Raises:
-        DataError: by any method, if a file is missing or not in WordNet's format.
+        DataError: raised by any method if a file is missing or not in WordNet's format.
     """
 
     FILES = ("data.noun", "index.noun", "data.adj")

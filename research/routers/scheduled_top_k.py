@@ -7,8 +7,8 @@ token's content. With an integer L the router is plain top-k.
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws random numbers, too, so that the mean number of experts is L as in training. In evaluation there is no
-step, and tokens are numbered inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws random numbers, too, so that the mean number of experts is L as in training. Evaluation has no step, and
+numbers tokens inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -23,7 +23,7 @@ from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import RoutingCache
 
-HELD_OUT = -1  # used instead of the step in the names of evaluation's random numbers
+HELD_OUT = -1  # replaces the step in the names of the random numbers of evaluation
 
 
 class ScheduledTopKRouter(TopKRouter):
@@ -37,8 +37,8 @@ class ScheduledTopKRouter(TopKRouter):
     """
 
     load_G: tuple[float, ...] = ()  # L
-    whole_G: Tensor  # floor(L), with a last 0 for padding, whose group is -1
-    fraction_G: Tensor  # L - floor(L), with a last 0 for padding
+    whole_G: Tensor  # floor(L); the last entry, 0, is for padding, whose group is -1
+    fraction_G: Tensor  # L - floor(L); the last entry, 0, is for padding
 
     def __init__(self, context: RouterContext, *, active_experts: Mapping[str, Sequence[float]], **options: Any) -> None:
         super().__init__(context, **options)

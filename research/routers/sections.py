@@ -35,7 +35,7 @@ class ScheduledTopKRouterSection(DrawnRouterSection):
     kind: Literal["scheduled_top_k"] = "scheduled_top_k"
     active_experts: dict[GroupName, tuple[NonNegative, ...]] = Field(min_length=1)
     """Mean number of true experts per token, by group and MoE layer; at most the group's top_k. With 1.5 every token takes
-    its best expert, and a random half of the tokens also takes the second best."""
+    its best expert, and a random half of the tokens also takes the second best expert."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

@@ -1,8 +1,8 @@
 """Top-k with a fixed mean number of active experts for each token id in each layer. This baseline shows whether a router
 chooses by the token's context, or only by the token's id or modality.
 
-With L(v) for token id v in place of L, the equations are those of `research.routers.scheduled_top_k`. The table of L(v)
-is a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
+The equations are as in `research.routers.scheduled_top_k`, with L(v) of the token id v in place of L. The table of L(v) is
+a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ class TopKByIdRouter(ScheduledTopKRouter):
                 load_V = torch.tensor(np.load(self._table, allow_pickle=False)[self.place], dtype=torch.float64)
             except (OSError, ValueError) as error:
                 raise ConfigError(f"model.moe.router.table={self._table}: cannot be read ({error}); put it back") from error
-        self.register_buffer("load_of_id_V", load_V, persistent=False)  # 8 bytes a token id
+        self.register_buffer("load_of_id_V", load_V, persistent=False)  # 8 bytes per token id
 
     def _loads(self, group_T: Tensor, cache: RoutingCache) -> tuple[Tensor, Tensor]:
         assert cache.id_T is not None, "the request has the tokens' ids"

@@ -57,8 +57,8 @@ class PlacementRows(StepWatcher):
 
 
 def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
-    """Makes the counter of the token rows sent in the run's last `last` steps, under this run's placement policy and under
-    all others; None without `monitor.cost_table`."""
+    """Makes the counter of the token rows sent in the run's last `last` steps, under this run's placement and under the
+    placements that `plan` compares; None without `monitor.cost_table`."""
     if not config.monitor.cost_table:
         return None
     own = config.placement.policy

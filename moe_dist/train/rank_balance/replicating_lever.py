@@ -3,8 +3,8 @@ all runs with the same seed.
 
 A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half-window give each layer new
 replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica slot.
-The loads of the second half-window decide between the new replicas, the layer's present replicas, and no replicas. Placing
-replicas costs nothing, but each step exchanges the replicas' weights and gradients; replicas must save more time than these
+The loads of the second half-window decide between the new replicas, the layer's present replicas, and no replicas. Making
+replicas costs nothing, but each step exchanges their weights and gradients. Replicas must save more time than these
 exchanges take.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
@@ -28,7 +28,7 @@ Replicas = tuple[Replica, ...]  # replicas of one layer, sorted
 
 
 class ReplicatingLever(LoadLever[PlacementWithReplicas]):
-    """See `moe_dist.train.rank_balance.levers.Lever`. The lever's state is saved in checkpoints.
+    """A `moe_dist.train.rank_balance.levers.Lever` that makes replicas. Checkpoints save the lever's state.
 
     Args:
         replicate: Makes the replicas in a placement. No collective.
@@ -52,7 +52,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every, layers)
         self._replicate, self._edp, self._slots = replicate, edp, slots
         self._home_E = np.array(placement.rank_of_expert)
-        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # in the time of a replica's exchange
+        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # while a replica is exchanged
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         load_SLE = load_SLE / self._edp
@@ -82,7 +82,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns growing sets of replicas for one layer's loads: the empty set, then one more replica each."""
+        """Returns growing sets of replicas for one layer's loads, from the empty set on; each set has one replica more."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:
@@ -138,8 +138,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Makes the saved replicas again. Makes no replicas if experts have other ranks than in `state`. Raises DataError
-        if the state was not made by `state`."""
+        """Makes the saved replicas again. Makes no replicas if experts are not on their ranks of the saved state. Raises
+        DataError if `state` is invalid."""
         try:
             assert isinstance(state, dict)
             pairs_SLE = self._read_pairs(state["pairs"])

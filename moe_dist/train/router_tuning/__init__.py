@@ -1,1 +1,1 @@
-"""Router tuning (RoMA): trains only the routers, to route a sample like similar samples that the model answered right."""
+"""Router tuning (RoMA): trains only the routers. They learn to route a sample like similar samples with right answers."""

@@ -1,7 +1,7 @@
 """Makes batches of prompts with answers, for router tuning and for multiple-choice questions. A sequence is one prompt and
 its answer; only the answer's tokens are labels.
 
-The order of the training samples depends only on seed and position, as in `moe_dist.data.loader`, not on the ranks.
+As in `moe_dist.data.loader`, the order of the training samples depends only on seed and position, not on the ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,8 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
 
     Args:
         lengths: Number of tokens of each sequence; all ranks pass the same lengths.
-        tokens: Most tokens per batch, padding included; fewer with a large `vocab_size`, to limit the logits' memory.
+        tokens: Largest number of tokens per batch, padding included. A large `vocab_size` lowers it, to limit the logits'
+            memory.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
@@ -105,8 +106,8 @@ class ChoiceMaker(SampleMaker):
     A sample without choices has no label."""
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """See `SampleMaker.make`. All samples have equally many places for choices. Raises DataError if a token id lies
-        outside the vocabulary."""
+        """See `SampleMaker.make`. All samples must have arrays of choices of equal length. Raises DataError if a token id
+        lies outside the vocabulary."""
         batch = super().make([replace(each, answer=each.answer[:1]) for each in samples], numbers)
         rows = [each.choices for each in samples] or [np.full(1, -1)]  # choices of the row of padding
         choice_BK = torch.from_numpy(np.stack(rows).astype(np.int64))
@@ -130,7 +131,7 @@ class SampleLoader:
     """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: The samples; each epoch contains every sample once, in another order.
+        samples: The samples. Each epoch contains every sample once, in a new order.
         global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
         micro_batch: Samples per micro-batch of a rank.
     """

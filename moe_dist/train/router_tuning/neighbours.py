@@ -22,8 +22,7 @@ class Neighbours(NamedTuple):
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
     """Returns the weights W of a sample's neighbours, float64 [K] with the sum 1, from squared embedding distances [K]."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Subtracts the largest exponent; without this, if all neighbours are far away, each exp would be 0 and the weights 0 /
-    # 0.
+    # Subtracts the largest exponent. Otherwise, if all neighbours are far away, each exp would be 0, and each weight 0 / 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
@@ -31,8 +30,8 @@ def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
 class NeighbourIndex:
     """Finds a sample's neighbours among the M members, the nearest first, without the sample itself.
 
-    Results are cached, 16 bytes per neighbour. A search reads all M x E numbers: 2 to 3 ms for 20,000 members of width 384
-    on one core.
+    Results are cached, with 16 bytes per neighbour. A search reads all M x E numbers, which takes 2 to 3 ms for 20,000
+    members of width 384 on one core.
 
     Args:
         embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
@@ -77,7 +76,7 @@ class NeighbourIndex:
         return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
 
     def _searched(self, sample: int) -> np.ndarray:
-        # One sample per search, because the last bits of a distance depend on the other samples of the search.
+        # Each search has one sample, because the last bits of a distance depend on all samples of the search.
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)

@@ -52,14 +52,14 @@ class RoutingReader:
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
         training = self._model.training
-        self._model.eval()  # without capacity limit and noise
+        self._model.eval()  # routers then have no capacity limit and no noise
         with tracker.among(SAMPLE_ROUTING) if tracker is not None else nullcontext():
             found = self._own_part(prompts)
         self._model.train(training)
         return sum_over(found, world, name=SAMPLE_ROUTING, tracker=tracker).cpu()
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Returns the softmax [S, L, C], with zeros for other ranks' prompts, so that a sum over ranks has all."""
+        """Returns the softmax [S, L, C], with zeros for other ranks' prompts, so that the sum over ranks is complete."""
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
         for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):

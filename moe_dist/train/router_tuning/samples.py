@@ -1,7 +1,7 @@
 """Reads the samples of router tuning from memory-mapped files, and writes such files so that no incomplete folder appears.
 
-See `moe_dist.formats.tuning_manifest` for the files. Shape letters: S samples, E embedding width, L MoE layers,
-C columns.
+`moe_dist.formats.tuning_manifest` describes the files. Shape letters: S samples, E embedding width, L MoE layers, C
+columns.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ class TuningSample:
     """Token ids of a prompt, and of the prompt's right answer. Neither prompt nor answer is empty.
 
     Attributes:
-        choices: Different first tokens of the question's choices, the right choice's token first, then -1 up to the width
-            of the folder. All are -1 if a wrong choice begins with the token of the right choice. Empty if unknown.
+        choices: The different first tokens of the question's choices, beginning with the right choice, then -1 up to the
+            width of the folder. All are -1 if a wrong choice begins with the token of the right choice. Empty if unknown.
     """
 
     prompt: np.ndarray
@@ -115,7 +115,7 @@ def write_samples(
     Args:
         out: The folder, which must not exist.
         scored, embeddings_SE, routing_SLC: One entry per question, in the same order.
-        facts: Fields of the manifest except sizes, tasks and digests, which `write_samples` adds.
+        facts: Fields of the manifest; `write_samples` adds sizes, tasks and digests.
 
     Raises:
         ConfigError: `out` exists.

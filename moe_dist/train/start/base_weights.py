@@ -23,8 +23,8 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.parameter_names import ADAPTERS, Role, role_of_name
 
-# Keys of `model` that must have the base's values, so that model and base compute the same function. `base_sources`
-# compares shapes.
+# Keys of `model` that must be equal in model and base, so that both compute the same function. `base_sources` compares
+# shapes.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -75,7 +75,7 @@ def load_base(
     values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
 ) -> Base:
     """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective over all ranks.
-    Raises DataError if the base is missing or damaged, or has another content hash.
+    Raises DataError if the base is missing or damaged, or if its content hash differs.
 
     Args:
         values: `CheckpointState.values` of the checkpoint of adapters.
@@ -125,7 +125,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
 
 
 def _not_dense(base: ModelSection) -> list[str]:
-    """Returns the reasons why the MoE layers of a base do not compute the same as one dense FFN for all tokens."""
+    """Returns the reasons why the MoE layers of a base do not compute the function of one dense FFN for all tokens."""
     moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"

@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # time that rank 0 waits for the facts of other nodes, whose ranks have already met rank 0
+WAIT_SECONDS = 20.0  # time that rank 0 waits for facts of nodes whose ranks have already met rank 0
 POLL_SECONDS = 0.1
 
 
@@ -38,10 +38,10 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Checks the nodes of a job. Rank 0 checks all nodes, and the first rank of each other node checks its own node. These
-    ranks return the results; other ranks return an empty list. Call this function on every rank after rank 0 has opened the
-    run folder. Only rank 0 logs warnings. Raises ConfigError or ResourceError if a checked node does not meet the run's
-    requirements. Rank 0 waits `wait_seconds` for the facts of the other nodes; later facts are not compared."""
+    """Checks the nodes of a job. Rank 0 checks all nodes, and the first rank of each further node checks its own node.
+    These ranks return the results; all other ranks return an empty list. Call this function on every rank after rank 0 has
+    opened the run folder. Only rank 0 logs warnings. Raises ConfigError or ResourceError if a checked node does not meet
+    the run's requirements. Rank 0 waits `wait_seconds` for the facts of the other nodes; later facts are not compared."""
     if env.local_rank > 0:
         return []
     began, needs = time.time(), _needs(config, env, variables)
@@ -84,7 +84,7 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
     """Waits, at most `wait_seconds`, until facts have come from nodes that together have all ranks. Maps the first rank of
-    a node to (time at which the node's facts arrived by this host's clock, facts)."""
+    a node to (time of arrival by this host's clock, facts)."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():

@@ -46,7 +46,7 @@ from moe_dist.train.start.starting_weights import begin_with_weights
 
 logger = logging.getLogger(__name__)
 
-MOST_STEPS = 1 << 28  # because a resume looks for the record of each step
+MOST_STEPS = 1 << 28  # limited, because a resume looks for the record of each step
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Resumable:
         report_save: Function that rank 0 calls after each save with the seconds of the save.
 
     Attributes:
-        placement: Where the experts are now.
+        placement: The current placement of the experts.
         writer: Writes the checkpoints, and logs or raises the errors of the writing thread.
     """
 
@@ -146,15 +146,15 @@ class Resumable:
         return self._checkpoints.newest
 
     def ways_on(self, progress: Progress) -> str:
-        """Returns the end of a diverged run's message: where the same command resumes, and what to change before it
-        does."""
+        """Returns the end of a diverged run's message: the step where the same command resumes, and the settings to change
+        first."""
         config, newest, first = self._config, self.newest, progress.step - progress.skipped_in_a_row + 1
         saved = 0 if newest is None else step_of(newest) or 0
         place = "no checkpoint was saved, so that the same command begins at step 1"
         if newest is not None:
             before = f" and from before the first skipped step {first}" if saved < first <= progress.step else ""
             place = f"the newest checkpoint {newest} is finite{before}; the same command resumes from it"
-        # The update before the first skipped step may have made the weights with which that step failed.
+        # The update before the first skipped step may have made the weights with which the skipped step failed.
         since = min(max(saved, first - 2), progress.step - 1)
         begin = progress.position - (progress.step - since) * config.train.global_batch
         left = [number_at(at, config.data.skip) for at in (begin, progress.position - 1)]
@@ -174,7 +174,7 @@ class Resumable:
         the weights of `run.init_from`, if it is set, and returns the progress of a new run.
 
         Raises:
-            DataError: the checkpoint is damaged or of another run, or the run's data have changed.
+            DataError: the checkpoint is damaged or belongs to another run, or the run's data have changed.
             ConfigError: the checkpoint's model differs from the configured model.
         """
         found = self.status.first("look at the data", lambda: data_digest(self._config.data.path, self._manifest))
@@ -332,8 +332,8 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def check_skip(progress: Progress, saved: Config, config: Config, folder: Path) -> None:
-    """Raises ConfigError if `data.skip` has changed for sequences before the last one that the checkpoint has drawn,
-    because the position would then be another sequence."""
+    """Raises ConfigError if `data.skip` has changed for sequences that the run has already drawn, because the position of
+    the checkpoint would then mean another sequence."""
     drawn = number_at(progress.position - 1, saved.data.skip) if progress.position else -1
     past, now = (
         [(first, min(last, drawn)) for first, last in each.data.skip if first <= drawn] for each in (saved, config)
@@ -347,7 +347,8 @@ def check_skip(progress: Progress, saved: Config, config: Config, folder: Path) 
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """Returns the `position` of another run's checkpoint, where a new run continues to read the same stream of sequences.
+    """Returns the `position` of another run's checkpoint. At this position a new run continues to read the stream of
+    sequences.
 
     The data set, the section `data` and the seed must be equal in both runs, because these three determine the stream.
 

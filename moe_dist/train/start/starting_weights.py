@@ -1,5 +1,5 @@
 """Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
-are loaded, all other tensors stay as initialised. The rules in `run.init_rules`:
+are loaded, all other tensors stay as initialised. `run.init_rules` may contain these rules:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
@@ -7,7 +7,7 @@ split_experts each expert of an MoE model is cut into finer experts, chosen toge
 copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
 All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
-from the checkpoint's.
+from the function of the checkpoint's model.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, logical_name, role_of_name
 
-# Maps a rule to a text: how rounding still makes the model's function differ from the checkpoint's.
+# Maps a rule to a text that says how rounding still changes the function of the checkpoint's model.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -50,9 +50,9 @@ _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[st
 }
 # Rules that set router tensors, or leave them as initialised on purpose.
 _RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
-STAIR = 0.02  # step between the biases of a split model's null experts, as a fraction of the score of a router row of 0
+STAIR = 0.02  # difference of the biases of a split model's null experts / score of a router row of zeros
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
-# Keys of `model` that are not compared: they do not change the function, or tensor names and shapes show the difference.
+# Keys of `model` that are not compared: they do not change the function, or names and shapes of tensors show their changes.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
 
@@ -121,8 +121,8 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _old_model(contents: Contents) -> ModelSection | None:
-    """Returns the section `model` of a checkpoint's configuration; None if it has none. Raises DataError if this version
-    cannot read the section."""
+    """Returns the section `model` of a checkpoint's configuration; None without a configuration. Raises DataError if this
+    version cannot read the section."""
     config = contents.state.values.get("config")
     model = config.get("model") if isinstance(config, dict) else None
     try:
@@ -158,8 +158,8 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
 
 
 def _misfits(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
-    """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor with another
-    shape, a tensor that the model lacks, a key of `model` with another value. Router tensors are not compared."""
+    """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor of different
+    shape, a tensor that the model lacks, a key of `model` with a different value. Router tensors are not compared."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -233,8 +233,8 @@ def _upcycled_changes(config: Config, source: ModelSection | None, taken: Taken)
 
 
 def _other_experts(config: Config, source: ModelSection | None) -> list[str]:
-    """Returns reasons for `_changes` if the experts' output is added after another layer than in the checkpoint's model, or
-    if clamped experts have other limits than there."""
+    """Returns reasons for `_changes` if model and checkpoint differ in the layer after which the experts' output is added,
+    or in the limits of clamped experts."""
     reasons: list[str] = []
     old, new = source is not None and source.moe.shortcut, config.model.moe.shortcut
     if old != new:
@@ -247,8 +247,8 @@ def _other_experts(config: Config, source: ModelSection | None) -> list[str]:
 
 
 def _other_score(config: Config, source: ModelSection | None) -> str:
-    """Says how the router's scores differ from the scores of the checkpoint, whose choices the auxiliary routers learn;
-    empty if the scores are the same."""
+    """Says how the router's scores differ from the checkpoint's scores; empty if they are the same. The checkpoint's
+    auxiliary routers have learned to predict the choices by its scores."""
     old, new = (
         "sigmoid" if model is None else getattr(model.moe.router, "score", "sigmoid") for model in (source, config.model)
     )
@@ -273,8 +273,8 @@ def _scaled(source: ModelSection | None, taken: Taken) -> list[str]:
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
     """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
     experts gets each router row and bias m times in succession. Returns the number of filled router rows. Every rank reads
-    the checkpoint. Raises DataError if a file or a tensor is damaged. With `divides_bias`, biases are divided by m: biases
-    that are added to probabilities, which are m times smaller for m times as many experts."""
+    the checkpoint. Raises DataError if a file or a tensor is damaged. With `divides_bias`, biases are divided by m. Biases
+    that are added to probabilities need this, because probabilities of m times as many experts are m times smaller."""
     own = {logical_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
     own = {name: tensor for name, tensor in own.items() if role_of_name(name) is Role.ROUTER}
     rows = 0

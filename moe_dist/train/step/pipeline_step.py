@@ -1,5 +1,5 @@
 """The training step on tensor, pipeline and context-parallel ranks (engine.kind=megatron), with the interface of
-`TrainingStep`; and the evaluation of the same model, with the interface of `Transformer`."""
+`TrainingStep`; and the model for its evaluation, with the interface of `Transformer`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from moe_dist.train.step.training_step import TrainingStep
 
 
 class PipelineModel:
-    """The model over all pipeline stages. A call has the arguments of `Transformer`, returns losses and reports."""
+    """The model over all pipeline stages. A call has the arguments of `Transformer`, and returns losses and reports."""
 
     def __init__(self, gpt: Gpt, pipeline: Pipeline, watch: LayerWatch) -> None:
         self.gpt, self.pipeline, self.watch = gpt, pipeline, watch
@@ -105,7 +105,7 @@ class PipelineParallel:
     Attributes:
         reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
         counts_tokens: True on exactly one of the ranks that read the same sequences.
-        counts_losses: True on the ranks whose losses are summed; together they have each position once.
+        counts_losses: True on the ranks whose losses are summed. Together these ranks have each position once.
     """
 
     model: PipelineModel

@@ -35,9 +35,8 @@ class Forwarded(NamedTuple):
         loss: This rank's share of the step's losses.
         counts: Routing counts over all ranks.
         own, sent: Routing counts of this rank, and its sent rows and pairs, of all layers.
-        busiest_G: Largest load of an expert in any layer and micro-batch of this rank, divided by an even share of the
-            choices of the expert's group there; 0 without tokens. A capacity factor of this size drops nothing. None if
-            unknown.
+        busiest_G: Largest load of an expert / even share of its group's choices, over all layers and micro-batches of this
+            rank; 0 without tokens. A capacity factor of this size drops nothing. None if unknown.
     """
 
     loss: MicroLoss
@@ -68,7 +67,8 @@ class StepStart(NamedTuple, Generic[Number]):
         labels_I: Number of labels of each micro-batch.
         readings: The ranks' readings of the previous step; empty in the first step.
         members_RIG: Number of tokens of each reader, micro-batch and group; empty if no router needs them.
-        tokens_IG: Number of tokens of each micro-batch and group; empty unless the balance loss has the loads of steps.
+        tokens_IG: Number of tokens of each micro-batch and group; empty unless the balance loss uses the loads of whole
+            steps.
     """
 
     labels_I: Number
@@ -112,7 +112,7 @@ class StepResult:
         nll_M, labels_M: Sum of the label losses (nats), and number of labels, by the modality of the label.
         balance, z: Balance loss and z-loss as added to the loss, coefficients included.
         auxiliary: Loss of auxiliary routers or of router tuning as added to the loss; 0 if the run has neither.
-        grad_norm: Global norm of the gradient before clipping; not finite if a gradient was not.
+        grad_norm: Global norm of the gradient before clipping; not finite if a gradient is not finite.
         skipped: True if no rank took the step, because the loss or a gradient was not finite.
         tokens: Input tokens without padding.
         ledger: Counts of bytes and rows in dispatch and combine (`moe_dist.moe.dispatch.ledger`).
@@ -120,9 +120,9 @@ class StepResult:
         busy_seconds_W: Seconds that each rank computed and read data in the previous step, without waits for other ranks;
             empty in the first step.
         memory_W3: `largest_memory` of each rank at the end of the previous step; empty in the first step.
-        busiest_G: `Forwarded.busiest_G` of the busiest rank of the previous step; 0 if unknown, empty at first.
+        busiest_G: Largest `Forwarded.busiest_G` of all ranks in the previous step; 0 if unknown, empty in the first step.
         stop_requested: True if a rank got a stop signal.
-        mixture_of_depths: None if the model has no mixture-of-depths layers.
+        mixture_of_depths: Statistics of the mixture-of-depths layers; None if the model has none.
     """
 
     nll_M: np.ndarray

@@ -37,8 +37,8 @@ class StepWatcher:
     nothing unless a watcher defines them.
 
     Attributes:
-        own_tokens: If several ranks share sequences: True if each of these ranks gets the tokens that the rank routes, in
-            its layers; False if one of these ranks gets all tokens in all layers.
+        own_tokens: Matters if several ranks share sequences. True: each of these ranks gets the tokens that it routes, in
+            its layers. False: one of these ranks gets all tokens in all layers.
     """
 
     own_tokens: bool
@@ -58,7 +58,7 @@ class StepWatcher:
         """Is called before a checkpoint is saved; returns when the data of all finished steps are on disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (from 1) with the new placement if experts moved or got other replicas."""
+        """Is called after step `step` (from 1) with the new placement if experts moved or their replicas changed."""
 
 
 class StepTracer(StepWatcher):
@@ -68,7 +68,8 @@ class StepTracer(StepWatcher):
         tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
         weights: Whether the chosen experts' router weights are written.
         sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of a new part of the trace, by its placement and the number of steps before it.
+        begin: Opens the files of a new part of the trace, from the part's placement and the number of steps before the
+            part.
     """
 
     own_tokens = False
@@ -144,7 +145,7 @@ def traced_steps(
     position: int,
     numbers: Callable[[int], Sequence[Sequence[int]]],
 ) -> Iterator[StepTracer | None]:
-    """Yields this rank's tracer; None without `monitor.trace`. Rank 0 writes the manifest before the first step.
+    """Yields this rank's tracer, or None without `monitor.trace`. Rank 0 writes the manifest before the first step.
 
     Args:
         step, position: Steps before the attempt, and stream position of its first sequence (`Progress`).

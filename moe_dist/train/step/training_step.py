@@ -68,9 +68,9 @@ class TrainingStep:
             host sync at the beginning of the step.
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
         distillation: Replaces cross entropy, wholly or in part, by the KL divergence from a teacher.
-        load: Expert loads for the balance loss, one of `controllers`. With `load`, auxiliary terms are means over the
-            tokens of the step; without `load`, means over a micro-batch, weighted by the micro-batch's fraction of the
-            step's labels.
+        load: Expert loads for the balance loss; also one of `controllers`. With `load`, auxiliary terms are means over the
+            tokens of the step. Without `load` they are means over a micro-batch, weighted by its fraction of the step's
+            labels.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class TrainingStep:
         found = self._losses(batches, aux, weights, targets=targets, watchers=watchers)
 
         # 3. Sums over the ranks: one all-reduce. On CUDA the host waits twice: for the seconds of exchanges, and for this
-        #    rank's counts in the ledger.
+        # rank's counts of the ledger.
         local = self._share(found, labels_M, tokens, stop_requested, clock)
         summed: StepSums[Tensor] = unpack(
             sum_over(pack(local, mesh.device), mesh.world, name=STEP_SUMS, tracker=mesh.tracker), local
@@ -208,7 +208,7 @@ class TrainingStep:
         """
         if not members_RIG.numel():
             return [None] * len(batches)
-        # Device-to-host sync. From the copied counts the exchanges know their split sizes without further syncs.
+        # Device-to-host sync. From these counts the exchanges know their split sizes without further syncs.
         flat = self.comm_stats.to_host("tokens of each rank and group", members_RIG.to(torch.int64).flatten())
         counts_RIG, batch_info, first = np.array(flat).reshape(members_RIG.shape), [], 0
         reader, readers = self.parallel.reader
@@ -304,7 +304,7 @@ class TrainingStep:
     ) -> StepSums[Any]:
         """Returns this rank's share of the step's sums, and keeps this rank's readings for the next step."""
         inter_node = self.comm_stats.inter_node_bytes  # read before `take` sets this counter to 0
-        payload, metadata, seconds = self.comm_stats.take()  # host sync, which the seconds on CUDA need
+        payload, metadata, seconds = self.comm_stats.take()  # a host sync, needed for the seconds on CUDA
         self._readings = self._read(clock.seconds(seconds), found.busiest_G)
         loss, traffic = found.loss, {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         norm_squared = self._norm_squared()
@@ -426,9 +426,9 @@ class _BusyClock:
 
 
 def largest_memory(device: torch.device) -> tuple[float, float, float]:
-    """Returns the largest MiB that torch's allocator has allocated and reserved on the GPU since the process began, and how
-    often the allocator found no free memory, emptied the allocator's cache and tried again. On a CPU both sizes are the
-    process's largest resident memory. Costs no sync."""
+    """Returns the most MiB that torch's allocator had allocated, and reserved, on the GPU since the process began; and how
+    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the process's
+    largest resident memory. Costs no sync."""
     if device.type != "cuda":
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
         return resident, resident, 0.0
