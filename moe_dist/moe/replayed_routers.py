@@ -41,8 +41,7 @@ class Replay:
             of moe_dist, with or without FSDP2 or DDP, Megatron's GPTModel with `ExpertLayer`s, or a model of your own.
         ids_TLK: Whole numbers, the chosen columns (see `moe_dist.moe.routing.types`) of this rank's tokens, padding
             included. As in a trace, -1 means no choice, and -2 - c means a pair of column c that a capacity dropped. The
-            replay drops exactly these pairs. True experts have the first columns, so expert ids of other systems are valid,
-            too.
+            replay drops exactly these pairs. True experts have the first columns, so ids of other systems are valid, too.
         group_T: Expert group of each token, -1 for padding; None if all tokens are of group 0.
         source: Name of the record in errors, for example its file.
 

@@ -32,8 +32,7 @@ SHOWN, SHOWN_LINES = 3, 3  # largest numbers of pictures and of lines of text on
 
 
 def loads_text(found: ComputeMap) -> str:
-    """Returns the mean number of true experts of each kind of token as text: 'text 1.9, drawn cells 1.8, ... true experts a
-    token'."""
+    """Returns the mean number of true experts of each kind of token as text: 'text 1.9, drawn cells 1.8, ...'."""
     return ", ".join(f"{kind} {mean:.1f}" for kind, mean in found.mean.items()) + " true experts a token"
 
 

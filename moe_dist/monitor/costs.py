@@ -1,5 +1,4 @@
-"""Compares a step's rows and bytes with the rows and bytes of other placements and dispatch methods for the same
-choices."""
+"""Compares the rows and bytes of placements and dispatch methods for the expert choices of the same steps."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -64,8 +64,7 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # Only the first window of the whole run is used, because a resumed run begins with a low loss, which falls slowly
-        # anyway.
+        # Only the first window of the whole run is used, because a resumed run's first loss is low and falls slowly.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -108,8 +107,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that computes much longer than the others. Time in which a rank waits for others does not
-    count."""
+    """Warns about a rank that computes much longer than the others. Waiting times do not count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return

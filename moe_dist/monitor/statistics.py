@@ -41,8 +41,7 @@ class LeverDecision(NamedTuple):
 
     Attributes:
         taken: False if the change was refused.
-        before, after: Load of the busiest rank / mean load of a rank, without and with the change; 1 if all loads are
-            equal.
+        before, after: Busiest rank's load / mean load of a rank, without and with the change; 1 if all loads are equal.
         cost_steps: Time that the change costs, in units of steps: once for a move; for replicas in total until the next
             decision.
         placement: Placement after this step, if the lever moved experts or changed replicas; else None.
@@ -123,8 +122,7 @@ class EvaluationResult:
         choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
         experts_per_token: True experts per token in this evaluation, by group.
         choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
-        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally in evaluation; None without such
-            layers.
+        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally; None without such layers.
         compute_map: The map of experts per token; None without `monitor.compute_map`, and on ranks other than 0.
     """
 

@@ -177,8 +177,7 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
 
     Args:
         parameters: Each parameter with its number of replicas: how many ranks hold the same part of its (already reduced)
-            gradient. This is the world size for a replicated dense parameter, the edp size for a replicated expert, 1 for a
-            shard.
+            gradient. This is the world size for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
         device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -245,6 +244,5 @@ def lr_at(step: int, *, peak: float, **schedule: Any) -> float:
 
 
 def coefficient_at(schedule: Sequence[tuple[int, float]], step: int) -> float:
-    """Returns the value at `step` of a piecewise constant schedule: pairs (first step, value), sorted, the first at step
-    0."""
+    """Returns the value at `step` of a piecewise constant schedule: sorted pairs (first step, value), from step 0 on."""
     return next(value for first, value in reversed(schedule) if first <= step)

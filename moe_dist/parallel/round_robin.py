@@ -55,8 +55,7 @@ def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
 
 
 def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
-    """Returns the pairs that are slow compared with the usual times. If there are fewer than three pairs, none counts as
-    slow."""
+    """Returns the pairs that are slow compared with the usual times. With fewer than three pairs, none counts as slow."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))

@@ -70,8 +70,8 @@ def group_module(name: str) -> str:
 
 
 def logical_name(path: str) -> str:
-    """Returns the logical name of a parameter or buffer: its name in the state dict, without the prefixes of group
-    names."""
+    """Returns the logical name of a parameter or buffer: its name in the state dict, in which group names have no
+    prefix."""
     return path.replace(_GROUP, "")
 
 

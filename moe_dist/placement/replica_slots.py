@@ -29,7 +29,7 @@ class Replica(NamedTuple):
 class PlacementWithReplicas(ExpertPlacement):
     """A placement whose experts may have replicas. `slots` has each expert's own slot, in which its weights are trained and
     saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty. Raises ConfigError as
-    `ExpertPlacement` does, and if the replicas of a layer are not sorted, or a replica is on the rank of its expert's own
+    `ExpertPlacement` does, and if a layer's replicas are not sorted, or a replica is on the rank of its expert's own
     slot."""
 
     replicas: tuple[tuple[Replica, ...], ...] = ()
@@ -105,8 +105,7 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank that gets its tokens: the source rank if it has a slot, else `hosts` in
-    turn."""
+    """Returns for each source rank the rank that gets its tokens: itself if it has a slot, else one of `hosts` in turn."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

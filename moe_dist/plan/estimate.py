@@ -31,7 +31,7 @@ class Estimate:
 
     Attributes:
         seconds: Seconds of a step, the sum of four parts. `busy`: compute and host syncs of the mean rank. `imbalance`: the
-            wait for the busiest rank. `exchange`: the part of exchanges that no compute covers. `tail`: sums, gathers and
+            wait for the busiest rank. `exchange`: the part of exchanges that no compute covers. `tail`: sums, gathers,
             optimizer.
         wire: Seconds of a step in which the rank with the most sent rows exchanges rows, even if it computes at the same
             time.
@@ -139,8 +139,7 @@ class LayoutEstimator:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores. The simulated ranks are one EP group; they get their part of the node's
-        # cores.
+        # All ranks of a node share its cores. The simulated ranks are one EP group; they get a part of the cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)

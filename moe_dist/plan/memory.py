@@ -216,8 +216,8 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
 
 
 def _replicas(config: Config) -> float:
-    """Returns the number of replicas' parameters that a rank keeps until backward, at most, plus gradients of one layer's
-    replicas."""
+    """Returns the largest number of parameters of replicas that a rank keeps until backward, plus the gradients of one
+    layer's replicas."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
         return 0.0
@@ -289,8 +289,7 @@ def _has_triton(config: Config) -> bool:
 
 
 def _has_dense_kernels(config: Config) -> bool:
-    """Whether norms, rotary embedding and loss run Triton kernels; they do not in a compiled model, which torch fuses
-    itself."""
+    """Whether norms, rotary embedding and loss run Triton kernels; they do not if the model is compiled."""
     return _has_triton(config) and not config.parallel.compile
 
 

@@ -41,8 +41,7 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
 
 def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
     """Places every expert by the section's policy. Raises ConfigError, which lists every fault of the section. The tokens
-    of each modality (`token_mix`) decide how many ranks a pinned group gets; an empty mix means equally many tokens of each
-    modality."""
+    of each modality (`token_mix`) decide how many ranks a pinned group gets; an empty mix means equal numbers."""
     return POLICIES[section.policy](section, groups, num_ranks, token_mix)
 
 

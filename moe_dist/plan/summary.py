@@ -40,8 +40,7 @@ def _kinds(group: ExpertGroup) -> str:
 
 
 def per_token(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> dict[str, Any]:
-    """Returns arguments for `moe_dist.plan.flops`: each group's expected true experts per token, and its share of all
-    tokens."""
+    """Returns arguments for `moe_dist.plan.flops`: each group's expected true experts per token and token share."""
     names = [group.name for group in groups]
     shares = dict(zip(names, group_shares(groups, token_mix), strict=True))
     return {"experts_per_token": flops.expected_experts(groups), "token_share": shares}

@@ -16,8 +16,8 @@ its bound p. With `proportional` the update has a second term: p times the chang
 brackets. The bias is thus the sum of mu times the bracket of each step, plus p times (last bracket - first bracket).
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. The mean number of
-true experts per token therefore converges to the target (Robbins and Monro, 1951), although each step is noisy and the
-router learns.
+true experts per token therefore converges to the target (Robbins and Monro, 1951), although steps are noisy and routers
+learn.
 """
 
 import math
@@ -39,8 +39,8 @@ class ActiveExperts:
         target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.
         rate: mu of the first step.
         decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
-        ramp_steps: Number of updates in which the target moves linearly from the largest number of true experts of a token
-            to `target`.
+        ramp_steps: Number of updates in which the target moves linearly from a token's largest number of true experts to
+            `target`.
         schedule: Pairs (first update, factor of the target), sorted by first update; the first pair has 0.
         proportional: p; with 0 the controller is only integral.
     """

@@ -29,8 +29,7 @@ class Gate(Protocol):
 
 class Rule(Protocol):
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """Returns the changes of a group's biases after a step, float64 [L, n]; None if the rule does not apply to this
-        group.
+        """Returns the changes of a group's biases after a step, float64 [L, n]; None if the rule does not apply to it.
 
         Args:
             true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
@@ -62,12 +61,11 @@ class RememberingRule(Protocol):
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. All ranks get the same biases, because the counts cover all
-    ranks.
+    """Applies rules to the biases of all layers and groups. Counts cover all ranks, so all ranks get the same biases.
 
     Args:
-        gates_LG: The gate of each layer and group. Each update reads the gate's `bias` again, because a model may replace
-            its buffers.
+        gates_LG: The gate of each layer and group. Each update reads the gate's `bias` again, because models may replace
+            buffers.
         rules: All rules get the same counts, and their updates are added up.
     """
 

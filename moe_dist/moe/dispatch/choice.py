@@ -1,5 +1,4 @@
-"""Chooses a dispatcher for `parallel.dispatch.kind=all_to_all`. All these dispatchers send the same rows, at different
-times."""
+"""Chooses a dispatcher for `parallel.dispatch.kind=all_to_all`. All of them send the same rows, but at different times."""
 
 from typing import Any
 

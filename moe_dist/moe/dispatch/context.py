@@ -17,9 +17,8 @@ class DispatchContext:
         max_receive_rows: Largest number of rows that a rank may receive in a layer (with two hops, in each hop); None for
             no bound. A rank never receives more than (ep - 1) x T rows: all tokens of the other ranks of the EP group.
         kernels: Functions that sum the rows of a token. Triton's kernels also make the plans of token choice.
-        hops: The two all-to-alls if rows are dispatched in two hops; else None. The first connects this rank with the ranks
-            that have the same local index on the other nodes, in the order of nodes. The second connects the ranks of this
-            node.
+        hops: The two all-to-alls if rows are dispatched in two hops; else None. The first connects the ranks that have this
+            rank's local index in their nodes, in the order of nodes. The second connects the ranks of this node.
         deterministic: Whether results must be reproducible bit for bit.
         two_batches: Whether a micro-batch is dispatched in two halves.
     """

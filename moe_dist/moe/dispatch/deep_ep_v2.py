@@ -6,7 +6,7 @@ which has one row for each pair, sorted by expert, without padding. In this layo
 between executions, unless the buffer is deterministic: DeepEP then sorts the rows once more.
 
 Memory holds Q rows, the output y and DeepEP's buffer. DeepEP's buffer is made for the number of tokens of the first plan; a
-plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need equally many
+plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need as many
 tokens.
 
 Shape letters are as in `kernels`. K is the number of choices per token, so N = T K.
@@ -95,8 +95,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
         handle = plan.arrival.handle  # the handle has the counts, so this is no host sync
 
-        # Layout and number of SMs must equal those of the first dispatch, because DeepEP does not read layout and SMs from
-        # the handle.
+        # Layout and number of SMs must be as in the first dispatch, because DeepEP does not read them from the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]
 
     def reduce(self, rows_QD: Tensor, plan: DeepEPPlan, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:

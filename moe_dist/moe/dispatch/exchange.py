@@ -126,8 +126,7 @@ class Exchange:
     def start(
         self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
     ) -> Pending:
-        """Issues one collective of a plan, for rows if `out` is given, else for weights. `back` swaps senders and
-        receivers."""
+        """Issues one collective of a plan, for rows if `out` is given, else for weights. `back` swaps the directions."""
         splits = plan.pairs if out is None else plan.rows
         return self.all_to_all.start(
             items,

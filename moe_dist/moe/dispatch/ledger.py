@@ -1,6 +1,5 @@
 """Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. A ledger is of one rank. Its rows and pairs are counted in forward alone; its bytes are counted in forward and
-backward.
+choices. A ledger is of one rank. Rows and pairs are counted in forward, bytes in forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
 hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. All other

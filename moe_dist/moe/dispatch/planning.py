@@ -58,14 +58,12 @@ def check_receive_rows(rows: int, limit: int | None, position: int, place: str) 
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors on one device. The last entries of `place_E` and `bin_E` are for absent pairs, whose expert
-    is -1.
+    """The placement as tensors on one device. The last entries of `place_E` and `bin_E` are for absent pairs (expert -1).
 
     Attributes:
         place_E: Place of each expert's rank in the order of sending (other ranks, then own rank); W for absent pairs.
         bin_E: Index of each expert if experts are sorted by (place of the rank, slot); E for absent pairs.
-        message_M: For each count of the message, rank by rank, its index in the concatenation of row counts and pair
-            counts.
+        message_M: For each count to send, rank by rank, its index in the concatenation of row counts and pair counts.
     """
 
     place_E: Tensor

@@ -9,7 +9,7 @@ without gradient asserts on the device.
 
 Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of the table's
 row T, which is zero and belongs to no token. A padding pair has the weight at index N, which is 0. As input of experts,
-padding pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no output of a token and no
+padding pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no token's output and no
 gradient.
 
 The own rows are all rows of the table. The number of tokens may differ between ranks; the room (numbers of places for rows

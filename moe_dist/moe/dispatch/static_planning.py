@@ -229,7 +229,7 @@ class StaticPlanner(DispatchPlanner):
         return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])
 
     def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and for each group the number of pairs beyond the room
+        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and each group's number of pairs beyond the room,
         [G]."""
         total_X = arriving_HX.sum(0)
         total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)

@@ -354,8 +354,7 @@ class Experts(nn.Module):
             weights = rows_between(weight_Q, chunk.pairs.start, chunk.pairs.stop)
             run = partial(recomputed, self._weighted_sum) if recompute else self._weighted_sum
             part_RD = run(stacks, rows_RD, weights, chunk, dtype)
-            # `+` saves no tensor for backward: a recomputed chunk of pairs keeps its arguments, but no activation of its
-            # pairs.
+            # `+` saves no tensor for backward: a recomputed chunk of pairs keeps its arguments, but no activations.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
         assert out_RD is not None, "there is always one chunk"
         return out_RD.to(rows_RD.dtype)  # a sum of chunks is rounded only here

@@ -1,5 +1,4 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). One routing serves the gate, up and down
-projection.
+"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down share one routing.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)

@@ -1,5 +1,4 @@
-"""Multiplies input rows, sorted by expert, with their experts' matrices: by one grouped product, or one expert after the
-other.
+"""Multiplies input rows, sorted by expert, with their experts' matrices: by one grouped product, or expert by expert.
 
 Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
 offsets; strides in multiples of 16 bytes, so widths in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the

@@ -67,8 +67,7 @@ def count_kernel(
 @triton.jit
 def orders(starts, totals, place, bin, has_place, has_bin, B, W: tl.constexpr, E: tl.constexpr):
     """Returns the number of pairs of each bin; the place of each (token, bin) in the order of all pairs, if (token, bin) is
-    a pair; the index of each token's row among the rows for a place; and the number of rows of earlier blocks for each
-    place."""
+    a pair; the index of each token's row among the rows for a place; and each place's number of rows in earlier blocks."""
     block, known = tl.program_id(0), bin < E
     length = tl.load(totals + W + bin, mask=known, other=0)
     before = tl.cumsum(length, 0) - length + tl.load(starts + (W + bin) * B + block, mask=known, other=0)

@@ -1,5 +1,4 @@
-"""Predicted k: a linear head predicts from the token's hidden state how many columns the token takes (as in Ada-K, arXiv
-2410.10456).
+"""Predicted k: a linear head predicts from a token's hidden state its number of columns (as in Ada-K, arXiv 2410.10456).
 
     k(x) = top_k sigmoid(<u, x> + b),   T(x) = the ceil(k(x)) most probable columns of softmax(x W^T)
     m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)

@@ -89,8 +89,7 @@ class ChoosingRouter(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
-        """Returns each token's score for each chooser [T, E], 0 if the token does not compete. Arguments are as in
-        `forward`."""
+        """Returns each token's score for each chooser [T, E], 0 if it does not compete. Arguments are as in `forward`."""
 
     @abstractmethod
     def num_taken(self, found: Any) -> Tensor:
@@ -162,8 +161,7 @@ class SelectionScope:
             lengths: T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
             add_noise: Adds noise to the scope's logits [U, E] before the comparison; the k-th scores contain no noise.
-            token_T: Index of each of this rank's tokens in its micro-batch; None if this rank has the whole micro-batch, in
-                order.
+            token_T: Index of each of this rank's tokens in its micro-batch; None if this rank has all tokens, in order.
         """
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
@@ -207,8 +205,7 @@ def tokens_of_shares(share_E: Tensor, tokens_E: Tensor) -> Tensor:
 
 
 def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, keep_order: bool = False) -> ExpertsChoice:
-    """Lets each chooser take the best ceil(c T) of the T competing tokens. Of two tokens with equal logits, the earlier is
-    taken.
+    """Lets each chooser take the best ceil(c T) of the T competing tokens. If logits are equal, the earlier token wins.
 
     Args:
         logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).

@@ -37,8 +37,7 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 
 
 class GroupGate(nn.Module):
-    """Holds the rows of one group's router weight: `true` [n, D], and `null`, `identity` and `constant` if the group has
-    such experts.
+    """Holds the rows of one group's router weight: `true` [n, D], and any rows `null`, `identity` and `constant`.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
     number per column of the group, in the order of `KINDS`. With logit biases, `offset` [n] has one number for each true

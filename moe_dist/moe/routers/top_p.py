@@ -8,8 +8,7 @@ b is the budget shift of `adaptive`. By b a controller changes p in each layer a
 experts is the controller's target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral
 controller, and learns a norm of the logits in each layer. In this router each layer has a p of its own, which the
 controller `active_experts` changes; with the key `proportional` this controller is proportional-integral, too. Huang et al.
-also add the entropy of q to the loss. This project does not, because the controller keeps the number of experts at its
-target.
+also add the entropy of q to the loss. This project does not, because the controller keeps the number at its target.
 
 Shape letters: T tokens, C columns, K choices.
 """

@@ -57,6 +57,5 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Returns the product modulo 2^32. Multiplies by each half of `factor`, because the whole product would overflow
-    int64."""
+    """Returns the product modulo 2^32. Multiplies by each half of `factor`: the whole product would overflow int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

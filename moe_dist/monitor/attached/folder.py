@@ -1,5 +1,4 @@
-"""Opens the folder with the records of a model that another trainer trains: metrics.jsonl, tensorboard/ and trace/, as in a
-run folder.
+"""Opens the folder with the records of another trainer's model: metrics.jsonl, tensorboard/ and trace/, as in a run folder.
 
 Shape letters are as in `routers.py`; T' is the number of tokens without padding.
 """

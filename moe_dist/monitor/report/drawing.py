@@ -1,6 +1,5 @@
 """Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. Uses no script: a slider is a row of radio
-buttons, among which the arrow keys move. Text and curves have style classes of `page.py`, which adapt to light and dark
-mode.
+buttons, among which the arrow keys move. Text and curves have style classes of `page.py` for light and dark mode.
 
 Shape letters: R rows, C columns of a heat map.
 """

@@ -1,5 +1,5 @@
-"""Makes the first lines of a routing report: sentences about the faults that the rules of the hints find, then about the
-largest loads.
+"""Makes the first lines of a routing report: sentences about the faults that the hints' rules find, then about the largest
+loads.
 
 Shape letters are as in `metrics.py`.
 """

@@ -155,7 +155,7 @@ def nulls(subject: Subject) -> str:
 
 
 def drift(subject: Subject) -> str:
-    """Shows how far the choices of earlier steps and of another run are from those of the last steps (total variation
+    """Shows how far the choices of earlier steps and of another run are from the choices of the last steps (total variation
     distance)."""
     routing, against = subject.routing, subject.against
     frames = routing.frames

@@ -1,5 +1,4 @@
-"""Two sinks that publish the latest scalars as labelled samples: a textfile for Prometheus, and datagrams for Ray's
-metrics.
+"""Two sinks that publish the latest scalars as labelled samples: a textfile for Prometheus, and datagrams for Ray.
 
 The textfile has the format of https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All
 metrics are gauges, because a resumed run repeats steps, and a Prometheus counter must never fall.
@@ -90,8 +89,8 @@ class RaySink(ScalarSink):
     """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/rank.py`), in one datagram to a Unix socket.
 
     The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere.
-    Training does not wait, so a datagram is lost if nothing reads the socket or its buffer is full. metrics.jsonl has all
-    records.
+    Training does not wait, so a datagram is lost if nothing reads the socket or its buffer is full. metrics.jsonl is
+    complete.
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:

@@ -113,8 +113,7 @@ def _megatron(files: Sequence[Path]) -> Parts:
 def _arrays(files: Sequence[Path]) -> Parts:
     """Reads arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy in a file for each sequence.
 
-    The arrays have all layers of the model. Layers without experts, whose ids are 0 for each token and choice, are left
-    out.
+    The arrays have all layers of the model. Layers without experts, whose ids are all 0, are left out.
     """
     for file in files:
         try:
@@ -135,7 +134,7 @@ def _arrays(files: Sequence[Path]) -> Parts:
 
 def _flame(files: Sequence[Path]) -> Parts:
     """Reads FLAME-MoE-Traces. They have a folder for each step, with a parquet file for each layer; a file has a row of
-    `indices` for each token. Reads only the first FLAME_TOKENS rows of a file, because a published file has 52 million
+    `indices` for each token. Reads only the first FLAME_TOKENS rows of a file, because published files have 52 million
     rows."""
     by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for file in files:

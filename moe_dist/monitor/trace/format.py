@@ -74,7 +74,7 @@ class Manifest:
         every, tokens: Steps between traced steps, and largest number of a rank's tokens per step (None for all).
         tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
         replicas: Expert and EP rank of the replicas in each layer, sorted; empty if there are none.
-        split: `training`, or `held-out` for a trace of a checkpoint on held-out data, whose only step is the checkpoint's
+        split: `training`, or `held-out` for a checkpoint's trace on held-out data, whose only step is the checkpoint's
             step.
     """
 

@@ -43,8 +43,7 @@ class GptState:
 
     @property
     def counted(self) -> Optimizer:
-        """The optimizer of the dense parameters. Its step count is the step count of the run: every rank has dense
-        parameters."""
+        """The optimizer of the dense parameters. Its step count is the run's, because every rank has dense parameters."""
         return self._optimizers[0].optimizer
 
     def held(self) -> dict[str, LocalShard]:

@@ -1,7 +1,6 @@
 """Runs Python's garbage collector at the same steps on all ranks.
 
-An automatic garbage collection pauses one rank at a random moment, and all other ranks wait for it in their next
-collective.
+An automatic garbage collection pauses a rank at a random moment, and all ranks wait for it in the next collective.
 """
 
 import gc

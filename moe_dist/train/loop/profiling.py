@@ -45,8 +45,8 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surrounds step `number`, counted from 1. A run that resumes between `first` and `last` is profiled from its first
-        step."""
+        """Surrounds step `number`, counted from 1. If a run resumes between `first` and `last`, profiling begins at
+        once."""
         if not self._first <= number <= self._last:
             yield
             return

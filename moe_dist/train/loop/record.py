@@ -144,8 +144,8 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # Runs with auxiliary routers or router tuning have no z-loss, so loss/auxiliary can take the place of loss/z among the
-    # 40 scalars.
+    # Runs with auxiliary routers or router tuning have no z-loss, so loss/auxiliary can replace loss/z among the 40
+    # scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}

@@ -29,8 +29,7 @@ def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, m
 
     Args:
         lengths: Number of tokens of each sequence; all ranks pass the same lengths.
-        tokens: Largest number of tokens per batch, padding included. A large `vocab_size` lowers it, to limit the logits'
-            memory.
+        tokens: Largest number of tokens per batch, padding included; less for a large `vocab_size`, because of the logits.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))

@@ -146,8 +146,7 @@ class Resumable:
         return self._checkpoints.newest
 
     def ways_on(self, progress: Progress) -> str:
-        """Returns the end of a diverged run's message: the step where the same command resumes, and the settings to change
-        first."""
+        """Returns the end of a diverged run's message: where the same command resumes, and which settings to change."""
         config, newest, first = self._config, self.newest, progress.step - progress.skipped_in_a_row + 1
         saved = 0 if newest is None else step_of(newest) or 0
         place = "no checkpoint was saved, so that the same command begins at step 1"
@@ -347,8 +346,7 @@ def check_skip(progress: Progress, saved: Config, config: Config, folder: Path) 
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """Returns the `position` of another run's checkpoint. At this position a new run continues to read the stream of
-    sequences.
+    """Returns the `position` of another run's checkpoint, at which a new run continues the stream of sequences.
 
     The data set, the section `data` and the seed must be equal in both runs, because these three determine the stream.
 

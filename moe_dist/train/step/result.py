@@ -67,8 +67,7 @@ class StepStart(NamedTuple, Generic[Number]):
         labels_I: Number of labels of each micro-batch.
         readings: The ranks' readings of the previous step; empty in the first step.
         members_RIG: Number of tokens of each reader, micro-batch and group; empty if no router needs them.
-        tokens_IG: Number of tokens of each micro-batch and group; empty unless the balance loss uses the loads of whole
-            steps.
+        tokens_IG: Number of tokens of each micro-batch and group; empty unless the balance loss uses loads of steps.
     """
 
     labels_I: Number

@@ -68,8 +68,7 @@ class StepTracer(StepWatcher):
         tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
         weights: Whether the chosen experts' router weights are written.
         sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of a new part of the trace, from the part's placement and the number of steps before the
-            part.
+        begin: Opens the files of a new part of the trace, given the part's placement and the number of earlier steps.
     """
 
     own_tokens = False

@@ -69,8 +69,7 @@ class TrainingStep:
         tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
         distillation: Replaces cross entropy, wholly or in part, by the KL divergence from a teacher.
         load: Expert loads for the balance loss; also one of `controllers`. With `load`, auxiliary terms are means over the
-            tokens of the step. Without `load` they are means over a micro-batch, weighted by its fraction of the step's
-            labels.
+            tokens of the step. Without `load` they are means over a micro-batch, weighted by its share of the labels.
     """
 
     def __init__(
