@@ -114,7 +114,7 @@ def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
     """Returns the number of parameters of each part of the model. The part of routers includes the rows of zero-computation
     experts. `experts_held` is the number of experts per layer to count, by group. It may be fractional; by default all
-    count."""
+    experts count."""
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
     attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
@@ -249,7 +249,7 @@ def flops_left_out(config: Config, forward: Parts) -> float:
 def model_flops_per_token(
     experts_per_token: Mapping[str, float], token_share: Mapping[str, float], *, config: Config
 ) -> float:
-    """Returns FLOPs per token of forward and backward, without recomputation. See `active_parameters`."""
+    """Returns FLOPs per token of forward and backward, without recomputation. For arguments see `active_parameters`."""
     forward = forward_flops(
         config.model, seq_len=config.data.seq_len, experts_per_token=experts_per_token, token_share=token_share
     )

@@ -46,7 +46,7 @@ class PlacementCosts:
 class PlanComparison:
     """The costs of pinned and of interleaved placement of the same groups."""
 
-    plans: tuple[PlacementCosts, ...]  # a plan for each possible policy of the two
+    plans: tuple[PlacementCosts, ...]  # one plan for each of the two policies, if it is possible
     missing: Mapping[str, str]  # impossible policy -> reason
 
 

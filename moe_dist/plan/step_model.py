@@ -77,8 +77,8 @@ def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None
 
 
 def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.ndarray:
-    """Returns the time when each rank ends its work. Running ranks share the cores evenly, but use at most one core
-    each."""
+    """Returns the time when each rank ends its work. Running ranks share the cores evenly, but a rank uses at most one
+    core."""
     end_SR = start_SR + work_SR
     for start_R, work_R, end_R in zip(start_SR, work_SR, end_SR, strict=True):
         left_R, now = work_R.copy(), start_R.min()

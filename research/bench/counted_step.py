@@ -53,9 +53,9 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
 
 def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = ({}, {})) -> Table:
     """Returns a table of the numbers that one more micro-batch adds to a step, and of the kernels and bytes that a step has
-    once. Numbers of attention and MoE layers are per layer. The number of collectives is half the number in a step of two
-    micro-batches. Memory is in GB: `kept` is the bytes that a part allocated minus the bytes that it freed; `live` is the
-    most bytes of all tensors while the part ran.
+    once. For attention and MoE layers the numbers are per layer. The number of collectives is half the number in a step of
+    two micro-batches. Memory is in GB: `kept` is the bytes that a part allocated minus the bytes that it freed; `live` is
+    the most bytes of all tensors while the part ran.
 
     Args:
         leasts: The fewest bytes and FLOPs, shown beside the counted bytes and FLOPs.

@@ -2,7 +2,7 @@
 
 In training a method keeps the mean number of true experts per token at the budget. On held-out tokens the trained model may
 take more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So in
-each layer one number is added to the selection biases of all true experts of a group, or taken from the thresholds of
+each layer one number is added to the selection biases of all true experts of a group, or subtracted from the thresholds of
 experts that choose tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a
 label count, as in the tables. Layers are set in order, because a layer changes the inputs of later layers. Routers with a
 given number of experts per token are left unchanged.

@@ -225,7 +225,7 @@ def _parts(records: Mapping[Any, Record], kind: str, by: str) -> list[str]:
 
 
 def _wire(study: Study, records: Records) -> list[str]:
-    """Returns a table of the rows sent, without columns in which all arms are alike; empty if all columns are so."""
+    """Returns a table of the rows sent, without columns in which all arms are alike; empty if no column is left."""
     wire = study.measure.wire
     means = {
         _label(study, name): [_mean(each["wire"][key] for each in mine.values()) for key in ROWS]

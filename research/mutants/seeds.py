@@ -12,7 +12,7 @@ A file of faults is YAML, a list of mappings:
 A fault needs `at` if no probe can stand before `old`: in a Triton kernel, in an `elif`, or at the level of a module, where
 a probe would run only at import.
 
-CI's tests were chosen by the faults in `seeded.yaml`. `held_out.yaml` was written later by another person, and serves only
+CI's tests were chosen by the faults in `seeded.yaml`. `held_out.yaml` was written later by another author, and serves only
 to judge these tests.
 """
 

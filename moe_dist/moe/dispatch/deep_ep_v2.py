@@ -6,7 +6,7 @@ which has one row for each pair, sorted by expert, without padding. In this layo
 between executions, unless the buffer is deterministic: DeepEP then sorts the rows once more.
 
 Memory holds Q rows, the output y and DeepEP's buffer. DeepEP's buffer is made for the number of tokens of the first plan; a
-plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of the EP group need as many
+plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of an EP group need equally many
 tokens.
 
 Shape letters are as in `kernels`. K is the number of choices per token, so N = T K.

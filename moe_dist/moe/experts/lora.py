@@ -168,8 +168,8 @@ class LoRAExperts(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. The interface is
-    the interface of `MoELayer`, but there is no all-to-all, because every rank holds all LoRA experts.
+    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. It has the
+    interface of `MoELayer`, but no all-to-all, because every rank holds all LoRA experts.
 
     Args:
         norm: Frozen norm of the base model.

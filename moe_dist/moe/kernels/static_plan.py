@@ -276,8 +276,8 @@ def static_pad(
     most: int,
 ) -> Iterator[Tensor]:
     """Fills lists of `static_place`, and returns the number of pairs for the rank of each place, int64 [W].
-    `num_pairs` is N. `most` is the largest of N and of the rooms for pairs and rows. `static_place` describes all
-    others."""
+    `num_pairs` is N. `most` is the largest of N and of the rooms for pairs and rows. `static_place` describes the other
+    arguments."""
     size, num_experts = first_row.shape[0], totals.shape[0] - first_row.shape[0]
     pairs_W = pair.new_empty(size)
     yield pairs_W

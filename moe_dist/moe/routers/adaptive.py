@@ -1,4 +1,4 @@
-"""Base class of the routers whose number of experts per token depends on the token. It is at most the group's `top_k`.
+"""Base class of the routers whose number of experts per token depends on the token. The number is at most `top_k`.
 
     T(x) = the token's columns of largest score that the router's rule keeps
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column

@@ -89,8 +89,8 @@ class RaySink(ScalarSink):
     """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/rank.py`), in one datagram to a Unix socket.
 
     The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere.
-    Training does not wait, so a datagram is lost if nothing reads the socket or its buffer is full. metrics.jsonl is
-    complete.
+    Training does not wait, so a datagram is lost if nothing reads the socket or its buffer is full. metrics.jsonl has all
+    records.
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:

@@ -66,8 +66,8 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
     """Checks that the picture loss is below the loss of the left bigram model and, without background cells, at most
-    `NO_FILLER_RATIO` times the unigram model's loss. Checks that the text loss is lower than it by `TEXT_MARGIN` or
-    more."""
+    `NO_FILLER_RATIO` times the unigram model's loss; and that the text loss is at least `TEXT_MARGIN` below the unigram
+    model's loss."""
     checks = []
 
     def check(what: str, value: float, rule: str, passed: bool) -> None:

@@ -45,8 +45,8 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surrounds step `number`, counted from 1. If a run resumes between `first` and `last`, profiling begins at
-        once."""
+        """Surrounds step `number`, counted from 1. If a run resumes between `first` and `last`, profiling begins with its
+        first step."""
         if not self._first <= number <= self._last:
             yield
             return

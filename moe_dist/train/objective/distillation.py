@@ -4,7 +4,7 @@
     KL = KL(teacher || model), or with the divergence `reverse` KL(model || teacher)
 
 Either every rank holds the whole teacher (frozen, in evaluation mode) and runs it on the rank's own tokens, or every rank
-reads the teacher's output from a file (`top_logits.py`). Neither needs a collective.
+reads the teacher's output from a file (`top_logits.py`). Neither way needs a collective.
 """
 
 from collections.abc import Callable

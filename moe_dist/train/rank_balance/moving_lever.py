@@ -74,7 +74,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns a move's cost: the work (pairs x FFN width) that the busiest sender or receiver could do in this time."""
+        """Returns a move's cost: the work (pairs x FFN width) that the busiest sender or receiver could do meanwhile."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
         most = max(sent.max(initial=0.0), received.max(initial=0.0))
