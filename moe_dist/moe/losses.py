@@ -79,7 +79,7 @@ def balance_terms(
 
     `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
     remaining columns (Z). With w = 1 and equal loads of all columns ZEDA's published loss is 1; `null_split` is scaled to
-    k, the number of choices per token, like the other kinds:
+    k, the number of choices per token, as all kinds are:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 

@@ -19,7 +19,7 @@ BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks have at least this 
 LOSS_RISE = 1.05  # the loss has risen if its mean / its mean in the previous window is above this number
 LOSS_FALL = 0.99  # the loss has fallen if its mean / its mean in the first window is below this number
 SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this factor times the median of the other ranks
-SLOW_SECONDS = 0.005  # a rank is slow only if it exceeds the others' median by this many seconds; less is noise
+SLOW_SECONDS = 0.005  # a rank is slow only if it exceeds the other ranks' median by this many seconds
 SPEED_DROP = 0.6  # the speed has dropped if it is below this factor times the median of the previous steps
 RECENT = 10  # number of last steps whose median is the current speed
 
@@ -137,7 +137,7 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the mean loss is higher in the last window than in the window before, or has not fallen since the first
+    """Warns if the mean loss is higher in the last window than in the previous window, or has not fallen since the first
     window. `first` is the mean loss in the run's first window."""
     if len(losses) < 2 * window or first is None:
         return

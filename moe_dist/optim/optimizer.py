@@ -32,9 +32,8 @@ def is_empty_here(parameter: nn.Parameter) -> bool:
 
 
 def moments_of(named: NamedParameter, *, orthogonal: bool) -> tuple[str, ...]:
-    """Returns the names of a parameter's moments. If `orthogonal`, the optimizer keeps only one moment, which it
-    orthogonalises, for the matrices of attention, FFNs and experts; and two moments for embedding, output, routers,
-    adapters and vectors."""
+    """Returns the names of a parameter's moments. If `orthogonal`, the matrices of attention, FFNs and experts have one
+    moment, which the optimizer orthogonalises; embedding, output, routers, adapters and vectors have two moments."""
     shape = named.parameter.shape
     stacked = named.role is Role.EXPERT and len(shape) == 3
     dense = named.role is Role.DENSE and named.name != OUTPUT_NAME and len(shape) == 2 and min(shape) > 1

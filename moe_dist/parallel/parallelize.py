@@ -152,8 +152,8 @@ class ParallelModel:
 
 
 def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
-    """Freezes all parameters except those of `roles`. Frozen parameters get no gradients and no moments. Call this function
-    before FSDP2 or DDP wraps the model, so that the wrapper skips frozen parameters."""
+    """Freezes all parameters whose role is not in `roles`. Frozen parameters get no gradients and no moments. Call this
+    function before FSDP2 or DDP wraps the model, so that the wrapper skips frozen parameters."""
     for each in named_parameters(model):
         each.parameter.requires_grad_(each.role in roles)
 

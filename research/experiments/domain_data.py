@@ -122,7 +122,7 @@ def make(out: Path, *, items: int, questions: int, parallel: int, heldout: int, 
     """Makes the folder.
 
     Raises:
-        ConfigError: `out` exists, or more different questions are asked for than there are.
+        ConfigError: `out` exists, or there are fewer different questions than requested.
     """
     check_new(out)
     answers, every = rules(items, seed=seed), alphabets(items)

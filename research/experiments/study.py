@@ -34,7 +34,7 @@ VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allo
 LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
 
 Settings = dict[str, Any]
-# A default of the schema at the time when the base configurations in FOLDER were written. These may not change.
+# A default of the schema when the base configurations in FOLDER were written. These configurations may not change.
 EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
@@ -111,7 +111,7 @@ class Arm(Part):
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
-    # Measurements besides those of every run.
+    # Additional measurements of this arm's runs.
     asks: tuple[Literal["samples", "oracle", "disturbed", "load_tables", "domains"], ...] = ()
 
     @property

@@ -4,7 +4,7 @@ ids, and no host waits for its device.
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows `counts_WE` before routing, because every expert takes a fixed number of each rank's
 tokens. In token choice `counts_WE` depends on the routing. If each rank holds at most one expert of a group, no two pairs
-have the same (token, rank), so one row per (token, rank) would be as many rows as one row per pair. The kind `all_to_all`
+have the same (token, rank), so one row per (token, rank) would save no row over one row per pair. The kind `all_to_all`
 then uses this dispatcher, too.
 
 The number of rows that a rank sends is the sum of the rank's row of `counts_WE` over the experts of other ranks. The rows

@@ -8,7 +8,7 @@ whatever else autograd runs between the nodes. The following is the order with t
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
-    backward    the same in reverse: End issues the gradients, Start waits for them
+    backward    the steps in reverse order: End issues the gradients, Start waits for them
 
 The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
 needs the result of combine.

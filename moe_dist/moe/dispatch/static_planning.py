@@ -221,7 +221,7 @@ class StaticPlanner(DispatchPlanner):
         )
 
     def _exchange(self, message: Tensor, layer: str) -> Tensor:
-        """Exchanges the counts, and returns the rows, then the pairs of each slot, from each rank, int64 [W, 1 + X]."""
+        """Exchanges the counts. Returns, for each source rank, its rows and its pairs of each slot, int64 [W, 1 + X]."""
         if self.wire.group is None:  # a single rank receives its own counts
             return message[None]
         lengths, own, size = [1 + len(slots) for slots in self.placement.slots], self.wire.rank, self.wire.size

@@ -12,7 +12,7 @@ of the previous line is in flight:
                 A  EndDispatch, experts                 StartCombine
                 B  EndDispatch, experts                 StartCombine
                 A  EndCombine, next layer's attention   StartDispatch
-    backward    the same in reverse: End issues the gradients, Start waits for them
+    backward    the steps in reverse order: End issues the gradients, Start waits for them
 
 Memory is as in `all_to_all`: the R and S rows of both halves of a micro-batch add up to the rows of the micro-batch.
 """

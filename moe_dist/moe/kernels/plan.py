@@ -3,7 +3,7 @@
     count    counts of each block of tokens: rows to each rank, and pairs with each expert
     scan     sums of these counts over the blocks before each
     place    pairs sorted by (rank, slot), the row of each, and the rows of each token
-    arrive   pairs computed here, from the order of arrival to that of slots
+    arrive   pairs computed here, sorted from the order of arrival into the order of slots
     collect  the pairs of each row that arrived, by binary search, since a run's rows ascend
 
 `dispatch/planning.py` is the reference of these kernels, and defines ranks' places and experts' bins. Shape

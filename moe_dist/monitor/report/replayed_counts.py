@@ -1,4 +1,4 @@
-"""Counts the rows, bytes and dropped pairs that a trace's choices would have with another layout, null policy or capacity.
+"""Counts the rows, bytes and dropped pairs that a trace's choices would cause with another layout, null policy or capacity.
 All functions are pure.
 
 Shape letters: L MoE layers, T tokens, K choices of a token, E true (not null) experts of all groups, n true experts of a

@@ -120,7 +120,7 @@ class GuardedSinks(Sink):
 
     def flush(self) -> None:
         """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
-        # Assigned only after all sinks have flushed, because a thread that writes checkpoints may read the error any time.
+        # Assigned only after all sinks have flushed, because a thread that writes checkpoints may read it at any time.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:

@@ -260,7 +260,7 @@ def conclude(
 
     Args:
         beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
-        stopped: A stop signal that came too late.
+        stopped: A stop signal that came too late to stop the run, or None.
     """
     _print_summary(finished, folder, checked, beside)
     if stopped is not None:

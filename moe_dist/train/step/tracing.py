@@ -147,7 +147,7 @@ def traced_steps(
     """Yields this rank's tracer, or None without `monitor.trace`. Rank 0 writes the manifest before the first step.
 
     Args:
-        step, position: Steps before the attempt, and stream position of its first sequence (`Progress`).
+        step, position: Number of steps before the attempt, and stream position of the attempt's first sequence.
         numbers: Method of the loader that returns the numbers of a step's sequences on this rank.
     """
     config, section = plan.config, plan.config.monitor.trace
