@@ -27,7 +27,7 @@ def solve(
     Args:
         load_LE: Work of each expert in each layer.
         slots_R: Largest number of experts on each rank, as the rank's memory allows.
-        allowed_ER: Whether a rank may hold an expert, such as only a pinned group's ranks. None allows all.
+        allowed_ER: Whether each rank may hold each expert (of a pinned group, only its ranks may). None allows all.
     """
     experts, ranks = load_LE.shape[1], len(slots_R)
     free = int(slots_R.sum()) - experts

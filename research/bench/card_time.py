@@ -4,8 +4,8 @@ An operation takes FLOPs / (rate of this kind of operation), or bytes / (rate of
 run one after the other. A part of the model takes the time of its operations or of the host's kernel launches, whichever is
 longer. An exchange takes latency + bytes / rate, and does not slow simultaneous computation. Exchanges have the order of
 the dispatcher or of two-batch overlap (`moe_dist.plan.step_model`). While no exchange runs, parameter all-gathers overlap
-with forward, and gradient sums overlap with backward; with two-batch overlap neither overlaps with anything. All ranks take
-equal times.
+with forward, and gradient sums overlap with backward; with two-batch overlap they overlap with no computation. All ranks
+take equal times.
 """
 
 from collections import defaultdict

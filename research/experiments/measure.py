@@ -168,7 +168,7 @@ class Measurement:
         return found
 
     def _disturbed(self, section: QuestionsSection) -> dict[str, Any]:
-        """Disturbs the model's routers, and returns the questions, the oracle and the samples of the disturbed model."""
+        """Disturbs the model's routers, and returns the disturbed model's results of questions, oracle and samples."""
         of_model = (self._model, self._config, self._manifest, self._groups, section)
         valid, question_round = QuestionRound(*of_model, Side.VALID), QuestionRound(*of_model, self._side)
         out = self._folder.path / FOLDER
@@ -333,8 +333,8 @@ class Measurement:
         return points
 
     def _probe_flip(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss after swapping some tokens that experts (or mixture-of-depths layers) chose with other
-        tokens."""
+        """Measures the loss after some tokens that experts (or mixture-of-depths layers) chose are swapped for tokens that
+        they did not choose."""
         modules: Sequence[nn.Module] = self._model.depth_routers()
         flip = probes.flip_depths
         if not modules:

@@ -18,9 +18,10 @@ even with nothing to send.
 
 A layer has one host sync: the method `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
-Memory in rows of D elements, if S1 rows are sent between nodes and S2 inside the node: forward max(R + M + S2, R + M + S1 +
-T), backward max(R + M + S2, M + S1 + T). With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per element to the
-terms with S2, and T rows of 4 bytes per element to the terms with S1. From forward to backward only the plan is kept.
+If S1 rows are sent between nodes and S2 rows inside the node, forward takes max(R + M + S2, R + M + S1 + T) rows of D
+elements, and backward max(R + M + S2, M + S1 + T) rows. With bf16 or fp16 rows, the fp32 sum adds M rows of 4 bytes per
+element to the terms with S2, and T rows of 4 bytes per element to the terms with S1. From forward to backward only the plan
+is kept.
 """
 
 from torch import Tensor

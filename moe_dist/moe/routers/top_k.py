@@ -269,7 +269,7 @@ class TopKRouter(nn.Module):
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
     def _probs(self, masked_TC: Tensor) -> Tensor:
-        """Returns the probabilities [T, C] for weights and balance loss; 0 for columns of other groups than the token's."""
+        """Returns the probabilities [T, C] for weights and balance loss; 0 for columns outside of the token's group."""
         return masked_TC.softmax(dim=-1)
 
     def _shares(self, probs_TC: Tensor) -> Tensor:
