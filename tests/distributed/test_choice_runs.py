@@ -90,7 +90,7 @@ def test_thresholds_go_on_on_another_layout(run: Run) -> None:
 CAPACITIES = {"capacity": {"text": 0.5}, "capacity_schedule": [[0, 1], [4, 0.5]]}
 
 
-@pytest.mark.parametrize("kind", ["expert_choice", full("expert_threshold")])
+@pytest.mark.parametrize("kind", [full("expert_choice"), full("expert_threshold")])  # routers' tests have schedules
 def test_a_schedule_of_capacities_on_ranks_is_one_rank_s(run: Run, kind: str) -> None:
     warmup = {"warmup_steps": 100} if kind == "expert_threshold" else {}
     changes = {**CHOICE, "model.moe.router": {**CHOICE["model.moe.router"], **CAPACITIES, "kind": kind, **warmup}}
@@ -126,6 +126,7 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.full  # two whole runs
 def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
     mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "scope": "rank", "causal": "threshold"}}
     router = {"kind": "expert_choice", "causal": "threshold"}
@@ -164,7 +165,7 @@ def one_rank(run: Run, first_stage: list[WholeRun]) -> Callable[[str], WholeRun]
 @pytest.mark.parametrize(
     ("router", "ranks", "ep"),
     [
-        ("auxiliary", 4, 2), exhaustive("auxiliary", 2, 2), full("auxiliary", 4, 4),
+        full("auxiliary", 4, 2), exhaustive("auxiliary", 2, 2), full("auxiliary", 4, 4),
         ("softmax", 2, 2), full("softmax", 4, 4),
     ],
 )  # fmt: skip

@@ -81,7 +81,6 @@ ADAPTED_EXPERTS = [
     Layout(2, 2, data="fsdp2", ffn_lora="each", attention_lora=True),
     Layout(4, 1, "uneven", recompute="experts", ffn_lora="each"),  # the last rank has no expert
     Layout(4, 1, "uneven", data="fsdp2", recompute="block", ffn_lora="shared"),
-    Layout(2, 1, "pinned", recompute="block", ffn_lora="each", attention_lora=True),
     Layout(1, 2, data="fsdp2", recompute="experts", ffn_lora="each"),
     Layout(2, 2, "pinned", ffn_lora="shared"),
     Layout(4, 1, "uneven", ffn_lora="shared", attention_lora=True, pair_budget=5),
@@ -107,13 +106,14 @@ def adaptive() -> list[Any]:
 CASES = [
     *others_full(CAPACITY, keep=1),
     *others_full(LIMITED, keep=1),
-    *others_full(CONTROLLED, keep=1),
+    *others_full(CONTROLLED, keep=0),  # LIMITED and BY_GROUP have the controllers
     *BY_GROUP,
     *adaptive(),
     *others_full(CHOICE, keep=3),
-    *others_full(DEPTHS, keep=2),
-    *others_full(LORA, keep=2),
-    *others_full(ADAPTED_EXPERTS, keep=3),
+    *others_full(DEPTHS, keep=1),
+    *others_full(LORA, keep=1),
+    Layout(2, 1, "pinned", recompute="block", ffn_lora="each", attention_lora=True),
+    *others_full(ADAPTED_EXPERTS, keep=0),
 ]
 # Fields of a layout that change the training itself. The reference has the same values.
 KINDS = (

@@ -20,7 +20,6 @@ from moe_dist.hf.exporting import export_model
 from moe_dist.hf.forms import choose_form
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
-from moe_dist.hf.served import modeling_moe_dist
 from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, served_problems, token_ids
 from tests.support.agreement import assert_agree
 from tests.support.cover import full
@@ -304,6 +303,8 @@ def test_a_router_of_ones_own_is_refused(data: Path, tmp_path: Path) -> None:
 
 
 def test_the_exported_code_has_the_routers_that_are_exported() -> None:
+    from moe_dist.hf.served import modeling_moe_dist  # imports transformers
+
     kinds = variants_of(MoESection.model_fields["router"].annotation)
     assert {section.served for section in kinds.values()} - {""} == modeling_moe_dist.ROUTERS.keys()
 
