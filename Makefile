@@ -126,8 +126,8 @@ pictures: $(INSTALLED) data  ## Take the screenshots of docs/images from runs/de
 	@PYTHONPATH=. $(BIN)/python docs/pictures.py runs/default runs/sick
 
 CAMPAIGNS ?= 10
-chaos: $(INSTALLED)  ## Break many runs (CAMPAIGNS=10, each with 20 faults)
-	@MOE_DIST_FAULT_CAMPAIGNS=$(CAMPAIGNS) $(TEST) -m "" tests/faults/test_random_faults.py
+chaos: $(INSTALLED)  ## Break many runs (CAMPAIGNS=10, each with 20 faults), and kill one 10 times while it saves
+	@MOE_DIST_FAULT_CAMPAIGNS=$(CAMPAIGNS) $(TEST) -m exhaustive tests/faults/test_random_faults.py tests/faults/test_killed_while_saving.py
 
 # One folder for a machine with GPUs, torch and triton but no network: code, and wheels of what else `gpu-check` imports.
 GPU_BUNDLE := .cache/gpu-bundle
