@@ -20,8 +20,8 @@ CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # Tests run beside each other, a file on one worker. Four workers run the unit tests, many of which wait for limits, leases and
 # nodes. Three run those of several ranks, each with standing worlds of its own: ranks of one wait for each other while those of
-# the others compute. Whole programs come first, in the order given (in tests/unit the files that conftest.py names): the last
-# files are short, so all workers end together.
+# the others compute. Files that conftest.py names and whole programs come first: the last files are short, so all workers end
+# together.
 BESIDE := -n 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
 export RUN ARGS

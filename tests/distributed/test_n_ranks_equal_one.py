@@ -1,7 +1,7 @@
 """N ranks equal one rank: losses, gradients, norm, and parameters after three optimizer steps.
 
-The first test covers every value of each axis in `make test`, every pair of values in `make test-full`, and the whole
-product in `make test-exhaustive`. The second has variants of the model, each with an oracle of its own.
+The first test covers every value of each axis but FURTHER_VALUES in `make test`, every pair of values in `make test-full`,
+and the whole product in `make test-exhaustive`. The second has variants of the model, each with an oracle of its own.
 
 One sequence is all padding, one has only text and one only pictures. With 8 ranks there are thus ranks without a token and
 ranks of one modality.
