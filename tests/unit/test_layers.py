@@ -177,13 +177,11 @@ def rank_faults(files: list[Source]) -> list[str]:
 
 def megatron_faults(files: list[Source]) -> list[str]:
     return [
-        f"{file.path}:{line}: imports {name}; only moe_dist/megatron may (and data/ its datasets)"
+        f"{file.path}:{line}: imports {name}; only moe_dist/megatron may"
         for file in files
         if file.room != "megatron"
         for line, name in imports(file)
-        if name.partition(".")[0] == "megatron"
-        and not (file.room == "data" and name.startswith("megatron.core.datasets."))
-        and file.path not in MEASURED_PEER
+        if name.partition(".")[0] == "megatron" and file.path not in MEASURED_PEER
     ]
 
 
@@ -264,8 +262,8 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
     ),
     rank_faults: (planted("moe_dist/moe/x.py", "half = dist.get_rank() // 2"),),
     megatron_faults: (
-        planted("moe_dist/moe/x.py", "from megatron.core.datasets import indexed_dataset"),
-        planted("moe_dist/data/x.py", "from megatron.core.transformer import module"),
+        planted("moe_dist/moe/x.py", "from megatron.core.transformer import module"),
+        planted("moe_dist/data/x.py", "from megatron.core.datasets import indexed_dataset"),
     ),
     object_collective_faults: (
         planted("moe_dist/comm/x.py", "dist.all_gather_object(out, value)"),

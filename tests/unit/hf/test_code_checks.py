@@ -150,7 +150,8 @@ def test_the_command(copies: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("name", ["config.json", full("tokenizer_config.json")])
 def test_millions_of_fields_are_refused_at_once(copies: dict[str, Path], name: str) -> None:
-    (copies["theirs"] / name).write_text(json.dumps({f"k{number}": 1 for number in range(3_000_000)}))
+    fields = ", ".join(f'"k{number}": 1' for number in range(3_000_000))
+    (copies["theirs"] / name).write_text(f"{{{fields}}}")
     begun = time.process_time()
     with pytest.raises(DataError, match=f"{name}: .* is larger than"):
         import_model(copies["theirs"], copies["theirs"].parent / "ours")
