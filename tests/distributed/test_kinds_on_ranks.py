@@ -63,14 +63,12 @@ CHOICE = [
 ]
 DEPTHS = [
     Layout(2, 1, "interleaved", mixture_of_depths="rank"),
-    Layout(2, 1, "pinned", "ddp", "block", mixture_of_depths="world", depth_causal="auxiliary"),
     Layout(4, 1, "uneven", "ddp", "experts", mixture_of_depths="rank", depth_causal="auxiliary"),
     Layout(4, 1, "pinned", "fsdp2", "block", mixture_of_depths="world"),
     Layout(2, 2, "pinned", "fsdp2", mixture_of_depths="ep_group", depth_causal="auxiliary"),
     Layout(4, 1, "uneven", overlap=True, chunks=2, mixture_of_depths="ep_group"),
 ]
 LORA = [
-    Layout(2, 1, lora="probability"),
     Layout(4, 1, data="fsdp2", recompute="block", lora="probability"),
     Layout(2, 1, recompute="block", lora="published"),
     Layout(2, 2, data="fsdp2", lora="probability"),
@@ -110,8 +108,10 @@ CASES = [
     *BY_GROUP,
     *adaptive(),
     *others_full(CHOICE, keep=3),
-    *others_full(DEPTHS, keep=1),
-    *others_full(LORA, keep=1),
+    Layout(2, 1, "pinned", "ddp", "block", mixture_of_depths="world", depth_causal="auxiliary"),
+    *others_full(DEPTHS, keep=0),
+    Layout(2, 1, lora="probability"),
+    *others_full(LORA, keep=0),
     Layout(2, 1, "pinned", recompute="block", ffn_lora="each", attention_lora=True),
     *others_full(ADAPTED_EXPERTS, keep=0),
 ]

@@ -60,16 +60,16 @@ NODES = [
 ]
 WHOLE = 1e9  # no choice exceeds this room
 STATIC = [
-    Layout(1, 1, room=WHOLE),
     Layout(2, 1, "pinned", "ddp", "experts", room=WHOLE),
     Layout(4, 1, "uneven", "fsdp2", "block", room=WHOLE),
     Layout(2, 2, "interleaved", room=WHOLE),
-    Layout(2, 2, "interleaved", "fsdp2", room=4.0),
 ]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5)]
 EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Layout(2, 1, data="fsdp2", fsdp_gather="step")]
 # Other layouts have another budget and other nodes; VARIANTS has the loss in parts, of tied words.
 FURTHER_VALUES = [
+    exhaustive(Layout(1, 1, room=WHOLE)),
+    full(Layout(2, 2, "interleaved", "fsdp2", room=4.0)),
     full(Layout(2, 2, "pinned", "fsdp2", "none", pair_budget=3)),
     full(Layout(2, 1, "pinned", "fsdp2", "block", loss_words=50)),
     full(Layout(4, 1, "interleaved", "fsdp2", pair_budget=5, ranks_per_node=4)),
