@@ -191,6 +191,7 @@ def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[W
         run({**AUXILIARY, "run.name": "other", "run.init_from": "first", "model.moe.router": router})
 
 
+@pytest.mark.full  # three whole runs; test_starting_weights.py has the weights
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """MoMa's upcycling copies the experts, initialises the router, adds Gumbel noise, starts the schedule anew, and keeps
     the position in the data."""

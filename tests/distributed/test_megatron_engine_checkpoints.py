@@ -81,7 +81,7 @@ def exported_files(source: str, data: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("layout", "readers"),
-    [full(BLOCK, ONE), exhaustive(INTERLEAVED, TWO), (PINNED, ONE)],
+    [full(BLOCK, ONE), exhaustive(INTERLEAVED, TWO), full(PINNED, ONE)],
     ids=["block", "interleaved", "pinned"],
 )
 def test_there_and_back_changes_no_bit(

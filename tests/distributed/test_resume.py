@@ -191,7 +191,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert saved(tmp_path / "stopped") == saved(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("kind", ["controllers", full("muon"), full("dropout of adapters")])
+@pytest.mark.parametrize("kind", [full("controllers"), full("muon"), full("dropout of adapters")])
 def test_a_stopped_run_goes_on_on_other_ranks(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -68,7 +68,8 @@ def test_rotary_embedding(shape: str, dtype: torch.dtype, pairs: RopePairs) -> N
     ("shape", "dtype", "whole", "pairs"),
     full_unless(
         lambda shape, dtype, whole, pairs: (
-            shape == (1, 11, 2, 6) or (dtype, whole, pairs) == (torch.bfloat16, True, "adjacent")
+            (shape == (1, 11, 2, 6) and dtype == torch.float32)
+            or (dtype, whole, pairs) == (torch.bfloat16, True, "adjacent")
         ),
         product(
             [(2, 5, 16, 64), (2, 7, 3, 20), (1, 1, 1, 2), (0, 3, 2, 8), (1, 11, 2, 6)],
