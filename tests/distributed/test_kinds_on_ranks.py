@@ -24,7 +24,6 @@ CAPACITY = [
     Layout(4, 2, "pinned", capacity=0.6, balance_scope="step"),  # a rank without tokens
 ]
 LIMITED = [
-    Layout(2, 1, "pinned", limited=True, balance=True),
     Layout(2, 2, "interleaved", "fsdp2", "block", limited=True, balance=True),
     Layout(4, 1, "uneven", "ddp", "experts", limited=True, balance=True),
     Layout(4, 1, "interleaved", limited=True, balance=True, overlap=True, chunks=2),
@@ -40,25 +39,22 @@ CONTROLLED = [
     Layout(4, 1, "uneven", balance=True, overlap=True, chunks=2),
 ]
 BY_GROUP = [
-    Layout(4, 1, "uneven", "fsdp2", balance=True, balance_per="group"),
-    full(Layout(2, 1, "pinned", balance=True, balance_per="group")),
+    full(Layout(4, 1, "uneven", "fsdp2", balance=True, balance_per="group")),
+    Layout(2, 1, "pinned", "fsdp2", balance=True, balance_per="group"),
 ]
 CHOICE = [
     Layout(4, 1, "uneven", "fsdp2", "block", choice="rank"),
     Layout(2, 2, "interleaved", "ddp", "block", choice="rank", noise=1.0, per_pair=True),
     Layout(4, 2, "pinned", "fsdp2", "experts", choice="rank", per_pair=True),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", noise=1.0, overlap=True, chunks=2),
     Layout(4, 1, "uneven", choice="rank", ranks_per_node=2),
     Layout(2, 1, "pinned", "fsdp2", "block", choice="ep_group", noise=1.0),
     Layout(2, 2, "interleaved", "ddp", "block", choice="ep_group", noise=1.0),
     Layout(4, 2, "pinned", "fsdp2", "experts", choice="ep_group"),
     Layout(4, 1, "uneven", "ddp", "block", choice="world", noise=1.0),
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
     # The loss of auxiliary routers is a mean over a micro-batch. It equals one process only with one scope over all ranks.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
-    Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
     Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
 ]
 DEPTHS = [
@@ -103,11 +99,15 @@ def adaptive() -> list[Any]:
 
 CASES = [
     *others_full(CAPACITY, keep=1),
-    *others_full(LIMITED, keep=1),
+    Layout(2, 1, "pinned", limited=True, balance=True),
+    *others_full(LIMITED, keep=0),
     *others_full(CONTROLLED, keep=0),  # LIMITED and BY_GROUP have the controllers
     *BY_GROUP,
     *adaptive(),
-    *others_full(CHOICE, keep=3),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", noise=1.0, overlap=True, chunks=2),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
+    Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
+    *others_full(CHOICE, keep=0),
     Layout(2, 1, "pinned", "ddp", "block", mixture_of_depths="world", depth_causal="auxiliary"),
     *others_full(DEPTHS, keep=0),
     Layout(2, 1, lora="probability"),

@@ -163,7 +163,8 @@ VARIANTS = [
     full(Layout(2, data="fsdp2", recompute="block", compiled=True)),
     exhaustive(Layout(2, compiled=True)),
     # FSDP2 shards some stacks by experts, and some inside experts; with 8 ranks some have no row of a matrix.
-    Layout(2, 2, "interleaved", "fsdp2", optimizer="muon"),
+    Layout(1, 2, data="fsdp2", optimizer="muon"),
+    full(Layout(2, 2, "interleaved", "fsdp2", optimizer="muon")),
     full(Layout(4, 1, "uneven", "fsdp2", optimizer="muon")),
     exhaustive(Layout(2, 1, "pinned", "ddp", "block", optimizer="muon")),
     exhaustive(Layout(2, 2, "pinned", "ddp", optimizer="muon")),
