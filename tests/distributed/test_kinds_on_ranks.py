@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import CHOICE_LOGITS, DEPTH_SCORES
-from tests.support.cover import full, others_full
+from tests.support.cover import exhaustive, full, others_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 
@@ -41,6 +41,7 @@ CONTROLLED = [
 BY_GROUP = [
     full(Layout(4, 1, "uneven", "fsdp2", balance=True, balance_per="group")),
     Layout(2, 1, "pinned", "fsdp2", balance=True, balance_per="group"),
+    exhaustive(Layout(2, 1, "pinned", balance=True, balance_per="group")),
 ]
 CHOICE = [
     Layout(4, 1, "uneven", "fsdp2", "block", choice="rank"),

@@ -22,6 +22,7 @@ LAYOUTS = [
 ]
 CHOICE_LAYOUTS = [
     Layout(2, 1, "pinned", "fsdp2", tuned=(0, 1)),
+    exhaustive(Layout(2, 1, "pinned", tuned=(0, 1))),
     full(Layout(2, 2, "pinned", "fsdp2", "block", tuned=(0, 1))),
     full(Layout(4, 1, "uneven", recompute="experts", tuned=(0, 1))),
 ]
