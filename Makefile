@@ -20,8 +20,8 @@ CONFIG ?= configs/adamoe_moma_tiny_cpu.yaml
 TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 # Tests run beside each other, a file on one worker. Four workers run the unit tests, many of which wait for limits, leases and
 # nodes. Three run those of several ranks, each with standing worlds of its own: ranks of one wait for each other while those of
-# the others compute. Whole programs come first, in the order given (in tests/unit the files that conftest.py names): the last
-# files are short, so all workers end together.
+# the others compute. Files that conftest.py names and whole programs come first: the last files are short, so all workers end
+# together.
 BESIDE := -n 4 --dist loadfile --no-loadscope-reorder
 WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
 export RUN ARGS
@@ -126,8 +126,8 @@ pictures: $(INSTALLED) data  ## Take the screenshots of docs/images from runs/de
 	@PYTHONPATH=. $(BIN)/python docs/pictures.py runs/default runs/sick
 
 CAMPAIGNS ?= 10
-chaos: $(INSTALLED)  ## Break many runs (CAMPAIGNS=10, each with 20 faults)
-	@MOE_DIST_FAULT_CAMPAIGNS=$(CAMPAIGNS) $(TEST) -m "" tests/faults/test_random_faults.py
+chaos: $(INSTALLED)  ## Break many runs (CAMPAIGNS=10, each with 20 faults), and kill one 10 times while it saves
+	@MOE_DIST_FAULT_CAMPAIGNS=$(CAMPAIGNS) $(TEST) -m exhaustive tests/faults/test_random_faults.py tests/faults/test_killed_while_saving.py
 
 # One folder for a machine with GPUs, torch and triton but no network: code, and wheels of what else `gpu-check` imports.
 GPU_BUNDLE := .cache/gpu-bundle

@@ -58,14 +58,14 @@ class Source:
         return list(self._imports(self.tree, "module"))
 
     def _imports(self, node: ast.AST, kind: Kind) -> Iterator[Import]:
-        for child in ast.iter_child_nodes(node):
+        for child in _statements(node):
             if isinstance(child, ast.Import):
                 yield from (Import(child.lineno, alias.name, kind) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 base = self._absolute(child)
                 yield from (Import(child.lineno, f"{base}.{alias.name}", kind) for alias in child.names)
             inner = kind
-            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 inner = "function"
             elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 inner = "typing"
@@ -76,6 +76,14 @@ class Source:
             return node.module or ""
         package = Path(self.path).parts[: -node.level]
         return ".".join((*package, node.module) if node.module else package)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Returns the statements, handlers and cases directly below a node. No expression has an import."""
+    for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+        below = getattr(node, name, ())
+        if isinstance(below, list):  # the body of a lambda or a conditional expression is one expression
+            yield from below
 
 
 def room_of(module: str) -> str:

@@ -1,24 +1,21 @@
-"""Reads and writes Megatron's indexed data sets. Megatron's builder writes the data sets; training reads the data sets
-without Megatron.
+"""Reads and writes Megatron's indexed data sets without Megatron.
 
 Megatron's readers do not detect damage: the memory-mapped reader ends the process with SIGBUS if the file is truncated or
 the disk fails, and the plain reader returns undefined memory. Importing Megatron takes each rank 3 s. This file's reader
 calls `pread` on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read
-raises an error that names the file. Tests compare the results of this reader and of Megatron's readers.
+raises an error that names the file. Tests compare this reader and this writer with Megatron's.
 """
 
 import os
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from moe_dist.errors import DataError, StorageError
-from moe_dist.formats.index_header import index_paths, list_offsets
+from moe_dist.formats.index_header import index_paths, list_offsets, write_index
 from moe_dist.formats.manifest import SplitSection
 from moe_dist.formats.split_files import BITS, Bits, check_split
 
@@ -80,12 +77,15 @@ _UINT16_BELOW = 65500  # Megatron stores int32 for this vocabulary size and abov
 
 
 def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
-    """Writes <prefix>.bin and <prefix>.idx with Megatron's builder, one sequence for each document, integer [length]."""
-    dtype = np.uint16 if vocab_size < _UINT16_BELOW else np.int32
-    builder = _megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for document in documents:
-        builder.add_document(document, [len(document)])
-    builder.finalize(f"{prefix}.idx")
+    """Writes <prefix>.bin and <prefix>.idx as Megatron's builder does, one sequence for each document, integer [length]."""
+    dtype = np.dtype(np.uint16 if vocab_size < _UINT16_BELOW else np.int32)
+    idx, bin_ = index_paths(Path(prefix))
+    lengths = []
+    with bin_.open("wb") as stream:
+        for document in documents:
+            stream.write(np.array(document, dtype).tobytes())
+            lengths.append(len(document))
+    write_index(idx, dtype, np.array(lengths, np.int32))
 
 
 class IndexedSplit:
@@ -153,10 +153,3 @@ class IndexedSplit:
             np.frombuffer(idx.read(at_pointers, sequences * 8), np.int64),
             np.frombuffer(idx.read(at_marks, entries * 8), np.int64),
         )
-
-
-def _megatron() -> ModuleType:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Megatron warns of missing packages, which the builder does not use
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset

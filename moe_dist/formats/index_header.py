@@ -1,4 +1,4 @@
-"""Reads the header of Megatron's indexed data (<prefix>.idx and <prefix>.bin) without torch or Megatron.
+"""Reads the header of Megatron's indexed data (<prefix>.idx and <prefix>.bin), and writes .idx, without torch or Megatron.
 
 Layout of .idx, little endian, as written by megatron-core's `IndexedDatasetBuilder`: 9 bytes magic, u64 version, u8 type
 code, u64 S sequences, u64 D entries of the document list (one more than documents), int32 [S] tokens of each sequence,
@@ -41,6 +41,17 @@ def list_offsets(sequences: int) -> tuple[int, int, int]:
     """Returns the byte offsets of the three lists in an .idx: the tokens of each sequence, the byte offset of each sequence
     into .bin, the first sequence of each document."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
+
+
+def write_index(idx: Path, dtype: np.dtype, lengths_S: np.ndarray) -> None:
+    """Writes an .idx of documents that are one sequence each, with `lengths_S` tokens, int32 [S]."""
+    code = next(code for code, name in _DTYPES.items() if name == dtype.name)
+    sequences, ends_S = len(lengths_S), np.cumsum(lengths_S, dtype=np.int64)
+    with idx.open("wb") as stream:
+        stream.write(_HEADER.pack(MAGIC, 1, code, sequences, sequences + 1))
+        stream.write(lengths_S.tobytes())
+        stream.write(((ends_S - lengths_S) * dtype.itemsize).tobytes())
+        stream.write(np.arange(sequences + 1, dtype=np.int64).tobytes())
 
 
 def read_index_header(prefix: Path) -> IndexHeader:

@@ -200,6 +200,7 @@ def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
     assert records(run) == records(undisturbed[1])
 
 
+@pytest.mark.exhaustive
 def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_losses(
     slurm: SlurmCluster, site: Path, tmp_path: Path
 ) -> None:

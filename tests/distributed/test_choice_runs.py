@@ -91,7 +91,7 @@ def test_thresholds_go_on_on_another_layout(run: Run) -> None:
 CAPACITIES = {"capacity": {"text": 0.5}, "capacity_schedule": [[0, 1], [4, 0.5]]}
 
 
-@pytest.mark.parametrize("kind", ["expert_choice", full("expert_threshold")])
+@pytest.mark.parametrize("kind", [full("expert_choice"), full("expert_threshold")])  # routers' tests have schedules
 def test_a_schedule_of_capacities_on_ranks_is_one_rank_s(run: Run, kind: str) -> None:
     warmup = {"warmup_steps": 100} if kind == "expert_threshold" else {}
     changes = {**CHOICE, "model.moe.router": {**CHOICE["model.moe.router"], **CAPACITIES, "kind": kind, **warmup}}
@@ -127,6 +127,7 @@ def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: 
             assert outcome.evaluation.choice_loss[name] == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.full  # two whole runs
 def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
     mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "scope": "rank", "causal": "threshold"}}
     router = {"kind": "expert_choice", "causal": "threshold"}
@@ -165,7 +166,7 @@ def one_rank(run: Run, first_stage: list[WholeRun]) -> Callable[[str], WholeRun]
 @pytest.mark.parametrize(
     ("router", "ranks", "ep"),
     [
-        ("auxiliary", 4, 2), exhaustive("auxiliary", 2, 2), full("auxiliary", 4, 4),
+        full("auxiliary", 4, 2), exhaustive("auxiliary", 2, 2), full("auxiliary", 4, 4),
         ("softmax", 2, 2), full("softmax", 4, 4),
     ],
 )  # fmt: skip
@@ -191,6 +192,7 @@ def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[W
         run({**AUXILIARY, "run.name": "other", "run.init_from": "first", "model.moe.router": router})
 
 
+@pytest.mark.full  # three whole runs; test_starting_weights.py has the weights
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """Upcycling as in MoMa copies the experts, initialises the router, adds Gumbel noise and restarts the schedule, but
     keeps the position in the data."""

@@ -93,10 +93,14 @@ def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[st
     return found
 
 
-@pytest.mark.parametrize("world_size", [full(1), 2])
-def test_the_whole_layer_syncs_once_and_by_name(run_in_world: Callable[..., list[Any]], world_size: int) -> None:
-    for found in run_in_world(world_size, syncs, CASES):
-        for case, (named, seen) in zip(CASES, found, strict=True):
+@pytest.mark.parametrize(("world_size", "every"), [full(1, 1), full(2, 1), (2, 2)])
+def test_the_whole_layer_syncs_once_and_by_name(
+    run_in_world: Callable[..., list[Any]], world_size: int, every: int
+) -> None:
+    """Each second case has each value, with several of the others."""
+    cases = CASES[::every]
+    for found in run_in_world(world_size, syncs, cases):
+        for case, (named, seen) in zip(cases, found, strict=True):
             assert named == [f"sync {SPLIT_SIZES_OF_BOTH if 'hierarchical' in case else SPLIT_SIZES}"], case
             assert seen == ["tolist"], case
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import CHOICE_LOGITS, DEPTH_SCORES
-from tests.support.cover import full, others_full
+from tests.support.cover import exhaustive, full, others_full
 from tests.support.layouts import HIDDEN_DIM, LAYERS, MICRO_BATCHES, STEPS, Layout, Outcome, train
 from tests.support.outcomes import assert_same_tensors
 
@@ -24,7 +24,6 @@ CAPACITY = [
     Layout(4, 2, "pinned", capacity=0.6, balance_scope="step"),  # a rank without tokens
 ]
 LIMITED = [
-    Layout(2, 1, "pinned", limited=True, balance=True),
     Layout(2, 2, "interleaved", "fsdp2", "block", limited=True, balance=True),
     Layout(4, 1, "uneven", "ddp", "experts", limited=True, balance=True),
     Layout(4, 1, "interleaved", limited=True, balance=True, overlap=True, chunks=2),
@@ -40,38 +39,34 @@ CONTROLLED = [
     Layout(4, 1, "uneven", balance=True, overlap=True, chunks=2),
 ]
 BY_GROUP = [
-    Layout(4, 1, "uneven", "fsdp2", balance=True, balance_per="group"),
-    full(Layout(2, 1, "pinned", balance=True, balance_per="group")),
+    full(Layout(4, 1, "uneven", "fsdp2", balance=True, balance_per="group")),
+    Layout(2, 1, "pinned", "fsdp2", balance=True, balance_per="group"),
+    exhaustive(Layout(2, 1, "pinned", balance=True, balance_per="group")),
 ]
 CHOICE = [
     Layout(4, 1, "uneven", "fsdp2", "block", choice="rank"),
     Layout(2, 2, "interleaved", "ddp", "block", choice="rank", noise=1.0, per_pair=True),
     Layout(4, 2, "pinned", "fsdp2", "experts", choice="rank", per_pair=True),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", noise=1.0, overlap=True, chunks=2),
     Layout(4, 1, "uneven", choice="rank", ranks_per_node=2),
     Layout(2, 1, "pinned", "fsdp2", "block", choice="ep_group", noise=1.0),
     Layout(2, 2, "interleaved", "ddp", "block", choice="ep_group", noise=1.0),
     Layout(4, 2, "pinned", "fsdp2", "experts", choice="ep_group"),
     Layout(4, 1, "uneven", "ddp", "block", choice="world", noise=1.0),
     Layout(2, 2, "pinned", "fsdp2", "block", choice="world", noise=1.0),
-    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
     Layout(2, 2, "pinned", "fsdp2", "experts", choice="rank", mixture_of_depths="rank"),
     # The loss of auxiliary routers is a mean over the micro-batch of a scope. The reference has the same loss only if
     # one scope spans all ranks.
     Layout(2, 1, "interleaved", "fsdp2", "block", choice="world", choice_causal="auxiliary"),
-    Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
     Layout(2, 2, "pinned", "ddp", "experts", choice="world", choice_causal="auxiliary"),
 ]
 DEPTHS = [
     Layout(2, 1, "interleaved", mixture_of_depths="rank"),
-    Layout(2, 1, "pinned", "ddp", "block", mixture_of_depths="world", depth_causal="auxiliary"),
     Layout(4, 1, "uneven", "ddp", "experts", mixture_of_depths="rank", depth_causal="auxiliary"),
     Layout(4, 1, "pinned", "fsdp2", "block", mixture_of_depths="world"),
     Layout(2, 2, "pinned", "fsdp2", mixture_of_depths="ep_group", depth_causal="auxiliary"),
     Layout(4, 1, "uneven", overlap=True, chunks=2, mixture_of_depths="ep_group"),
 ]
 LORA = [
-    Layout(2, 1, lora="probability"),
     Layout(4, 1, data="fsdp2", recompute="block", lora="probability"),
     Layout(2, 1, recompute="block", lora="published"),
     Layout(2, 2, data="fsdp2", lora="probability"),
@@ -82,7 +77,6 @@ ADAPTED_EXPERTS = [
     Layout(2, 2, data="fsdp2", ffn_lora="each", attention_lora=True),
     Layout(4, 1, "uneven", recompute="experts", ffn_lora="each"),  # the last rank has no expert
     Layout(4, 1, "uneven", data="fsdp2", recompute="block", ffn_lora="shared"),
-    Layout(2, 1, "pinned", recompute="block", ffn_lora="each", attention_lora=True),
     Layout(1, 2, data="fsdp2", recompute="experts", ffn_lora="each"),
     Layout(2, 2, "pinned", ffn_lora="shared"),
     Layout(4, 1, "uneven", ffn_lora="shared", attention_lora=True, pair_budget=5),
@@ -107,14 +101,21 @@ def adaptive() -> list[Any]:
 
 CASES = [
     *others_full(CAPACITY, keep=1),
-    *others_full(LIMITED, keep=1),
-    *others_full(CONTROLLED, keep=1),
+    Layout(2, 1, "pinned", limited=True, balance=True),
+    *others_full(LIMITED, keep=0),
+    *others_full(CONTROLLED, keep=0),  # LIMITED and BY_GROUP have the controllers
     *BY_GROUP,
     *adaptive(),
-    *others_full(CHOICE, keep=3),
-    *others_full(DEPTHS, keep=2),
-    *others_full(LORA, keep=2),
-    *others_full(ADAPTED_EXPERTS, keep=3),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", noise=1.0, overlap=True, chunks=2),
+    Layout(2, 1, "interleaved", "ddp", "block", choice="rank", mixture_of_depths="rank"),
+    Layout(4, 1, "uneven", choice="world", choice_causal="auxiliary"),
+    *others_full(CHOICE, keep=0),
+    Layout(2, 1, "pinned", "ddp", "block", mixture_of_depths="world", depth_causal="auxiliary"),
+    *others_full(DEPTHS, keep=0),
+    Layout(2, 1, lora="probability"),
+    *others_full(LORA, keep=0),
+    Layout(2, 1, "pinned", recompute="block", ffn_lora="each", attention_lora=True),
+    *others_full(ADAPTED_EXPERTS, keep=0),
 ]
 # The layout's fields that change the training itself. The reference has the same values of these fields.
 KINDS = (

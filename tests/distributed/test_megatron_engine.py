@@ -104,7 +104,7 @@ DISPATCH: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["uneven", "overlap", exhaustive("hierarchical"), exhaustive("static")])
+@pytest.mark.parametrize("name", ["uneven", full("overlap"), exhaustive("hierarchical"), exhaustive("static")])
 def test_the_ledger_counts_what_the_own_engine_sends(run_engine: Run, name: str) -> None:
     changes = {"train.steps": 3, **ranks(4), **DISPATCH[name]}
     own, found = (run_engine({**changes, **engine}, losses)[0] for engine in ({}, megatron()))

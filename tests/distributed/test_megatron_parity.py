@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.support.cover import exhaustive
+from tests.support.cover import exhaustive, full
 from tests.support.megatron_model import (
     HIDDEN_DIM,
     MOE_LAYERS,
@@ -98,9 +98,9 @@ def parity(rank: RankContext, layout: Layout) -> dict[str, Any]:
 
 LAYOUTS = [
     Layout(ep=2, tp=2, uneven=True),
-    Layout(ep=4, options=RECOMPUTE_ALL),
+    full(Layout(ep=4, options=RECOMPUTE_ALL)),
     Layout(ep=4, uneven=True, options=RECOMPUTE_MOE),
-    Layout(ep=2, options={"calculate_per_token_loss": True}),
+    full(Layout(ep=2, options={"calculate_per_token_loss": True})),
     exhaustive(Layout(ep=1)),
     exhaustive(Layout(ep=4, tp=2)),
     exhaustive(Layout(ep=4, values=ONE_GROUP)),

@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 
 from moe_dist.comm.names import DISPATCH_ROWS
-from tests.support.cover import others_full
+from tests.support.cover import exhaustive, full
 from tests.support.layouts import GROUPS, IMAGE, LAYERS, Layout
 from tests.support.tuned import BATCH, Tuned, tune
 from tests.support.tuning_samples import made_samples
 
 LAYOUTS = [
-    (Layout(2, 1, "pinned", tuned=(1,)), 1),
-    (Layout(4, 1, "uneven", "fsdp2", "block", tuned=(1,)), None),
-    (Layout(2, 2, "interleaved", "ddp", "experts", tuned=(0, 1)), 1),
-    (Layout(2, 2, "pinned", "fsdp2", tuned=(0,)), None),
-    (Layout(1, 2, data="fsdp2", recompute="block", tuned=(0, 1)), None),
+    (Layout(2, 1, "pinned", tuned=(1,)), 1),  # test_choices_on_n_ranks_equal_one has FSDP2
+    full(Layout(4, 1, "uneven", "fsdp2", "block", tuned=(1,)), None),
+    full(Layout(2, 2, "interleaved", "ddp", "experts", tuned=(0, 1)), 1),
+    exhaustive(Layout(2, 2, "pinned", "fsdp2", tuned=(0,)), None),
+    full(Layout(1, 2, data="fsdp2", recompute="block", tuned=(0, 1)), None),
 ]
 CHOICE_LAYOUTS = [
-    Layout(2, 1, "pinned", tuned=(0, 1)),
-    Layout(2, 2, "pinned", "fsdp2", "block", tuned=(0, 1)),
-    Layout(4, 1, "uneven", recompute="experts", tuned=(0, 1)),
+    Layout(2, 1, "pinned", "fsdp2", tuned=(0, 1)),
+    exhaustive(Layout(2, 1, "pinned", tuned=(0, 1))),
+    full(Layout(2, 2, "pinned", "fsdp2", "block", tuned=(0, 1))),
+    full(Layout(4, 1, "uneven", recompute="experts", tuned=(0, 1))),
 ]
 
 
@@ -60,7 +61,7 @@ def choice_oracle(
     return run_in_world(1, tune, Layout(tuned=(0, 1)), folder, start, None, "choices")[0], start
 
 
-@pytest.mark.parametrize(("layout", "refresh_every"), others_full(LAYOUTS, keep=1), ids=str)
+@pytest.mark.parametrize(("layout", "refresh_every"), LAYOUTS, ids=str)
 def test_n_ranks_equal_one(
     run_in_world: Callable[..., list[Any]],
     folder: Path,
@@ -105,7 +106,7 @@ def test_a_refresh_changes_the_targets(oracle: Callable[..., tuple[Tuned, Path]]
     assert frozen.steps[1].auxiliary != fresh.steps[1].auxiliary
 
 
-@pytest.mark.parametrize("layout", others_full(CHOICE_LAYOUTS, keep=1), ids=str)
+@pytest.mark.parametrize("layout", CHOICE_LAYOUTS, ids=str)
 def test_choices_on_n_ranks_equal_one(
     run_in_world: Callable[..., list[Any]], folder: Path, choice_oracle: tuple[Tuned, Path], layout: Layout
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.cover import exhaustive
+from tests.support.cover import exhaustive, full
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
@@ -57,7 +57,7 @@ def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
     return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("weight", [1.0, exhaustive(0.0)])
+@pytest.mark.parametrize("weight", [full(1.0), exhaustive(0.0)])  # test_router_tuning.py has the steps
 def test_choices_train_chosen_routers(site: Site, weight: float) -> None:
     """Each rank has two micro-batches. With `weight=0` only the choices have a gradient, as in the released code."""
     options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}

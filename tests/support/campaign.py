@@ -1,7 +1,7 @@
 """Makes runs with planned faults, and reports on these runs.
 
-A campaign is one run of 60 steps on 4 ranks with up to 20 faults. The local launcher starts the ranks, and restarts
-them if its rules allow it. If they do not, the campaign repairs the data and starts the run again, as a user would.
+A campaign is one run with 3 steps for each fault on 4 ranks, with up to 20 faults. The local launcher starts the ranks, and
+restarts them where its rules allow. Otherwise the campaign repairs the data and starts the run again, as a user would.
 """
 
 import random
@@ -15,15 +15,16 @@ from typing import Any
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.fault_plan import FEASIBLE, Cell, Fault, FaultPlan, environment
 from tests.support.judgement import differences, left_over, look_back, survives, unverified
-from tests.support.site import RANKS, STEPS, Site, read_ends, settings, started
+from tests.support.site import RANKS, Site, read_ends, settings, started
 from tests.support.tiny import tiny_config, write_config
 
-FAULTS = 20
-MOST_FROZEN = 2  # most frozen ranks in a campaign, because each of them waits for the watchdog
+ALL_FAULTS = 20  # enough for every phase and every kind
+STEPS_PER_FAULT = 3
+MOST_FROZEN = 2  # per campaign, because each waits for the watchdog
 
 
-def draw(rng: random.Random) -> tuple[Fault, ...]:
-    """Draws FAULTS faults that cover every phase and every kind, at random ranks and steps."""
+def draw(rng: random.Random, count: int) -> tuple[Fault, ...]:
+    """Draws `count` of ALL_FAULTS faults at random ranks and steps; all of them cover every phase and every kind."""
     cells: list[Cell] = []
     order = rng.sample(FEASIBLE, len(FEASIBLE))
 
@@ -32,18 +33,18 @@ def draw(rng: random.Random) -> tuple[Fault, ...]:
 
     for cell in sorted(order, key=lambda cell: cell.kind == "SIGSTOP"):
         phases, kinds = {each.phase for each in cells}, {each.kind for each in cells}
-        if len(cells) < FAULTS and (cell.phase not in phases or cell.kind not in kinds):
+        if len(cells) < ALL_FAULTS and (cell.phase not in phases or cell.kind not in kinds):
             cells.append(cell)
-    while len(cells) < FAULTS:
+    while len(cells) < ALL_FAULTS:
         cell = rng.choice(FEASIBLE)
         if cell.kind != "SIGSTOP" or frozen() < MOST_FROZEN:
             cells.append(cell)
-    rng.shuffle(cells)
+    cells = rng.sample(cells, count)
     # A fault of phase import strikes at the start that follows the previous fault. The previous fault must therefore end
     # its attempt.
     while any(late.phase == "import" and survives(early) for early, late in pairwise(cells)):
         rng.shuffle(cells)
-    steps = sorted(rng.sample(range(2, STEPS - 6), len(cells)))
+    steps = sorted(rng.sample(range(2, STEPS_PER_FAULT * count - 6), count))
     return tuple(
         Fault(
             number=number,
@@ -77,24 +78,25 @@ class Report:
     seconds: float = 0.0
 
 
-def undisturbed_run(site: Site) -> RunFolder:
-    """Returns the run without faults, which the run of every campaign must equal. It is made once per site."""
-    config = tiny_config(site.folder / "pristine", site.folder / "runs", settings("undisturbed", ranks=RANKS))
-    run = RunFolder.of(config)
+def undisturbed_run(site: Site, steps: int) -> RunFolder:
+    """Returns the run without faults, which all others of so many steps must equal; made once for a site."""
+    name = f"undisturbed-{steps}"
+    changes = settings(name, ranks=RANKS, train__steps=steps)
+    config = tiny_config(site.folder / "pristine", site.folder / "runs", changes)
+    run, log = RunFolder.of(config), site.folder / f"{name}.log"
     if not run.finished(config):
-        code = started(
-            write_config(config, site.folder / "undisturbed.yaml"), site.folder / "undisturbed.log", max_restarts=0
-        )
-        assert code == 0, f"the undisturbed run ended with {code}; see {site.folder / 'undisturbed.log'}"
+        code = started(write_config(config, site.folder / f"{name}.yaml"), log, max_restarts=0)
+        assert code == 0, f"the undisturbed run ended with {code}; see {log}"
     return run
 
 
-def campaign(site: Site, seed: int, *, asynchronous: bool) -> Report:
-    """Trains one run to its end with the faults of a seed."""
-    begin, name = time.monotonic(), f"seed-{seed}"
-    undisturbed = undisturbed_run(site)
-    plan = _planned(site, name, draw(random.Random(seed)), site.disk)
-    config = tiny_config(site.data, site.runs, settings(name, ranks=RANKS, checkpoint__asynchronous=asynchronous))
+def campaign(site: Site, seed: int, faults: int, *, asynchronous: bool) -> Report:
+    """Runs one run with so many faults to the end."""
+    begin, name, steps = time.monotonic(), f"seed-{seed}-{faults}", STEPS_PER_FAULT * faults
+    undisturbed = undisturbed_run(site, steps)
+    plan = _planned(site, name, draw(random.Random(seed), faults), site.disk)
+    changes = settings(name, ranks=RANKS, train__steps=steps, checkpoint__asynchronous=asynchronous)
+    config = tiny_config(site.data, site.runs, changes)
     path, run, log = write_config(config, site.folder / f"{name}.yaml"), RunFolder.of(config), site.folder / f"{name}.log"
     report = Report(seed, asynchronous)
     site.mend()
@@ -116,9 +118,9 @@ def campaign(site: Site, seed: int, *, asynchronous: bool) -> Report:
 
 
 def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) -> Report:
-    """Kills all ranks with SIGKILL at random moments of a save, `kills` times. Each kill ends one launch, and the
-    checkpoint that `latest` names must then verify."""
-    begin, rng, name = time.monotonic(), random.Random(seed), f"kills-{seed}"
+    """Kills all ranks with SIGKILL at random moments of saves, one launch each. Verifies the checkpoint of `latest` after
+    each."""
+    begin, rng, name = time.monotonic(), random.Random(seed), f"kills-{seed}-{kills}"
 
     def kill(number: int) -> Fault:
         # a write takes at least 20 ms, and a save takes at most 300 ms

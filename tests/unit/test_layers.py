@@ -30,10 +30,22 @@ def imports(file: Source) -> Iterator[tuple[int, str]]:
     return ((each.line, each.name) for each in file.imports)
 
 
-@cache  # several rules ask for the calls of the same files
+@cache  # several rules ask for the nodes of the same files
+def nodes(file: Source) -> list[ast.Call | ast.Attribute | ast.Name]:
+    return [node for node in ast.walk(file.tree) if isinstance(node, ast.Call | ast.Attribute | ast.Name)]
+
+
+@cache
 def calls(file: Source) -> list[tuple[ast.Call, str]]:
-    """Returns every call with the dotted name of the called function."""
-    return [(node, ast.unparse(node.func)) for node in ast.walk(file.tree) if isinstance(node, ast.Call)]
+    """Every call with the dotted name of the called function."""
+    return [(node, dotted(node.func)) for node in nodes(file) if isinstance(node, ast.Call)]
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of names and attributes; what is no name is empty. `ast.unparse` takes 20 times as long."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def rooms_imported(file: Source) -> Iterator[tuple[int, str]]:
@@ -168,13 +180,11 @@ def rank_faults(files: list[Source]) -> list[str]:
 
 def megatron_faults(files: list[Source]) -> list[str]:
     return [
-        f"{file.path}:{line}: imports {name}; only moe_dist/megatron may (and data/ its datasets)"
+        f"{file.path}:{line}: imports {name}; only moe_dist/megatron may"
         for file in files
         if file.room != "megatron"
         for line, name in imports(file)
-        if name.partition(".")[0] == "megatron"
-        and not (file.room == "data" and name.startswith("megatron.core.datasets."))
-        and file.path not in MEASURED_PEER
+        if name.partition(".")[0] == "megatron" and file.path not in MEASURED_PEER
     ]
 
 
@@ -184,16 +194,19 @@ def object_collective_faults(files: list[Source]) -> list[str]:
     return [
         f"{file.path}:{node.lineno}: object collectives unpickle what comes over the wire; send tensors"
         for file in files
-        for node in ast.walk(file.tree)
+        for node in nodes(file)
         if (isinstance(node, ast.Attribute) and node.attr in names) or (isinstance(node, ast.Name) and node.id in names)
     ]
+
+
+GUARDS = ("weights_only", "allow_pickle")
 
 
 def unpickling_faults(files: list[Source]) -> list[str]:
     problems = []
     for file in files:
         for call, name in calls(file):
-            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg in GUARDS}
             runs_code = (
                 name.endswith(
                     ("pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.unsafe_load", "yaml.full_load")
@@ -252,8 +265,8 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
     ),
     rank_faults: (planted("moe_dist/moe/x.py", "half = dist.get_rank() // 2"),),
     megatron_faults: (
-        planted("moe_dist/moe/x.py", "from megatron.core.datasets import indexed_dataset"),
-        planted("moe_dist/data/x.py", "from megatron.core.transformer import module"),
+        planted("moe_dist/moe/x.py", "from megatron.core.transformer import module"),
+        planted("moe_dist/data/x.py", "from megatron.core.datasets import indexed_dataset"),
     ),
     object_collective_faults: (
         planted("moe_dist/comm/x.py", "dist.all_gather_object(out, value)"),

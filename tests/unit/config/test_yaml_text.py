@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.config.yaml_text import MAX_DEPTH, MAX_REPEATED, MAX_VALUES, MAX_YAML_BYTES, dump_yaml, load_yaml
@@ -132,6 +132,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(max_examples=50)
 @given(VALUES)
 def test_what_is_written_is_read_back(value: object) -> None:
     assert load_yaml(dump_yaml(value)) == (value, [])

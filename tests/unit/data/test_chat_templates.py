@@ -4,15 +4,14 @@ TRL marks most of its templates with {% generation %} blocks. For templates with
 rewrite earlier turns, the reference is the messages' contents. Each content is one word that occurs nowhere else.
 """
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -27,8 +26,11 @@ from tests.support.cover import rest_full
 from tests.support.messages import refused
 from tools.prepare_data import main
 
-PUBLISHED = Path(trl.__file__).parent / "chat_templates"
-FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # `make test-full` also runs the other templates
+TRL = importlib.util.find_spec("trl")  # to import it takes 2 s, which each worker would need to collect this file
+assert TRL is not None
+assert TRL.origin is not None
+PUBLISHED = Path(TRL.origin).parent / "chat_templates"
+FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # the others run in the full set
 NAMES = FIRST + sorted({path.stem.removesuffix("_training") for path in PUBLISHED.glob("*.jinja")} - set(FIRST))
 TOKENS = re.compile(
     r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>|<end_of_utterance>|<turn\|>|<\|turn>|\[gMASK\]|<sop>|</s>|\[/?INST\]"
@@ -79,7 +81,9 @@ def as_lists(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory):
-    """folder(name) returns the folder of a byte tokenizer with the template `name` and its special tokens."""
+    """folder(name): a tokenizer of bytes with the template's special tokens."""
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
 
     def make(name: str) -> Path:
@@ -96,6 +100,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
         return path
 
     return make
+
+
+def tokenizer_of(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
 
 
 def labelled(tokenizer: Any, conversation: Conversation, *, wanted: bool) -> str:
@@ -123,7 +133,7 @@ def test_labels_of_published_templates(folder, name: str) -> None:
     """The labels are the assistant's words and the token that ends each turn. They equal TRL's labels, except for the
     generation prompt. If a template rewrites earlier turns, this holds for the last turn."""
     path = folder(name)
-    hub, tokenizer = HubTokenizer(path), AutoTokenizer.from_pretrained(path)
+    hub, tokenizer = HubTokenizer(path), tokenizer_of(path)
     marked = PUBLISHED / f"{name}_training.jinja"
     equal, encoded = 0, 0
     for row in map(as_lists, conversations(40)) if name in LISTS else conversations(40):
@@ -221,7 +231,7 @@ def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path:
     """Each document is the conversation up to one turn, as the template prints it when the chat has reached that
     turn."""
     path = folder("qwen3")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = tokenizer_of(path)
     messages = [ASKED, {**YES, "reasoning_content": "Look."}, {"role": "user", "content": "And now?"}, YES]
     lines = write_lines(tmp_path / "lines.jsonl", [{"messages": messages}])
     recipe = Recipe(tokenizer=str(path), val_fraction=0.0, turns=turns)

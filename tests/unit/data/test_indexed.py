@@ -54,6 +54,12 @@ def test_what_we_wrote_megatron_reads(tmp_path: Path, megatron: ModuleType, voca
     for found, document in zip((dataset[0], dataset[1]), documents, strict=True):
         np.testing.assert_array_equal(found, document)
         assert found.dtype == dtype
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for document in documents:
+        builder.add_document(document, [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for end in ("bin", "idx"):
+        assert (tmp_path / f"ours.{end}").read_bytes() == (tmp_path / f"theirs.{end}").read_bytes()
 
 
 def test_filler_bits_of_any_run(tmp_path: Path) -> None:

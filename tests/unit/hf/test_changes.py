@@ -10,6 +10,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
+from tests.support.cover import full
 from tests.support.imported import load_imported, logits_of, manager
 from tests.support.messages import refused
 from tests.support.tiny_hf import save, tiny_model
@@ -22,8 +23,8 @@ TOKENS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(3
     ("kind", "null", "choices"),
     [
         ("mixtral", 8, (3, 4)),
-        ("olmoe", 16, (7, 8, 9)),
-        ("qwen3_moe", 24, (9, 12)),
+        full("olmoe", 16, (7, 8, 9)),
+        full("qwen3_moe", 24, (9, 12)),
         ("qwen2_moe dense", 8, (5, 6)),
     ],
 )

@@ -76,8 +76,8 @@ def by_name(adapted: Adapted) -> dict[str, torch.Tensor]:
     [
         ("mixtral", "each"),
         full("mixtral", "shared"),
-        ("qwen2_moe", "shared expert"),
-        ("gpt_oss", "clamped"),
+        full("qwen2_moe", "shared expert"),
+        full("gpt_oss", "clamped"),
         full("glm4_moe", "each"),
         ("deepseek_v3", "latent"),
         full("ernie4_5_moe", "each"),

@@ -16,6 +16,7 @@ from moe_dist.inference.sampling import Sampling
 from moe_dist.model.attention import QKNorm
 from moe_dist.model.transformer import Transformer
 from tests.support.causal_models import evaluated_model
+from tests.support.cover import full
 from tests.support.layouts import Layout, config_of
 from tests.support.messages import refused
 from tests.support.tiny import BEGIN_IMAGE, END_IMAGE, EOS, IMAGE_IDS
@@ -46,7 +47,7 @@ def in_parts(model: Transformer, tokens_BS: Tensor, parts: Sequence[int]) -> Ten
 
 
 @pytest.mark.parametrize("parts", [[1] * 12, [5, 1, 1, 1, 1, 1, 1, 1], [7, 5], [12]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, full(torch.float32)], ids=str)
 @pytest.mark.parametrize(
     ("layers", "qk_norm"), [((), "none"), ((0, 1, 2), "full"), ((1,), "head")], ids=["dense", "nulls", "both"]
 )

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from moe_dist.inference.multiple_choice import bootstrap_mean, wilson
 
@@ -10,6 +9,8 @@ from moe_dist.inference.multiple_choice import bootstrap_mean, wilson
 @pytest.mark.parametrize(("right", "total"), [(0, 5), (5, 5), (1, 3), (17, 40), (431, 1000)])
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
 def test_wilson_is_scipys(right: int, total: int, confidence: float) -> None:
+    from scipy.stats import binomtest  # 0.5 s, which each worker would need to collect this file
+
     expected = binomtest(right, total).proportion_ci(confidence, method="wilson")
     assert wilson(right, total, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
 

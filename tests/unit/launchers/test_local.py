@@ -129,7 +129,7 @@ def test_another_configuration_is_refused_unless_the_old_run_is_moved_aside(site
     ("leaves", "peer_speaks", "words"),
     [
         ("os.kill(os.getpid(), 9)", True, "killed by SIGKILL"),
-        ("os._exit(3)", True, "exit code 3"),
+        full("os._exit(3)", True, "exit code 3"),
         full("os.kill(os.getpid(), 9)", False, "killed by SIGKILL"),
     ],
 )

@@ -14,6 +14,7 @@ from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.train.start import resume
 from moe_dist.train.start.resume import kept_position
+from tests.support.cover import full
 from tests.support.imported import logits_of
 from tests.support.invoked import invoke
 from tests.support.messages import refused
@@ -100,7 +101,7 @@ def test_a_place_among_samples_of_router_tuning_is_none_in_the_data(
         kept_position(found.folder, found.config, digest)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [False, full(True)])
 def test_adapters_on_experts_are_resumed_sampled_and_evaluated(
     trained: tuple[Path, OneRank], tmp_path: Path, shared: bool
 ) -> None:

@@ -11,6 +11,7 @@ from tests.support.invoked import invoke
 from tools.calibrate import fitted_link
 
 
+@pytest.mark.full  # starts two ranks
 def test_rates_are_measured_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tools.calibrate, "ROWS", (4, 16))
     for name, value in tools.calibrate.RANK_ENV.items():

@@ -122,11 +122,12 @@ def test_the_rank_dies_with_its_supervisor(kept: Callable[..., Kept]) -> None:
 def test_signals_are_forwarded_and_the_supervisor_ignores_its_own(
     kept: Callable[..., Kept], number: signal.Signals
 ) -> None:
+    # Python drops what a handler raises while a file without `with` is closed.
     program = """
     import signal
     def stop(number, frame): sys.exit(75)
     for s in (15, 12, 2): signal.signal(s, stop)
-    open(sys.argv[1], "w").write("0")
+    with open(sys.argv[1], "w") as file: file.write("0")
     time.sleep(600)
     """
     supervisor = kept(program)
@@ -137,7 +138,7 @@ def test_signals_are_forwarded_and_the_supervisor_ignores_its_own(
 
 
 def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept]) -> None:
-    supervisor = kept("open(sys.argv[1], 'w').write('0'); time.sleep(600)")
+    supervisor = kept("with open(sys.argv[1], 'w') as file: file.write('0')\ntime.sleep(600)")
     supervisor.escaped_pid()
     supervisor.say("SIGINT")
     assert supervisor.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt was raised, so the rank does not ignore SIGINT

@@ -156,7 +156,7 @@ def test_srun_gets_no_option_of_an_outer_job(node: Node, monkeypatch: pytest.Mon
     ("line", "verdict", "requeued"),
     [
         ("task 1: Killed", 1, True),  # a rank's death
-        ("task 0: Exited with exit code 1", 1, True),  # for example after a lost GPU or a timeout
+        full("task 0: Exited with exit code 1", 1, True),  # a lost GPU, a timeout after a suspend, a late start
         ("task 1: Exited with exit code 75", 75, True),
         ("task 1: Exited with exit code 78", 78, False),
         full("task 1: Exited with exit code 69", 69, False),

@@ -69,7 +69,8 @@ def test_rotary_embedding(shape: str, dtype: torch.dtype, pairs: RopePairs) -> N
     ("shape", "dtype", "whole", "pairs"),
     full_unless(
         lambda shape, dtype, whole, pairs: (
-            shape == (1, 11, 2, 6) or (dtype, whole, pairs) == (torch.bfloat16, True, "adjacent")
+            (shape == (1, 11, 2, 6) and dtype == torch.float32)
+            or (dtype, whole, pairs) == (torch.bfloat16, True, "adjacent")
         ),
         product(
             [(2, 5, 16, 64), (2, 7, 3, 20), (1, 1, 1, 2), (0, 3, 2, 8), (1, 11, 2, 6)],
@@ -268,7 +269,7 @@ def test_a_model_uses_them_all(changes: dict[str, Any], used: set[str]) -> None:
     """With the kernels a transformer has the same losses and gradients as with torch's operations."""
     cfg, results, called = small_config(**changes), [], set()
     placement = ExpertPlacement.interleaved(expert_groups(cfg.model.moe), 1)
-    tokens = torch.arange(24).view(2, 12) * 7 % 100
+    tokens = torch.arange(8).view(2, 4) * 7 % 100
     for kernels in (TORCH, TRITON):
         called.clear()
         torch.manual_seed(0)
@@ -277,7 +278,7 @@ def test_a_model_uses_them_all(changes: dict[str, Any], used: set[str]) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
         watched = DenseKernels(*(partial(noted, called, name, each) for name, each in kernels._asdict().items()))
         use(model, watched)
-        positions = torch.arange(12).expand(2, 12)
+        positions = torch.arange(4).expand(2, 4)
         losses, _ = model(tokens, positions, torch.zeros_like(tokens), torch.zeros_like(tokens), labels_BS=tokens)
         losses.sum().backward()
         results.append([losses, *(each.grad for each in model.parameters())])

@@ -10,6 +10,7 @@ from moe_dist.moe.routers.gating_residual import GatingResidualRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference.gating_residual import chained_logits, top_k_weights
+from tests.support.cover import full
 from tests.unit.moe.routers.test_contract import tensors_of, weights_of
 
 T, D, LAYERS = 40, 6, 3
@@ -68,7 +69,7 @@ def slow_tables(routers: list[GatingResidualRouter], layers: list[Tensor], group
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("groups", [(TEXT, IMAGE), (IMAGE, TEXT), (ALL,)], ids=lambda groups: groups[0].name)
+@pytest.mark.parametrize("groups", [(TEXT, IMAGE), full((IMAGE, TEXT)), (ALL,)], ids=lambda groups: groups[0].name)
 def test_equals_the_loop_in_values_and_gradients(groups: tuple[ExpertGroup, ...], bias: bool) -> None:
     routers = made(groups, bias=bias)
     layers, group_T = inputs(len(groups))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import create_autospec
 
-import mlflow
 import pytest
 
 from moe_dist.errors import ConfigError
@@ -19,7 +18,9 @@ from tests.unit.monitor.conftest import send
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands in for MLflow's client, and accepts only arguments that the real client accepts."""
+    """Accepts only arguments that MLflow's own client accepts."""
+    import mlflow  # 1 s, which each worker would need to collect this file
+
     client = create_autospec(mlflow.MlflowClient, instance=True)
     client.get_experiment_by_name.return_value = None
     client.create_experiment.return_value = "7"

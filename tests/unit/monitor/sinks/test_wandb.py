@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
-from wandb.proto import wandb_internal_pb2
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
@@ -54,8 +52,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def records_of(folder: Path) -> list[Any]:
-    """Reads wandb's file: a header of seven bytes, then LevelDB's log format, in which blocks have pieces of a record: crc
-    (4 bytes), length (2), type (1), and data."""
+    """Reads wandb's file: seven bytes of its own, then LevelDB's log format, blocks of pieces [crc 4, length 2, type 1,
+    data]."""
+    from wandb.proto import wandb_internal_pb2
+
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     content = path.read_bytes()
     assert content[:4] == b":W&B"
@@ -75,6 +75,8 @@ def records_of(folder: Path) -> list[Any]:
 
 
 def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: MakeRecord, tried: list[Any]) -> None:
+    import wandb  # 0.7 s, which each worker would need to collect this file
+
     send(WandbSink(SinkContext(tmp_path, run_name="demo", resume_step=4), project="moe", mode="offline"), make_record)
     wandb.teardown()  # as at the end of the process; after finish() wandb's service process may still write
     assert tried == []

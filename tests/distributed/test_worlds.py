@@ -9,8 +9,6 @@ import torch.distributed as dist
 
 from tests.support.worlds import RankContext, WorldError, Worlds
 
-pytestmark = pytest.mark.slow
-
 
 @dataclass(frozen=True)
 class Answer:
