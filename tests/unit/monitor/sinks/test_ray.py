@@ -31,6 +31,6 @@ def test_nobody_listening_and_nobody_reading_cost_nothing(tmp_path: Path, make_r
     sink.step(make_record(1))  # no process listens
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as reader:
         reader.bind(str(tmp_path / "s"))
-        for step in range(2, 100):  # more datagrams than a socket buffers
+        for step in range(2, 100):  # more datagrams than the socket's buffer holds
             sink.step(make_record(step))
         assert json.loads(reader.recv(1 << 18))[0][3] == 2
