@@ -1,0 +1,22 @@
+"""Expert parallelism for transformers' own mixture-of-experts models, by moe_dist's dispatcher.
+
+    import moe_dist.hf.ep  # registers "moe_dist"
+
+    parallel = DistributedConfig(fsdp_size=4, ep_size=4, ep_implementation="moe_dist")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parallel)
+
+The import also registers the parallel style "moe_dist_shard", for numbers of experts that the ranks do not divide (`style`).
+Needs transformers 5.24 or newer. This is the only package of `moe_dist.hf` that imports transformers.
+"""
+
+from transformers.distributed.expert_parallel import EPImplementationInterface
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+from moe_dist.hf.ep.absent import allow_absent_choices
+from moe_dist.hf.ep.implementation import MoeDistEP
+from moe_dist.hf.ep.style import ChunkedExperts
+
+__all__ = ["ChunkedExperts", "MoeDistEP", "allow_absent_choices"]
+
+EPImplementationInterface.register("moe_dist", MoeDistEP)
+ALL_PARALLEL_STYLES.register("moe_dist_shard", ChunkedExperts())

@@ -1,0 +1,137 @@
+"""The expert-parallel implementation "moe_dist", which transformers builds once for each module of experts.
+
+A token sends one row (hidden state) to each other rank that holds one of its experts. The rank computes the row's (token,
+expert) pairs by the model's own experts, adds the weighted outputs in fp32, and sends one row back. transformers'
+`all_to_all` sends a row there and back for each pair. The exchange is that of `AllToAllDispatcher`: five collectives and
+one host sync in forward, three collectives in backward.
+
+A choice outside [0, E) is absent: a null choice, or padding. It costs no row, no byte and no arithmetic. All ranks must call
+the module equally often, and may do so without tokens.
+
+Shape letters: T tokens on this rank, K choices of a token, E experts, D hidden size, N = T x K (token, expert) pairs, R
+rows on this rank for this rank's experts, Q pairs computed here.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.expert_parallel import EPImplementation
+
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats, from_host
+from moe_dist.errors import ConfigError
+from moe_dist.hf.ep.style import chunks
+from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
+from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype, gather_rows, weighted_row_sum
+from moe_dist.moe.routing.types import ABSENT, Assignments
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+
+
+class ByteCounts(CommStats):
+    """Counts bytes, but no seconds: on CUDA the events of each wait would stay in memory until somebody reads them."""
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        yield
+
+
+class MoeDistEP(EPImplementation):
+    """Sends the tokens of one module of experts to their ranks and back.
+
+    Args:
+        experts: The module of experts, whose parameters [E, ...] are sharded over the ranks of `ep_mesh`.
+        tp_mesh: Ranks that hold the same tokens. Each sends its slice of them.
+
+    Raises:
+        ConfigError: the plan shards no parameter of the experts, or in another way than `torch.chunk`.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts, self.num_experts = experts, _num_experts(experts)
+        slots = chunks(self.num_experts, ep_mesh.size())
+        held = len(slots[ep_mesh.get_local_rank()])
+        if held != self.num_local_experts:
+            raise ConfigError(
+                f"ep_plan: {type(experts).__name__} holds {self.num_local_experts} of {self.num_experts} experts, but this "
+                f'rank of {ep_mesh.size()} must hold {held}; shard its parameters by "grouped_gemm" or "moe_dist_shard"'
+            )
+        group = ExpertGroup("experts", self.num_experts, num_null=0, top_k=1, ffn_dim=0)
+        wire = AllToAll(ep_mesh.get_group(), ByteCounts())
+        self.dispatcher = AllToAllDispatcher(DispatchContext(ExpertPlacement((group,), slots), wire))
+        _divide_gradients_once(experts)
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Returns the weighted sum of each token's experts, [T, D]; 0 for a token without an expert."""
+        if self.tp_mesh.size() == 1:
+            return self._run(hidden_states, top_k_index, top_k_weights)
+        inputs = (hidden_states, top_k_index, top_k_weights)
+        whole = [DTensor.from_local(each, self.tp_mesh, [Replicate()], run_check=False) for each in inputs]
+        # A slice costs nothing in forward. Backward all-gathers the gradients of the slices.
+        y_TD = self._run(*(each.redistribute(self.tp_mesh, [Shard(0)]).to_local() for each in whole)).contiguous()
+        shape = hidden_states.shape
+        return DTensor.from_local(y_TD, self.tp_mesh, [Shard(0)], shape=shape, stride=(shape[1], 1)).full_tensor()
+
+    @torch.compiler.disable  # the planner reads counts on the host by numpy, which Dynamo cannot trace
+    def _run(self, h_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        (num_tokens, choices), expert_N = expert_TK.shape, expert_TK.reshape(-1).long()
+        absent_N = (expert_N < 0) | (expert_N >= self.num_experts)
+        weight_N = weight_TK.reshape(-1).to(accumulation_dtype(h_TD.dtype)).masked_fill(absent_N, 0.0)
+        token_N = torch.arange(num_tokens, device=h_TD.device).repeat_interleave(choices)
+        pairs = Assignments(token_N, expert_N.masked_fill(absent_N, ABSENT), weight_N, num_choices=choices)
+        plan = self.dispatcher.plan(pairs, num_tokens, layer="experts")
+        y_TD, _ = self.dispatcher.run(h_TD, weight_N, plan, experts=self._compute)
+        return y_TD
+
+    def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
+        """Returns for each row the weighted sum of its pairs' outputs, [R, D]. The experts see pairs as tokens with one
+        choice of weight 1, so that no choice of another rank reaches them."""
+        rows_RD, row_Q = rows.rows_RD, layout.row_of_pair_Q
+        if not row_Q.shape[0]:
+            # FSDP2 and the norm of gradients need a gradient of each weight on each rank, and other ranks would wait for
+            # them: an empty slice gives a gradient of 0.
+            for weight in self.experts.parameters():
+                rows_RD = rows_RD + weight[:0].sum().to(rows_RD.dtype)
+            return rows_RD
+        x_QD = gather_rows(rows_RD, row_Q)
+        counts = from_host(layout.slot_counts, torch.int64, row_Q.device)
+        expert_Q = torch.arange(len(counts), device=row_Q.device).repeat_interleave(counts, output_size=row_Q.shape[0])
+        y_QD = self.experts_forward(x_QD, expert_Q[:, None], x_QD.new_ones(x_QD.shape[0], 1))
+        return weighted_row_sum(y_QD, rows.weight_Q, row_Q, rows_RD.shape[0]).to(rows_RD.dtype)
+
+
+def _num_experts(experts: nn.Module) -> int:
+    """Returns E, the number of experts on all ranks."""
+    sharded = [each for each in experts.parameters(recurse=False) if isinstance(each, DTensor)]
+    if not sharded:
+        raise ConfigError(
+            f"ep_plan: it shards no parameter of {type(experts).__name__}, and each rank would hold all experts; add a rule "
+            'such as "model.layers.*.mlp.experts.down_proj": "grouped_gemm" for each of its parameters'
+        )
+    return sharded[0].shape[0]
+
+
+def _divide_gradients_once(experts: nn.Module) -> None:
+    """Corrects expert gradients in float64 and fp16, where no two ranks hold the same expert.
+
+    FSDP2 (torch 2.13) divides the gradients of such a group by transformers' factor when it copies them, and again in the
+    two divisions by which it avoids overflow in dtypes other than fp32 and bf16. The root of the factor makes it right.
+    """
+
+    def set_factor(factor: float) -> None:
+        weight = next(each for each in experts.parameters(recurse=False) if isinstance(each, DTensor))
+        policy = experts._get_fsdp_state()._mp_policy  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        divided_twice = (policy.reduce_dtype or weight.dtype) not in (torch.float32, torch.bfloat16)
+        if divided_twice and weight.device_mesh["efsdp"].size() == 1:
+            factor = math.sqrt(factor)
+        type(experts).set_gradient_divide_factor(experts, factor)  # pyright: ignore[reportAttributeAccessIssue]
+
+    # transformers calls this method after FSDP2 has sharded the module, later than it builds this implementation.
+    experts.set_gradient_divide_factor = set_factor  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,39 @@
+"""The parallel style "moe_dist_shard", which shards experts whose number the ranks do not divide.
+
+Pass it in `DistributedConfig.ep_plan` for each parameter of the experts, in the place of transformers' "grouped_gemm":
+
+    experts = "model.layers.*.mlp.experts"
+    ep_plan = {f"{experts}.gate_up_proj": "moe_dist_shard", f"{experts}.down_proj": "moe_dist_shard"}
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from transformers.distributed.expert_parallel import MoEParamShard
+
+
+class ChunkedExperts(MoEParamShard):
+    """Gives each rank a run of experts, as `torch.chunk` cuts them: 9 experts on 2 ranks are 5 and 4.
+
+    DTensor saves and loads no other cut. On more ranks the last ranks may hold few experts or none: 9 on 4 are 3, 3, 3, 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Shard(0), shards_expert_dim=True)
+
+    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+        """Shards one parameter [E, ...], and gives the module the number of this rank's experts."""
+        whole = module._parameters.get(param)
+        if whole is None:  # a bias that this model does not have
+            return
+        shard = distribute_tensor(whole, mesh, [self.placement], src_data_rank=None)
+        module.num_experts = shard.to_local().shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+        module._is_expert_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+
+def chunks(num_experts: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the experts of each rank, as DTensor cuts dimension 0."""
+    runs = [tuple(run.tolist()) for run in torch.arange(num_experts).chunk(num_ranks)]
+    return tuple(runs + [()] * (num_ranks - len(runs)))

@@ -1,0 +1,243 @@
+"""Expert parallelism of transformers' own models by moe_dist (`moe_dist.hf.ep`) equals one rank and transformers' own.
+
+Values are float64, so a difference of 1e-12 of the largest value is an error of the exchange.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from moe_dist.errors import ConfigError
+from tests.support.tiny_hf import VOCAB, tiny_model
+from tests.support.worlds import RankContext
+
+D, F_DIM = 6, 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module of experts on several ranks, each with tokens of its own.
+
+    Attributes:
+        experts, top_k: E and K.
+        tokens: Number of tokens of each group of `tp` ranks.
+        chosen: Experts below this number are chosen; None for all.
+        absent: Share of the choices that are absent.
+        tp: Number of ranks with the same tokens.
+    """
+
+    world: int
+    experts: int
+    top_k: int
+    tokens: tuple[int, ...]
+    chosen: int | None = None
+    absent: float = 0.0
+    tp: int = 1
+
+    def batch(self, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the tokens, choices and weights of a group of ranks, and the gradient of its output."""
+        generator = torch.Generator().manual_seed(group)
+        tokens, options = self.tokens[group], {"generator": generator, "dtype": torch.float64}
+        h_TD, grad_TD = torch.randn(2, tokens, D, **options)
+        scores_TE = torch.randn(tokens, self.experts, **options).softmax(-1)
+        weight_TK, expert_TK = scores_TE[:, : self.chosen].topk(self.top_k, -1)
+        absent_TK = torch.rand(tokens, self.top_k, generator=generator) < self.absent
+        sentinel_TK = torch.where(torch.rand(tokens, self.top_k, generator=generator) < 0.5, self.experts, -1)
+        return h_TD.requires_grad_(), torch.where(absent_TK, sentinel_TK, expert_TK), weight_TK.requires_grad_(), grad_TD
+
+
+CASES = {
+    "2 ranks, K 2": Case(2, 16, 2, (11, 7)),
+    "2 ranks, K 8": Case(2, 16, 8, (11, 7)),
+    "4 ranks, K 2": Case(4, 16, 2, (5, 9, 3, 7)),
+    "4 ranks, K 8": Case(4, 16, 8, (5, 9, 3, 7)),
+    "5 and 4 experts": Case(2, 9, 2, (11, 7)),
+    "3, 3, 3 and no expert": Case(4, 9, 3, (5, 9, 3, 7)),
+    "absent choices": Case(2, 16, 4, (11, 7), absent=0.4),
+    "only absent choices": Case(2, 16, 4, (11, 7), absent=1.0),
+    "a rank without tokens": Case(2, 16, 2, (11, 0)),
+    "a rank whose experts are not chosen": Case(2, 16, 2, (11, 7), chosen=8),
+    "no token at all": Case(2, 16, 2, (0, 0)),
+    "2 ranks with the same tokens": Case(4, 16, 4, (5, 9), tp=2),
+}
+
+
+def experts_module(case: Case, implementation: str = "eager", dtype: torch.dtype = torch.float64) -> Any:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=D, moe_intermediate_size=F_DIM, num_experts=case.experts)
+    config._experts_implementation = implementation
+    experts, generator = Qwen3MoeExperts(config).to(dtype), torch.Generator().manual_seed(0)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return experts
+
+
+def parallel_experts(case: Case, ep_implementation: str, style: str) -> Any:
+    import moe_dist.hf.ep  # noqa: F401
+    from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+    model = nn.ModuleDict({"experts": experts_module(case)})
+    ep_mesh = init_device_mesh("cpu", (case.world,), mesh_dim_names=("ep",))
+    tp_mesh = init_device_mesh("cpu", (case.world // case.tp, case.tp), mesh_dim_names=("fsdp", "tp"))["tp"]
+    plan = {"experts.gate_up_proj": style, "experts.down_proj": style, "experts": "ep_dispatch_experts"}
+    return apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation)["experts"]
+
+
+def results(experts: Any, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]], *, alone: bool = False) -> list[Tensor]:
+    """Returns y, dh and dw of each batch, and the sums of the weights' gradients. transformers' experts `alone` have no
+    gradient if no expert is chosen."""
+    found = []
+    for h_TD, expert_TK, weight_TK, grad_TD in batches:
+        y_TD = experts(h_TD, expert_TK, weight_TK)
+        if alone:
+            y_TD = y_TD + 0.0 * sum(each.sum() for each in (h_TD, weight_TK, *experts.parameters()))
+        y_TD.backward(grad_TD)
+        found += [y_TD.detach(), h_TD.grad, weight_TK.grad]
+    weights = [each.grad for each in experts.parameters()]
+    return found + [each.full_tensor() if isinstance(each, DTensor) else each for each in weights]
+
+
+@contextmanager
+def rows_sent() -> Iterator[list[int]]:
+    """Lists the number of hidden rows that this rank sends to other ranks in each all-to-all."""
+    sent, exchange = [], dist.all_to_all_single
+
+    def counted(received: Tensor, items: Tensor, *splits: Any, **options: Any) -> Any:
+        if items.ndim == 2:
+            sent.append(len(items))  # a rank sends no row to itself
+        return exchange(received, items, *splits, **options)
+
+    with mock.patch.object(dist, "all_to_all_single", counted):
+        yield sent
+
+
+def exchanged(rank: RankContext, case: Case) -> tuple[dict[str, list[np.ndarray]], list[int]]:
+    """Returns the results of moe_dist and of transformers' all_to_all on this rank, and the rows that moe_dist sent."""
+    group = rank.rank // case.tp
+    with rows_sent() as sent:
+        found = {"moe_dist": results(parallel_experts(case, "moe_dist", "moe_dist_shard"), [case.batch(group)])}
+    if not case.absent and case.experts % case.world == 0:
+        found["all_to_all"] = results(parallel_experts(case, "all_to_all", "grouped_gemm"), [case.batch(group)])
+    return {name: [each.numpy() for each in tensors] for name, tensors in found.items()}, sent
+
+
+def expected_rows(case: Case) -> np.ndarray:
+    """Returns the number of distinct (token, expert's rank) from each rank to each other rank."""
+    rows, most = np.zeros((case.world, case.world), int), -(-case.experts // case.world)
+    for group, tokens in enumerate(case.tokens):
+        slices = np.array_split(np.arange(tokens), case.tp) if case.tp == 1 else torch.arange(tokens).chunk(case.tp)
+        for position, mine in enumerate(slices):
+            sender = group * case.tp + position
+            for choices in case.batch(group)[1][mine].tolist():
+                for receiver in {expert // most for expert in choices if 0 <= expert < case.experts} - {sender}:
+                    rows[sender, receiver] += 1
+    return rows
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_rank(run_in_world: Callable[..., list[Any]], name: str) -> None:
+    case = CASES[name]
+    one = experts_module(case)
+    one._is_expert_parallel = True  # skips choices of the index E
+    batches = [case.batch(group) for group in range(len(case.tokens))]
+    for batch in batches:
+        batch[1][batch[1] < 0] = case.experts  # the index -1 is read by moe_dist alone
+    *of_batches, up, down = (each.numpy() for each in results(one, batches, alone=True))
+    rows = expected_rows(case)
+    for at, (found, sent) in enumerate(run_in_world(case.world, exchanged, case)):
+        group = at // case.tp
+        wanted = [*of_batches[3 * group : 3 * group + 3], up, down]
+        for implementation, tensors in found.items():
+            for what, ours, theirs in zip(("y", "dh", "dw", "dup", "ddown"), tensors, wanted, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12, err_msg=f"{implementation} {what}")
+        there, back = rows[at].sum(), rows[:, at].sum()
+        assert sent == [there, back, there, back], "dispatch, combine, and the backward of each"
+
+
+def logits_loss(model: Any, tokens_BS: Tensor) -> Tensor:
+    """Returns the loss in the dtype of the logits; transformers' own loss is fp32."""
+    logits_BSV = model(input_ids=tokens_BS).logits
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
+
+
+def row_of_tokens(rank: int) -> Tensor:
+    return torch.randint(0, VOCAB, (1, 12 + 3 * rank), generator=torch.Generator().manual_seed(rank))
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    named = ((name, each.grad) for name, each in model.named_parameters() if each.grad is not None)
+    return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in named}
+
+
+def worst_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Returns the largest difference, relative to the largest value of its tensor."""
+    assert found.keys() == wanted.keys()
+    return max(float((found[name] - each).abs().max() / each.abs().max()) for name, each in wanted.items())
+
+
+def loaded(folder: Path, ep_implementation: str, ranks: int, **options: Any) -> Any:
+    import moe_dist.hf.ep  # noqa: F401
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    parallel = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation=ep_implementation, **options)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager", distributed_config=parallel
+    ).train()
+
+
+def family_on_ranks(rank: RankContext, family: str, changes: dict[str, Any], ep_plan: dict[str, str] | None) -> Any:
+    """Returns the differences of the gradients and of the saved weights from one rank, and of all_to_all's gradients."""
+    model = tiny_model(family, dtype=torch.float64, **changes).train()
+    if rank.rank == 0:
+        model.save_pretrained(rank.folder / "model")  # pyright: ignore
+    dist.barrier()
+    losses = [logits_loss(model, row_of_tokens(each)) for each in range(rank.world_size)]
+    (sum(losses) / rank.world_size).backward()  # pyright: ignore
+    wanted = gradients(model)
+    parallel = loaded(rank.folder / "model", "moe_dist", rank.world_size, ep_plan=ep_plan)
+    loss = logits_loss(parallel, row_of_tokens(rank.rank))
+    loss.backward()
+    found = gradients(parallel)
+    torch.optim.AdamW(parallel.parameters(), lr=1e-2).step()
+    weights = {name: each.full_tensor() for name, each in parallel.state_dict().items() if isinstance(each, DTensor)}
+    parallel.save_pretrained(rank.folder / "saved")
+    dist.barrier()
+    alone = type(model).from_pretrained(rank.folder / "saved", dtype=torch.float64)  # pyright: ignore
+    saved = {name: each for name, each in alone.state_dict().items() if name in weights}
+    return float((loss - losses[rank.rank]).abs()), worst_difference(found, wanted), worst_difference(saved, weights)
+
+
+UNEVEN = {f"model.layers.*.mlp.experts.{name}": "moe_dist_shard" for name in ("gate_up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "ep_plan", "limit"),
+    [
+        ("qwen3_moe", {}, None, 1e-11),
+        ("mixtral", {}, None, 1e-11),
+        ("deepseek_v3 plain", {"first_k_dense_replace": 1}, None, 2e-6),  # its router computes in fp32
+        ("qwen3_moe", {"num_experts": 9}, UNEVEN, 1e-11),
+    ],
+)
+def test_families_equal_one_rank(
+    run_in_world: Callable[..., list[Any]], family: str, changes: dict[str, Any], ep_plan: Any, limit: float
+) -> None:
+    for loss, gradient, saved in run_in_world(2, family_on_ranks, family, changes, ep_plan):
+        assert loss < limit
+        assert gradient < limit
+        assert saved == 0.0
