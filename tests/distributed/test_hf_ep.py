@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from moe_dist.errors import ConfigError
-from tests.support.tiny_hf import VOCAB, tiny_model
+from tests.support.tiny_hf import VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
 
-D, F_DIM = 6, 5
+D, F_DIM = 8, 4  # grouped_mm takes rows of a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,16 @@ def experts_module(case: Case, implementation: str = "eager", dtype: torch.dtype
     return experts
 
 
-def parallel_experts(case: Case, ep_implementation: str, style: str) -> Any:
-    import moe_dist.hf.ep  # noqa: F401
+def parallel_experts(case: Case, ep_implementation: str, style: str | None) -> Any:
     from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+    import moe_dist.hf.ep  # noqa: F401
 
     model = nn.ModuleDict({"experts": experts_module(case)})
     ep_mesh = init_device_mesh("cpu", (case.world,), mesh_dim_names=("ep",))
     tp_mesh = init_device_mesh("cpu", (case.world // case.tp, case.tp), mesh_dim_names=("fsdp", "tp"))["tp"]
-    plan = {"experts.gate_up_proj": style, "experts.down_proj": style, "experts": "ep_dispatch_experts"}
+    plan = {} if style is None else {"experts.gate_up_proj": style, "experts.down_proj": style}
+    plan |= {"experts": "ep_dispatch_experts"}
     return apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation)["experts"]
 
 
@@ -189,27 +191,29 @@ def worst_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> flo
     return max(float((found[name] - each).abs().max() / each.abs().max()) for name, each in wanted.items())
 
 
-def loaded(folder: Path, ep_implementation: str, ranks: int, **options: Any) -> Any:
-    import moe_dist.hf.ep  # noqa: F401
+def loaded(folder: Path, ep_implementation: str, ranks: int, *, dtype: str = "float64", **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
+    import moe_dist.hf.ep  # noqa: F401
+
     parallel = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation=ep_implementation, **options)
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, experts_implementation="eager", distributed_config=parallel
-    ).train()
+    options = {"dtype": dtype, "experts_implementation": "eager", "attn_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=parallel, **options).train()
 
 
-def family_on_ranks(rank: RankContext, family: str, changes: dict[str, Any], ep_plan: dict[str, str] | None) -> Any:
-    """Returns the differences of the gradients and of the saved weights from one rank, and of all_to_all's gradients."""
-    model = tiny_model(family, dtype=torch.float64, **changes).train()
+def family_on_ranks(
+    rank: RankContext, family: str, changes: dict[str, Any], ep_plan: dict[str, str] | None, dtype: str
+) -> tuple[float, float, float]:
+    """Returns the differences of loss and gradients from one rank, and of the weights after a step from the saved ones."""
     if rank.rank == 0:
-        model.save_pretrained(rank.folder / "model")  # pyright: ignore
+        save(tiny_model(family, **changes), rank.folder / "model")
     dist.barrier()
+    model = loaded(rank.folder / "model", "auto", 1, dtype=dtype)
     losses = [logits_loss(model, row_of_tokens(each)) for each in range(rank.world_size)]
-    (sum(losses) / rank.world_size).backward()  # pyright: ignore
+    torch.stack(losses).mean().backward()
     wanted = gradients(model)
-    parallel = loaded(rank.folder / "model", "moe_dist", rank.world_size, ep_plan=ep_plan)
+    parallel = loaded(rank.folder / "model", "moe_dist", rank.world_size, dtype=dtype, ep_plan=ep_plan)
     loss = logits_loss(parallel, row_of_tokens(rank.rank))
     loss.backward()
     found = gradients(parallel)
@@ -217,27 +221,118 @@ def family_on_ranks(rank: RankContext, family: str, changes: dict[str, Any], ep_
     weights = {name: each.full_tensor() for name, each in parallel.state_dict().items() if isinstance(each, DTensor)}
     parallel.save_pretrained(rank.folder / "saved")
     dist.barrier()
-    alone = type(model).from_pretrained(rank.folder / "saved", dtype=torch.float64)  # pyright: ignore
-    saved = {name: each for name, each in alone.state_dict().items() if name in weights}
-    return float((loss - losses[rank.rank]).abs()), worst_difference(found, wanted), worst_difference(saved, weights)
+    alone = loaded(rank.folder / "saved", "auto", 1, dtype=dtype).state_dict()
+    saved = {name: alone[name] for name in weights}
+    return (
+        float((loss - losses[rank.rank]).detach().abs()),
+        worst_difference(found, wanted),
+        worst_difference(saved, weights),
+    )
 
 
 UNEVEN = {f"model.layers.*.mlp.experts.{name}": "moe_dist_shard" for name in ("gate_up_proj", "down_proj")}
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "ep_plan", "limit"),
+    ("family", "changes", "ep_plan", "dtype", "limit"),
     [
-        ("qwen3_moe", {}, None, 1e-11),
-        ("mixtral", {}, None, 1e-11),
-        ("deepseek_v3 plain", {"first_k_dense_replace": 1}, None, 2e-6),  # its router computes in fp32
-        ("qwen3_moe", {"num_experts": 9}, UNEVEN, 1e-11),
+        ("qwen3_moe", {}, None, "float64", 1e-11),
+        ("mixtral", {}, None, "float64", 1e-11),
+        ("deepseek_v3", {}, None, "float32", 1e-5),  # its routers are fp32, and FSDP2 takes one dtype
+        ("qwen3_moe", {"num_experts": 9}, UNEVEN, "float64", 1e-11),
     ],
 )
 def test_families_equal_one_rank(
-    run_in_world: Callable[..., list[Any]], family: str, changes: dict[str, Any], ep_plan: Any, limit: float
+    run_in_world: Callable[..., list[Any]],
+    family: str,
+    changes: dict[str, Any],
+    ep_plan: dict[str, str] | None,
+    dtype: str,
+    limit: float,
 ) -> None:
-    for loss, gradient, saved in run_in_world(2, family_on_ranks, family, changes, ep_plan):
+    for loss, gradient, saved in run_in_world(2, family_on_ranks, family, changes, ep_plan, dtype):
         assert loss < limit
         assert gradient < limit
         assert saved == 0.0
+
+
+def divided_twice(rank: RankContext) -> dict[str, dict[str, float]]:
+    """Returns for each implementation the ratio of an expert's and of a router's gradient to one rank's."""
+    if rank.rank == 0:
+        save(tiny_model("mixtral"), rank.folder / "model")
+    dist.barrier()
+    one = loaded(rank.folder / "model", "auto", 1)
+    torch.stack([logits_loss(one, row_of_tokens(each)) for each in range(rank.world_size)]).mean().backward()
+    wanted, found = gradients(one), {}
+    for implementation in ("moe_dist", "all_to_all"):
+        model = loaded(rank.folder / "model", implementation, rank.world_size)
+        logits_loss(model, row_of_tokens(rank.rank)).backward()
+        found[implementation] = {
+            name: float(each.norm() / wanted[f"model.layers.0.mlp.{name}"].norm())
+            for name in ("experts.down_proj", "gate.weight")
+            for each in [gradients(model)[f"model.layers.0.mlp.{name}"]]
+        }
+    return found
+
+
+def test_float64_gradients_are_divided_once(run_in_world: Callable[..., list[Any]]) -> None:
+    """transformers 5.24 on torch 2.13 divides them twice. Once it does not, `_divide_gradients_once` must go."""
+    for found in run_in_world(2, divided_twice):
+        assert found["moe_dist"] == pytest.approx({"experts.down_proj": 1.0, "gate.weight": 1.0})
+        assert found["all_to_all"] == pytest.approx({"experts.down_proj": 0.5, "gate.weight": 1.0})
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_absent_choices_on_one_rank(allowed: bool) -> None:
+    """transformers 5.24 leaves rows of absent choices uninitialised. Once it does not, `allow_absent_choices` must go."""
+    from moe_dist.hf.ep import allow_absent_choices
+
+    case = Case(1, 16, 4, (11,), absent=0.4)
+    h_TD, expert_TK, weight_TK, grad_TD = case.batch(0)
+    expert_TK[expert_TK < 0] = case.experts
+    wanted = experts_module(case)
+    allow_absent_choices(wanted)
+    found = experts_module(case, "grouped_mm", torch.float32)
+    if allowed:
+        allow_absent_choices(found)
+    gradients = []
+    for experts, dtype in ((wanted, torch.float64), (found, torch.float32)):
+        h = h_TD.detach().to(dtype).requires_grad_()
+        weight_TK = weight_TK.detach().masked_fill(expert_TK == case.experts, 0.0)
+        with uninitialised_is_nan():
+            experts(h, expert_TK, weight_TK.to(dtype)).backward(grad_TD.to(dtype))
+        gradients.append(h.grad.double())
+    assert torch.allclose(*gradients, rtol=0, atol=1e-4) == allowed
+
+
+@contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # torch then fills new memory with NaN
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def refused(rank: RankContext, style: str | None) -> str:
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    from moe_dist.hf.ep import ChunkedExperts
+
+    class Halved(ChunkedExperts):
+        def shard_param(self, module: Any, param: str, mesh: Any) -> None:
+            super().shard_param(module, param, mesh)
+            module.num_experts = 3
+
+    ALL_PARALLEL_STYLES.register("halved", Halved())
+    with pytest.raises(ConfigError) as found:
+        parallel_experts(CASES["5 and 4 experts"], "moe_dist", style)
+    return str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("style", "problem"),
+    [(None, "ep_plan: it shards no parameter of Qwen3MoeExperts"), ("halved", "holds 3 of 9 experts, but this rank of 2")],
+)
+def test_refuses_another_plan(run_in_world: Callable[..., list[Any]], style: str | None, problem: str) -> None:
+    assert problem in run_in_world(2, refused, style)[0]

@@ -5,7 +5,7 @@
     parallel = DistributedConfig(fsdp_size=4, ep_size=4, ep_implementation="moe_dist")
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parallel)
 
-The import also registers the parallel style "moe_dist_shard", for numbers of experts that the ranks do not divide (`style`).
+The import also registers the parallel style "moe_dist_shard", for experts whose number the ranks do not divide (`style`).
 Needs transformers 5.24 or newer. This is the only package of `moe_dist.hf` that imports transformers.
 """
 

@@ -5,8 +5,8 @@ expert) pairs by the model's own experts, adds the weighted outputs in fp32, and
 `all_to_all` sends a row there and back for each pair. The exchange is that of `AllToAllDispatcher`: five collectives and
 one host sync in forward, three collectives in backward.
 
-A choice outside [0, E) is absent: a null choice, or padding. It costs no row, no byte and no arithmetic. All ranks must call
-the module equally often, and may do so without tokens.
+A choice outside [0, E) is absent: a null choice, or padding. It costs no row, no byte and no arithmetic. All ranks must
+call the module equally often, and may do so without tokens.
 
 Shape letters: T tokens on this rank, K choices of a token, E experts, D hidden size, N = T x K (token, expert) pairs, R
 rows on this rank for this rank's experts, Q pairs computed here.
@@ -112,8 +112,8 @@ def _num_experts(experts: nn.Module) -> int:
     sharded = [each for each in experts.parameters(recurse=False) if isinstance(each, DTensor)]
     if not sharded:
         raise ConfigError(
-            f"ep_plan: it shards no parameter of {type(experts).__name__}, and each rank would hold all experts; add a rule "
-            'such as "model.layers.*.mlp.experts.down_proj": "grouped_gemm" for each of its parameters'
+            f"ep_plan: it shards no parameter of {type(experts).__name__}, so each rank would hold all experts; add a "
+            'rule such as "model.layers.*.mlp.experts.down_proj": "grouped_gemm" for each of its parameters'
         )
     return sharded[0].shape[0]
 

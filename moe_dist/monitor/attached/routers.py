@@ -1,4 +1,7 @@
-"""Finds the routers of other systems' models, and counts the routers' choices. `ROUTERS` has a line for each router class.
+"""Finds the routers of other systems' models, and counts the routers' choices.
+
+The routers of a transformers model are those whose logits the model can record (`_can_record_outputs`), in any family.
+`ROUTERS` has a line for each router class of another system.
 
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, L MoE layers, E experts, K choices of a token.
 """
@@ -8,17 +11,19 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.moe.routing.types import ABSENT
 
 GUIDE = "docs/monitoring.md"
+PROBABILITY_ERROR = 1e-2  # of a sum of bf16 probabilities
 EXTRA = 2  # numbers after a layer's E expert counts: number of tokens, and sum of the tokens' entropies
 
 
 class Choices(NamedTuple):
-    """The decisions of a router: experts int64 [T, K], the best first, the routing weights, and the logits [T, E]."""
+    """The decisions of a router: experts int64 [T, K], the best first, the routing weights, and the logits [T, E]. A choice
+    outside [0, E) is absent, such as a null choice."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -30,27 +35,29 @@ class RouterKind(NamedTuple):
 
     Attributes:
         shape: Returns the numbers of experts, of choices per token, and of ranks that share the experts.
-        read: Returns the choices, given the router, its input and its output.
+        read: Returns the choices, given the router, its inputs and its output.
         sequence_first: True if tokens are ordered [S, B], False for [B, S].
         fault: Returns why a router's choices cannot be read from its output; "" if they can be read.
     """
 
     shape: Callable[[Any], tuple[int, int, int]]
-    read: Callable[[Any, Tensor, Any], Choices]
+    read: Callable[[Any, tuple[Any, ...], Any], Choices]
     sequence_first: bool = False
     fault: Callable[[Any], str] = lambda _: ""
 
 
-def _of_transformers(router: Any, hidden: Tensor, output: Any) -> Choices:
-    # The logits are computed again, because some versions of transformers return probabilities instead of logits.
-    _, weights_TK, ids_TK = output
-    return Choices(ids_TK, weights_TK, F.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight))
+def _of_transformers(router: Any, inputs: tuple[Any, ...], output: Any) -> Choices:
+    scores_TE, weights_TK, ids_TK, *_ = output
+    scores_TE = scores_TE.float()
+    # Some families and versions return probabilities, whose logarithms are logits. The test costs no device sync.
+    probabilities = (scores_TE >= 0).all() & ((scores_TE.sum(-1) - 1).abs() < PROBABILITY_ERROR).all()
+    return Choices(ids_TK, weights_TK, torch.where(probabilities, scores_TE.log(), scores_TE))
 
 
-def _of_megatron(router: Any, hidden: Tensor, output: Any) -> Choices:
+def _of_megatron(router: Any, inputs: tuple[Any, ...], output: Any) -> Choices:
     probs_TE, map_TE = output  # weights, and a boolean map of the chosen (token, expert) pairs
     weights_TK, ids_TK = torch.where(map_TE, probs_TE, -1.0).topk(router.topk, dim=-1)
-    return Choices(ids_TK, weights_TK, router.gating(hidden).flatten(0, -2))
+    return Choices(ids_TK, weights_TK, router.gating(inputs[0]).flatten(0, -2))
 
 
 def _megatron_fault(router: Any) -> str:
@@ -70,14 +77,8 @@ MEGATRON = RouterKind(
     sequence_first=True,
     fault=_megatron_fault,
 )
-# Class of a router -> functions that read its choices.
-ROUTERS: dict[str, RouterKind] = {
-    "transformers.models.mixtral.modeling_mixtral.MixtralTopKRouter": TRANSFORMERS,
-    "transformers.models.olmoe.modeling_olmoe.OlmoeTopKRouter": TRANSFORMERS,
-    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeTopKRouter": TRANSFORMERS,
-    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeTopKRouter": TRANSFORMERS,
-    "megatron.core.transformer.moe.router.TopKRouter": MEGATRON,
-}
+# Class of a router of another system than transformers -> functions that read its choices.
+ROUTERS: dict[str, RouterKind] = {"megatron.core.transformer.moe.router.TopKRouter": MEGATRON}
 
 
 class Routers(NamedTuple):
@@ -99,12 +100,14 @@ class Routers(NamedTuple):
 def find_routers(model: nn.Module) -> Routers:
     """Finds the routers of a model. Raises ConfigError if the model has no router of a known class, the routers' shapes or
     classes differ, a router is watched already, or choices cannot be read from a router's output."""
-    found = {name: (module, kind) for name, module in model.named_modules() if (kind := _kind_of(module)) is not None}
+    recorded = _recorded_routers(model)
+    kinds = {name: (module, _kind_of(module, recorded)) for name, module in model.named_modules()}
+    found = {name: (module, kind) for name, (module, kind) in kinds.items() if kind is not None}
     if not found:
-        known = ", ".join(name.rpartition(".")[2] for name in ROUTERS)
         raise ConfigError(
-            f"attach: {type(model).__name__} has no router of a known class ({known}); give a model with such routers, or "
-            "add a line to ROUTERS in moe_dist/monitor/attached/routers.py",
+            f"attach: {type(model).__name__} has no router of a known class: none whose router_logits a transformers model "
+            f"can record, and none of {', '.join(ROUTERS)}; give a whole model with such routers, or add a line to ROUTERS "
+            "in moe_dist/monitor/attached/routers.py",
             see=GUIDE,
         )
     first, (module, kind) = next(iter(found.items()))
@@ -122,10 +125,25 @@ def find_routers(model: nn.Module) -> Routers:
             )
         if fault := kind.fault(other):
             raise ConfigError(f"attach: {name}, {fault}", see=GUIDE)
-    return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, *shape)
+    *sizes, ranks = shape
+    parallel = getattr(getattr(model, "config", None), "distributed_config", None)  # of transformers
+    ranks *= getattr(parallel, "ep_size", 1)
+    return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, *sizes, ranks)
 
 
-def _kind_of(module: nn.Module) -> RouterKind | None:
+def _recorded_routers(model: nn.Module) -> tuple[type, ...]:
+    """Returns the router classes that a transformers model names among the outputs that it can record."""
+    found: list[type] = []
+    for module in model.modules():
+        recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
+        recorders = recorders if isinstance(recorders, list | tuple) else [recorders]
+        found += [getattr(each, "target_class", each) for each in recorders]
+    return tuple(found)
+
+
+def _kind_of(module: nn.Module, recorded: tuple[type, ...]) -> RouterKind | None:
+    if isinstance(module, recorded) and hasattr(module, "num_experts") and hasattr(module, "top_k"):
+        return TRANSFORMERS
     names = (f"{each.__module__}.{each.__qualname__}" for each in type(module).__mro__)  # FSDP2 makes subclasses
     return next((ROUTERS[name] for name in names if name in ROUTERS), None)
 
@@ -178,7 +196,10 @@ class Counts:
         real_T = self._real(batch.mask_BS, ids_TK)
         entropy_T = torch.special.entr(choices.logits_TE.float().softmax(-1)).sum(-1)
         new = torch.zeros(self._routers.num_experts + EXTRA, dtype=torch.float64, device=ids_TK.device)
-        new[:-EXTRA].scatter_add_(0, ids_TK.flatten(), real_T[:, None].expand_as(ids_TK).flatten().double())
+        present_TK = (ids_TK >= 0) & (ids_TK < self._routers.num_experts)
+        ids_TK = ids_TK.masked_fill(~present_TK, ABSENT)
+        taken_TK = real_T[:, None] & present_TK
+        new[:-EXTRA].scatter_add_(0, ids_TK.clamp(min=0).flatten(), taken_TK.flatten().double())
         new[-2], new[-1] = real_T.sum(), torch.where(real_T, entropy_T, 0.0).sum()
         self._sums[layer] = new + self._sums[layer].to(ids_TK.device)
         if self.keep:
@@ -217,7 +238,7 @@ class RouterHook:
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         recomputed = torch._C._current_graph_task_id() != -1  # true while a backward runs in this thread
         if router.training and not recomputed:
-            self._counts.add(self._layer, self._kind.read(router, inputs[0], output))
+            self._counts.add(self._layer, self._kind.read(router, inputs, output))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _NoHook, ()

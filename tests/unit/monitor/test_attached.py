@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor import attach
+from moe_dist.monitor.attached.routers import Counts, find_routers
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.trace.reader import read_trace
 from tests.support.messages import refused
@@ -24,7 +25,7 @@ from tests.support.syncs import host_syncs
 from tests.support.tiny_hf import VOCAB, tiny_model
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "monitoring.md").read_text()
-FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "qwen2_moe")
+FAMILIES = ("mixtral", "olmoe", "qwen3_moe", "gpt_oss plain")
 EXPERTS, LAYERS = 8, 2
 
 
@@ -144,7 +145,7 @@ def test_the_loops_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from transformers import Trainer, TrainingArguments
 
     monkeypatch.chdir(tmp_path)
-    loop, callback = (code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "import attach" in code)
+    loop, callback = (code for code in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL) if "attach" in code)
     model = tiny_model("mixtral").train()
     scope: dict[str, Any] = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01)}
     exec(loop, {**scope, "batches": [{**batch_of(seed), "labels": batch_of(seed)["input_ids"]} for seed in (1, 2)]})
@@ -157,6 +158,21 @@ def test_the_loops_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         lines = list(read_lines(Path(folder) / "metrics.jsonl"))
         assert [line["arrays"]["tokens_LG"][0][0] for line in lines] == [tokens, tokens]
         assert read_trace(folder).steps == (1,)
+
+
+def test_probabilities_and_absent_choices_are_read() -> None:
+    """Routers of some families return probabilities in the place of logits. A choice outside [0, E) is no choice."""
+    model = tiny_model("mixtral").train()
+    routers = find_routers(model)
+    logits, weights, ids = torch.randn(5, EXPERTS), torch.rand(5, 2), torch.tensor([[0, 1]] * 3 + [[EXPERTS, 2], [-1, -1]])
+    sums = []
+    for scores in (logits, logits.softmax(-1)):
+        counts = Counts(routers)
+        counts.add(0, routers.kind.read(routers.modules[0], (), (scores, weights, ids)))
+        sums.append(counts.take()[0][0])
+    assert sums[0][:EXPERTS].tolist() == [3, 3, 1, 0, 0, 0, 0, 0]
+    assert sums[0][EXPERTS] == 5
+    assert torch.allclose(sums[0], sums[1], rtol=1e-5)
 
 
 def test_detaching_removes_every_hook_and_copies_are_not_watched(tmp_path: Path) -> None:
@@ -194,7 +210,7 @@ def test_the_forwards_wait_for_nothing_and_a_step_waits_once(tmp_path: Path) -> 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
-    with refused(ConfigError, "Linear has no router of a known class", "ROUTERS"):
+    with refused(ConfigError, "Linear has no router of a known class", "router_logits", "ROUTERS"):
         attach(nn.Linear(2, 2), tmp_path / "a")
     with attach(model, tmp_path / "b", sinks=["jsonl"]) as watch:
         with refused(ConfigError, "model.layers.0.mlp.gate is watched already", "detach()"):
