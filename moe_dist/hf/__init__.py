@@ -1,2 +1,2 @@
-"""Imports and exports pretrained models as Hugging Face folders (config.json, safetensors). Does not import
-transformers."""
+"""Imports and exports pretrained models as Hugging Face folders (config.json, safetensors), without transformers. The
+package `ep` runs transformers' own models on several ranks."""

@@ -91,12 +91,13 @@ def parallel_experts(case: Case, ep_implementation: str, style: str | None) -> A
 
     import moe_dist.hf.ep  # noqa: F401
 
-    model = nn.ModuleDict({"experts": experts_module(case)})
+    model: Any = nn.ModuleDict({"experts": experts_module(case)})
     ep_mesh = init_device_mesh("cpu", (case.world,), mesh_dim_names=("ep",))
     tp_mesh = init_device_mesh("cpu", (case.world // case.tp, case.tp), mesh_dim_names=("fsdp", "tp"))["tp"]
     plan = {} if style is None else {"experts.gate_up_proj": style, "experts.down_proj": style}
     plan |= {"experts": "ep_dispatch_experts"}
-    return apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation)["experts"]
+    apply_expert_parallelism(model, ep_mesh, tp_mesh, plan, ep_implementation)
+    return model["experts"]
 
 
 def results(experts: Any, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]], *, alone: bool = False) -> list[Tensor]:
@@ -193,7 +194,7 @@ def worst_difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> flo
 
 def loaded(folder: Path, ep_implementation: str, ranks: int, *, dtype: str = "float64", **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     import moe_dist.hf.ep  # noqa: F401
 
@@ -301,7 +302,7 @@ def test_absent_choices_on_one_rank(allowed: bool) -> None:
         weight_TK = weight_TK.detach().masked_fill(expert_TK == case.experts, 0.0)
         with uninitialised_is_nan():
             experts(h, expert_TK, weight_TK.to(dtype)).backward(grad_TD.to(dtype))
-        gradients.append(h.grad.double())
+        gradients.append(h.grad.double())  # pyright: ignore[reportOptionalMemberAccess]
     assert torch.allclose(*gradients, rtol=0, atol=1e-4) == allowed
 
 
@@ -324,7 +325,7 @@ def refused(rank: RankContext, style: str | None) -> str:
             super().shard_param(module, param, mesh)
             module.num_experts = 3
 
-    ALL_PARALLEL_STYLES.register("halved", Halved())
+    ALL_PARALLEL_STYLES.register("halved", Halved())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError) as found:
         parallel_experts(CASES["5 and 4 experts"], "moe_dist", style)
     return str(found.value)

@@ -36,7 +36,7 @@ def launched(rank: RankContext) -> Iterator[None]:
 def trained(rank: RankContext, out: Path, *, resume: Path | None = None, save_only_model: bool = False) -> Any:
     """Trains `STEPS` steps with a checkpoint after each second one. Returns the trainer."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     from moe_dist.hf.ep.resume import ExactResume
     from moe_dist.monitor.attached.trainer import RecordRouting

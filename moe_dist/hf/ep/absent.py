@@ -1,5 +1,7 @@
 """Absent choices in models that run without expert parallelism."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -10,6 +12,7 @@ def allow_absent_choices(model: nn.Module) -> None:
     uninitialised for such choices: the loss is right, and the gradients are garbage. Its "eager" and "batched_mm" raise an
     IndexError or need the call as well. Under `ep_implementation="moe_dist"` absent choices never reach the experts.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "_is_expert_parallel"):
-            module._is_expert_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+            module._is_expert_parallel = True

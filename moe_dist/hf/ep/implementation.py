@@ -15,9 +15,10 @@ rows on this rank for this rank's experts, Q pairs computed here.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
@@ -53,7 +54,7 @@ class MoeDistEP(EPImplementation):
         ConfigError: the plan shards no parameter of the experts, or in another way than `torch.chunk`.
     """
 
-    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+    def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts, self.num_experts = experts, _num_experts(experts)
         slots = chunks(self.num_experts, ep_mesh.size())
@@ -107,7 +108,7 @@ class MoeDistEP(EPImplementation):
         return weighted_row_sum(y_QD, rows.weight_Q, row_Q, rows_RD.shape[0]).to(rows_RD.dtype)
 
 
-def _num_experts(experts: nn.Module) -> int:
+def _num_experts(experts: Any) -> int:
     """Returns E, the number of experts on all ranks."""
     sharded = [each for each in experts.parameters(recurse=False) if isinstance(each, DTensor)]
     if not sharded:
@@ -118,7 +119,7 @@ def _num_experts(experts: nn.Module) -> int:
     return sharded[0].shape[0]
 
 
-def _divide_gradients_once(experts: nn.Module) -> None:
+def _divide_gradients_once(experts: Any) -> None:
     """Corrects expert gradients in float64 and fp16, where no two ranks hold the same expert.
 
     FSDP2 (torch 2.13) divides the gradients of such a group by transformers' factor when it copies them, and again in the
@@ -127,11 +128,11 @@ def _divide_gradients_once(experts: nn.Module) -> None:
 
     def set_factor(factor: float) -> None:
         weight = next(each for each in experts.parameters(recurse=False) if isinstance(each, DTensor))
-        policy = experts._get_fsdp_state()._mp_policy  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+        policy = experts._get_fsdp_state()._mp_policy
         divided_twice = (policy.reduce_dtype or weight.dtype) not in (torch.float32, torch.bfloat16)
         if divided_twice and weight.device_mesh["efsdp"].size() == 1:
             factor = math.sqrt(factor)
-        type(experts).set_gradient_divide_factor(experts, factor)  # pyright: ignore[reportAttributeAccessIssue]
+        type(experts).set_gradient_divide_factor(experts, factor)
 
     # transformers calls this method after FSDP2 has sharded the module, later than it builds this implementation.
-    experts.set_gradient_divide_factor = set_factor  # pyright: ignore[reportAttributeAccessIssue]
+    experts.set_gradient_divide_factor = set_factor

@@ -28,6 +28,10 @@ MODEL, OPTIMIZER = "sharded_model", "sharded_optimizer"  # folders of a checkpoi
 class ExactResume(Trainer):
     """Saves and loads weights, optimizer and schedule of a sharded model. Other models are saved as Trainer does."""
 
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(self, *values: Any, **named: Any) -> None:
         arguments = named.get("args", values[1] if len(values) > 1 else None)  # the second parameter of each Trainer
         if arguments is None or arguments.save_only_model:

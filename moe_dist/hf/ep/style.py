@@ -6,6 +6,8 @@ Pass it in `DistributedConfig.ep_plan` for each parameter of the experts, in the
     ep_plan = {f"{experts}.gate_up_proj": "moe_dist_shard", f"{experts}.down_proj": "moe_dist_shard"}
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,14 +24,13 @@ class ChunkedExperts(MoEParamShard):
     def __init__(self) -> None:
         super().__init__(Shard(0), shards_expert_dim=True)
 
-    def shard_param(self, module: nn.Module, param: str, mesh: DeviceMesh) -> None:
+    def shard_param(self, module: Any, param: str, mesh: DeviceMesh) -> None:
         """Shards one parameter [E, ...], and gives the module the number of this rank's experts."""
         whole = module._parameters.get(param)
         if whole is None:  # a bias that this model does not have
             return
         shard = distribute_tensor(whole, mesh, [self.placement], src_data_rank=None)
-        module.num_experts = shard.to_local().shape[0]  # pyright: ignore[reportAttributeAccessIssue]
-        module._is_expert_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+        module.num_experts, module._is_expert_parallel = shard.to_local().shape[0], True
         module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
 
 

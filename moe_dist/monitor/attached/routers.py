@@ -125,10 +125,10 @@ def find_routers(model: nn.Module) -> Routers:
             )
         if fault := kind.fault(other):
             raise ConfigError(f"attach: {name}, {fault}", see=GUIDE)
-    *sizes, ranks = shape
+    num_experts, top_k, ranks = shape
     parallel = getattr(getattr(model, "config", None), "distributed_config", None)  # of transformers
     ranks *= getattr(parallel, "ep_size", 1)
-    return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, *sizes, ranks)
+    return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, num_experts, top_k, ranks)
 
 
 def _recorded_routers(model: nn.Module) -> tuple[type, ...]:
