@@ -9,8 +9,11 @@ The import also registers the parallel style "moe_dist_shard", for experts whose
 Needs transformers 5.24 or newer. This is the only package of `moe_dist.hf` that imports transformers.
 """
 
-from transformers.distributed.expert_parallel import EPImplementationInterface
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+try:
+    from transformers.distributed.expert_parallel import EPImplementationInterface
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+except ImportError as error:
+    raise ImportError("moe_dist.hf.ep needs transformers 5.24 or newer: pip install 'transformers>=5.24'") from error
 
 from moe_dist.hf.ep.absent import allow_absent_choices
 from moe_dist.hf.ep.implementation import MoeDistEP
