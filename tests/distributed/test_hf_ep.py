@@ -64,7 +64,7 @@ CASES = {
     "4 ranks, K 2": Case(4, 16, 2, (5, 9, 3, 7)),
     "4 ranks, K 8": Case(4, 16, 8, (5, 9, 3, 7)),
     "5 and 4 experts": Case(2, 9, 2, (11, 7)),
-    "3, 3, 3 and no expert": Case(4, 9, 3, (5, 9, 3, 7)),
+    "3, 3, 3 and 1 expert": Case(4, 10, 3, (5, 9, 3, 7)),
     "absent choices": Case(2, 16, 4, (11, 7), absent=0.4),
     "only absent choices": Case(2, 16, 4, (11, 7), absent=1.0),
     "a rank without tokens": Case(2, 16, 2, (11, 0)),
@@ -315,7 +315,7 @@ def uninitialised_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def refused(rank: RankContext, style: str | None) -> str:
+def refused(rank: RankContext, name: str, style: str | None) -> str:
     from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
     from moe_dist.hf.ep import ChunkedExperts
@@ -327,13 +327,20 @@ def refused(rank: RankContext, style: str | None) -> str:
 
     ALL_PARALLEL_STYLES.register("halved", Halved())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError) as found:
-        parallel_experts(CASES["5 and 4 experts"], "moe_dist", style)
+        parallel_experts(REFUSED[name], "moe_dist", style)
     return str(found.value)
 
 
+REFUSED = {"5 and 4 experts": Case(2, 9, 2, ()), "3, 3, 3 and no expert": Case(4, 9, 2, ())}
+
+
 @pytest.mark.parametrize(
-    ("style", "problem"),
-    [(None, "ep_plan: it shards no parameter of Qwen3MoeExperts"), ("halved", "holds 3 of 9 experts, but this rank of 2")],
+    ("name", "style", "problem"),
+    [
+        ("5 and 4 experts", None, "ep_plan: it shards no parameter of Qwen3MoeExperts"),
+        ("5 and 4 experts", "halved", "holds 3 of 9 experts, but this rank of 2"),
+        ("3, 3, 3 and no expert", "moe_dist_shard", "ep_size=4: 9 experts in runs of 3 fill only 3 ranks"),
+    ],
 )
-def test_refuses_another_plan(run_in_world: Callable[..., list[Any]], style: str | None, problem: str) -> None:
-    assert problem in run_in_world(2, refused, style)[0]
+def test_refuses_plans(run_in_world: Callable[..., list[Any]], name: str, style: str | None, problem: str) -> None:
+    assert problem in run_in_world(REFUSED[name].world, refused, name, style)[0]
