@@ -22,4 +22,4 @@ from moe_dist.hf.ep.style import ChunkedExperts
 __all__ = ["ChunkedExperts", "MoeDistEP", "allow_absent_choices"]
 
 EPImplementationInterface.register("moe_dist", MoeDistEP)
-ALL_PARALLEL_STYLES.register("moe_dist_shard", ChunkedExperts())
+ALL_PARALLEL_STYLES.register("moe_dist_shard", ChunkedExperts())  # pyright: ignore[reportArgumentType]
