@@ -32,6 +32,7 @@ def main(
 ) -> None:
     """Export a checkpoint, and verify its weights by their fingerprints."""
     from moe_dist.hf.exporting import SHARD_BYTES, export_model
+    from moe_dist.inference.hosted import stored_engine, write_hosted
     from moe_dist.runtime.progress import shown_progress
 
     if dtype is not None and dtype not in DTYPES:
@@ -44,6 +45,12 @@ def main(
             raise ConfigError(f"{', '.join(given)}: does not apply with --adapters; leave it out")
         print(f"{export_adapters(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
         print(f"{out} is made")
+        return
+    if stored_engine(checkpoint).hosts:
+        unused = {"--dtype": dtype, "--family": family, "--like": like, "--shard-mb": shard_mb}
+        if given := [option for option, value in unused.items() if value is not None]:
+            raise ConfigError(f"{', '.join(given)}: does not apply to a model of transformers; leave it out")
+        print(f"{write_hosted(checkpoint, out, data)}: the family's own files\n{out} is made")
         return
     with shown_progress() as report:
         done = export_model(

@@ -62,8 +62,19 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
     if values is None:
         return PartialConfig(None, tuple(problems))
     problems += apply_overrides(values, overrides)
+    values = completed(values)
     read = draft(Config, values)
     return PartialConfig(read.value, (*problems, *_missing_as_one(read.problems)), read.wrong)
+
+
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values with the section `model` that the engine's section makes of what the file says of it."""
+    engine, model = values.get("engine"), values.get("model")
+    kind = engine.get("kind") if isinstance(engine, dict) else None
+    section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
+    if section is None or not isinstance(model, dict):
+        return values
+    return {**values, "model": section.complete_model(model)}
 
 
 def _missing_as_one(problems: Sequence[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, JsonValue, PositiveFloat
 
 from moe_dist.config import attention, controllers, experts, rope, routers
 from moe_dist.config.attention.base import AttentionSection
@@ -17,6 +17,7 @@ from moe_dist.config.base.section import (
     Layers,
     Name,
     NullExperts,
+    PathText,
     PositiveInt,
     Section,
     Share,
@@ -111,6 +112,8 @@ class MoESection(Section):
     """Controllers of the router's selection bias, at most one of each kind. The changes of all controllers are added up."""
     every: PositiveInt = Field(default=1, description="Every n-th layer is an MoE layer; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
+    layers: tuple[Count, ...] | None = None
+    """Indices of the MoE layers of a model of transformers, in place of every and first. null: every and first count."""
     shared_ffn_dim: Count = 0
     """Hidden width of a shared expert, which computes every token. 0: no shared expert."""
     shared_gate: bool = False
@@ -193,8 +196,15 @@ class MixtureOfDepthsSection(Section):
 
 
 class ModelSection(Section):
-    """Sizes and kinds of the transformer's parts."""
+    """Sizes and kinds of the transformer's parts. With engine.kind=transformers, all sizes follow from folder or family."""
 
+    folder: PathText | None = None
+    """Hugging Face folder of the model to train. Only with engine.kind=transformers. null: the model is drawn at random."""
+    family: Name | None = None
+    """model_type of transformers. Only with engine.kind=transformers. null: that of the folder's config.json."""
+    fields: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of the family's configuration; fields that are not here have the family's defaults. Only with
+    engine.kind=transformers."""
     hidden_dim: Width = Field(description="Width of the residual stream (D).")
     num_layers: Layers = Field(description="Number of transformer layers.")
     num_heads: Width = Field(description="Number of query heads.")
@@ -230,6 +240,17 @@ class ModelSection(Section):
     mixture_of_depths: MixtureOfDepthsSection | None = None
     """Mixture of depths: layers that compute only a share of the tokens. null: every layer computes all tokens."""
 
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        if config.engine.hosts:
+            return
+        for key, value in (("folder", self.folder), ("family", self.family), ("moe.layers", self.moe.layers)):
+            if value is not None:
+                problem = (
+                    f"model.{key}={value!r}: only engine.kind=transformers trains a model of transformers; set the engine, "
+                    "or remove the key (`moe-dist import-hf` converts a folder for this project's own model)"
+                )
+                yield Violation((f"model.{key}", "engine.kind"), problem)
+
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim or self.hidden_dim // self.num_heads
@@ -243,6 +264,8 @@ class ModelSection(Section):
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the MoE layers."""
+        if self.moe.layers is not None:
+            return self.moe.layers
         return tuple(range(self.moe.first, self.num_layers, self.moe.every))
 
     @property

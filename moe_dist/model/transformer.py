@@ -3,7 +3,7 @@
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -288,6 +288,18 @@ class Transformer(nn.Module):
 
     def _whole_losses(self, x_BSD: Tensor, labels_BS: Tensor) -> Tensor:
         return self.token_losses(self._logits(x_BSD), labels_BS)
+
+    def reset_buffers(self) -> None:
+        """Sets the routers' buffers, which a move from the meta device loses."""
+        for module in [*(moe.router for moe in self.moe_modules()), *self.depth_routers()]:
+            module.reset_buffers()  # pyright: ignore[reportCallIssue]
+
+    def units(self) -> Iterator[nn.Module]:
+        """Yields the modules whose parameters FSDP2 gathers together: each layer's attention, and its MoE layer or FFN."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer.attention
+            yield layer.moe if layer.has_experts else layer.ffn
 
     def moe_modules(self) -> list[MoELayer | LoRALayer]:
         """Returns the MoE layers, in order."""

@@ -68,9 +68,8 @@ def allocate(model: Transformer, device: torch.device) -> None:
     """Allocates a meta-device model on `device`. Sets the buffers of routers, but no parameter."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)  # leaves values undefined: the caller sets all values
-    for module in [*(moe.router for moe in model.moe_modules()), *model.depth_routers()]:
-        with device:
-            module.reset_buffers()  # pyright: ignore[reportCallIssue]
+    with device:
+        model.reset_buffers()
 
 
 def logical_expert_names(name: str, placement: ExpertPlacement, ep_rank: int) -> list[str]:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_dist.comm.collectives import sum_gradients
 from moe_dist.comm.names import EXPERT_GRADIENTS, ROUTER_GRADIENTS
 from moe_dist.errors import ConfigError
-from moe_dist.model.transformer import Layer, Transformer
+from moe_dist.model.transformer import Transformer
 from moe_dist.moe.experts.experts import ExpertStack
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import EXPERTS, ROUTERS, NamedParameter, Role, named_parameters
@@ -174,14 +174,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     plain = ROUTERS if mesh.edp_size > 1 else _NOT_IN_DDP
     ignored = {each.parameter for each in named_parameters(model) if each.role in plain}
     options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": ignored}
-    for layer in model.layers:
-        if not isinstance(layer, Layer):
-            raise AssertionError("model.layers must hold Layer modules")
-        fully_shard(layer.attention, **options)
-        if layer.has_experts:
-            fully_shard(layer.moe, shard_placement_fn=_expert_placement(layer.moe, mesh), **options)
-        else:
-            fully_shard(layer.ffn, **options)
+    for unit in model.units():
+        fully_shard(unit, shard_placement_fn=_expert_placement(unit, mesh), **options)
     fully_shard(model, **options)  # sharded last, because the model takes the parameters that no unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -19,6 +19,8 @@ class EngineSection(KindSection):
     memory: ClassVar[str]  # function like `moe_dist.plan.memory.rank_memory`, as "package.module:function"
     layouts: ClassVar[str] = ""  # function like `tools.plan_megatron.plan_layouts`, for `moe-dist plan`; empty if `planned`
 
+    model: ClassVar[str] = "moe_dist.train.build.training:build_transformer"  # function that makes the model
+    hosts: ClassVar[bool] = False  # whether the model is of transformers, named by model.folder or model.family
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
     source: ClassVar[str] = ""  # how to install these modules
     dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
@@ -29,6 +31,11 @@ class EngineSection(KindSection):
 
     def keywords(self) -> dict[str, Any]:
         return {}
+
+    @classmethod
+    def complete_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        """Returns the values of the section `model`, completed from what they name."""
+        return model
 
     def data_ranks(self, parallel: "ParallelSection") -> int:
         """Number of ranks, or sets of ranks, that read different sequences."""

@@ -100,7 +100,7 @@ class Routers(NamedTuple):
 def find_routers(model: nn.Module) -> Routers:
     """Finds the routers of a model. Raises ConfigError if the model has no router of a known class, the routers' shapes or
     classes differ, a router is watched already, or choices cannot be read from a router's output."""
-    recorded = _recorded_routers(model)
+    recorded = recorded_routers(model)
     kinds = {name: (module, _kind_of(module, recorded)) for name, module in model.named_modules()}
     found = {name: (module, kind) for name, (module, kind) in kinds.items() if kind is not None}
     if not found:
@@ -131,7 +131,7 @@ def find_routers(model: nn.Module) -> Routers:
     return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, num_experts, top_k, ranks)
 
 
-def _recorded_routers(model: nn.Module) -> tuple[type, ...]:
+def recorded_routers(model: nn.Module) -> tuple[type, ...]:
     """Returns the router classes that a transformers model names among the outputs that it can record."""
     found: list[type] = []
     for module in model.modules():

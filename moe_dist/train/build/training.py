@@ -15,6 +15,7 @@ from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.state import CheckpointState, Part, RankLayout, TensorSpec, capture, moment_specs
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.base.section import named
 from moe_dist.config.parallel.section import AllToAllDispatchSection
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
@@ -74,7 +75,12 @@ def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
     return ModelArgs(**named, compute_dtype=compute_dtype, recompute_blocks=config.parallel.recompute == "block")
 
 
-def build_model(
+def build_model(config: Config, placement: ExpertPlacement, **parts: Any) -> Any:
+    """Makes the model of the configured engine, as `build_transformer` does for this project's own."""
+    return named(config.engine.model)(config, placement, **parts)
+
+
+def build_transformer(
     config: Config,
     placement: ExpertPlacement,
     *,
@@ -185,6 +191,10 @@ class Training:
     def capture(self, layout: RankLayout, **options: Any) -> CheckpointState:
         """Returns the state of this rank's model and optimizer, as `moe_dist.checkpoint.state.capture` does."""
         return capture(self.parallel.model, self.optimizer, layout, **options)
+
+    def begin(self) -> str:
+        """Loads the weights with which a new run begins, if they are not drawn. Returns a line to print, or ""."""
+        return ""
 
     def loaded(self, state: CheckpointState) -> None:
         """Call this method after a checkpoint is loaded into the tensors of `state`, which `capture` returned."""

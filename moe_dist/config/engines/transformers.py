@@ -1,0 +1,53 @@
+"""The section of the engine for transformers' models, and rules for settings that this engine does not support."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from moe_dist.config.base.section import Violation, WholeConfig, named, unmet
+from moe_dist.config.engines.base import EngineSection
+
+KIND = "engine.kind=transformers"
+
+# Keys, the tuple of values that each key may have with this engine, and the reason.
+NEEDED = (
+    ("run.init_rules", ((),), "weights of another run are loaded as they are"),
+    ("train.only", (None,), "all parameters are trained"),
+    ("router_tuning", (None,), "router tuning reads this project's own model"),
+    ("loss.distillation", (None,), "a teacher is this project's own model"),
+    ("rank_balance.moving", (None,), "experts do not move between ranks"),
+    ("rank_balance.replicating", (None,), "experts have no replicas"),
+    ("parallel.compile", (False,), "the family's code is not compiled"),
+    ("parallel.kernels.kind", ("auto", "torch"), "rows are gathered by torch"),
+    ("parallel.loss_words", (None,), "the family's own output layer makes all logits"),
+    ("parallel.dispatch.kind", ("all_to_all", "hierarchical"), "only these two have been tried with this engine"),
+    ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
+    ("model.moe.router.kind", ("top_k",), "the family's own router chooses the experts"),
+    ("model.moe.capacity", (None,), "no token is dropped"),
+    ("model.moe.balance", ((),), "the family's own router has the selection bias"),
+    ("model.mixture_of_depths", (None,), "every layer computes every token"),
+    ("model.attention_lora", (None,), "there are no adapters"),
+)
+
+
+class TransformersEngineSection(EngineSection):
+    """A mixture-of-experts model of transformers, with its own code, over this project's dispatcher (docs/hf-engine.md).
+    `model` names its folder or family, and nothing else: the sizes follow from the family's configuration."""
+
+    builds = "moe_dist.train.build.hosted:transformers_engine"
+    model = "moe_dist.train.build.hosted:build_hosted"
+    memory = "moe_dist.plan.memory:rank_memory"
+    hosts = True
+    needs_modules = ("transformers",)
+    source = "pip install 'moe_dist[hf]'"
+    own_kernels = False
+    passes_logits = False
+    passes_token_ids = False
+
+    kind: Literal["transformers"] = "transformers"
+
+    @classmethod
+    def complete_model(cls, model: dict[str, Any]) -> dict[str, Any]:
+        return named("moe_dist.hf.host.family:complete")(model)
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from unmet(config, "engine.kind", KIND, NEEDED, instead="engine.kind=moe_dist")

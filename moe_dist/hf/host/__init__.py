@@ -1,0 +1,1 @@
+"""Mixture-of-experts models of transformers inside this project's engine (engine.kind=transformers)."""

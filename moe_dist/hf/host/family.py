@@ -1,0 +1,186 @@
+"""Reads a family's configuration, and derives the section `model` from it.
+
+The sizes of the section come from the family's model on the meta device, by transformers' own interface for experts and
+routers. So no family is known by name.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moe_dist.config.json_text import read_json
+from moe_dist.errors import ConfigError
+from moe_dist.monitor.attached.routers import recorded_routers
+
+GUIDE = "docs/hf-engine.md"
+GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
+GIVEN = ("folder", "family", "fields")
+_MOST_BYTES = 1 << 20
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+class Bank(NamedTuple):
+    """The experts of one layer, and the router that chooses among them."""
+
+    layer: int
+    experts: str  # path of the module of experts
+    router: str  # path of the router
+
+
+def complete(model: dict[str, Any]) -> dict[str, Any]:
+    """Returns the whole section `model` for a section that names a folder, or a family and its fields.
+
+    Raises:
+        ConfigError: the folder or family cannot be used; the text says why.
+    """
+    folder, family, fields = (model.get(key) for key in GIVEN)
+    if family is None:
+        if folder is None:
+            raise ConfigError(
+                "model: engine.kind=transformers needs model.folder, a Hugging Face folder, or model.family and "
+                "model.fields, such as family=qwen3_moe; set one of them",
+                see=GUIDE,
+            )
+        fields = read_fields(Path(folder))
+        family = fields.pop("model_type")
+    found = _sizes(family, json.dumps(fields or {}, sort_keys=True))
+    given = {key: value for key, value in model.items() if key not in GIVEN}
+    return {**_joined(given, found, "model"), "folder": folder, "family": family, "fields": fields or {}}
+
+
+def _joined(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns the values that were found, and those given beside them. Only a group's modalities are not the family's."""
+    joined = {**given, **found}
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(found.get(key), dict):
+            joined[key] = _joined(value, found[key], f"{path}.{key}")
+        elif key == "modalities":
+            joined[key] = value
+        elif key in found and value != found[key]:
+            raise ConfigError(
+                f"{path}.{key}={value!r}: engine.kind=transformers takes {found[key]!r} from the family's configuration; "
+                "remove the key, or change the family's own field in model.fields",
+                see=GUIDE,
+            )
+    return joined
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Returns the fields of a folder's config.json. Raises ConfigError if it is unreadable or would run code."""
+    path, where = folder / "config.json", f"model.folder={str(folder)!r}"
+    try:
+        fields = read_json(path, most_bytes=_MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {path} cannot be read: {error}; name a Hugging Face folder") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
+        raise ConfigError(f"{where}: {path} has no model_type; name a Hugging Face folder of a model")
+    if "auto_map" in fields:
+        raise ConfigError(
+            f"{where}: auto_map in {path} would run code of the folder; take a model that transformers itself has, and "
+            "remove the key",
+            see=GUIDE,
+        )
+    return {key: value for key, value in fields.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
+
+
+def family_config(family: str, fields: Mapping[str, Any]) -> Any:
+    """Returns transformers' configuration object. Raises ConfigError if it refuses family or fields."""
+    from transformers import CONFIG_MAPPING
+
+    if family not in CONFIG_MAPPING:
+        raise ConfigError(
+            f"model.family={family!r}: the installed transformers has no such model_type; install a newer one"
+        )
+    if "quantization_config" in fields:
+        raise ConfigError(
+            f"model.fields.quantization_config: quantised weights of {family} cannot be trained; take a folder with "
+            "bf16 or fp32 weights",
+            see=GUIDE,
+        )
+    try:
+        return CONFIG_MAPPING[family](**fields)
+    except Exception as error:  # each family checks its fields in its own way
+        raise ConfigError(f"model.fields: {family}: transformers refuses them: {error}; correct them", see=GUIDE) from error
+
+
+def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
+    """Returns the family's causal language model with all experts, on torch's default device, uninitialised on meta."""
+    from transformers import AutoModelForCausalLM
+
+    config = family_config(family, fields)
+    try:
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    except ValueError as error:
+        if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
+            raise ConfigError(f"model.family={family!r}: not a causal language model: {error}", see=GUIDE) from error
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def banks_of(model: nn.Module) -> list[Bank]:
+    """Returns the MoE layers in order. Raises ConfigError if the model does not use transformers' interface for experts, or
+    a router is not found."""
+    name = type(model).__name__
+    experts = [path for path, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
+    routers = [path for path, module in model.named_modules() if isinstance(module, recorded_routers(model))]
+    if not experts:
+        raise ConfigError(
+            f"model.family: {name} does not use transformers' interface for experts (ALL_EXPERTS_FUNCTIONS), which shards "
+            "them; take a mixture-of-experts family that does",
+            see=GUIDE,
+        )
+    found = []
+    for path in experts:
+        holder, layer = path.rpartition(".")[0], _LAYER.search(path)
+        own = [router for router in routers if f"{holder}.".startswith(f"{router.rpartition('.')[0]}.")]
+        if layer is None or len(own) != 1 or path.rpartition(".")[2] != GROUP:
+            raise ConfigError(
+                f"model.family: {name}: {path} must be named {GROUP} and have one router beside it, whose logits the model "
+                f"can record (_can_record_outputs), but there are {own}; this family cannot be trained by this engine yet",
+                see=GUIDE,
+            )
+        found.append(Bank(int(layer[1]), path, own[0]))
+    return found
+
+
+@cache
+def _sizes(family: str, fields_json: str) -> dict[str, Any]:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with torch.device("meta"):
+        model = empty_model(family, json.loads(fields_json))
+    banks, config = banks_of(model), model.config.get_text_config()
+    experts, router = model.get_submodule(banks[0].experts), model.get_submodule(banks[0].router)
+    shapes = {tuple(each.shape) for bank in banks for each in model.get_submodule(bank.experts).parameters()}
+    if len({shape[0] for shape in shapes}) != 1:
+        raise ConfigError(f"model.family={family!r}: its layers have different numbers of experts", see=GUIDE)
+    num_experts, hidden_dim = next(iter(shapes))[0], config.hidden_size
+    matrices = sum(each[0].numel() for each in experts.parameters() if each.ndim == 3)
+    heads = config.num_attention_heads
+    return {
+        "hidden_dim": hidden_dim,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or max(2, hidden_dim // heads // 2 * 2),
+        "vocab_size": config.vocab_size,
+        "max_seq_len": config.max_position_embeddings,
+        "dense_ffn_dim": getattr(config, "intermediate_size", None) or hidden_dim,
+        "tie_embeddings": bool(config.tie_word_embeddings),
+        "moe": {
+            "layers": [bank.layer for bank in banks],
+            "groups": {
+                GROUP: {
+                    "num_experts": num_experts,
+                    "top_k": getattr(router, "top_k", None) or config.num_experts_per_tok,
+                    "ffn_dim": matrices // (hidden_dim * (3 if getattr(experts, "has_gate", True) else 2)),
+                    "modalities": ["text"],
+                }
+            },
+        },
+    }

@@ -1,0 +1,319 @@
+"""A causal language model of transformers, called as this project's own transformer.
+
+The family's code computes everything but the experts' exchange: the module of experts keeps the stacks [e, ...] of this
+rank's experts, and its forward sends each token to the ranks of its experts by an `MoELayer`. A hook on the family's router
+keeps the logits, from which reports and balance losses are made.
+
+Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, E experts, K choices of a token, Q (token, expert)
+pairs on this rank, R rows on this rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.comm.collectives import from_host
+from moe_dist.data.batch import IGNORED
+from moe_dist.hf.host.family import Bank
+from moe_dist.model.layers import ModelArgs
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout, RunExperts
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype, gather_rows, weighted_row_sum
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routing.draws import recomputed
+from moe_dist.moe.routing.types import NO_REQUEST, LayerReport, Recompute, RoutingCache, RoutingRequest
+from moe_dist.placement.parameter_names import Role
+
+
+class Choice(NamedTuple):
+    """The output of a family's router: scores [T, E], which are logits or probabilities, and the chosen experts' weights
+    and ids [T, K]."""
+
+    scores_TE: Tensor
+    weights_TK: Tensor
+    ids_TK: Tensor
+
+
+class FamilyRouter(TopKRouter):
+    """Makes the routing of this project from the choices of a family's router.
+
+    Attributes:
+        choice: The family's choice for the tokens of the next call.
+        sigmoid: Whether probabilities are sigmoids divided by their sum, instead of a softmax.
+    """
+
+    choice: Choice | None = None
+    sigmoid = False
+
+    def __init__(self, context: RouterContext) -> None:
+        with torch.device("meta"):  # its gates are not used
+            super().__init__(context)
+
+    def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
+        assert self.choice is not None, "the family's router runs before its experts"
+        return self.choice.scores_TE.to(h_TD.dtype)
+
+    def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
+        return False
+
+    def _probs(self, masked_TC: Tensor) -> Tensor:
+        if not self.sigmoid:
+            return masked_TC.softmax(dim=-1)
+        scores_TC = masked_TC.sigmoid()
+        return scores_TC / scores_TC.sum(-1, keepdim=True)
+
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> Any:
+        assert self.choice is not None
+        cache.choice_TK = self.choice.ids_TK.long()
+        chosen = super()._choose(masked_TC, probs_TC, group_T, cache)
+        inside_TK = (chosen.column_TK >= 0) & (chosen.column_TK < self.num_experts)
+        return chosen._replace(
+            column_TK=chosen.column_TK.clamp(0, self.num_experts - 1),
+            valid_TK=chosen.valid_TK & inside_TK,
+            true_TK=chosen.true_TK & inside_TK,
+            null_TK=chosen.null_TK & inside_TK,
+        )
+
+    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: Any) -> Tensor:
+        assert self.choice is not None
+        return torch.where(chosen.true_TK, self.choice.weights_TK.to(probs_TC.dtype), 0.0)
+
+
+class FamilyExperts(nn.Module):
+    """Computes rows by a family's module of experts, which holds this rank's stacks. Owns no parameters: the module stays
+    in the family's model."""
+
+    def __init__(self, experts: Any, num_local: int) -> None:
+        super().__init__()
+        self._experts, self._forward = (experts,), experts.forward  # in a tuple, so that it is no child
+        experts.num_experts, experts._is_expert_parallel = num_local, True
+
+    def start(self, h_TD: Tensor, *, recompute: bool) -> tuple[Tensor, RunExperts]:
+        return h_TD, self._again if recompute else self._compute
+
+    def _again(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
+        return recomputed(self._compute, rows, layout)
+
+    def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
+        """Returns for each row the weighted sum of its pairs' outputs, [R, D]. The experts see pairs as tokens with one
+        choice of weight 1."""
+        rows_RD, row_Q = rows.rows_RD, layout.row_of_pair_Q
+        if not row_Q.shape[0]:
+            # Gradient norms and FSDP2 need a gradient of each weight on each rank. An empty slice gives a gradient of 0.
+            for weight in self._experts[0].parameters():
+                rows_RD = rows_RD + weight[:0].sum().to(rows_RD.dtype)
+            return rows_RD
+        x_QD = gather_rows(rows_RD, row_Q)
+        counts = from_host(layout.slot_counts, torch.int64, row_Q.device)
+        expert_Q = torch.arange(len(counts), device=row_Q.device).repeat_interleave(counts, output_size=row_Q.shape[0])
+        y_QD = self._forward(x_QD, expert_Q[:, None], x_QD.new_ones(x_QD.shape[0], 1))
+        return weighted_row_sum(y_QD, rows.weight_Q, row_Q, rows_RD.shape[0]).to(rows_RD.dtype)
+
+
+class _Pass:
+    """The inputs of the layers in one forward, and the reports that they have made."""
+
+    def __init__(self, group_T: Tensor, request: RoutingRequest) -> None:
+        self.group_T, self.request, self.reports = group_T, request, list[LayerReport]()
+
+
+class HostedModel(nn.Module):
+    """A transformers model with this rank's experts, with the interface of `Transformer`.
+
+    Args:
+        family: The family's model, on the meta device, with all experts.
+        banks: Its MoE layers.
+        local: Ids of this rank's experts.
+        context: Makes the routing records; has the one expert group.
+        dispatcher: Exchanges the rows of all layers.
+        recompute: `experts`: backward computes this rank's experts again. `block`: whole layers, exchanges included.
+
+    Attributes:
+        packed: Whether the family keeps documents of one sequence apart by their positions. If not, each document is a
+            sequence of its own, padded to the longest.
+    """
+
+    in_halves = False
+
+    def __init__(
+        self,
+        family: Any,
+        args: ModelArgs,
+        banks: Sequence[Bank],
+        *,
+        local: Sequence[int],
+        context: RouterContext,
+        dispatcher: Dispatcher[Any],
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__()
+        self.family, self.args, self.packed = family, args, True
+        self._banks, self._pass = tuple(banks), list[_Pass]()  # the innermost pass is the last
+        _set_roles(family, banks)
+        if recompute == "block":
+            family.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = []
+        for bank in banks:
+            experts = family.get_submodule(bank.experts)
+            for name, whole in list(experts.named_parameters(recurse=False)):
+                experts._parameters[name] = nn.Parameter(whole.detach()[list(local)].clone())
+            layer = MoELayer(
+                norm=nn.Identity(),
+                router=FamilyRouter(context),
+                experts=FamilyExperts(experts, len(local)),  # pyright: ignore[reportArgumentType]
+                dispatcher=dispatcher,
+                recompute="experts" if recompute == "experts" else "none",
+                name=f"layers.{bank.layer}",
+            )
+            family.get_submodule(bank.router).register_forward_hook(_Keep(layer.router))
+            experts.forward = _Routed(layer, self._pass)
+            layers.append(layer)
+        self._layers = tuple(layers)  # in a tuple, because the parameters are the family's
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor,
+        documents_BS: Tensor,
+        group_BS: Tensor,
+        request: RoutingRequest = NO_REQUEST,
+        labels_BS: Tensor | None = None,
+        objective: Any = None,
+    ) -> tuple[Tensor, Sequence[LayerReport]]:
+        """Returns logits or losses and the layers' reports, as `Transformer.forward` does. Has no `objective`."""
+        assert objective is None, "the engine's section refuses what has an objective"
+        rows = (tokens_BS, positions_BS, group_BS)
+        if not self.packed:
+            place_BS, rows = _unpacked(documents_BS, *rows)
+        here = _Pass(rows[2].flatten(), request)
+        self._pass.append(here)
+        try:
+            dtype, device = self.args.compute_dtype, tokens_BS.device.type
+            low = dtype in (torch.bfloat16, torch.float16)
+            with torch.autocast(device, dtype) if low else nullcontext():
+                logits = self.family(input_ids=rows[0], position_ids=rows[1], use_cache=False).logits
+        finally:
+            self._pass.pop()
+        reports = here.reports
+        if request.on_reports is not None:
+            request.on_reports(reports)
+        logits_BSV = logits if self.packed else logits.flatten(0, 1)[place_BS]
+        if labels_BS is None:
+            return logits_BSV, reports
+        logits_BVS = logits_BSV.transpose(1, 2).to(accumulation_dtype(logits_BSV.dtype))
+        return F.cross_entropy(logits_BVS, labels_BS, ignore_index=IGNORED, reduction="none"), reports
+
+    def train(self, mode: bool = True) -> "HostedModel":
+        for layer in self._layers:
+            layer.train(mode)
+        return super().train(mode)
+
+    def moe_modules(self) -> list[MoELayer]:
+        """Returns the MoE layers, in order."""
+        return list(self._layers)
+
+    def depth_routers(self) -> list[Any]:
+        return []
+
+    def units(self) -> Iterator[nn.Module]:
+        """Yields the family's layers, whose parameters FSDP2 gathers together."""
+        paths = dict.fromkeys(bank.experts.split(".layers.")[0] + ".layers" for bank in self._banks)
+        for path in paths:
+            yield from self.family.get_submodule(path).children()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Sets what a move from the meta device loses: buffers that the family computes, such as rotary frequencies, tables
+        of the routers, and tied weights."""
+        self.family.tie_weights()
+        for layer in self._layers:
+            layer.router.reset_buffers()
+        for module in self.family.modules():
+            buffers = {name: each for name, each in module.named_buffers(recurse=False)}
+            if buffers:
+                made = own_values(self.family, module)
+                for name, buffer in buffers.items():
+                    buffer.copy_(made[name])
+
+
+class _Keep:
+    """A hook that keeps a family's choice for the MoE layer that follows."""
+
+    def __init__(self, router: Any) -> None:
+        self._router = router
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._router.choice = Choice(*output[:3])
+
+
+class _Routed:
+    """The forward of a family's module of experts: dispatch, this rank's experts, combine."""
+
+    def __init__(self, layer: MoELayer, passes: list[_Pass]) -> None:
+        self._layer, self._passes, self._last = layer, passes, None
+
+    def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        layer, router = self._layer, self._layer.router
+        if self._passes:
+            self._last = self._passes[-1]  # backward computes a layer again when no pass is open
+        assert self._last is not None
+        family = router.router if hasattr(router, "router") else router  # a measurement may replace the router
+        assert family.choice is not None
+        family.choice = family.choice._replace(ids_TK=ids_TK, weights_TK=weights_TK)
+        y_TD, report = layer(h_TD, self._last.group_T, self._last.request)
+        if self._passes:
+            self._last.reports.append(report)
+        return y_TD.to(h_TD.dtype)
+
+
+def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+    """Returns the values that the family's own initialisation gives a module's own parameters and buffers, on the host.
+    `shapes` replaces the shapes of parameters."""
+    shapes = shapes or {name: tuple(each.shape) for name, each in module.named_parameters(recurse=False)}
+    copy = module.__class__.__new__(module.__class__)
+    copy.__dict__.update(module.__dict__, _buffers={})
+    with torch.device("cpu"):
+        copy._parameters = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+        for name, each in module._parameters.items():
+            copy._parameters.setdefault(name, None if each is None else nn.Parameter(torch.empty(each.shape)))
+        for name, each in module._buffers.items():
+            copy._buffers[name] = None if each is None else torch.empty(each.shape, dtype=each.dtype)
+        family._init_weights(copy)
+    named = {**copy._parameters, **copy._buffers}
+    return {name: each.detach() for name, each in named.items() if each is not None}
+
+
+def _set_roles(family: Any, banks: Sequence[Bank]) -> None:
+    family.role = Role.DENSE
+    for module in family.modules():
+        if isinstance(module, nn.Embedding):
+            module.role = Role.EMBEDDING  # pyright: ignore[reportAttributeAccessIssue]
+        elif "Norm" in type(module).__name__:
+            module.role = Role.NORM  # pyright: ignore[reportAttributeAccessIssue]
+    for bank in banks:
+        family.get_submodule(bank.router).role = Role.ROUTER
+        family.get_submodule(bank.experts).role = Role.EXPERT
+
+
+def _unpacked(
+    documents_BS: Tensor, tokens_BS: Tensor, positions_BS: Tensor, group_BS: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Returns each token's place in the rows of single documents [N, L], flat, and tokens, positions and groups of these
+    rows. Added padding has group -1. Costs a host sync."""
+    sequence_BS = torch.arange(len(documents_BS), device=documents_BS.device)[:, None].expand_as(documents_BS)
+    names_T = (sequence_BS * (int(documents_BS.max()) + 1) + documents_BS).flatten()
+    _, row_T, lengths_N = names_T.unique(return_inverse=True, return_counts=True)
+    first_N = lengths_N.cumsum(0) - lengths_N  # names rise along the sequences
+    rows, width = len(lengths_N), int(lengths_N.max())
+    place_T = row_T * width + torch.arange(len(names_T), device=names_T.device) - first_N[row_T]
+
+    def spread(values_BS: Tensor, fill: int) -> Tensor:
+        return values_BS.new_full((rows * width,), fill).scatter(0, place_T, values_BS.flatten()).view(rows, width)
+
+    positions = torch.arange(width, device=names_T.device).expand(rows, width)
+    return place_T.view_as(tokens_BS), (spread(tokens_BS, 0), positions, spread(group_BS, -1))

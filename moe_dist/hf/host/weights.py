@@ -1,0 +1,168 @@
+"""Weights of a hosted model: drawn by the family's own initialisation, read from a Hugging Face folder, written to one."""
+
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moe_dist.config.json_text import read_json
+from moe_dist.errors import ConfigError
+from moe_dist.hf.host.family import GUIDE, Bank
+from moe_dist.hf.host.model import HostedModel, own_values
+from moe_dist.parallel.initialise import set_whole
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_LAYER = re.compile(r"\blayers\.\d+\.")
+_MOST_INDEX_BYTES = 1 << 26
+
+
+@torch.no_grad()
+def draw(model: HostedModel, banks: Sequence[Bank], local: Sequence[int], seed: int) -> None:
+    """Initialises every parameter by the family's own rule, from (seed, name): equal on every layout of ranks. The host
+    draws the whole tensors of one module, or of one expert, at a time."""
+    experts, drawn_before = {bank.experts for bank in banks}, set[int]()
+    for path, module in model.family.named_modules():
+        own = {name: each for name, each in module.named_parameters(recurse=False) if id(each) not in drawn_before}
+        drawn_before.update(map(id, own.values()))  # a tied weight is drawn once
+        if not own:
+            continue
+        if path not in experts:
+            made = _drawn(model.family, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
+            for name, parameter in own.items():
+                set_whole(parameter, made[name])
+            continue
+        alone = {name: (1, *each.shape[1:]) for name, each in own.items()}
+        drawn = [_drawn(model.family, module, alone, f"{seed}/{path}.{expert}") for expert in local]
+        for name, parameter in own.items():
+            stack = torch.cat([each[name] for each in drawn]) if drawn else torch.empty(tuple(parameter.shape))
+            set_whole(parameter, stack)
+
+
+def _drawn(family: Any, module: Any, shapes: dict[str, tuple[int, ...]], name: str) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(name.encode()))
+        return own_values(family, module, shapes)
+
+
+@torch.no_grad()
+def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
+    """Reads this rank's experts, and its shard of the other weights, from a folder's safetensors files. transformers' own
+    conversion names and joins the tensors. Host memory holds the tensors of one layer at a time.
+
+    Raises:
+        ConfigError: tensors are missing, unknown, or of another shape than the configuration says.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+    )
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    family, by_layer = model.family, dict[str, dict[str, Any]]()
+    mapping = get_model_conversion_mapping(family)
+    stacks = tuple(f"{path}." for path, module in family.named_modules() if hasattr(module, "_is_expert_parallel"))
+    kinds = [[each for each in mapping if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)]
+    state = family.state_dict()
+    for name, tensor in _tensors(folder):
+        target, _ = rename_source_key(name, *kinds, family.base_model_prefix, state)
+        mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
+        if mine is not None:
+            layer = _LAYER.search(name)
+            by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]
+    missing = {name for name, each in state.items() if each.numel()}
+    faults: dict[str, set[str]] = {"unknown": set(), "of another shape": set(), "not converted": set()}
+    for slices in by_layer.values():
+        settings = LoadStateDictConfig(weight_mapping=deepcopy(mapping), dtype=torch.float32)
+        before = dict(family.named_parameters(remove_duplicate=False))
+        info, _ = convert_and_load_state_dict_in_model(family, slices, settings)
+        missing &= info.missing_keys
+        faults["unknown"] |= set(info.unexpected_keys)
+        faults["of another shape"] |= {str(each[0]) for each in info.mismatched_keys}
+        faults["not converted"] |= set(info.conversion_errors)
+        # The loader makes new parameters. The optimizer, FSDP2 and DDP have the old ones.
+        for name, new in list(family.named_parameters(remove_duplicate=False)):
+            if new is not before[name]:
+                before[name].copy_(new)
+                owner, _, leaf = name.rpartition(".")
+                family.get_submodule(owner)._parameters[leaf] = before[name]
+    faults["missing"] = missing - set(getattr(family, "all_tied_weights_keys", {}) or {})
+    for what, names in faults.items():
+        if names:
+            raise ConfigError(
+                f"model.folder={str(folder)!r}: {len(names)} tensors are {what}, such as {min(names)}; take a folder whose "
+                "config.json is of these weights",
+                see=GUIDE,
+            )
+
+
+class _Slice:
+    """A tensor of a safetensors file, read when transformers takes a slice of it, with the rows of this rank's experts."""
+
+    def __init__(self, tensor: Any, rows: Sequence[int] | None) -> None:
+        self._tensor, self._rows = tensor, rows
+
+    def get_shape(self) -> list[int]:
+        shape = list(self._tensor.get_shape())
+        return shape if self._rows is None else [len(self._rows), *shape[1:]]
+
+    def get_dtype(self) -> str:
+        return self._tensor.get_dtype()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if self._rows is None:
+            return self._tensor[index]
+        parts = [self._tensor[row : row + 1] for row in self._rows]
+        return (torch.cat(parts) if parts else self._tensor[:0])[index]
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the name and the slice of each tensor in the folder's files. Reads no values."""
+    for path in _files(folder):
+        file = safe_open(path, framework="pt")
+        for name in file.offset_keys():
+            yield name, file.get_slice(name)
+
+
+def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool) -> tuple[str, Any] | None:
+    """Returns name and tensor, cut to this rank's experts. None for an expert of another rank.
+
+    Args:
+        stacked: Whether the tensor becomes a part of a stack of experts: one expert of it, or all experts.
+    """
+    expert = _EXPERT.search(name) if stacked else None
+    if expert is None:
+        return name, _Slice(tensor, local if stacked else None)
+    if int(expert[1]) not in local:
+        return None
+    return f"{name[: expert.start(1)]}{local.index(int(expert[1]))}{name[expert.end(1) :]}", _Slice(tensor, None)
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(read_json(index, most_bytes=_MOST_INDEX_BYTES)["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    paths = [folder / name for name in names]
+    for path in paths:
+        if path.parent != folder or not path.is_file():
+            raise ConfigError(f"model.folder={str(folder)!r}: no file {path}; take a whole folder with safetensors files")
+    return paths
+
+
+def write_folder(model: HostedModel, out: Path) -> None:
+    """Writes a model that holds all experts as the family's own Hugging Face folder, in shards of 4 GB."""
+    assert not any(isinstance(each, DTensor) for each in model.parameters()), "the caller loads a model of one rank"
+    model.family.save_pretrained(out, max_shard_size="4GB")

@@ -1,0 +1,151 @@
+"""Makes model, optimizer and training step of `engine.kind=transformers`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.config.schema import Config
+from moe_dist.hf.host.family import banks_of, empty_model
+from moe_dist.hf.host.model import HostedModel
+from moe_dist.hf.host.weights import draw, read_folder
+from moe_dist.moe.kernels.interface import RowKernels
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.losses import StepLoad
+from moe_dist.parallel.initialise import allocate
+from moe_dist.parallel.parallelize import ParallelModel, shard
+from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
+from moe_dist.train.build.routing import router_context
+from moe_dist.train.build.training import (
+    COMPUTE_DTYPES,
+    EngineContext,
+    Training,
+    build_model,
+    build_optimizer,
+    freeze,
+    group_of_modality,
+    model_args,
+)
+from moe_dist.train.step.training_step import TrainingStep
+
+
+def build_hosted(
+    config: Config,
+    placement: ExpertPlacement,
+    *,
+    ep_rank: int,
+    ep_group: dist.ProcessGroup | None,
+    node_groups: NodeGroups = (None, None),
+    comm_stats: CommStats | None = None,
+    tracker: CollectiveTracker | None = None,
+    compute_dtype: torch.dtype | None = None,
+    kernels: RowKernels = TORCH,
+    **_: Any,
+) -> HostedModel:
+    """Makes the family's model with this rank's experts, on torch's default device. See `build_transformer`."""
+    model = config.model
+    assert model.family is not None, "the engine's section completes the model's"
+    dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
+    all_to_all = build_all_to_all(config.parallel, ep_group, comm_stats or CommStats(), tracker)
+    family = empty_model(model.family, model.fields)
+    family.train()
+    tokens = config.train.micro_batch * config.data.seq_len
+    context = dispatch_context(
+        config.parallel, placement, all_to_all, model.hidden_dim, node_groups, kernels, tokens=tokens
+    )
+    return HostedModel(
+        family,
+        model_args(config, dtype),
+        banks_of(family),
+        local=placement.slots[ep_rank],
+        context=router_context(config, placement.groups),
+        dispatcher=config.parallel.dispatch.build(context),
+        recompute=config.parallel.recompute,
+    )
+
+
+@dataclass(frozen=True)
+class HostedTraining(Training):
+    """A model of transformers. A new run begins with the weights of `model.folder`."""
+
+    config: Config | None = None
+    local: tuple[int, ...] = ()
+
+    def begin(self) -> str:
+        """Reads the weights of `model.folder`. Returns a line to print."""
+        config, model = self.config, self.parallel.model
+        assert config is not None
+        if config.model.folder is None:
+            return ""
+        read_folder(model, Path(config.model.folder), self.local)  # pyright: ignore[reportArgumentType]
+        return f"model.folder: weights of {config.model.folder}"
+
+
+@contextmanager
+def transformers_engine(context: EngineContext) -> Iterator[Training]:
+    """Makes model, optimizer and training step of `engine.kind=transformers`."""
+    config, manifest, placement, mesh = context
+    comm_stats, section = CommStats(), config.parallel
+    with torch.device("meta"):
+        model = build_model(
+            config,
+            placement,
+            ep_rank=mesh.ep_rank,
+            ep_group=mesh.ep,
+            node_groups=(mesh.inter_node, mesh.intra_node),
+            comm_stats=comm_stats,
+            tracker=mesh.tracker,
+        )
+    freeze(model, config)
+    if section.data == "fsdp2":
+        shard(model, mesh, COMPUTE_DTYPES[section.precision])
+    allocate(model, mesh.device)
+    local = placement.slots[mesh.ep_rank]
+    draw(model, banks_of(model.family), local, config.run.seed)
+    parallel = ParallelModel(model, mesh, section.data, fsdp_gather=section.fsdp_gather)
+    optimizer = build_optimizer(config, model)
+    model.packed = keeps_documents_apart(model)  # later than all that reads parameters: FSDP2 leaves the last ones gathered
+    layers = model.moe_modules()
+    load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
+    step = TrainingStep(
+        parallel,
+        optimizer,
+        placement=placement,
+        group_of_modality=group_of_modality(manifest, placement),
+        clip_norm=config.optimizer.clip_norm,
+        comm_stats=comm_stats,
+        controllers=[load] if load is not None else [],
+        load=load,
+    )
+    yield HostedTraining(parallel, optimizer, step, load=load, config=config, local=local)
+
+
+def keeps_documents_apart(model: HostedModel) -> bool:
+    """Returns whether a token's output depends on its own document alone, in a sequence of two documents. Collective.
+
+    Masked attention gives the other document's embeddings gradients of exactly 0, in every dtype.
+    """
+    device, length = next(model.parameters()).device, 8
+    ids = torch.arange(2 * length, device=device)[None] % model.args.vocab_size
+    embedded: list[Tensor] = []
+
+    def keep(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0]
+
+    training, model.packed = model.training, True
+    model.eval()
+    hook = model.family.get_input_embeddings().register_forward_hook(keep)
+    logits, _ = model(ids, ids % length, ids // length, torch.zeros_like(ids))
+    (gradient,) = torch.autograd.grad(logits[:, length:].float().square().sum(), embedded)
+    hook.remove()
+    model.train(training)
+    return not gradient[:, :length].any()

@@ -1,0 +1,160 @@
+"""Runs of transformers' models (engine.kind=transformers): N ranks equal one rank, which equals transformers' own loop."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.hf.host.weights import write_folder
+from moe_dist.inference.loaded_run import find_trained
+from moe_dist.train.objective.loss import forward
+from moe_dist.train.start.resume import Progress
+from tests.support.cover import full, full_unless
+from tests.support.engine_run import Run, built_run, take_steps
+from tests.support.hosted import FAMILIES, UNEVEN, hosted_config, of_family
+from tests.support.worlds import RankContext
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "uneven": {**UNEVEN},
+    "uneven, recompute=block": {**UNEVEN, "parallel.recompute": "block"},
+    "fsdp2": {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"},
+    "ep2, fsdp2, recompute=experts": {
+        "parallel.ep": 2,
+        "parallel.edp": 2,
+        "parallel.data": "fsdp2",
+        "parallel.recompute": "experts",
+    },
+    "ep4": {"parallel.ep": 4},
+}
+ONE: dict[str, Any] = {"parallel.ep": 1}
+IN_TEST = {("qwen3_moe", "ep2, fsdp2, recompute=experts"), ("gpt_oss", "uneven, recompute=block"), ("deepseek_v3", "ep4")}
+
+
+def steps(
+    rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], bool]:
+    """Returns a report of each of three steps, and whether the family keeps documents of a sequence apart."""
+    torch.set_num_threads(1)
+    config = hosted_config(data, root, model, changes)
+    with built_run(config, world_size=rank.world_size) as run:
+        return take_steps(run, 0, 3), run.training.parallel.model.packed
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    full_unless(lambda *case: case in IN_TEST, [(family, layout) for family in FAMILIES for layout in LAYOUTS]),
+)
+def test_n_ranks_equal_one(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str, layout: str
+) -> None:
+    changes = LAYOUTS[layout]
+    world = changes["parallel.ep"] * changes.get("parallel.edp", 1)
+    ((one, packed),) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "1"), of_family(family), ONE)
+    results = run_in_world(world, steps, str(tiny_data), str(tmp_path / "n"), of_family(family), changes)
+    for reports, also in results:
+        assert also == packed == (family not in ("gpt_oss", "lfm2_moe"))
+        for found, expected in zip(reports, one, strict=True):
+            for key in ("loss", "norm", "balance", "z"):
+                assert float(found[key]) == pytest.approx(float(expected[key]), rel=2e-5), key
+            assert found["choices"].tolist() == expected["choices"].tolist()
+    sent = [reports[-1]["rows"]["rows_remote"] for reports, _ in results]
+    assert all(rows > 0 for rows in sent) or changes["parallel.ep"] == 1
+
+
+def own_losses(family: Any, batch: Batch) -> Tensor:
+    """Reference: the losses of transformers' own model, which sees one document at a time."""
+    losses_BS = torch.zeros(batch.tokens_BS.shape)
+    for b in range(len(batch.tokens_BS)):
+        for document in batch.documents_BS[b].unique():
+            (at,) = torch.where(batch.documents_BS[b] == document)
+            logits_1SV = family(input_ids=batch.tokens_BS[b, at][None]).logits.float()
+            labels_S = batch.labels_BS[b, at]
+            losses_BS[b, at] = F.cross_entropy(logits_1SV[0], labels_S, ignore_index=IGNORED, reduction="none")
+    return losses_BS
+
+
+def from_folder(
+    rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
+) -> tuple[float, list[dict[str, Any]]]:
+    """Begins a run with the weights of a folder, and takes two steps, of which the first is saved. Returns the largest
+    difference of the first losses from transformers' own, and the report of the second step."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    with built_run(hosted_config(data, root, {"folder": folder}, changes), world_size=rank.world_size) as run:
+        saver = run.saver()
+        progress = saver.restore()
+        own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        difference = _difference(run, own) if progress.step == 0 else 0.0
+        reports = take_steps(run, progress.step, 2)
+        if progress.step == 0:
+            saver.save(Progress(step=2, position=2 * run.config.train.global_batch), durable=True)
+        return difference, reports
+
+
+@torch.no_grad()
+def _difference(run: Run, own: Any) -> float:
+    model, batch = run.training.parallel.model, run.loader.batches(0)[0]
+    model.eval()
+    losses_BS, _ = forward(model, batch, run.training.step.group_of_modality, losses=True)
+    model.train()
+    expected_BS = torch.where(batch.padding_BS, 0.0, own_losses(own, batch))
+    return float((torch.where(batch.padding_BS, 0.0, losses_BS) - expected_BS).abs().max())
+
+
+@pytest.mark.parametrize("family", [each if each == "deepseek_v3" else full(each) for each in FAMILIES])
+def test_a_folder_is_read_trained_and_written(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
+) -> None:
+    """Two ranks with 5 and 3 experts begin with transformers' own losses. The trained model, written from a checkpoint,
+    loads in transformers with the losses that one rank has after it has loaded this checkpoint."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
+    for difference, _ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), UNEVEN):
+        assert difference < 2e-6
+    run = find_trained(tmp_path / "tiny")
+    model: Any = run.load(torch.device("cpu"))
+    write_folder(model, out)
+    trained = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    expected, found = model.family.state_dict(), trained.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert any(not torch.equal(found[name], changed[name]) for name in found)
+
+
+def resumed(
+    rank: RankContext, data: str, root: str, changes: Mapping[str, Any], save_at: int | None
+) -> list[dict[str, Any]]:
+    """Goes on from the newest checkpoint, if there is one, to step 4. Saves after step `save_at`."""
+    torch.set_num_threads(1)
+    config = hosted_config(data, root, of_family("qwen3_moe"), changes)
+    with built_run(config, world_size=rank.world_size) as run:
+        saver = run.saver()
+        progress = saver.restore()
+        reports = take_steps(run, progress.step, save_at or 4)
+        if save_at is not None:
+            saver.save(Progress(step=save_at, position=save_at * run.config.train.global_batch), durable=True)
+            reports += take_steps(run, save_at, 4)
+        return reports
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", full("muon")])
+def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, optimizer: str) -> None:
+    """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed on the same layout it has the same bits, and
+    on FSDP2 with 8 experts a rank the same losses but for rounding."""
+    more = {"optimizer.kind": optimizer, "loss.balance.scope": "step"}
+    whole = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**UNEVEN, **more}, 2)[0][2:]
+    again = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**UNEVEN, **more}, None)[0]
+    other = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**LAYOUTS["fsdp2"], **more}, None)[0]
+    for key in ("loss", "norm", "balance"):
+        assert [each[key] for each in again] == [each[key] for each in whole], key
+        assert [float(each[key]) for each in other] == pytest.approx([float(each[key]) for each in whole], rel=1e-5), key
