@@ -1,7 +1,9 @@
 """Exports a checkpoint as a Hugging Face folder that transformers loads. See docs/huggingface.md."""
 
+import os
+import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,8 +33,9 @@ def main(
     ] = None,
 ) -> None:
     """Export a checkpoint, and verify its weights by their fingerprints."""
-    from moe_dist.hf.exporting import SHARD_BYTES, export_model
-    from moe_dist.inference.hosted import stored_engine, write_hosted
+    from moe_dist.checkpoint.contents import open_checkpoint
+    from moe_dist.checkpoint.directory import find_checkpoint
+    from moe_dist.hf.exporting import SHARD_BYTES, checked_config, export_model
     from moe_dist.runtime.progress import shown_progress
 
     if dtype is not None and dtype not in DTYPES:
@@ -46,11 +49,11 @@ def main(
         print(f"{export_adapters(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
         print(f"{out} is made")
         return
-    if stored_engine(checkpoint).hosts:
+    if checked_config(open_checkpoint(find_checkpoint(checkpoint))).engine.hosts:
         unused = {"--dtype": dtype, "--family": family, "--like": like, "--shard-mb": shard_mb}
         if given := [option for option, value in unused.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: does not apply to a model of transformers; leave it out")
-        print(f"{write_hosted(checkpoint, out, data)}: the family's own files\n{out} is made")
+        print(f"{_write_hosted(checkpoint, out, data)}: the family's own files\n{out} is made")
         return
     with shown_progress() as report:
         done = export_model(
@@ -74,6 +77,33 @@ def main(
         f"{done.family}: {done.tensors} tensors in {done.shards} files; config.json after {done.like or 'the model alone'}"
     )
     print(f"{out} is made")
+
+
+def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
+    """Writes a checkpoint as the new folder `out`, with the tokenizer of `model.folder`, and returns the family. Needs host
+    memory for the whole model in fp32.
+
+    Raises:
+        ConfigError: `out` exists, or the run cannot be read (`find_trained`).
+    """
+    import torch
+
+    from moe_dist.hf.exporting import new_folder
+    from moe_dist.hf.host.weights import write_folder
+    from moe_dist.hf.source import COMPANIONS
+    from moe_dist.inference.loaded_run import find_trained
+
+    if os.path.lexists(out):
+        raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
+    run = find_trained(checkpoint, data=data)
+    model: Any = run.load(torch.device("cpu"))
+    source = run.config.model.folder
+    with new_folder(out) as folder:
+        write_folder(model, folder)
+        for name in COMPANIONS if source is not None else ():
+            if source is not None and (Path(source) / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(Path(source) / name, folder / name)
+    return run.config.model.family or ""
 
 
 if __name__ == "__main__":

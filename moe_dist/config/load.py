@@ -9,6 +9,7 @@ from pydantic_core import to_jsonable_python
 
 from moe_dist.config.base.section import Violation, sections_in
 from moe_dist.config.bundled import find_config, hint_for_missing
+from moe_dist.config.engines.base import EngineSection
 from moe_dist.config.keys import bare, find, tag_key, type_text, unknown_key
 from moe_dist.config.partial import PartialConfig, draft
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
@@ -72,7 +73,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     engine, model = values.get("engine"), values.get("model")
     kind = engine.get("kind") if isinstance(engine, dict) else None
     section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
-    if section is None or not isinstance(model, dict):
+    if section is None or not issubclass(section, EngineSection) or not isinstance(model, dict):
         return values
     return {**values, "model": section.complete_model(model)}
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from moe_dist.config.json_text import read_json
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.attached.routers import recorded_routers
+from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts

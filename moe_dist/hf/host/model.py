@@ -10,14 +10,13 @@ pairs on this rank, R rows on this rank.
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.comm.collectives import from_host
-from moe_dist.data.batch import IGNORED
 from moe_dist.hf.host.family import Bank
 from moe_dist.model.layers import ModelArgs
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout, RunExperts
@@ -187,7 +186,7 @@ class HostedModel(nn.Module):
     ) -> tuple[Tensor, Sequence[LayerReport]]:
         """Returns logits or losses and the layers' reports, as `Transformer.forward` does. Has no `objective`."""
         assert objective is None, "the engine's section refuses what has an objective"
-        rows = (tokens_BS, positions_BS, group_BS)
+        rows, place_BS = (tokens_BS, positions_BS, group_BS), None
         if not self.packed:
             place_BS, rows = _unpacked(documents_BS, *rows)
         here = _Pass(rows[2].flatten(), request)
@@ -202,11 +201,11 @@ class HostedModel(nn.Module):
         reports = here.reports
         if request.on_reports is not None:
             request.on_reports(reports)
-        logits_BSV = logits if self.packed else logits.flatten(0, 1)[place_BS]
+        logits_BSV = logits if place_BS is None else logits.flatten(0, 1)[place_BS]
         if labels_BS is None:
             return logits_BSV, reports
         logits_BVS = logits_BSV.transpose(1, 2).to(accumulation_dtype(logits_BSV.dtype))
-        return F.cross_entropy(logits_BVS, labels_BS, ignore_index=IGNORED, reduction="none"), reports
+        return F.cross_entropy(logits_BVS, labels_BS, reduction="none"), reports  # leaves out labels of -100
 
     def train(self, mode: bool = True) -> "HostedModel":
         for layer in self._layers:
@@ -258,7 +257,7 @@ class _Routed:
         self._layer, self._passes, self._last = layer, passes, None
 
     def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        layer, router = self._layer, self._layer.router
+        layer, router = self._layer, cast(Any, self._layer.router)
         if self._passes:
             self._last = self._passes[-1]  # backward computes a layer again when no pass is open
         assert self._last is not None
@@ -292,7 +291,7 @@ def _set_roles(family: Any, banks: Sequence[Bank]) -> None:
     family.role = Role.DENSE
     for module in family.modules():
         if isinstance(module, nn.Embedding):
-            module.role = Role.EMBEDDING  # pyright: ignore[reportAttributeAccessIssue]
+            module.role = Role.EMBEDDING  # pyright: ignore[reportArgumentType]
         elif "Norm" in type(module).__name__:
             module.role = Role.NORM  # pyright: ignore[reportAttributeAccessIssue]
     for bank in banks:

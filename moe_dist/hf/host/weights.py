@@ -1,7 +1,6 @@
-"""Weights of a hosted model: drawn by the family's own initialisation, read from a Hugging Face folder, written to one."""
+"""Weights of a hosted model: read from a Hugging Face folder, and written to one."""
 
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -14,41 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.config.json_text import read_json
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.family import GUIDE, Bank
-from moe_dist.hf.host.model import HostedModel, own_values
-from moe_dist.parallel.initialise import set_whole
+from moe_dist.hf.host.family import GUIDE
+from moe_dist.hf.host.model import HostedModel
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"\blayers\.\d+\.")
 _MOST_INDEX_BYTES = 1 << 26
-
-
-@torch.no_grad()
-def draw(model: HostedModel, banks: Sequence[Bank], local: Sequence[int], seed: int) -> None:
-    """Initialises every parameter by the family's own rule, from (seed, name): equal on every layout of ranks. The host
-    draws the whole tensors of one module, or of one expert, at a time."""
-    experts, drawn_before = {bank.experts for bank in banks}, set[int]()
-    for path, module in model.family.named_modules():
-        own = {name: each for name, each in module.named_parameters(recurse=False) if id(each) not in drawn_before}
-        drawn_before.update(map(id, own.values()))  # a tied weight is drawn once
-        if not own:
-            continue
-        if path not in experts:
-            made = _drawn(model.family, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
-            for name, parameter in own.items():
-                set_whole(parameter, made[name])
-            continue
-        alone = {name: (1, *each.shape[1:]) for name, each in own.items()}
-        drawn = [_drawn(model.family, module, alone, f"{seed}/{path}.{expert}") for expert in local]
-        for name, parameter in own.items():
-            stack = torch.cat([each[name] for each in drawn]) if drawn else torch.empty(tuple(parameter.shape))
-            set_whole(parameter, stack)
-
-
-def _drawn(family: Any, module: Any, shapes: dict[str, tuple[int, ...]], name: str) -> dict[str, Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(zlib.crc32(name.encode()))
-        return own_values(family, module, shapes)
 
 
 @torch.no_grad()
@@ -71,12 +41,13 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
 
     disable_progress_bar()
     family, by_layer = model.family, dict[str, dict[str, Any]]()
-    mapping = get_model_conversion_mapping(family)
+    mapping: Any = get_model_conversion_mapping(family)
     stacks = tuple(f"{path}." for path, module in family.named_modules() if hasattr(module, "_is_expert_parallel"))
-    kinds = [[each for each in mapping if isinstance(each, kind)] for kind in (WeightRenaming, WeightConverter)]
+    renamings: list[Any] = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
     state = family.state_dict()
     for name, tensor in _tensors(folder):
-        target, _ = rename_source_key(name, *kinds, family.base_model_prefix, state)
+        target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
         mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
         if mine is not None:
             layer = _LAYER.search(name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.moe.routers.recorded import recorded_routers
 from moe_dist.moe.routing.types import ABSENT
 
 GUIDE = "docs/monitoring.md"
@@ -129,16 +130,6 @@ def find_routers(model: nn.Module) -> Routers:
     parallel = getattr(getattr(model, "config", None), "distributed_config", None)  # of transformers
     ranks *= getattr(parallel, "ep_size", 1)
     return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, num_experts, top_k, ranks)
-
-
-def recorded_routers(model: nn.Module) -> tuple[type, ...]:
-    """Returns the router classes that a transformers model names among the outputs that it can record."""
-    found: list[type] = []
-    for module in model.modules():
-        recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())
-        recorders = recorders if isinstance(recorders, list | tuple) else [recorders]
-        found += [getattr(each, "target_class", each) for each in recorders]
-    return tuple(found)
 
 
 def _kind_of(module: nn.Module, recorded: tuple[type, ...]) -> RouterKind | None:

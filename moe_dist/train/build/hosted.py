@@ -1,6 +1,7 @@
 """Makes model, optimizer and training step of `engine.kind=transformers`."""
 
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,13 @@ from torch import Tensor
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
-from moe_dist.hf.host.family import banks_of, empty_model
-from moe_dist.hf.host.model import HostedModel
-from moe_dist.hf.host.weights import draw, read_folder
+from moe_dist.hf.host.family import Bank, banks_of, empty_model
+from moe_dist.hf.host.model import HostedModel, own_values
+from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.losses import StepLoad
-from moe_dist.parallel.initialise import allocate
+from moe_dist.parallel.initialise import allocate, set_whole
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
@@ -149,3 +150,31 @@ def keeps_documents_apart(model: HostedModel) -> bool:
     hook.remove()
     model.train(training)
     return not gradient[:, :length].any()
+
+
+@torch.no_grad()
+def draw(model: HostedModel, banks: Sequence[Bank], local: Sequence[int], seed: int) -> None:
+    """Initialises every parameter by the family's own rule, from (seed, name): equal on every layout of ranks. The host
+    draws the whole tensors of one module, or of one expert, at a time."""
+    experts, drawn_before = {bank.experts for bank in banks}, set[int]()
+    for path, module in model.family.named_modules():
+        own = {name: each for name, each in module.named_parameters(recurse=False) if id(each) not in drawn_before}
+        drawn_before.update(map(id, own.values()))  # a tied weight is drawn once
+        if not own:
+            continue
+        if path not in experts:
+            made = _drawn(model.family, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
+            for name, parameter in own.items():
+                set_whole(parameter, made[name])
+            continue
+        alone = {name: (1, *each.shape[1:]) for name, each in own.items()}
+        drawn = [_drawn(model.family, module, alone, f"{seed}/{path}.{expert}") for expert in local]
+        for name, parameter in own.items():
+            stack = torch.cat([each[name] for each in drawn]) if drawn else torch.empty(tuple(parameter.shape))
+            set_whole(parameter, stack)
+
+
+def _drawn(family: Any, module: Any, shapes: dict[str, tuple[int, ...]], name: str) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(zlib.crc32(name.encode()))
+        return own_values(family, module, shapes)
