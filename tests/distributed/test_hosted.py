@@ -42,7 +42,7 @@ def steps(
     torch.set_num_threads(1)
     config = hosted_config(data, root, model, changes)
     with built_run(config, world_size=rank.world_size) as run:
-        return take_steps(run, 0, 3), run.training.parallel.model.packed
+        return take_steps(run, 0, 3), bool(run.training.parallel.model.packed)
 
 
 @pytest.mark.parametrize(

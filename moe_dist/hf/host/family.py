@@ -21,6 +21,7 @@ from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
+LEAST = (5, 24)  # version of transformers
 GIVEN = ("folder", "family", "fields")
 _MOST_BYTES = 1 << 20
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -90,10 +91,21 @@ def read_fields(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
 
 
+def _check_version() -> None:
+    from importlib.metadata import version
+
+    found = version("transformers")
+    if tuple(int(part) for part in found.split(".")[:2]) < LEAST:
+        raise ConfigError(
+            f"engine.kind=transformers: transformers {found} is too old; install {LEAST[0]}.{LEAST[1]} or newer", see=GUIDE
+        )
+
+
 def family_config(family: str, fields: Mapping[str, Any]) -> Any:
     """Returns transformers' configuration object. Raises ConfigError if it refuses family or fields."""
     from transformers import CONFIG_MAPPING
 
+    _check_version()
     if family not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.family={family!r}: the installed transformers has no such model_type; install a newer one"

@@ -1,0 +1,86 @@
+"""What a model section must be for engine.kind=transformers, and which folders it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_dist.config.load import load_config
+from moe_dist.errors import ConfigError
+from moe_dist.hf.host.weights import read_folder
+from moe_dist.plan.policies import expert_groups, replicated_placement
+from moe_dist.train.build.hosted import build_hosted
+from tests.support.hosted import FAMILIES, hosted_config, of_family
+from tests.support.messages import refused
+from tests.support.tiny import tiny_config, write_config
+
+
+def test_sizes_are_the_familys(tmp_path: Path) -> None:
+    """The first layer of this DeepSeek-V3 is dense."""
+    model = hosted_config(tmp_path, tmp_path, of_family("deepseek_v3"), {}).model
+    assert (model.hidden_dim, model.num_layers, model.vocab_size, model.moe_layers) == (32, 3, 64, (1, 2))
+    (group,) = model.moe.groups.values()
+    assert (group.num_experts, group.top_k, group.ffn_dim, group.modalities) == (8, 2, 16, ("text", "image"))
+
+
+@pytest.mark.parametrize(
+    ("model", "key"),
+    [
+        ({}, "model.folder"),
+        ({"family": "no_such"}, "model.family='no_such'"),
+        ({"family": "llama", "fields": {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 64}}, "model.family"),
+        ({"family": "qwen3_moe", "fields": {"hidden_size": "wide"}}, "model.fields"),
+        (
+            {"family": "qwen3_moe", "fields": {"quantization_config": {"quant_method": "fp8"}}},
+            "model.fields.quantization_config",
+        ),
+        ({**of_family("qwen3_moe"), "hidden_dim": 64}, "model.hidden_dim=64"),
+        ({"folder": "nowhere"}, "model.folder='nowhere'"),
+    ],
+)
+def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
+    with refused(ConfigError, key, golden="wide" not in str(model)):  # that text is transformers' own
+        hosted_config(tmp_path, tmp_path, model, {})
+
+
+def test_code_in_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "auto_map": {"AutoModel": "evil.Model"}}))
+    with refused(ConfigError, "auto_map"):
+        hosted_config(tmp_path, tmp_path, {"folder": str(tmp_path)}, {})
+
+
+def test_own_engine_trains_no_folder(tmp_path: Path) -> None:
+    path = write_config(tiny_config(tmp_path, tmp_path), tmp_path / "run.yaml")
+    config = load_config(path, ["model.folder=some"])  # rules between sections are checked later
+    assert [each.keys for each in config.model.violations_in(config)] == [("model.folder", "engine.kind")]
+
+
+def test_settings_without_this_engine_are_named(tmp_path: Path) -> None:
+    changes = {"model.moe.capacity": {"factor": 1.0}, "parallel.compile": True}
+    config = hosted_config(tmp_path, tmp_path, of_family("mixtral"), changes)
+    broken = {key for each in config.engine.violations_in(config) for key in each.keys}
+    assert broken == {"engine.kind", "model.moe.capacity", "parallel.compile"}
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "of another shape"])
+def test_a_folder_that_does_not_fit_its_configuration_is_refused(tmp_path: Path, fault: str) -> None:
+    from safetensors.torch import load_file, save_file
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_moe"](**FAMILIES["qwen3_moe"])).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "unknown":
+        tensors["model.layers.1.extra"] = torch.zeros(1)
+    else:
+        tensors[name] = tensors[name][:-1]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = hosted_config(tmp_path, tmp_path, of_family("qwen3_moe"), {"parallel.ep": 1})
+    placement = replicated_placement(expert_groups(config.model.moe))
+    model = build_hosted(config, placement, ep_rank=0, ep_group=None)
+    with refused(ConfigError, fault):
+        read_folder(model, tmp_path, placement.slots[0])
