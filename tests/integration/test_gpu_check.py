@@ -70,7 +70,7 @@ def in_this_process(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def test_a_cut_run_goes_on_and_another_card_begins_anew(job: CheckJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "run_check", in_this_process)  # the tests above have processes of checks
+    monkeypatch.setattr(session, "run_check", in_this_process)  # the tests above run each check in a process of its own
     runs = job.folder / "runs"
     first = run(job, planted("good"))
     cut = run(job, planted("good", "lacking"), minutes=0.0)

@@ -19,7 +19,7 @@ class Node:
 
     def __init__(self, cluster: SlurmCluster, name: str) -> None:
         outer = (cluster.folder / "run" / f"{name}.pid").read_text().strip()
-        # Only the child of this process, the node's first process, is in all of the node's namespaces.
+        # The process `outer` is not in all of the node's namespaces. Its only child, the node's first process, is.
         self.name, self._pid = name, Path(f"/proc/{outer}/task/{outer}/children").read_text().strip()
         hosts = (cluster.folder / "hosts").read_text().splitlines()
         self.address = next(line.split()[0] for line in hosts if line.split()[1] == name)

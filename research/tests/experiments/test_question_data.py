@@ -1,5 +1,5 @@
-"""Training questions have the right side and right answers, and omit the questions of router tuning. A run is asked
-questions as in an evaluation."""
+"""Training questions have the right side and right answers, and omit the questions of router tuning. A run's
+model answers them as in an evaluation."""
 
 from pathlib import Path
 from typing import Any
