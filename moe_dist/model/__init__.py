@@ -1,1 +1,1 @@
-"""The transformer, written as for one device: only routers and MoE layers issue collectives."""
+"""The transformer is written as for one device. Only routers and MoE layers issue collectives."""

@@ -1,5 +1,5 @@
-"""The base class of causal attention, and grouped-query attention (latent attention is in `latent_attention.py`). Tokens
-attend only inside their document, even if several documents share a sequence.
+"""The base class of causal attention, and grouped-query attention. `latent_attention.py` has latent attention. Tokens
+attend only to tokens of their document, even if a sequence contains several documents.
 
 Shape letters: B sequences, S positions, N new tokens per sequence, H query heads, d head width, D hidden size.
 """
@@ -29,8 +29,8 @@ class FlexMask:
     blocks: BlockMask
 
 
-COMPILED_SHAPES = 64  # largest number of shapes for which a function is compiled
-# A mask that is a Tensor is dense: bool [B, 1, S, S], true where a query may attend to a key, S^2 bytes per sequence.
+COMPILED_SHAPES = 64  # largest number of shapes for which torch compiles a function
+# A mask that is a Tensor is dense: bool [B, 1, S, S], true where a query may attend to a key; S^2 bytes per sequence.
 AttentionMask = FlexMask | Tensor
 
 
@@ -45,7 +45,7 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """Returns `dense_mask` as a block mask. Compiled on CUDA, because eager mode would make the dense mask first."""
+    """Returns `dense_mask` as a block mask. Compiles this on CUDA, because eager mode would make a dense mask first."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -60,11 +60,11 @@ def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 
 def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> AttentionMask:
-    """Returns a block mask for flex attention on CUDA, and elsewhere a dense mask for scaled_dot_product_attention.
+    """Returns a block mask for flex attention on CUDA. Elsewhere returns a dense mask for scaled_dot_product_attention.
 
     Args:
         positions_BS: Position of each token in its document; needed with a window.
-        window: A token sees the tokens of its document whose position is less than `window` before its own.
+        window: A token attends only to the last `window` tokens of its document up to and including itself.
     """
     make = flex_mask if documents_BS.is_cuda else dense_mask
     return make(documents_BS, positions_BS, window)
@@ -72,8 +72,8 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # torch compiles each shape anew, with and without gradient. A run has one shape for whole sequences and, with mixture
-    # of depths, up to 8 more shapes in evaluation. Beyond a limit (8 by default) torch runs flex attention uncompiled, with
+    # torch compiles each shape separately, with and without gradient. A run has one shape for whole sequences. Evaluation
+    # with mixture of depths adds up to 8 shapes. Beyond a limit (8 by default), torch runs flex attention uncompiled, with
     # S x S scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
@@ -81,7 +81,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
     """Returns softmax attention, [B, H, S, d]. If k and v have only H_kv heads, each key-value head serves H / H_kv query
-    heads. `scale` is the factor of the scores; None: 1 / sqrt(width of q)."""
+    heads. `scale` multiplies the scores. None means 1 / sqrt(width of q)."""
     options: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "scale": scale}
     if isinstance(mask, Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
@@ -92,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
 class CausalAttention(nn.Module, ABC):
     """Computes norm, attention and output projection. The caller adds the residual.
 
-    A subclass has the projections, and defines the entry of a token in a cache.
+    A subclass has the projections, and defines the entry that a cache keeps of each token.
 
     Attributes:
         entry: Shapes of the key and of the value that a cache keeps of a token.
@@ -124,10 +124,10 @@ class CausalAttention(nn.Module, ABC):
     def with_cache(
         self, x_BND: Tensor, rotary: tuple[Tensor, Tensor], positions_BN: Tensor, taken_BN: Tensor, cache: LayerCache
     ) -> Tensor:
-        """Adds the tokens marked by `taken_BN` to the cache. The N new tokens of each sequence then attend to the cache.
-        The output of an unmarked token is finite but meaningless."""
+        """Adds the tokens marked by `taken_BN` to the cache. Then the N new tokens of each sequence attend to the cached
+        tokens. The output of an unmarked token is finite but meaningless."""
         q, key, value = self._project(x_BND, rotary)
-        cache.append(key, value, positions_BN, taken_BN)  # appended before attention, so that each new token sees itself
+        cache.append(key, value, positions_BN, taken_BN)  # before attention, so that each new token attends to itself
         key, value, visible = cache.entries(positions_BN, taken_BN)
         return self._attend(q, key, value, visible, None)
 
@@ -146,10 +146,10 @@ class CausalAttention(nn.Module, ABC):
     def _project(
         self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], batch_info: GlobalBatchInfo | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns queries [B, H, S, d], after rotation, and the tokens' cache entries, of the shapes in `entry`."""
+        """Returns the rotated queries [B, H, S, d], and the keys and values for a cache, in the shapes of `entry`."""
 
     def _expand(self, key: Tensor, value: Tensor, batch_info: GlobalBatchInfo | None) -> tuple[Tensor, Tensor]:
-        """Returns keys and values, as `attend` takes them, from the entries of a cache."""
+        """Computes the keys and values for `attend` from the keys and values of a cache."""
         return key, value
 
     def _linear(self, name: str, x: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
@@ -194,7 +194,7 @@ class Attention(CausalAttention):
         return self.rotate(self._normed_heads(x_BSE, norm), rotary, self.rope_pairs) if turned is None else turned
 
     def _normed_heads(self, x_BSE: Tensor, norm: nn.Module) -> Tensor:
-        # Qwen3 normalises each head after the split into heads; OLMoE normalises the whole projection before the split.
+        # Qwen3 normalises each head after the split into heads. OLMoE normalises the whole projection before the split.
         return norm(self._heads(x_BSE)) if self.qk_norm == "head" else self._heads(norm(x_BSE))
 
     def _heads(self, x_BSE: Tensor) -> Tensor:

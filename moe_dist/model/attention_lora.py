@@ -1,4 +1,4 @@
-"""LoRA adapters of an attention module (arXiv 2106.09685): W' x = W x + (alpha / r) B A x, with W frozen.
+"""LoRA adapters (arXiv 2106.09685) of an attention module: W' x = W x + (alpha / r) B A x, where W is frozen.
 
 Shape letters: I inputs and O outputs of a projection, r rank.
 """
@@ -20,8 +20,8 @@ class AttentionLoRA(nn.Module):
     Args:
         widths: I and O of each projection that gets an adapter.
         rank, alpha: r and alpha; the scale is alpha / r.
-        dropout: Share of the elements of an adapter's input that dropout sets to 0 in training.
-        seed, layer: Identify the random numbers of dropout, together with the step and the first token.
+        dropout: Fraction of the elements of an adapter's input that dropout sets to 0 in training.
+        seed, layer: Dropout's random numbers depend on these, and on the step and the index of the first token.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class AttentionLoRA(nn.Module):
             self.add_module(target, Adapter(inputs, outputs, rank))
 
     def forward(self, target: str, x: Tensor, y: Tensor, batch_info: GlobalBatchInfo | None) -> Tensor:
-        """Returns y + (alpha / r) B A x with the adapter of the projection `target`, or y if it has no adapter."""
+        """Returns y + (alpha / r) B A x, with A and B of the projection `target`. Returns y if `target` has no adapter."""
         if target not in self._modules:
             return y
         if self.training and self.dropout:
             assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             draw = adapter_draw(self.seed, self.layer, batch_info)
-            # Negative numbers, because the projections of LoRA experts in the same layer have the numbers 0, 1 and 2.
+            # Names end in negative numbers, because those of LoRA experts' projections in the same layer end in 0, 1 and 2.
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

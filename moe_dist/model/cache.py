@@ -1,9 +1,9 @@
-"""Caches the keys and values of earlier tokens, so that a new token does not recompute the tokens before it.
+"""Caches the keys and values of earlier tokens, so that generating a token does not compute them again.
 
-An entry is the key, the value and the position of one token. Padding adds no entry, and neither does a token that skips the
-layer (mixture of depths), so the sequences of a batch may have different numbers of entries. Keys are stored after
-rotation. Latent attention stores the rotated part of the keys as key, and the latent as value; the rotated part and the
-latent are smaller than whole keys and values. No function of the cache syncs with the host.
+An entry is the key, the value and the position of one token. Padding and tokens that skip the layer (mixture of depths) add
+no entry. So the sequences of a batch may have different numbers of entries. Keys are stored after rotation. Latent
+attention stores the rotated part of the keys as key, and the latent as value. Both together are smaller than whole keys and
+values. No function of the cache syncs with the host.
 
 Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head width, C entries.
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 Entry = tuple[tuple[int, int], tuple[int, int]]  # heads and head width of a key, and of a value
 
-_NEVER = torch.iinfo(torch.int64).max  # position of an entry that holds no token: later than any query, so never visible
+_NEVER = torch.iinfo(torch.int64).max  # position of an entry without a token: later than any query, so never visible
 
 
 class LayerCache:
-    """Holds the entries of one layer, at most `max_tokens` for each of `batch` sequences.
+    """The entries of one layer: at most `max_tokens` for each of `batch` sequences.
 
-    With a sliding window (`window`) a token sees only the entries within the window. Older entries stay in memory.
+    With a sliding window (`window`), a token attends only to entries inside the window. Older entries stay in memory.
     """
 
     def __init__(
@@ -32,19 +32,19 @@ class LayerCache:
         device: torch.device,
         window: int | None = None,
     ) -> None:
-        # Unmarked tokens are written to the extra last place, which is never visible. Buffers start at 0, because a NaN in
-        # an unused place would make attention NaN although the mask excludes the place.
+        # Unmarked tokens are written to an extra last entry, which is never visible. Buffers start at 0, because a NaN in
+        # an unused entry would make attention NaN although the mask excludes this entry.
         self.keys, self.values = (
             torch.zeros(batch, heads, max_tokens + 1, width, dtype=dtype, device=device) for heads, width in entry
         )
         self.positions = torch.full((batch, max_tokens + 1), _NEVER, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.max_tokens, self.window = max_tokens, window
-        self._seen = 0  # tokens passed to `append` so far: an upper bound of the number of entries, known without a sync
+        self._seen = 0  # number of tokens passed to `append`: an upper bound of the number of entries, without a sync
 
     def append(self, key_BHNd: Tensor, value_BHNd: Tensor, positions_BN: Tensor, taken_BN: Tensor) -> None:
-        """Adds the entries of the tokens that `taken_BN` marks. Raises ValueError if all calls together passed more than
-        `max_tokens` tokens of a sequence."""
+        """Adds the entries of the tokens marked by `taken_BN`. Raises ValueError if all calls together pass more than
+        `max_tokens` tokens per sequence."""
         self._seen += taken_BN.shape[1]
         if self._seen > self.max_tokens:
             raise ValueError(f"{self._seen} tokens were offered to a cache made for {self.max_tokens}")

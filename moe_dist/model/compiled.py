@@ -1,9 +1,9 @@
-"""Compiles the dense parts of a transformer by torch.compile: norms, projections with rotation, dense and shared FFNs, and
-output layer with cross entropy. Attention itself is always compiled on CUDA (`attention.attend`).
+"""Compiles the dense parts of a transformer by torch.compile. These are norms, projections with rotation, dense and shared
+FFNs, and output layer with cross entropy. Attention itself is always compiled on CUDA.
 
-Routers, exchanges and experts stay uncompiled, because they call collectives and kernels of this project. A compiled part
-has no graph break (torch would raise), and all layers share the code of a part. Only passes with gradient are compiled,
-because the shapes of training do not change, while the shapes of evaluation and generation do.
+Routers, exchanges and experts are not compiled, because they call collectives and kernels of this project. A compiled part
+has no graph break (torch would raise an error), and all layers share the compiled code of a part. Only passes with gradient
+are compiled, because shapes do not change in training, but do change in evaluation and generation.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ BACKEND = "inductor"
 
 
 def dense_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
-    """Yields the module and the method's name of each part."""
+    """Yields the module and the name of the method of each part."""
     for layer in model.layers:
         assert isinstance(layer, Layer)
         yield layer.attention, "_project"
@@ -35,7 +35,7 @@ def dense_parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
 
 def compile_dense(model: Transformer) -> None:
     """Replaces each dense part of the model by its compiled form, in place. Must be called before FSDP2 or DDP wraps the
-    model. torch compiles a part at the first call of the part."""
+    model. torch compiles a part when it is first called."""
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     for module, name in dense_parts(model):
         setattr(module, name, _compiled_with_gradient(getattr(module, name)))

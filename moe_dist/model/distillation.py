@@ -1,10 +1,10 @@
-"""Distillation: how far a model's distribution of the next token is from a teacher's (Hinton et al., arXiv 1503.02531, at
-temperature 1).
+"""Computes distillation losses: the divergence between a model's and a teacher's distributions of the next token (Hinton et
+al., arXiv 1503.02531, at temperature 1).
 
     forward KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
     reverse KL = sum over words v of q_v (log q_v - log p_v)
 
-If only the K most likely words of the teacher are known, all other words count as one more word, with the remaining
+If only the teacher's K most likely words are known, all other words count as one additional word, which has the remaining
 probability. The forward KL over K + 1 words is at most the forward KL over all words. Shape letters: B sequences, S
 positions, V vocabulary, K words per token.
 """
@@ -23,10 +23,10 @@ Divergence = Literal["forward", "reverse"]
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """The teacher's log-probabilities of the next token: of all words, or of the words `word_BSK` only. Constants."""
+    """The teacher's log-probabilities of the next token, for all words or only for `word_BSK`. Have no gradient."""
 
     log_prob_BSK: Tensor  # fp32 (float64 for a float64 model)
-    word_BSK: Tensor | None = None  # int64, K < V different words; None: all words in order (K = V)
+    word_BSK: Tensor | None = None  # int64, K < V different words; None for all words in order (K = V)
     divergence: Divergence = "forward"  # `reverse` needs all words
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ class TeacherOutput:
 
 
 def divergences(logits_BSV: Tensor, teacher: TeacherOutput, labels_BS: Tensor) -> Tensor:
-    """Returns the KL of each token [B, S] in nats, in fp32 (float64 for a float64 model); 0 where the label is negative.
-    Holds about five tensors of B x S x V numbers until backward."""
+    """Returns the KL divergence of each token [B, S] in nats, fp32 (float64 for a float64 model); 0 where the label is
+    negative. Keeps about five tensors of B x S x V numbers until backward."""
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
     log_q_BSV, log_p_BSK = logits_BSV.to(dtype).log_softmax(-1), teacher.log_prob_BSK.to(dtype)
     if teacher.word_BSK is None:

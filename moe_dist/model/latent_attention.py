@@ -6,8 +6,8 @@
 
 With scaled latents, norm(x) is sqrt(D / width of x) times the norm (LongCat-Flash, arXiv 2509.01322, section 2.3.1).
 
-R rotates by the position. All heads share the rotated part k' of the keys. A cache keeps R k' and norm(c) of each token,
-and each step of generation multiplies all kept latents by W_kvu again.
+R is the rotation by a token's position. All heads share the rotated part k' of the keys. A cache keeps R k' and norm(c) of
+each token. Each generation step multiplies all cached latents by W_kvu again.
 
 Shape letters: B sequences, S positions, D hidden size, H heads, d width of a query, r its rotated part, c the latent.
 """
@@ -22,7 +22,7 @@ from moe_dist.model.layers import ModelArgs, Projection, RMSNorm
 from moe_dist.model.rope import YarnScaling
 from moe_dist.moe.routing.types import GlobalBatchInfo
 
-EPS = 1e-6  # eps of the norms of latents, for which transformers ignores rms_norm_eps
+EPS = 1e-6  # eps of the norms of latents; transformers ignores rms_norm_eps for these norms
 
 
 class ScaledRMSNorm(RMSNorm):
@@ -40,7 +40,7 @@ class LatentAttention(CausalAttention):
     """Multi-head latent attention.
 
     Args:
-        q_rank: Width of the queries' latent; None: queries are a product of the hidden state.
+        q_rank: Width of the queries' latent. None: queries are a projection of the hidden state, without a latent.
         kv_rank: Width of the latent of keys and values (c).
         value_dim: Width of a head's values.
         scaled: Whether the norms of the latents are scaled.

@@ -1,7 +1,7 @@
 """The sizes of a transformer (`ModelArgs`), and its small parts: norm, projection, SwiGLU, rotary positions.
 
-Each part computes in its input's dtype and casts its weight to this dtype, because weights may be fp32 and activations
-bf16. Under FSDP2's mixed precision weights already have the dtype of activations, and the cast costs nothing.
+Each part computes in its input's dtype, and casts its weight to this dtype, because weights may be fp32 and activations
+bf16. With FSDP2's mixed precision, weights already have the dtype of activations, so the cast costs nothing.
 """
 
 from dataclasses import dataclass
@@ -24,18 +24,18 @@ class ModelArgs:
 
     Attributes:
         moe_layers: Indices of the MoE layers; all other layers have a dense FFN of width `dense_ffn_dim`.
-        depth_layers: Indices of the mixture-of-depths layers, which compute only some of the tokens.
-        rope_scaling: Changes the rotary frequencies for long sequences; None keeps them.
-        rope_dim: Number of first values of each head that RoPE rotates; None: all values.
-        rope_pairs: Which values rotate together: i and i + rope_dim / 2 (`halves`), or 2 i and 2 i + 1 (`adjacent`).
-        windows: Width of each layer's sliding window in tokens, the token itself included; None: the whole document. If the
-            tuple is empty, no layer has a window.
+        depth_layers: Indices of the mixture-of-depths layers. Each of them computes only some of the tokens.
+        rope_scaling: Function that changes the rotary frequencies for long sequences; None keeps the frequencies.
+        rope_dim: RoPE rotates only the first `rope_dim` values of each head. None: all values.
+        rope_pairs: The values that rotate together: i and i + rope_dim / 2 (`halves`), or 2 i and 2 i + 1 (`adjacent`).
+        windows: Width of each layer's sliding window in tokens, including the token itself. None: the layer has no window.
+            If the tuple is empty, no layer has a window.
         qk_norm: RMSNorm of queries and keys: `head` over each head (Qwen3), `full` over all heads together (OLMoE).
         attention_bias: Which attention projections have a bias.
         recompute_blocks: If true, backward recomputes the activations of attention.
         compute_dtype: Dtype of activations.
-        loss_words: Words of the vocabulary whose logits the loss computes at once; None: all.
-        two_batch_overlap: If true, training runs the layers on the two halves of a micro-batch in turns.
+        loss_words: Number of words of the vocabulary for which the loss computes logits at once. None: all words.
+        two_batch_overlap: If true, training alternates between the two halves of a micro-batch (see `two_batches`).
     """
 
     vocab_size: int
@@ -68,7 +68,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm_for_router(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns `rms_norm` in the dtype of x, and in the dtype in which a router computes."""
+    """Returns the result of `rms_norm` twice: in the dtype of x, and in the dtype in which routers compute."""
     normed = rms_norm(x, weight, eps)
     return normed, normed.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -93,7 +93,7 @@ class Embedding(nn.Embedding):
 
 
 class Projection(nn.Module):
-    """x W^T, plus b if there is a bias; weight [out, in], bias [out]."""
+    """Computes x W^T, plus b if there is a bias. The weight is [out, in], and the bias [out]."""
 
     def __init__(self, in_dim: int, out_dim: int, *, bias: bool = False) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Projection(nn.Module):
 
 
 def project(x: Tensor, norm: RMSNorm, *projections: Projection) -> tuple[Tensor, ...]:
-    """Returns the result of each projection of the normed x."""
+    """Returns the results of all projections for the normed x."""
     h = norm(x)
     return tuple(projection(h) for projection in projections)
 
@@ -147,8 +147,8 @@ def rotary_table(
 
 
 def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "halves") -> Tensor:
-    """Rotates pairs of each head's values by the token's angles. A table of r / 2 angles rotates the first r values; the
-    other values stay. `halves` pairs i with i + r / 2, as Llama checkpoints need; `adjacent` pairs 2 i with 2 i + 1."""
+    """Rotates pairs of values in each head by the token's angles. A table of r / 2 angles rotates the first r values and
+    keeps all others. A pair is i and i + r / 2 (`halves`, as in Llama), or 2 i and 2 i + 1 (`adjacent`)."""
     width = 2 * table[0].shape[-1]
     if width < x_BHSd.shape[-1]:
         return torch.cat([rotate(x_BHSd[..., :width], table, pairs), x_BHSd[..., width:]], dim=-1)
@@ -160,6 +160,6 @@ def rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "hal
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Returns cross entropies [B, S] in fp32 (float64 for a float64 model); 0 where the label is IGNORED (-100)."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # copies bf16 logits: B x S x V x 4 bytes
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)  # makes an fp32 copy of bf16 logits: B x S x V x 4 bytes
     losses = F.cross_entropy(logits_BSV.flatten(0, 1).to(dtype), labels_BS.flatten(), reduction="none")
     return losses.view_as(labels_BS)

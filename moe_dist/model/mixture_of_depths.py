@@ -1,5 +1,5 @@
-"""Mixture of depths: a layer computes some tokens, and all others skip the layer (Raposo et al. 2024, arXiv 2404.02258;
-MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
+"""Mixture of depths: a layer computes some tokens, and all other tokens skip the layer (Raposo et al. 2024, arXiv
+2404.02258; MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
 
     s = <w, x / rms(x)>
     select a share c of the selection scope's tokens (rounded up): the largest s, and of equal s the earlier token
@@ -7,7 +7,7 @@ MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all 
     x <- x                          for all other tokens
 
 In training the tokens of a selection scope compete for the layer (`moe_dist.moe.routers.selection`), as tokens compete for
-an expert in expert choice. Evaluation decides for each token alone, without later tokens:
+an expert in expert choice. Evaluation decides by one of two rules, which read only one token:
 
     threshold   computes a token if sigmoid(s) > t. t is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
@@ -47,11 +47,11 @@ class Chosen(NamedTuple):
     """The tokens that a layer computes, in the order of this rank's tokens.
 
     Attributes:
-        index_C: int64, index of the token in each slot (place of a computed token); 0 if the slot is empty.
+        index_C: int64, index of the token in each slot; 0 if the slot is empty. A slot is a place for a computed token.
         full_C: bool, true if the slot has a token.
         weight_C: sigmoid(s) of the slot's token with gradient, fp32 (float64 in a float64 model); 0 if the slot is empty.
-        counts: Counts of the router, for the layer's report.
-        auxiliary: Binary cross entropy of the auxiliary router, summed over tokens, differentiable, 0-d; None if untrained.
+        counts: The router's counts, which the layer's report contains.
+        auxiliary: The auxiliary router's binary cross entropy, summed over tokens, with gradient, 0-d; None if not trained.
     """
 
     index_C: Tensor
@@ -64,12 +64,12 @@ class Chosen(NamedTuple):
 class DepthRouter(ChoosingRouter):
     """Selects the tokens that one layer computes.
 
-    `router` [1, D] is w. `causal="threshold"` adds buffers [1]: `threshold` (a score; 0 admits every token), the running
-    `mean` and the number of `steps`. The buffers have no gradient: each step and each calibration
-    (`moe_dist.train.evaluation.calibration`) writes them. Checkpoints contain the buffers.
+    `router` [1, D] is w. `causal="threshold"` adds three buffers [1]: `threshold` (a score; 0 admits every token), the
+    running `mean` and the number of `steps`. The buffers have no gradient. Each step and each calibration
+    (`moe_dist.train.evaluation.calibration`) changes them, and checkpoints contain them.
 
     Args:
-        capacity: c, the share of the scope's tokens that the layer computes.
+        capacity: c, the fraction of the scope's tokens that the layer computes.
         threshold_decay: Decay of the running mean per step.
         selection_scope: The ranks whose tokens compete; each rank must have the same number of tokens.
     """
@@ -98,15 +98,15 @@ class DepthRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the buffers on the default device: the capacity, and a threshold of 0. Call `reset_buffers` again after a
-        move from the meta device, which loses the values of buffers."""
+        """Creates the buffers (the capacity, and a threshold of 0) on the default device. Call this method again after
+        moving the module from the meta device, where buffers have no values."""
         self.register_buffer("share_1", torch.tensor([self.token_share], dtype=torch.float64), persistent=False)
         if self.causal == "threshold":
             for buffer in ("threshold", "mean", "steps"):
                 self.register_buffer(buffer, torch.zeros(1))
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns threshold, running mean of the lowest selected score, and number of steps; for `ThresholdUpdater`."""
+        """Returns the threshold, the running mean of the lowest selected score, and the number of steps."""
         return self.threshold, self.mean, self.steps
 
     def gates(self) -> "list[DepthRouter]":
@@ -116,11 +116,11 @@ class DepthRouter(ChoosingRouter):
         return found.counts.taken_P
 
     def forward(self, x_TD: Tensor, real_T: Tensor) -> Chosen:
-        """Selects tokens among the tokens that are not padding (`real_T`, bool).
+        """Selects tokens. `real_T` (bool) is true for tokens that are not padding; only these compete.
 
         All arithmetic is fp32 (float64 for a float64 model). In training with the scope `rank` there are ceil(c T) slots,
-        and nothing syncs with the host. In evaluation and with larger scopes one host sync reads the number of selected
-        tokens from the device. There is always at least one slot, so that this rank takes part in the layer's collectives.
+        and nothing syncs with the host. In evaluation and with larger scopes, one host sync reads the number of selected
+        tokens. There is always at least one slot, so that this rank takes part in the layer's collectives.
         """
         h_TD, logit_T = self._logits(x_TD)
         causal_T = self._causal(h_TD.detach(), logit_T.detach())  # the auxiliary loss trains only the auxiliary router
@@ -131,7 +131,7 @@ class DepthRouter(ChoosingRouter):
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.share_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # in the scope `rank` the number of tokens gives a bound of C without a sync
+            if choice.order_TE is not None:  # in the scope `rank` the number of tokens bounds C without a sync
                 slots = tokens_of_share(self.token_share, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)
@@ -151,7 +151,7 @@ class DepthRouter(ChoosingRouter):
         return torch.where(real_T, logit_T.sigmoid(), 0.0)[:, None]
 
     def takes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Decides for each token alone, as in evaluation. Returns a bool mask [T] of tokens to compute, and weights [T]."""
+        """Decides by evaluation's causal rule. Returns a bool mask [T] of the tokens to compute, and weights [T]."""
         h_TD, logit_T = self._logits(x_TD)
         return self._causal(h_TD, logit_T) > 0, logit_T.sigmoid()
 
@@ -164,14 +164,13 @@ class DepthRouter(ChoosingRouter):
             return h_TD, (h_TD * self.router.to(h_TD.dtype)).sum(-1)
 
     def _causal(self, h_TD: Tensor, logit_T: Tensor) -> Tensor:
-        """Returns a number per token [T], which is above 0 if evaluation computes the token."""
+        """Returns a number per token [T]. Evaluation computes the token if this number is above 0."""
         if self.auxiliary is not None:
             return self.auxiliary(h_TD).squeeze(-1)
         return logit_T.sigmoid() - self.threshold.to(logit_T.dtype)
 
     def _auxiliary_loss(self, causal_T: Tensor, taken_T: Tensor, real_T: Tensor) -> Tensor | None:
-        """Returns the auxiliary router's cross entropy (target: the selection), summed over tokens; None without this
-        router."""
+        """Returns the auxiliary router's cross entropy, whose target is the selection, summed over tokens, or None."""
         if self.auxiliary is None or not self.training:
             return None
         losses_T = F.binary_cross_entropy_with_logits(causal_T, taken_T.to(causal_T.dtype), reduction="none")
@@ -179,7 +178,7 @@ class DepthRouter(ChoosingRouter):
 
 
 def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
-    """Returns each slot's token index (rising; 0 if the slot is empty), and a bool mask of the slots that have a token."""
+    """Returns the token index of each slot (ascending; 0 for an empty slot), and a bool mask of the slots with a token."""
     length = taken_T.shape[0]
     if slots is None:
         slots = int(taken_T.sum())  # host sync: the number of tokens that the layer computes
@@ -192,8 +191,8 @@ def _slots(taken_T: Tensor, slots: int | None) -> tuple[Tensor, Tensor]:
 
 
 def slot_documents(documents_BS: Tensor, chosen: Chosen) -> Tensor:
-    """Returns the document number of each slot [1, C]. Sequences share no number. Each empty slot has a number of its own,
-    so that no token attends to an empty slot."""
+    """Returns the document number of each slot [1, C]. Two sequences have no number in common. Each empty slot has a
+    different number, so that no token attends to an empty slot."""
     sequences, length = documents_BS.shape
     offset_B1 = torch.arange(sequences, device=documents_BS.device)[:, None] * (length + 1)
     document_C = (documents_BS + offset_B1).flatten()[chosen.index_C]

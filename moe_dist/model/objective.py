@@ -1,4 +1,4 @@
-"""Losses that a forward computes for its labels instead of the cross entropy over all words.
+"""Defines losses that forward computes for its labels instead of the cross entropy over all words.
 
 Shape letters: B sequences, S positions, D hidden size, V words of the vocabulary, K choices of a sequence.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Objective(Protocol):
-    """Computes a loss for each label, inside forward, because FSDP2 gathers the output weight only there."""
+    """Computes a loss for each label. It runs inside forward, because FSDP2 gathers the output weight only there."""
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns the losses [..., B, S] from normed hidden states and the output weight; 0 where the label is negative."""
@@ -20,17 +20,17 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Choices:
-    """Cross entropy over the words of a sequence's choices alone: log(sum over choices c of exp(z_c)) - z_0, where z_c is
-    the logit of choice c, and choice 0 is the right one. The label's id does not matter. `choice_BK` has the different
-    words of each sequence, int64; -1 for missing choices, which come last."""
+    """Cross entropy over a few words of each sequence, its choices: log(sum over choices c of exp(z_c)) - z_0. z_c is the
+    logit of choice c, and choice 0 is correct. The label's id does not matter. `choice_BK` (int64) has the choices of each
+    sequence, all different, then -1 for missing choices."""
 
     choice_BK: Tensor
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
-        """Returns the losses [B, S] in fp32 (float64 for a float64 model). Computes B x S x K logits, and not B x S x V."""
+        """Returns the losses [B, S] in fp32 (float64 for a float64 model). Computes only B x S x K logits."""
         weight_BKD = weight_VD[self.choice_BK.clamp_min(0)].to(x_BSD.dtype)
         logits_BSK = x_BSD @ weight_BKD.transpose(1, 2)
         logits_BSK = logits_BSK.to(torch.promote_types(logits_BSK.dtype, torch.float32))
-        # the smallest number, because -inf would give a sequence without choices NaN gradients
+        # the smallest finite number, because -inf would give NaN gradients to a sequence without choices
         logits_BSK = logits_BSK.masked_fill((self.choice_BK < 0)[:, None], torch.finfo(logits_BSK.dtype).min)
         return torch.where(labels_BS < 0, 0.0, logits_BSK.logsumexp(-1) - logits_BSK[..., 0])

@@ -1,8 +1,8 @@
 """Frequencies of rotary positions (RoFormer, arXiv 2104.09864), and their scalings for longer sequences.
 
-A scaling takes the head width d, the base and the positions int64 [B, S] (0 for padding). The scaling returns the
-frequencies, fp32 [d / 2] or [B, 1, 1, d / 2] with a row for each sequence, and a factor of cosines and sines. Shape
-letters: B sequences, S positions.
+A scaling is a function of the head width d, the base, and the positions int64 [B, S] (0 for padding). It returns
+frequencies and a factor by which cosines and sines are multiplied. The frequencies are fp32 [d / 2], or [B, 1, 1, d / 2] if
+they differ between sequences. Shape letters: B sequences, S positions.
 """
 
 import math
@@ -36,8 +36,8 @@ class DynamicScaling:
     """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n > L tokens.
     L is the original length, f the factor.
 
-    transformers takes n over the whole batch and keeps the largest n until a batch has n < L. In this class each sequence
-    has its own n.
+    transformers computes one n for the whole batch, and keeps the largest n until a batch has n < L. This class computes n
+    for each sequence.
     """
 
     factor: float
@@ -52,7 +52,7 @@ class DynamicScaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """Keeps high frequencies, divides low ones by the factor, with a ramp between (arXiv 2309.00071, eq. 17 to 23)."""
+    """Keeps high frequencies, divides low ones by the factor, and ramps in between (arXiv 2309.00071, eq. 17 to 23)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -74,7 +74,7 @@ class YarnScaling:
         return plain / self.factor * divided + plain * (1 - divided), self._size()
 
     def _index(self, rotations: float, head_dim: int, base: float) -> float:
-        """Returns the (fractional) index of the frequency that makes `rotations` rotations over the original length."""
+        """Returns the fractional index of the frequency that makes `rotations` full turns over the original length."""
         wave = self.original_max_position_embeddings / (rotations * 2 * math.pi)
         return head_dim * math.log(wave) / (2 * math.log(base))
 
@@ -86,13 +86,13 @@ class YarnScaling:
         return self.size(1.0)
 
     def size(self, scale: float) -> float:
-        """Returns 0.1 scale ln(factor) + 1, by which YaRN scales queries or keys; 1 if the factor is at most 1."""
+        """Returns YaRN's multiplier of queries or keys: 0.1 scale ln(factor) + 1, or 1 if the factor is at most 1."""
         return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Divides low frequencies by the factor and keeps high frequencies, with a ramp between (Llama 3.1)."""
+    """Divides low frequencies by the factor, and keeps high frequencies, with a linear ramp between (Llama 3.1)."""
 
     factor: float
     original_max_position_embeddings: int

@@ -1,4 +1,4 @@
-"""LoRA on the shared expert of an MoE layer (arXiv 2106.09685): W' x = W x + (alpha / r) B A x, with W frozen."""
+"""LoRA (arXiv 2106.09685) on the shared expert of an MoE layer: W' x = W x + (alpha / r) B A x, where W is frozen."""
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ class AdaptedProjection(Projection):
 
 
 def adapted(ffn: SwiGLU, *, rank: int, alpha: float) -> SwiGLU:
-    """Gives gate, up and down of a new FFN adapters, in place, and returns the FFN."""
+    """Adds adapters to gate, up and down of a new FFN in place. Returns the FFN."""
     for name in PROJECTIONS:
         out_dim, in_dim = ffn.get_submodule(name).get_parameter("weight").shape
         setattr(ffn, name, AdaptedProjection(in_dim, out_dim, rank=rank, alpha=alpha))

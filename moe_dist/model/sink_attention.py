@@ -19,7 +19,7 @@ from moe_dist.moe.routing.types import GlobalBatchInfo
 
 
 class SinkAttention(Attention):
-    """Grouped-query attention; `sinks` [H] has the sink of each head."""
+    """Grouped-query attention with sinks. The parameter `sinks` [H] has the sink of each head."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
@@ -33,13 +33,13 @@ class SinkAttention(Attention):
 
 
 def attend_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, mask: AttentionMask) -> Tensor:
-    """Returns attention with sinks, [B, H, S, d]. The arguments are as in `attend`."""
+    """Returns attention with sinks, [B, H, S, d]. `attend` describes all other arguments."""
     if not isinstance(mask, Tensor):
         flex: Any = _compiled(flex_attention) if q.is_cuda else flex_attention
         gqa, sums = q.shape[1] != k.shape[1], AuxRequest(lse=True)
         out, more = flex(q, k, v, block_mask=mask.blocks, enable_gqa=gqa, return_aux=sums)
         return out * (more.lse - sinks_H[:, None]).sigmoid()[..., None].to(out.dtype)
-    # Adds one key whose value is 0. One more channel of queries and keys gives the added key the sink as its score.
+    # Adds one key, whose value is 0. An additional channel of queries and keys makes the sink the score of this key.
     scale = q.shape[-1] ** -0.5
     channel = (sinks_H / scale)[:, None, None].expand(*q.shape[:-1], 1)
     k = F.pad(k, (0, 1, 0, 1))

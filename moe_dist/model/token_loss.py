@@ -1,4 +1,4 @@
-"""Cross entropy of each token from hidden states and the output weight, without holding all logits.
+"""Computes the cross entropy of each token from hidden states and the output weight, without storing all logits.
 
 Shape letters: B sequences, S positions, D hidden size, V words of the vocabulary, N tokens and v words of one tile, P parts
 of v words.
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_TOKENS = 4096  # tokens of the largest tile, which has 134 MB in fp32 with 8,192 words; at most four tiles exist
+TILE_TOKENS = 4096  # most tokens of a tile; with 8,192 words such a tile has 134 MB in fp32; at most four tiles exist
 
 
 def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:
-    """Returns `layers.token_losses(x W^T, labels)`, by tiles of `words` words for at most TILE_TOKENS tokens of one
-    sequence. Backward computes the logits again.
+    """Returns `layers.token_losses(x W^T, labels)`, computed in tiles. A tile has the logits of `words` words for at most
+    TILE_TOKENS tokens of one sequence. Backward computes the logits again.
 
-    The size of a tile depends neither on the number of sequences nor on the ranks. A token thus has the same loss and
-    gradient, to the last bit, in a batch of any number of sequences. Sums over tiles are fp32, whatever the dtype of x.
+    The size of a tile depends neither on the number of sequences nor on the ranks. So a token's loss and gradient are
+    bit-equal in batches of any number of sequences. Sums over tiles are fp32, whatever the dtype of x.
 
     Args:
         weight_VD: Output weight, which is converted to the dtype of x.
-        labels_BS: int64, below V; a negative label is ignored.
+        labels_BS: int64, below V. Negative labels are ignored.
     """
     return _TiledLosses.apply(x_BSD, weight_VD, labels_BS, words)  # pyright: ignore[reportReturnType]
 
@@ -80,15 +80,15 @@ def _parts(weight_VD: Tensor, words: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _tiles(labels_BS: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields indices that cut [B, S] into at most TILE_TOKENS tokens of one sequence each."""
+    """Yields indices that divide [B, S] into parts of at most TILE_TOKENS tokens of one sequence."""
     num_sequences, length = labels_BS.shape
     for sequence in range(num_sequences):
         yield from ((sequence, slice(first, first + TILE_TOKENS)) for first in range(0, length, TILE_TOKENS))
 
 
 def _columns(labels_N: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
-    """Returns each label's column among the `words` words from `first` on, and whether the label is one of these words:
-    both [N, 1]."""
+    """Returns two tensors [N, 1]: each label's index among the `words` words from `first` on, and whether the label is one
+    of these words."""
     column_N = labels_N - first
     inside_N = (column_N >= 0) & (column_N < words) & (labels_N >= 0)
     return column_N.clamp(0, words - 1)[:, None], inside_N[:, None]

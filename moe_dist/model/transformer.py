@@ -1,4 +1,4 @@
-"""The decoder-only transformer over text and image tokens in one sequence, written as for one device.
+"""The decoder-only transformer for sequences of text and image tokens. Its code is written as for one device.
 
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, V vocabulary, L layers.
 """
@@ -36,7 +36,7 @@ class DenseFFN(SwiGLU):
 
 
 class Layer(nn.Module):
-    """Attention, and an MoE layer or a dense FFN. With `mixture_of_depths` it computes only selected tokens."""
+    """Attention, then an MoE layer or a dense FFN. With `mixture_of_depths`, the layer computes only selected tokens."""
 
     def __init__(
         self,
@@ -63,12 +63,12 @@ class Transformer(nn.Module):
     """Computes logits from tokens.
 
     Args:
-        make_moe: Makes the MoE layer of each layer index in `args.moe_layers`.
-        make_depths: Makes the depth router of each layer index in `args.depth_layers`, which must be MoE layers.
-        make_adapters: Makes the LoRA adapters of the attention of each layer index.
+        make_moe: Function that makes the MoE layer for each layer index in `args.moe_layers`.
+        make_depths: Function that makes the depth router for each index in `args.depth_layers`, which must be MoE layers.
+        make_adapters: Function that makes the LoRA adapters of the attention for each layer index.
 
     Attributes:
-        token_losses: Computes cross entropies from all logits (`kernels.choice.use`).
+        token_losses: Function that computes cross entropies from all logits. `kernels.choice.use` may replace it.
     """
 
     token_losses = staticmethod(token_losses)
@@ -114,12 +114,12 @@ class Transformer(nn.Module):
         Args:
             tokens_BS: int64 token ids.
             positions_BS: int64 position of each token inside its document.
-            documents_BS: Document number of each token. A token attends to itself and to its document's earlier tokens.
+            documents_BS: Document number of each token. A token attends to itself and to earlier tokens of its document.
             group_BS: int64 expert group of each token, -1 for padding.
-            request: Is passed to all MoE layers. Mixture-of-depths layers use only the request's `experts_off`.
-            labels_BS: int64. With labels, forward returns the cross entropies [B, S] in fp32 instead of the logits. The
-                cross entropies are computed inside forward, because FSDP2 gathers the output weight only there.
-            objective: Computes the labels' losses instead of cross entropies over the whole vocabulary.
+            request: Passed to all MoE layers. Mixture-of-depths layers use only its field `experts_off`.
+            labels_BS: int64. If given, forward returns cross entropies [B, S] in fp32 instead of logits. They are computed
+                inside forward, because FSDP2 gathers the output weight only there.
+            objective: Computes the losses of the labels, instead of cross entropies over the whole vocabulary.
         """
         rotary = self._rotary(positions_BS, group_BS)
         x_BSD = F.embedding(tokens_BS, self.embedding.weight).to(self.args.compute_dtype)
@@ -137,11 +137,11 @@ class Transformer(nn.Module):
 
     @property
     def in_halves(self) -> bool:
-        """Whether `forward` runs the layers on two halves of the micro-batch in turns."""
+        """Whether `forward` alternates between two halves of the micro-batch."""
         return self.args.two_batch_overlap and torch.is_grad_enabled()
 
     def _masks(self, documents_BS: Tensor, positions_BS: Tensor) -> dict[Any, AttentionMask]:
-        """Returns a mask for each window, made once for all layers with this window. A dense mask takes B x S^2 bytes."""
+        """Returns a mask for each window width, which all its layers share. A dense mask has B x S^2 bytes."""
         windows = dict.fromkeys(layer.window for layer in self.layers if layer.depths is None)
         return {window: make_mask(documents_BS, positions_BS, window) for window in windows}  # pyright: ignore
 
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         reports, late_TD = [], None
         for layer in self.layers:
             if layer.depths is not None:
-                # The MoE layer gets only the selected tokens, and the request's token counts would be wrong for them.
+                # The MoE layer gets only the selected tokens. The token counts in the request would be wrong for these.
                 only_off = RoutingRequest(experts_off=request.experts_off)
                 x_BSD, report = self._shallow(layer, x_BSD, rotary, positions_BS, documents_BS, group_BS, only_off)  # pyright: ignore
             else:
@@ -171,15 +171,15 @@ class Transformer(nn.Module):
         return x_BSD, reports
 
     def forward_cached(self, tokens_BN: Tensor, positions_BN: Tensor, group_BN: Tensor, cache: KeyValueCache) -> Tensor:
-        """Returns logits [B, N, V] of N new tokens per sequence, and adds the new tokens to the cache. Each sequence is one
-        document. Call it in evaluation mode.
+        """Returns logits [B, N, V] of N new tokens per sequence, and adds these tokens to the cache. Each sequence is one
+        document. Call this method in evaluation mode.
 
-        Up to rounding, the logits equal the logits that `forward` computes for the whole sequences. The logits differ only
-        with `DynamicScaling` beyond its original length, because cached keys keep their first rotation.
+        Up to rounding, the logits equal those that `forward` computes for the whole sequences. There is one exception: with
+        `DynamicScaling` beyond its original length they differ, because cached keys keep their first rotation.
 
         Args:
-            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. Padding adds no entry to the cache, and
-                its logits are meaningless.
+            tokens_BN, group_BN: See `forward`. Padding (group -1) may be anywhere. It adds no entry to the cache, and its
+                logits are meaningless.
             positions_BN: int64, position of each token in its sequence.
         """
         rotary = self._rotary(positions_BN, group_BN)
@@ -206,15 +206,15 @@ class Transformer(nn.Module):
         return self._logits(x_BND)
 
     def make_cache(self, batch: int, max_tokens: int) -> KeyValueCache:
-        """Returns an empty cache for `batch` sequences of at most `max_tokens` tokens, padding included. The cache takes
-        layers x batch x max_tokens x itemsize bytes for each value of an entry: 2 x num_kv_heads x head_dim values with
-        grouped-query attention, kv_rank + rope_dim with latent attention."""
+        """Returns an empty cache for `batch` sequences of at most `max_tokens` tokens, padding included. The cache has
+        layers x batch x max_tokens x itemsize bytes for each number in an entry. An entry has 2 x num_kv_heads x head_dim
+        numbers in grouped-query attention, and kv_rank + rope_dim in latent attention."""
         device, dtype = self.embedding.weight.device, self.args.compute_dtype
         sizes: dict[str, Any] = {"batch": batch, "max_tokens": max_tokens, "dtype": dtype, "device": device}
         return tuple(LayerCache(layer.attention.entry, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
 
     def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:
-        if self.args.rope_scaling is not None:  # a scaling must not take padding for the longest document
+        if self.args.rope_scaling is not None:  # a scaling must not mistake padding for the longest document
             positions_BS = torch.where(group_BS < 0, 0, positions_BS)
         rope_dim = self.args.rope_dim or self.args.head_dim
         return rotary_table(positions_BS, rope_dim, self.args.rope_base, self.args.rope_scaling)
@@ -229,8 +229,8 @@ class Transformer(nn.Module):
         group_BS: Tensor,
         request: RoutingRequest,
     ) -> tuple[Tensor, LayerReport | None]:
-        """Runs a mixture-of-depths layer on its C selected tokens, which form one sequence and keep their positions and
-        documents. The other tokens stay unchanged."""
+        """Runs a mixture-of-depths layer on its C selected tokens. They form one sequence, and keep their positions and
+        documents. All other tokens stay unchanged."""
         assert layer.depths is not None
         x_TD, group_T = x_BSD.flatten(0, 1), group_BS.flatten()
         chosen = layer.depths(x_TD, group_T >= 0)
@@ -276,7 +276,7 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.args.tie_embeddings else self.output.weight
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] of the next lines are the largest activation
+        x_BSD = self.norm(x_BSD)  # the logits [B, S, V] of the next line are the largest activation
         return F.linear(x_BSD, self._output.to(x_BSD.dtype))
 
     def _losses(self, x_BSD: Tensor, labels_BS: Tensor, objective: Objective | None) -> Tensor:
@@ -290,12 +290,12 @@ class Transformer(nn.Module):
         return self.token_losses(self._logits(x_BSD), labels_BS)
 
     def reset_buffers(self) -> None:
-        """Sets the routers' buffers, which a move from the meta device loses."""
+        """Sets the routers' buffers again. They have no values after a move from the meta device."""
         for module in [*(moe.router for moe in self.moe_modules()), *self.depth_routers()]:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
 
     def units(self) -> Iterator[nn.Module]:
-        """Yields the modules whose parameters FSDP2 gathers together: each layer's attention, and its MoE layer or FFN."""
+        """Yields the modules that are FSDP2's units: the attention of each layer, and its MoE layer or FFN."""
         for layer in self.layers:
             assert isinstance(layer, Layer)
             yield layer.attention
@@ -309,15 +309,14 @@ class Transformer(nn.Module):
 def _joined(
     x_BSD: Tensor, late_TD: Tensor | None, report: LayerReport | None
 ) -> tuple[Tensor, Tensor | None, LayerReport | None]:
-    """Adds the late output of the previous layer to x; returns this layer's late output, and removes it from the
-    report."""
+    """Adds the previous layer's late output to x. Returns x, this layer's late output, and the report without it."""
     x_BSD = x_BSD if late_TD is None else x_BSD + late_TD.view_as(x_BSD)
     return (x_BSD, None, None) if report is None else (x_BSD, report.late_TD, report._replace(late_TD=None))
 
 
 def _carried(request: RoutingRequest, report: LayerReport) -> tuple[RoutingRequest, LayerReport]:
-    """Moves the logits in a layer's report, if there are any, into the request for the next layer, whose router adds
-    them to its logits."""
+    """Moves the logits in a layer's report, if any, into the request for the next layer. The next layer's router adds them
+    to its logits."""
     if report.logits_TC is None:
         return request, report
     return replace(request, previous_TC=report.logits_TC), report._replace(logits_TC=None)

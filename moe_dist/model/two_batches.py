@@ -1,9 +1,9 @@
-"""Runs a transformer's layers on the two halves of a micro-batch in turns, so that the exchanges of one half are in flight
-while the other half computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
+"""Runs a transformer's layers alternately on the two halves of a micro-batch. The exchanges of one half are in flight while
+the other half computes. Shape letters: B sequences, S positions, T tokens of a half, D hidden size.
 
 Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Each token is
-routed alone, so routing in two halves equals routing of the whole micro-batch. The halves' reports are added up, so the
-losses also equal the whole micro-batch's losses.
+routed independently, so routing two halves gives the same result as routing the whole micro-batch. The reports of both
+halves are added, so the losses also equal those of the whole micro-batch.
 """
 
 from collections.abc import Generator, Iterable, Sequence
@@ -28,7 +28,7 @@ def run_layers(layers: Iterable[Any], halves: Sequence[Half], request: RoutingRe
 
 
 def in_turns(runs: Sequence[Generator[None, None, R]]) -> list[R]:
-    """Runs generators in turns, each up to its next `yield`, and returns their results in their order."""
+    """Runs each generator in turn up to its next `yield`, until all end. Returns their results in order."""
     results: dict[int, R] = {}
     while len(results) < len(runs):
         for index, run in enumerate(runs):
@@ -49,8 +49,8 @@ def _steps(
     request: RoutingRequest,
     chain: Chain,
 ) -> Generator[None, None, tuple[Tensor, list[LayerReport]]]:
-    """Runs all layers on one half. Calls each module's `forward` directly, because FSDP2's hooks of a module would gather
-    and reduce between the exchanges of the other half. ParallelModel gathers all parameters before the layers."""
+    """Runs all layers on one half. Calls each module's `forward` directly to avoid FSDP2's hooks, which would gather and
+    reduce between the exchanges of the other half. ParallelModel gathers all parameters before the first layer."""
     reports = []
     for layer in layers:
         x_BSD = x_BSD + layer.attention.forward(x_BSD, rotary, masks[layer.window])
@@ -64,7 +64,7 @@ def _steps(
 
 
 def _joined(first: LayerReport, second: LayerReport) -> LayerReport:
-    """Returns the joint report of both halves."""
+    """Returns the sum of the reports of both halves."""
     chosen = None
     if first.chosen is not None and second.chosen is not None:
         chosen = ChosenColumns(*map(torch.cat, zip(first.chosen, second.chosen, strict=True)))

@@ -1,4 +1,4 @@
-"""Lets the dense parts of a transformer use Triton kernels, after a trial on this machine (see `moe/kernel_choice.py`)."""
+"""Makes the dense parts of a transformer use Triton kernels after a trial on this machine (see `moe/kernel_choice.py`)."""
 
 import logging
 from functools import partial
@@ -15,11 +15,11 @@ from moe_dist.moe.kernel_choice import KernelKind, Results, random
 from moe_dist.moe.layer import MoELayer
 
 logger = logging.getLogger(__name__)
-HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # a kernel needs several blocks for WORDS
+HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # with WORDS words, a kernel needs several blocks
 
 
 def use(model: Transformer, kernels: DenseKernels) -> None:
-    """Lets the norms, the attention and the loss of the model use the functions in `kernels`."""
+    """Makes the norms, the attention and the loss of the model use the functions in `kernels`."""
     model.token_losses = kernels.token_losses  # pyright: ignore[reportAttributeAccessIssue]
     for module in model.modules():
         if isinstance(module, CausalAttention):
@@ -36,8 +36,8 @@ def _normed(norm: RMSNorm, kernels: DenseKernels, x: Tensor) -> tuple[Tensor, Te
 
 
 def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Lets the model use Triton's kernels. Call `use_triton` only if the experts use Triton's kernels, too. With `auto` the
-    kernels are tried first, and the log has the reason if they are not used."""
+    """Makes the model use the Triton kernels. Call this function only if the experts also use Triton kernels. `auto` tests
+    the kernels first. If the test fails, the model keeps torch, and the log contains the reason."""
     from moe_dist.model.kernels.triton_kernels import TRITON  # imports Triton, which a machine without a GPU may lack
 
     reason = why_not(TRITON, device, dtype) if kind == "auto" else None
@@ -48,7 +48,7 @@ def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dt
 
 
 def why_not(kernels: DenseKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else the difference or failure. Compiles kernels; syncs."""
+    """Returns None if the kernels' results equal torch's, else a text about the difference or failure. Compiles kernels."""
     return kernel_choice.why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 
@@ -81,7 +81,7 @@ def _results(kernels: DenseKernels, dtype: torch.dtype) -> Results:
 
 
 def _normed_and_rotated(kernels: DenseKernels, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns queries normed over all heads, and over each head."""
+    """Returns rotated queries that are normed over all heads together or over each head, and their gradients."""
     table, found = rotary_table(torch.arange(2 * LENGTH).view(2, LENGTH), WIDTH, 1e4), {}
     for words, width in (("all heads", HEADS * WIDTH), ("each head", WIDTH)):
         x_BSHd, weight = random(24, 2, LENGTH, HEADS, WIDTH).to(dtype).requires_grad_(), random(25, width).requires_grad_()

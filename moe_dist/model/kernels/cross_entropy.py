@@ -4,8 +4,8 @@ copy of the logits is written.
     loss = log z - x[label],   log z = log sum over V of exp(x)
     dx = dloss (exp(x - log z) - [v = label])
 
-A negative label has loss 0 and gradients 0. With a label of V or more the token's loss and gradients are NaN. Shape
-letters: T tokens, V vocabulary.
+If a label is negative, the token's loss and gradients are 0. If a label is V or more, they are NaN. Shape letters: T
+tokens, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_dist.moe.kernels.operation import launch, operation
 
-BLOCK = 4096  # words that one program has in registers at once: 32 for each thread
+BLOCK = 4096  # number of words that one program has in registers at once: 32 per thread
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def cross_entropy_backward_kernel(logits, label_T, log_z, grad, out, V: tl.const
 
 @operation("cross_entropy(Tensor logits, Tensor label) -> (Tensor, Tensor)")
 def cross_entropy(logits: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns the losses and log z, fp32 [...], of logits [..., V] and int64 labels [...]."""
+    """Returns the losses and log z, both fp32 [...], for logits [..., V] and int64 labels [...]."""
     loss, log_z = (torch.empty_like(label, dtype=torch.float32) for _ in range(2))
     yield loss, log_z
     words = logits.shape[-1]
@@ -61,7 +61,7 @@ def cross_entropy(logits: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 @operation("cross_entropy_backward(Tensor logits, Tensor label, Tensor log_z, Tensor grad) -> Tensor")
 def cross_entropy_backward(logits: Tensor, label: Tensor, log_z: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """Returns the gradient of the logits, in the logits' dtype, for gradients [...] of the losses."""
+    """Returns the gradient of the logits, in the logits' dtype. `grad` [...] has the gradients of the losses."""
     out, words = torch.empty_like(logits), logits.shape[-1]
     yield out
     grid = (label.numel(), triton.cdiv(words, _block(words)))

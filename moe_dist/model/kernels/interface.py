@@ -1,4 +1,4 @@
-"""The interface of the kernels of dense parts. `TORCH` is the reference of `triton_kernels.TRITON`, on any device."""
+"""The interface of dense parts' kernels. `TORCH` runs on any device. It is the reference for `triton_kernels.TRITON`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from moe_dist.model.layers import norm_for_router, project, rms_norm, rotate, to
 class DenseKernels(NamedTuple):
     """Functions with the arguments, results and gradients of the functions in `layers` with the same names.
 
-    `norm_and_rotate` takes queries or keys [B, S, H, d], weight [d] or [H d] and eps of their norm, and table and pairs of
-    `rotate`. `norm_and_rotate` returns the result of `rms_norm` and then `rotate`, [B, H, S, d], or None if the caller must
-    call these two functions.
+    The arguments of `norm_and_rotate` are queries or keys [B, S, H, d], the weight [d] or [H d] and eps of their norm, and
+    `table` and `pairs` of `rotate`. It returns the result of `rms_norm` and then `rotate`, [B, H, S, d]. It returns None if
+    the caller must call these two functions instead.
     """
 
     rotate: Callable[..., Tensor] = rotate

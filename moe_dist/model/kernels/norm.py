@@ -3,12 +3,12 @@
     y = x r w,   r = 1 / sqrt(mean over D of x^2 + eps)
     dx = r w dy - x r^3 mean over D of (w dy x),   dw = sum over rows of dy x r
 
-Backward computes r again. Each program sums dw over its rows in registers, and one more pass sums the programs' sums, so
+Backward computes r again. Each program sums dw over its rows in registers. One more pass adds the sums of all programs, so
 nothing is added atomically. Shape letters: M rows, D width, P programs.
 """
 
 # pyright: reportArgumentType=false
-# Triton's annotations do not fit the language of kernels.
+# Triton's type annotations do not describe kernels.
 from collections.abc import Iterator
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moe_dist.moe.kernels.operation import launch, operation
 
-TILE = 1024  # values that a program of 4 warps has in registers at once, for rows of at most this width
+TILE = 1024  # number of values that a program of 4 warps has in registers, for rows of at most this width
 LARGEST = 8192  # widest row whose values a program keeps in registers
-PROGRAMS = 512  # programs of the backward kernel, about 4 for each multiprocessor of an H100
+PROGRAMS = 512  # number of programs of the backward kernel, about 4 per multiprocessor of an H100
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def rms_norm_backward_kernel(
 
 @operation("rms_norm(Tensor x, Tensor weight, float eps, bool wide) -> Tensor[]")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool) -> Iterator[list[Tensor]]:
-    """Returns y [M, D] for x [M, D] and weights [D], and with `wide` also y in fp32."""
+    """Returns y [M, D] from x [M, D] and the weights [D]. With `wide`, also returns y in fp32."""
     out, (rows, width) = [torch.empty_like(x)], x.shape
     if wide:
         out.append(torch.empty_like(x, dtype=torch.float32))
@@ -90,7 +90,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool) -> Iterator[list
 def rms_norm_backward(
     grad: Tensor, grad_wide: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns dx [M, D], and each program's part of dw, fp32 [P, D]. dy is `grad` + `grad_wide`, fp32 [M, D], if given."""
+    """Returns dx [M, D], and each program's part of dw, fp32 [P, D]. dy is `grad`, plus `grad_wide` (fp32) if given."""
     (rows, width), sizes = x.shape, blocks(x.shape[1])
     tiles = triton.cdiv(rows, sizes["ROWS"])
     steps = triton.cdiv(tiles, PROGRAMS)
@@ -103,6 +103,6 @@ def rms_norm_backward(
 
 
 def blocks(width: int) -> dict[str, int]:
-    """Returns the rows and columns of a program's tile, and its warps. A thread has at most 16 values of a tile."""
+    """Returns the numbers of rows, columns and warps of a program's tile. A thread has at most 16 values of a tile."""
     block = triton.next_power_of_2(width)
     return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": max(4, block // 512)}

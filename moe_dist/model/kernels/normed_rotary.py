@@ -1,11 +1,11 @@
-"""Triton kernels for RMSNorm of queries or keys and the rotary embedding after it, and for their gradients: one pass
-instead of two. `norm.py` and `rotary.py` have the formulas. The normed values are not rounded before they rotate.
+"""Triton kernels that compute the RMSNorm of queries or keys and the rotary embedding after it in one pass instead of two,
+and their gradients. `norm.py` and `rotary.py` have the formulas. Normed values are not rounded before their rotation.
 
 A program has all heads of a token in registers. Shape letters: T tokens, H heads, d head width, P programs.
 """
 
 # pyright: reportArgumentType=false
-# Triton's annotations do not fit the language of kernels.
+# Triton's type annotations do not describe kernels.
 from collections.abc import Iterator
 
 import torch
@@ -20,8 +20,8 @@ from moe_dist.moe.kernels.operation import launch, operation
 
 @triton.jit
 def places(H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Returns, for each pair of rotated values, the index of its first value in a token, whether the pair exists, and
-    its number."""
+    """Returns three blocks: the index of each pair's first value in a token, whether the pair exists, and its index in the
+    head."""
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     return head * D + pair * STEP, (head < H) & (pair < D // 2), pair
@@ -29,9 +29,9 @@ def places(H: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, HEADS: tl.const
 
 @triton.jit
 def mean_of(values, H: tl.constexpr, D: tl.constexpr, WHOLE: tl.constexpr):
-    """Returns means of a token's values; `values` [HEADS, PAIRS] has the sum of each pair of values. With WHOLE there
-    is one mean over the H D values of all heads, else the mean over the D values of each head. The result broadcasts
-    over PAIRS."""
+    """Returns means of a token's values. `values` [HEADS, PAIRS] has the sum of each pair of values. With WHOLE the result
+    is one mean over the H D values of all heads, else a mean over the D values of each head. The result broadcasts over
+    PAIRS."""
     sums = tl.sum(values, 1)
     if WHOLE:
         return tl.zeros_like(sums)[:, None] + tl.sum(sums, 0) / (H * D)
@@ -129,8 +129,8 @@ def normed_rotary_backward_kernel(
 
 @operation("normed_rotary(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps, bool adjacent) -> Tensor")
 def normed_rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool) -> Iterator[Tensor]:
-    """Returns x [T, H, d], normed over all heads together if there are weights [H d], else over each head by weights [d],
-    and rotated by the angles of the tables, fp32 [T, d / 2]."""
+    """Returns the normed and rotated x [T, H, d]. Weights [H d] norm x over all heads together, weights [d] over each head.
+    `cos` and `sin` are fp32 [T, d / 2]."""
     out = torch.empty_like(x)
     yield out
     launch(normed_rotary_kernel, x.shape[:1], x, weight, cos, sin, out, eps, **sizes(x, weight, adjacent))
@@ -143,7 +143,7 @@ def normed_rotary(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: floa
 def normed_rotary_backward(
     grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, adjacent: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns dx, and each program's part of the weight's gradient, summed over its tokens, fp32 [P, H d] or [P, d]."""
+    """Returns dx, and each program's part of the weights' gradient: the sum over its tokens, fp32 [P, H d] or [P, d]."""
     steps = triton.cdiv(len(x), norm.PROGRAMS)
     programs = triton.cdiv(len(x), max(1, steps))
     out, sums = torch.empty_like(x), x.new_empty((programs, len(weight)), dtype=torch.float32)
@@ -153,7 +153,7 @@ def normed_rotary_backward(
 
 
 def sizes(x: Tensor, weight: Tensor, adjacent: bool) -> dict[str, int]:
-    """Returns the constants of both kernels, and the number of warps that gives each thread at most 8 pairs."""
+    """Returns the constants of both kernels, and a number of warps with which each thread has at most 8 pairs."""
     _, heads, width = x.shape
     blocks = {"HEADS": triton.next_power_of_2(heads), "PAIRS": triton.next_power_of_2(width // 2)}
     warps = max(4, blocks["HEADS"] * blocks["PAIRS"] // 256)

@@ -1,4 +1,4 @@
-"""A Triton kernel that rotates pairs of each head's values, in one pass over all heads of a token. Arithmetic is fp32.
+"""A Triton kernel that rotates pairs of values in each head, in one pass over all heads of a token. Arithmetic is fp32.
 
     first' = first cos - second sin,   second' = second cos + first sin
 
@@ -51,8 +51,8 @@ def rotate_kernel(
 
 @operation("rotate(Tensor x, Tensor cos, Tensor sin, bool adjacent, bool back) -> Tensor")
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool, back: bool) -> Iterator[Tensor]:
-    """Returns x [T, H, d] rotated by the angles of the tables, fp32 [T, r / 2], or, with `back`, by the negative angles.
-    The first r values of each head rotate; pairs are 2 i and 2 i + 1 if `adjacent`, else i and i + r / 2."""
+    """Returns x [T, H, d] rotated by the angles of the tables, fp32 [T, r / 2], or with `back` by the negative angles. The
+    first r values of each head rotate. Pairs are 2 i and 2 i + 1 if `adjacent`, else i and i + r / 2."""
     out = torch.empty_like(x)
     yield out
     (tokens, heads, width), half = x.shape, cos.shape[1]
@@ -64,6 +64,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool, back: bool) -> I
 
 
 def layout(half: int, adjacent: bool) -> dict[str, int]:
-    """Returns, for `half` pairs, the distance between the first values of neighbouring pairs, and between a pair's two
+    """Returns two distances for `half` pairs: between the first values of neighbouring pairs, and between a pair's two
     values."""
     return {"STEP": 2, "FAR": 1} if adjacent else {"STEP": 1, "FAR": half}

@@ -1,4 +1,4 @@
-"""The kernels of dense parts by Triton. Shape letters: B sequences, H heads, S positions, d head width, V vocabulary."""
+"""The kernels of dense parts in Triton. Shape letters: B sequences, H heads, S positions, d head width, V vocabulary."""
 
 import logging
 from collections.abc import Iterator
@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def _rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "halves") -> Tensor:
-    # The transposes copy nothing: the memory of x, written by a projection, has the order [B, S, H, d] that the kernel
-    # needs.
+    # The transposes copy nothing. A projection has written x in the memory order [B, S, H, d], which the kernel needs.
     batch, _, length, _ = x_BHSd.shape
     cos, sin = _per_token(table, batch, length)
     return _Rotate.apply(x_BHSd.transpose(1, 2), cos, sin, pairs == "adjacent").transpose(1, 2)  # pyright: ignore
@@ -31,7 +30,7 @@ def _rotate(x_BHSd: Tensor, table: tuple[Tensor, Tensor], pairs: RopePairs = "ha
 def _norm_and_rotate(
     x_BSHd: Tensor, weight: Tensor, eps: float, table: tuple[Tensor, Tensor], pairs: RopePairs
 ) -> Tensor | None:
-    """Returns None where the kernel does not fit: if part of a head rotates, or heads normed together are too wide."""
+    """Returns None if only part of a head rotates, or if all heads together are too wide for the kernel."""
     batch, length, heads, width = x_BSHd.shape
     if 2 * table[0].shape[-1] != width or heads * width > norm.LARGEST:
         return None
@@ -40,7 +39,7 @@ def _norm_and_rotate(
 
 
 def _per_token(table: tuple[Tensor, Tensor], batch: int, length: int) -> Iterator[Tensor]:
-    """Yields cosines and sines [B S, r / 2]. The table may have the angles of one sequence for all B sequences."""
+    """Yields cosines and sines [B S, r / 2]. The table may have one sequence's angles for all B sequences."""
     return (each.expand(batch, 1, length, -1).flatten(0, 2) for each in table)
 
 
@@ -134,9 +133,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Project(torch.autograd.Function):
-    """Multiplies one normed x by several weights. In backward each product adds its gradient of the normed x to the sum
-    over the earlier products, so that no separate pass adds gradients. Backward computes the norm again, so that autograd
-    keeps only x."""
+    """Multiplies one normed x by several weights. In backward, each product adds its gradient of the normed x to the sum of
+    the earlier gradients, so no separate pass adds them. Backward computes the norm again, so autograd keeps only x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, *weights: Tensor) -> tuple[Tensor, ...]:
