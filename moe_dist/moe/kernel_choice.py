@@ -1,5 +1,5 @@
-"""Chooses between Triton kernels and operations of torch for the arithmetic on rows, after a trial of the Triton kernels on
-this machine: their values and gradients on small tensors must equal torch's.
+"""Chooses between Triton kernels and torch operations for the arithmetic on rows. Triton kernels are chosen only after a
+trial on this machine: on small tensors, their values and gradients must equal those of torch.
 
 Shape letters are as in `kernels.interface`.
 """
@@ -36,8 +36,8 @@ Results = list[tuple[str, Tensor]]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels. For `auto` on CUDA also returns the reason if the kernels are torch's. `auto` first tries
-    Triton's kernels (`why_not`). Raises ValueError if kind is `triton`, and `why_not_triton` returns a reason."""
+    """Returns the kernels, and a reason or None. The reason says why `auto` on CUDA uses torch. `auto` first tests the
+    Triton kernels (`why_not`). Raises ValueError if kind is `triton` and `why_not_triton` returns a reason."""
     if kind == "torch" or (kind == "auto" and device.type != "cuda"):
         return TORCH, None
     reason = why_not_triton(device, dtype)
@@ -53,7 +53,7 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns why the Triton kernels cannot be used, else None. On a CPU Triton's interpreter can run them."""
+    """Returns the reason why Triton kernels cannot be used, or None. Triton's interpreter can run the kernels on a CPU."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -68,12 +68,12 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def why_not(kernels: RowKernels, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Returns None if the kernels' results equal torch's, else the difference or failure. Compiles kernels; syncs."""
+    """Returns None if the kernels' results equal torch's, else a text about the difference or failure. Compiles kernels."""
     return why_differ(lambda: _results(kernels, dtype), lambda: _results(TORCH, dtype), device)
 
 
 def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], device: torch.device) -> str | None:
-    """Returns None if the results of kernels equal torch's, else a text that names the difference or failure."""
+    """Returns None if the results of `ours` equal those of `torchs`, else a text that names the difference or failure."""
     try:
         with device:  # the default device may be meta while a model is built
             pairs = list(zip(ours(), torchs(), strict=True))
@@ -94,7 +94,7 @@ def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _plan(kernels: RowKernels) -> Results:
-    """Returns the dispatch plans of a layer on one rank, which sends no row. A token has three choices, some null."""
+    """Returns the dispatch plans of a layer on one rank, which sends no row. A token has three choices. Some are null."""
     group, num_tokens = GROUPS[0], 300  # several blocks of tokens
     first_T = torch.arange(num_tokens) * 7
     columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
@@ -123,7 +123,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
-    """Applies one expert to all pairs, with gradients, and sums base, own and received rows. Some rows have no pair."""
+    """Applies one expert to all pairs, with gradients. Then sums base, own and received rows. Some rows have no pair."""
     row_Q = torch.arange(PAIRS) * 7 % (ROWS - 3)
     shapes = ((ROWS, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (ROWS, HIDDEN))
     rows_RD, gate, up, down, grad_RD = (random(n, *each).to(dtype) for n, each in enumerate(shapes))
@@ -144,7 +144,7 @@ def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _experts_choice(kernels: RowKernels) -> Results:
-    """Lets experts choose among tokens of their group, and computes the sums of a layer's report."""
+    """Lets experts choose among the tokens of their group, and computes the sums that a layer reports."""
     groups = tuple(replace(group, num_null=0, first_expert=first) for group, first in zip(GROUPS, (0, 12), strict=True))
     router = ExpertChoiceRouter(RouterContext(HIDDEN, groups, kernels=kernels))
     for n, parameter in enumerate(router.parameters()):
@@ -160,7 +160,7 @@ def _experts_choice(kernels: RowKernels) -> Results:
 
 
 def _choice(kernels: RowKernels, normalise: Normalise) -> Results:
-    """Lets tokens of two groups with null experts, and padding, choose; computes weights, sums, and a gradient."""
+    """Routes padding and tokens of two groups, which have null experts. Returns choices, weights, sums and a gradient."""
     h_TD = random(7, ROWS, HIDDEN).requires_grad_()
     router = TopKRouter(RouterContext(HIDDEN, GROUPS, kernels=kernels), normalise=normalise)
     for n, parameter in enumerate(router.parameters()):

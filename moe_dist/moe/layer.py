@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: norm, router, dispatch, experts and combine. Forward sets no attribute."""
+"""The mixture-of-experts layer: norm, router, dispatch, experts and combine. `forward` sets no attribute of the module."""
 
 from collections.abc import Generator
 from typing import Any, NamedTuple, Protocol
@@ -22,18 +22,18 @@ class Router(Protocol):
 class MoELayer(nn.Module):
     """y = experts(norm(x)) + zero-computation experts + shared expert. The caller adds the residual.
 
-    With `shortcut` y is the shared expert's output alone, and the report has the other terms as `late_TD` (LongCat-Flash,
-    arXiv 2509.01322, section 2.2). The caller adds `late_TD` after the next layer.
+    With `shortcut`, y is the shared expert's output alone, and the report contains the sum of the two other terms as
+    `late_TD` (LongCat-Flash, arXiv 2509.01322, section 2.2). The caller adds `late_TD` after the next layer.
 
     Args:
-        dispatcher: Sends rows to their experts' ranks, and sums the experts' outputs for each token.
+        dispatcher: Sends each token's row to the ranks of its experts, and sums the experts' outputs for each token.
         shared: An expert that processes every token on the token's rank, or None.
-        free: Identity and constant experts (without dispatch), if a group has any.
+        free: The identity and constant experts, which need no dispatch; None if no group has such experts.
         shortcut: Whether the caller adds the routed experts' output later. Needs a shared expert.
         recompute: The part of the layer that backward computes again. `experts`: only the expert FFNs, whose recomputation
-            needs no exchange. `block`: the whole layer and its dispatch exchange; the choice of experts and the dispatch
-            plan are kept.
-        name: Name of the layer in statistics, and in reports of hung collectives and damaged data.
+            needs no exchange. `block`: the whole layer with its dispatch exchange. Backward then reuses the choice of
+            experts and the dispatch plan of forward.
+        name: Name of the layer in statistics, and in error reports about hung collectives and damaged data.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MoELayer(nn.Module):
     def steps(
         self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest, chain: Chain
     ) -> Generator[None, None, tuple[Tensor, LayerReport]]:
-        """See `forward`. Yields while an exchange is in flight; needs a dispatcher with `steps`."""
+        """Like `forward`, but a generator: it yields while an exchange is in flight. Needs a dispatcher with `steps`."""
         assert isinstance(self.dispatcher, TwoBatchDispatcher)
         cache = RoutingCache(keep_choices=request.keep_choices)
         routed = self._route(x_TD, group_T, cache)
@@ -91,8 +91,8 @@ class MoELayer(nn.Module):
         return self._result(routed, *found, experts_off)
 
     def normed(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the normed input for the experts and for the router. A kernel may make the experts' and the router's
-        tensor in one pass; the router's tensor is then fp32."""
+        """Returns two tensors: the normed input of the experts and of the router. A kernel may replace this method
+        (`model.kernels.choice`); the router's tensor is then fp32."""
         h_TD = self.norm(x_TD)
         return h_TD, h_TD
 
@@ -101,8 +101,8 @@ class MoELayer(nn.Module):
         routing: Routing = self.router(wide_TD, group_T, cache)
         plan: Any = cache.plan or self.dispatcher.plan(routing.assignments, h_TD.shape[0], layer=self.name)  # host sync
         cache.plan = plan
-        # No op after combine may save a tensor for backward; otherwise recompute of kind `block` would repeat the
-        # all-to-all of combine.
+        # No op after combine may save a tensor for backward. If it did, `recompute="block"` would repeat combine's
+        # all-to-all.
         zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         h_TD, experts = self.experts.start(h_TD, recompute=self.recompute == "experts")
@@ -125,8 +125,8 @@ class MoELayer(nn.Module):
 
 
 class _Routed(NamedTuple):
-    """The values that a layer computes before its first exchange of rows: the dispatcher's inputs (h, weights and plan),
-    the function that computes this rank's experts, the routing, and the output of zero-computation experts."""
+    """The values that a layer computes before its first exchange of rows. `inputs` are the dispatcher's inputs: h, weights
+    and plan. `experts` computes this rank's experts. `zero_TD` is the output of the zero-computation experts, or None."""
 
     inputs: tuple[Tensor, Tensor, Any]
     experts: RunExperts

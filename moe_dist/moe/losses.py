@@ -1,5 +1,5 @@
-"""Computes load-balance losses and the z-loss from one rank's router sums and from counts over all ranks. Keeps the loads
-of the last step for the balance losses.
+"""Computes load-balance losses and the z-loss. Their inputs are one rank's router sums, and counts over all ranks.
+`StepLoad` keeps the loads of the last step for the balance losses.
 
 Shape letters: L MoE layers, G expert groups, C choice columns (a column for each true expert by logical id, then for the
 groups' null, identity and constant experts).
@@ -24,7 +24,8 @@ BalanceKind = Literal["null_averaged", "vanilla", "null_split", "weighted"]
 
 @dataclass(frozen=True)
 class AuxSettings:
-    """Kind and coefficients of a step's auxiliary losses; `balance_terms` describes `null_weight_G`."""
+    """The kind of balance loss, and the coefficients of a step's auxiliary losses. `balance_terms` explains
+    `null_weight_G`."""
 
     kind: BalanceKind
     balance: float
@@ -34,11 +35,11 @@ class AuxSettings:
 
 @dataclass(frozen=True)
 class ColumnTables:
-    """Tensors that describe the columns of each expert group. The tensors are cached, because a copy to CUDA in each step
-    would sync.
+    """Tensors that describe the columns of each expert group. `on` caches the tensors, because copying them to CUDA in each
+    step would sync.
 
     Attributes:
-        group_C: int64, group of each column.
+        group_C: int64, index of each column's group.
         member_CG: bool, whether a column belongs to a group.
         size_G: Number of columns of each group.
     """
@@ -67,35 +68,36 @@ def balance_terms(
     null_weight_G: Sequence[float] | None = None,
     load_tokens_LG: Tensor | None = None,
 ) -> Tensor:
-    """Returns this rank's summand of each layer's and group's balance loss [L, G], with coefficient 1. The balance loss is
-    the sum of all ranks' summands.
+    """Returns this rank's part of the balance loss of each layer and group [L, G], with coefficient 1. The balance loss is
+    the sum of this part over all ranks.
 
         l = C sum_i f_i P_i,   f_i = choices_i / T,   P_i = sum of probabilities / T,   sums over the group's C columns
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
-    mean load of the group's null columns, because null columns are equivalent. Loads of identity columns are replaced by
-    their mean, too. Loads of constant columns are kept, because each constant expert has its own vector. `vanilla` replaces
-    no load.
+    mean load of the group's null columns, because null columns are equivalent. The load of each identity column is likewise
+    replaced by the mean load of the group's identity columns. Loads of constant columns stay, because each constant expert
+    has a different vector. `vanilla` replaces no load.
 
-    `null_split` (ZEDA, arXiv 2605.18643) balances only the sum over the n true columns (E) against the sum over the n_Z
-    remaining columns (Z). With w = 1 and equal loads of all columns ZEDA's published loss is 1; `null_split` is scaled to
-    k, the number of choices per token, as all kinds are:
+    `null_split` (ZEDA, arXiv 2605.18643) balances only two sums: the sum over the n true columns (E) and the sum over the
+    n_Z remaining columns (Z). If w = 1 and all columns have equal loads, ZEDA's published loss is 1. `null_split` is then
+    k, the number of choices per token, like the loss of every other kind:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, without a mean.
-    MoE++'s tau is 1 / w.
+    `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, and takes no
+    mean. MoE++ writes tau for 1 / w.
 
-    The null weight w is as in ZEDA: the loss drives the load of a null column to w times the load of a true column. A token
-    of a balanced layer takes k n / (n + m w) true experts, and the factor C becomes C + m (w - 1), where m is the number of
-    null columns (for `weighted` and `null_split`, of all columns other than true experts).
+    The null weight w means the same as in ZEDA: the loss drives the load of a null column to w times the load of a true
+    column. In a balanced layer a token takes k n / (n + m w) true experts on average, and the factor C becomes C + m (w -
+    1). Here m is the number of null columns; for `weighted` and `null_split` it is the number of all columns that are not
+    true experts.
 
     Args:
         prob_LC: This rank's sums of probabilities, with gradient.
         choices_LC: Number of choices of each column over all ranks.
         tokens_LG: Number of tokens of each group over all ranks. A group without tokens contributes 0.
-        null_weight_G: w of each group; None for 1. `vanilla` ignores it.
-        load_tokens_LG: Number of tokens counted in `choices_LC`, if these are not the tokens of `tokens_LG`.
+        null_weight_G: The null weight w of each group; None for w = 1. `vanilla` ignores `null_weight_G`.
+        load_tokens_LG: Number of tokens whose choices `choices_LC` counts; None if this number is `tokens_LG`.
     """
     load_LC, groups = choices_LC.to(prob_LC.dtype), tables.groups
     weight_G = [1.0] * len(groups) if null_weight_G is None else null_weight_G
@@ -129,8 +131,8 @@ def _weighted(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence
 
 
 def _average_copies(load_LC: Tensor, groups: Sequence[ExpertGroup], weight_G: Sequence[float]) -> Tensor:
-    """Replaces the loads of each group's null columns by the mean of these loads divided by the null weight, and the loads
-    of the group's identity columns by their mean."""
+    """Replaces the load of each null column by (mean load of the group's null columns) / (null weight), and the load of
+    each identity column by the mean load of the group's identity columns."""
     at = sum(group.num_experts for group in groups)
     parts = [load_LC[:, :at]]
     counts = [group.num_null for group in groups] + [group.num_identity for group in groups]
@@ -150,7 +152,7 @@ def _split_terms(
     tables: ColumnTables,
     weight_G: Sequence[float],
 ) -> Tensor:
-    """Computes `null_split`, see `balance_terms`. For a group that has only true experts the loss is constant."""
+    """Computes the loss `null_split` (see `balance_terms`). The loss of a group that has only true experts is constant."""
     num_true = sum(group.num_experts for group in tables.groups)
     member_CG = tables.member_CG.to(prob_LC.dtype)
     terms_LG = torch.zeros_like(per_LG)
@@ -164,28 +166,29 @@ def _split_terms(
 
 
 def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
-    """Multiplies each group's column by its factor, a float, because copying a tensor of factors would be a host sync."""
+    """Multiplies each group's column by a float, because copying a tensor of factors to the device would be a host sync."""
     return torch.stack([values_L * factor for values_L, factor in zip(values_LG.unbind(1), factor_G, strict=True)], dim=1)
 
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
-    """Returns this rank's summand of each layer's router z-loss [L], with coefficient 1. The z-loss is the mean over tokens
-    of logsumexp(logits)^2 over the token's group's columns (ST-MoE, arXiv 2202.08906, eq. 5). `tokens_LG` counts all
-    ranks."""
+    """Returns this rank's part of each layer's router z-loss [L], with coefficient 1. The z-loss is the mean over tokens of
+    logsumexp(logits)^2, where the logits are those of the columns of the token's group (ST-MoE, arXiv 2202.08906, eq. 5).
+    `tokens_LG` counts the tokens of all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)
 
 
 class StepLoad:
     """Keeps the load of each choice column over a whole step, for the balance loss of the next step.
 
-    The load-balance loss is a product of loads and mean probabilities. If both are of one micro-batch, the loss depends on
-    how the step is cut into micro-batches, and pushes even a micro-batch of similar tokens to a uniform load. (Qiu et al.,
-    arXiv 2501.11873, therefore count loads over all earlier micro-batches of the step, too.) Loads have no gradient, so
-    this class uses the loads of the previous step, which are known before the first forward. The balance loss is then a
-    plain sum over the step's tokens: micro-batch size, accumulation and number of ranks change only its rounding.
+    The load-balance loss is a sum of products, load times mean probability. If both factors came from one micro-batch, the
+    loss would depend on the division of the step into micro-batches. It would also push even a micro-batch of similar
+    tokens towards a uniform load. (Qiu et al., arXiv 2501.11873, therefore count loads over all earlier micro-batches of
+    the step, too.) Loads have no gradient, so this class uses the loads of the previous step, which are known before the
+    first forward. The balance loss is then a plain sum over the step's tokens: the micro-batch size, the number of
+    micro-batches and the number of ranks change only the rounding.
 
-    The counts are over all ranks. A group's counts are from the last step in which the group had tokens. All counts are 0
-    before the first step, whose balance loss is therefore 0.
+    The counts cover all ranks. A group's counts come from the last step in which the group had tokens. Before the first
+    step all counts are 0, so the balance loss of the first step is 0.
 
     Attributes:
         choices_LC: float64, number of choices of each column.
@@ -198,8 +201,8 @@ class StepLoad:
         self.tokens_LG = torch.zeros((num_layers, len(groups)), dtype=torch.float64, device=device)
 
     def after_step(self, counts: RoutingCounts[Tensor]) -> None:
-        """Stores the counts of a whole step over all ranks. A group without tokens in a layer keeps its earlier counts.
-        Costs no collective and no host sync."""
+        """Stores the counts of a whole step over all ranks. If a group had no tokens in a layer, the layer keeps the
+        group's old counts. Costs no collective and no host sync."""
         seen_LG = counts.tokens_LG > 0
         self.choices_LC = torch.where(seen_LG[:, self._group_C], counts.choices_LC, self.choices_LC)
         self.tokens_LG = torch.where(seen_LG, counts.tokens_LG, self.tokens_LG)
@@ -209,8 +212,8 @@ class StepLoad:
         return {"choices": self.choices_LC.tolist(), "tokens": self.tokens_LG.tolist()}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a state that `state` returned. Raises DataError if the state lacks counts for this model's layers,
-        columns and groups."""
+        """Restores the value that `state` returned. Raises DataError if its numbers of layers, columns and groups are not
+        this model's."""
         rows = state if isinstance(state, dict) else {}
         self.choices_LC = _counts("choices", rows.get("choices"), self.choices_LC)
         self.tokens_LG = _counts("tokens", rows.get("tokens"), self.tokens_LG)

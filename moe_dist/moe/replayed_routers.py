@@ -1,11 +1,11 @@
-"""Feeds recorded choices back into the routers of a model. Tokens take the recorded experts even where the router would now
-choose other experts. The routing weights and their gradients are computed anew.
+"""Feeds recorded choices back into the routers of a model. A token goes to its recorded experts even if the router would
+now choose different ones. The routing weights and their gradients are computed anew.
 
     with Replay(model, ids_TLK, group_T):
         step(batches, ...)
 
-A pre-hook of each router puts the choices into the `RoutingCache`, as if a first forward had chosen these columns. The code
-after the choice of experts is the same as in training. Forwards outside the context have no hook.
+A forward pre-hook of each router writes the choices into the `RoutingCache`, as if a first forward had chosen these
+columns. Everything after the choice of experts runs as in training. The hooks are removed when the context ends.
 
 Shape letters: T tokens of this rank, L MoE layers, K choices of a token, C choice columns, G expert groups.
 """
@@ -28,22 +28,22 @@ from moe_dist.moe.routing.types import ABSENT, group_columns
 
 
 class Replay:
-    """A context in which the model's routers choose the columns in `ids_TLK`. Each call of an MoE layer reads the choices
-    of the tokens that follow, in `ids_TLK`, the tokens of the layer's previous call. The micro-batches must thus come in
-    the order of `ids_TLK`. Recomputation reads the choices a second time, in the same order. When the context ends, each
-    layer must have read all choices.
+    """A context in which the model's routers choose the columns in `ids_TLK`. Each layer reads the rows of `ids_TLK` in
+    order: a call with T tokens reads the next T rows. The micro-batches must thus come in the order of `ids_TLK`.
+    Recomputation in backward reads the rows a second time, in the same order. When the context ends, each layer must have
+    read all rows.
 
     Attributes:
-        ids_TLK: int16 on the host, 2 T L K bytes; a replay keeps no other memory.
+        ids_TLK: The choices, int16 in host memory (2 T L K bytes). A replay needs no other memory.
 
     Args:
-        model: A model with `MoELayer`s or `LoRALayer`s whose routers have `TopKRouter`'s `forward` and `_choose`: a model
-            of moe_dist, with or without FSDP2 or DDP, Megatron's GPTModel with `ExpertLayer`s, or a model of your own.
-        ids_TLK: Whole numbers, the chosen columns (see `moe_dist.moe.routing.types`) of this rank's tokens, padding
-            included. As in a trace, -1 means no choice, and -2 - c means a pair of column c that a capacity dropped. The
-            replay drops exactly these pairs. True experts have the first columns, so ids of other systems are valid, too.
+        model: A model with `MoELayer`s or `LoRALayer`s whose routers inherit `forward` and `_choose` from `TopKRouter`. For
+            example a model of moe_dist, also with FSDP2 or DDP, or Megatron's GPTModel with `ExpertLayer`s.
+        ids_TLK: Integers, the chosen columns (see `moe_dist.moe.routing.types`) of this rank's tokens, including padding.
+            As in a trace, -1 means no choice, and -2 - c means a pair of column c that a capacity dropped. The replay drops
+            the same pairs. True experts are the first columns, so other systems' expert ids are valid, too.
         group_T: Expert group of each token, -1 for padding; None if all tokens are of group 0.
-        source: Name of the record in errors, for example its file.
+        source: Name of the record in error messages, for example its file.
 
     Raises:
         ConfigError: the model has a router that cannot replay.
@@ -58,7 +58,7 @@ class Replay:
         self.ids_TLK = _fitting(np.asarray(ids_TLK), group_T, self._routers, source)
 
     def __enter__(self) -> Self:
-        # Number of tokens that passed each layer, in forward (False) and in recomputation (True).
+        # number of tokens that have passed each layer, in forward (key False) and in recomputation (key True)
         self._passed = {repeated: [0] * len(self._routers) for repeated in (False, True)}
         hooks = [partial(self._give, layer) for layer in range(len(self._routers))]
         pairs = zip(self._routers, hooks, strict=True)
@@ -88,14 +88,13 @@ class Replay:
             )
         column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
-        # -1 (padding, or a choice beyond the group's k) becomes column 0, because routers ignore the columns of such
-        # choices.
+        # -1 (padding, or a choice beyond the group's k) becomes column 0, because routers ignore these choices.
         cache.choice_TK = torch.where(cache.dropped_TK, -2 - column_TK, column_TK).clamp_min(0)
 
 
 def replayable_routers(model: nn.Module) -> list[TopKRouter]:
-    """Returns the routers of the model's MoE layers, in order. Raises ConfigError if the model has no MoE layer, or a
-    router that does not choose as `TopKRouter` does."""
+    """Returns the routers of the model's MoE layers, in order. Raises ConfigError if the model has no MoE layer, or if one
+    of its routers does not choose as `TopKRouter` does."""
     routers = [module.router for module in model.modules() if isinstance(module, MoELayer | LoRALayer)]
     others = [module for module in model.modules() if isinstance(module, ChoosingRouter)]  # also mixture of depths
     others += [router for router in routers if not _keeps_choices(router)]
@@ -139,7 +138,7 @@ def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRou
 
 
 def _broken_rules(ids_TK: np.ndarray, group_T: np.ndarray, router: TopKRouter) -> list[tuple[np.ndarray, str]]:
-    """Returns rules, and for each rule a bool [T, K] that is true where the rule is broken."""
+    """Returns pairs of a bool [T, K] and a rule. The bool is true where a choice breaks the rule."""
     group_C = np.array(group_columns(router.groups))
     k_G = np.array([group.top_k for group in router.groups] + [0])  # the last number is for padding, group -1
     chosen_TK = np.arange(ids_TK.shape[1]) < k_G[group_T][:, None]

@@ -1,18 +1,18 @@
 """Updates the thresholds by which evaluation selects tokens causally (Expert Threshold, arXiv 2603.11535).
 
-A chooser is an expert (expert choice) or a layer (mixture of depths). The threshold c of a chooser is the running mean m of
-the k-th largest score in the chooser's selection scopes, plus a correction d. q is the mean of the k-th largest score over
-the selection scopes of a step, weighted by the scopes' numbers of tokens. w is the weight of the step in the running mean:
-1 / number of steps at first, later 1 - decay.
+A chooser is an expert (expert choice) or a layer (mixture of depths). The threshold c of a chooser is m + d. m is the
+running mean of the chooser's k-th largest score in a selection scope, and d is a correction. q is the mean of the k-th
+largest score over all selection scopes of one step, weighted by their numbers of tokens. w is the weight of this step in
+the running mean: at first 1 / (number of steps), later 1 - decay.
 
     m <- m + w (q - m)      running mean of the k-th largest score
     c = m + d               only a calibration of the thresholds changes d
 
 With d = 0 evaluation might admit more or fewer tokens than training, for example because m lags behind drifting scores.
-`moe_dist.train.evaluation.calibration` sets d so that evaluation admits the same fraction of tokens as training.
+`moe_dist.train.evaluation.calibration` sets d so that evaluation and training admit the same fraction of tokens.
 
-The scores contain no noise, because evaluation adds no noise. All ranks get the same thresholds, because the step's sums
-are over all ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
+These scores contain no noise, because evaluation adds no noise. All ranks get the same thresholds, because q is computed
+from sums over all ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class ThresholdUpdater:
 
     @classmethod
     def of(cls, layers: Sequence[MoELayer | LoRALayer]) -> "ThresholdUpdater | None":
-        """Makes the updater for a model's MoE layers; returns None in token choice."""
+        """Makes the updater for a model's MoE layers. Returns None if tokens choose experts."""
         routers = [layer.router for layer in layers if isinstance(layer.router, ChoosingRouter)]
         if not routers:
             return None
@@ -57,8 +57,8 @@ class ThresholdUpdater:
 
     @torch.no_grad()
     def after_step(self, counts: RoutingCounts[Tensor]) -> None:
-        """Updates the thresholds from a step's counts over all ranks. The thresholds of a group without tokens do not
-        change. Call this method only if the optimizer took the step. Does not sync."""
+        """Updates the thresholds from a step's counts over all ranks. Does not change the thresholds of a group without
+        tokens. Call this method only if the optimizer did not skip the step. Does not sync."""
         kth_score_LE, tokens_LG = counts.kth_score_LE, counts.tokens_LG
         if self._mixture_of_depths:
             assert counts.depth is not None, "mixture-of-depths layers count"
@@ -82,7 +82,7 @@ class ThresholdUpdater:
 def updated(
     threshold_n: Tensor, mean_n: Tensor, steps_n: Tensor, kth_score_n: Tensor, *, decay: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns threshold, mean and steps after one step with q = `kth_score_n`. The tensors may have any common shape."""
+    """Returns the new threshold, running mean and number of steps, after a step with q = `kth_score_n`."""
     weight_n = (1.0 / (steps_n + 1.0)).clamp_min(1.0 - decay)
     new_mean_n = mean_n + weight_n * (kth_score_n - mean_n)
     new_threshold_n = new_mean_n + (threshold_n - mean_n)  # keeps the correction d

@@ -1,1 +1,1 @@
-"""Bias controllers: they change the selection biases of routers without a gradient. Each rule is one file."""
+"""Bias controllers change the selection biases of routers without a gradient. Each rule of a controller has one file."""

@@ -1,23 +1,23 @@
 """Keeps the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
-The paper calls this controller PID; it is an integral controller, because a bias is the sum of all its updates. A token has
-k choices among n true experts and the router's other columns. Of T tokens in a step, c_i choose true expert i; c is the sum
-of c_i over i. After a step bias b_i is updated in one of two ways:
+The paper calls this controller PID. It is an integral controller, because each bias is the sum of all its updates. A token
+has k choices among n true experts and the router's other columns. A step has T tokens, and c_i of them choose true expert
+i; c is the sum of c_i over i. After the step, bias b_i is updated in one of two ways:
 
     per expert, as published    b_i += mu (target / (k n) - c_i / (k T))
     per group                   b_i += mu (target - c / T) / (k n)       the mean over i of the update per expert
 
 While the mean number of true experts is below the target the biases rise, so true experts win choices from null experts.
-The updates per expert and per group change the mean bias equally. The update per expert also balances the true experts. The
-update per group adds one number to the biases of all true experts, so their order stays.
+Both updates change the mean bias equally. The update per expert also balances the true experts. The update per group adds
+the same number to the biases of all true experts, so it does not change their order.
 
-With `proportional` p the controller is proportional-integral, like the controller that DTop-p (arXiv 2512.13996) uses for
-its bound p. With `proportional` the update has a second term: p times the change, since the last step, of the expression in
-brackets. The bias is thus the sum of mu times the bracket of each step, plus p times (last bracket - first bracket).
+With `proportional` = p the controller is proportional-integral, like the controller of DTop-p's bound (arXiv 2512.13996).
+The update then has a second term: p times the change of the expression in brackets since the last step. After some steps
+the bias is the sum of mu times each step's bracket, plus p times (last bracket - first bracket).
 
 mu = rate / (1 + step / decay_steps). The sum of mu over steps diverges and the sum of mu^2 converges. The mean number of
-true experts per token therefore converges to the target (Robbins and Monro, 1951), although steps are noisy and routers
-learn.
+true experts per token therefore converges to the target (Robbins and Monro, 1951), although the steps are noisy and the
+routers change.
 """
 
 import math
@@ -36,13 +36,13 @@ class ActiveExperts:
     """Rule of `BiasController` that keeps the mean number of true experts per token at a target.
 
     Args:
-        target: Target number of true experts per token, by name of the group. Groups that are not named are not controlled.
-        rate: mu of the first step.
+        target: Target number of true experts per token, by group name. Groups without a target are not controlled.
+        rate: Value of mu in the first step.
         decay_steps: Number of updates after which mu is half of `rate`; None keeps mu constant.
-        ramp_steps: Number of updates in which the target moves linearly from a token's largest number of true experts to
-            `target`.
+        ramp_steps: Number of updates in which the target moves linearly from a token's largest possible number of true
+            experts to `target`.
         schedule: Pairs (first update, factor of the target), sorted by first update; the first pair has 0.
-        proportional: p; with 0 the controller is only integral.
+        proportional: The coefficient p. With 0 the controller is only integral.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class ActiveExperts:
         return moved_Ln
 
     def state(self) -> JsonValue:
-        """Returns the last control errors (target minus actual) by group, null before the first step with tokens; empty
-        without `proportional`. Host sync."""
+        """Returns each group's last control errors (target minus actual value), or null before the group's first step with
+        tokens. Empty without `proportional`. Host sync."""
         return {
             name: [[None if math.isnan(each) else each for each in row] for row in error_Ln.tolist()]
             for name, error_Ln in self._last.items()

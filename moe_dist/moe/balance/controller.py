@@ -1,10 +1,10 @@
-"""Updates selection biases after each optimizer step, by rules that read the step's counts over all ranks.
+"""Updates selection biases after each optimizer step. The rules read the step's routing counts over all ranks.
 
-With the routers top_k, group_limited, top_p and threshold a selection bias changes only which experts a token chooses. With
-relu the bias is part of the logits, and with predicted_k the bias is part of the predicted number of experts. With these
-two routers the bias also changes routing weights and gradients. Only the biases of true (not null) experts are updated; the
-biases of null and zero-computation experts stay 0. A rule that adds one number to all true experts' biases thus changes how
-many true experts a token takes.
+With the routers top_k, group_limited, top_p and threshold a selection bias changes only which experts a token chooses. In
+relu the bias is part of the logits, and in predicted_k it is part of the predicted number of experts. In these two routers
+the bias therefore also changes routing weights and gradients. Only the biases of true (not null) experts are updated; the
+biases of null and zero-computation experts stay 0. So a rule that adds one number to the biases of all true experts changes
+the number of true experts that a token takes.
 
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """
@@ -22,18 +22,18 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class Gate(Protocol):
-    """The part of a router that holds one group's biases: one bias for each column, true experts first."""
+    """The part of a router that has one group's biases: one bias for each column, true experts first."""
 
     bias: Tensor
 
 
 class Rule(Protocol):
     def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
-        """Returns the changes of a group's biases after a step, float64 [L, n]; None if the rule does not apply to it.
+        """Returns the changes of a group's biases, float64 [L, n], or None if the rule does not control this group.
 
         Args:
-            true_Ln: float64, number of choices of each true expert over all ranks, including choices that a capacity drops.
-            tokens_L1: float64, the group's tokens over all ranks. Where it is 0, the returned change is not used.
+            true_Ln: float64, number of choices of each true expert over all ranks, including dropped choices.
+            tokens_L1: float64, number of the group's tokens over all ranks. If it is 0, the change is not applied.
             step: Number of updates before this update.
         """
         ...
@@ -44,24 +44,24 @@ class AimingRule(Protocol):
     """A rule that aims at a mean number of true experts per token."""
 
     def target_at(self, step: int, group: ExpertGroup) -> float:
-        """Returns the target of a controlled group after `step` updates, in true experts per token."""
+        """Returns the target of a controlled group after `step` updates: a mean number of true experts per token."""
         ...
 
 
 @runtime_checkable
 class RememberingRule(Protocol):
-    """A rule whose updates depend on the counts of earlier steps. Checkpoints save the rule's state."""
+    """A rule whose updates depend on counts of earlier steps, so that checkpoints must save its state."""
 
     def state(self) -> JsonValue: ...
 
     def restore(self, state: JsonValue, sizes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
-        """Restores a state that `state` returned. `sizes` has the numbers of layers and of true experts of each group.
-        Raises DataError if the state is invalid."""
+        """Restores the value that `state` returned. `sizes` has each group's numbers of layers and of true experts. Raises
+        DataError if the state is invalid."""
         ...
 
 
 class BiasController:
-    """Applies rules to the biases of all layers and groups. Counts cover all ranks, so all ranks get the same biases.
+    """Applies rules to the biases of all layers and groups. The counts cover all ranks, so all ranks get equal biases.
 
     Args:
         gates_LG: The gate of each layer and group. Each update reads the gate's `bias` again, because models may replace
@@ -75,9 +75,9 @@ class BiasController:
 
     @torch.no_grad()
     def after_step(self, counts: RoutingCounts[Tensor]) -> None:
-        """Updates the biases from the counts of a whole step over all ranks. In a layer without tokens of a group, the
-        group's biases do not change. Call this method after the optimizer step, because recompute in backward needs the
-        biases of the forward. Costs no collective and no host sync."""
+        """Updates the biases from the counts of a whole step over all ranks. If a layer had no tokens of a group, the
+        group's biases in this layer do not change. Call this method after the optimizer step, because recomputation in
+        backward needs the biases of forward. Costs no collective and no host sync."""
         for index, group in enumerate(self._groups):
             true_Ln = counts.choices_LC[:, group.first_expert : group.first_expert + group.num_experts].to(torch.float64)
             tokens_L1 = counts.tokens_LG[:, index, None].to(torch.float64)
@@ -92,14 +92,14 @@ class BiasController:
 
     def state(self) -> JsonValue:
         """Returns the number of updates so far, and the state of each `RememberingRule`, by the rule's index in `rules`.
-        The biases are buffers of the model, which checkpoints contain."""
+        Checkpoints contain the biases as buffers of the model."""
         remembering = {str(place): rule for place, rule in enumerate(self._rules) if isinstance(rule, RememberingRule)}
         rules: JsonValue = {place: state for place, rule in remembering.items() if (state := rule.state())}
         return {"step": self.step, "rules": rules} if rules else {"step": self.step}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores what `state` returned. Raises DataError if `step`, the number of updates, is invalid, or if a rule
-        refuses its own state."""
+        """Restores the value that `state` returned. Raises DataError if the number of updates (`step`) is invalid, or if a
+        rule rejects its state."""
         values = state if isinstance(state, dict) else {}
         step, rules = values.get("step"), values.get("rules", {})
         if type(step) is not int or not 0 <= step < 1 << 62:

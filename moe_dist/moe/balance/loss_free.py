@@ -2,9 +2,9 @@
 
     b_i += rate * sign(mean of c - c_i)     c_i choices of true expert i in a step
 
-In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign, so that the mean bias
-does not change. The mean bias determines how many true experts a token takes, and only `active_experts` may change this
-number. Without null and zero-computation columns the mean bias changes no choice, so the published rule is used unchanged.
+In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign. The mean bias then
+does not change. The mean bias determines the number of true experts that a token takes, and only `active_experts` may
+change this number. In all other groups the mean bias affects no choice, so the published rule is used.
 """
 
 import torch
@@ -14,7 +14,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class LossFree:
-    """Rule of `BiasController` that balances true experts. `rate` is the change of a bias per step."""
+    """A rule of `BiasController` that balances true experts. `rate` is the factor of the signs."""
 
     def __init__(self, *, rate: float) -> None:
         self.rate = rate

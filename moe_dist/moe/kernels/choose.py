@@ -1,13 +1,13 @@
-"""Triton kernels for the choice of top-k routing, from the logits to weights and sums, and for its gradient.
+"""Triton kernels for top-k routing. They compute choices, weights and sums from logits, and the gradient of the logits.
 
     p = softmax of the logits of the token's group,   z = log of the sum of their exponentials
-    w = scale p of the chosen column, or scale times the softmax among the chosen columns
+    w = scale p of the chosen column, or scale times the softmax over the chosen columns
 
 Each Triton program computes a block of tokens and writes the block's sums, so that nothing is added atomically. Shape
 letters: T tokens, C columns (true experts first, the others null), K choices, G expert groups, B blocks of tokens.
 """
 
-# Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
+# Triton's type annotations do not describe kernels, in which blocks have operators and static_range is a loop.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from collections.abc import Iterator
 
@@ -87,7 +87,7 @@ def choose_kernel(
         if CHOSEN:
             c = tl.load(choice + at + k, mask=live, other=0).to(tl.int32)
         else:
-            c = tl.argmax(rest, 1).to(tl.int32)  # among columns with equal logits the first, as in a stable sort
+            c = tl.argmax(rest, 1).to(tl.int32)  # of columns with equal logits the first, as in a stable sort
             tl.store(choice + at + k, c.to(tl.int64), mask=live)
         hit = column[None, :] == c[:, None]
         rest = tl.where(hit, float("-inf"), rest)
@@ -192,14 +192,15 @@ def choose(
     scale: float,
     among: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns int64 [T, K]: the chosen columns (best first), each pair's token, and its expert (-1 if absent). Also returns
-    the weights [T, K], and the sums of each block, [B, 2 C + 3 G]: choices, tokens, probabilities, squares of z, entropies.
+    """Returns three int64 tensors [T, K]: chosen columns (best first), tokens of pairs, and experts of pairs (-1 if
+    absent). Also returns weights [T, K], and block sums [B, 2 C + 3 G]: choices, tokens, probabilities, squares of z,
+    entropies.
 
     Args:
         logits: fp32 [T, C].
         group: int64 [T], -1 for padding.
         top_k: int64 [G + 1], k of each group.
-        choice: Columns chosen by an earlier call, [T, K]; None to choose columns now.
+        choice: The columns [T, K] that an earlier call chose. None lets this call choose columns.
         among: A value of `AMONG`.
     """
     (num_tokens, num_columns), num_groups = logits.shape, top_k.shape[0] - 1
@@ -232,8 +233,8 @@ def choose_backward(
     scale: float,
     among: int,
 ) -> Iterator[Tensor]:
-    """Returns the gradient of the logits, [T, C], from the gradients of the weights [T, K], of the sums of probabilities
-    [C], and of the sums of squares of z [G]."""
+    """Returns the gradient of the logits [T, C]. It is computed from the gradients of the weights [T, K], of the sums of
+    probabilities [C], and of the sums of squares of z [G]."""
     (num_tokens, num_columns), num_choices = logits.shape, choice.shape[1]
     out, blocks = logits.new_empty(logits.shape), _blocks(num_columns, num_choices)
     yield out

@@ -1,15 +1,14 @@
-"""Triton kernels for expert choice: the steps before and after one sort of the logits by torch.
+"""Triton kernels for expert choice. They run before and after torch sorts the logits.
 
-    candidates  logits of the tokens of each expert's group, -inf for other tokens; and the number of these tokens
-    take        from the sorted tokens: which tokens each expert takes, and its k-th largest score
-    sums        scores, entropies and counts of the layer's report
+    candidates  masks the logits of tokens outside of the expert's group with -inf, and counts the tokens in the group
+    take        finds the tokens that each expert takes, and its k-th largest score, from the sorted tokens
+    sums        computes the scores, entropies and counts that the layer reports
 
-`routers/selection.py` and `routers/expert_choice.py` have the reference of each kernel. Each Triton program writes the sums
-of its own block, so that nothing is added atomically. Shape letters: T tokens, E experts, G expert groups, B blocks of
-tokens.
+`routers/selection.py` and `routers/expert_choice.py` have a reference for each kernel. Each Triton program writes the sums
+of one block, so nothing is added atomically. Shape letters: T tokens, E experts, G expert groups, B blocks of tokens.
 """
 
-# Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
+# Triton's type annotations do not describe kernels, in which blocks have operators and static_range is a loop.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from collections.abc import Iterator
 
@@ -121,8 +120,8 @@ def _blocks(num_experts: int) -> dict[str, int]:
 
 @operation("choice_candidates(Tensor logits, Tensor group, Tensor group_of_expert) -> (Tensor, Tensor)")
 def choice_candidates(logits: Tensor, group: Tensor, group_of_expert: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns two tensors: the logits [T, E], which are -inf for a token outside of the expert's group; and for each block
-    of tokens and each expert the number of tokens in the expert's group, int64 [B, E].
+    """Returns two tensors: the logits [T, E], which are -inf for tokens outside of the expert's group, and the number of
+    each block's tokens in each expert's group, int64 [B, E].
 
     Args:
         logits: fp32 [T, E].
@@ -145,19 +144,19 @@ def choice_candidates(logits: Tensor, group: Tensor, group_of_expert: Tensor) ->
 def choice_take(
     logits: Tensor, order: Tensor, order_of_scores: Tensor, capacity: Tensor, candidates: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns which tokens each expert takes, uint8 [T, E], and the k-th largest score of each expert [E].
+    """Returns a uint8 [T, E] that is 1 where the expert takes the token, and each expert's k-th largest score [E].
 
     Args:
-        logits: The candidates' logits, without noise; the candidates of an expert are the tokens of its group.
+        logits: The logits of candidates, without noise. The candidates of an expert are the tokens of its group.
         order, order_of_scores: int64 [T, E], each expert's tokens by falling logit, with noise and without noise.
         capacity: float64 [E], fraction of its candidates that each expert takes.
-        candidates: int64 [E].
+        candidates: Number of each expert's candidates, int64 [E].
     """
     (num_tokens, num_experts), blocks = logits.shape, _blocks(logits.shape[1])
     taken, kth_score = logits.new_empty(logits.shape, dtype=torch.uint8), logits.new_empty(num_experts)
     yield taken, kth_score
     inputs = (logits, order, order_of_scores, capacity, candidates, taken, kth_score, num_tokens)
-    grid = (max(1, triton.cdiv(num_tokens, blocks["ROWS"])),)  # at least one block, for the scores
+    grid = (max(1, triton.cdiv(num_tokens, blocks["ROWS"])),)  # at least one block, which writes the scores
 
     # No fused multiply-add, so that this kernel computes the same number of tokens as the host (`tokens_of_share`).
     launch(take_kernel, grid, *inputs, E=num_experts, **blocks, enable_fp_fusion=False)
@@ -171,7 +170,7 @@ def choice_sums(
     logits: Tensor, group: Tensor, group_of_expert: Tensor, threshold: Tensor, taken: Tensor, num_groups: int
 ) -> Iterator[Tensor]:
     """Returns the sums of each block, [B, 3 E + 3 G]: choices, tokens, tokens above the threshold, tokens that no expert
-    takes, scores, entropies. `choice_candidates` describes the arguments; `taken` is uint8 [T, E]."""
+    takes, scores, entropies. `taken` is uint8 [T, E]. `choice_candidates` describes the first three arguments."""
     (num_tokens, num_experts), blocks = logits.shape, _blocks(logits.shape[1])
     num_blocks = triton.cdiv(num_tokens, blocks["ROWS"])
     sums = logits.new_empty((num_blocks, 3 * (num_experts + num_groups)))

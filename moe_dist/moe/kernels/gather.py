@@ -1,4 +1,4 @@
-"""A Triton kernel that gathers rows: the kernel passes once over the result, without arithmetic.
+"""A Triton kernel that gathers rows. It writes each element of the result once, and does no arithmetic.
 
 Shape letters: M rows of the table, N rows of the result, D hidden size.
 """

@@ -1,7 +1,7 @@
 """Registers functions that launch Triton kernels as operations of torch.
 
-On real tensors an operation launches its kernel; on fake tensors the operation only allocates the result. A kernel count
-made without a GPU thus counts the operation as one kernel.
+On real tensors an operation launches its kernel. On fake tensors it only allocates the result. So a tool that counts
+kernels on fake tensors, without a GPU, counts each operation as one kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ import triton
 
 NAMESPACE = "moe_dist"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-LARGEST_BLOCK = 1024  # elements of a row that one program of 4 warps has in registers: 16 bytes of bf16 for each thread
+LARGEST_BLOCK = 1024  # elements of a row in the registers of one program of 4 warps: 16 bytes of bf16 per thread
 
 
 def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
-    """Decorates a generator function, which yields the allocated result and then launches the kernel that fills the result.
+    """Decorates a generator function that yields the allocated result, and then launches the kernel that fills the result.
 
-    Returns a function that calls the operation `moe_dist::NAME` with the given schema. The operation makes its tensors
-    contiguous first, because the kernels read no strides: the gradient of a sum, for example, has stride 0. The operation
-    has no gradient.
+    Returns a function that calls the operation `moe_dist::NAME` with the given schema. The function first makes its tensors
+    contiguous, because the kernels read no strides. The gradient of a sum, for example, has stride 0. The operation has no
+    gradient.
     """
 
     def decorate(function: Callable[..., Iterator[Any]]) -> Callable[..., Any]:
@@ -33,7 +33,7 @@ def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[
             next(steps, None)
             return out
 
-        for device in ("CUDA", "CPU"):  # on the CPU by Triton's interpreter
+        for device in ("CUDA", "CPU"):  # on the CPU, Triton's interpreter runs it
             LIBRARY.impl(name, run, device)
         torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: next(function(*args)), lib=LIBRARY)
         call = getattr(getattr(torch.ops, NAMESPACE), name)

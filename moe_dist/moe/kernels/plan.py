@@ -1,17 +1,17 @@
-"""Triton kernels that plan an exchange by counting, for token choice: nothing is sorted, and nothing is added atomically.
+"""Triton kernels that plan an exchange for token choice. They count, but do not sort, and add nothing atomically.
 
-    count    counts of each block of tokens: rows to each rank, and pairs with each expert
-    scan     sums of these counts over the blocks before each
-    place    pairs sorted by (rank, slot), the row of each, and the rows of each token
-    arrive   pairs computed here, sorted from the order of arrival into the order of slots
-    collect  the pairs of each row that arrived, by binary search, since a run's rows ascend
+    count    counts the rows to each rank and the pairs with each expert, in each block of tokens
+    scan     sums these counts over all earlier blocks
+    place    sorts the pairs by (rank, slot), and finds the row of each pair and the rows of each token
+    arrive   brings the pairs computed here from the order of arrival into the order of slots
+    collect  finds the pairs of each arrived row by binary search, because the rows of a run ascend
 
-`dispatch/planning.py` is the reference of these kernels, and defines ranks' places and experts' bins. Shape
-letters: T tokens, K choices, N = T x K pairs, W ranks, E experts, B blocks of tokens, X runs of arriving pairs (of one slot
-and source rank), H source ranks (the own one first), Q pairs computed here, R rows that arrived.
+`dispatch/planning.py` is the reference for these kernels, and defines the place of a rank and the bin of an expert. Shape
+letters: T tokens, K choices, N = T x K pairs, W ranks, E experts, B blocks of tokens, X runs of arriving pairs (a run has
+the pairs of one slot and source rank), H source ranks (this rank first), Q pairs computed here, R rows that arrived.
 """
 
-# Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
+# Triton's type annotations do not describe kernels, in which blocks have operators and static_range is a loop.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ BLOCK = 256  # items of a list that one program takes
 
 @triton.jit
 def members(expert, place_E, bin_E, T, K: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, PLACES: tl.constexpr):
-    """Returns the ranks and experts of each token of this Triton program, as a table of 0 and 1."""
+    """Returns the tokens of this Triton program, and for each token its ranks and its experts as rows of 0 and 1."""
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     place, bin = tl.arange(0, PLACES), tl.arange(0, BINS)
     has_place = tl.zeros((ROWS, PLACES), tl.int32)
@@ -66,8 +66,8 @@ def count_kernel(
 
 @triton.jit
 def orders(starts, totals, place, bin, has_place, has_bin, B, W: tl.constexpr, E: tl.constexpr):
-    """Returns the number of pairs of each bin; the place of each (token, bin) in the order of all pairs, if (token, bin) is
-    a pair; the index of each token's row among the rows for a place; and each place's number of rows in earlier blocks."""
+    """Returns four tensors: the number of pairs of each bin; the index of each pair (token, bin) among all sorted pairs;
+    the index of each token's row among the rows for a place; and the number of rows for each place in earlier blocks."""
     block, known = tl.program_id(0), bin < E
     length = tl.load(totals + W + bin, mask=known, other=0)
     before = tl.cumsum(length, 0) - length + tl.load(starts + (W + bin) * B + block, mask=known, other=0)
@@ -126,7 +126,7 @@ def place_kernel(
         tl.store(index + at, row, mask=e >= 0)
     taken = has_place == 1
     tl.store(token + row_start[None, :] + to_row, t[:, None] + tl.zeros((ROWS, PLACES), tl.int64), mask=taken)
-    # the rows of each token, the own row first, because own rows have lower numbers
+    # the rows of each token; the row for this rank is first, because own rows have lower numbers
     own = place == W - 1
     has_own = tl.sum(tl.where(own[None, :], has_place, 0), 1)
     num_own = tl.sum(tl.where(own, length, 0), 0)
@@ -142,7 +142,7 @@ def place_kernel(
 
 @triton.jit
 def index_at(own, arrived, num_own, at, mask):
-    """Returns the row index of each pair, in the order of the pairs' arrival, own pairs first."""
+    """Returns the row index of the pairs at `at`. Pairs are numbered in the order of arrival, own pairs first."""
     mine = tl.load(own + at, mask=mask & (at < num_own), other=0)
     return mine + tl.load(arrived + at - num_own, mask=mask & (at >= num_own), other=0)
 
@@ -189,19 +189,20 @@ def collect_kernel(own, arrived, runs, order, first, num_own, X, H, steps, R, RO
 
 
 def blocks(num_places: int, num_bins: int) -> dict[str, int]:
-    """Returns a program's sizes: its tokens (ROWS), and powers of 2 for all experts (BINS) and ranks (PLACES)."""
+    """Returns the block sizes of a Triton program: its number of tokens (ROWS), and the numbers of experts (BINS) and ranks
+    (PLACES), each rounded up to a power of 2."""
     places, bins = triton.next_power_of_2(max(1, num_places)), triton.next_power_of_2(max(1, num_bins))
     return {"ROWS": max(1, ELEMENTS // max(places, bins)), "BINS": bins, "PLACES": places}
 
 
 @operation("plan_count(Tensor expert, Tensor place, Tensor bin, int num_ranks) -> Tensor")
 def plan_count(expert: Tensor, place: Tensor, bin: Tensor, num_ranks: int) -> Iterator[Tensor]:
-    """Returns int32 [W + E, B]: for each block of tokens, the number of rows to the rank of each place, then the number of
+    """Returns int32 [W + E, B]: for each block of tokens, the number of rows for the rank at each place, then the number of
     pairs of each bin.
 
     Args:
         expert: int64 [T, K], -1 for absent pairs. The experts of a token are distinct.
-        place, bin: int64 [E + 1], place of each expert's rank, and bin of each expert.
+        place, bin: int64 [E + 1], the place of each expert's rank, and the bin of each expert.
     """
     (num_tokens, num_choices), num_experts = expert.shape, place.shape[0] - 1
     sizes = blocks(num_ranks, num_experts)
@@ -214,8 +215,8 @@ def plan_count(expert: Tensor, place: Tensor, bin: Tensor, num_ranks: int) -> It
 
 @operation("plan_scan(Tensor counts, Tensor column) -> (Tensor, Tensor, Tensor)")
 def plan_scan(counts: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Returns for each block the sums of the counts of all earlier blocks, int32 [W + E, B]; the totals, int32 [W + E]; and
-    the totals in the order of `column`, int64 [W + E]."""
+    """Returns three tensors: for each block the sums of the counts of all earlier blocks, int32 [W + E, B]; the sums over
+    all blocks, int32 [W + E]; and these sums in the order of `column`, int64 [W + E]."""
     starts, totals = counts.new_empty(counts.shape), counts.new_empty(counts.shape[:1])
     message = column.new_empty(column.shape)
     yield starts, totals, message
@@ -229,9 +230,9 @@ def plan_scan(counts: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor, 
 def plan_place(
     expert: Tensor, place: Tensor, bin: Tensor, starts: Tensor, totals: Tensor, num_ranks: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists of length N, whose filled length only the device knows: the pairs sorted by bin, int64; the index of
-    each pair's row among the rows of its rank, int32; the token of each row, sorted by place, int64; and the rows sorted by
-    token, int32. Also returns the place of each token's first row in the rows sorted by token, int32 [T + 1]."""
+    """Returns four lists of length N, whose filled length only the device knows: the pairs sorted by bin, int64; the index
+    of each pair's row among its rank's rows, int32; the tokens of the rows sorted by place, int64; and the rows sorted by
+    token, int32. Also returns the index of each token's first row in the last list, int32 [T + 1]."""
     (num_tokens, num_choices), num_experts, num_blocks = expert.shape, place.shape[0] - 1, starts.shape[1]
     pair, token = expert.new_empty(expert.numel()), expert.new_empty(expert.numel())
     index, order = (expert.new_empty(expert.numel(), dtype=INT32) for _ in range(2))
@@ -246,13 +247,13 @@ def plan_place(
 def plan_arrive(
     own: Tensor, arrived: Tensor, runs: Tensor, num_sources: int, longest: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Returns for each pair computed here, in the order of slots, its place in the order of arrival, and its row, int64.
+    """Returns for each pair computed here, in the order of slots, its index in the order of arrival and its row, int64.
 
     Args:
-        own, arrived: int32, row index of each own and of each received pair among the rows of its source rank.
-        runs: int64 [3 X + 3 H + 1]. First come the lengths of the runs (sorted by slot, then source rank), their places in
-            the order of slots, and their places in the order of arrival. Then come, by source rank, the numbers of rows,
-            the first rows, and the numbers of pairs before the first pair. Last is the number of all pairs.
+        own, arrived: int32, for each own pair and each received pair the index of its row among the source rank's rows.
+        runs: int64 [3 X + 3 H + 1]. First come for all runs (sorted by slot, then source rank) the lengths, the starts in
+            the order of slots, and the starts in the order of arrival. Then come for all source ranks the numbers of rows,
+            the indices of the first rows, and the numbers of earlier pairs. The last entry is the number of all pairs.
         longest: Length of the longest run.
     """
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources
@@ -270,7 +271,7 @@ def plan_collect(
     own: Tensor, arrived: Tensor, runs: Tensor, num_sources: int, longest: int, num_rows: int, most_rows: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Returns `RowIndex.items_of_rows` of the pairs computed here: int32 [Q] and [R + 1]. `most_rows` is the largest number
-    of rows from one source rank; `plan_arrive` explains the other arguments."""
+    of rows from one source rank. `plan_arrive` explains all other arguments."""
     num_pairs, num_runs = own.shape[0] + arrived.shape[0], runs.shape[0] // 3 - num_sources
     order, first = own.new_empty(num_pairs), own.new_empty(num_rows + 1)
     yield order, first

@@ -1,5 +1,5 @@
-"""A Triton kernel that sums rows in fp32 registers: each Triton program computes a part of a row of the result, so nothing
-is added atomically, and each input row is read once.
+"""A Triton kernel that sums rows in fp32 registers. Each Triton program computes a part of one row of the result. So
+nothing is added atomically, and each input row is read once.
 
 Shape letters: M rows of the result, D hidden size.
 """
@@ -57,8 +57,8 @@ def row_sum(
 ) -> Iterator[Tensor]:
     """Returns `base` (0 if None) plus the sums of rows, [M, D] in `dtype`.
 
-    The items of row m are `order[first[m] : first[m + 1]]` and are added in this order. An item below the number of own
-    rows is an own row, any other item a received row. With `both`, each item is both an own row and a received row.
+    The items of row m are `order[first[m] : first[m + 1]]`, and are added in this order. Item i is own row i if i is below
+    the number O of own rows, else received row i - O. With `both`, item i is both own row i and received row i.
     """
     num_rows, width = first.shape[0] - 1, own.shape[1]
     out = own.new_empty((num_rows, width), dtype=dtype)

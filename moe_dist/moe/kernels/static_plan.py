@@ -1,18 +1,18 @@
 """Triton kernels that plan an exchange of fixed sizes, for token choice. The kernels of this module run after `count` and
 `scan` of `plan.py`:
 
-    place    pairs and rows for each rank, and the rows of each token
-    pad      places of pairs and rows that stay empty
-    runs     runs of arriving pairs, and the numbers of rows and pairs beyond the room
-    arrive   pairs computed here, in the order of slots
+    place    finds the pairs and rows for each rank, and the rows of each token
+    pad      fills the places of pairs and rows that stay empty
+    runs     finds the runs of arriving pairs, and counts the rows and pairs that exceed the room
+    arrive   brings the pairs computed here into the order of slots
 
-After these kernels `collect` of `plan.py` finds the pairs of each row. `dispatch/static_planning.py` is the reference, and
-`static.py` defines padding and room. If any rows or pairs of a rank exceed the fixed sizes, the rank computes no pairs, so
-that every index stays inside its tensor; the step fails anyway. Shape letters are as in `static.py`; K choices, E experts
-and B blocks of tokens are as in `plan.py`.
+After these kernels, `collect` of `plan.py` finds the pairs of each row. `dispatch/static_planning.py` is the reference.
+`static.py` defines padding, and the room: the fixed numbers of rows and pairs. If a rank has more rows or pairs than its
+room, it computes no pairs, so that every index stays inside its tensor. The training step then fails. Shape letters are as
+in `static.py`; K choices, E experts and B blocks of tokens are as in `plan.py`.
 """
 
-# Triton's annotations do not fit the language of kernels, where blocks have operators and static_range is a loop.
+# Triton's type annotations do not describe kernels, in which blocks have operators and static_range is a loop.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 from collections.abc import Iterator
 
@@ -29,7 +29,7 @@ BLOCK = 256  # items of a list that one program takes
 
 @triton.jit
 def room_at(first, w, mask):
-    """Returns the number of pairs or rows for which the rank of a place has room."""
+    """Returns the fixed number of pairs or rows (the room) for the rank at place `w`."""
     return tl.load(first + w + 1, mask=mask, other=0) - tl.load(first + w, mask=mask, other=0)
 
 
@@ -78,7 +78,7 @@ def place_kernel(
     room = room_at(first_row, place, other).to(tl.int32)
     sent = (has_place == 1) & (to_row < room[None, :])  # never true for own rows, whose room is 0
     tl.store(row + row_start[None, :] + to_row, t[:, None] + tl.zeros((ROWS, PLACES), tl.int64), mask=sent)
-    # the rows of each token, the own row first; all earlier tokens have an own row, too
+    # the rows of each token, the own row first; each token has one own row
     begin = t.to(tl.int32) + tl.sum(tl.minimum(to_row, room[None, :]), 1)
     nth = tl.cumsum(sent.to(tl.int32), 1) - sent.to(tl.int32)
     tl.store(order + begin, t.to(tl.int32), mask=t < T)
@@ -239,15 +239,15 @@ def static_place(
     num_sent: int,
     num_rows: int,
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Returns lists whose padding `static_pad` fills: `pair_P` of the plan; the row index of each pair of `pair_P`, int32
-    (for own pairs the token); `row_S` of the plan; and `items_of_rows` of the plan's table.
+    """Returns lists in which `static_pad` later writes the padding: the plan's `pair_P`; the row index of each of these
+    pairs, int32 (for an own pair its token); the plan's `row_S`; and `items_of_rows` of the plan's table.
 
     Args:
         expert, place, bin: See `plan_count`.
         starts, totals: From `plan_scan`.
-        first_bin: int64 [W + 1], first bin of the rank of each place.
-        first_pair, first_row: int64 [W], places of the first pair and row for each rank, the own rank last.
-        num_sent, num_rows: Numbers of pairs and rows that this rank sends, padding included.
+        first_bin: int64 [W + 1], first bin of the rank at each place.
+        first_pair, first_row: int64 [W], indices of the first pair and of the first row for each rank, this rank last.
+        num_sent, num_rows: Numbers of pairs and of rows that this rank sends, including padding.
     """
     (num_tokens, num_choices), num_experts, size = expert.shape, place.shape[0] - 1, first_row.shape[0]
     pair, row = expert.new_empty(num_sent + expert.numel()), expert.new_empty(num_rows)
@@ -275,8 +275,8 @@ def static_pad(
     num_pairs: int,
     most: int,
 ) -> Iterator[Tensor]:
-    """Fills lists of `static_place`, and returns the number of pairs for the rank of each place, int64 [W].
-    `num_pairs` is N. `most` is the largest of N and of the rooms for pairs and rows. `static_place` describes the other
+    """Writes the padding into the lists of `static_place`. Returns the number of pairs for the rank at each place, int64
+    [W]. `num_pairs` is N. `most` is the maximum of N and all rooms for pairs and rows. `static_place` describes all other
     arguments."""
     size, num_experts = first_row.shape[0], totals.shape[0] - first_row.shape[0]
     pairs_W = pair.new_empty(size)
@@ -311,11 +311,11 @@ def static_runs(
     """Returns the runs of `plan_arrive`, and `counts_X`, `end_X` and `sent_5` of the plan.
 
     Args:
-        received: int64 [W, 1 + X], from each rank the number of rows, then the number of pairs of each slot.
+        received: int64 [W, 1 + X], the number of rows from each rank, then the number of its pairs for each slot.
         pairs: From `static_pad`. `static_place` explains `totals`, `first_pair`, `first_row` and `num_rows`.
         source: int64 [W], ranks in the order of arrival.
-        group, computed: int64 group of each slot, and room of each group's pairs.
-        num_own_rows, num_pairs: T + 1 own rows, and N places for own pairs.
+        group, computed: int64, the group of each slot, and the room for each group's pairs.
+        num_own_rows, num_pairs: The numbers T + 1 of own rows and N of places for own pairs.
         row_room, pair_room: Numbers of rows and pairs that each other rank may send to this rank.
     """
     size, slots = source.shape[0], group.shape[0]
@@ -338,8 +338,8 @@ def static_arrive(
     """Returns `arrival_Q` and `row_of_pair_Q` of the plan. `plan_arrive` describes the other arguments.
 
     Args:
-        num_computed: Q, the room of all groups.
-        num_tokens: T, the row of padding.
+        num_computed: Q, the room for the pairs of all groups.
+        num_tokens: T, which is also the index of the padding row.
     """
     order, row = runs.new_empty(num_computed), runs.new_empty(num_computed)
     yield order, row

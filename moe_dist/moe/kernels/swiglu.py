@@ -1,10 +1,10 @@
-"""Triton kernels for w silu(g) u, where w is the routing weight of a row, and for its gradients. Arithmetic is fp32.
+"""Triton kernels for w silu(g) u and its gradients. w is the routing weight of a row. All arithmetic is fp32.
 
     h = w silu(g) u,   silu(g) = g s,   s = 1 / (1 + exp(-g))
     dg = dh w u s (1 + g (1 - s)),   du = dh w silu(g),   dw = sum over F of dh silu(g) u
 
-g and u are two tensors, or one tensor [Q, 2 F] with g in columns 0 to F - 1 and u from column UP = F on, whose rows are ROW
-= 2 F apart. Shape letters: Q rows, F hidden width of experts.
+g and u are two tensors [Q, F], or one tensor [Q, 2 F] that has g in its first F columns and u from column UP = F on. ROW is
+the number of columns of these tensors. Shape letters: Q rows, F hidden width of experts.
 """
 
 from collections.abc import Iterator
@@ -66,7 +66,7 @@ def _layout(gate: Tensor, up: Tensor | None) -> dict[str, int]:
 
 @operation("swiglu(Tensor weight, Tensor gate, Tensor? up) -> Tensor")
 def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
-    """Returns h [Q, F] for weights [Q] and for g and u: two tensors [Q, F] or one tensor [Q, 2 F]."""
+    """Returns h [Q, F] from the weights [Q], and from g and u: two tensors [Q, F] or one tensor [Q, 2 F]."""
     layout, num_rows = _layout(gate, up), gate.shape[0]
     out = gate.new_empty((num_rows, layout["F"]))
     yield out
@@ -77,7 +77,7 @@ def swiglu(weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[Tensor]:
 
 @operation("swiglu_backward(Tensor grad, Tensor weight, Tensor gate, Tensor? up) -> Tensor[]")
 def swiglu_backward(grad: Tensor, weight: Tensor, gate: Tensor, up: Tensor | None) -> Iterator[list[Tensor]]:
-    """Returns dw [Q], and dg and du as two tensors [Q, F] or one tensor [Q, 2 F], for dh [Q, F]. One Triton program
+    """Returns dw [Q], and dg and du as two tensors [Q, F] or one tensor [Q, 2 F]. `grad` is dh [Q, F]. One Triton program
     computes a whole row, so dw needs no atomic sum."""
     out = [each.new_empty(each.shape) for each in (weight, gate, up) if each is not None]
     yield out

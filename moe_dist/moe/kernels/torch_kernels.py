@@ -1,8 +1,8 @@
 """Gathers rows of a tensor, sums rows with the same index, and sorts pairs. No function of this module syncs with the host.
 
-Sums are fp32 in forward and backward. Autograd saves no index tensor, because the dispatch plan keeps the indices until
-backward anyway. The time of sorting is linear in the number of items. Shape letters: T rows of the tensor `table`, Q
-(token, expert) pairs, R rows of the pairs, D hidden size, N items.
+Sums are fp32 in forward and backward. Autograd saves no index tensor, because the dispatch plan keeps all indices until
+backward. Sorting takes time linear in the number of items. Shape letters: T rows of the tensor `table`, Q (token, expert)
+pairs, R rows of the pairs, D hidden size, N items.
 
 On CUDA `index_add_` adds atomically, so the last bits of a sum of three or more terms may differ between executions.
 """
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.kernels.interface import RowIndex
 
-SLICE_BYTES = 16 << 20  # bytes of a slice of rows that the host converts, so that it fits into the CPU's cache
+SLICE_BYTES = 16 << 20  # size of a slice of rows that the CPU converts at once; a slice fits into the CPU's cache
 CUDA_SLICE_BYTES = 256 << 20  # on CUDA each slice costs two launches, and memory allows large slices
 
 
@@ -31,7 +31,7 @@ def gate_and_up(gate_QF: Tensor, up_QF: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Returns the dtype for sums over rows and for routing weights: float64 for a float64 model, else fp32."""
+    """Returns the dtype in which rows are summed and routing weights computed: float64 for a float64 model, else fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -66,8 +66,8 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """Returns table[index], [Q, D]. Gradients of a row that is gathered several times are summed in fp32 and
-    rounded once."""
+    """Returns table[index], [Q, D]. If a row is gathered several times, its gradients are summed in fp32 and rounded
+    once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 
@@ -83,10 +83,10 @@ def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
 
 
 def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
-    """Adds row i, in place, to the row of `sum_TD` at the i-th index, in the dtype of `sum_TD`. It has no gradient.
+    """Adds row i of `rows_QD` in place to the row of `sum_TD` at the i-th index, in the dtype of `sum_TD`. Has no gradient.
 
-    Rows of another dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), so that no copy of all rows
-    in the sum's dtype exists. Slices change no bit of the sum, because slices are added in order.
+    Rows of a different dtype are converted in slices of `SLICE_BYTES` (on CUDA `CUDA_SLICE_BYTES`), to avoid a converted
+    copy of all rows. Slices are added in order, so they change no bit of the sum.
     """
     if rows_QD.dtype == sum_TD.dtype:
         return sum_TD.index_add_(0, index_Q, rows_QD)
@@ -98,7 +98,7 @@ def add_rows(sum_TD: Tensor, index_Q: Tensor, rows_QD: Tensor) -> Tensor:
 
 
 def counting_order(key_N: Tensor, num_keys: int) -> Tensor:
-    """Returns the int64 permutation that sorts int64 keys in [0, num_keys) stably. Does not sync.
+    """Returns the permutation (int64) that sorts int64 keys in [0, num_keys) stably. Does not sync.
 
     The sort is a radix sort with one pass for each byte of the key. On the host numpy sorts, because torch uses a radix
     sort only from 32,768 items on.
@@ -120,13 +120,13 @@ def _device_order(short_N: Tensor) -> Tensor:
 
 def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
     """Returns `items[keep]` in order. Does not sync, because the argument `num_kept` gives the length."""
-    kept = items_N.new_empty(num_kept + 1)  # one more element, into which all items are written that are not kept
+    kept = items_N.new_empty(num_kept + 1)  # all items that are not kept are written into one extra element
     target_N = torch.where(keep_N, keep_N.to(torch.int64).cumsum(0) - 1, num_kept)
     return kept.scatter_(0, target_N, items_N)[:num_kept]
 
 
 class TorchKernels:
-    """`RowKernels` by torch, on any device. `sum_pairs` applies the weights. Routers do not choose by these kernels."""
+    """`RowKernels` in torch, for any device. `sum_pairs` applies the routing weights. Routers do not use these kernels."""
 
     has_choose = False
     has_plan = False

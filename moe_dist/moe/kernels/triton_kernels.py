@@ -1,4 +1,4 @@
-"""The arithmetic on rows by Triton kernels. `interface.py` documents the methods and the shape letters.
+"""Implements the arithmetic on rows by Triton kernels. `interface.py` documents the methods and the shape letters.
 
 Each sum adds in a fixed order, in fp32 registers. The backward of gathering rows sums rows, and the backward of summing
 rows gathers rows.
@@ -20,7 +20,7 @@ from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 
 class TritonKernels:
-    """`swiglu` applies the routing weights, so that backward does not read the experts' outputs."""
+    """`RowKernels` in Triton. `swiglu` applies the routing weights, so that backward does not read the experts' outputs."""
 
     has_choose = True
     has_plan = True
@@ -71,8 +71,8 @@ class TritonKernels:
     ) -> Tensor:
         items = index.items_of_rows  # sorts while the other rows are in flight
 
-        # Own rows are summed only after the received rows have arrived, because a separate pass for own rows would write
-        # and read M rows more.
+        # One kernel sums own and received rows after the received rows have arrived. A separate, earlier pass for own rows
+        # would write and read M additional rows.
         return row_sum(own_OD, wait(), base_MD, *items, False, own_OD.dtype)
 
 
@@ -95,7 +95,7 @@ class _Choose(torch.autograd.Function):
         ctx.mark_non_differentiable(chosen_TK, token_N, expert_N, counts, entropy_G)
         ctx.set_materialize_grads(False)  # otherwise backward would make zeros for each integer tensor
 
-        # copies, because FSDP2 warns of a module that returns views with gradients
+        # copies, because FSDP2 warns if a module returns views with gradients
         return chosen_TK, token_N, expert_N, weight_TK.flatten(), counts, prob_C.clone(), square_G.clone(), entropy_G
 
     @staticmethod
@@ -113,8 +113,8 @@ class _Choose(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, index: RowIndex) -> tuple[Tensor, Tensor]:
-        ctx.index = index  # not save_for_backward: the plan keeps the index
-        ctx.set_materialize_grads(False)  # a joint product for gate and up uses only one of the two outputs
+        ctx.index = index  # not save_for_backward, because the plan keeps the index
+        ctx.set_materialize_grads(False)  # one joint product for gate and up uses only one output
         x_QD = gather_rows(rows_RD, index.parts[0], rows_RD.dtype)
         return x_QD, x_QD.detach()
 

@@ -1,15 +1,15 @@
-"""Base class of the routers whose number of experts per token depends on the token. The number is at most `top_k`.
+"""The base class of routers that choose a different number of experts for each token, at most `top_k`.
 
-    T(x) = the token's columns of largest score that the router's rule keeps
-    y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has no other column
+    T(x) = those of the token's top_k columns of largest score that the router's rule keeps
+    y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has only null columns
 
-A choice that the router's rule does not keep becomes an absent pair, like a null choice. Each router's rule reads one token
-alone, so evaluation is causal. A recomputed forward keeps the choices of the first forward.
+A choice that the rule does not keep becomes an absent pair, like a null choice. Each router's rule reads only one token, so
+evaluation is causal. A recomputed forward reuses the choices of the first forward.
 
-Load controllers (`moe_dist.moe.balance`) keep the mean number of true experts per token at a target, by a selection bias of
-each column. The mean bias of a group's true columns is called the budget shift, because it changes the number of columns
-that tokens take. In `top_p` and `predicted_k` only the deviations from the budget shift change the order of the columns; in
-`relu` and `threshold` the whole bias of a column moves the column's threshold.
+Bias controllers (`moe_dist.moe.balance`) change a selection bias of each column, so that the mean number of true experts
+per token stays at a target. The mean bias of a group's true columns is called the budget shift, because it changes the
+number of columns that a token takes. In `top_p` and `predicted_k` only the deviations from the budget shift change the
+order of the columns; in `relu` and `threshold` the whole bias of a column moves the column's threshold.
 
 Shape letters: T tokens, C columns, K choices, G expert groups, E true experts.
 """
@@ -32,7 +32,7 @@ class AdaptiveRouter(TopKRouter):
 
     @abstractmethod
     def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns a bool [T, K]: which of a token's K best columns, the best first, the token takes. Has no gradient."""
+        """Returns a bool [T, K] without gradient: whether a token takes each of its K best columns, the best first."""
 
     def _one_kernel(self, logits_TC: Tensor, cache: RoutingCache) -> bool:
         return False
@@ -51,7 +51,7 @@ class AdaptiveRouter(TopKRouter):
         return torch.stack([*means, torch.zeros_like(means[0])]).to(dtype)
 
     def _by_probability(self, probs_TC: Tensor, masked_TC: Tensor) -> Tensor:
-        """Returns scores [T, C] that order columns: probability plus (bias - budget shift); -inf outside the group."""
+        """Returns the scores [T, C] that order columns: probability + (bias - budget shift), or -inf outside the group."""
         bias_C = self._bias(probs_TC.dtype)
         true_E = bias_C[: self.num_experts] - self._shift(probs_TC.dtype)[self.group_of_expert_E]
         score_TC = probs_TC.detach() + torch.cat([true_E, bias_C[self.num_experts :]])

@@ -1,7 +1,7 @@
 """Capacity in token choice: the largest number of (token, expert) pairs that an expert computes. Pairs beyond the capacity
 are dropped.
 
-A dropped pair becomes an absent pair, which is not sent, so no tensor's shape depends on which pairs are dropped. Shape
+A dropped pair becomes an absent pair, which is not sent. So no tensor's shape depends on the choice of dropped pairs. Shape
 letters: N (token, expert) pairs in token order, E true experts.
 """
 
@@ -21,12 +21,12 @@ class Capacity:
     """The capacity of the experts of all groups.
 
     Attributes:
-        factor: An expert takes at most ceil(factor * k T / columns) pairs, where T is the number of its group's tokens in
-            the selection scope, and columns the number of the group's experts of all kinds. With factor 1 the capacity is
-            the load of each expert if choices spread evenly.
-        drop: `probability` drops the expert's pairs of least probability; of two equally probable pairs, the later token's
-            pair. `position` drops the pairs of the last tokens.
-        scope: The selection scope, whose pairs are counted by expert. `rank`: the pairs of one rank's micro-batch.
+        factor: An expert takes at most ceil(factor * k T / columns) pairs. T is the number of its group's tokens in the
+            selection scope, and `columns` is the number of the group's experts of all kinds. With factor 1 the capacity is
+            each expert's load if choices are spread evenly.
+        drop: `probability` drops an expert's least probable pairs. Of two equally probable pairs, it drops the pair of the
+            later token. `position` drops the pairs of the last tokens.
+        scope: The tokens whose pairs are counted together. `rank`: the tokens of one rank's micro-batch.
     """
 
     factor: float
@@ -35,23 +35,22 @@ class Capacity:
 
 
 def capacity_of(factor: float, choices: Tensor, columns: Tensor) -> Tensor:
-    """Returns ceil(factor * choices / columns) as int64. A quotient at most 1e-9 above an integer is rounded down."""
+    """Returns ceil(factor * choices / columns) as int64. A value at most 1e-9 above an integer is rounded down."""
     return torch.ceil(factor * choices.to(torch.float64) / columns.to(torch.float64) - 1e-9).to(torch.int64)
 
 
 def over_capacity(expert_N: Tensor, score_N: Tensor, capacity_E: Tensor, drop: Drop) -> Tensor:
-    """Returns a bool [N] that marks the pairs beyond their expert's capacity. Costs no host sync.
+    """Returns a bool [N] that is true for pairs that exceed their expert's capacity. Costs no host sync.
 
     Args:
-        expert_N: int64, logical expert of each pair; negative for an absent pair (absent pairs are never dropped).
+        expert_N: int64, logical expert of each pair; negative for an absent pair. Absent pairs are never dropped.
         score_N: Probability of each pair, without gradient.
         capacity_E: int64, largest number of pairs of each expert.
     """
     num_experts = capacity_E.shape[0]
     bin_N = torch.where(expert_N < 0, num_experts, expert_N)  # the last bin takes absent pairs
 
-    # Sorts pairs by preference, then stably by expert. `position` needs no sort by preference, because pairs are in token
-    # order.
+    # Sorts pairs by preference, then stably by expert. For `position` the token order of the pairs is the preference.
     order_N = torch.arange(bin_N.shape[0], device=bin_N.device)
     if drop == "probability":
         order_N = torch.sort(score_N, descending=True, stable=True).indices

@@ -1,4 +1,4 @@
-"""The values from which the router of an MoE layer is made, besides the fields of its configuration section."""
+"""Defines the values that a router's constructor gets in addition to the fields of its configuration section."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ OWN_TOKENS = SelectionScope()  # the tokens of this rank compete
 
 @dataclass(frozen=True)
 class RouterContext:
-    """The values that every router gets. A router may ignore any of them except `capacity`.
+    """The values that every router gets. A router may ignore each of these values except `capacity`.
 
     Attributes:
-        capacity: Limits the pairs of each expert in training; None for no limit. Evaluation drops no pair.
+        capacity: Limits the number of pairs of each expert in training; None for no limit. Evaluation drops no pair.
         kernels: Functions that may replace the router's own operations.
-        seed, layer: Parts of the names of random draws; `layer` is the layer's index in the model.
+        seed, layer: Random draws depend on these two numbers. `layer` is the layer's index in the model.
         place: Index of the layer among the MoE layers.
         selection_scope: The ranks whose tokens compete with each other, if experts choose tokens.
-        known_counts: Whether the dispatcher uses numbers of (token, expert) pairs that are known before routing.
+        known_counts: Whether the dispatcher can use numbers of (token, expert) pairs that are known before routing.
     """
 
     hidden_dim: int

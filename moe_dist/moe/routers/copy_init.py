@@ -1,14 +1,14 @@
 """Adds null experts to a trained model without changing the model's outputs, as AdaMoE does when it starts training from a
 trained MoE.
 
-The m = r n null rows of the router's weight repeat its n true rows r times. Each true expert's logit thus equals the logits
-of r null experts, and the true expert wins the tie (`TopKRouter`). A token thus chooses its best true expert and r null
-experts, then its second best true expert and r null experts, and so on. Imports no torch.
+The m = r n null rows of the router's weight repeat its n true rows r times. So each true expert has the same logit as r
+null experts, and the true expert wins the tie (`TopKRouter`). A token thus chooses its best true expert, then r null
+experts, then its second best true expert, then r null experts, and so on. This module imports no torch.
 """
 
 
 def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
-    """Returns the true experts that a token chooses with k choices after the copy of router rows: ceil(k / (r + 1))."""
+    """Returns the number of true experts among a token's k choices after the router rows were copied: ceil(k / (r + 1))."""
     return -(-top_k // (num_null // num_experts + 1))
 
 

@@ -9,10 +9,10 @@ uses one of two causal rules:
     threshold   expert j takes the token if s_j > c_j, the running k-th largest score (Expert Threshold, arXiv 2603.11535)
     auxiliary   expert j takes the token if sigmoid(SiLU(x W_1) W_2)_j > 0.5 (MoMa, sec. 2.4); a second run trains W_1, W_2
 
-Under either rule the routing weights are s_j. With `score="softmax"`, s is the softmax over the group's columns instead of
-the sigmoid. The code always takes sigmoids: `softmax_logits` returns the logits whose sigmoids are the softmax. Shape
-letters: T tokens of this rank, U tokens of the selection scope, D hidden size, E experts of all groups, n experts of one
-group, G groups, K experts of the largest group.
+Under both rules the routing weights are s_j. With `score="softmax"`, s is the softmax over the group's columns. The code
+then still computes sigmoids: `softmax_logits` returns logits whose sigmoids are the softmax. Shape letters: T tokens of
+this rank, U tokens of the selection scope, D hidden size, E experts of all groups, n experts of one group, G groups, K
+experts of the largest group.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,10 +47,10 @@ STATISTICS = 2  # rows of `ChoiceGate.statistics`: the running mean of the k-th 
 
 
 class ChoiceGate(GroupGate):
-    """Holds one group's router rows, `true` [n, D], and the thresholds of the group's experts.
+    """One group's router rows, `true` [n, D], and the thresholds of the group's experts.
 
-    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.thresholds`) are buffers without gradient, equal on
-    all ranks and saved with the weights. `auxiliary` exists if evaluation uses auxiliary routers.
+    `threshold` [n] and `statistics` [2, n] (see `moe_dist.moe.thresholds`) are buffers without gradient. They are equal on
+    all ranks, and checkpoints contain them. `auxiliary` exists if evaluation uses auxiliary routers.
     """
 
     threshold: Tensor
@@ -62,7 +62,7 @@ class ChoiceGate(GroupGate):
             self.auxiliary = AuxiliaryRouter(hidden_dim, group.num_experts)
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns buffers [n]: each expert's threshold, running mean of the k-th largest score, and number of steps."""
+        """Returns three buffers [n]: thresholds, running means of the k-th largest score, and numbers of steps."""
         mean_n, steps_n = self.statistics
         return self.threshold, mean_n, steps_n
 
@@ -71,18 +71,18 @@ class ExpertChoiceRouter(ChoosingRouter):
     """Routes T tokens: experts choose among the tokens of their group. No group may have null or zero-computation experts.
 
     The fields of `context` have these effects. The tokens of `selection_scope` compete. With `known_counts` and a scope of
-    one rank, assignments contain `counts_WE` in training, so that dispatch needs no host sync. If `kernels` have
-    `experts_choose`, they compute the router's sums, and in a scope of one rank also the choice.
+    one rank, the assignments of training contain `counts_WE`, so that dispatch needs no host sync. If `kernels` has
+    `experts_choose`, kernels compute the router's sums, and if the scope is one rank also the choice.
 
     Args:
-        capacity: c, the fraction of its group's tokens that each expert takes, for all groups or by the group's name. For
-            other groups c is `ExpertGroup.token_share`, or top_k / num_experts for a group without it.
-        capacity_schedule: Pairs (first step, factor of c), sorted by first step; the first pair has step 0. The current
-            step is `batch_info.step` in training, and `noncausal_step` without `batch_info`.
+        capacity: c, the fraction of its group's tokens that each expert takes: one number, or a number by group name. If a
+            group has no number, its c is `ExpertGroup.token_share`, or top_k / num_experts if `token_share` is None.
+        capacity_schedule: Pairs (first step, factor of c), sorted by first step; the first pair has step 0. The step is
+            read from `batch_info.step` in training, and from `noncausal_step` without `batch_info`.
         score: The kind of scores: sigmoids of logits, or the softmax of a group's logits.
-        noise: Scale of the Gumbel-sigmoid noise on the logits in training; MoMa uses 1.
-        causal: The rule by which evaluation routes each token without reading others. If None, evaluation raises an error.
-        threshold_decay: Decay per step of the running means from which thresholds are computed.
+        noise: Scale of the Gumbel-sigmoid noise that training adds to the logits. MoMa uses 1.
+        causal: The rule by which evaluation routes a token without reading other tokens. None makes evaluation fail.
+        threshold_decay: Decay per step of the running means that give the thresholds.
     """
 
     group_of_expert_E: Tensor
@@ -117,8 +117,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the buffers on the default device: constants, and thresholds of 0, which admit every token. Call this
-        method again after a move from the meta device, which loses the values of buffers."""
+        """Creates the buffers (constants, and thresholds of 0, which admit every token) on the default device. Call this
+        method again after moving the module from the meta device, where buffers have no values."""
         most = max(group.num_experts for group in self.groups)
         rows = [[*group.experts, *[ABSENT] * (most - group.num_experts)] for group in self.groups]
         self.group_of_E = [index for index, group in enumerate(self.groups) for _ in group.experts]
@@ -137,7 +137,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return found.counts.choices_LC[0]
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
-        """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed).
+        """Routes the tokens `h_TD`. `group_T` (int64) has each token's group, or -1 for padding, which is not routed.
 
         All arithmetic is fp32 (float64 for a float64 model). Costs no host sync. If the selection scope has several ranks,
         training costs one collective, see `selection`.
@@ -166,7 +166,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return Routing(pairs, counts, aux, chosen=recorded(cache.choice.taken_TE, weight_TE, self.columns_GK[group_T]))
 
     def _inside(self, group_T: Tensor) -> Tensor:
-        """Returns whether each token is of the expert's group, a temporary bool [T, E]."""
+        """Returns a temporary bool [T, E]: whether the token belongs to the expert's group."""
         return group_T[:, None] == self.group_of_expert_E
 
     @property
@@ -177,7 +177,8 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.kernels.has_choose and logits_TE.dtype == torch.float32
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns logits [T, E], whose sigmoids are all experts' scores, also for tokens of other groups."""
+        """Returns logits [T, E]. Their sigmoids are the scores of all experts for all tokens, also for tokens of other
+        groups."""
         logits_TE = F.linear(h_TD, torch.cat([gate.get_parameter("true") for gate in self.gates()]).to(h_TD.dtype))
         if self.score == "sigmoid":
             return logits_TE
@@ -193,7 +194,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.where(group_T[:, None] == self.group_of_expert_E, logits_TE.sigmoid(), 0.0)
 
     def _factor(self, batch_info: GlobalBatchInfo | None) -> float:
-        """Returns the factor of the token shares in this step."""
+        """Returns this step's factor of the capacities."""
         step = self.noncausal_step if batch_info is None else batch_info.step
         return next(factor for first, factor in reversed(self.capacity_schedule) if first <= step)
 
@@ -212,7 +213,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.noise * logistic((self.seed, batch_info.step, self.layer), token_T, expert_E, dtype)
 
     def _experts_choose(self, logits_TE: Tensor, group_T: Tensor, cache: RoutingCache) -> ExpertsChoice:
-        """Lets experts choose tokens. Each rank draws the noise of the whole scope, so that only logits are sent."""
+        """Lets experts choose tokens. Each rank draws the noise of the whole scope, so ranks exchange only logits."""
         where, device, batch_info = self.selection_scope, logits_TE.device, cache.batch_info
         lengths = where.lengths(logits_TE.shape[0], batch_info)
 
@@ -225,7 +226,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
         noise = add_noise if self.training and self.noise else None
         factor = self._factor(batch_info)
-        # Rounded, because 49 x 1/49 is below 1 in floating point, and an expert with a capacity of 1 has no threshold.
+        # Rounded, because 49 x 1/49 is below 1 in floating point, and the threshold of an expert is 0 if its capacity is 1.
         share_E = self.share_E if factor == 1.0 else (factor * self.share_E).round(decimals=15)
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
             tables = self._tables._replace(share_E=share_E)
@@ -238,7 +239,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return choice._replace(kth_score_E=torch.where(share_E < 1.0, choice.kth_score_E, 0.0))
 
     def _tokens_pass(self, h_TD: Tensor, logits_TE: Tensor, inside_TE: Tensor) -> ExpertsChoice:
-        """Decides for each token alone which experts take the token, by the causal rule of evaluation."""
+        """Decides by evaluation's causal rule which experts take each token. Each decision reads only one token."""
         if self.causal == "threshold":
             passes_TE = logits_TE.sigmoid() > self._thresholds(logits_TE.dtype)
         elif self.causal == "auxiliary":
@@ -254,13 +255,12 @@ class ExpertChoiceRouter(ChoosingRouter):
         return torch.cat([gate.auxiliary(h_TD) for gate in self.gates()], dim=1)
 
     def _auxiliary_terms(self, h_TD: Tensor, taken_TE: Tensor, inside_TE: Tensor) -> Tensor:
-        """Returns the auxiliary routers' binary cross entropy, summed over tokens and experts. Its targets are the choices
-        of the experts in training."""
+        """Returns the binary cross entropy of each group's auxiliary routers [G], summed over tokens and experts. Its
+        targets are the choices that experts make in training."""
         logits_TE = self._auxiliary_logits(h_TD.detach())  # detached, to train only the auxiliary routers
         losses_TE = F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype), reduction="none")
         by_expert_E = torch.where(inside_TE, losses_TE, 0.0).sum(0)
-        # A group's experts are consecutive. An index by a list would be a copy to the device, for which the host would
-        # wait.
+        # A group's experts are consecutive. Indexing by a list would copy the list to the device, and the host would wait.
         return torch.stack([part.sum() for part in by_expert_E.split([group.num_experts for group in self.groups])])
 
     def _pairs(
@@ -322,5 +322,5 @@ def softmax_logits(logits_Tn: Tensor) -> Tensor:
 
 
 def share_of_group_tokens(group: ExpertGroup) -> float:
-    """Returns a group's capacity c: its `token_share`, or else the value that gives a token `top_k` experts on average."""
+    """Returns a group's capacity c: its `token_share`, or else the value for a mean of `top_k` experts per token."""
     return group.token_share if group.token_share is not None else group.top_k / group.num_experts

@@ -1,16 +1,16 @@
-"""Expert Threshold: an expert takes each token whose score exceeds the expert's running threshold, also in training (arXiv
-2603.11535).
+"""Expert Threshold (arXiv 2603.11535): both in training and in evaluation, an expert takes each token whose score exceeds
+the expert's running threshold.
 
     s = sigmoid(x W^T),  expert j takes the token if s_j > m_j,  the running mean of expert j's k-th largest score
     y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
 
 With `score="softmax"`, s is the softmax over the group's columns, as in `expert_choice`.
 
-`thresholds` updates m after each step from the k-th largest scores, k = ceil(c T_group), of the selection scope, as in
-expert choice. A training step's choice thus depends only on earlier steps and on the token. An expert takes about, but not
-exactly, the fraction c of the tokens. In the first `warmup_steps` steps experts choose by competition (`expert_choice`),
-because m is not known yet. Evaluation compares scores with m plus the correction of the last calibration. Training compares
-scores with m alone, so that calibrations do not change the training.
+After each step `thresholds` updates m from the k-th largest scores of the selection scope, with k = ceil(c T_group), as in
+expert choice. So the choice in a training step depends only on the token and on earlier steps. An expert takes
+approximately the fraction c of the tokens. In the first `warmup_steps` steps experts choose by competition
+(`expert_choice`), because m is not known yet. Evaluation compares scores with m plus a correction, which the last
+calibration has found. Training compares scores with m alone, so calibrations do not change training.
 
 Shape letters: T tokens of this rank, E experts of all groups.
 """
@@ -26,9 +26,9 @@ from moe_dist.moe.routing.types import ExpertsChoice, RoutingCache
 
 
 class ExpertThresholdRouter(ExpertChoiceRouter):
-    """Routes T tokens by thresholds of experts. After the factor of `capacity_schedule` has changed, m moves to the new
-    threshold over about 1 / (1 - threshold_decay) steps. Thresholds replace the competition after `warmup_steps` updates of
-    m, at least 1."""
+    """Routes T tokens by the experts' thresholds. When the factor in `capacity_schedule` changes, m needs about 1 / (1 -
+    threshold_decay) steps to reach its new value. Thresholds replace the competition after `warmup_steps` updates of m;
+    `warmup_steps` is at least 1."""
 
     def __init__(self, context: RouterContext, *, warmup_steps: int = 100, **options: Any) -> None:
         super().__init__(context, **{"causal": "threshold", **options})
@@ -43,4 +43,4 @@ class ExpertThresholdRouter(ExpertChoiceRouter):
         mean_E, steps_E = torch.cat([gate.statistics for gate in self.gates()], dim=1)
         above_TE = (logits_TE.sigmoid() > mean_E.to(logits_TE.dtype)) & self._inside(group_T)
         taken_TE = torch.where(steps_E >= self.warmup_steps, above_TE, choice.taken_TE)
-        return ExpertsChoice(taken_TE, None, choice.kth_score_E)  # without an order, tokens not taken become absent pairs
+        return ExpertsChoice(taken_TE, None, choice.kth_score_E)  # no order: tokens not taken become absent pairs

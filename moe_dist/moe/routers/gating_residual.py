@@ -1,10 +1,10 @@
-"""Top-k with the gating residual of MoE++ (arXiv 2410.07348, section 3.2): a learned map of the previous MoE layer's logits
-is added to a layer's logits. As in the code of MoE++, gradients pass through the logits of all layers.
+"""Top-k routing with the gating residual of MoE++ (arXiv 2410.07348, section 3.2): a layer adds a learned map of the
+previous MoE layer's logits to its logits. As in the code of MoE++, gradients pass through the logits of all layers.
 
     z_1 = x W_1^T,   z_l = x W_l^T + z_{l-1} V_l^T        over all columns of the token's group
 
-A token keeps its group in all layers, so no logit of another group enters the sum. Shape letters: T tokens, D hidden size,
-C columns, c columns of a group.
+A token has the same group in all layers, so the sum contains no logits of other groups. Shape letters: T tokens, D hidden
+size, C columns, c columns of a group.
 """
 
 import torch
@@ -17,12 +17,12 @@ from moe_dist.moe.routing.types import Routing, RoutingCache, group_columns
 
 
 class GatingResidualRouter(TopKRouter):
-    """Routes T tokens by their logits of this MoE layer and of the previous one. Except in the first MoE layer, each
-    group's gate also has `residual` [c, c], the V above. Forward also returns the logits, which the transformer passes to
-    the next MoE layer. `TopKRouter` describes `normalise`, `scale` and `selection_bias`."""
+    """Routes T tokens by the logits of this MoE layer and of the previous one. Except in the first MoE layer, each group's
+    gate also has the parameter `residual` [c, c], which is V in the formula above. `forward` also returns the logits. The
+    transformer passes them to the next MoE layer. `TopKRouter` explains all arguments."""
 
     by_group_C: Tensor  # all columns, sorted by group
-    place_C: Tensor  # place of each column in `by_group_C`
+    place_C: Tensor  # index of each column in `by_group_C`
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class GatingResidualRouter(TopKRouter):
         """See `TopKRouter.forward`. Except in the first MoE layer, the cache must have the previous layer's logits."""
         cache = cache or RoutingCache()
         routing = super().forward(h_TD, group_T, cache)
-        # Logits are removed from the cache: block recompute keeps the cache, so their autograd graph would stay in memory.
+        # Block recompute keeps the cache, so logits in the cache would keep their autograd graph in memory.
         logits_TC, cache.logits_TC = cache.logits_TC, None
         return routing._replace(logits_TC=logits_TC)
 

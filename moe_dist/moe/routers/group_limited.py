@@ -7,14 +7,14 @@ and Kimi K2.
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
     w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
 
-The limit on node groups does not apply to null, identity and constant columns, because these columns cost no traffic. Null,
-identity and constant columns also have s and b. A null choice has no weight and is left out of the sum in w_i. Each
-modality's expert group is cut into node groups separately.
+Null, identity and constant columns also have s and b. But the limit on node groups does not apply to them, because they
+cause no traffic. A null choice has no weight, and the sum in w_i does not contain it. Each modality's expert group is
+divided into node groups separately.
 
 The balance loss and the entropy use s / (sum of s over the modality group's columns) as probabilities, like DeepSeek-V3's
-loss (equations 18 and 19), but with counts over the whole step instead of one sequence. The z-loss uses the logits. Shape
-letters: T tokens, D hidden size, C columns, K choices, n true experts of a modality group, g node groups of a modality
-group, m experts of a node group.
+loss (equations 18 and 19). But their counts cover a whole step, while DeepSeek-V3's cover one sequence. The z-loss uses the
+logits. Shape letters: T tokens, D hidden size, C columns, K choices, n true experts of a modality group, g node groups of a
+modality group, m experts of a node group.
 """
 
 from functools import reduce
@@ -31,12 +31,13 @@ BEST = 2  # a node group's score is the sum of its BEST (two) largest expert sco
 
 
 class GroupLimitedRouter(TopKRouter):
-    """Routes T tokens, each inside its modality's group and its best node groups.
+    """Routes each of T tokens to experts of its modality's group, in the token's best node groups.
 
     Args:
-        n_group: Number of node groups in each modality group; divides the group's number of true experts.
+        n_group: Number of node groups in each modality group. The number of the group's true experts is a multiple of it.
         topk_group: Number of node groups that a token may use.
-        normalise: `true_chosen`: weights of chosen true experts sum to `scale`. `none`: `scale` times the scores.
+        normalise: `true_chosen`: weights of chosen columns that are not null sum to `scale`. `none`: `scale` times the
+            scores.
         selection_bias: If true, tokens choose by score + bias. Routing weights do not contain the bias.
     """
 
@@ -68,8 +69,8 @@ class GroupLimitedRouter(TopKRouter):
         return torch.cat([*parts, score_TC[:, self.num_experts :]], dim=1)
 
     def _within_limit(self, score_Tn: Tensor) -> Tensor:
-        """Returns the scores of a modality group's true experts, -inf outside of the node groups that a token may use. Of
-        two node groups with equal scores, the first is used."""
+        """Returns the scores of a modality group's true experts, which are -inf outside of the node groups that a token may
+        use. Of two node groups with equal scores, the token uses the first."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
         order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # the order of ties is undefined in topk

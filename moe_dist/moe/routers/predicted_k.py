@@ -1,13 +1,13 @@
-"""Predicted k: a linear head predicts from a token's hidden state its number of columns (as in Ada-K, arXiv 2410.10456).
+"""Predicted k: a linear head predicts a token's number of columns from its hidden state, as in Ada-K (arXiv 2410.10456).
 
     k(x) = top_k sigmoid(<u, x> + b),   T(x) = the ceil(k(x)) most probable columns of softmax(x W^T)
     m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)
     w_j  = scale m_j v_j,   v a softmax over T(x) without null columns, or the softmax over all columns
 
-Ada-K samples an integer k and trains its predictor by policy gradient. This router multiplies the weight of the last taken
-column by the fractional rest of k(x), like the remainder in Adaptive Computation Time (Graves, arXiv 1603.08983). So u gets
-a gradient from the loss. If v is the softmax over all columns, the output is a continuous function of k(x). If v is the
-softmax over T(x), all weights change when a column is added. b is the budget shift of `adaptive`.
+Ada-K samples an integer k and trains its predictor by policy gradient. This router instead multiplies the weight of the
+last taken column by the fractional part of k(x), like the remainder in Adaptive Computation Time (Graves, arXiv
+1603.08983). So u gets a gradient from the loss. If v is the softmax over all columns, the output is a continuous function
+of k(x). If v is the softmax over T(x), every added column changes all weights. b is the budget shift (see `adaptive`).
 
 Shape letters: T tokens, D hidden size, C columns, K choices, G expert groups.
 """
@@ -23,9 +23,9 @@ from moe_dist.moe.routing.types import Routing, RoutingCache
 
 
 class PredictedKRouter(AdaptiveRouter):
-    """Routes T tokens to a predicted number of columns. Each group's gate also has `number` [1, D], the vector u in k(x).
-    `normalise` takes the softmax v over the chosen columns that are not null (`true_chosen`), or over all columns
-    (`none`)."""
+    """Routes T tokens to a predicted number of columns. Each group's gate also has the parameter `number` [1, D], the
+    vector u in k(x). With `normalise="true_chosen"`, v is the softmax over the chosen columns that are not null. With
+    `none`, v is the softmax over all columns."""
 
     def __init__(self, context: RouterContext, *, normalise: Normalise = "none", scale: float = 1.0) -> None:
         super().__init__(context, normalise=normalise, scale=scale)
@@ -50,7 +50,7 @@ class PredictedKRouter(AdaptiveRouter):
         return self._by_probability(probs_TC, masked_TC)
 
     def _factor(self, cache: RoutingCache) -> Tensor:
-        """Returns the factors m [T, K], at most 1; 0 or less for columns that are not taken."""
+        """Returns the factors m [T, K], which are at most 1, and at most 0 for columns that are not taken."""
         assert cache.number_T is not None
         place_K = torch.arange(self.num_choices, device=cache.number_T.device)
         return (cache.number_T[:, None] - place_K).clamp_max(1.0)

@@ -1,10 +1,10 @@
-"""Finds the routers of a transformers model by its own interface, in any family."""
+"""Finds the routers of any transformers model by the interface with which the model records outputs."""
 
 from torch import nn
 
 
 def recorded_routers(model: nn.Module) -> tuple[type, ...]:
-    """Returns the router classes that a transformers model names among the outputs that it can record."""
+    """Returns the router classes that a transformers model lists in `_can_record_outputs`."""
     found: list[type] = []
     for module in model.modules():
         recorders = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits", ())

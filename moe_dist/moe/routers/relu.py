@@ -6,13 +6,13 @@
 
 A column with the logit 0 has the weight 0, so the output is a continuous function of x and of W while at most top_k logits
 are positive. b is the selection bias of a controller. ReMoE itself controls the number of experts by the coefficient of an
-L1 loss. It multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
-too few experts. ReMoE's loss, with its load f_i, equals this router's balance loss `vanilla` up to the factor k, because
-the balance loss uses the unnormalised r as probabilities. The coefficient follows `loss.balance.schedule`. The reported
-entropy is the entropy of r / sum(r).
+L1 loss: it multiplies the coefficient by 1.2 after a step with too many experts, and divides it by 1.2 after a step with
+too few. Here the balance loss `vanilla` equals ReMoE's loss, in which f_i is the load, up to the factor k, because the
+balance loss uses the unnormalised r as probabilities. Its coefficient follows `loss.balance.schedule`. The reported entropy
+is the entropy of r / sum(r).
 
-A token may take no expert. A null column that a token takes adds 0 to the output and uses up one of the token's top_k
-choices. Shape letters: T tokens, D hidden size, C columns, K choices.
+A token may take no expert. If a token takes a null column, the column adds 0 to the output and uses one of the token's
+top_k choices. Shape letters: T tokens, D hidden size, C columns, K choices.
 """
 
 import torch

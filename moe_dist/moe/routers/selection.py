@@ -7,12 +7,12 @@ The tokens of one selection scope compete:
     world       tokens of all ranks
 
 In the scopes ep_group and world, each forward of a layer gathers the logits on every rank of the scope by one all-gather.
-Recomputation does not repeat the all-gather. Each rank sends T x E numbers of the router's dtype (fp32) to each of the
-other ranks of the scope: (S - 1) x T x E x 4 bytes. All ranks of the scope select the same tokens, because the gathered
-logits are bit-identical. The selection costs no host sync.
+Recomputation does not repeat the all-gather. Each rank sends T x E fp32 numbers to each of the S - 1 other ranks of the
+scope: (S - 1) x T x E x 4 bytes. All ranks of the scope select the same tokens, because the gathered logits are
+bit-identical. The selection costs no host sync.
 
-Whether a token is selected depends on later tokens, so only training selects tokens by competition. Evaluation decides for
-each token independently, by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
+The result of the competition for a token depends on later tokens, so only training selects tokens by competition.
+Evaluation decides for each token independently, by a threshold (`thresholds`) or by an `AuxiliaryRouter`.
 
 Shape letters: T tokens on this rank, D hidden size, S ranks of the scope, U tokens of the scope in rank order, E choosers,
 G expert groups, W ranks.
@@ -46,7 +46,7 @@ OUTSIDE = float("-inf")  # logit of a token that does not compete: a token of an
 
 
 class AuxiliaryRouter(nn.Module):
-    """Learns to predict the selection of E choosers: two linear layers without bias, `inner` [D/2, D], `outer` [E, D/2]."""
+    """Learns to predict which tokens E choosers select. It has two linear layers, `inner` [D/2, D] and `outer` [E, D/2]."""
 
     role = Role.AUXILIARY_ROUTER
 
@@ -57,15 +57,15 @@ class AuxiliaryRouter(nn.Module):
         self.outer = nn.Parameter(torch.empty(num_choosers, inner_dim))
 
     def forward(self, h_TD: Tensor) -> Tensor:
-        """Returns logits [T, E]: a chooser takes the token if the chooser's logit is above 0."""
+        """Returns logits [T, E]. A positive logit predicts that the chooser takes the token."""
         return F.linear(F.silu(F.linear(h_TD, self.inner.to(h_TD.dtype))), self.outer.to(h_TD.dtype))
 
 
 class ThresholdGate(Protocol):
-    """Holds the thresholds of n choosers."""
+    """A module that has the thresholds of n choosers."""
 
     def running_mean(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns thresholds, running means and numbers of steps, [n] each, as writable buffers or views of buffers."""
+        """Returns three writable buffers [n], or views of buffers: thresholds, running means and numbers of steps."""
         ...
 
 
@@ -75,7 +75,7 @@ class ChoosingRouter(nn.Module, ABC):
     Attributes:
         causal: The rule by which evaluation decides for each token independently.
         noncausal: If true, evaluation selects tokens by competition, as in training, but without noise.
-        noncausal_step: The step, counted from 0, whose token shares `noncausal` uses.
+        noncausal_step: The training step, counted from 0, whose scheduled capacities `noncausal` uses.
     """
 
     causal: Causal | None
@@ -89,7 +89,7 @@ class ChoosingRouter(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, h_TD: Tensor, inside_T: Tensor, /) -> Tensor:
-        """Returns each token's score for each chooser [T, E], 0 if it does not compete. Arguments are as in `forward`."""
+        """Returns each token's score for each chooser [T, E], or 0 if the token does not compete for this chooser."""
 
     @abstractmethod
     def num_taken(self, found: Any) -> Tensor:
@@ -98,8 +98,8 @@ class ChoosingRouter(nn.Module, ABC):
 
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module], steps: int) -> Iterator[None]:
-    """In this context tokens also compete in evaluation, as in training (`ChoosingRouter.noncausal`). `steps` is the number
-    of training steps so far; token shares are as in the last of these steps."""
+    """In this context tokens compete in evaluation as they do in training (`ChoosingRouter.noncausal`). `steps` is the
+    number of training steps so far. The capacities are those of the last of these steps."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal, router.noncausal_step = True, max(0, steps - 1)
@@ -116,12 +116,12 @@ class SelectionScope:
 
     Attributes:
         group: Process group of the scope's ranks; None for a single rank.
-        ranks: Global ranks of the scope, in the process group's order; `own` is this rank's index in the list. Ranks that
-            share sequences count as one rank, as in `GlobalBatchInfo`.
+        ranks: Global ranks of the scope, in the process group's order. Ranks that split the same sequences count as one
+            rank, as in `GlobalBatchInfo`. `own` is this rank's index in the list.
         ep_ranks: Global ranks of this rank's EP group, for `Assignments.counts_WE`.
-        comm_stats, tracker: `comm_stats` counts the all-gather's bytes; `tracker` shows a running all-gather to the
-            watchdog.
-        shares: Process groups of the ranks that share sequences. Each of these ranks has a part of a micro-batch's tokens.
+        comm_stats, tracker: `comm_stats` counts the bytes of the all-gather; `tracker` tells the watchdog that it is
+            running.
+        shares: Process groups of ranks that split the same sequences, so that each has a part of a micro-batch's tokens.
     """
 
     kind: ScopeKind = "rank"
@@ -134,8 +134,8 @@ class SelectionScope:
     shares: tuple[dist.ProcessGroup, ...] = ()
 
     def lengths(self, num_tokens: int, batch_info: GlobalBatchInfo | None) -> list[int]:
-        """Returns the number of tokens of each rank's micro-batch; `num_tokens` is this rank's number. Without `batch_info`
-        (evaluation, mixture of depths) all ranks have equally many tokens."""
+        """Returns the number of tokens of each rank's micro-batch. `num_tokens` is the number on this rank. Without
+        `batch_info` (in evaluation and mixture of depths) all ranks have the same number of tokens."""
         own = num_tokens * math.prod(group.size() for group in self.shares)
         lengths = [own if batch_info is None else batch_info.tokens_W[rank] for rank in self.ranks]
         assert lengths[self.own] == own, f"{own} tokens here, {lengths} were announced"
@@ -152,15 +152,15 @@ class SelectionScope:
         add_noise: Callable[[Tensor], Tensor] | None = None,
         token_T: Tensor | None = None,
     ) -> ExpertsChoice:
-        """Selects which of this rank's tokens each chooser takes, in competition with all tokens of the scope. Costs at
-        most one collective, and one more for each group of `shares`.
+        """Selects the tokens of this rank that each chooser takes. These tokens compete with all tokens of the scope. Costs
+        at most one collective, and one more for each process group in `shares`.
 
         Args:
-            logits_TE: Logits without gradient, OUTSIDE if the token does not compete.
+            logits_TE: Logits without gradient; OUTSIDE for a token that does not compete.
             share_E: float64, fraction of the competing tokens that each chooser takes.
-            lengths: T of each rank of the scope.
+            lengths: Number of tokens T of each rank of the scope.
             name, layer: Names of the collective and of the layer, for statistics and for reports of a hang.
-            add_noise: Adds noise to the scope's logits [U, E] before the comparison; the k-th scores contain no noise.
+            add_noise: Function that adds noise to the scope's logits [U, E]. The k-th largest scores contain no noise.
             token_T: Index of each of this rank's tokens in its micro-batch; None if this rank has all tokens, in order.
         """
         if token_T is not None:
@@ -178,7 +178,7 @@ class SelectionScope:
         return found._replace(taken_TE=found.taken_TE[token_T])
 
     def _gather(self, logits_TE: Tensor, lengths: Sequence[int], *, name: str, layer: str) -> Tensor:
-        """Returns the logits of the scope's tokens [U, E], by one all-gather if the scope has several ranks."""
+        """Returns the logits [U, E] of all tokens of the scope. Costs one all-gather if the scope has several ranks."""
         if self.group is None:
             return logits_TE
         longest = max(lengths)  # all-gather needs equal sizes on all ranks
@@ -194,23 +194,23 @@ class SelectionScope:
 
 
 def tokens_of_share(share: float, tokens: int) -> int:
-    """Returns ceil(c T) for the share c of T tokens, at most T; a product at most 1e-9 above an integer rounds down."""
+    """Returns ceil(c T), at most T, for the fraction c = `share`. A product at most 1e-9 above an integer rounds down."""
     return min(tokens, max(0, math.ceil(share * tokens - 1e-9)))
 
 
 def tokens_of_shares(share_E: Tensor, tokens_E: Tensor) -> Tensor:
-    """Computes `tokens_of_share` for tensors, int64, with equal results, because both use float64."""
+    """Computes `tokens_of_share` for tensors, int64. The results are equal, because both functions use float64."""
     wanted_E = torch.ceil(share_E * tokens_E.to(torch.float64) - 1e-9).to(torch.int64)
     return torch.minimum(wanted_E.clamp_min(0), tokens_E)
 
 
 def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, keep_order: bool = False) -> ExpertsChoice:
-    """Lets each chooser take the best ceil(c T) of the T competing tokens. If logits are equal, the earlier token wins.
+    """Lets each chooser take the best ceil(c T) of T competing tokens. Of equal logits the earlier token wins.
 
     Args:
-        logits_UE: Logits without noise, OUTSIDE if the token does not compete. The score is sigmoid(logit).
+        logits_UE: Logits without noise; OUTSIDE for a token that does not compete. A score is the sigmoid of a logit.
         noisy_UE: The logits that choosers compare: `logits_UE` plus noise, or `logits_UE` itself.
-        share_E: float64, the share c of the tokens that each chooser takes.
+        share_E: float64, the fraction c of the competing tokens that each chooser takes.
         own: The rows of this rank's tokens.
         keep_order: If true, `order_TE` is returned, too. `keep_order` needs a scope of one rank.
     """
@@ -223,8 +223,8 @@ def choose(logits_UE: Tensor, noisy_UE: Tensor, share_E: Tensor, own: slice, *, 
 
 
 def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Tensor:
-    """Returns each chooser's k-th largest score without noise, k = `room_E`; 0 where k is 0. `order_UE`, if there is one,
-    sorts `logits_UE`."""
+    """Returns each chooser's k-th largest score without noise, where k is `room_E`; 0 if k is 0. `order_UE` is the
+    descending order of `logits_UE`, or None."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
     if order_UE is None:  # with noise, finding the k-th largest score needs a second sort
@@ -242,8 +242,8 @@ def counted_pairs(
     batch_info: GlobalBatchInfo,
     ep_ranks: Sequence[int],
 ) -> Assignments:
-    """Returns the pairs sorted by expert and falling logit. All ranks know the number of pairs N, which is a sum of token
-    shares."""
+    """Returns the pairs sorted by expert and falling logit. All ranks know the number of pairs N, because it depends only
+    on the capacities and on numbers of tokens."""
     assert choice.order_TE is not None, "the number of pairs is known beforehand only if the scope is one rank"
     counts_WE = tuple(
         tuple(
@@ -262,25 +262,24 @@ def counted_pairs(
 
 @lru_cache(maxsize=KEPT)
 def _expert_of_pairs(counts_E: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns each pair's expert, int64 [N], by the counts. All layers of a micro-batch share the result."""
+    """Returns each pair's expert, int64 [N], from each expert's number of pairs. The layers of a micro-batch share it."""
     return from_host(np.repeat(np.arange(len(counts_E)), counts_E), torch.int64, device)
 
 
 def by_token(pairs: Assignments, num_tokens: int) -> Assignments:
-    """Returns the pairs of `counted_pairs` in the order of tokens, without `counts_WE`, for dispatchers that count."""
+    """Returns the pairs of `counted_pairs` sorted by token, without `counts_WE`, for dispatchers that count pairs."""
     order_N = counting_order(pairs.token_N, num_tokens)
     # index_select for the weights, because the backward of an index sorts on CUDA
     return Assignments(pairs.token_N[order_N], pairs.expert_N[order_N], pairs.weight_N.index_select(0, order_N))
 
 
 def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assignments:
-    """Returns T x K (token, expert) pairs sorted by token: the K experts of the token's group, or ABSENT for an expert that
-    does not take the token.
+    """Returns T x K (token, expert) pairs sorted by token: one pair for each of the K experts of the token's group. The
+    pair of an expert that does not take the token is absent.
 
-    K is the number of experts of the largest group. A list of fewer than T x K pairs might be too short: a threshold does
-    not limit the number of tokens of an expert, and a scope of several ranks does not limit an expert's number of tokens
-    from one rank. `columns_TK` has the experts of each token's group, int64, then ABSENT up to K; padding has only
-    ABSENT."""
+    K is the number of experts of the largest group. Fewer than T x K pairs might not suffice: a threshold does not limit an
+    expert's number of tokens, and a scope of several ranks does not limit the number from one rank. `columns_TK` has the
+    experts of each token's group, int64, then ABSENT up to K; padding has only ABSENT."""
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)
     token_T = torch.arange(taken_TE.shape[0], device=taken_TE.device)
@@ -293,8 +292,8 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
 
 @torch.no_grad()
 def recorded(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> ChosenColumns:
-    """Returns the experts that take each token, for a trace: up to K experts, the largest weight first, then ABSENT.
-    Arguments are as in `token_pairs`. Costs a sort."""
+    """Returns the experts that take each token, for a trace: at most K experts, by falling weight, then ABSENT.
+    `token_pairs` describes the arguments. Costs a sort."""
     pairs = token_pairs(taken_TE, weight_TE, columns_TK)
     expert_TK, weight_TK = pairs.expert_N.view_as(columns_TK), pairs.weight_N.view_as(columns_TK)
     order_TK = torch.where(expert_TK == ABSENT, -1.0, weight_TK).argsort(dim=1, descending=True, stable=True)

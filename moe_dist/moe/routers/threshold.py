@@ -1,19 +1,19 @@
-"""Trained thresholds: a token takes each column whose score exceeds the column's learned threshold (DynMoE, arXiv
-2405.14297, the top-any gate).
+"""Routes by trained thresholds. A token takes each column whose score exceeds the column's learned threshold (the top-any
+gate of DynMoE, arXiv 2405.14297).
 
     s    = sigmoid(cos(x, W_i) / temperature),   c = sigmoid(G)
     T(x) = the columns with s_i - c_i + b_i > 0, at most the top_k largest
     w_i  = scale / (number of columns of T(x) that are not null)
 
-b is the selection bias of a controller; with b = 0 the rule is DynMoE's published rule. The gradient passes through the
-sign function as if it were the identity, as in the authors' DeepSpeed code: the derivative of w_i by s_i - c_i is scale /
-(number of taken columns) where the column is taken, and 0 elsewhere. This router lacks some parts of DynMoE: a temperature
-that divides G; losses that make router rows diverse and small, and a loss for the mean of the gates; a number of experts
-that changes during training; and a rule of evaluation that gives the best expert to a token without experts, which would
-change the number of experts.
+b is the selection bias of a controller; with b = 0 the rule is DynMoE's published rule. Backward treats the sign function
+as the identity, like the authors' DeepSpeed code. The derivative of w_i by s_i - c_i is thus scale / (number of taken
+columns) if column i is taken, else 0. Some parts of DynMoE are missing here: a temperature that divides G; losses that make
+router rows diverse and small; a loss on the mean of the gates; and a number of experts that changes during training. Also
+missing is DynMoE's rule that evaluation gives a token without experts its best expert, because this would change the number
+of experts.
 
-Balance loss and entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C columns, K
-choices.
+The balance loss and the reported entropy use s / (sum of s) as probabilities. Shape letters: T tokens, D hidden size, C
+columns, K choices.
 """
 
 import torch
@@ -30,9 +30,9 @@ TINY = 1e-20  # prevents 0 / 0 where all scores underflow
 
 
 class ThresholdRouter(AdaptiveRouter):
-    """Routes T tokens by learned thresholds. Each group's gate also has the parameter `level` [columns], initially 0: the G
-    of the module's formula. The threshold of a column is sigmoid(level). The divisor of the cosines is `temperature`; in
-    DynMoE's Tutel code it is learned, with the initial value 0.1."""
+    """Routes T tokens by learned thresholds. Each group's gate also has the parameter `level` [columns], initially 0.
+    `level` is the G of the formula above, so sigmoid(level) is a column's threshold. `temperature` divides the cosines.
+    DynMoE's Tutel code learns it, from the initial value 0.1."""
 
     def __init__(self, context: RouterContext, *, temperature: float = 0.1, scale: float = 1.0) -> None:
         super().__init__(context, scale=scale)
@@ -52,7 +52,7 @@ class ThresholdRouter(AdaptiveRouter):
         return score_TC / (score_TC.sum(dim=-1, keepdim=True) + TINY)
 
     def _margins(self, masked_TC: Tensor) -> Tensor:
-        """Returns score - threshold, s - c [T, C]; -inf outside of the token's group."""
+        """Returns s - c, the score minus the threshold, [T, C]; -inf for columns outside of the token's group."""
         margin_TC = masked_TC.sigmoid() - self._of_columns("level", masked_TC.dtype).sigmoid()
         return margin_TC.masked_fill(masked_TC == float("-inf"), float("-inf"))
 
@@ -66,7 +66,7 @@ class ThresholdRouter(AdaptiveRouter):
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
         counted_TK = chosen.valid_TK ^ chosen.null_TK  # without null choices
 
-        # -inf in places that are not taken would give NaN gradients despite the mask
+        # -inf for columns that are not taken would give NaN gradients despite the mask
         margin_TK = torch.where(counted_TK, self._margins(masked_TC).gather(1, chosen.column_TK), 0.0)
         number_T1 = counted_TK.sum(1, keepdim=True).clamp_min(1)
         return self.scale * torch.where(counted_TK, 1.0 + (margin_TK - margin_TK.detach()), 0.0) / number_T1

@@ -1,11 +1,11 @@
-"""Top-k over true, null and zero-computation experts, inside the group of each token (AdaMoE, arXiv 2406.13233). Without
-null experts (m = 0) the router is plain top-k.
+"""A router that takes the top k of true, null and zero-computation experts inside each token's group (AdaMoE, arXiv
+2406.13233). Without null experts (m = 0) it is plain top-k.
 
     z = x W^T over the group's columns,  T(x) = top-k of z,  A(x) = T(x) without the null columns
     y = sum over A of w_i E_i(x); y = 0 if A is empty
 
-Null choices and dropped pairs become absent pairs, which cost nothing after the router. Choices of identity and constant
-experts become weights in a separate tensor, and are applied on the token's own rank. Shape letters: T tokens, D hidden
+Null choices and dropped pairs become absent pairs, which cost nothing after the router. The weights of identity and
+constant experts are in a separate tensor, because these experts run on the token's rank. Shape letters: T tokens, D hidden
 size, C columns, K choices, G expert groups, n true and m null experts of a group, E true experts, F zero-computation
 columns.
 """
@@ -37,7 +37,7 @@ def column_counts(group: ExpertGroup) -> dict[str, int]:
 
 
 class GroupGate(nn.Module):
-    """Holds the rows of one group's router weight: `true` [n, D], and any rows `null`, `identity` and `constant`.
+    """The rows of one group's router weight: the parameter `true` [n, D], and `null`, `identity` and `constant` if needed.
 
     With a single null logit, `null` has one row for all null columns. With a selection bias, the buffer `bias` has one
     number per column of the group, in the order of `KINDS`. With logit biases, `offset` [n] has one number for each true
@@ -61,9 +61,9 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def zero_rows(self, step: float) -> int:
-        """Sets all router rows to 0, so that all columns get the same score. The biases of null columns become -step, -2
-        step and so on. If the biases of all true experts then fall by r times `step`, null experts replace only r of a
-        token's true experts. Returns the number of rows."""
+        """Sets all router rows to 0, so that all columns get the same score. Returns the number of rows. The biases of the
+        null columns become -step, -2 step and so on. If a controller then lowers the biases of all true experts by r times
+        `step`, null experts replace only r of a token's true experts."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -72,8 +72,8 @@ class GroupGate(nn.Module):
 
     @torch.no_grad()
     def copy_true_rows(self) -> int:
-        """Copies the router's true rows [n, D] into its null rows [m, D], each m / n times (AdaMoE, section 4.2). Returns
-        m, which is 0 if the group has no null experts."""
+        """Copies each of the router's n true rows into m / n of its m null rows (AdaMoE, section 4.2). Returns m, which is
+        0 if the group has no null experts."""
         true_nD, null_mD = self.get_parameter("true"), dict(self.named_parameters()).get("null")
         if null_mD is None:
             return 0
@@ -86,9 +86,9 @@ class _Chosen(NamedTuple):
 
     Attributes:
         column_TK: Chosen columns, the best first.
-        valid_TK: bool, false for choices beyond the group's own k and for padding.
+        valid_TK: bool, false for padding and for choices beyond the k of the token's group.
         true_TK, null_TK: bool, the valid choices of true and of null experts.
-        factor_TK: Factor of each weight, with gradient; only where the number of choices is predicted.
+        factor_TK: Factor of each weight, with gradient. Only `PredictedKRouter` sets it.
     """
 
     column_TK: Tensor
@@ -101,20 +101,20 @@ class _Chosen(NamedTuple):
 class TopKRouter(nn.Module):
     """Routes T tokens, each to experts of the token's group.
 
-    If `context.kernels` has `choose`, the kernels compute everything after the logits, unless the router has a selection
-    bias, capacity, zero-computation experts or `true_all`, or the caller asks for probabilities of tokens.
+    If `context.kernels` has `choose`, this kernel computes everything after the logits. Exceptions are routers with a
+    selection bias, a capacity, zero-computation experts or `true_all`, and requests for probabilities of tokens.
 
     Args:
-        normalise: The columns over which weights are a softmax. `true_chosen`: the token's choices that are not null
-            (AdaMoE). `all_chosen`: all choices of the token. `true_all`: all columns that are not null. `none`: all
+        normalise: The columns over which the softmax of the weights runs. `true_chosen`: the token's choices that are not
+            null (AdaMoE). `all_chosen`: all choices of the token. `true_all`: all columns that are not null. `none`: all
             columns.
         scale: Factor of every weight.
         null_logit: `each`: every null column has its own row of the router weight. `single`: all null columns share one
-            row, whose logit is a learned threshold that depends on the token (Kilian et al., arXiv 2601.15370).
+            row. Its logit is a learned threshold, which depends on the token (Kilian et al., arXiv 2601.15370).
         selection_bias: If true, tokens choose by softmax + bias; weights do not contain the bias (DeepSeek-V3, arXiv
             2412.19437, section 2.1.2; LongCat-Flash and Ernie 4.5 add the bias to a softmax). Biases start at 0. While all
-            biases of a group are 0, its tokens choose by logits. Logits have the order of the softmax, but without the ties
-            that rounding makes.
+            biases of a group are 0, its tokens choose by logits, whose order is the order of the softmax, but without ties
+            from rounding.
         logit_bias: Whether each true expert's logit has a learned bias. Groups must then have only true experts.
     """
 
@@ -152,8 +152,8 @@ class TopKRouter(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Creates the buffers on the default device: constants, and biases of 0. Call this method again after a move from
-        the meta device, which loses the values of buffers."""
+        """Creates the buffers (constants, and biases of 0) on the default device. Call this method again after moving the
+        module from the meta device, where buffers have no values."""
         groups = self.groups
         by_expert = [group for group in groups for _ in group.experts]
         tables = {
@@ -170,8 +170,8 @@ class TopKRouter(nn.Module):
                 self.gate(group).register_buffer("bias", torch.zeros(group.num_columns))
 
     def forward(self, h_TD: Tensor, group_T: Tensor, cache: RoutingCache | None = None) -> Routing:
-        """Routes tokens `h_TD` of the groups `group_T` (int64; -1 for padding, which is not routed). All arithmetic is fp32
-        (float64 for a float64 model). Costs no host sync."""
+        """Routes the tokens `h_TD`. `group_T` (int64) has each token's group, or -1 for padding, which is not routed. All
+        arithmetic is fp32 (float64 for a float64 model). Costs no host sync."""
         dtype = accumulation_dtype(h_TD.dtype)
         cache = cache or RoutingCache()
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the router in bf16
@@ -179,8 +179,8 @@ class TopKRouter(nn.Module):
             if self._one_kernel(logits_TC, cache):
                 return self._choose_at_once(logits_TC, group_T, cache)
             routed_T = group_T >= 0
-            # A temporary bool [T, C]. Padding tokens keep finite logits, because a softmax over -inf alone is NaN; all sums
-            # leave padding out.
+            # A temporary bool [T, C]. Padding keeps finite logits, because a softmax over -inf alone is NaN. No sum
+            # includes padding.
             outside_TC = (self.group_of_column_C != group_T[:, None]) & routed_T[:, None]
             masked_TC = logits_TC.masked_fill(outside_TC, float("-inf"))
             probs_TC = self._probs(masked_TC)
@@ -194,8 +194,7 @@ class TopKRouter(nn.Module):
                 dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
                 counts = counts._replace(dropped_LE=dropped_C[None, : self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
-        # If the router drops no choice and has no zero-computation experts, `_weights` has already set the weights of null
-        # choices and of padding to 0.
+        # `_weights` sets the weights of null choices and padding to 0, but not of drops and zero-computation experts.
         whole = taken_TK is chosen.true_TK and free_TF is None
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
@@ -231,12 +230,13 @@ class TopKRouter(nn.Module):
         return Routing(pairs, counts, aux, chosen=recorded)
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns the logits [T, C]: `_logits`, plus any logits that a router adds from the cache."""
+        """Returns the logits [T, C]. Subclasses may add logits from the cache to those of `_logits`."""
         return self._logits(h_TD)
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns the logits [T, C]. A null row that copies a true row must give exactly the true row's logit. The bits of
-        a matrix product depend on its shape, so null rows are multiplied in slices of n rows, as many as the true rows."""
+        """Returns the logits [T, C]. A null row that copies a true row must give exactly the same logit. But the bits of a
+        matrix product depend on its shape, so null rows are multiplied in slices of n rows; n is the number of true
+        rows."""
         parts = []
         for kind in KINDS:
             for group in self.groups:
@@ -264,7 +264,7 @@ class TopKRouter(nn.Module):
         return self._of_columns("bias", dtype)
 
     def _of_columns(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns a value for each column [C], from the gates' tensors `name`, with entries in the order of `KINDS`."""
+        """Returns a value for each column [C] from the gates' tensors `name`, whose entries have the order of `KINDS`."""
         parts = [self._gate(group, name).split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
@@ -289,7 +289,7 @@ class TopKRouter(nn.Module):
     def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> _Chosen:
         if cache.choice_TK is None:
             score_TC = self._selection_scores(masked_TC, probs_TC)
-            # A stable sort gives ties to the first columns, the true experts; torch.topk may give ties to any column.
+            # In a stable sort the first columns, the true experts, win ties. In torch.topk any column may win a tie.
             order_TC = torch.sort(score_TC, dim=-1, descending=True, stable=True).indices
             cache.choice_TK = order_TC[:, : self.num_choices].contiguous()  # a view would keep all scores [T, C] in memory
         column_TK = cache.choice_TK
@@ -301,7 +301,7 @@ class TopKRouter(nn.Module):
         return _Chosen(column_TK, valid_TK, true_TK, null_TK)
 
     def _valid(self, group_T: Tensor) -> Tensor:
-        """Returns a bool [T, K], false for choices beyond the group's own k and for padding."""
+        """Returns a bool [T, K] that is false for padding and for choices beyond the k of the token's group."""
         return torch.arange(self.num_choices, device=group_T.device) < self.top_k_G[group_T][:, None]
 
     def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: _Chosen) -> Tensor:
@@ -329,12 +329,12 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
-        # an extra last column counts the choices of true and null experts, so that shapes do not depend on data
+        # an extra last column takes the choices of true and null experts, so that no shape depends on data
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 
     def _dropped(self, probs_TC: Tensor, chosen: _Chosen, tokens_G: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns a bool [T, K] that marks the choices of true experts beyond the expert's capacity."""
+        """Returns a bool [T, K] that is true for choices that exceed the capacity of a true expert."""
         assert self.capacity is not None
         if cache.dropped_TK is None:
             choices_E = self.choices_E * tokens_G[self.group_of_expert_E]
@@ -349,7 +349,7 @@ class TopKRouter(nn.Module):
 
     @staticmethod
     def _count(column_TK: Tensor, marked_TK: Tensor, num_columns: int) -> Tensor:
-        """Counts the choices of each column that a mask marks, int64."""
+        """Returns the number of choices of each column where `marked_TK` is true, int64 [C]."""
         counts = torch.zeros(num_columns, dtype=torch.int64, device=column_TK.device)
         return counts.scatter_add_(0, column_TK.flatten(), marked_TK.flatten().to(torch.int64))
 
@@ -389,13 +389,13 @@ def _recorded(chosen: _Chosen, taken_TK: Tensor, weight_TK: Tensor) -> ChosenCol
 
 
 def _softmax_among(logits_TK: Tensor, among_TK: Tensor) -> Tensor:
-    """Returns each row's softmax over the entries of `among_TK`; 0 elsewhere. A row without entries has no gradient."""
+    """Returns each row's softmax over entries marked by `among_TK`, 0 elsewhere. Rows without marks have no gradient."""
     safe_TK = torch.where(among_TK, logits_TK, 0.0)  # -inf minus -inf would give NaN gradients despite the mask
     top_T1 = torch.where(among_TK, logits_TK, float("-inf")).amax(-1, keepdim=True).detach()
     top_T1 = torch.where(top_T1.isfinite(), top_T1, 0.0)
     exp_TK = torch.where(among_TK, (safe_TK - top_T1).exp(), 0.0)
-    # Adds the exponentials one by one, because the order in which torch's sum adds depends on K. Adding 0 changes no bit,
-    # so a token's weights do not depend on the number of null choices between its true choices.
+    # Adds the exponentials one by one, because torch's sum adds in an order that depends on K. Adding 0 changes no bit, so
+    # a token's weights do not depend on the number of null choices between its true choices.
     total_T1 = reduce(torch.add, exp_TK.split(1, dim=-1))
     # the largest exponential is 1, so the clamp changes only rows without marked entries
     return exp_TK / total_T1.clamp_min(0.5)

@@ -4,11 +4,11 @@
     T(x) = the columns i with q_1 + ... + q_(i-1) < p + b,  at least one and at most top_k
     w_i  = scale q_i, or scale times a softmax over T(x) without null columns
 
-b is the budget shift of `adaptive`. By b a controller changes p in each layer and group, so that the mean number of true
-experts is the controller's target. DTop-p (arXiv 2512.13996) controls one p for all layers by a proportional-integral
-controller, and learns a norm of the logits in each layer. In this router each layer has a p of its own, which the
-controller `active_experts` changes; with the key `proportional` this controller is proportional-integral, too. Huang et al.
-also add the entropy of q to the loss. This project does not, because the controller keeps the number at its target.
+b is the budget shift (see `adaptive`). A controller sets b in each layer and group, so that the mean number of true experts
+reaches the controller's target. DTop-p (arXiv 2512.13996) has one p for all layers, a proportional-integral controller of
+p, and a learned norm of the logits in each layer. In this router the controller `active_experts` changes p + b in each
+layer separately. With the key `proportional`, it is also proportional-integral. Huang et al. add the entropy of q to the
+loss. This router does not, because the controller determines the number of experts.
 
 Shape letters: T tokens, C columns, K choices.
 """
@@ -23,9 +23,9 @@ from moe_dist.moe.routing.types import RoutingCache
 
 
 class TopPRouter(AdaptiveRouter):
-    """Routes T tokens by cumulative probability. `p` is the bound on the cumulative probability before a controller has
-    changed the bound. With `normalise="none"` weights are probabilities, as published; with `true_chosen` they sum to
-    `scale` over the taken columns that are not null."""
+    """Routes T tokens by cumulative probability. `p` is the initial bound on the cumulative probability, which a controller
+    may change. With `normalise="none"` the weights are `scale` times probabilities, as published. With `true_chosen` the
+    weights of the taken columns that are not null sum to `scale`."""
 
     def __init__(
         self, context: RouterContext, *, p: float = 0.4, normalise: Normalise = "none", scale: float = 1.0

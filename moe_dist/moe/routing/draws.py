@@ -1,8 +1,8 @@
-"""Draws random numbers that depend only on a name (integers such as seed and step), so recomputation draws equal numbers.
+"""Draws random numbers that depend only on a name: integers such as seed and step. So recomputation draws equal numbers.
 
 `logistic` is a counter-based generator: it hashes (seed, step, layer, token, expert) into a number. The generator has no
-state to save, so a recomputed forward draws the same numbers, whatever the layout of ranks. `dropped` (dropout) seeds a
-torch generator with a name, and draws for all tokens of one rank at once.
+state to save, so its numbers do not depend on the layout of ranks. `dropped` (dropout) seeds a torch generator with a name,
+and draws for all tokens of one rank at once.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns standard logistic noise [T, E], as Gumbel-sigmoid uses: the difference of two independent Gumbel(0, 1).
+    """Returns standard logistic noise [T, E]: the difference of two Gumbel(0, 1) variables, for a Gumbel-sigmoid.
 
     Args:
         name: Identifies the draw, for example (seed, step, layer).
@@ -40,9 +40,9 @@ def logistic(name: tuple[int, ...], row_T: Tensor, columns: Tensor, dtype: torch
 
 
 def dropped(x: Tensor, share: float, *, name: tuple[int, ...]) -> Tensor:
-    """Applies dropout: sets the fraction `share` of the elements to 0 and divides all others by 1 - share, which keeps the
-    mean. Equal names of draws, for example (seed, step, layer, first token, projection), give equal draws on devices of the
-    same kind."""
+    """Applies dropout: sets each element to 0 with probability `share` and divides all others by 1 - share, which keeps the
+    expected value. Equal names, for example (seed, step, layer, first token, projection), give equal draws on devices of
+    the same type."""
     digest = hashlib.sha256("/".join(str(part) for part in name).encode()).digest()
     generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # a seed must be below 2^63
     kept = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - share, generator=generator)
@@ -57,5 +57,5 @@ def _mix(word: Tensor) -> Tensor:
 
 
 def _times(word: Tensor, factor: int) -> Tensor:
-    """Returns the product modulo 2^32. Multiplies by each half of `factor`: the whole product would overflow int64."""
+    """Returns the product modulo 2^32. Multiplies by the halves of `factor`, because a whole product overflows int64."""
     return (word * (factor & 0xFFFF) + (((word * (factor >> 16)) & 0xFFFF) << 16)) & _WORD

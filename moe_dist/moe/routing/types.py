@@ -20,19 +20,19 @@ ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
 class Assignments(NamedTuple):
-    """The (token, expert) pairs of one layer on this rank. The dispatcher reads no other result of the router.
+    """The (token, expert) pairs of one layer on this rank. This is the only result of the router that the dispatcher reads.
 
-    N, the number of pairs, does not depend on the routing (N = T x K for token choice), so that the host knows shapes
-    without a sync. A pair that no expert computes (a null choice, padding) is therefore kept in the list as an absent pair.
-    All other pairs are called taken; no taken pair occurs twice.
+    The number of pairs N does not depend on the routing (N = T x K for token choice), so the host knows all shapes without
+    a sync. A pair that no expert computes (a null choice, or a choice of padding) therefore stays in the list as an absent
+    pair. All other pairs are called taken. No taken pair occurs twice.
 
     Attributes:
         token_N: int64, token of each pair.
         expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
-        counts_WE: Number of pairs of each EP rank's tokens with each logical expert, the same table on all ranks.
-            `counts_WE` is None if the numbers of pairs depend on the routing, as in token choice. If `counts_WE` is given,
-            as in expert choice within one rank, every pair is taken and pairs are sorted by expert.
+        counts_WE: Number of pairs between each EP rank's tokens and each logical expert; the same table on all ranks. None
+            if these numbers depend on the routing, as in token choice. They do not in expert choice within one rank; then
+            every pair is taken, and pairs are sorted by expert.
         num_choices: K, if every token has K pairs and pairs are sorted by token, as in token choice; else None.
     """
 
@@ -43,7 +43,7 @@ class Assignments(NamedTuple):
     num_choices: int | None = None
 
     def taken(self) -> "Assignments":
-        """Returns the taken pairs alone, for tests and pictures. Syncs on CUDA, to read their number."""
+        """Returns only the taken pairs, for tests and pictures. Syncs on CUDA to read the number of taken pairs."""
         keep = self.expert_N != ABSENT
         return Assignments(self.token_N[keep], self.expert_N[keep], self.weight_N[keep])
 
@@ -52,7 +52,7 @@ class ChosenColumns(NamedTuple):
     """The choices of T tokens, for a trace (`moe_dist.monitor.trace`).
 
     Attributes:
-        column_TK: int16, chosen columns, the best first; -1 is no choice, -2 - c a dropped pair of column c.
+        column_TK: int16, chosen columns, the best first. -1 means no choice, and -2 - c means a dropped pair of column c.
         weight_TK: float16, routing weight; 0 for null experts and dropped pairs.
     """
 
@@ -66,9 +66,9 @@ class Routing(NamedTuple):
     Attributes:
         counts, aux: Counts and sums over the T tokens, of one layer.
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
-            Zero-computation experts run on the token's own rank, so they are in no (token, expert) pair. `zero_weight_TF`
-            is None if no group has zero-computation experts.
-        prob_AC: Probabilities of the probe tokens, 0 in other groups' columns; fp32 with gradient, or None.
+            These experts run on the token's rank, so no (token, expert) pair contains them. None if no group has any.
+        prob_AC: Probabilities of the probe tokens, fp32 with gradient, or None. 0 in columns of other groups than the
+            token's.
         chosen: Each token's choices, if the request asks for them.
         logits_TC: Logits with gradient; None unless the next layer's router adds them to its own logits.
     """
@@ -83,14 +83,13 @@ class Routing(NamedTuple):
 
 
 class LayerReport(NamedTuple):
-    """The report that an MoE layer returns besides its output. The report is a NamedTuple, so that FSDP2's hooks find its
-    tensors.
+    """The report that an MoE layer returns besides its output. It is a NamedTuple so that FSDP2's hooks find its tensors.
 
     Attributes:
         counts, aux: Counts and sums of the router and of mixture of depths over this rank's tokens.
-        sent: The numbers of sent rows and pairs; int64 [5] in the order of `SentCounts` if only the device has them.
+        sent: The numbers of sent rows and pairs; int64 [5] in the order of `SentCounts` if the device has them.
         prob_AC, chosen: See `Routing`.
-        late_TD: Output [T, D] that is added after the next layer; None without a shortcut, and in final reports.
+        late_TD: Output [T, D] that is added after the next layer. None without a shortcut and in final reports.
         logits_TC: See `Routing`; None in the transformer's reports.
     """
 
@@ -105,12 +104,12 @@ class LayerReport(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatchInfo:
-    """Token counts of a training micro-batch on all ranks, which are in host memory before any layer runs.
+    """Token counts of a training micro-batch on all ranks. They are in host memory before any layer runs.
 
     Attributes:
-        step: Optimizer step, counted from 0. Random draws and scheduled token shares depend on it.
+        step: Index of the optimizer step, counted from 0. Random draws and the schedule of capacities depend on it.
         first_token: Index of the micro-batch's first token among all tokens of the step.
-        rank: Global rank of this process. Ranks that share sequences count as one rank in all fields.
+        rank: Global rank of this process. In all fields, ranks that split the same sequences among them count as one rank.
         tokens_W: Number of tokens of each rank of the world, padding included.
         members_WG: Number of tokens of each group on each rank of the world, without padding.
     """
@@ -128,17 +127,17 @@ class GlobalBatchInfo:
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """The inputs of all routers and MoE layers of a forward besides the tokens.
+    """The inputs, besides the tokens, that all routers and MoE layers of one forward get.
 
     Attributes:
         batch_info: Token counts of the micro-batch on all ranks; None in evaluation.
-        probe_tokens_A: int64, indices of the tokens whose probabilities the reports contain as `prob_AC`, or None.
+        probe_tokens_A: int64, indices of the probe tokens, whose probabilities the reports contain as `prob_AC`; or None.
         token_T: int64, index of each token in its micro-batch; None if token i has index i.
         id_T: int64, id of each token in the vocabulary. The transformer sets it.
         experts_off: If true, routed experts add 0 to the output. The routed experts and their collectives still run.
         keep_choices: If true, the reports contain each token's choices as `chosen`.
-        on_reports: The transformer calls `on_reports` once with the reports of all MoE layers, before the output layer. In
-            this call training starts the sum of routing counts over the ranks.
+        on_reports: A function that the transformer calls once, before the output layer, with the reports of all MoE layers.
+            Training's function starts the all-reduce of the routing counts.
         previous_TC: `LayerReport.logits_TC` of the previous MoE layer. The transformer sets it for each layer.
     """
 
@@ -156,14 +155,14 @@ NO_REQUEST = RoutingRequest()
 
 
 class ExpertsChoice(NamedTuple):
-    """The tokens that each expert takes (expert choice), or that the layer takes (mixture of depths). Has no gradient;
-    recomputation uses the same choice.
+    """The tokens that each expert takes (expert choice), or that the layer takes (mixture of depths). Has no gradient.
+    Recomputation in backward reuses this choice.
 
     Attributes:
         taken_TE: bool, true if the expert takes this rank's token.
-        order_TE: int64, this rank's tokens by expert and falling logit; None if the scope has several ranks.
-        kth_score_E: For each expert that takes k tokens, the k-th largest score without noise in the selection scope; 0 if
-            the expert takes no token or, by its capacity, all tokens of its group.
+        order_TE: int64, for each expert this rank's tokens in order of falling logit; None if the scope has several ranks.
+        kth_score_E: For each expert that takes k tokens, the k-th largest score without noise in the selection scope. 0 if
+            the expert takes no token, or if its capacity admits all tokens of its group.
     """
 
     taken_TE: Tensor
@@ -173,16 +172,16 @@ class ExpertsChoice(NamedTuple):
 
 @dataclass
 class RoutingCache:
-    """The discrete decisions of one layer's forward, and the layer's request. The first forward writes the decisions, and
-    the recomputed forward reads them. The recomputed forward must not choose again: recomputed logits may differ in the
-    last bits, and a different choice would change the number of rows that this rank sends.
+    """The discrete decisions of one layer's forward, and the fields of the `RoutingRequest`. The first forward writes the
+    decisions, and the recomputed forward reads them. The recomputed forward must not choose again, because recomputed
+    logits may differ in the last bits. A different choice would change the number of rows that this rank sends.
 
     Attributes:
         choice_TK: The columns that each token chose, under token choice.
-        kept_TK: bool, the chosen columns that the token takes, in adaptive routers.
-        number_T: Predicted number of choices, with gradient, recomputed in each forward.
+        kept_TK: bool, true for the chosen columns that the token takes; only in adaptive routers.
+        number_T: Predicted number of choices of each token, with gradient. Each forward computes it again.
         previous_TC: `RoutingRequest.previous_TC`.
-        logits_TC: The router's logits, with gradient, only while the router runs.
+        logits_TC: The router's logits, with gradient. None except while the router runs.
         choice: The tokens that experts take, in expert choice.
     """
 
@@ -202,7 +201,7 @@ class RoutingCache:
 
 
 def group_columns(groups: Sequence[ExpertGroup]) -> list[int]:
-    """Returns the group's index of each choice column. The columns are all true experts, then all null, all identity and
-    all constant experts, each kind sorted by group. True experts come first, so that they win ties in a stable sort."""
+    """Returns the index of each choice column's group. The columns are all true experts, then all null, all identity and
+    all constant experts. Each kind is sorted by group. True experts come first, so that they win ties in a stable sort."""
     kinds = zip(*((g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups), strict=True)
     return [group for counts in kinds for group, count in enumerate(counts) for _ in range(count)]
