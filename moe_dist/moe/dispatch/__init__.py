@@ -1,1 +1,1 @@
-"""Dispatchers send tokens to their experts' ranks and sum the experts' outputs. Each dispatch method is one file."""
+"""Dispatchers send tokens to the ranks of their experts, and sum the experts' outputs. Each dispatch method has a file."""

@@ -1,4 +1,4 @@
-"""Chooses a dispatcher for `parallel.dispatch.kind=all_to_all`. All of them send the same rows, but at different times."""
+"""Chooses a dispatcher for `parallel.dispatch.kind=all_to_all`. All of these send the same rows, at different times."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from moe_dist.moe.dispatch.two_batches import TwoBatchDispatcher
 
 
 def all_to_all(context: DispatchContext, *, overlap: bool, chunks: int) -> Dispatcher[Any]:
-    """Makes the dispatcher for the given options. If no option is set, the dispatcher is `KnownCountsDispatcher` if each
-    sent row serves only one (token, expert) pair, else `AllToAllDispatcher`."""
+    """Makes the dispatcher for the given options. Without options it is a `KnownCountsDispatcher` if each sent row belongs
+    to only one (token, expert) pair, else an `AllToAllDispatcher`."""
     if context.two_batches:
         return TwoBatchDispatcher(context)
     if overlap or chunks > 1:

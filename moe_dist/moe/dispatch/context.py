@@ -1,4 +1,4 @@
-"""The values from which a dispatcher is made, besides the fields of its configuration section."""
+"""Defines the values that a dispatcher's constructor gets in addition to the fields of its configuration section."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,12 @@ class DispatchContext:
     """The values that every dispatcher gets.
 
     Attributes:
-        all_to_all: The EP group's all-to-all; its size must be the placement's number of ranks.
+        all_to_all: The all-to-all of the EP group. Its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive in a layer (with two hops, in each hop); None for
-            no bound. A rank never receives more than (ep - 1) x T rows: all tokens of the other ranks of the EP group.
+            no limit. A rank never receives more than (ep - 1) x T rows, the tokens of all other EP ranks.
         kernels: Functions that sum the rows of a token. Triton's kernels also make the plans of token choice.
-        hops: The two all-to-alls if rows are dispatched in two hops; else None. The first connects the ranks that have this
-            rank's local index in their nodes, in the order of nodes. The second connects the ranks of this node.
+        hops: The two all-to-alls if rows are dispatched in two hops, else None. The first connects, in the order of nodes,
+            the ranks that have the same local index as this rank. The second connects the ranks of this node.
         deterministic: Whether results must be reproducible bit for bit.
         two_batches: Whether a micro-batch is dispatched in two halves.
     """

@@ -1,5 +1,5 @@
-"""Makes the plans of `all_to_all` for token choice by Triton kernels that count (`kernels/plan.py`), instead of about 40
-operations of torch. `planning.py` is the reference, which gives the same plans, and has the shape letters.
+"""Makes the plans of `all_to_all` for token choice. Triton kernels that count (`kernels/plan.py`) replace about 40 torch
+operations. `planning.py` is the reference, makes the same plans, and explains the shape letters.
 """
 
 import numpy as np
@@ -13,8 +13,8 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingPlanner(DispatchPlanner):
-    """Plans by counting if there is one chunk and pairs are sorted by token (`Assignments.num_choices`); else plans like
-    `DispatchPlanner`."""
+    """Plans by counting if there is one chunk and pairs are sorted by token (`Assignments.num_choices`). Otherwise plans
+    like `DispatchPlanner`."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:
@@ -51,7 +51,7 @@ class CountingPlanner(DispatchPlanner):
         return (plan,), OwnPairs(pair_P[:0], token_N[:0], ())
 
     def _arrivals(self, counts: Counts) -> tuple[np.ndarray, int, np.ndarray]:
-        """Returns `runs` and `longest` of `plan_arrive`, and the number of rows from each source rank, this rank first."""
+        """Returns `runs` and `longest` of `plan_arrive`, and each source rank's number of rows, this rank first."""
         own = self.wire.rank
         arriving_HX = counts.arriving_WCX[[own, *(rank for rank in self._ranks if rank != own)], 0]
         row_H, pairs_HX = arriving_HX[:, 0], arriving_HX[:, 1:]

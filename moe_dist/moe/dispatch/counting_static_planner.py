@@ -1,6 +1,6 @@
-"""Makes the plans of `static` for token choice by Triton kernels that count (`kernels/static_plan.py`), instead of about
-100 operations of torch. `static_planning.py` is the reference. The reference makes the same plans if all rows and pairs fit
-into the fixed sizes; otherwise only `sent_5` is the same. `static.py` has the shape letters.
+"""Makes the plans of `static` for token choice. Triton kernels that count (`kernels/static_plan.py`) replace about 100
+torch operations. `static_planning.py` is the reference. It makes the same plans if all rows and pairs fit into the fixed
+sizes. If not, only `sent_5` is equal. `static.py` explains the shape letters.
 """
 
 from moe_dist.comm.names import PAIR_ROWS
@@ -11,7 +11,7 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingStaticPlanner(StaticPlanner):
-    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`); else plans like `StaticPlanner`."""
+    """Plans by counting if pairs are sorted by token (`Assignments.num_choices`). Otherwise plans like `StaticPlanner`."""
 
     def static_plan(self, assignments: Assignments, num_tokens: int, layer: str) -> StaticPlan:
         if assignments.num_choices is None:

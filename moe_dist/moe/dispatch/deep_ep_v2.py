@@ -1,13 +1,13 @@
-"""Dispatches and combines by DeepEP's kernels (`deep_ep.ElasticBuffer`, API of V2), for NVLink and RDMA; see `kernels`.
+"""Dispatches and combines by DeepEP's kernels for NVLink and RDMA (`deep_ep.ElasticBuffer`, API of V2); see `kernels`.
 
-DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`; -1 means no expert. A
-null choice is -1, so a token whose choices are all null goes to no rank. The dispatcher uses DeepEP's expanded layout,
-which has one row for each pair, sorted by expert, without padding. In this layout the order of an expert's rows may differ
-between executions, unless the buffer is deterministic: DeepEP then sorts the rows once more.
+DeepEP takes K weights and K expert ids for each token. An expert's id is its number in `SlotNumbers`. The id -1 means no
+expert, and is also the id of a null choice. So a token whose choices are all null is sent to no rank. The dispatcher uses
+DeepEP's expanded layout, which has one row for each pair, sorted by expert, without padding. In this layout, the order of
+an expert's rows may differ between executions. A deterministic buffer avoids this by one more sort.
 
-Memory holds Q rows, the output y and DeepEP's buffer. DeepEP's buffer is made for the number of tokens of the first plan; a
-plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of an EP group need equally many
-tokens.
+The memory contains Q rows, the output y and DeepEP's buffer. The first plan makes a buffer for its number of tokens. A
+later plan with more tokens makes a larger buffer. Making a buffer is a collective, so all ranks of an EP group need the
+same number of tokens.
 
 Shape letters are as in `kernels`. K is the number of choices per token, so N = T K.
 """
@@ -27,8 +27,8 @@ _WEIGHT_BYTES = 4  # bytes of an fp32 weight
 
 
 def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of_expert_E: Tensor) -> Tensor:
-    """Returns DeepEP's `topk_idx` [T, K], int64, -1 for no expert, from assignments sorted by token. Raises ConfigError if
-    there are not T x K pairs, because the router is then not token choice."""
+    """Returns DeepEP's `topk_idx`, int64 [T, K], from assignments sorted by token; -1 means no expert. Raises ConfigError
+    if there are not T x K pairs, because tokens then do not choose experts."""
     if assignments.expert_N.shape[0] != num_tokens * top_k:
         raise ConfigError(
             f"parallel.dispatch.kind=deep_ep_v2 takes {top_k} choices of each of {num_tokens} tokens, and got "
@@ -46,7 +46,7 @@ def topk_idx_of(assignments: Assignments, num_tokens: int, top_k: int, number_of
 
 @dataclass(kw_only=True)
 class DeepEPPlan(KernelPlan):
-    """The plan of one layer and micro-batch, with DeepEP's expert ids, -1 for no expert."""
+    """The plan of one layer and micro-batch, with DeepEP's expert ids. The id -1 means no expert."""
 
     topk_idx_TK: Tensor
 
@@ -64,7 +64,7 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> DeepEPPlan:
         """Computes DeepEP's ids without a host sync. The first plan also makes DeepEP's buffer, by a collective call.
-        Raises ConfigError: see `topk_idx_of` and `require_card`."""
+        Raises ConfigError if `topk_idx_of` or `require_card` does."""
         deep_ep = import_module("deep_ep")  # preflight has checked that deep_ep is installed
         if self.buffer is None or num_tokens > self.buffer.num_max_tokens_per_rank:
             require_card("DeepEP")
@@ -93,9 +93,9 @@ class DeepEPDispatcher(KernelDispatcher[DeepEPPlan]):
         return rows_QD, Arrival(handle, weight_Q, handle.num_recv_tokens, counts)
 
     def dispatch_again(self, rows_TD: Tensor, plan: DeepEPPlan) -> Tensor:
-        handle = plan.arrival.handle  # the handle has the counts, so this is no host sync
+        handle = plan.arrival.handle  # the handle has the counts, so nothing syncs here
 
-        # Layout and number of SMs must be as in the first dispatch, because DeepEP does not read them from the handle.
+        # Repeats the first dispatch's layout and number of SMs, because DeepEP does not read these two from the handle.
         return self.buffer.dispatch(rows_TD, handle=handle, num_sms=handle.num_sms, do_expand=True)[0]
 
     def reduce(self, rows_QD: Tensor, plan: DeepEPPlan, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:

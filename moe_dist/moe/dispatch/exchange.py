@@ -6,8 +6,8 @@
                       sums rows back, and returns gradients of pair weights        backward of dispatch
 
 The constructors of DispatchSend and CombineReceive start the collectives, and their `wait` returns the result. The rows
-that stay on this rank are copied while the other rows are in flight. Torch's `kernels` also add the rank's own rows to the
-sums during this time; Triton's kernels add all rows at once. The hierarchical dispatcher chains two exchanges: the rows
+that stay on this rank are copied while all other rows are in flight. During this time, torch's `kernels` also add these own
+rows to the sums. Triton's kernels add all rows at once, later. The hierarchical dispatcher chains two exchanges: the rows
 that arrive in the first exchange are the table of the second exchange.
 
 Sums are fp32 (float64 for float64 rows) and rounded once to the rows' dtype, in forward and backward. Shape letters: M rows
@@ -34,17 +34,17 @@ from moe_dist.moe.routing.counts import SentCounts
 
 @dataclass(frozen=True)
 class ExchangePlan:
-    """Says which rows of a table go to which ranks. A plan has no gradient, and recompute uses the same plan.
+    """Describes which rows of a table go to which ranks. A plan has no gradient. Recomputation reuses the plan of forward.
 
     Attributes:
         layer: Name of the layer, for statistics and reports of a hang.
-        prefix, suffix: Text before and after the names of the plan's collectives: the hop, and the number of the chunk.
+        prefix, suffix: Text before and after the names of the plan's collectives: the hop, and the index of the chunk.
         table_rows: M, the number of rows of the table.
         rows, pairs: Numbers of rows and of pairs to and from each other rank.
-        row_S, row_O: int64, table index of each row for another rank (in sending order), and of each own row.
+        row_S, row_O: int64, table indices of the rows for other ranks (in sending order), and of the own rows.
         pair_P: int64, index of each taken pair among the N weights: pairs for other ranks in sending order, then own pairs.
-        order_Q: int64, permutation from the order of arrival (own, then received) to the order in which the experts use the
-            pairs; None if the two orders are the same.
+        order_Q: int64, permutation from the order of arrival (own pairs, then received pairs) to the order in which experts
+            use the pairs; None if both orders are equal.
     """
 
     layer: str
@@ -72,7 +72,7 @@ class ExchangePlan:
 
     @cached_property
     def table_index(self) -> RowIndex:
-        """The table row of each own row, and of each row that other ranks send back."""
+        """The index that gives the table row of each own row, and of each row that other ranks send back."""
         return RowIndex((self.row_O, self.row_S), self.table_rows)
 
     @property
@@ -82,7 +82,7 @@ class ExchangePlan:
 
 @dataclass(frozen=True)
 class AllToAllPlan(ExchangePlan):
-    """Plan of an exchange whose rows arrive at the ranks of their experts. `order_Q` sorts pairs by slot (local expert).
+    """The plan of an exchange that brings rows to the ranks of their experts. `order_Q` sorts pairs by slot.
 
     Attributes:
         row_of_pair_Q, slot_counts: See `PairLayout`. Rows are numbered from 0: own rows first, then received rows.
@@ -104,7 +104,7 @@ A = TypeVar("A", bound=AllToAllPlan)
 
 
 class Exchange:
-    """Exchanges rows over one process group. With `keep_buffers` all layers use the same send buffers [S, D]. `kernels` sum
+    """Exchanges rows over one process group. With `keep_buffers`, all layers share the send buffers [S, D]. `kernels` sum
     the returned rows."""
 
     def __init__(self, all_to_all: AllToAll, *, keep_buffers: bool = True, kernels: RowKernels = TORCH) -> None:
@@ -112,21 +112,21 @@ class Exchange:
         self.buffers = RowBuffers(keep=keep_buffers)
 
     def dispatch(self, table_MD: Tensor, weight_N: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        """Sends rows of the table and pair weights, and returns this rank's rows [R, D] and weights [Q]. The call is one
-        autograd node, with two collectives in forward and two in backward."""
+        """Sends rows of the table, and pair weights. Returns the rows [R, D] and weights [Q] for this rank's experts. The
+        call is one autograd node, with two collectives in forward and two in backward."""
         return _Dispatch.apply(table_MD, weight_N, plan, self)  # pyright: ignore[reportReturnType]
 
     def combine(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
         """Sends rows [R, D] back to their tokens' ranks. Returns for each table row the sum of its returned rows, [M, D].
 
-        The call is one autograd node that saves no tensor, so the recomputation of a block does not repeat this exchange.
+        The call is one autograd node. It saves no tensor, so the recomputation of a block does not repeat this exchange.
         """
         return _Combine.apply(rows_RD, plan, self)  # pyright: ignore[reportReturnType]
 
     def start(
         self, items: Tensor, plan: ExchangePlan, name: str, *, out: Tensor | None = None, back: bool = False
     ) -> Pending:
-        """Issues one collective of a plan, for rows if `out` is given, else for weights. `back` swaps the directions."""
+        """Issues one collective of a plan. It sends rows if `out` is given, else weights. `back` reverses the direction."""
         splits = plan.pairs if out is None else plan.rows
         return self.all_to_all.start(
             items,
@@ -168,12 +168,12 @@ class DispatchSend:
         torch.index_select(table_MD, 0, plan.row_O, out=self.rows_RD[:own])  # runs while remote rows are in flight
 
     def wait_weights(self) -> Tensor:
-        """Returns the weights [Q] in the order in which the experts use the pairs."""
+        """Waits for the weights [Q]. Returns them in the order in which the experts use the pairs."""
         weight_Q = torch.cat([self.own_weight, self.weights.wait()])
         return weight_Q if self.plan.order_Q is None else weight_Q.index_select(0, self.plan.order_Q)
 
     def wait(self) -> Tensor:
-        """Returns rows [R, D]: own rows, then received rows."""
+        """Waits for the rows [R, D]. Returns own rows, then received rows."""
         self.rows.wait()
         self.exchange.buffers.give(self.send_SD)  # reused only after the collective has read the buffer
         return self.rows_RD
@@ -197,12 +197,12 @@ class CombineReceive:
         self.rows = exchange.start(rows_RD[plan.num_own_rows :], plan, name, out=self.back_SD, back=True)
 
     def wait_weights(self, num_weights: int) -> Tensor:
-        """Returns the gradient of the pair weights [N]; 0 for absent pairs."""
+        """Waits for the gradients of the pair weights [N]. Returns 0 for absent pairs."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
         return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # no sum: pairs are unique
 
     def wait(self, base_MD: Tensor | None = None) -> Tensor:
-        """Returns the sums [M, D] of returned and own rows, plus `base_MD` if given, rounded once to the rows' dtype."""
+        """Returns the sums [M, D] of `base_MD` (if given), own rows and returned rows, rounded once to the rows' dtype."""
         own_OD = self.rows_RD[: self.plan.num_own_rows]
         sum_MD = self.exchange.kernels.sum_rows(own_OD, self.rows.wait, self.plan.table_index, base_MD)
         self.exchange.buffers.give(self.back_SD)
@@ -210,7 +210,7 @@ class CombineReceive:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Forward sends rows and pair weights to the ranks of the experts; backward sends the gradients of rows and weights
+    """Forward sends rows and pair weights to the ranks of the experts. Backward sends the gradients of rows and weights
     back. Rows and weights share one autograd node, so that all ranks issue the collectives of backward in the same
     order."""
 

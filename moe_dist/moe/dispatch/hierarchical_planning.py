@@ -1,10 +1,10 @@
 """Makes the plans of the hierarchical dispatcher: which rows go to which node, and to which rank inside a node.
 
 (token, expert) pairs are sorted by (node, token), this node last. The pairs of one row (a token sent to a node) are thus
-consecutive. In both hops a (token, expert) pair is sent as one code: the expert's slot, and a bit that marks the first pair
-of a row. A sender also tells the forwarding rank how many rows and pairs it sends to each rank of the node. The forwarding
-rank sums these counts over all senders on the device, and so has the sizes of the second hop before expert ids arrive. One
-host sync can therefore read the sizes of both hops.
+consecutive. In both hops a (token, expert) pair is sent as one number, its code: the expert's slot, and a bit that marks
+the first pair of a row. A sender also sends the forwarding rank the numbers of its rows and pairs for each rank of the
+node. The forwarding rank sums these counts over all senders on the device. So it has the sizes of the second hop before
+expert ids arrive, and one host sync can read the sizes of both hops.
 
 Shape letters: T tokens on this rank, N pairs (absent pairs included), E experts, W ranks, M rows of the middle table (rows
 of own tokens with experts in this node, then rows from other nodes), A pairs of these M rows, R rows for this rank's
@@ -33,12 +33,12 @@ SPLIT_SIZES = "split sizes of both hops"  # name of the host sync in CommStats
 
 @dataclass(frozen=True)
 class HierarchicalPlan:
-    """The plans of both hops for one layer and micro-batch. A plan has no gradient, and recompute uses the same plan.
+    """The plans of both hops for one layer and micro-batch. A plan has no gradient, and recomputation reuses it.
 
     Attributes:
         inter: Exchange between nodes, of rows of this rank's tokens. Pairs are sorted by (node, token), this node last.
-        intra: Exchange inside the node, of rows of the middle table, M rows. Pairs are sorted by (rank, row).
-        sent: Counts of this rank; `rows_remote` includes the rows that this rank forwards for other ranks.
+        intra: Exchange inside the node, of the M rows of the middle table. Pairs are sorted by (rank, row).
+        sent: Counts of this rank. `rows_remote` also counts the rows that this rank forwards for other ranks.
     """
 
     inter: ExchangePlan
@@ -56,13 +56,13 @@ class HierarchicalPlan:
 
 @dataclass(frozen=True)
 class _Tables:
-    """The placement as tensors. A node slot is a slot of any rank of a node; node slots are numbered rank by rank.
+    """The placement as tensors. A node slot is a slot of any rank of a node. Node slots are numbered in the order of ranks.
 
     Attributes:
         rank_E, node_slot_E: EP position of each expert's rank, and each expert's node slot.
         row_bin_W, node_bin_G: Index, in the vector of counts to send, of the number of rows to each rank and node.
         pair_bin_E: Index, in the vector of counts to send, of the number of pairs of each expert.
-        local_X, slot_X: For each node slot of this node, its rank's position in the node, and its slot on that rank.
+        local_X, slot_X: For each node slot of this node, the local index of its rank, and its slot on this rank.
     """
 
     rank_E: Tensor
@@ -76,8 +76,8 @@ class _Tables:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """The sizes of one layer's plan, as host integers: the sizes of both hops, the number of pairs of each of this rank's
-    slots, and the number of pairs of this rank's tokens with this rank's experts."""
+    """The sizes of one layer's plan, as integers on the host. `slot_counts` has the number of pairs of each slot of this
+    rank. `own_pairs` is the number of pairs of this rank's tokens with this rank's experts."""
 
     inter: ExchangeSizes
     intra: ExchangeSizes
@@ -101,8 +101,8 @@ class HierarchicalPlanner:
         self.inter = inter
         self.intra = intra
         self.max_receive_rows = max_receive_rows
-        # `_slots_GL`: number of slots of each rank of each node. `_lengths_G`: how many counts are sent to each node: the
-        # rows to the node, then for each rank of the node the rows and the pairs of each slot.
+        # `_slots_GL`: number of slots of each rank of each node. `_lengths_G`: number of counts that are sent to each node:
+        # the number of rows to the node, then for each rank of the node the numbers of rows and of pairs of each slot.
         self._slots_GL = [
             [len(slots) for slots in placement.slots[first : first + ranks_per_node]]
             for first in range(0, placement.num_ranks, ranks_per_node)
@@ -120,7 +120,7 @@ class HierarchicalPlanner:
         tables = self._tables_on(assignments.expert_N.device)
         sizes = self._exchange_counts(self._count(tables, assignments, num_tokens), layer)  # the layer's host sync
 
-        # sorts pairs by token, then by node: other nodes in order, this node, absent pairs
+        # sorts pairs by token, then stably by node: other nodes in order, this node, absent pairs
         expert_N, token_N = assignments.expert_N.clamp_min(0), assignments.token_N
         place_N = tables.rank_E[expert_N] // per_node
         place_N = torch.where(place_N == node, num_nodes, place_N)
@@ -140,7 +140,7 @@ class HierarchicalPlanner:
         return self._plan_inside(tables, inter, code_A, sizes)
 
     def _plan_inside(self, tables: _Tables, inter: ExchangePlan, code_A: Tensor, sizes: _Sizes) -> HierarchicalPlan:
-        """Plans the hop inside the node. `code_A` has the codes of the middle table's pairs, sorted by row."""
+        """Plans the hop inside the node. `code_A` contains the codes of the middle table's pairs, sorted by row."""
         row_A, node_slot_A = (code_A % 2).cumsum(0) - 1, code_A // 2
         place_A = tables.local_X[node_slot_A]
         place_A = torch.where(place_A == self.intra.rank, self.intra.size, place_A)  # own pairs come last, and are not sent
@@ -171,15 +171,15 @@ class HierarchicalPlanner:
 
     @staticmethod
     def _exchange_codes(wire: AllToAll, pairs: Splits, slot_P: Tensor, first_P: Tensor, prefix: str, layer: str) -> Tensor:
-        """Sends the codes of pairs in one hop. Returns the codes that stay on this rank, then the received codes."""
+        """Sends the codes of pairs in one hop. Returns the codes that stay here, then the received codes."""
         code_P, num_out = slot_P * 2 + first_P, sum(pairs.send)
         ids = code_P[:num_out].to(torch.int32)  # int32 instead of int64 halves the bytes
         arrived = wire.exchange(ids, pairs, name=prefix + EXPERT_IDS, layer=layer)
         return torch.cat([code_P[num_out:], arrived.to(torch.int64)])
 
     def _count(self, tables: _Tables, assignments: Assignments, num_tokens: int) -> Tensor:
-        """Counts the rows to each node, and for each rank of the node the rows to the rank and the pairs of each slot:
-        int64, 1-D. Takes W x T bytes for a bitmap (rank, token). Does not sync."""
+        """Counts the rows to each node, and for each rank of the node the rows to the rank and the pairs of each slot.
+        Returns int64, 1-D. Uses a bitmap (rank, token) of W x T bytes. Does not sync."""
         total, shape = sum(self._lengths_G), (self.inter.size, self.intra.size, num_tokens)
         taken_N, expert_N = assignments.expert_N != ABSENT, assignments.expert_N.clamp_min(0)
         counts = torch.zeros(total + 1, dtype=torch.int64, device=expert_N.device)  # the last element counts absent pairs
@@ -194,7 +194,7 @@ class HierarchicalPlanner:
         return counts[:total]
 
     def _exchange_counts(self, counts: Tensor, layer: str) -> _Sizes:
-        """Exchanges the counts of both hops, and reads all sizes in the layer's one host sync."""
+        """Exchanges the counts of both hops, and reads all sizes in the layer's only host sync."""
         node, local, size = self.inter.rank, self.intra.rank, self.intra.size
         slots, length = self._slots_GL[node], self._lengths_G[node]
         ranks = tuple(1 + each for each in slots)
@@ -253,14 +253,14 @@ def _make_tables(placement: ExpertPlacement, slots_GL: list[list[int]], node: in
 
 
 def _changes(key_N: Tensor) -> Tensor:
-    """Returns bools that mark the first item of each block of equal keys."""
+    """Returns bools that are true for the first item of each block of equal keys."""
     first_N = torch.ones_like(key_N, dtype=torch.bool)
     first_N[1:] = key_N[1:] != key_N[:-1]
     return first_N
 
 
 def _rows_and_pairs(counts: list[int], slots: list[int]) -> tuple[int, int]:
-    """Returns, from the counts for a node, the number of rows to the node and the number of pairs to all its ranks."""
+    """Returns the number of rows to a node and the number of pairs to all its ranks, from the counts for this node."""
     ranks = _cut(counts[1:], [1 + each for each in slots])
     return counts[0], sum(sum(each[1:]) for each in ranks)
 

@@ -1,15 +1,15 @@
 """Dispatches and combines by HybridEP's kernels (`deep_ep.HybridEPBuffer`, in DeepEP's branch hybrid-ep); see `kernels`.
 
-HybridEP takes a routing map, which has for each token one bool per expert of all ranks, and weights of the same shape. A
-null choice sets no bool. HybridEP also accepts expert ids instead of a map, but ids cannot express null choices, because
-HybridEP scatters the ids without a mask. Experts are numbered by `SlotNumbers`, which gives each rank a multiple of 4
-slots, as the kernels require inside an NVLink domain. All ranks must have equally many tokens, a multiple of 4; D must be a
-multiple of 16.
+HybridEP takes a routing map and weights of the same shape. The map has for each token one bool per expert of all ranks. A
+null choice sets no bool to true. HybridEP also accepts expert ids instead of a map. But ids cannot express null choices,
+because HybridEP scatters the ids without a mask. `SlotNumbers` numbers the experts and gives each rank a multiple of 4
+slots, because the kernels require this inside an NVLink domain. All ranks must have the same number of tokens, a multiple
+of 4. D must be a multiple of 16.
 
 In forward HybridEP gathers the maps of all ranks, sends rows with weights, and sends rows back. Backward sends gradients of
-rows and weights in the reverse directions, and no maps. HybridEP's dispatch also permutes rows into one row for each pair,
-sorted by slot, and its combine sums a token's rows. The sending kernels also permute and sum (`fuse_...`). Memory holds Q
-rows, the output y and HybridEP's own buffer.
+rows and weights in the reverse directions, and no maps. HybridEP's dispatch also copies rows into one row for each pair,
+sorted by slot, and its combine sums a token's rows. With the options `fuse_...`, the kernels that send rows do this, too.
+The memory contains Q rows, the output y and HybridEP's buffer.
 
 Shape letters are as in `kernels`. X = W E' is the number of slots of all ranks.
 """
@@ -25,13 +25,13 @@ from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.kernels import Arrival, KernelDispatcher, KernelPlan, require_card
 from moe_dist.moe.routing.types import ABSENT, Assignments
 
-_ARRIVED = 3  # index in HybridEP's handle of the number of arrived rows, int32 [1], in host memory
+_ARRIVED = 3  # index, in HybridEP's handle, of the number of arrived rows: int32 [1] in host memory
 
 
 def routing_map_of(
     assignments: Assignments, num_tokens: int, number_of_expert_E: Tensor, num_slots: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns HybridEP's map, bool [T, X], and each pair's index in the flattened map, [N]; T X for an absent pair."""
+    """Returns HybridEP's map, bool [T, X], and each pair's index in the flattened map [N], T X if absent."""
     end = num_tokens * num_slots
     number_N = number_of_expert_E[assignments.expert_N.clamp_min(0)]
     cell_N = torch.where(assignments.expert_N == ABSENT, end, assignments.token_N * num_slots + number_N)
@@ -46,7 +46,7 @@ def _spread(values_N: Tensor, cell_N: Tensor, num_tokens: int, num_slots: int) -
 
 @dataclass(kw_only=True)
 class HybridEPPlan(KernelPlan):
-    """The plan of one layer and micro-batch, with HybridEP's map. The map and `cell_N` are from `routing_map_of`."""
+    """The plan of one layer and micro-batch, with HybridEP's map. `routing_map_of` returns the map and `cell_N`."""
 
     routing_map_TX: Tensor
     cell_N: Tensor
@@ -62,7 +62,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> HybridEPPlan:
         """Makes HybridEP's map without a host sync. The first plan also makes HybridEP's buffer, by a collective call.
-        HybridEP enlarges the buffer if a later plan has more tokens. Raises ConfigError: see `require_card`."""
+        HybridEP enlarges the buffer if a later plan has more tokens. Raises ConfigError if `require_card` does."""
         if self.buffer is None:
             require_card("HybridEP")
             self.buffer = import_module("deep_ep").HybridEPBuffer(  # preflight has checked that deep_ep is installed
@@ -82,7 +82,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
         return _spread(weight_N, plan.cell_N, *plan.routing_map_TX.shape)
 
     def send(self, rows_TD: Tensor, plan: HybridEPPlan, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """See `KernelDispatcher.send`. The first dispatch also counts the bytes of the gathered map."""
+        """Sends rows (see `KernelDispatcher.send`). The first dispatch also counts the bytes of the gathered map."""
         rows_QD = super().send(rows_TD, plan, name, weight_TX)
         if weight_TX is not None:
             mapped = plan.routing_map_TX.numel() * (self.placement.num_ranks - 1)  # bytes sent to all other ranks
@@ -97,7 +97,7 @@ class HybridEPDispatcher(KernelDispatcher[HybridEPPlan]):
             num_of_experts_per_rank=self.numbers.slots_per_rank,
             fuse_permute_dispatch=True,
         )
-        # The numbers of rows and of pairs are in host memory, because HybridEP has waited for both numbers.
+        # The numbers of rows and of pairs are in host memory, because HybridEP has waited for both.
         return rows_QD, Arrival(handle, weight_Q, int(handle[_ARRIVED]), self.own_counts(counts_E.tolist()))
 
     def dispatch_again(self, rows_TD: Tensor, plan: HybridEPPlan) -> Tensor:

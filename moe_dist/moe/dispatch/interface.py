@@ -1,9 +1,9 @@
-"""The interface of a dispatcher: its method `plan` decides which token goes to which rank, and `run` sends tokens to their
-experts and sums the experts' outputs.
+"""The interface of a dispatcher. Its method `plan` decides which tokens go to which ranks. Its method `run` sends tokens to
+their experts, and sums the experts' outputs.
 
-A dispatcher is made from a `DispatchContext` and the fields of its section (CONTRIBUTING.md). Shape letters: T tokens on
-this rank, D hidden size, N (token, expert) pairs, absent pairs included, R rows on this rank for this rank's experts, Q
-pairs computed here.
+A dispatcher's constructor gets a `DispatchContext` and the fields of the dispatcher's configuration section
+(CONTRIBUTING.md). Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs, absent pairs included, R
+rows on this rank for this rank's experts, Q pairs computed here.
 """
 
 from abc import ABC, abstractmethod
@@ -20,9 +20,9 @@ from moe_dist.moe.routing.types import Assignments
 
 @dataclass(frozen=True)
 class DispatchedRows:
-    """The rows [R, D] for this rank's experts, and the weight of each pair [Q] in slot order, with gradients. `items` are
-    `RowIndex.items_of_rows` of the pairs, if the dispatcher knows the items. With `sorted_pairs`, row i is the input of
-    pair i, and R = Q."""
+    """The rows [R, D] for this rank's experts, and the weights [Q] of the pairs, sorted by slot. Both have gradients.
+    `items` are the `RowIndex.items_of_rows` of the pairs, or None. With `sorted_pairs`, row i is the input of pair i, so R
+    = Q."""
 
     rows_RD: Tensor
     weight_Q: Tensor
@@ -31,7 +31,7 @@ class DispatchedRows:
 
 
 class PairLayout(Protocol):
-    """Says which rows each of this rank's experts computes. Experts read only these attributes of a dispatch plan.
+    """Describes which rows each of this rank's experts computes. Experts read only these attributes of a dispatch plan.
 
     Attributes:
         row_of_pair_Q: int64, row in [0, R) of each (token, expert) pair computed here, in slot order.
@@ -45,8 +45,8 @@ class PairLayout(Protocol):
 
 
 class DispatchPlan(Protocol):
-    """Says which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient; recompute uses the same
-    plan. Between `dispatch` and `combine` a plan also has the attributes of PairLayout.
+    """Describes which tokens go to which ranks, in one layer and micro-batch. A plan has no gradient. Recomputation reuses
+    the plan of forward. Between `dispatch` and `combine` a plan also has the attributes of `PairLayout`.
     """
 
     @property
@@ -59,14 +59,14 @@ RunShared = Callable[[Tensor], Tensor] | None
 
 
 class Dispatcher(ABC, Generic[P]):
-    """Sends tokens through the experts of one EP group, whose ranks all issue the same collectives in the same order. If
-    `takes_known_counts` is true, the dispatcher uses `Assignments.counts_WE`, so routers should set it."""
+    """Sends tokens through the experts of one EP group. All ranks of the group issue the same collectives in the same
+    order. If `takes_known_counts` is true, the dispatcher uses `Assignments.counts_WE`, so routers should set it."""
 
     takes_known_counts: bool = False
 
     @abstractmethod
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> P:
-        """Decides which rows go to which rank. `layer` names the layer in statistics and in reports of a hang."""
+        """Decides which rows go to which ranks. `layer` is the layer's name in statistics and in reports of a hang."""
 
     @abstractmethod
     def run(
@@ -79,13 +79,13 @@ class Dispatcher(ABC, Generic[P]):
         shared: RunShared = None,
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the sums of routed experts' outputs, y [T, D], 0 for tokens without an expert, and the output of the
-        shared expert.
+        """Returns y [T, D], each token's sum of the outputs of its routed experts (0 for a token without an expert), and
+        the output of the shared expert.
 
         Args:
-            experts: Computes, for each dispatched row, the weighted sum of its experts' outputs: [R, D].
+            experts: Function that computes, for each dispatched row, the weighted sum [R, D] of its experts' outputs.
             shared: The shared expert, or None. The dispatcher calls the shared expert with the layer's input h.
-            repeated: True in the recomputation of a block, which needs the tensors that experts and dispatch save for
+            repeated: True in the recomputation of a block. It needs the tensors that experts and dispatch save for
                 backward, but not the value of y.
         """
 
@@ -99,7 +99,7 @@ class TwoStepDispatcher(Dispatcher[P]):
 
     @abstractmethod
     def combine(self, rows_RD: Tensor, plan: P) -> Tensor:
-        """Sends the experts' weighted sums [R, D] back, and adds a token's sums up in y [T, D]. Each exchange is one
+        """Sends the experts' weighted sums [R, D] back, and adds up each token's sums in y [T, D]. Each exchange is one
         autograd node."""
 
     def run(

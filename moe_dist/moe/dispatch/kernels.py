@@ -1,17 +1,17 @@
-"""Defines the base class of the dispatchers (adaptors) that call DeepEP's or HybridEP's kernels.
+"""Defines the base class of the two dispatchers that call the kernels of the libraries DeepEP and HybridEP.
 
-As with `all_to_all`, one row is sent per (token, destination rank), and a null choice sends no row. The kernels copy an
-arrived row for each of its pairs, and sort these pairs by slot, so the experts neither gather nor sum rows. The kernels'
-combine sums the weighted outputs of a token's experts, first on each experts' rank, then over ranks. Four things differ
-from `all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank pass through the
-kernels' buffer too. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows`
-cannot be checked before the allocation. The first dispatch returns a handle, the library's record of the routes of all
-rows, which the kernels need in combine, backward and recompute.
+As in `all_to_all`, one row is sent per (token, destination rank), and null choices send no row. The kernels copy an arrived
+row for each of its pairs, and sort the pairs by slot. So the experts neither gather nor sum rows. The kernels' combine sums
+the weighted outputs of a token's experts, first on each experts' rank, then over ranks. Four things differ from
+`all_to_all`. Each pair's output is rounded to bf16 before it is summed. Rows that stay on their rank also pass through the
+kernels' buffer. Rows must be bf16, and weights fp32. The kernels allocate the receive buffer, so `max_receive_rows` cannot
+be checked before the allocation. The first dispatch returns a handle: the library's record of the routes of all rows. The
+kernels need the handle in combine, backward and recomputation.
 
-A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. By then the host also has the
-counts of the traffic ledger (module `ledger`).
+A layer has one host sync: the first dispatch waits until the host knows how many rows arrive. At this time the host also
+has the counts for the traffic ledger (module `ledger`).
 
-An adaptor converts assignments and weights to the format of the library's kernels, and calls the library's buffer in
+A subclass converts assignments and weights to the format of its library, and calls the library's buffer in
 `first_dispatch`, `dispatch_again` and `reduce`. Shape letters: T tokens on this rank, D hidden size, W ranks, N (token,
 expert) pairs (absent pairs included), Q pairs computed here, sorted by slot, X weights sent per token.
 """
@@ -34,16 +34,16 @@ from moe_dist.moe.dispatch.interface import DispatchedRows, TwoStepDispatcher
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.placement.placement import ExpertPlacement
 
-OLDEST_CARD = (9, 0)  # compute capability from which both libraries' kernels run, because they use TMA
+OLDEST_CARD = (9, 0)  # lowest compute capability for the kernels of both libraries, because these use TMA
 
 
 @dataclass(frozen=True)
 class SlotNumbers:
-    """Numbers the experts for the kernels, which need equally many slots (E') on every rank: slot s of rank r is r E' + s.
+    """Numbers the experts for the kernels, which need E' slots on every rank. Slot s of rank r has the number r E' + s.
 
     Attributes:
         slots_per_rank: E', at least 1, because the kernels divide by E'.
-        number_of_expert: Number of each logical expert. A slot number without an expert gets no token.
+        number_of_expert: Slot number of each logical expert. A slot without an expert gets no token.
     """
 
     slots_per_rank: int
@@ -51,7 +51,8 @@ class SlotNumbers:
 
     @classmethod
     def of(cls, placement: ExpertPlacement, *, multiple: int = 1) -> "SlotNumbers":
-        """Numbers the experts of a placement. E' is the most slots of a rank, rounded up to a multiple of `multiple`."""
+        """Numbers the experts of a placement. E' is a rank's largest number of slots, rounded up to a multiple of
+        `multiple`."""
         slots_per_rank = max(1, *(len(slots) for slots in placement.slots))
         slots_per_rank = -(-slots_per_rank // multiple) * multiple
         places = zip(placement.rank_of_expert, placement.slot_of_expert, strict=True)
@@ -74,9 +75,9 @@ class Arrival:
     """The values that the kernels' first dispatch returns besides the rows.
 
     Attributes:
-        handle: The library's record of the rows' routes, for combine and for repeated dispatches.
-        weight_Q: Received weights. A repeated dispatch sends no weights.
-        num_rows: Number of arrived rows, one for each (token, this rank).
+        handle: The library's record of the rows' routes, which combine and repeated dispatches need.
+        weight_Q: The received weights. Repeated dispatches send no weights.
+        num_rows: Number of arrived rows: one for each token that has an expert on this rank.
     """
 
     handle: Any
@@ -87,8 +88,8 @@ class Arrival:
 
 @dataclass(kw_only=True)
 class KernelPlan:
-    """The plan of one layer and micro-batch. The first dispatch sets `arrived`. `counts` returns 2 W integers: the number
-    of rows to each rank, then the number of pairs to each rank."""
+    """The plan of one layer and micro-batch. The first dispatch sets `arrived`. `counts` returns 2 W integers: the numbers
+    of rows to each rank, then the numbers of pairs to each rank."""
 
     layer: str
     rank: int
@@ -103,7 +104,7 @@ class KernelPlan:
         return self.arrived
 
     def arrive(self, arrived: Arrival) -> None:
-        """Keeps the result of the first dispatch, and reads the counts, which are on the host by then."""
+        """Keeps the result of the first dispatch, and reads the counts, which are already on the host."""
         self.arrived, found = arrived, self.counts()
         self._rows_pairs = found[: len(found) // 2], found[len(found) // 2 :]
 
@@ -133,8 +134,8 @@ K = TypeVar("K", bound=KernelPlan)
 
 
 class KernelDispatcher(TwoStepDispatcher[K]):
-    """Dispatches and combines over one EP group by the kernels of a library. Only the group, rank and statistics of the EP
-    group's all-to-all are used, not its exchanges. The number of slots of a rank is rounded up to a multiple of
+    """Dispatches and combines over one EP group by the kernels of a library. It uses the process group, rank and statistics
+    of the EP group's all-to-all, but not its exchanges. The number of slots of a rank is rounded up to a multiple of
     `multiple`."""
 
     LIBRARY: ClassVar[str]  # first word of the collectives' names
@@ -145,7 +146,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
         self.num_slots = self.numbers.slots_per_rank * self.placement.num_ranks
         self.buffer: Any = None  # the library's buffer for all layers, made by the first plan
 
-        # cached on the device, because a copy per layer would be a host sync per layer
+        # cached on the device, because one copy per layer would cost one host sync per layer
         self.number_of_expert_E = cache(lambda device: torch.tensor(self.numbers.number_of_expert, device=device))
 
     def counts(self, pairs_TW: Tensor) -> Callable[[], list[int]]:
@@ -170,7 +171,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def first_dispatch(self, h_TD: Tensor, weight_TX: Tensor, plan: K) -> tuple[Tensor, Arrival]:
-        """Calls the kernels' dispatch of rows and weights, and returns the pairs' rows [Q, D] and an `Arrival`. Host sync:
+        """Calls the kernels' dispatch of rows and weights. Returns the pairs' rows [Q, D] and an `Arrival`. Syncs, because
         the host waits for the number of arriving rows."""
 
     @abstractmethod
@@ -179,14 +180,14 @@ class KernelDispatcher(TwoStepDispatcher[K]):
 
     @abstractmethod
     def reduce(self, rows_QD: Tensor, plan: K, weight_Q: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Calls the kernels' combine, which sums returned rows by token. Given weights are returned as [T, X]."""
+        """Calls the kernels' combine, which sums each token's returned rows. Also returns any given weights, as [T, X]."""
 
     @abstractmethod
     def weight_bytes(self, plan: K) -> int:
-        """Returns the bytes of the weights and ids that are sent with one row."""
+        """Returns the number of bytes of the weights and ids that are sent with one row."""
 
     def send(self, rows_TD: Tensor, plan: K, name: str, weight_TX: Tensor | None = None) -> Tensor:
-        """Sends rows to their experts' ranks; the first dispatch, with `weight_TX`, also sends pair weights."""
+        """Sends rows to the ranks of their experts. The first dispatch has `weight_TX`, and also sends the pair weights."""
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_TD.device, layer=plan.layer):
             if weight_TX is None:
                 rows_QD = self.dispatch_again(rows_TD, plan)
@@ -200,7 +201,7 @@ class KernelDispatcher(TwoStepDispatcher[K]):
     def send_back(
         self, rows_QD: Tensor, plan: K, name: str, weight_Q: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Sends rows (and weights, if given) back, and returns the sums of each of this rank's tokens."""
+        """Sends rows (and weights, if given) back. Returns the sums for each of this rank's tokens."""
         rows = plan.arrival.num_rows - plan.own_rows
         self._count(name, rows, rows_QD, 0 if weight_Q is None else self.weight_bytes(plan))
         with track_collective(self.wire.tracker, f"{self.LIBRARY} {name}", device=rows_QD.device, layer=plan.layer):
@@ -222,7 +223,7 @@ class _Dispatch(torch.autograd.Function):
         ctx.dispatcher, ctx.plan = dispatcher, plan
         weights = None if plan.arrived else weight_TX.contiguous()
         rows_QD = dispatcher.send(h_TD.contiguous(), plan, "dispatch", weights)
-        return rows_QD, plan.arrival.weight_Q.clone()  # a copy, so that the plan is not part of autograd's graph
+        return rows_QD, plan.arrival.weight_Q.clone()  # a copy, so that autograd's graph does not contain the plan
 
     @staticmethod
     @once_differentiable
@@ -234,7 +235,7 @@ class _Dispatch(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     """Forward is the kernels' combine. Backward sends the gradients along the routes of the first dispatch, which
-    `Arrival.handle` records. The node saves no tensor, so recompute of kind `block` does not repeat combine."""
+    `Arrival.handle` records. The node saves no tensor, so `recompute="block"` does not repeat combine."""
 
     @staticmethod
     def forward(ctx: Any, rows_QD: Tensor, dispatcher: KernelDispatcher[Any], plan: KernelPlan) -> Tensor:

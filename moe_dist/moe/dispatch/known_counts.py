@@ -1,20 +1,20 @@
-"""Sends one row per (token, expert) pair. All ranks know the sizes of all exchanges, so the ranks exchange no counts or
-ids, and no host waits for its device.
+"""Sends one row per (token, expert) pair. All ranks know the sizes of all exchanges in advance. So ranks exchange no counts
+and no ids, and no host waits for its device.
 
 The dispatcher needs assignments with `counts_WE`: the number of pairs of each rank's tokens with each expert. In expert
 choice within one rank the host knows `counts_WE` before routing, because every expert takes a fixed number of each rank's
-tokens. In token choice `counts_WE` depends on the routing. If each rank holds at most one expert of a group, no two pairs
-have the same (token, rank), so one row per (token, rank) would save no row over one row per pair. The kind `all_to_all`
-then uses this dispatcher, too.
+tokens. In token choice `counts_WE` depends on the routing. The kind `all_to_all` also uses this dispatcher if each rank has
+at most one expert of each group. No two pairs then have the same (token, rank), so sending one row per (token, rank) would
+save no row.
 
-The number of rows that a rank sends is the sum of the rank's row of `counts_WE` over the experts of other ranks. The rows
-are sent in dispatch and returned in combine, and equally many gradients are sent in backward. No row is padding. Shape
+The number of rows that a rank sends is the sum of its row of `counts_WE` over the experts on other ranks. Dispatch sends
+these rows, combine returns as many, and backward sends as many gradients in each direction. No row is padding. Shape
 letters: T tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
 `dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all these. Every rank
-issues all collectives, even with nothing to send. No step syncs host and device. The order of pairs depends on the counts
-alone. The host computes the pairs' order once for all layers of a micro-batch, and keeps the last KEPT_ORDERS orders.
-Memory is as in `all_to_all`, where S is the number of (token, expert) pairs sent.
+issues all collectives, even if it has nothing to send. Nothing syncs host and device. The order of pairs depends only on
+the counts. The host computes this order once for all layers of a micro-batch, and caches the last KEPT_ORDERS orders. The
+memory is that of `all_to_all`, if S is the number of (token, expert) pairs sent.
 """
 
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ KEPT_ORDERS = 16  # number of cached orders of pairs; all layers of a micro-batc
 
 @dataclass(frozen=True)
 class _Order:
-    """Sizes and orders that depend on the counts alone. `pair_P` sorts pairs for sending, `order_Q` sorts the pairs
-    computed here by expert, and `expert_N` is the expert that the counts give each of the N pairs. `row_items` is the pair
-    of each arrived row."""
+    """Sizes and orders that depend only on the counts. `pair_P` sorts pairs for sending. `order_Q` sorts the pairs computed
+    here by expert. `expert_N` is the expert of each of the N pairs according to the counts. `row_items` has the pair of
+    each arrived row."""
 
     splits: Splits
     expert_N: Tensor
@@ -53,11 +53,11 @@ class _Order:
 
 
 class KnownCountsDispatcher(AllToAllDispatcher):
-    """Dispatches and combines over one EP group, with known counts. Assignments without `counts_WE` are planned as by
-    `AllToAllDispatcher`. Evaluation has such assignments, because in evaluation tokens choose experts. All ranks make
-    matching plans, because all have the same counts and placement.
+    """Dispatches and combines over one EP group, with known counts. All ranks make matching plans, because all have the
+    same counts and placement. If assignments have no `counts_WE`, as in evaluation, in which tokens choose experts, `plan`
+    works as in `AllToAllDispatcher`.
 
-    A token with several experts on a rank is sent to the rank once for each of these experts.
+    If a rank has several experts of a token, the token is sent to this rank once for each of them.
     """
 
     takes_known_counts = True
@@ -69,16 +69,16 @@ class KnownCountsDispatcher(AllToAllDispatcher):
         self._order = lru_cache(maxsize=KEPT_ORDERS)(self._make_order)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> AllToAllPlan:
-        """Makes the plan. With known counts it costs no collective and no host sync. Pairs are then sent in the order of
-        (rank, expert), own pairs last. Raises ResourceError if more rows would arrive than `max_receive_rows`."""
+        """Makes the plan. With known counts this costs no collective and no host sync, and pairs are sorted by (rank,
+        expert), own pairs last. Raises ResourceError if more rows than `max_receive_rows` would arrive."""
         counts = assignments.counts_WE
         if counts is None:
             return super().plan(assignments, num_tokens, layer=layer)
         self._check(counts, assignments.token_N.shape[0])
         order = self._order(counts, assignments.token_N.device)  # the same order for all layers of a micro-batch
 
-        # Wrong counts would send rows to wrong experts. `counts_WE` is checked on the device, because a check on the host
-        # would sync.
+        # Wrong counts would send rows to wrong experts. The check runs on the device, because a check on the host would
+        # sync.
         kept = (assignments.expert_N == order.expert_N).all()
         torch._assert_async(kept, "counts_WE: pairs are not as promised")  # pyright: ignore[reportPrivateImportUsage]
         row_S, row_O = assignments.token_N[order.pair_P].tensor_split([sum(order.splits.send)])
@@ -140,7 +140,7 @@ def _blocks(start_X: np.ndarray, length_X: np.ndarray) -> np.ndarray:
 
 
 def pairs_are_rows(placement: ExpertPlacement) -> bool:
-    """Returns whether every rank holds at most one expert of each group, so that a token, whose experts all belong to one
-    group, has at most one pair per rank."""
+    """Returns whether every rank has at most one expert of each group. A token, whose experts belong to one group, then has
+    at most one pair per rank."""
     ranks = range(placement.num_ranks)
     return all(len(placement.local_experts(rank, group)) <= 1 for rank in ranks for group in placement.groups)

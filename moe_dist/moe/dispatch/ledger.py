@@ -1,21 +1,21 @@
-"""Makes the traffic ledger: the rows that dispatch sent, and the rows that other methods would have sent for the same
-choices. A ledger is of one rank. Rows and pairs are counted in forward, bytes in forward and backward.
+"""Makes the traffic ledger of one rank: the number of rows that dispatch sent, and the numbers of rows that other methods
+would have sent for the same choices. Rows and pairs are counted in forward only, bytes in forward and backward.
 
 `rows_remote`, `pairs`, `pairs_remote` and `rows_padding` are measured (`SentCounts`; `hierarchical` counts the rows of both
-hops). Padding rows, which only `static` sends, are not in `rows_remote`; padding bytes are in `payload_bytes`. All other
-row counts of the ledger are computed from this rank's choices. All numbers but `rows_per_pair` and `rows_bound` assume that
-choices spread evenly over the n experts of a group. If this rank holds `own` of the n experts, the fraction 1 - own/n of
-the choices leaves the rank:
+hops). Padding rows, which only `static` sends, are not in `rows_remote`, but their bytes are in `payload_bytes`. The
+following row counts are computed from this rank's choices. All of them except `rows_per_pair` and `rows_bound` assume that
+choices are spread evenly over the n experts of a group. If `own` of the n experts are on this rank, the fraction 1 - own/n
+of the choices then leaves the rank:
 
-    rows_per_pair       one row per pair with an expert on another rank, without deduplication
-    rows_topk           top-k with the same k among true experts alone, one row per choice
-    rows_same_active    the true experts that the tokens took, spread evenly, one row per choice
-    rows_null_remapped  rows_per_pair, and one row per null choice, as if a true expert took it
-    rows_bound          the most that any choices of these tokens send if each token sends one row to a rank: its top_k, or
-                        the ranks of the node groups that it may use (`ExpertPlacement.most_rows`, without replicas)
+    rows_per_pair       one row for each pair with an expert on another rank, without deduplication
+    rows_topk           one row for each choice, if tokens chose k true experts and no null experts
+    rows_same_active    one row for each choice, if the taken true experts were spread evenly
+    rows_null_remapped  rows_per_pair, plus one row for each null choice, as if a true expert took it
+    rows_bound          the largest possible number if a token sends at most one row to a rank: per token top_k, or the
+                        number of ranks of the node groups that it may use (`ExpertPlacement.most_rows`, no replicas)
 
-CommStats counts bytes, at the call of each collective: `payload_bytes` of rows, `inter_node_bytes` of the rows that leave
-the node (0 if the dispatcher does not distinguish nodes), and `metadata_bytes` of everything else.
+CommStats counts bytes when a collective is called. `payload_bytes` are the bytes of rows, and `inter_node_bytes` those of
+rows that leave the node (0 if the dispatcher does not distinguish nodes). `metadata_bytes` are all other bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +33,10 @@ def compare(
     null_choices_G: Sequence[int],
     tokens_G: Sequence[int],
 ) -> Mapping[str, float]:
-    """Returns the rows and pairs of one rank's ledger, from sums over layers and micro-batches.
+    """Returns the numbers of rows and pairs of one rank's ledger, from sums over layers and micro-batches.
 
     Args:
-        sent: Sums over the layers' reports.
+        sent: Sums of the layers' `LayerReport.sent`.
         true_choices_G: Number of true (not null) choices of this rank's tokens of each group, without dropped choices.
         null_choices_G: Number of null choices of this rank's tokens of each group.
         tokens_G: Number of this rank's routed tokens of each group.

@@ -1,21 +1,21 @@
-"""Runs experts while exchanges are in flight, in forward and backward. During an exchange experts compute the rank's own
-rows (`overlap`), or another chunk of tokens, or both.
+"""Runs experts while exchanges are in flight, in forward and backward. During an exchange, the experts compute the own rows
+of the rank (`overlap`), or another chunk of tokens, or both.
 
-Each exchange has two autograd nodes: Start issues the exchange and End waits for its result; in backward End issues the
-reverse exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of forward, so
-that backward runs the nodes in exactly the reverse order. All ranks thus issue the same collectives in the same order,
-whatever else autograd runs between the nodes. The following is the order with two chunks; (o) marks steps of `overlap`:
+Each exchange has two autograd nodes. In forward, Start issues the exchange and End waits for its result. In backward, End
+issues the reverse exchange and Start waits. An empty tensor, called the chain, passes through all nodes in the order of
+forward. So backward runs the nodes in exactly the reverse order, and all ranks issue the same collectives in the same
+order. The following table shows the order with two chunks; (o) marks steps of `overlap`:
 
     forward     StartDispatch 0, 1   Gate, own pairs, shared (o)   EndDispatch 0   pairs 0   StartCombine 0
                 EndDispatch 1   pairs 1   EndCombine 0   StartCombine 1   EndCombine 1
     backward    the steps in reverse order: End issues the gradients, Start waits for them
 
-The nodes keep the plan and save no tensor. The recomputation of a block repeats dispatch alone, because no saved tensor
-needs the result of combine.
+The nodes keep the plan, but save no tensor. The recomputation of a block repeats only dispatch, because no saved tensor
+depends on the result of combine.
 
-Memory in rows of D elements. R' and S' are the received and sent rows of the chunks that are in memory at once (at most
-three chunks). With `overlap` own rows are not copied, so R counts only received rows, but the experts' sums for own rows
-take T more rows:
+The following table shows the memory as a number of rows of D elements. R' and S' are the numbers of received and sent rows
+of the chunks that are in memory at once (at most three chunks). With `overlap`, own rows are not copied, so R counts only
+received rows. But the experts' sums for own rows need T more rows:
 
     overlap     forward     R + S + 2 T
                 backward    S + max(R + 2 T, 3 T)
@@ -24,7 +24,7 @@ take T more rows:
     both        forward     S' + max(R' + 2 T, r + 2 T)
                 backward    S' + max(R' + 2 T, 3 T)
 
-With bf16 or fp16 rows, the fp32 sum of a chunk (one of n) adds T / n rows of 4 bytes per element to R' (or R). Shape
+With bf16 or fp16 rows and n chunks, the fp32 sum of a chunk adds T / n rows of 4 bytes per element to R' (or R). Shape
 letters: T tokens, D hidden size, N assignments, S rows sent, R rows for this rank's experts, Q pairs computed here.
 """
 
@@ -45,7 +45,7 @@ from moe_dist.moe.routing.types import Assignments
 
 @dataclass(frozen=True)
 class PipelinedPlan:
-    """The plans of all chunks, and, with `overlap`, the pairs of this rank's tokens with this rank's experts."""
+    """The plans of all chunks. With `overlap`, `own` has the pairs of this rank's tokens with this rank's experts."""
 
     chunks: tuple[AllToAllPlan, ...]
     own: OwnPairs
@@ -60,8 +60,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
     """Sends the same rows as `AllToAllDispatcher`, and runs the experts on some rows while other rows are in flight.
 
     Args:
-        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. The experts
-            then run once more per layer than without `overlap`, each time on fewer rows.
+        overlap: If true, own rows and the shared expert are computed while the first remote rows are in flight. In each
+            layer the experts then run one time more than without `overlap`, each time on fewer rows.
         chunks: Number of ranges of tokens. Each range is sent while the experts compute the previous range.
     """
 
@@ -72,8 +72,8 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         self.overlap = overlap
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> PipelinedPlan:
-        """Makes the plans of all chunks by two metadata collectives and the layer's one host sync. Raises ResourceError if
-        more rows would arrive in all chunks together than `max_receive_rows`."""
+        """Makes the plans of all chunks by two metadata collectives and the layer's only host sync. Raises ResourceError if
+        more rows than `max_receive_rows` would arrive in all chunks together."""
         return PipelinedPlan(*self.planner.plan(assignments, num_tokens, layer))
 
     def run(
@@ -87,7 +87,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
         repeated: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Dispatcher.run`. Calls `experts` for the own pairs (only with `overlap`), then for each chunk. With
-        `repeated`, combine is skipped and y is filled with NaN, so that an accidental use of y is noticed."""
+        `repeated`, skips combine and fills y with NaN, so that an accidental use of y is noticed."""
         lengths, mark = self.planner.chunk_lengths(h_TD.shape[0]), self.exchange.all_to_all.comm_stats.mark
         parts, flights = h_TD.split(lengths), [Flight(chunk, self.exchange, repeated) for chunk in plan.chunks]
         # without overlap the shared expert runs before the first exchange is issued
@@ -115,7 +115,7 @@ class PipelinedDispatcher(Dispatcher[PipelinedPlan]):
 
 
 class Flight:
-    """Passes a pending exchange of one chunk from the autograd node that starts it to the node that waits for it."""
+    """Passes a chunk's pending exchange from the autograd node that starts the exchange to the node that waits for it."""
 
     def __init__(self, plan: AllToAllPlan, exchange: Exchange, repeated: bool) -> None:
         self.plan, self.exchange, self.repeated = plan, exchange, repeated
@@ -123,28 +123,28 @@ class Flight:
         self._returning: CombineReceive | None = None
 
     def send(self, table_TD: Tensor, weight_N: Tensor | None = None) -> None:
-        """Starts sending rows, and pair weights if given, to the experts' ranks."""
+        """Starts to send rows, and pair weights if given, to the experts' ranks."""
         self._sent = DispatchSend(table_TD, self.plan, self.exchange, weight_N=weight_N)
 
     def sent(self) -> DispatchSend:
-        """Returns the exchange that `send` started, and drops this object's reference to the exchange."""
-        sent, self._sent = self._sent, None  # drops the reference to the exchange, so that its rows are freed after use
+        """Returns the exchange that `send` started, and drops this object's reference to it."""
+        sent, self._sent = self._sent, None  # so that the rows of the exchange are freed after use
         assert sent is not None
         return sent
 
     def send_back(self, rows_RD: Tensor, grad_weight_Q: Tensor | None = None) -> None:
-        """Starts sending rows, and gradients of pair weights if given, back to the tokens' ranks."""
+        """Starts to send rows, and gradients of pair weights if given, back to the tokens' ranks."""
         self._returning = CombineReceive(rows_RD, self.plan, self.exchange, grad_weight_Q=grad_weight_Q)
 
     def returning(self) -> CombineReceive:
-        """Returns the exchange that `send_back` started, and drops this object's reference to the exchange."""
+        """Returns the exchange that `send_back` started, and drops this object's reference to it."""
         returning, self._returning = self._returning, None
         assert returning is not None
         return returning
 
 
 class StartDispatch(torch.autograd.Function):
-    """Forward starts sending rows and pair weights to the experts' ranks. Backward waits for their gradients."""
+    """Forward starts to send rows and pair weights to the experts' ranks. Backward waits for the gradients of both."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor, flight: Flight) -> Tensor:
@@ -161,8 +161,8 @@ class StartDispatch(torch.autograd.Function):
 
 
 class _Gate(torch.autograd.Function):
-    """Returns its arguments. Its backward runs after the backward of everything that is computed from its output, and
-    before the backward of StartDispatch. Own pairs and shared expert thus overlap with the exchange in backward, too."""
+    """Returns its arguments. Its backward runs after the backward of everything computed from its outputs. It runs before
+    the backward of StartDispatch. So own pairs and shared expert overlap with the exchange in backward, too."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, h_TD: Tensor, weight_N: Tensor) -> Any:
@@ -175,7 +175,7 @@ class _Gate(torch.autograd.Function):
 
 
 class EndDispatch(torch.autograd.Function):
-    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts sending their gradients back."""
+    """Forward waits for rows [R, D] and pair weights [Q]. Backward starts to send the gradients of both back."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, flight: Flight) -> Any:
@@ -191,7 +191,7 @@ class EndDispatch(torch.autograd.Function):
 
 
 class StartCombine(torch.autograd.Function):
-    """Forward starts sending the experts' weighted sums to the tokens' ranks. Backward waits for the sums' gradients."""
+    """Forward starts to send the experts' weighted sums to the tokens' ranks. Backward waits for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, rows_RD: Tensor, flight: Flight) -> Tensor:
@@ -207,7 +207,7 @@ class StartCombine(torch.autograd.Function):
 
 
 class EndCombine(torch.autograd.Function):
-    """Forward waits for the experts' weighted sums and adds them up in y. Backward starts sending the gradients of y."""
+    """Forward waits for the experts' weighted sums and adds them up in y. Backward starts to send the gradients of y."""
 
     @staticmethod
     def forward(ctx: Any, chain: Tensor, base_TD: Tensor | None, flight: Flight, like_TD: Tensor) -> Any:

@@ -1,10 +1,11 @@
-"""Makes the plans of the dispatch methods `all_to_all` and `pipelined`. A plan says which rows (hidden states, one per
-token and destination rank) and which (token, expert) pairs go to which rank. Making a layer's plan needs one host sync.
+"""Makes the plans of the dispatch methods `all_to_all` and `pipelined`. A plan describes which rows and which (token,
+expert) pairs go to which rank. A row is the hidden state of a token; a token has one row for each destination rank. Making
+a layer's plan needs one host sync.
 
-The tokens are cut into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot). Rows
-are sorted by (chunk, rank, token). The own rank is last in both orders. A slot is an expert's place on its rank. The pairs
-received from a rank are then grouped by slot, so the receiver need not sort the pairs. A (token, expert) pair is sent as
-the index of its row among the rows to the same rank; the pair's slot follows from the counts.
+The tokens are divided into ranges of equal length, the chunks. (token, expert) pairs are sorted by (chunk, rank, slot), and
+rows by (chunk, rank, token). This rank is last in both orders. A slot is the index of an expert on its rank. The pairs
+received from a rank are thus grouped by slot, so the receiver need not sort them. A pair is sent as one number: the index
+of its row among the rows to the same rank. The pair's slot follows from the counts.
 
 Shape letters: T tokens, N pairs (absent pairs included), E experts, W ranks, C chunks, P taken pairs, S rows sent to other
 ranks, O rows that stay, Q pairs computed here, X counts per rank and chunk (the rows, then the pairs of each slot), H ranks
@@ -28,13 +29,13 @@ from moe_dist.moe.kernels.torch_kernels import counting_order
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertPlacement
 
-SPLIT_SIZES = "split sizes"  # name of a layer's one host sync in CommStats
+SPLIT_SIZES = "split sizes"  # name in CommStats of a layer's only host sync
 
 
 @dataclass(frozen=True)
 class OwnPairs:
-    """The pairs of this rank's tokens with this rank's experts, if these are computed outside of the chunks. A pair's row
-    is the hidden state of its token.
+    """The pairs of this rank's tokens with this rank's experts, if these pairs are computed outside of the chunks. A pair's
+    row is the hidden state of its token.
 
     Attributes:
         pair_P: int64, index of each pair in the assignments, sorted by slot.
@@ -47,7 +48,7 @@ class OwnPairs:
 
 
 def check_receive_rows(rows: int, limit: int | None, position: int, place: str) -> None:
-    """Raises a ResourceError if more rows would arrive at an EP position than `parallel.max_receive_rows`."""
+    """Raises a ResourceError if more rows than `parallel.max_receive_rows` would arrive at an EP position."""
     if limit is not None and rows > limit:
         raise ResourceError(
             f"EP position {position} would receive {rows} rows in {place}, more than parallel.max_receive_rows={limit}; "
@@ -61,9 +62,9 @@ class _Tables:
     """The placement as tensors on one device. The last entries of `place_E` and `bin_E` are for absent pairs (expert -1).
 
     Attributes:
-        place_E: Place of each expert's rank in the order of sending (other ranks, then own rank); W for absent pairs.
-        bin_E: Index of each expert if experts are sorted by (place of the rank, slot); E for absent pairs.
-        message_M: For each count to send, rank by rank, its index in the concatenation of row counts and pair counts.
+        place_E: Index of each expert's rank in the order of sending (other ranks, then this rank); W for absent pairs.
+        bin_E: Index of each expert in the order of (place of the expert's rank, slot); E for absent pairs.
+        message_M: For each count to send, in the order of ranks, its index in the list of all row counts and pair counts.
     """
 
     place_E: Tensor
@@ -74,7 +75,7 @@ class _Tables:
 
 @dataclass(frozen=True)
 class ExchangeSizes:
-    """Numbers of rows and pairs to and from each other rank, and of rows and pairs that stay on this rank, on the host."""
+    """The numbers of rows and pairs to and from each other rank, and the numbers that stay on this rank, on the host."""
 
     rows: Splits
     pairs: Splits
@@ -95,9 +96,9 @@ class Counts:
     """The exchanged counts of all chunks, on the host.
 
     Attributes:
-        slot_counts: For each chunk, the number of pairs of each of this rank's slots.
-        own_slot_counts: Number of own pairs of each slot in chunk 0, which has all own pairs if `own_apart`.
-        arriving_WCX: Numbers of rows, and of pairs of each slot, that arrive from each rank.
+        slot_counts: For each chunk, the number of pairs that each of this rank's slots computes.
+        own_slot_counts: Number of own pairs of each slot in chunk 0. With `own_apart`, chunk 0 has all own pairs.
+        arriving_WCX: The number of rows and the number of pairs of each slot that arrive from each rank.
     """
 
     sizes: list[ExchangeSizes]
@@ -112,12 +113,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Bins and runs of pairs and rows, before the host sync. A bin holds the pairs of one (chunk, rank, slot),
-    a run the rows of one (chunk, rank).
+    """The bins of pairs and the runs of rows, before the host sync. A bin has the pairs of one (chunk, rank, slot). A run
+    has the rows of one (chunk, rank).
 
     Attributes:
         bin_N: Bin of each pair; the last bin takes absent pairs.
-        run_N: Run that holds the row of each pair.
+        run_N: Run that contains the row of each pair.
         index_N: Index of each pair's row inside the run.
     """
 
@@ -129,8 +130,8 @@ class _Cells:
 
 
 class DispatchPlanner:
-    """Makes the plans of this rank for one EP group, for `chunks` ranges of tokens. With `own_apart`, the pairs of this
-    rank's tokens with this rank's experts are computed outside of the chunks."""
+    """Makes this rank's plans for one EP group and `chunks` ranges of tokens. With `own_apart`, the pairs of this rank's
+    tokens with this rank's experts are computed outside of the chunks."""
 
     def __init__(
         self,
@@ -197,7 +198,7 @@ class DispatchPlanner:
         return max(1, -(-num_tokens // self.chunks))
 
     def _cells(self, assignments: Assignments, num_tokens: int, tables: _Tables) -> _Cells:
-        """Counts the pairs of each bin, and, with a bitmap (run, token) of W x T x 5 bytes, the rows of each run. Does not
+        """Counts the pairs of each bin and the rows of each run. Uses a bitmap (run, token) of W x T x 5 bytes. Does not
         sync."""
         size, chunks, length = self.wire.size, self.chunks, self._chunk_length(num_tokens)
         num_remote = self.placement.num_experts - len(self.placement.slots[self.wire.rank])
@@ -216,7 +217,7 @@ class DispatchPlanner:
             bin_N = bin_N.masked_fill(absent_N, chunks * self.placement.num_experts)
             run_N = run_N.masked_fill(absent_N, chunks * size)
         cell_N = torch.add(token_N, run_N, alpha=length)
-        # the last run has the cells of absent pairs; its numbers are never read
+        # the last run has the cells of absent pairs, which are never read
         present = torch.zeros((chunks * size + 1) * length, dtype=torch.uint8, device=cell_N.device).scatter_(0, cell_N, 1)
         index = present.view(-1, length).cumsum(1, dtype=torch.int32)
         pair_counts = torch.zeros(chunks * self.placement.num_experts + 1, dtype=torch.int64, device=cell_N.device)
@@ -230,8 +231,8 @@ class DispatchPlanner:
         )
 
     def _exchange_counts(self, message: Tensor, layer: str) -> Counts:
-        """Exchanges the counts for each rank, and reads the sizes of all chunks in the layer's one host sync. Raises
-        ResourceError if more rows would arrive than `max_receive_rows`."""
+        """Exchanges the counts with all ranks, and reads the sizes of all chunks in the layer's only host sync. Raises
+        ResourceError if more rows than `max_receive_rows` would arrive."""
         own, size, chunks, comm_stats = self.wire.rank, self.wire.size, self.chunks, self.wire.comm_stats
         lengths = [chunks * (1 + len(slots)) for slots in self.placement.slots]
         if self.wire.group is None:  # a single rank receives its own counts
@@ -241,7 +242,7 @@ class DispatchPlanner:
             received = self.wire.exchange(message, splits, name=COUNTS, layer=layer)
             values = comm_stats.to_host(SPLIT_SIZES, torch.cat([message, received]))  # one copy costs one sync
             sent_values, received_values = values[: message.shape[0]], values[message.shape[0] :]
-        # a list with an array [C, X] per rank, because X depends on the rank's number of slots
+        # a list of arrays [C, X], because X depends on the rank's number of slots
         sent = [np.reshape(each, (chunks, -1)) for each in np.split(sent_values, np.cumsum(lengths)[:-1])]
         arriving_WCX = np.reshape(received_values, (size, chunks, -1))
         computed_CX = arriving_WCX.sum(0) - (arriving_WCX[own] if self.own_apart else 0)
@@ -262,10 +263,10 @@ class DispatchPlanner:
         )
 
     def _runs(self, counts: Counts, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """Returns the place of the first row of each run of rows to send, and for each chunk an array [3, runs]. In the
-        array a run is the pairs of one slot from one source rank, and runs are sorted by slot. The three numbers of a run
-        are its length, its first pair's place in the order of arrival minus that pair's place in the order of slots, and
-        the place of the source rank's first row. One copy from the host brings all results to the device."""
+        """Returns the index of the first row of each run of rows to send, and for each chunk an array [3, runs]. A run of
+        this array has the pairs of one slot from one source rank. These runs are sorted by slot. The three numbers of a run
+        are its length, its first pair's index in the order of arrival minus this pair's index in the order of slots, and
+        the index of the source rank's first row. One copy from the host brings all results to the device."""
         own, holders = self.wire.rank, [] if self.own_apart else [self.wire.rank]
         holders += [rank for rank in self._ranks if rank != own]
         row_counts = [each.rows.send[rank] for each in counts.sizes for rank in self._ranks if rank != own]
@@ -280,7 +281,7 @@ class DispatchPlanner:
         return first, [each.view(3, len(each) // 3) for each in runs]
 
     def _start_indices(self, index_P: Tensor, counts: Counts, layer: str) -> Pending:
-        """Starts sending each pair's row index to the rank of the pair's expert, by one collective for all chunks."""
+        """Starts to send each pair's row index to the rank of the pair's expert. All chunks use one collective."""
         sizes = [each.pairs for each in counts.sizes]
         pieces = _pieces(index_P, [each.send for each in sizes])
         splits = Splits(
@@ -294,8 +295,8 @@ class DispatchPlanner:
     def _by_chunk(
         self, pair_P: Tensor, index_P: Tensor, arrived: Tensor, counts: Counts
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Returns for each chunk the taken pairs of this rank's tokens (for other ranks, then own), and the row index of
-        each pair computed here (own, then received)."""
+        """Returns two lists with a tensor for each chunk: the taken pairs of this rank's tokens (pairs for other ranks,
+        then own pairs), and the row indices of the pairs computed here (own pairs, then received pairs)."""
         chunks, mine = range(self.chunks), slice(0, 0) if self.own_apart else slice(None)
         sizes = [sum(each.pairs.send) for each in counts.sizes] + [each.own_pairs for each in counts.sizes]
         pair, index = pair_P.split(sizes), index_P.split(sizes)
@@ -308,8 +309,8 @@ class DispatchPlanner:
     def _tokens_of_rows(
         self, token_P: Tensor, run_P: Tensor, index_P: Tensor, first: Tensor, counts: Counts, num_tokens: int
     ) -> tuple[Tensor, ...]:
-        """Returns a list with the token of each row: for each chunk the rows to other ranks, then for each chunk the own
-        rows. Tokens are numbered from the first token of the chunk."""
+        """Returns the token of each row: first for each chunk the rows to other ranks, then for each chunk the own rows.
+        Tokens are numbered from the first token of their chunk."""
         remote, own = [sum(each.rows.send) for each in counts.sizes], [each.own_rows for each in counts.sizes]
         tokens = token_P.new_empty(sum(remote) + sum(own))
         if self.chunks > 1:
@@ -318,7 +319,7 @@ class DispatchPlanner:
         return tokens.scatter_(0, first[run_P] + index_P, token_P).split([*remote, *own])
 
     def _make_tables(self, device: torch.device) -> _Tables:
-        """Makes the tables of the placement, once for each device."""
+        """Makes the tables of the placement on a device. The result is cached."""
         if self.wire.size != self.placement.num_ranks:
             raise AssertionError(f"the wire joins {self.wire.size} ranks, the placement has {self.placement.num_ranks}")
         slots, own, size, chunks = self.placement.slots, self.wire.rank, self.wire.size, self.chunks
@@ -345,8 +346,8 @@ class DispatchPlanner:
 
 
 def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns order_Q and row_of_pair_Q of the pairs computed here, which arrive sorted by (rank, slot). `index_Q` is the
-    row index of each pair among the rows of its source rank, `runs` is from `DispatchPlanner._runs`."""
+    """Returns order_Q and row_of_pair_Q of the pairs computed here, which arrive sorted by (rank, slot). `index_Q` has each
+    pair's row index among the rows of its source rank. `DispatchPlanner._runs` returns `runs`."""
     length_X, shift_X, row_X = runs
     run_Q = torch.repeat_interleave(length_X, output_size=index_Q.shape[0])
     order_Q = shift_X.index_select(0, run_Q) + torch.arange(len(run_Q), device=run_Q.device)
@@ -354,11 +355,11 @@ def _by_slot(index_Q: Tensor, runs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def starts_of(length_X: np.ndarray) -> np.ndarray:
-    """Returns the start of each block: the sum of the lengths of all previous blocks."""
+    """Returns the start of each block, which is the sum of the lengths of all previous blocks."""
     return length_X.cumsum() - length_X
 
 
 def _pieces(items: Tensor, sizes: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Cuts `items` into consecutive pieces of the given sizes, as nested lists in the shape of `sizes`."""
+    """Splits `items` into consecutive pieces of the given sizes. Returns nested lists in the shape of `sizes`."""
     cut = iter(items.split([size for row in sizes for size in row]))
     return [[next(cut) for _ in row] for row in sizes]

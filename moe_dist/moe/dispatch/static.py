@@ -1,19 +1,17 @@
-"""Sends the rows of `all_to_all` in exchanges of fixed sizes. The host reads no sizes, so a layer has no host sync, and a
-CUDA graph can capture the layer.
+"""Sends the same rows as `all_to_all`, but in exchanges of fixed sizes. The host reads no sizes, so a layer has no host
+sync, and a CUDA graph can capture the layer.
 
-A rank has places for a fixed number of rows and of (token, expert) pairs to each other rank, and for a fixed number of
-pairs of each expert group that the rank computes; these numbers are called the room. Padding fills unused places: padding
-is sent and received, but belongs to no token and no expert. Rows and pairs that exceed the room (the numbers of places) are
-counted on the device as overflow, and end the run: the training step raises before it changes a weight, and a forward
-without gradient asserts on the device.
+A rank sends a fixed number of rows and of (token, expert) pairs to each other rank, and computes a fixed number of pairs of
+each expert group. These numbers are called the room. Padding fills unused places. It is sent and received, but belongs to
+no token and no expert. The device counts rows and pairs that exceed the room as overflow. Overflow ends the run: the
+training step raises an error before it changes a weight, and a forward without gradient asserts on the device.
 
-Padding needs no masks, because each list has one extra entry, which is never read. A padding row is a copy of the table's
-row T, which is zero and belongs to no token. A padding pair has the weight at index N, which is 0. As input of experts,
-padding pairs take row T, a row of zeros. Uninitialised outputs of padding, even NaN, thus reach no token's output and no
-gradient.
+Padding needs no masks, because each list has one extra entry for padding. A padding row is a copy of the table's row T,
+which is all zeros and belongs to no token. A padding pair has the weight at index N, which is 0. For a padding pair, the
+expert's input is row T. Outputs of padding may be uninitialised, even NaN, but reach no token's output and no gradient.
 
-The own rows are all rows of the table. The number of tokens may differ between ranks; the room (numbers of places for rows
-and pairs) must be equal.
+The own rows are all rows of the table. The number of tokens may differ between ranks, but the room must be the same on all
+ranks.
 
 Shape letters: T tokens on this rank, D hidden size, M = T + 1 rows of the table, N (token, expert) pairs (absent pairs
 included), W ranks, G expert groups, X slots (experts) of this rank, H ranks (the own rank, then the other ranks in order),
@@ -33,8 +31,8 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
-    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes. `room` has the numbers of places for
-    rows and (token, expert) pairs, equal on all ranks, or it is the factor of `StaticRoom.expected`."""
+    """Dispatches and combines tokens over one EP group in exchanges of fixed sizes. `room` is a `StaticRoom`, equal on all
+    ranks, or the argument `factor` of `StaticRoom.expected`."""
 
     def __init__(self, context: DispatchContext, *, room: float | StaticRoom) -> None:
         if not isinstance(room, StaticRoom):
@@ -49,7 +47,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:
         plan = self.planner.static_plan(assignments, num_tokens, layer)
-        if not torch.is_grad_enabled():  # evaluation reads no counts; the host does not wait for the assertion
+        if not torch.is_grad_enabled():  # evaluation reads no counts. The assertion does not sync
             torch._assert_async(plan.sent_5[-1] == 0, OVERFLOW)  # pyright: ignore[reportPrivateImportUsage]
         return plan
 

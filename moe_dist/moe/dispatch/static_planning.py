@@ -1,4 +1,4 @@
-"""Makes the plans of exchanges of fixed sizes. `static.py` defines the room (numbers of places) and the shape letters."""
+"""Makes the plans of exchanges of fixed sizes. `static.py` explains the room (these sizes) and the shape letters."""
 
 import math
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from moe_dist.moe.kernels.torch_kernels import counting_order
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.placement.placement import ExpertPlacement, group_shares
 
-KEPT_SIZES = 8  # number of cached tables: one for each number of tokens, in training or evaluation
+KEPT_SIZES = 8  # largest number of cached tables; each number of tokens in training or evaluation needs one
 
 
 @dataclass(frozen=True)
 class StaticRoom:
-    """The room (numbers of places for rows and pairs) of one layer, the same on all ranks.
+    """The room of one layer: the fixed numbers of rows and pairs. All ranks have the same `StaticRoom`.
 
     Attributes:
-        rows_W, pairs_W: Rows and pairs that a rank may send to each other rank.
-        computed_WG: (token, expert) pairs of each group that each rank may compute.
+        rows_W, pairs_W: Largest numbers of rows and of pairs that a rank may send to each other rank.
+        computed_WG: Largest number of (token, expert) pairs of each group that each rank may compute.
     """
 
     rows_W: tuple[int, ...]
@@ -37,7 +37,7 @@ class StaticRoom:
 
     @classmethod
     def expected(cls, placement: ExpertPlacement, tokens: int, factor: float) -> "StaticRoom":
-        """Returns `factor` times the numbers expected for `tokens` tokens of each rank, but at most the largest possible
+        """Returns `factor` times the expected numbers for `tokens` tokens per rank, limited to the largest possible
         numbers."""
         groups, ep = placement.groups, placement.num_ranks
         rows, pairs, computed = [], [], []
@@ -60,7 +60,7 @@ class StaticRoom:
 
 @dataclass(frozen=True)
 class PaddedIndex(RowIndex):
-    """A `RowIndex` in which items without a row have the row `padding`. `items_of_rows` leaves these items out."""
+    """A `RowIndex` in which items without a row have the row `padding`. `items_of_rows` does not contain these items."""
 
     padding: int = 0
 
@@ -75,15 +75,15 @@ class PaddedIndex(RowIndex):
 
 @dataclass(frozen=True)
 class StaticPlan(ExchangePlan):
-    """`order_Q` of the exchange is None; weights are sorted by `arrival_Q` afterwards.
+    """The plan of an exchange of fixed sizes. `order_Q` is None, because `arrival_Q` sorts the weights after the exchange.
 
     Attributes:
-        arrival_Q: int64, for each pair computed here, its place in the order of arrival; A for padding. Pairs are sorted by
-            slot, with the padding of a group after the group's last slot.
+        arrival_Q: int64, for each pair computed here, its index in the order of arrival; A for padding. Pairs are sorted by
+            slot. The padding of a group comes after the group's last slot.
         row_of_pair_Q: int64, row in [0, R) of each pair computed here; T for padding.
-        room_G: Number of pairs of each group, padding included.
+        room_G: Number of pairs of each group, including padding.
         counts_X: int64, number of pairs of each slot.
-        end_X: int32, number of pairs of the slot and of the earlier slots of the slot's group, at most the group's room.
+        end_X: int32, number of pairs of the slot and of all earlier slots of its group; at most the group's room.
         table_items, row_items: See `AllToAllPlan`.
     """
 
@@ -102,7 +102,7 @@ class StaticPlan(ExchangePlan):
         return PaddedIndex(parts, self.table_rows, self.table_items, padding=self.table_rows - 1)
 
     def pair_index(self, num_rows: int) -> RowIndex:
-        """The row of each pair computed here."""
+        """The index that gives the row of each pair computed here."""
         return PaddedIndex((self.row_of_pair_Q,), num_rows, self.row_items, padding=self.table_rows - 1)
 
     @property
@@ -112,16 +112,16 @@ class StaticPlan(ExchangePlan):
 
 @dataclass(frozen=True)
 class _Places:
-    """Places of pairs and rows in the lists of a plan, on the device. For a given number of tokens the places depend on the
-    room alone.
+    """The places of pairs and rows in the lists of a plan, on the device. For a given number of tokens, these depend only
+    on the room.
 
     Attributes:
-        place_J, nth_J: For each pair, its destination's place in the order of sending (other ranks, then this rank), and
-            the pair's number among the pairs to that destination.
-        most_rows_J: Number of rows for which the destination has room.
-        row_J: Place, among the S rows, of the first row to the pair's destination; not used for own pairs.
+        place_J, nth_J: For each pair, the index of its destination in the order of sending (other ranks, then this rank),
+            and the pair's index among the pairs to this destination.
+        most_rows_J: Largest number of rows that the room allows for the pair's destination.
+        row_J: Index, among the S rows, of the first row to the pair's destination; not used for own pairs.
         row_A: Row in [0, R) of the first row of the rank from which each pair arrives; 0 for own pairs.
-        first_H: Place in the order of arrival of the first pair from each rank.
+        first_H: Index, in the order of arrival, of the first pair from each rank.
         token_O: The row of the table of each own row.
     """
 
@@ -137,16 +137,15 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Fixed:
-    """Tables of the placement and of the room, on the device.
+    """The placement and the room as tensors on the device.
 
     Attributes:
-        first_bin: Bin of the first expert of each place, then E.
+        first_bin: Bin of the first expert of the rank at each place, then E.
         source_H: Ranks in the order of arrival.
-        run_order: Index of each run's length in the list of the lengths by (slot, source rank), followed by the lengths of
-            the groups' padding. Runs are sorted by slot, then source rank; the padding of a group follows its last slot.
-        rows_W, pairs_W, computed_G: The room, by place (without the own rank) and by group.
-        first_row_W, first_pair_W: Numbers of rows and pairs before the first row and pair of each place; the own rank is
-            last.
+        run_order: Index of each run's length in a list: first the lengths by (slot, source rank), then the lengths of the
+            groups' padding. Runs are sorted by slot, then source rank. The padding of a group follows its last slot.
+        rows_W, pairs_W, computed_G: The room of each place (without this rank's) and of each group.
+        first_row_W, first_pair_W: Indices of the first row and of the first pair of each place. This rank's place is last.
     """
 
     first_bin: Tensor
@@ -161,7 +160,7 @@ class _Fixed:
 
 
 class StaticPlanner(DispatchPlanner):
-    """Makes plans of fixed sizes. See `StaticDispatcher` for the arguments."""
+    """Makes plans of fixed sizes. `StaticDispatcher` describes the arguments."""
 
     def __init__(self, placement: ExpertPlacement, wire: AllToAll, room: StaticRoom) -> None:
         super().__init__(placement, wire)
@@ -221,7 +220,7 @@ class StaticPlanner(DispatchPlanner):
         )
 
     def _exchange(self, message: Tensor, layer: str) -> Tensor:
-        """Exchanges the counts. Returns, for each source rank, its rows and its pairs of each slot, int64 [W, 1 + X]."""
+        """Exchanges the counts. Returns each source rank's numbers of rows and of pairs per slot, int64 [W, 1 + X]."""
         if self.wire.group is None:  # a single rank receives its own counts
             return message[None]
         lengths, own, size = [1 + len(slots) for slots in self.placement.slots], self.wire.rank, self.wire.size
@@ -229,7 +228,7 @@ class StaticPlanner(DispatchPlanner):
         return self.wire.exchange(message, splits, name=COUNTS, layer=layer).view(size, lengths[own])
 
     def _by_slot(self, arriving_HX: Tensor, places: _Places, fixed: _Fixed) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns `arrival_Q`, `counts_X` and `end_X` of the plan, and each group's number of pairs beyond the room,
+        """Returns the plan's `arrival_Q`, `counts_X` and `end_X`, and each group's number of pairs that exceed the room
         [G]."""
         total_X = arriving_HX.sum(0)
         total_G = torch.zeros_like(fixed.computed_G).scatter_add_(0, fixed.group_X, total_X)
@@ -297,5 +296,5 @@ def _starts(lengths: Sequence[int]) -> list[int]:
 
 
 def _each(values: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Repeats the i-th value as often as the i-th count; further counts are ignored."""
+    """Repeats the i-th value as often as the i-th count says. Ignores additional counts."""
     return [value for value, count in zip(values, counts, strict=False) for _ in range(count)]

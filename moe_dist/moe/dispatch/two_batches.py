@@ -1,11 +1,11 @@
-"""Runs the exchanges of one half of a micro-batch while the other half computes, in forward and backward.
+"""Exchanges rows of one half of a micro-batch while the other half computes, in forward and backward.
 
 `steps` is a generator. It yields when an exchange has been issued and all further computation of the half needs the
 exchanged rows. The caller then runs the other half of the micro-batch up to that half's next exchange
 (`moe_dist.model.two_batches`). `pipelined` defines the autograd nodes. The chain (an empty tensor) passes through the nodes
-of both halves of the micro-batch, so backward runs the nodes in exactly the reverse order: every rank issues the same
-collectives in the same order. The following is the order for the halves A and B. Each line is computed while the exchange
-of the previous line is in flight:
+of both halves. So backward runs the nodes in exactly the reverse order, and every rank issues the same collectives in the
+same order. The following table shows the order for the halves A and B. Each line is computed while the exchange of the
+previous line is in flight:
 
     forward     A  attention, router                    StartDispatch
                 B  attention, router                    StartDispatch
@@ -14,7 +14,7 @@ of the previous line is in flight:
                 A  EndCombine, next layer's attention   StartDispatch
     backward    the steps in reverse order: End issues the gradients, Start waits for them
 
-Memory is as in `all_to_all`: the R and S rows of both halves of a micro-batch add up to the rows of the micro-batch.
+The memory is that of `all_to_all`: the R and S rows of both halves add up to those of the whole micro-batch.
 """
 
 from collections.abc import Generator
@@ -36,8 +36,8 @@ class Chain:
 
 
 class TwoBatchDispatcher(AllToAllDispatcher):
-    """Dispatches like `AllToAllDispatcher`. `run` dispatches a whole micro-batch, as in evaluation; `steps` dispatches half
-    a micro-batch."""
+    """Dispatches like `AllToAllDispatcher`. `run` dispatches a whole micro-batch, for example in evaluation. `steps`
+    dispatches one half of a micro-batch."""
 
     def steps(
         self,
@@ -49,7 +49,7 @@ class TwoBatchDispatcher(AllToAllDispatcher):
         experts: RunExperts,
         shared: RunShared = None,
     ) -> Generator[None, None, tuple[Tensor, Tensor | None]]:
-        """See `Dispatcher.run`. Yields while the rows of dispatch are in flight, and again while the rows of combine are in
+        """Like `Dispatcher.run`, but yields twice: while the rows of dispatch and while the rows of combine are in
         flight."""
         flight, mark = Flight(plan, self.exchange, repeated=False), self.exchange.all_to_all.comm_stats.mark
         chain.end = StartDispatch.apply(chain.end, h_TD, weight_N, flight)

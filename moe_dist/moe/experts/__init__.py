@@ -1,1 +1,1 @@
-"""The experts of a layer, and the experts that compute nothing."""
+"""The experts of a layer: FFNs, LoRA experts and zero-computation experts."""

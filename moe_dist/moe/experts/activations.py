@@ -1,4 +1,4 @@
-"""The activation of experts. A new activation is a class like `SwiGLU`, in a new file; `Experts` takes an instance.
+"""The activation of experts. To add an activation, write a class like `SwiGLU` in a new file. `Experts` gets an instance.
 
 Shape letters: Q (token, expert) pairs, F hidden width of experts.
 """
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Activation(Protocol):
-    """The function of gate and up that gives the hidden values of (token, expert) pairs. If `in_row_kernels` is false, the
-    experts do not use `RowKernels.swiglu`, but torch's row kernels, which multiply each expert's output, bias included, by
-    the routing weight."""
+    """The function that computes the hidden values of (token, expert) pairs from gate and up. If `in_row_kernels` is false,
+    the experts do not use `RowKernels.swiglu`, but torch's row kernels. These multiply each expert's output, including its
+    bias, by the routing weight."""
 
     has_bias: ClassVar[bool]
     in_row_kernels: ClassVar[bool]

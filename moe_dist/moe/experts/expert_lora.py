@@ -1,11 +1,11 @@
-"""LoRA adapters on the matrices of a frozen base's experts, in the form of PEFT's `target_parameters` (LoRA, arXiv
-2106.09685).
+"""LoRA adapters (arXiv 2106.09685) on the matrices of a frozen base model's experts. They have the form of PEFT's
+`target_parameters`.
 
     [gate; up]' x = [gate; up] x + (alpha / r) B A x        A [r, D], B [2 F, r]
     down' h       = down h       + (alpha / r) B A h        A [r, F], B [D, r]
 
-Either each expert has A and B of its own, on the expert's rank, or all experts of a group share one A and B, which every
-rank has. Backward does not compute the gradient of a frozen matrix.
+Either each expert has separate A and B on the expert's rank, or all experts of a group share one A and one B, which every
+rank has. Backward does not compute gradients of frozen matrices.
 
 Shape letters: Q (token, expert) pairs computed on this rank, D hidden size, F hidden width, r rank, I inputs and O outputs
 of a matrix.
@@ -24,8 +24,8 @@ TARGETS = ("gate_up", "down")
 
 @dataclass(frozen=True)
 class ExpertLoRA:
-    """The adapters of a stack of experts. The experts' own adapters are stacked, `<target>_a` [e, r, I] and `<target>_b`
-    [e, O, r]. A shared adapter is `adapters.<target>.a` [r, I] and `.b` [O, r]."""
+    """The adapters of a stack of experts. Separate adapters are stacked in the parameters `<target>_a` [e, r, I] and
+    `<target>_b` [e, O, r]. A shared adapter has the parameters `adapters.<target>.a` [r, I] and `.b` [O, r]."""
 
     rank: int
     alpha: float
@@ -37,14 +37,14 @@ class ExpertLoRA:
         return {target: widths[target] for target in self.targets}
 
     def stacked(self, hidden_dim: int, ffn_dim: int) -> dict[str, tuple[int, int]]:
-        """Returns the shapes of an expert's adapter matrices by name; no shapes if the adapters are shared."""
+        """Returns the shapes of an expert's adapter matrices by name. Returns no shapes if the adapters are shared."""
         shapes = {}
         for target, (inputs, outputs) in self._widths(hidden_dim, ffn_dim).items() if not self.shared else ():
             shapes |= {f"{target}_a": (self.rank, inputs), f"{target}_b": (outputs, self.rank)}
         return shapes
 
     def modules(self, hidden_dim: int, ffn_dim: int) -> nn.ModuleDict | None:
-        """Returns the shared adapters by target; None if each expert has adapters of its own."""
+        """Returns the shared adapters by target, or None if each expert has separate adapters."""
         widths = self._widths(hidden_dim, ffn_dim)
         return nn.ModuleDict({each: Adapter(*widths[each], self.rank) for each in widths}) if self.shared else None
 

@@ -1,11 +1,11 @@
-"""The true (not null) experts of this rank: FFNs, whose weights are stacked in one tensor for each expert group. Input rows
-are sorted by slot (the expert's place on this rank).
+"""The true (not null) experts of this rank. They are FFNs, whose weights are stacked in one tensor for each expert group.
+Input rows are sorted by slot (the index of the expert on this rank).
 
     y = W_down a(W_gate x, W_up x)
 
-`Experts` takes an activation a (`activations.py`), an adapter of the matrices (`expert_lora.py`), and a storage, which
-tells where the experts' numbers of rows are (`on_host`, or `on_device` of static_storage.py). Replicas (`replicas.py`) add
-experts for one forward.
+`Experts` has an activation a (`activations.py`), an optional adapter of the matrices (`expert_lora.py`), and a storage. The
+storage is `on_host` if the host knows the experts' numbers of rows, else `on_device` (static_storage.py). Replicas
+(`replicas.py`) add experts for one forward.
 
 Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
 e number of a group's experts on this rank.
@@ -33,14 +33,14 @@ from moe_dist.moe.routing.draws import recomputed
 from moe_dist.placement.parameter_names import Role, group_module
 from moe_dist.placement.placement import ExpertGroup
 
-GROUPED_ON_CPU = 16  # number of experts from which grouped_mm (a C++ loop on CPU) was measured to be faster
-Inputs = Tensor | tuple[Tensor, Tensor]  # the rows for gate and for up: equal values, each with a gradient of its own
-Activate = Callable[[Tensor, Tensor | None, slice], Tensor]  # gate [Q, F], up [Q, F] and their place among a stack's rows
+GROUPED_ON_CPU = 16  # from this number of experts on, grouped_mm (on CPU a C++ loop) was measured to be faster
+Inputs = Tensor | tuple[Tensor, Tensor]  # the rows for gate and for up: equal values with separate gradients
+Activate = Callable[[Tensor, Tensor | None, slice], Tensor]  # gate [Q, F], up [Q, F], and their slice of a stack's rows
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The rows of one stack: a run of consecutive rows for each expert, with lengths on the host."""
+    """The rows of one stack. Each expert has a run of consecutive rows, whose length is on the host."""
 
     lengths: Sequence[int]
 
@@ -58,7 +58,7 @@ class Runs:
         return self.lengths
 
     def grouped(self, kind: ExpertGemm, like: Tensor, widths: Sequence[int]) -> bool:
-        """Returns whether products are grouped, for rows of the dtype and device of `like`."""
+        """Returns whether products are grouped, if rows have the dtype and device of `like`."""
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         return choose_gemm(kind, widths=widths, num_experts=len(self.lengths), **options)
 
@@ -78,12 +78,11 @@ RunStack = Callable[[Inputs, Runs, Activate], Tensor]
 def choose_gemm(
     kind: ExpertGemm, *, dtype: torch.dtype, device: torch.device, widths: Sequence[int], num_experts: int
 ) -> bool:
-    """Returns whether the products of `num_experts` experts with these widths of matrices are grouped. Each forward may
-    call it.
+    """Returns whether one grouped product computes all `num_experts` experts, whose matrices have these widths.
 
     On CUDA `auto` means grouped if `why_not_grouped` allows it, because a grouped product is one kernel instead of one per
-    expert. On CPU `auto` means grouped only for GROUPED_ON_CPU or more experts (docs/parallelism.md). Raises ValueError if
-    kind is `grouped`, and `why_not_grouped` returns a reason."""
+    expert. On CPU `auto` also needs at least GROUPED_ON_CPU experts (docs/parallelism.md). Raises ValueError if kind is
+    `grouped` and `why_not_grouped` returns a reason."""
     few = device.type != "cuda" and num_experts < GROUPED_ON_CPU
     if kind == "loop" or (kind == "auto" and few):
         return False
@@ -96,21 +95,21 @@ def choose_gemm(
 
 
 class Chunk(NamedTuple):
-    """Some of this rank's (token, expert) pairs, which are computed at once. `make_index` returns the row of each pair,
-    among a given number of rows."""
+    """Some of this rank's (token, expert) pairs, which are computed at once. `make_index` takes the number of rows, and
+    returns the row of each pair."""
 
     pairs: slice
     make_index: Callable[[int], RowIndex]
     runs: Sequence[Runs]
 
 
-# Function that cuts a plan's pairs into chunks. The last arguments are the stacks' numbers of slots and a chunk's largest
-# number of pairs.
+# Function that divides a plan's pairs into chunks. The last two arguments are each stack's number of slots, and the largest
+# number of pairs in a chunk.
 Storage = Callable[[DispatchedRows, Any, Sequence[int], int | None], list[Chunk]]
 
 
 def on_host(dispatched: DispatchedRows, plan: PairLayout, slots: Sequence[int], budget: int | None) -> list[Chunk]:
-    """Cuts pairs into chunks of at most `budget` pairs. The host knows the number of pairs of each slot."""
+    """Divides pairs into chunks of at most `budget` pairs. The host knows the number of pairs of each slot."""
     chunks = slot_chunks(plan.slot_counts, budget or sum(plan.slot_counts))
     known: dict[str, Any] = {"items": dispatched.items, "in_order": dispatched.sorted_pairs} if len(chunks) == 1 else {}
     found, at = [], 0
@@ -124,21 +123,21 @@ def on_host(dispatched: DispatchedRows, plan: PairLayout, slots: Sequence[int], 
 
 
 def slot_chunks(counts: Sequence[int], budget: int) -> list[tuple[int, ...]]:
-    """Cuts pairs that are sorted by slot into chunks of at most `budget` pairs. Returns per chunk the number of pairs of
-    each slot. There is at least one chunk, so that the gradients of experts without rows are zero and not None."""
+    """Divides pairs, sorted by slot, into chunks of at most `budget` pairs. Returns for each chunk the number of pairs of
+    each slot. There is at least one chunk, so that experts without rows get zero gradients instead of None."""
     runs = list(zip(counts, accumulate(counts), strict=True))
     edges = range(0, sum(counts), budget) if any(counts) else [0]
     return [tuple(max(0, min(end, edge + budget) - max(end - count, edge)) for count, end in runs) for edge in edges]
 
 
 def rows_between(x: Tensor, start: int, end: int) -> Tensor:
-    """Returns x[start:end], or x itself if the range has all rows: the backward of a slice would copy the gradient."""
+    """Returns x[start:end], or x itself if this is all of x: the backward of a slice would copy the gradient."""
     return x if (start, end) == (0, x.shape[0]) else x[start:end]
 
 
 def inputs_between(x_QD: Inputs, start: int, end: int) -> tuple[Tensor, Tensor]:
-    """Returns the input rows for gate and for up: the same tensor twice if x is a single tensor, so that one sum gives its
-    gradient."""
+    """Returns the input rows for gate and for up. If x is one tensor, both results are the same slice of it, so that one
+    sum computes its gradient."""
     first, second = x_QD if isinstance(x_QD, tuple) else (x_QD, x_QD)
     cut = rows_between(first, start, end)
     return cut, cut if second is first else rows_between(second, start, end)
@@ -148,7 +147,7 @@ class ExpertStack(nn.Module):
     """The experts of one group on this rank: `gate`, `up` [e, F, D] and `down` [e, D, F]; with biases also `gate_bias`,
     `up_bias` [e, F] and `down_bias` [e, D].
 
-    Each forward pass converts weights to the rows' dtype if it differs, unless `keep_copies` keeps the converted copies.
+    Each forward pass converts weights whose dtype differs from the rows', unless `keep_copies` keeps converted copies.
     """
 
     role = Role.EXPERT
@@ -168,26 +167,26 @@ class ExpertStack(nn.Module):
         for name, shape in [*((name, (width,)) for name, width in biases.items()), *own.items()]:
             self.register_parameter(name, nn.Parameter(torch.empty(num_local, *shape)))
         self.initial_values = dict.fromkeys(biases, 0.0)
-        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # only parameters whose role is not the stack's
+        self.roles = dict.fromkeys(own, Role.EXPERT_ADAPTER)  # roles of parameters that differ from the stack's role
         self.adapters = adapter.modules(hidden_dim, ffn_dim) if adapter else None
         self.tensors = ("gate", "up", "down", *biases)  # the weights of an expert, without its adapter
         self._copies: dict[str, Tensor] | None = None  # converted weights by name; None if copies are not kept
 
     def keep_copies(self, keep: bool) -> None:
-        """Keeps converted weights for further forward passes if `keep`, else drops the copies. Kept copies take 2 bytes per
-        bf16 parameter, and do not follow a change of the weights: keep copies only while no weight changes."""
+        """Keeps converted weights for later forward passes if `keep` is true, else drops the copies. Kept copies take 2
+        bytes per bf16 parameter. Copies do not follow a change of weights, so keep them only while no weight changes."""
         self._copies = (self._copies or {}) if keep else None
 
     def weight(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns the weight `name` in `dtype`, with gradient. Under FSDP2 a sharded weight already has the rows' dtype."""
+        """Returns the weight `name` in `dtype`, with gradient. FSDP2 itself converts sharded weights to the rows' dtype."""
         weight = self.get_parameter(name)
         if weight.dtype == dtype or self._copies is None:
             return weight.to(dtype)
         return working_copy(self._copies, name, dtype, weight)
 
     def _weights(self, dtype: torch.dtype, *, grouped: bool) -> dict[str, Tensor]:
-        """Returns all stacked weights by name. If a converted copy is kept for grouped products, gate and up are one stack
-        `gate_up` [e, 2 F, D], so that one product reads x once."""
+        """Returns all stacked weights by name. If converted copies for grouped products are kept, gate and up are one stack
+        `gate_up` [e, 2 F, D], so that one product computes both and reads x once."""
         joint = grouped and self.activation.in_row_kernels and not (self.activation.has_bias or self.adapter)
         if joint and self._copies is not None and self.gate.dtype != dtype:
             both = working_copy(self._copies, "gate_up", dtype, self.gate, self.up)
@@ -200,14 +199,14 @@ class ExpertStack(nn.Module):
         """Applies each expert to its run of rows: x [Q, D] -> y [Q, D].
 
         Args:
-            activate: Computes the hidden values; by default the activation alone.
+            activate: Function that computes the hidden values; by default the activation alone.
             weights: `tensors` of other experts with the same sizes, instead of the stack's own.
         """
         like = x_QD[0] if isinstance(x_QD, tuple) else x_QD
         if not runs.num_experts:
             # An empty stack gets no gradient, because FSDP2's reduce-scatter refuses empty tensors but skips a parameter
             # without a gradient. FSDP2 shards a stack over ranks with the same experts, so the stack is empty on all these
-            # ranks, and all skip it. But every rank has a shared adapter, whose gradient must be zero, not None.
+            # ranks, and all of them skip it. But a shared adapter is on every rank, so its gradient must be zero, not None.
             return like + sum(0.0 * each.sum() for each in self.adapters.parameters()) if self.adapters else like
         activate = activate or self._activate
         grouped = runs.grouped(self.gemm, like, (*self.widths, *([self.adapter.rank] if self.adapter else ())))
@@ -219,8 +218,8 @@ class ExpertStack(nn.Module):
         return self._ffn(inputs, slice(0, runs.num_rows), weights, runs.product(like.device), activate)
 
     def _one_by_one(self, x_QD: Inputs, runs: Runs, weights: Mapping[str, Tensor], activate: Activate) -> Tensor:
-        """Computes one expert after the other, for any dtype, device and width. An expert without rows is computed, too, so
-        that the gradient of its weights is zero and not None."""
+        """Computes one expert after the other, for any dtype, device and width. Also computes experts without rows, so that
+        the gradients of their weights are zero instead of None."""
         counts = list(runs.counts())
         # unbind, because the backward of an index would fill a whole weight stack with zeros for each expert
         stacks = [
@@ -239,7 +238,7 @@ class ExpertStack(nn.Module):
     def _ffn(
         self, inputs: Sequence[Tensor], rows: slice, weights: Mapping[str, Tensor], product: Product, activate: Activate
     ) -> Tensor:
-        # gate and up are in no variable, so that they are freed before the next product if nothing saves them
+        # gate and up are assigned to no variable, so they are freed before the next product unless autograd saves them
         if "gate_up" in weights:
             hidden_QF = activate(product(inputs[0], weights["gate_up"]), None, rows)
         else:
@@ -250,7 +249,8 @@ class ExpertStack(nn.Module):
     def _outputs(
         self, inputs: Mapping[str, Tensor], target: str, weights: Mapping[str, Tensor], product: Product
     ) -> Sequence[Tensor]:
-        """Returns the outputs of the matrices that `inputs` names. Together these matrices are the adapter's target."""
+        """Returns the outputs of the matrices whose names are the keys of `inputs`. `target` is the adapter's name for
+        them."""
         outputs = []
         for name, x_QI in inputs.items():
             y_QO, bias_QO = product(x_QI, weights[name]), weights.get(f"{name}_bias")
@@ -270,25 +270,24 @@ class Replicas(Protocol):
     def start(
         self, h_TD: Tensor, stacks: Callable[[str], ExpertStack]
     ) -> tuple[Tensor, Callable[[], list[tuple[int, RunStack]]]]:
-        """Begins to fetch the replicas' weights. Returns the layer's input, and a function that waits for the weights. That
-        function returns for each stack its number of slots and a function like `ExpertStack.forward`."""
+        """Begins to fetch the replicas' weights. Returns the layer's input, and a function that waits for the weights. This
+        function returns, for each stack, the number of slots and a function like `ExpertStack.forward`."""
         ...
 
 
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
-    A group without experts on this rank has a stack [0, F, D], so that all ranks have the same FSDP2 units and gather these
-    units in the same order. Without the empty stack, one rank's FSDP2 prefetch would run ahead of the exchanges of the
-    other ranks, and all ranks would hang.
+    A group without experts on this rank has a stack [0, F, D]. So all ranks have the same FSDP2 units and gather these
+    units in the same order. Without the empty stack, one rank's FSDP2 prefetch would run before exchanges that the other
+    ranks issue first, and all ranks would hang.
 
     Args:
         groups: All expert groups in logical order, which is also the order of this rank's slots.
         storage: `on_host`, or `on_device` for plans of fixed sizes.
-        pair_budget: Largest number of (token, expert) pairs computed at once; None for no bound. More pairs are computed in
-            chunks, which backward recomputes, so that unbalanced routing costs time but no more memory. `on_device` has no
-            bound.
-        kernels: Functions that gather rows, compute silu(gate) * up, and sum pairs.
+        pair_budget: Largest number of (token, expert) pairs computed at once; None for no limit. More pairs are computed in
+            chunks, and backward recomputes them, so unbalanced routing costs time, not memory. `on_device` has no limit.
+        kernels: Functions that gather rows, compute silu(gate) * up, and sum the outputs of pairs.
 
     Attributes:
         replicas: Fetches the weights of this rank's replicas in each forward; None for a layer without replicas.
@@ -322,7 +321,7 @@ class Experts(nn.Module):
 
     def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
         """Begins the forward of a layer, before any row is sent. Issues the exchange of replicas' weights. Returns the
-        layer's input, which the dispatcher sends, and `forward`, which may be called more than once."""
+        layer's input for the dispatcher, and `forward`, which the dispatcher may call several times."""
         if self.replicas is None:
             return h_TD, partial(self, recompute=recompute)
         h_TD, arrived = self.replicas.start(h_TD, self.stack)
@@ -338,23 +337,23 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
         fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations. The
-        rows of replicas come after the rows of the rank's own slots."""
+        pairs of replicas come after the pairs of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
-            # The rows come from frozen layers. All ranks, even ranks without experts, must issue the exchange of combine's
-            # backward.
+            # The rows come from frozen layers. But all ranks, even those without experts, must issue the exchange in
+            # combine's backward.
             rows_RD = rows_RD.detach().requires_grad_()
         own = [(count, self.stack(name)) for name, count in self.local]
         slots, stacks = zip(*own, *(each for each in replicas() if each[0]), strict=True)
         chunks = self.storage(dispatched, plan, slots, self.pair_budget)
-        recompute = recompute or len(chunks) > 1  # keeping the activations of all chunks would exceed the budget
+        recompute = recompute or len(chunks) > 1  # the activations of all chunks would exceed the budget
         dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype
         out_RD: Tensor | None = None
         for chunk in chunks:
             weights = rows_between(weight_Q, chunk.pairs.start, chunk.pairs.stop)
             run = partial(recomputed, self._weighted_sum) if recompute else self._weighted_sum
             part_RD = run(stacks, rows_RD, weights, chunk, dtype)
-            # `+` saves no tensor for backward: a recomputed chunk of pairs keeps its arguments, but no activations.
+            # `+` saves no tensor for backward. A recomputed chunk of pairs keeps its arguments, but no activations.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
         assert out_RD is not None, "there is always one chunk"
         return out_RD.to(rows_RD.dtype)  # a sum of chunks is rounded only here

@@ -1,11 +1,11 @@
-"""LoRA experts over one frozen FFN (LLaVA-MoLE; LoRA, arXiv 2106.09685). Gate, up and down share one routing.
+"""LoRA experts (arXiv 2106.09685) on one frozen FFN, as in LLaVA-MoLE. Gate, up and down use the same routing.
 
     W' x = W x + sum over the token's experts e of  w_e (alpha / r) B_e A_e x      for each target W of gate, up, down
     y    = W_down' (silu(W_gate' x) * W_up' x)
 
-W is frozen. If a token chooses only null experts, the token's y is the frozen FFN's output. Every rank holds all experts,
-so there is no all-to-all. A token costs one FFN, and matrix products of rank r for each chosen expert. The weight w_e
-depends on the router's probability p_e of expert e, a softmax over all columns:
+W is frozen. If a token chooses only null experts, y is the frozen FFN's output. Every rank has all experts, so there is no
+all-to-all. A token costs one FFN, plus matrix products of rank r for each chosen expert. The weight w_e depends on p_e, the
+router's probability of expert e in a softmax over all columns:
 
     probability         w_e = p_e
     straight_through    w_e = p_e / detach(p_e): its value is 1, and its gradient is the gradient of log p_e
@@ -49,10 +49,10 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoRAPlan:
-    """The taken (token, expert) pairs of one layer and micro-batch, sorted by expert. Recomputation uses the same plan.
+    """The taken (token, expert) pairs of one layer and micro-batch, sorted by expert. Recomputation reuses the plan.
 
     Attributes:
-        pair_Q, token_Q: int64, index of each taken pair in the assignments, and token of the pair.
+        pair_Q, token_Q: int64, the index of each taken pair in the assignments, and the pair's token.
         counts: Number of pairs of each expert, on the host.
     """
 
@@ -72,7 +72,7 @@ class LoRAPlan:
 
 
 def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
-    """Computes each pair's weight w_e from its probability in `weight_N`; the top of this file defines `kind`."""
+    """Computes each pair's weight w_e from its probability in `weight_N`. The top of this file explains `kind`."""
     if kind == "probability":
         return weight_N
     if kind == "published":
@@ -82,7 +82,7 @@ def expert_weights(weight_N: Tensor, kind: Weight) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """The adapter of one projection: computes B A x, with A as `a` [r, I] and B as `b` [O, r]."""
+    """The adapter of one projection. It computes B A x, where A is `a` [r, I] and B is `b` [O, r]."""
 
     role = Role.ADAPTER
 
@@ -96,8 +96,8 @@ class Adapter(nn.Module):
 
 
 class LoRAStack(nn.Module):
-    """The LoRA experts of one group. Each target projection has two parameters: `<target>_a`, the matrices A [n, r, I] of
-    all experts, and `<target>_b`, their matrices B [n, O, r]."""
+    """The LoRA experts of one group. Each target projection has two parameters: `<target>_a` [n, r, I] has the matrices A
+    of all experts, and `<target>_b` [n, O, r] the matrices B."""
 
     role = Role.ADAPTER
 
@@ -115,7 +115,7 @@ class LoRAExperts(nn.Module):
         hidden_dim, ffn_dim: D and F.
         rank, alpha: r, and alpha of the scale alpha / r.
         dropout: Fraction of the elements of an adapter's input that dropout sets to 0 in training.
-        weight: Kind of weights w_e; the top of this file defines the values of `weight`.
+        weight: The kind of weights w_e, which the top of this file explains.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class LoRAExperts(nn.Module):
         """Adds the weighted LoRA outputs of each token's experts to y, the output of the projection `target`.
 
         Every expert gets a gradient, which is zero if no token took the expert. For each pair, autograd keeps the input row
-        and two vectors of length r. `draw` names the random numbers for dropout (`adapter_draw`)."""
+        and two vectors of length r. `draw` is the name of dropout's random numbers (see `adapter_draw`)."""
         if target not in self._widths:
             return y_TO
         if self.training and self._dropout:
@@ -168,8 +168,8 @@ class LoRAExperts(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. It has the
-    interface of `MoELayer`, but no all-to-all, because every rank holds all LoRA experts.
+    """y = ffn'(norm(x)): the frozen FFN with the LoRA experts of each token. The caller adds the residual. This class has
+    the interface of `MoELayer`, but needs no all-to-all, because every rank has all LoRA experts.
 
     Args:
         norm: Frozen norm of the base model.
@@ -177,7 +177,7 @@ class LoRALayer(nn.Module):
         ffn: Frozen FFN with `gate`, `up` and `down`.
         recompute: The part of the layer that backward computes again. `experts`: the FFN and the adapters. `block`: the
             whole layer except the choice of experts.
-        seed, layer: Parts of the name of dropout's random numbers, beside the step and the first token.
+        seed, layer: Dropout's random numbers depend on these, and on the step and the index of the first token.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class LoRALayer(nn.Module):
         cache = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )
-        # Recomputes even if x_TD needs no gradient, as in the first LoRA layer of a frozen base model.
+        # Recomputes even if x_TD needs no gradient, which is so in the first LoRA layer of a frozen base model.
         if self.recompute == "block" and torch.is_grad_enabled():
             return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
         return self._forward(x_TD, group_T, cache, request.experts_off)

@@ -1,9 +1,9 @@
-"""Multiplies input rows, sorted by expert, with their experts' matrices: by one grouped product, or expert by expert.
+"""Multiplies input rows, sorted by expert, with the matrices of their experts in one grouped product.
 
-Tests on CPU with torch 2.13 show what `torch.nn.functional.grouped_mm` accepts: fp32, bf16 and fp16, not float64; int32
-offsets; strides in multiples of 16 bytes, so widths in multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` leaves the
-rows beyond the last offset uninitialised, in the output and in the gradient. On CUDA, by torch's documentation,
-`grouped_mm` takes bf16 on compute capability 8.0 and up.
+In tests on CPU with torch 2.13, `torch.nn.functional.grouped_mm` accepts fp32, bf16 and fp16, but not float64. Offsets must
+be int32, and strides multiples of 16 bytes, so widths must be multiples of 8 (bf16, fp16) or 4 (fp32). `grouped_mm` does
+not initialise rows beyond the last offset, in the output and in the gradient. According to torch's documentation, it
+accepts bf16 on CUDA with compute capability 8.0 and up.
 
 Shape letters: Q rows of a stack, e experts of a stack, I inputs and O outputs of a matrix.
 """
@@ -21,8 +21,8 @@ ALIGNMENT = 16  # a stride must be a multiple of this many bytes
 
 
 def grouped_product(counts: Sequence[int], device: torch.device) -> Product:
-    """Returns a function (x [Q, I], stack [e, O, I]) -> y [Q, O] that multiplies each expert's rows with the expert's
-    matrix, by one grouped product. At least one expert must have a row."""
+    """Returns a function (x [Q, I], stack [e, O, I]) -> y [Q, O]. It multiplies each expert's rows with the expert's matrix
+    in one grouped product. At least one expert must have a row."""
     offsets = torch.tensor(counts).cumsum(0).to(torch.int32).to(device, non_blocking=True)  # does not sync
     empty = [expert for expert, count in enumerate(counts) if not count]
 
@@ -35,8 +35,8 @@ def grouped_product(counts: Sequence[int], device: torch.device) -> Product:
 
 
 def offset_product(offsets_e: Tensor, clear: Callable[[Tensor], Tensor] | None) -> Product:
-    """Returns a function that multiplies rows with a stack; int32 offsets on the device say where each expert's rows end.
-    `clear` sets the gradients of experts without rows to zero, because torch does not document their values."""
+    """Returns a function that multiplies rows with a stack. `offsets_e` (int32, on the device) has the end of each expert's
+    rows. `clear` sets the gradients of experts without rows to zero, because torch leaves their values undocumented."""
 
     def product(x_QI: Tensor, weight_eOI: Tensor) -> Tensor:
         if clear is not None:
@@ -45,7 +45,7 @@ def offset_product(offsets_e: Tensor, clear: Callable[[Tensor], Tensor] | None) 
                 weight_eOI.register_hook(clear)
         y_QO = F.grouped_mm(x_QI, weight_eOI.transpose(-2, -1), offs=offsets_e)
         if y_QO.requires_grad:
-            y_QO.register_hook(Tensor.contiguous)  # grouped_mm refuses gradients of stride 0, which `expand` makes
+            y_QO.register_hook(Tensor.contiguous)  # grouped_mm rejects gradients of stride 0, as `expand` makes them
         return y_QO
 
     return product

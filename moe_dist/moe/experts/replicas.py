@@ -1,15 +1,15 @@
-"""Computes replicas of experts (`placement/replica_slots.py`). Each forward fetches the replicas' weights from the
-experts' own slots.
+"""Computes replicas of experts (`placement/replica_slots.py`). Each forward fetches the weights of replicas from the ranks
+that own the experts.
 
-Replicas have no parameters that must be kept equal. Backward sends the gradients of replicas to the experts' own slots, and
-adds them to the experts' gradients. The optimizer, the gradient norm and checkpoints thus see each expert once.
+Replicas have no parameters, so nothing must be kept equal. Backward sends the gradients of replicas to the owners, and adds
+them to the experts' gradients. The optimizer, the gradient norm and checkpoints thus see each expert once.
 
-A layer exchanges weights once in each pass, however many times its dispatcher runs the experts. Forward issues the exchange
-before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sends the gradients,
-summed over all runs, after the layer's last exchange of rows. The layer's input passes through the autograd node of this
-exchange, so all ranks issue their collectives in the same order with any dispatcher.
+A layer exchanges weights once in each pass, even if its dispatcher runs the experts several times. Forward issues this
+exchange before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sums the
+gradients over all runs, and sends the sums after the layer's last exchange of rows. The layer's input passes through the
+autograd node of the weights' exchange. So all ranks issue their collectives in the same order, whatever the dispatcher.
 
-The weights of a replica stay in memory, in the dtype of the rows, from forward to backward.
+From forward to backward, the weights of a replica stay in memory in the dtype of the rows.
 
 Shape letters: T tokens, Q pairs, D hidden size, F hidden width of an expert, c replicas of a group on this rank, V
 parameters of an expert.
@@ -35,12 +35,12 @@ Stacks = list[tuple[int, RunStack]]  # see `Replicas` in experts.py
 
 @dataclass(frozen=True)
 class Route:
-    """Says which weights of one group's experts one rank sends and receives, in one layer.
+    """Describes which weights of one group's experts a rank sends and receives in one layer.
 
     Attributes:
-        send: Slots (in this rank's stack) of the experts whose weights are sent, in the order of the destination ranks. An
-            expert may be sent to several ranks.
-        splits: Numbers of experts whose weights are sent to and received from each rank.
+        send: Slots, in this rank's stack, of the experts whose weights are sent, in the order of the destination ranks. The
+            weights of an expert may be sent to several ranks.
+        splits: The number of experts whose weights are sent to each rank, and the number received from each rank.
     """
 
     group: str
@@ -64,7 +64,7 @@ class Route:
 
 @dataclass(frozen=True)
 class ReplicaWeights:
-    """Fetches the weights of one layer's replicas to this rank. `routes` has the groups with replicas on any rank."""
+    """Fetches the weights of one layer's replicas to this rank. `routes` has one route for each group with replicas."""
 
     layer: str
     wire: AllToAll
@@ -78,7 +78,7 @@ class ReplicaWeights:
         return cls(name, wire, routes) if routes else None
 
     def exchange(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
-        """Issues the exchange of one group: weights [., V] to the replicas, or with `back` gradients from the replicas."""
+        """Issues the exchange of one group. It sends weights [., V] to the replicas, or with `back` gradients from them."""
         name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
         return self.wire.start(items, splits, name=name, layer=self.layer)
 
@@ -100,7 +100,7 @@ class ReplicaWeights:
 
 
 def _cut(stack: ExpertStack, all_cV: Tensor) -> dict[str, Tensor]:
-    """Returns gate, up [c, F, D], down [c, D, F] and any biases of replicas, from all their parameters [c, V]."""
+    """Splits all parameters [c, V] of replicas into gate and up [c, F, D], down [c, D, F] and any biases."""
     shapes = {name: stack.get_parameter(name).shape[1:] for name in stack.tensors}
     pieces = all_cV.split([shape.numel() for shape in shapes.values()], dim=1)
     # contiguous, like all stacks that the grouped product gets
@@ -109,9 +109,9 @@ def _cut(stack: ExpertStack, all_cV: Tensor) -> dict[str, Tensor]:
 
 class _Fetch(torch.autograd.Function):
     """Forward issues one exchange for each group, which sends the weights of experts to the ranks of their replicas. It
-    appends the exchanges to `pending`, and returns the tensors [c, V] of each group that will receive the weights; the
-    caller waits for the exchanges. Backward sends the weights' gradients back. The layer's input [T, D] passes through
-    unchanged, so that this node's backward runs on every rank, after all exchanges of rows."""
+    appends each exchange to `pending`, and returns each group's tensor [c, V] that will receive weights. The caller waits
+    for the exchanges. Backward sends the weights' gradients back. The layer's input [T, D] passes through unchanged. So
+    this node's backward runs on every rank, after all exchanges of rows."""
 
     @staticmethod
     def forward(ctx: Any, h_TD: Tensor, replicas: ReplicaWeights, pending: list[Pending], *weights: Tensor) -> Any:
@@ -144,16 +144,16 @@ def _of_groups(tensors: Sequence[Tensor], replicas: ReplicaWeights) -> list[Sequ
 
 
 def _slots(stack: Tensor, slots: Sequence[int]) -> Tensor:
-    """Returns slots of a stack by slices, because a list as index would sync with the host."""
+    """Returns slots of a stack by slicing, because indexing by a list would sync with the host."""
     return torch.cat([stack[:0], *(stack[slot : slot + 1] for slot in slots)])
 
 
 def _with(weight: Tensor, gradient: Tensor, slots: Sequence[int]) -> Tensor | None:
-    """Returns the gradient of the stack `weight`, made of the gradients of its replicas. If the stack has a gradient
-    already, adds to the stack's gradient in place and returns None, as `working_copy.py` does."""
+    """Returns the gradient of the stack `weight`, computed from the gradients of its replicas. If the stack already has a
+    gradient, adds to it in place and returns None, as `working_copy.py` does."""
     if not slots or not weight.requires_grad:
         return None
     total = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    for slot, each in zip(slots, gradient, strict=True):  # in a fixed order, because `slots` may name an expert twice
+    for slot, each in zip(slots, gradient, strict=True):  # in order, because `slots` may contain an expert twice
         total[slot] += each.view_as(total[slot]).to(total.dtype)
     return total if weight.grad is None else None

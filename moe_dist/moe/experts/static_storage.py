@@ -1,10 +1,10 @@
-"""Storage for plans of fixed sizes (`dispatch/static.py`): the experts' numbers of rows stay on the device.
+"""Storage for plans of fixed sizes (`dispatch/static.py`). The experts' numbers of rows stay on the device.
 
-(token, expert) pairs of a group are consecutive: the pairs of each expert in order, then padding. The grouped product reads
-the experts' rows from offsets on the device. Its results in padding rows are undefined and never used. The gradient of an
-adapter that experts share would use these results, so the configuration refuses such adapters with fixed sizes.
+The (token, expert) pairs of a group are consecutive: first the pairs of each expert in order, then padding. The grouped
+product reads the ends of the experts' rows from the device. Its results for padding rows are undefined and never used. The
+gradient of a shared adapter would use these results, so the configuration rejects shared adapters with fixed sizes.
 
-Shape letters as in `products.py`.
+Shape letters are as in `products.py`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from moe_dist.moe.experts.products import ExpertGemm, Product, offset_product, w
 
 @dataclass(frozen=True)
 class DeviceRuns(Runs):
-    """Runs whose lengths and ends [e] are on the device."""
+    """Runs whose lengths and ends [e] are on the device. `room` is the fixed number of rows, including padding."""
 
     lengths: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     end_e: Tensor

@@ -1,4 +1,4 @@
-"""Weights of experts in the dtype of the rows, converted once for several forward passes."""
+"""Converts weights of experts to the dtype of the rows, once for several forward passes."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch.autograd.function import once_differentiable
 
 
 def working_copy(copies: dict[str, Tensor], name: str, dtype: torch.dtype, *weights: Tensor) -> Tensor:
-    """Returns the weights in `dtype`, joined along dim 1, with gradient. Takes the copy `name` from `copies`, or makes the
-    copy and adds it. One joined copy costs as much as separate copies."""
+    """Returns the weights in `dtype`, joined along dim 1, with gradient. Uses the copy `name` in `copies`, or makes this
+    copy and stores it there. One joined copy costs as much memory as separate copies."""
     copy = copies.get(name)
     if copy is None or copy.dtype != dtype:
         first, widths = weights[0].detach(), [each.shape[1] for each in weights]
@@ -20,9 +20,9 @@ def working_copy(copies: dict[str, Tensor], name: str, dtype: torch.dtype, *weig
 
 
 class _WorkingCopy(torch.autograd.Function):
-    """Returns a copy of one or more weights (in another dtype, joined along dim 1), for use instead of the weights.
-    Backward passes the copy's gradient to the weights, in the weights' dtype. If a weight has a gradient already, one pass
-    converts the new gradient and adds it in place."""
+    """Replaces one or more weights by a copy in a different dtype, joined along dim 1. Backward passes the copy's gradient
+    to the weights, in the weights' dtype. If a weight has a gradient already, one pass converts the new gradient and adds
+    it in place."""
 
     @staticmethod
     def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:

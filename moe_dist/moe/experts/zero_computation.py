@@ -18,7 +18,7 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 class ConstantStack(nn.Module):
-    """The constant experts of one group, on every rank: v as `vector` [c, D] and W as `gate` [c, 2, D]."""
+    """The constant experts of one group, which every rank has. `vector` [c, D] is v, and `gate` [c, 2, D] is W."""
 
     role = Role.ZERO_COMPUTATION
 
@@ -31,7 +31,7 @@ class ConstantStack(nn.Module):
 class ZeroComputationExperts(nn.Module):
     """The zero-computation experts of all groups.
 
-    Every constant expert's gate is computed for every token, so that shapes do not depend on the routing and every
+    The gate of every constant expert is computed for every token. So shapes do not depend on the routing, and every
     parameter has a gradient on every rank.
     """
 
@@ -45,8 +45,8 @@ class ZeroComputationExperts(nn.Module):
 
     def forward(self, h_TD: Tensor, weight_TF: Tensor) -> Tensor:
         """Returns the weighted sum of each token's zero-computation experts, [T, D] in the dtype of `h_TD`, summed in fp32
-        (float64 for float64) and rounded once. The sum is computed as `h_TD` times one number per token, plus one matrix
-        product with all constant experts' vectors."""
+        (float64 for float64) and rounded once. The sum is `h_TD` times one number per token, plus one matrix product with
+        the vectors of all constant experts."""
         dtype = accumulation_dtype(h_TD.dtype)
         with torch.autocast(device_type=h_TD.device.type, enabled=False):  # autocast would run the products in bf16
             x_TD = h_TD.to(dtype)
