@@ -197,7 +197,7 @@ class CombineReceive:
         self.rows = exchange.start(rows_RD[plan.num_own_rows :], plan, name, out=self.back_SD, back=True)
 
     def wait_weights(self, num_weights: int) -> Tensor:
-        """Waits for the gradients of the pair weights [N]. Returns 0 for absent pairs."""
+        """Waits for the gradients of the pair weights, and returns them [N], with 0 for absent pairs."""
         weight_P = torch.cat([self.weights.wait(), self.own_weight])
         return weight_P.new_zeros(num_weights).index_copy_(0, self.plan.pair_P, weight_P)  # no sum: pairs are unique
 

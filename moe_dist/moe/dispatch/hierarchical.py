@@ -1,11 +1,11 @@
 """Sends rows in two hops. The first hop, between nodes, sends one row for each distinct (token, other node). The second
 hop, inside the destination node, sends one row for each distinct (token, rank).
 
-Dispatch sends a row to one rank of the destination node, the forwarding rank. It has the same local index in its node as
-the sender has in the sender's node. The forwarding rank sends the row on to the ranks of the token's experts. In combine
-each rank with experts of the token sends its weighted sum to the forwarding rank. The forwarding rank adds the sums of its
-node, and sends one row back to the token's rank. Sums are fp32. The experts' rank, the forwarding rank and the token's rank
-each round their sum once to the rows' dtype.
+Dispatch sends a row to one rank of the destination node, the forwarding rank. This rank has the same local index in its
+node as the sender has in the sender's node. The forwarding rank sends the row on to the ranks of the token's experts. In
+combine each rank with experts of the token sends its weighted sum to the forwarding rank. The forwarding rank adds the sums
+of its node, and sends one row back to the token's rank. Sums are fp32. The experts' rank, the forwarding rank and the
+token's rank each round their sum once to the rows' dtype.
 
 Shape letters: T tokens on this rank, D hidden size, N (token, expert) pairs (absent pairs included), M rows of the middle
 table (of the second hop: rows of own tokens with experts in this node, then rows from other nodes), A pairs of these M
@@ -18,10 +18,10 @@ all collectives, even if it has nothing to send.
 
 A layer has one host sync: the method `plan` reads the sizes of both hops together (`hierarchical_planning`).
 
-Let S1 be the number of rows sent between nodes, and S2 the number sent inside the node. Forward then needs memory for max(R
-+ M + S2, R + M + S1 + T) rows of D elements, and backward for max(R + M + S2, M + S1 + T) rows. With bf16 or fp16 rows,
-fp32 sums add M rows of 4 bytes per element to the terms with S2, and T such rows to the terms with S1. From forward to
-backward only the plan is kept.
+Let S1 rows be sent between nodes, and S2 rows inside the node. Forward then needs memory for max(R + M + S2, R + M + S1 +
+T) rows of D elements, and backward for max(R + M + S2, M + S1 + T) rows. With bf16 or fp16 rows, fp32 sums add M rows of 4
+bytes per element to the terms with S2, and T such rows to the terms with S1. From forward to backward only the plan is
+kept.
 """
 
 from torch import Tensor
