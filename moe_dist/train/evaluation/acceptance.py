@@ -1,5 +1,5 @@
-"""Compares the held-out losses of a finished run with the losses of unigram and bigram models of its training tokens, and
-compares its routing with expected values. Pure functions."""
+"""Compares the held-out losses of a finished run with those of unigram and bigram models of the training tokens. Also
+compares the run's routing with expected values. All functions are pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,7 +13,7 @@ from moe_dist.placement.placement import ExpertGroup
 TEXT_MARGIN = 1.0  # nats per token by which the text loss must be below the unigram model's loss
 NO_FILLER_RATIO = 0.8  # upper limit of (picture loss without background cells) / (the unigram model's loss)
 ABLATION_MARGIN = 0.2  # nats per token by which the loss must rise without the experts' output
-NULL_TOLERANCE = 0.05  # largest difference between the fraction of choices of null experts and its expected value
+NULL_TOLERANCE = 0.05  # largest difference between the fraction of choices that go to null experts and its expected value
 
 
 def run_checks(
@@ -29,15 +29,15 @@ def run_checks(
     window: int,
     even_active: Mapping[str, float] | None = None,
 ) -> list[Check]:
-    """Makes the checks `names`. Omits loss checks whose baseline is missing, and routing checks if `window` is 0.
+    """Returns the results of the checks `names`, except loss checks without baseline, and routing checks if `window` is 0.
 
     Args:
-        names: Names of the checks (`evaluation.checks`), in the order of display.
+        names: Names of the checks in the order of display (`evaluation.checks`).
         baselines: Held-out losses of unigram and bigram models in nats per token, from the manifest.
-        choices_LC, tokens_LG, dropped_L: Routing counts, and dropped pairs, summed over the last `window` steps.
+        choices_LC, tokens_LG, dropped_L: Routing counts and numbers of dropped pairs, summed over the last `window` steps.
         window: Number of steps over which routing counts are summed; 0 if no step was taken.
-        even_active: Maps a group to its expected number of true experts per token, if a controller or a weight of null
-            experts makes this number differ from top_k x true experts / all experts.
+        even_active: Maps a group to the expected number of true experts per token. Only groups are listed in which a
+            controller or a null-expert weight makes this number differ from top_k x true experts / all experts.
     """
     checks: dict[str, Callable[[], list[Check]]] = {
         "count_models": lambda: loss_checks(evaluation.loss, baselines),
@@ -51,7 +51,7 @@ def run_checks(
 
 
 def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
-    """Checks that the loss of each modality rises by at least `ABLATION_MARGIN` if the experts' output is left out."""
+    """Checks that the loss of each modality rises by at least `ABLATION_MARGIN` without the experts' output."""
     rises = {
         name: evaluation.ablated_loss[name] - loss
         for name, loss in evaluation.loss.items()
@@ -65,9 +65,9 @@ def ablation_checks(evaluation: EvaluationResult) -> list[Check]:
 
 
 def loss_checks(loss: Mapping[str, float], baselines: Mapping[str, float]) -> list[Check]:
-    """Checks that the picture loss is below the loss of the left bigram model and, without background cells, at most
-    `NO_FILLER_RATIO` times the unigram model's loss; and that the text loss is at least `TEXT_MARGIN` below the unigram
-    model's loss."""
+    """Compares held-out losses with baselines. The picture loss must be below the loss of the left bigram model. Without
+    background cells, it must be at most `NO_FILLER_RATIO` times the unigram model's loss. The text loss must be at least
+    `TEXT_MARGIN` below the unigram model's loss."""
     checks = []
 
     def check(what: str, value: float, rule: str, passed: bool) -> None:
@@ -97,7 +97,7 @@ def dead_expert_check(choices_LC: np.ndarray, groups: Sequence[ExpertGroup], win
 
 
 def drop_check(choices_LC: np.ndarray, dropped_L: np.ndarray, groups: Sequence[ExpertGroup], window: int) -> Check:
-    """Checks that the capacity dropped less than the fraction `DROPPED` of the (token, expert) pairs in each layer."""
+    """Checks that in each layer the capacity dropped less than the fraction `DROPPED` of the (token, expert) pairs."""
     pairs_L = choices_LC[:, : sum(group.num_experts for group in groups)].sum(1)
     worst = float((dropped_L / np.maximum(pairs_L, 1)).max())
     rule = f"< {DROPPED:.0%} in the last {window} steps"
@@ -107,10 +107,10 @@ def drop_check(choices_LC: np.ndarray, dropped_L: np.ndarray, groups: Sequence[E
 def null_checks(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], even_active: Mapping[str, float]
 ) -> list[Check]:
-    """Checks that, in each group, null experts get about (null experts / all experts) of the choices.
+    """Checks in each group that the fraction of choices that go to null experts is close to (null experts / all experts).
 
-    If `even_active` has the group, its tokens are expected to take this number of true experts, and to spread all other
-    choices evenly over the experts that are not true.
+    If `even_active` lists a group, another fraction is expected: the group's tokens choose this number of true experts, and
+    their remaining choices are spread evenly over all experts that are not true experts.
     """
     num_experts, checks = sum(group.num_experts for group in groups), []
     for index, group in enumerate(groups):

@@ -1,8 +1,8 @@
-"""Measures balance_efficiency: the throughput with the model's own routing, divided by the throughput with the same number
-of (token, expert) pairs spread evenly over the experts.
+"""Measures balance_efficiency: the throughput with the model's own routing, divided by the throughput when an equal number
+of (token, expert) pairs is spread evenly over the experts.
 
-Published MoE throughputs are often measured with evenly spread pairs. Such a throughput, multiplied by balance_efficiency,
-is the throughput with real routing. Only the forward pass is timed, on held-out batches. The measurement leaves gradients,
+Published MoE throughputs are often measured with evenly spread pairs. Multiply such a throughput by balance_efficiency to
+get the throughput with real routing. Only the forward pass is timed, on held-out batches. The measurement leaves gradients,
 random generators, loader and routers unchanged.
 """
 
@@ -30,14 +30,14 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class BalanceEfficiency:
-    """The result of a measurement."""
+    """The result of one balance measurement."""
 
     timed: float | None  # the balance efficiency; None if it was not measured
     note: str  # how the balance efficiency was measured, or why it was not
 
 
 class EvenRouter(nn.Module):
-    """Makes as many pairs as `router`, with the weights of `router`, but assigns them to a group's experts in turn."""
+    """Produces as many pairs as `router`, with the same weights, but assigns the pairs to the group's experts in turn."""
 
     def __init__(self, router: nn.Module, groups: Sequence[ExpertGroup]) -> None:
         super().__init__()
@@ -62,11 +62,11 @@ class EvenRouter(nn.Module):
 def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
-    """Times forward passes, alternately with the model's own and with even routing. Returns the median time with even
-    routing, divided by the median time with the model's own routing. Each measured time is the time of the slowest rank.
+    """Times forward passes, alternately with the model's own routing and with even routing. Returns the median time with
+    even routing, divided by the median time with the model's own routing. Each measured time is that of the slowest rank.
 
-    Collective. On a CPU with more ranks than cores this function measures nothing, because the times would depend on the
-    operating system's scheduler.
+    Collective. Measures nothing on a CPU with more ranks than cores, because the times would then depend on the operating
+    system's scheduler.
     """
     if note := ranks_outnumber_cores(mesh):
         return BalanceEfficiency(None, note)
@@ -87,7 +87,7 @@ def balance_efficiency(
 
 
 def ranks_outnumber_cores(mesh: Mesh) -> str:
-    """Returns why nothing is timed, if a CPU has more ranks than cores; otherwise an empty text."""
+    """Returns the reason why nothing is timed if ranks on a CPU outnumber its cores; otherwise returns an empty text."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", mesh.world_size))
     cores = len(os.sched_getaffinity(0))
     outnumbered = mesh.device.type == "cpu" and ranks_here > cores

@@ -1,14 +1,14 @@
 """Calibrates the thresholds of routers before a held-out evaluation, so that each expert and each mixture-of-depths layer
 selects, by its threshold, the same fraction of tokens as in training.
 
-The model runs on training batches in evaluation mode, but each expert or layer selects its tokens without threshold, as in
-training. Then each threshold is set so that, over all ranks and batches, the number of tokens with a score above it equals
-the number of selected tokens. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named `calibration
-counts`. In an evaluation the fraction may still differ, because with thresholds earlier layers select different tokens, and
-held-out tokens differ from training tokens.
+The model runs on training batches in evaluation mode, but each expert or layer selects its tokens without a threshold, as
+in training. Each threshold is then set so that, over all ranks and batches, the number of tokens whose score exceeds it
+equals the number of selected tokens. Bisection finds all thresholds with `HALVINGS` all-reduces of N counts, named
+`calibration counts`. In an evaluation the fraction may still differ, for two reasons: earlier layers with thresholds select
+other tokens than in training, and held-out tokens differ from training tokens.
 
-Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (inside a
-mixture-of-depths layer only the selected tokens).
+Shape letters: N thresholds of all routers, n thresholds of one router, T tokens that reach the router (in a
+mixture-of-depths layer these are only the selected tokens).
 """
 
 from collections.abc import Sequence
@@ -46,9 +46,9 @@ def calibrate(
     tracker: CollectiveTracker | None = None,
     steps: int,
 ) -> None:
-    """Sets the thresholds of all layers in place; `world` has the ranks with this rank's layers. Without batches all
-    thresholds stay unchanged. An expert that selected no token keeps its threshold. `steps` is the number of training steps
-    so far, on which token shares may depend.
+    """Sets the thresholds of all layers in place. `world` is the group of ranks that have this rank's layers. Without
+    batches all thresholds stay unchanged. An expert that selected no token keeps its threshold. `steps` is the number of
+    training steps so far; the fraction of tokens that a layer selects may depend on it.
 
     Collective: every rank must pass the same number of batches.
     """
@@ -56,7 +56,7 @@ def calibrate(
     if not batches:
         return
     scores, taken = _seen(model, routers, batches, group_of_modality, steps)
-    if not routers:  # this rank ran the forward passes only for the ranks that have layers with thresholds
+    if not routers:  # this rank ran the forward passes because other ranks have layers with thresholds
         return
     sizes = [len(taken_n) for taken_n in taken]
     taken_N = sum_over(torch.cat(taken), world, name=CALIBRATION_COUNTS, tracker=tracker)
@@ -81,13 +81,13 @@ def _seen(
     group_of_modality: Tensor,
     steps: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns for each router the scores of this rank's tokens, [T, n], and the number of selected tokens per threshold,
-    float64 [n]. The scores of all routers are T x N numbers in memory."""
+    """Returns, for each router, the scores of this rank's tokens [T, n], and the number of tokens selected by each expert
+    or layer, float64 [n]. The scores of all routers take T x N numbers of memory."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
     def note(router: Any, inputs: Any, chosen: Any) -> None:
-        scores[router].append(router.scores(*inputs[:2]))  # computes the scores of this forward again
+        scores[router].append(router.scores(*inputs[:2]))  # recomputes the scores of this forward pass
         taken[router].append(router.num_taken(chosen))
 
     with ExitStack() as stack:

@@ -1,5 +1,5 @@
-"""Counts the true experts of single held-out tokens (cells of some pictures, tokens of some lines of text), and computes
-their mean number for each kind of token.
+"""Counts the true experts of each token in some held-out pictures and lines of text, and computes the mean number of true
+experts for each kind of token.
 
 Shape letters: B sequences, S positions, T = B x S tokens, L MoE layers, K choices, M modalities.
 """
@@ -31,7 +31,7 @@ from moe_dist.train.objective.loss import forward
 
 T = TypeVar("T")
 SHORTEST_LINE, LONGEST_LINE = 12, 100  # characters of a line of text in the map
-IDS_IN_A_LINE = 16  # tokens of a line in the map if the data have no tokenizer
+IDS_IN_A_LINE = 16  # number of tokens of a line in the map if the data have no tokenizer
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Mapper:
     def __call__(
         self, model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, mesh: Mesh
     ) -> ComputeMap | None:
-        """Routes held-out batches and returns the map on rank 0. Collective. Costs the forward passes of `batches` with
-        their all-to-alls, and one sum over the ranks."""
+        """Routes held-out batches. Returns the map on rank 0, and None on other ranks. Collective. Costs a forward pass of
+        each batch, with its all-to-alls, and one sum over the ranks."""
         device, names = group_of_modality.device, tuple(self.manifest.modalities)
         sums_2MF = torch.zeros(
             2, len(names), 2, dtype=torch.float64, device=device
-        )  # axes: number of experts or of tokens; modality; not filler or filler
+        )  # axes: (sum of true experts, number of tokens); modality; (other token, filler)
         seen: list[tuple[Batch, np.ndarray]] = []
         training = model.training
         model.eval()
@@ -87,7 +87,7 @@ class Mapper:
         drawn = _draw([each for pair in seen for each in _pictures(*pair, self.manifest)], self.pictures)
         return ComputeMap(
             mean=mean_by_kind(sums_2MF, names),
-            most=max([usual, *(math.ceil(experts_BS.max()) for _, experts_BS in seen)]),  # more if experts choose
+            most=max([usual, *(math.ceil(experts_BS.max()) for _, experts_BS in seen)]),  # above `usual` if experts choose
             pictures=[MappedPicture(experts, empty, self._pixels(codes)) for codes, experts, empty in drawn],
             lines=self._lines(seen),
         )
@@ -101,7 +101,7 @@ class Mapper:
         return patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
 
     def _lines(self, seen: Sequence[tuple[Batch, np.ndarray]]) -> list[list[tuple[str, float]]]:
-        """Returns consecutive lines of a document without pictures, and of further documents if it has too few lines."""
+        """Returns consecutive lines of a text document. If it has too few lines, continues with other text documents."""
         texts = [text for batch, experts in seen for text in _texts(batch, experts, self.manifest)]
         lines: list[list[tuple[str, float]]] = []
         for tokens, experts in _draw(texts, len(texts)):
@@ -111,7 +111,7 @@ class Mapper:
         return lines[: self.lines]
 
     def _split(self, tokens: np.ndarray, experts: np.ndarray) -> Iterator[list[tuple[str, float]]]:
-        """Splits a text into lines. A token with a line break belongs to both lines."""
+        """Splits a text into lines. A token that contains a line break belongs to both lines."""
         line: list[tuple[str, float]] = []
         for number, (token, load) in enumerate(zip(tokens.tolist(), experts.tolist(), strict=True)):
             if self._tokenizer is None:
@@ -132,21 +132,22 @@ def _draw(found: Sequence[T], count: int) -> list[T]:
 
 
 def true_experts(reports: Sequence[LayerReport], num_experts: int) -> Tensor:
-    """Returns each token's mean number of true experts over layers, float64 [T], without pairs that a capacity dropped."""
+    """Returns the mean over layers of each token's number of true experts, float64 [T]. Dropped pairs do not count."""
     chosen = [report.chosen for report in reports if report.chosen is not None]
     ids_LTK = torch.stack([each.column_TK for each in chosen])
     return ((ids_LTK >= 0) & (ids_LTK < num_experts)).sum(2).to(torch.float64).mean(0)
 
 
 def _filler(batch: Batch) -> Tensor:
-    """Returns which tokens are background cells, bool [B, S]. `Batch.filler_BS` marks the token before each such cell."""
+    """Returns whether each token is a background cell, [B, S]. `Batch.filler_BS` marks the position before such a cell."""
     filler_BS = torch.zeros_like(batch.filler_BS)
     filler_BS[:, 1:] = batch.filler_BS[:, :-1] & (batch.positions_BS[:, 1:] > 0)
     return filler_BS
 
 
 def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Returns sums of true experts [0] and numbers of tokens [1] by modality and filler, float64 [2, M, 2]."""
+    """Returns the sum of numbers of true experts [0], and the number of tokens [1], by modality and filler: float64 [2, M,
+    2]."""
     kind_T = torch.where(batch.padding_BS, 2 * num_modalities, 2 * batch.modality_BS + _filler(batch)).flatten()
     values_2T = torch.stack([experts_BS.flatten(), torch.ones_like(experts_BS).flatten()])
     member = (kind_T[:, None] == torch.arange(2 * num_modalities, device=kind_T.device)).to(torch.float64)
@@ -154,8 +155,8 @@ def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
 
 
 def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Returns the mean number of true experts by kind of token. The name of a kind of picture cells contains the modality
-    only if several modalities have background cells."""
+    """Returns the mean number of true experts for each kind of token. If several modalities have background cells, the
+    names of the kinds of picture cells contain the modality."""
     experts_MF, tokens_MF = sums_2MF
     several, found = (tokens_MF[:, 1] > 0).sum() > 1, {}
     for name, experts_F, tokens_F in zip(names, experts_MF, tokens_MF, strict=True):
@@ -166,7 +167,7 @@ def mean_by_kind(sums_2MF: np.ndarray, names: Sequence[str]) -> dict[str, float]
 
 
 def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
-    """Yields sequence index in the batch and positions of each document or piece of a document."""
+    """Yields, for each document or piece of a document, the index of its sequence in the batch and its positions."""
     for row, (starts, padding) in enumerate(zip(batch.positions_BS.numpy() == 0, batch.padding_BS.numpy(), strict=True)):
         length = int((~padding).sum())  # padding is at the end
         edges = [*np.flatnonzero(starts[:length]).tolist(), length]
@@ -176,7 +177,7 @@ def _documents(batch: Batch) -> Iterator[tuple[int, slice]]:
 def _pictures(
     batch: Batch, experts_BS: np.ndarray, manifest: Manifest
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields codes, numbers of true experts and background flags of whole pictures, each [rows, columns]."""
+    """Yields, for each whole picture, its codes, numbers of true experts and background flags, each [rows, columns]."""
     image = manifest.image
     if image is None:
         return
@@ -193,8 +194,8 @@ def _pictures(
 
 
 def _texts(batch: Batch, experts_BS: np.ndarray, manifest: Manifest) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the tokens of each document (or piece of a document) that has no picture and only tokens of the modality of
-    `eos_id`, and the tokens' numbers of true experts."""
+    """Yields the tokens of each text document, or piece of one, and the number of true experts of each token. A text
+    document has no picture, and all its tokens have the modality of `eos_id`."""
     tokens_BS, modality_BS = batch.tokens_BS.numpy(), batch.modality_BS.numpy()
     (text,) = (
         index

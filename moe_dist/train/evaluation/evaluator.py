@@ -25,15 +25,15 @@ TIMED_BATCHES = 4
 
 
 class Evaluator:
-    """Evaluates the model in training on the held-out documents of every source.
+    """Evaluates the model that is being trained on the held-out documents of every source.
 
     Args:
-        group_of_modality: int64 [M], expert group of each modality, on the model's device.
+        group_of_modality: int64 [M] on the model's device, index of the expert group of each modality.
 
     Attributes:
         placement: The current placement of the experts.
-        mapper: Makes the compute map (true experts of single tokens); None without `monitor.compute_map`.
-        calibration: Training micro-batches that calibrate thresholds before an evaluation; 0 without thresholds.
+        mapper: Makes the compute map (numbers of true experts of single tokens); None without `monitor.compute_map`.
+        calibration: Number of training micro-batches that calibrate thresholds before an evaluation; 0 without thresholds.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class Evaluator:
         self.mapper = None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump())
         causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
         self.calibration = config.evaluation.calibration if "threshold" in causal else 0
-        self._cached: dict[int, list[Batch]] = {}  # results of `_batches`, by argument
+        self._cached: dict[int, list[Batch]] = {}  # results of `_batches`, keyed by its argument
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
-        """Evaluates the model after step `step`. Collective. The evaluation calibrates thresholds of routers. It does not
-        change gradients, random generators or the loader.
+        """Evaluates the model after step `step`. Collective. Calibrates the routers' thresholds first. Does not change
+        gradients, random generators or the loader.
 
         Args:
-            final: True for the last evaluation, which uses `evaluation.final_sequences`. It also measures the loss without
-                experts and, if experts choose tokens in training, the loss if experts choose as in training.
-            trained: This rank's last `calibration` training micro-batches, or fewer at the start of the run.
+            final: True for the last evaluation. It uses `evaluation.final_sequences`, and also measures the loss without
+                experts. If experts choose tokens in training, it also measures the loss when they choose as in training.
+            trained: This rank's last `calibration` training micro-batches; fewer at the start of the run.
         """
         mesh, groups, section = self.mesh, self.group_of_modality, self._config.evaluation
         world, moe = self._parallel.layer_ranks, self._config.model.moe
@@ -73,7 +73,7 @@ class Evaluator:
         if final and section.ablate_experts:
             ablated = self._losses(batches, experts_off=True)
         if final and moe.router.experts_choose:
-            # Experts choose tokens as in training, so that their choice depends on later tokens.
+            # Experts choose tokens as in training: which tokens an expert chooses also depends on later tokens.
             with choice_of_training([layer.router for layer in self.model.moe_modules()], step):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")
@@ -115,7 +115,7 @@ class Evaluator:
             )
 
     def _experts_per_token(self, heldout: Heldout) -> dict[str, float]:
-        """Returns the number of true (not null) experts per token and layer, by group. Leaves out groups without tokens."""
+        """Returns the mean number of true (not null) experts per token and layer of each group that has tokens."""
         if heldout.counts is None:
             return {}
         tokens_G = heldout.counts.tokens_LG.sum(0)
@@ -126,8 +126,8 @@ class Evaluator:
         }
 
     def _by_count(self, heldout: Heldout) -> float | None:
-        """Returns the ranks' mean of (token, expert) pairs x FFN width, divided by the ranks' maximum. A rank's number of
-        pairs follows from the expert choices of this evaluation."""
+        """Returns the mean over ranks of (number of (token, expert) pairs x FFN width), divided by the maximum over ranks.
+        Each rank's number of pairs is computed from the expert choices in this evaluation."""
         if heldout.counts is None:
             return None
         choices_LC = heldout.counts.choices_LC
@@ -136,7 +136,7 @@ class Evaluator:
         return 1.0 / imbalance if imbalance else None
 
     def _batches(self, sequences: int) -> list[Batch]:
-        """Returns this rank's held-out batches of all sources, on the host."""
+        """Returns this rank's held-out batches from all sources. The batches are on the host."""
         if sequences not in self._cached:
             config, (rank, readers) = self._config, self._parallel.reader
             share = {"micro_batch": config.train.micro_batch, "rank": rank, "world_size": readers}

@@ -23,10 +23,10 @@ class Heldout:
     """Held-out losses and routing counts, over all ranks.
 
     Attributes:
-        loss: Nats per label by the label's modality; '<modality>_no_filler' is the loss without filler (the background
-            cells of pictures), if the data mark filler. Modalities without labels are left out.
-        tokens: Number of labels over which each entry of `loss` is a mean.
-        counts: Routing counts; None without batches.
+        loss: Mean loss in nats per label, by the label's modality. If the data mark filler (the background cells of
+            pictures), '<modality>_no_filler' is the loss without it. Modalities without labels are left out.
+        tokens: Maps each key of `loss` to the number of labels over which the loss is a mean.
+        counts: Routing counts; None if there were no batches.
     """
 
     loss: Mapping[str, float]
@@ -49,13 +49,13 @@ def heldout_losses(
     """Computes held-out losses and routing counts. Collective: every rank must pass the same number of batches.
 
     Args:
-        model: The transformer itself, not its DDP wrapper.
+        model: The transformer, not wrapped by DDP.
         group_of_modality: int64 [M], index of the expert group of each modality.
-        experts_off: Whether to leave out routed experts' output, to measure by how much it lowers the loss.
-        counts_tokens: False if another rank counts this rank's tokens and losses.
+        experts_off: Whether to leave out the output of routed experts, which shows by how much this output lowers the loss.
+        counts_tokens: False if another rank counts the tokens and losses of this rank.
     """
     device, request = group_of_modality.device, RoutingRequest(experts_off=experts_off)
-    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, without syncs
+    sums_4M = torch.zeros(4, len(modalities), dtype=torch.float64, device=device)  # on the device, to add without syncs
     local: list[RoutingCounts[Tensor]] = []
     training = model.training
     model.eval()
@@ -66,7 +66,7 @@ def heldout_losses(
             sums_4M += _sums(losses_BS, on_device, len(modalities))
         local.append(joined([report.counts for report in reports]))
     model.train(training)  # the model's mode before the call
-    if not local:  # no rank has batches, because all ranks have equally many
+    if not local:  # no rank has batches, because all ranks have the same number of batches
         return Heldout({}, {}, None)
     summed = sum_over(pack(added(local)), world, name=EVALUATION_COUNTS, tracker=tracker)
     counts = whole_numbers(unpack(summed.cpu().numpy(), local[0]))
@@ -83,7 +83,7 @@ def heldout_losses(
 
 
 def _sums(losses_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Returns float64 [4, M], by modality: loss sum and number of all labels, then loss sum and number of filler labels."""
+    """Returns float64 [4, M] by modality: loss sum and number of all labels, then loss sum and number of filler labels."""
     ones = torch.ones_like(losses_BS)
     filler_labels = torch.where(batch.filler_BS, batch.labels_BS, IGNORED)
     return torch.stack(

@@ -1,4 +1,4 @@
-"""Replays a step of a trace (routers take the traced expert choices), and computes the loss with other expert choices.
+"""Replays a step of a trace by giving routers the traced expert choices, and computes the loss with other expert choices.
 
 Shape letters: B sequences, S positions, T tokens of this rank, L MoE layers, K choices.
 """
@@ -29,19 +29,19 @@ def replay_step(
     *,
     source: str,
 ) -> Replay:
-    """Returns the replay of a traced step for this rank's micro-batches. The replay finds tokens by sequence and position,
-    so micro-batches, number of ranks and placement may differ from the traced run.
+    """Returns a replay of a traced step for this rank's micro-batches. The replay finds tokens by sequence and position.
+    Micro-batches, number of ranks and placement may therefore differ from those of the traced run.
 
     Args:
         traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
-        batches, sequences: This rank's micro-batches on the host, and for each micro-batch the numbers of its sequences in
-            the trace. In a run's trace `data.order.micro_batches` gives the numbers; in another system's trace each file is
-            a sequence, counted from 0.
+        batches, sequences: This rank's micro-batches on the host, and, for each micro-batch, the numbers of its sequences
+            in the trace. For a run's trace `data.order.micro_batches` gives these numbers. In another system's trace each
+            file is one sequence, and the numbers start at 0.
         group_of_modality: Index of the expert group of each modality of the batches.
 
     Raises:
         ConfigError: the model has a router that cannot replay.
-        DataError: the traced step is of a different model or different tokens, or lacks tokens of the batches.
+        DataError: the traced step has a different model or different tokens, or the trace lacks tokens of the batches.
     """
     routers, recorded = replayable_routers(model), traced.manifest
     ours, theirs = _columns(routers[0].groups), _columns(recorded.groups)
@@ -71,7 +71,7 @@ def _rows(
     token_T: np.ndarray,
     source: str,
 ) -> np.ndarray:
-    """Returns the index in the trace of each token of this rank that is not padding."""
+    """Returns, for each token of this rank that is not padding, its index in the trace."""
     length = batches[0].tokens_BS.shape[1]
     number_T = np.repeat(np.concatenate([np.asarray(part) for part in sequences]), length)
     if len(number_T) != len(real_T):
@@ -110,18 +110,18 @@ def _key(sequence: np.ndarray, position: np.ndarray) -> np.ndarray:
 def counterfactual(
     model: Transformer, batch: Batch, group_of_modality: Tensor, *, token: int, layer: int, choice: Sequence[int]
 ) -> Tensor:
-    """Returns by how much the cross entropy of each label [B, S] rises if one token takes other experts in one MoE layer
-    and all other expert choices, also in later layers, stay the same. Costs two forward passes. Collective: every rank of
-    an EP group calls the function, with a token of its own batch.
+    """Returns by how much the cross entropy of each label [B, S] rises if one token takes other experts in one MoE layer.
+    All other expert choices stay unchanged, also those in later layers. Costs two forward passes. Collective: every rank of
+    an EP group calls the function with a token from its own batch.
 
     Args:
-        token: Index of the token in the batch, counted along B x S.
+        token: Index of the token in the batch flattened to B x S.
         layer: Index of the layer among the MoE layers.
-        choice: The k expert columns that the token takes, where k is top_k of the token's group.
+        choice: Indices of the k expert columns that the token takes instead, where k is top_k of the token's group.
 
     Raises:
         ConfigError: there is no such token or layer, or the model has a router that cannot replay.
-        DataError: the token cannot take the columns in `choice`.
+        DataError: the token cannot choose the columns in `choice`.
     """
     replayable_routers(model)
     before_BS, reports = forward(model, batch, group_of_modality, RoutingRequest(keep_choices=True), losses=True)

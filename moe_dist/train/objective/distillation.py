@@ -1,10 +1,10 @@
-"""The distillation term of a training step, and the teacher.
+"""Defines the distillation term of a training step, and the teacher.
 
     loss = (1 - weight) cross entropy + weight KL       means over the labels of the step
     KL = KL(teacher || model), or with the divergence `reverse` KL(model || teacher)
 
-Either every rank holds the whole teacher (frozen, in evaluation mode) and runs it on the rank's own tokens, or every rank
-reads the teacher's output from a file (`top_logits.py`). Neither way needs a collective.
+Every rank either holds the whole teacher (frozen, in evaluation mode) and runs it on the rank's own tokens, or reads the
+teacher's output from a file (`top_logits.py`). In both cases the term needs no collective.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Distillation:
     """Adds the distillation term to the loss of micro-batches.
 
     Args:
-        outputs: Returns the teacher's output for a micro-batch: a `Teacher`, or `TopLogits` from a file.
+        outputs: Returns the teacher's output for a micro-batch: a `Teacher`, or `TopLogits`, which reads a file.
         weight: Weight of the KL divergence in the loss; cross entropy has weight 1 - `weight`.
     """
 
@@ -40,14 +40,14 @@ class Distillation:
         self.outputs, self._weight = outputs, weight
 
     def add(self, loss: MicroLoss, losses_BS: Tensor, kl_BS: Tensor, labels_in_step: Tensor) -> MicroLoss:
-        """Returns the micro-batch's loss, in which the KL divergence replaces the fraction `weight` of cross entropy."""
+        """Returns the micro-batch's loss after KL divergence replaces the fraction `weight` of its cross entropy."""
         term = self._weight * kl_BS.sum() / labels_in_step
         total = loss.total + term - self._weight * losses_BS.sum() / labels_in_step
         return loss._replace(total=total, auxiliary=loss.auxiliary + term.detach().to(torch.float64))
 
 
 class Teacher:
-    """A frozen model with all weights on this rank. `group_of_modality` maps modalities to the teacher's groups."""
+    """A frozen model that has all its weights on this rank. `group_of_modality` maps modalities to the teacher's groups."""
 
     def __init__(self, model: nn.Module, group_of_modality: Tensor, *, divergence: Divergence = "forward") -> None:
         self._model, self._group_of_modality = model, group_of_modality
@@ -65,8 +65,8 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
     """Returns the folder of the teacher's checkpoint, and the section `model` of the configuration saved in it.
 
     Args:
-        path: Run folder, checkpoint or import (`loss.distillation.teacher`).
-        manifest: Manifest of the data set on which the student learns.
+        path: Path of a run folder, a checkpoint or an import (`loss.distillation.teacher`).
+        manifest: Manifest of the student's training data.
 
     Raises:
         ConfigError: there is no checkpoint, or the checkpoint's model cannot be the teacher. The error lists every reason.
@@ -103,7 +103,7 @@ def teacher_section(path: str, student: ModelSection, manifest: Manifest, *, seq
 
 
 def load_teacher(teacher: nn.Module, folder: Path, placement: ExpertPlacement) -> None:
-    """Loads the teacher's checkpoint on this rank, and freezes the teacher. `placement` has all experts on one rank."""
+    """Loads the teacher's checkpoint on this rank and freezes the teacher. `placement` must put all experts on one rank."""
     manager = CheckpointManager(folder.parent, keep=1, lease_check=lambda: None)
     manager.load(folder, capture(teacher, None, RankLayout(placement)))
     teacher.requires_grad_(False)

@@ -1,5 +1,5 @@
-"""The loss of a step: cross entropy and auxiliary terms. Each rank divides its sums by counts over all ranks, so that the
-results of the ranks add up to the loss of the step.
+"""Computes the loss of a step: cross entropy and auxiliary terms. Each rank divides its sums by counts over all ranks, so
+the sum of the ranks' results is the loss of the step.
 
 Shape letters: B sequences, S positions, V vocabulary, M modalities, L MoE layers, P mixture-of-depths layers, G groups, C
 choice columns, E true experts.
@@ -29,22 +29,22 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 def aux_at(step: int, *, schedule: Sequence[tuple[int, float]], **settings: Any) -> AuxSettings:
-    """Returns the settings of step `step` (0-based), with the balance coefficient of `schedule` at this step."""
+    """Returns the settings of the auxiliary losses at step `step` (0-based). `schedule` gives the balance coefficient."""
     return AuxSettings(balance=coefficient_at(schedule, step), **settings)
 
 
 class MicroLoss(NamedTuple):
     """The losses of one micro-batch on this rank. Only `total` has a gradient; the other losses are float64."""
 
-    total: Tensor  # share of this micro-batch and rank in the step's loss
-    nll_M: Tensor  # sum of token losses by the label's modality, in nats
+    total: Tensor  # contribution of this micro-batch and rank to the step's loss
+    nll_M: Tensor  # sum of the cross entropies of labels, by the label's modality, in nats
     balance: Tensor  # balance term in `total`
-    z: Tensor  # z term in `total`
-    auxiliary: Tensor  # in `total`: loss of auxiliary routers, router tuning term, or distillation term
+    z: Tensor  # router z-loss term in `total`
+    auxiliary: Tensor  # part of `total`: loss of auxiliary routers, router tuning term, or distillation term
 
 
 def sums_by_modality(values_BS: Tensor, labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
-    """Returns the sum of `values_BS` by modality of the label, over positions whose label is not IGNORED: float64 [M]."""
+    """Returns the sum of `values_BS` by the label's modality, over positions whose label is not IGNORED: float64 [M]."""
     member = _labels_of_modalities(labels_BS, modality_BS, num_modalities)
     return values_BS.detach().flatten().to(torch.float64) @ member.to(torch.float64)
 
@@ -70,9 +70,9 @@ def forward(
     losses: bool = False,
     teacher: TeacherOutput | None = None,
 ) -> tuple[Tensor, Sequence[LayerReport]]:
-    """Runs a transformer or its data-parallel wrapper. Returns one report per MoE layer, and logits [B, S, V]. With
-    `losses` returns, instead of logits, the cross entropy of each label [B, S], over the batch's choices if the batch has
-    any. With a `teacher` returns cross entropy and KL divergence [2, B, S]."""
+    """Runs a transformer or its data-parallel wrapper. Returns logits [B, S, V] and one report per MoE layer. With
+    `losses`, the cross entropy of each label [B, S] replaces the logits; it is over the batch's choices if the batch has
+    any. With a `teacher`, cross entropy and KL divergence [2, B, S] replace them."""
     group_BS = group_of_modality[batch.modality_BS].masked_fill(batch.padding_BS, -1)
     labels_BS = batch.labels_BS if losses else None
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
@@ -84,14 +84,14 @@ def forward(
 def global_counts(
     local: RoutingCounts[Tensor], group: dist.ProcessGroup | None, tracker: CollectiveTracker | None = None
 ) -> Callable[[], RoutingCounts[Tensor]]:
-    """Starts the sum of a micro-batch's counts over all ranks: one all-reduce of a few numbers for each layer, which all
-    ranks must issue outside recomputed code. Returns a function that waits for the sums and returns them in float64."""
+    """Starts to sum a micro-batch's counts over all ranks: one all-reduce of a few numbers per layer, which all ranks must
+    issue outside recomputed code. Returns a function that waits for the sums and returns them in float64."""
     summed = start_sum(pack(local), group, name=ROUTING_COUNTS, tracker=tracker)
     return lambda: unpack(summed(), local)
 
 
 def whole_numbers(counts: RoutingCounts[np.ndarray]) -> RoutingCounts[np.ndarray]:
-    """Returns float64 counts as int64, except the fields in `FRACTIONAL`."""
+    """Converts float64 counts to int64, except the fields in `FRACTIONAL`."""
     depth = None if counts.depth is None else _whole(counts.depth)
     return _whole(counts._replace(depth=None))._replace(depth=depth)
 
@@ -114,17 +114,17 @@ def depth_statistics(
 
 
 def auxiliary_terms(sums: AuxSums, tokens_LG: Tensor, tables: ColumnTables) -> Tensor:
-    """Returns this rank's share of the auxiliary routers' loss, [L, G] ([0, G] without auxiliary routers). For each layer
-    and group the loss is the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section
-    2.4). `tokens_LG` counts tokens over all ranks; the loss of a group without tokens is 0."""
+    """Returns this rank's part of the auxiliary routers' loss, [L, G] ([0, G] without auxiliary routers). The loss of a
+    layer and group is the mean binary cross entropy over the group's tokens and experts (MoMa, arXiv 2407.21770, section
+    2.4). `tokens_LG` counts the tokens of all ranks. The loss of a group without tokens is 0."""
     if sums.auxiliary_LG is None:
         return tokens_LG.new_zeros((0, tokens_LG.shape[1]))
     return sums.auxiliary_LG / (tokens_LG.clamp_min(1.0) * tables.size_G).to(sums.auxiliary_LG.dtype)
 
 
 def depth_auxiliary(auxiliary_P: Tensor, tokens_P: Tensor) -> Tensor:
-    """Returns this rank's share of the loss of auxiliary mixture-of-depths routers: the mean binary cross entropy over the
-    tokens of all ranks, summed over the layers. Only the auxiliary routers get gradients from this loss."""
+    """Returns this rank's part of the loss of auxiliary mixture-of-depths routers. The loss is the mean binary cross
+    entropy over the tokens of all ranks, summed over the layers. It gives gradients only to the auxiliary routers."""
     return (auxiliary_P / tokens_P.clamp_min(1.0)).sum()
 
 
@@ -142,19 +142,19 @@ def micro_loss(
     share_G: Tensor | None = None,
     load: StepLoad | None = None,
 ) -> MicroLoss:
-    """Returns the share of this rank's micro-batch in the step's loss:
+    """Returns the part of the step's loss that comes from this rank's micro-batch:
 
         sum of token losses / labels in the step  +  share * (c_b sum_layers,groups balance + c_z sum_layers z
                                                               + sum_layers,groups auxiliary)
 
     Args:
-        losses_BS: Cross entropy of each label, 0 where the label is IGNORED.
-        sums: Sums of all layers over this rank's tokens (`joined`).
-        labels_in_step: Number of labels (without IGNORED) of the step, over all ranks and micro-batches.
+        losses_BS: Cross entropy of each label; 0 where the label is IGNORED.
+        sums: Sums over this rank's tokens, for all layers (`joined`).
+        labels_in_step: Number of labels in the step, without IGNORED labels, over all ranks and micro-batches.
         share: Weight of the micro-batch in the step. Auxiliary terms are means over its tokens on all ranks.
         counts: Routing counts of the micro-batch over all ranks (`global_counts`).
-        share_G: Weight of each group's balance and auxiliary-router terms; None to use `share`.
-        load: Expert loads for the balance loss; None to use the loads in the micro-batch.
+        share_G: Weight of the balance and auxiliary-router terms of each group; None to use `share` for all groups.
+        load: Expert loads for the balance loss; None to use the micro-batch's own loads.
     """
 
     def weighted(coefficient: float, terms_LG: Tensor) -> Tensor:

@@ -1,14 +1,13 @@
-"""Stores a teacher model's most likely next tokens at each position of training sequences, in a folder that runs map into
-memory:
+"""Stores a teacher's most likely next tokens at each position of training sequences, in a folder of memory-mapped files:
 
     manifest.json     teacher, data, and the settings that determine the sequences
     keys.npy          int64 [N], a hash of the tokens and labels of each sequence
     words.npy         int32 [D, S, K], the K most likely next tokens; entries [N:] are unused
     log_probs.npy     float32 [D, S, K], the log-probabilities of words.npy
 
-A run finds its sequences by their hashes, so runs with any number of ranks, micro-batches or resumes can use one folder.
-Repeated sequences are stored once. Shape letters: D sequences of the stream, N different sequences among them, B sequences
-of a batch, S positions, K words, V vocabulary.
+A run finds its sequences by their hashes. Runs with any number of ranks, any micro-batch or any number of resumes can
+therefore use one folder. Repeated sequences are stored once. Shape letters: D sequences of the stream, N different
+sequences among them, B sequences of a batch, S positions, K next tokens per position, V vocabulary.
 """
 
 import hashlib
@@ -43,20 +42,20 @@ class TopLogitsManifest(BaseModel):
     content: str  # `checkpoint.base.content_hash` of the teacher's parameters
     vocab_size: int
     top: int  # K
-    drawn: int  # D, the number of sequences of the stream that the teacher saw, from the first on
-    stored: int  # N, the number of different sequences, all of which are stored
+    drawn: int  # D, the number of sequences that the teacher saw, counted from the beginning of the stream
+    stored: int  # N, the number of different sequences; all of them are stored
     sequences: dict[str, JsonValue]  # settings on which the stream depends: section `data` without its path, and seed
-    data: dict[str, str]  # `data_digest` of the data set, with its manifest, which names the tokenizer
+    data: dict[str, str]  # `data_digest` of the data set, including its manifest, which names the tokenizer
 
 
 def sequence_settings(config: Config) -> dict[str, JsonValue]:
-    """Returns the settings that determine the training sequences of a run, besides the data set."""
+    """Returns the settings that, together with the data set, determine the training sequences of a run."""
     unset = {"path"} if config.data.skip else {"path", "skip"}  # folders of earlier versions lack `skip`
     return {**config.data.model_dump(mode="json", exclude=unset), "seed": config.run.seed}
 
 
 def sequence_keys(batch: Batch) -> np.ndarray:
-    """Returns a hash of tokens and labels of each sequence, int64 [B]. On CUDA this costs a host sync."""
+    """Returns a hash of the tokens and labels of each sequence, int64 [B]. On CUDA this needs a host sync."""
     rows = torch.cat([batch.tokens_BS, batch.labels_BS], dim=1).cpu().numpy()
     return np.array([int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "big", signed=True)
                      for row in rows], np.int64)  # fmt: skip
@@ -65,9 +64,9 @@ def sequence_keys(batch: Batch) -> np.ndarray:
 def write_top_logits(
     out: Path, outputs: Iterable[tuple[Batch, TeacherOutput]], manifest: TopLogitsManifest, *, seq_len: int
 ) -> TopLogitsManifest:
-    """Writes the folder `out` from log-probabilities [B, S, V]; returns the manifest with the number of stored sequences.
-    Raises ConfigError if `out` exists. `outputs` has batches, of at most `manifest.drawn` sequences in all, and the
-    teacher's output for each batch."""
+    """Writes the folder `out` from the teacher's log-probabilities [B, S, V]. Returns the manifest with the number of
+    stored sequences. Raises ConfigError if `out` exists. `outputs` yields each batch with the teacher's output for it; the
+    batches contain at most `manifest.drawn` sequences in total."""
     if out.exists():
         raise ConfigError(f"--out {out}: exists; nothing is overwritten: remove it, or choose another folder")
     place = out.with_name(f"{out.name}.writing")
@@ -86,16 +85,16 @@ def write_top_logits(
     np.save(place / "keys.npy", np.array([*known], np.int64))
     manifest = manifest.model_copy(update={"stored": len(known)})
     (place / "manifest.json").write_text(manifest.model_dump_json(indent=1))
-    place.rename(out)  # last, so that a folder named `out` is complete
+    place.rename(out)  # done last, so that a folder named `out` is always complete
     return manifest
 
 
 class TopLogits:
-    """Reads a teacher's output from a folder that `write_top_logits` wrote. Log-probabilities stay on disk until a batch
+    """Reads a teacher's output from a folder written by `write_top_logits`. Log-probabilities stay on disk until a batch
     needs them.
 
     Raises:
-        ConfigError: the folder is missing, or was made for different sequences. The error lists every reason.
+        ConfigError: the folder is missing, or was made for other sequences. The error lists every reason.
         DataError: the folder is damaged.
     """
 
@@ -136,7 +135,7 @@ class TopLogits:
 
 
 def _problems(manifest: TopLogitsManifest, config: Config, digest: Mapping[str, str]) -> list[str]:
-    """Returns the reasons why the folder does not belong to this run's sequences and vocabulary."""
+    """Returns the reasons why the folder does not fit this run's sequences and vocabulary."""
     again = "make it again for this run"
     problems = [
         f"its {name} is {manifest.sequences.get(name)!r}, the run's is {value!r}; take that, or {again}"

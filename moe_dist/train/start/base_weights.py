@@ -1,11 +1,11 @@
 """Loads the base: the frozen model to which LoRA adapters are added. A new run loads the base from `run.init_from` (with
-`run.init_rules: [adapt]`). A resumed run loads the base from the folder that the run's checkpoint names, and refuses a base
-whose content hash differs from the hash in the checkpoint.
+`run.init_rules: [adapt]`). A resumed run loads the base from the folder that its checkpoint names, and refuses the base if
+its content hash differs from the hash in the checkpoint.
 
 An adapter adds the product of two matrices A and B to a weight, and B is initially 0. Before the first step the model
-therefore computes the same function as the base. The logits of base and adapted model are bit-equal only in batches without
-padding. A base with one expert per layer leaves padding out of its matrix products, but a model with adapters does not, and
-the rounding of a matrix product depends on its number of rows.
+therefore computes the same function as the base. The logits of the two are bit-equal only in batches without padding. A
+base with one expert per layer leaves padding out of its matrix products, but a model with adapters does not, and the
+rounding of a matrix product depends on its number of rows.
 """
 
 from collections.abc import Mapping
@@ -23,8 +23,8 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.parameter_names import ADAPTERS, Role, role_of_name
 
-# Keys of `model` that must be equal in model and base, so that both compute the same function. `base_sources` compares
-# shapes.
+# Keys of `model` that must have equal values in the model and the base, so that both compute the same function. Keys that
+# change shapes are missing here, because `base_sources` compares shapes.
 _FUNCTION = (
     "resolved_head_dim",
     "num_heads",
@@ -74,12 +74,12 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
 def load_base(
     values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
 ) -> Base:
-    """Loads the base that a checkpoint of adapters names into the model's frozen parameters. Collective over all ranks.
-    Raises DataError if the base is missing or damaged, or if its content hash differs.
+    """Loads the base that a checkpoint of adapters names, into the model's frozen parameters. Collective over all ranks.
+    Raises DataError if the base is missing or damaged, or if its content hash differs from the noted hash.
 
     Args:
         values: `CheckpointState.values` of the checkpoint of adapters.
-        adapters: Folder of the checkpoint of adapters, named in error messages.
+        adapters: Folder of the checkpoint of adapters; error messages name it.
     """
     noted = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
     state = capture(model, None, layout, part="frozen")
@@ -87,12 +87,12 @@ def load_base(
     checkpoints.load_fitting(
         base.folder, state, sources=base_sources, check=lambda contents: noted.check(contents, adapters)
     )
-    return Base.of(base, checkpoints.folder)  # the next checkpoint names the place where the base is now
+    return Base.of(base, checkpoints.folder)  # the next checkpoint names the folder where the base is now
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
-    """Compares a checkpoint's configuration with `model`; returns the reasons why the checkpoint cannot be the base. The
-    function `base_sources` checks the checkpoint's tensors."""
+    """Compares a checkpoint's configuration with `model`. Returns the reasons why the checkpoint cannot be the base. The
+    checkpoint's tensors are not checked here but by `base_sources`."""
     values = contents.state.values
     if KEY in values:
         return ["it holds adapters and not the model under them; export it (tools.export_hf) and import that as the base"]
@@ -125,7 +125,7 @@ def base_problems(model: ModelSection, contents: Contents) -> list[str]:
 
 
 def _not_dense(base: ModelSection) -> list[str]:
-    """Returns the reasons why the MoE layers of a base do not compute the function of one dense FFN for all tokens."""
+    """Returns the reasons why a base's MoE layers do not compute the same dense FFN for all tokens."""
     moe, problems = base.moe, []
     groups = ", ".join(
         f"{name} ({group.num_experts} true, {group.num_null} null, {group.num_identity + group.num_constant} free)"

@@ -1,7 +1,7 @@
-"""Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run. A dry run needs no GPU and no data.
+"""Estimates the parameters, FLOPs, memory, checkpoint size, tokens and hours of a run, without a GPU and without data.
 
 The model is built on the meta device to check the computed number of parameters. FLOPs, memory and traffic are expected
-values for a router that chooses each expert of a group, null experts included, with equal probability.
+values for a router that chooses each expert of a group with equal probability, including null experts.
 """
 
 from collections import Counter
@@ -25,26 +25,26 @@ from moe_dist.train.build.training import build_model
 
 @dataclass(frozen=True)
 class DryRun:
-    """The estimates of a run."""
+    """The estimates for one run."""
 
-    layout: PlannedLayout  # placement of the experts, and each modality's share of the tokens
+    layout: PlannedLayout  # placement of the experts, and each modality's fraction of the tokens
     world_size: int
     parts: flops.Parts  # number of parameters of each part of the model
-    active_parameters: float  # mean number of parameters that compute a token
+    active_parameters: float  # mean number of parameters with which a token is computed
     forward: flops.Parts  # FLOPs per token by part of the model
     training_flops: tuple[float, float]  # FLOPs per token of forward and backward, without and with recomputation
     plan: PlacementCosts  # expected expert FLOPs and traffic of each rank
     rank: int  # the EP rank that needs the most memory
     rank_memory: memory.RankMemory  # memory of the EP rank `rank`
-    exchange_bytes: float  # bytes per token, sent by all layers in forward, backward and recomputation
+    exchange_bytes: float  # bytes per token that all layers together send in forward, backward and recomputation
     checkpoint_bytes: float
-    tokens: int  # tokens of the whole run, padding included
+    tokens: int  # number of tokens of the whole run, including padding
 
 
 def dry_run(config: Config, *, tokens_per_second: float | None = None, console: Console | None = None) -> DryRun:
-    """Prints the estimates of a run and returns them. Raises ConfigError or DataError if the run is not possible. The error
-    message lists every problem that can be found without the data. The run's hours follow from `tokens_per_second` of all
-    ranks together; None prints no hours."""
+    """Prints the estimates for a run and returns them. Raises ConfigError or DataError if the run is not possible. The
+    error message lists every problem that can be found without the data. The run's hours are computed from
+    `tokens_per_second`, the throughput of all ranks together; with None no hours are printed."""
     result = estimate(config)
     console = console or Console()
     console.print(render(config, result, tokens_per_second))
@@ -54,7 +54,7 @@ def dry_run(config: Config, *, tokens_per_second: float | None = None, console: 
 
 
 def estimate(config: Config) -> DryRun:
-    """Computes the estimates of a run. Raises the errors of `dry_run`."""
+    """Computes the estimates for a run. Raises the same errors as `dry_run`."""
     layout = layout_without_data(config)
     model, parallel = config.model, config.parallel
     parts = flops.parameters(model)
@@ -64,7 +64,7 @@ def estimate(config: Config) -> DryRun:
     rank, rank_memory, plan = fullest_rank(config, layout.placement, layout.token_mix)
     frozen = flops.flops_left_out(config, forward)
     useful = flops.training_flops(forward, frozen=frozen)
-    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block repeats the dispatch of forward
+    exchanges = 5 if parallel.recompute == "block" else 4  # recompute=block repeats the dispatch of the forward pass
     return DryRun(
         layout=layout,
         world_size=parallel.ep * parallel.edp,
@@ -132,10 +132,10 @@ def _times(config: Config) -> str:
 
 
 def _agree_with_model(config: Config, layout: PlannedLayout, parts: flops.Parts) -> None:
-    """Checks that the sum of `parts` equals the number of parameters, over all EP ranks, of the model of the run."""
+    """Checks that the sum of `parts` equals the number of parameters of the run's model, counted over all EP ranks."""
     placement, total = layout.placement, 0
     held_R = [tuple(len(placement.local_experts(rank, g)) for g in layout.groups) for rank in range(placement.num_ranks)]
-    for held, ranks in Counter(held_R).items():  # all ranks with the same numbers of experts have equal models
+    for held, ranks in Counter(held_R).items():  # ranks with the same numbers of experts have equal models
         with torch.device("meta"):
             model = build_model(config, placement, ep_rank=held_R.index(held), ep_group=None)
         experts = _numel([each.parameter for each in named_parameters(model) if each.role in EXPERTS])
@@ -177,7 +177,7 @@ def _experts_text(result: DryRun) -> str:
 
 
 def _others_text(group: ExpertGroup) -> str:
-    """Returns a group's top_k and numbers of null, identity and constant experts; empty without such experts."""
+    """Returns a text with a group's top_k and its numbers of null, identity and constant experts; empty if it has none."""
     counts = {"null": group.num_null, "identity": group.num_identity, "constant": group.num_constant}
     named = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     return f" (top {group.top_k} with {named})" if named else ""

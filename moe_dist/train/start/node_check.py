@@ -1,9 +1,9 @@
-"""Checks the nodes at the start of every run, before the process group exists. Takes seconds; imports no torch.
+"""Checks the nodes at the start of every run, before the process group exists. It takes seconds and imports no torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
-A rank that finds an error on its own node exits. Rank 0 also compares the nodes, because a different torch version on one
-node would otherwise show as a hang in NCCL's initialisation or as wrong results.
+A rank that finds an error on its own node exits. Rank 0 also compares the nodes: if one node had a different torch version,
+NCCL's initialisation would otherwise hang, or results would be wrong.
 """
 
 import json
@@ -26,7 +26,7 @@ from moe_dist.runtime.place import RunPlace
 
 logger = logging.getLogger(__name__)
 
-WAIT_SECONDS = 20.0  # time that rank 0 waits for facts of nodes whose ranks have already met rank 0
+WAIT_SECONDS = 20.0  # how long rank 0 waits for the facts of nodes whose ranks have already met rank 0
 POLL_SECONDS = 0.1
 
 
@@ -38,10 +38,10 @@ def check_at_start(
     variables: Mapping[str, str] = os.environ,
     wait_seconds: float = WAIT_SECONDS,
 ) -> list[CheckResult]:
-    """Checks the nodes of a job. Rank 0 checks all nodes, and the first rank of each further node checks its own node.
-    These ranks return the results; all other ranks return an empty list. Call this function on every rank after rank 0 has
+    """Checks the nodes of a job. Rank 0 checks all nodes, and the first rank of each other node checks its own node. These
+    ranks return the results; all remaining ranks return an empty list. Every rank must call this function, after rank 0 has
     opened the run folder. Only rank 0 logs warnings. Raises ConfigError or ResourceError if a checked node does not meet
-    the run's requirements. Rank 0 waits `wait_seconds` for the facts of the other nodes; later facts are not compared."""
+    the run's requirements. Rank 0 waits `wait_seconds` for the facts of the other nodes; it ignores later facts."""
     if env.local_rank > 0:
         return []
     began, needs = time.time(), _needs(config, env, variables)
@@ -83,8 +83,8 @@ def _needs(config: Config, env: RankEnv, variables: Mapping[str, str]) -> Needs:
 
 
 def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[float, NodeFacts]]:
-    """Waits, at most `wait_seconds`, until facts have come from nodes that together have all ranks. Maps the first rank of
-    a node to (time of arrival by this host's clock, facts)."""
+    """Waits until facts have arrived from nodes that together have all ranks, but at most `wait_seconds`. Maps the first
+    rank of each node to (time of arrival by this host's clock, facts)."""
     deadline, found, ranks = time.monotonic() + wait_seconds, {}, env.local_world_size
     while ranks < env.world_size and time.monotonic() < deadline:
         for path in folder.glob("*.json") if folder.is_dir() else ():
@@ -92,12 +92,12 @@ def _gather(folder: Path, env: RankEnv, wait_seconds: float) -> dict[int, tuple[
                 content = json.loads(path.read_text())
                 found[int(path.stem)] = (time.time(), NodeFacts(**content["facts"]))
                 ranks += content["local_world_size"]
-        time.sleep(POLL_SECONDS)  # polls a folder on the shared file system
+        time.sleep(POLL_SECONDS)  # the files arrive in a folder of the shared file system, so this loop polls
     if ranks < env.world_size:
         logger.warning(
             "the nodes of %d ranks have not reported their facts within %g s, so they were not compared with the others",
             env.world_size - ranks,
             wait_seconds,
         )
-    shutil.rmtree(folder, ignore_errors=True)  # only rank 0 reads it
+    shutil.rmtree(folder, ignore_errors=True)  # no other rank reads the folder
     return found

@@ -7,7 +7,7 @@ values["base"]                                only if adapters are trained: path
 values["controllers"]                         state of each controller, by name
 values["levers"]                              state of the levers of `rank_balance`, by name; a checkpoint may lack levers
 rank_values["generators"]                     states of each rank's random number generators
-placement, versions                           only for human readers; a load ignores both entries
+placement, versions                           only for human readers; loading a checkpoint ignores both entries
 """
 
 import json
@@ -46,7 +46,7 @@ from moe_dist.train.start.starting_weights import begin_with_weights
 
 logger = logging.getLogger(__name__)
 
-MOST_STEPS = 1 << 28  # limited, because a resume looks for the record of each step
+MOST_STEPS = 1 << 28  # the number of steps is limited, because a resumed run looks for the record of each step
 
 
 @dataclass
@@ -54,22 +54,22 @@ class Progress:
     """The counters of a run."""
 
     step: int = 0  # number of steps taken, skipped steps included
-    position: int = 0  # number of sequences that all ranks have drawn from the global stream; data.skip does not count
+    position: int = 0  # number of sequences that all ranks have drawn from the global stream, not counting data.skip
     tokens: int = 0  # number of tokens trained on, without padding
-    skipped_steps: int = 0  # number of steps without an update, because loss or gradient was not finite
-    skipped_in_a_row: int = 0  # number of skipped steps since the last step that was not skipped
-    evaluated: int = 0  # step after which the last evaluation was made
+    skipped_steps: int = 0  # number of steps that made no update, because the loss or the gradient was not finite
+    skipped_in_a_row: int = 0  # number of consecutive skipped steps up to now
+    evaluated: int = 0  # number of steps that had been taken at the last evaluation
     first_position: int = 0  # `position` at the start of the run; above 0 only with run.keep_position
 
     def owes_evaluation(self, every: int, last: int) -> bool:
-        """Returns True if an evaluation is due (every `every` steps and after step `last`) but has not been made yet. If a
-        stop request prevents the evaluation, the resumed run makes the evaluation."""
+        """Returns True if an evaluation is due (every `every` steps and after step `last`) but has not been made yet. A
+        stop request can prevent an evaluation; the resumed run then makes it."""
         return self.step > self.evaluated and (self.step % every == 0 or self.step == last)
 
 
 @runtime_checkable
 class Controller(Protocol):
-    """An object with a state that is not a tensor of the model and that changes during a run, equally on all ranks."""
+    """An object whose state changes during a run, equally on all ranks, and is not stored in a tensor of the model."""
 
     def state(self) -> JsonValue:
         """Returns a copy of the state as a JSON value."""
@@ -84,9 +84,9 @@ class Resumable:
     """Saves and restores one rank's part of a run's state. All methods are collective over all ranks.
 
     Args:
-        controllers: Objects, by name, whose state is saved with the model; by default the controllers of `training`.
-        levers: The levers of the run, by name. The levers' states are saved, and restored if a checkpoint has them.
-        report_save: Function that rank 0 calls after each save with the seconds of the save.
+        controllers: Objects whose state is saved with the model, by name; by default the controllers of `training`.
+        levers: The run's levers by name. The state of each lever is saved; it is restored if the checkpoint has it.
+        report_save: Function that rank 0 calls after each save with its duration in seconds.
 
     Attributes:
         placement: The current placement of the experts.
@@ -142,7 +142,7 @@ class Resumable:
 
     @property
     def newest(self) -> Path | None:
-        """The newest checkpoint that this attempt has loaded or committed; call `writer.wait` before."""
+        """The newest checkpoint that this attempt has loaded or committed. Call `writer.wait` before reading it."""
         return self._checkpoints.newest
 
     def ways_on(self, progress: Progress) -> str:
@@ -169,8 +169,8 @@ class Resumable:
         )
 
     def restore(self) -> Progress:
-        """Loads the newest checkpoint into model and optimizer and returns the run's progress. Without a checkpoint loads
-        the weights of `run.init_from`, if it is set, and returns the progress of a new run.
+        """Loads the newest checkpoint into model and optimizer, and returns the run's progress. If there is no checkpoint,
+        loads the weights of `run.init_from`, if it is set, and returns the progress of a new run.
 
         Raises:
             DataError: the checkpoint is damaged or belongs to another run, or the run's data have changed.
@@ -212,7 +212,7 @@ class Resumable:
 
     @property
     def status(self) -> CollectiveStatus:
-        """Runs phases that fail on all ranks or on none."""
+        """Runs phases that fail either on all ranks or on none."""
         return self._checkpoints.status
 
     @property
@@ -237,7 +237,7 @@ class Resumable:
         return self._training.capture(self._layout, part=part, values=values, rank_values=rank_values)
 
     def _check_origin(self, folder: Path, restored: Restored) -> None:
-        """Checks that the checkpoint is of this run and that the run's data are unchanged. Runs on rank 0."""
+        """Checks that this run saved the checkpoint and that the run's data have not changed since. Runs on rank 0."""
         saved = saved_config(restored.values, folder)
         if changes := [each for each in changes_on_resume(saved, self._config) if each.key != "run.name"]:
             raise DataError(
@@ -260,7 +260,7 @@ class Resumable:
             )
 
     def _at_kept_position(self, init_from: Path) -> Progress:
-        """Returns the progress of a new run whose data begin at the position where the run `init_from` ended. Raises
+        """Returns the progress of a new run that continues the data of the run `init_from` where that run ended. Raises
         ConfigError if the two runs do not draw the same stream of sequences."""
         position = self.status.broadcast(
             "keep the position", lambda: kept_position(find_checkpoint(init_from), self._config, self._data)
@@ -300,8 +300,8 @@ def build_resumable(
 
 
 def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
-    """Returns the progress that a checkpoint contains. Raises DataError if a counter is invalid, or contradicts another
-    counter or the configuration."""
+    """Returns the progress that a checkpoint contains. Raises DataError if a counter is invalid, or if it contradicts
+    another counter or the configuration."""
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
     saved = {"first_position": 0, **saved}  # earlier versions did not save first_position, which was 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
@@ -333,8 +333,8 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
 
 
 def check_skip(progress: Progress, saved: Config, config: Config, folder: Path) -> None:
-    """Raises ConfigError if `data.skip` has changed for sequences that the run has already drawn, because the position of
-    the checkpoint would then mean another sequence."""
+    """Raises ConfigError if `data.skip` has changed for sequences that the run has already drawn. After such a change, the
+    checkpoint's position would mean another sequence."""
     drawn = number_at(progress.position - 1, saved.data.skip) if progress.position else -1
     past, now = (
         [(first, min(last, drawn)) for first, last in each.data.skip if first <= drawn] for each in (saved, config)
@@ -348,9 +348,9 @@ def check_skip(progress: Progress, saved: Config, config: Config, folder: Path) 
 
 
 def kept_position(folder: Path, config: Config, data: Mapping[str, str]) -> int:
-    """Returns the `position` of another run's checkpoint, at which a new run continues the stream of sequences.
+    """Returns the `position` of another run's checkpoint. A new run continues the stream of sequences at this position.
 
-    The data set, the section `data` and the seed must be equal in both runs, because these three determine the stream.
+    The data set, the section `data` and the seed must be equal in both runs, because together they determine the stream.
 
     Raises:
         ConfigError: the data set, the section `data` or the seed differs, or the other run tuned routers.
@@ -390,8 +390,7 @@ def saved_config(values: Mapping[str, JsonValue], folder: Path) -> Config:
 
 
 def mapping_of(values: Mapping[str, JsonValue], name: str, folder: Path) -> dict[str, JsonValue]:
-    """Returns `values[name]` of a checkpoint, which must be a mapping. Raises DataError if the value is missing or is not a
-    mapping."""
+    """Returns `values[name]` of a checkpoint. Raises DataError if this value is missing or is not a mapping."""
     found = values.get(name)
     if not isinstance(found, dict):
         raise DataError(f"{folder}: it holds no {name!r} of a run, but {found!r:.80}")

@@ -1,13 +1,13 @@
-"""Starts a new run from the weights of another run's checkpoint (`run.init_from`): tensors of equal name, shape and dtype
-are loaded, all other tensors stay as initialised. `run.init_rules` may contain these rules:
+"""Starts a new run from the weights of another run's checkpoint (`run.init_from`). A tensor is
+loaded if the checkpoint has one of equal name, shape and dtype, else initialised. `run.init_rules` may contain these rules:
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
-split         a dense FFN is cut into the experts of a group, whose outputs sum to the FFN's (checkpoint/split.py)
-split_experts each expert of an MoE model is cut into finer experts, chosen together (checkpoint/split.py)
+split         a dense FFN is cut into the experts of a group; their outputs sum to the FFN's output (checkpoint/split.py)
+split_experts each expert of an MoE model is cut into finer experts, which are chosen together (checkpoint/split.py)
 copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
-All checks run before the first step. The report lists the loaded tensors, and any reason why the model's function differs
-from the function of the checkpoint's model.
+All checks run before the first step. The report lists the loaded tensors. If the model does not compute the same function
+as the checkpoint's model, the report also lists the reasons.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +36,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, logical_name, role_of_name
 
-# Maps a rule to a text that says how rounding still changes the function of the checkpoint's model.
+# Maps a rule to a text that says how rounding still changes the function that the checkpoint's model computes.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
@@ -48,11 +48,11 @@ _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[st
     "split": fitting_or_split,
     "split_experts": fitting_or_split_experts,
 }
-# Rules that set router tensors, or leave them as initialised on purpose.
+# Rules that set router tensors, or leave them on purpose with their initial values.
 _RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
-STAIR = 0.02  # difference of the biases of a split model's null experts / score of a router row of zeros
+STAIR = 0.02  # for null experts of a split model: difference of their biases / score of a router row of zeros
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
-# Keys of `model` that are not compared: they do not change the function, or names and shapes of tensors show their changes.
+# Keys of `model` that are not compared: they do not change the function, or tensor names or shapes show their changes.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
 
 
@@ -81,7 +81,7 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
             source = _old_model(contents)
         if config.train.only == "auxiliary_routers" and (problem := _other_score(config, source)):
             raise ConfigError(f"run.init_from={config.run.init_from!r}: {problem}", see="docs/routing.md")
-        # Upcycling does not need `source_problems`: a group's experts are equal, so their choice changes no token's output.
+        # Upcycling needs no `source_problems`: a group's experts are then equal, so every choice gives equal outputs.
         checks = {"split_experts": split_experts_problems, **({} if upcycle else {"copy_nulls": source_problems})}
         if problems := [
             f"run.init_rules: {rule}: {path}: {problem}"
@@ -121,8 +121,8 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
 
 
 def _old_model(contents: Contents) -> ModelSection | None:
-    """Returns the section `model` of a checkpoint's configuration; None without a configuration. Raises DataError if this
-    version cannot read the section."""
+    """Returns the section `model` of a checkpoint's configuration, or None if it has no configuration. Raises DataError if
+    this version cannot read the section."""
     config = contents.state.values.get("config")
     model = config.get("model") if isinstance(config, dict) else None
     try:
@@ -135,7 +135,7 @@ def _old_model(contents: Contents) -> ModelSection | None:
 
 
 def _check_scored(config: Config) -> None:
-    """Raises ConfigError if the samples of router tuning were not made with the weights of `run.init_from`."""
+    """Raises ConfigError if the samples of router tuning were made with other weights than those of `run.init_from`."""
     assert config.router_tuning is not None, "the caller checks the section"
     assert config.run.init_from is not None, "preflight checks it"
     manifest = load_tuning_manifest(config.router_tuning.data)
@@ -158,8 +158,8 @@ def _gates(model: Transformer, config: Config) -> list[GroupGate]:
 
 
 def _misfits(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
-    """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor of different
-    shape, a tensor that the model lacks, a key of `model` with a different value. Router tensors are not compared."""
+    """Returns the differences between checkpoint and model that no rule of `run.init_rules` allows: a tensor of another
+    shape, a tensor that the model lacks, or another value of a key of `model`. Router tensors are not compared."""
     odd = [name for name in _kept(config, taken) if taken.kept[name] != ABSENT]
     problems = [
         f"{name} stays as initialised ({taken.kept[name]}); give the model what the checkpoint has" for name in odd[:1]
@@ -177,7 +177,7 @@ def _misfits(config: Config, source: ModelSection | None, taken: Taken) -> list[
 
 def _changes(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
     """Returns the reasons, other than `_misfits`, why the model does not compute the same function as the checkpoint's
-    model. Without such reasons both models compute the same function (an upcycled model up to rounding)."""
+    model. Without such reasons both compute the same function (for an upcycled model, up to rounding)."""
     new = [name for name in _kept(config, taken) if taken.kept[name] == ABSENT]
     changes = [f"{name} stays as initialised ({ABSENT})" for name in new[:1]]
     changes += _other_experts(config, source)
@@ -190,10 +190,10 @@ def _changes(config: Config, source: ModelSection | None, taken: Taken) -> list[
 
 
 def _other_keys(config: Config, source: ModelSection | None) -> dict[str, str]:
-    """Maps each key of `model` that has another value in the checkpoint's configuration to a message with both values."""
+    """Maps each key of `model` whose value differs in the checkpoint's configuration to a message with both values."""
     if source is None:
         return {}
-    # A null in `model.head_dim` means hidden_dim / num_heads.
+    # `model.head_dim: null` means hidden_dim / num_heads.
     here, there = (
         each.model_dump(mode="json", exclude=_NO_PART) | {"head_dim": each.resolved_head_dim}
         for each in (config.model, source)
@@ -206,7 +206,7 @@ def _other_keys(config: Config, source: ModelSection | None) -> dict[str, str]:
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Returns the tensors that keep their initial values, without router tensors that a rule leaves on purpose."""
+    """Returns the tensors that keep their initial values, except router tensors that a rule leaves on purpose."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]
@@ -214,8 +214,8 @@ def _kept(config: Config, taken: Taken) -> list[str]:
 
 
 def _upcycled_changes(config: Config, source: ModelSection | None, taken: Taken) -> list[str]:
-    """Returns the reasons for `_changes` that concern upcycled experts. Because a group's upcycled experts are equal, the
-    weighted sum of their outputs is the output of one expert if the weights sum to 1."""
+    """Returns the reasons for `_changes` that concern upcycled experts. The upcycled experts of a group are equal, so the
+    weighted sum of their outputs equals the output of one expert if the weights sum to 1."""
     moe, router = config.model.moe, config.model.moe.router
     total, changes, scale = router.sum_of_weights, [], _old_scale(source, taken)
     if total is None:
@@ -233,8 +233,8 @@ def _upcycled_changes(config: Config, source: ModelSection | None, taken: Taken)
 
 
 def _other_experts(config: Config, source: ModelSection | None) -> list[str]:
-    """Returns reasons for `_changes` if model and checkpoint differ in the layer after which the experts' output is added,
-    or in the limits of clamped experts."""
+    """Returns reasons for `_changes` if model and checkpoint add the experts' output after different layers, or limit
+    clamped experts differently."""
     reasons: list[str] = []
     old, new = source is not None and source.moe.shortcut, config.model.moe.shortcut
     if old != new:
@@ -247,8 +247,8 @@ def _other_experts(config: Config, source: ModelSection | None) -> list[str]:
 
 
 def _other_score(config: Config, source: ModelSection | None) -> str:
-    """Says how the router's scores differ from the checkpoint's scores; empty if they are the same. The checkpoint's
-    auxiliary routers have learned to predict the choices by its scores."""
+    """Returns a text that says how the router's score differs from the checkpoint's score; empty if they are equal. The
+    auxiliary routers of the checkpoint have learned to predict the choices made with the checkpoint's score."""
     old, new = (
         "sigmoid" if model is None else getattr(model.moe.router, "score", "sigmoid") for model in (source, config.model)
     )
@@ -258,7 +258,7 @@ def _other_score(config: Config, source: ModelSection | None) -> str:
 
 
 def _old_scale(source: ModelSection | None, taken: Taken) -> float:
-    """Returns the scale of the checkpoint's router if experts of the checkpoint are copied or split, else 1.0."""
+    """Returns the scale of the checkpoint's router if experts of the checkpoint are copied or split, otherwise 1.0."""
     used = any(EXPERT_NAME.fullmatch(there) for there in taken.made_of.values())
     return getattr(source.moe.router, "scale", 1.0) if used and source is not None else 1.0
 
@@ -273,8 +273,8 @@ def _scaled(source: ModelSection | None, taken: Taken) -> list[str]:
 def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
     """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
     experts gets each router row and bias m times in succession. Returns the number of filled router rows. Every rank reads
-    the checkpoint. Raises DataError if a file or a tensor is damaged. With `divides_bias`, biases are divided by m. Biases
-    that are added to probabilities need this, because probabilities of m times as many experts are m times smaller."""
+    the checkpoint. Raises DataError if a file or tensor is damaged. `divides_bias` divides biases by m; biases that are
+    added to probabilities need this, because with m times as many experts each probability is m times smaller."""
     own = {logical_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
     own = {name: tensor for name, tensor in own.items() if role_of_name(name) is Role.ROUTER}
     rows = 0
