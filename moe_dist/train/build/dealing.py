@@ -1,4 +1,4 @@
-"""Makes the `Dealing`, which deals a step's sequences to ranks by their expected costs, from the configuration."""
+"""Makes the `Dealing` from the configuration. A `Dealing` deals a step's sequences to ranks by their expected costs."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from moe_dist.plan.policies import expert_groups
 
 
 def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
-    """Makes the `Dealing`; returns None without `rank_balance.dealing`. `modalities` has the manifest's modality names."""
+    """Makes the `Dealing`; None without `rank_balance.dealing`. `modalities` lists the manifest's modality names."""
     if not config.rank_balance.dealing:
         return None
     balance = config.loss.balance
@@ -22,8 +22,8 @@ def build_dealing(config: Config, modalities: Sequence[str]) -> Dealing | None:
 def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     """Returns the costs of this run's sequences.
 
-    The number of true experts per token is the number that a load controller or the weight of null experts sets, or else
-    the expected number under uniform routing.
+    If a load controller or a weight of null experts sets the number of true experts per token, this number is used;
+    otherwise the expected number under uniform routing.
     """
     model, groups = config.model, expert_groups(config.model.moe)
     taken = {each.name: config.even_active.get(each.name, each.expected_experts_per_token) for each in groups}
@@ -36,7 +36,7 @@ def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     length_S = np.arange(config.data.seq_len + 1, dtype=np.float64)
     keys_S = np.sum([np.minimum(length_S, window or np.inf) for window in model.windows], axis=0)
     each_key = 2 * model.attention.score_width(model)
-    token = flops(none) - each_key * model.num_layers  # subtracts the attention to one key, which seq_len=1 counts
+    token = flops(none) - each_key * model.num_layers  # seq_len=1 counts the attention to one key
     return SequenceCosts(
         length_S * (token + each_key * keys_S), np.array([with_experts[name] - flops(none) for name in modalities])
     )

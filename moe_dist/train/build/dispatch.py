@@ -1,4 +1,4 @@
-"""Makes all-to-alls over process groups, and the context of the dispatcher that all MoE layers share."""
+"""Makes all-to-alls over process groups, and the context from which the dispatcher of all MoE layers is made."""
 
 import torch.distributed as dist
 
@@ -14,7 +14,7 @@ from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.placement.placement import ExpertPlacement
 
-NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # between nodes, inside this node
+NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # group between nodes, group inside this node
 
 
 def build_all_to_all(
@@ -25,7 +25,7 @@ def build_all_to_all(
     *,
     between_nodes: bool = False,
 ) -> AllToAll:
-    """Makes the all-to-all of one group, which checks each exchange if `parallel.check_exchanges` is set."""
+    """Makes the all-to-all of one group. If `parallel.check_exchanges` is set, it checks each exchange."""
     all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
     return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 
@@ -39,7 +39,7 @@ def dispatch_context(
     kernels: RowKernels = TORCH,
     tokens: int = 0,
 ) -> DispatchContext:
-    """Returns the values from which `section.dispatch` builds a dispatcher."""
+    """Returns the arguments with which `section.dispatch` builds a dispatcher."""
     between, inside = (
         build_all_to_all(section, group, all_to_all.comm_stats, all_to_all.tracker, between_nodes=place == 0)
         for place, group in enumerate(node_groups)
@@ -58,7 +58,7 @@ def dispatch_context(
 
 
 def dispatch_with(model: Transformer, section: DispatchSection, context: DispatchContext) -> None:
-    """Gives all MoE layers a new dispatcher, for a new placement of the experts."""
+    """Replaces the dispatcher of all MoE layers, because the experts have a new placement."""
     dispatcher = section.build(context)
     for layer in model.moe_modules():
         layer.dispatcher = dispatcher  # pyright: ignore[reportArgumentType]: layers of LoRA experts have none

@@ -1,4 +1,4 @@
-"""Makes MoE layers from the configuration, and LoRA adapters of the attention."""
+"""Makes MoE layers and the attention's LoRA adapters from the configuration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,23 +24,23 @@ from moe_dist.train.build.routing import build_router, router_context
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The values from which the functions of this file make MoE layers."""
+    """The arguments with which the functions of this file make MoE layers."""
 
     config: Config
     placement: ExpertPlacement
     ep_rank: int
     all_to_all: AllToAll  # all-to-all of the EP group
     node_groups: NodeGroups
-    choice_scope: SelectionScope | None  # with expert choice: ranks whose tokens compete for an expert
+    choice_scope: SelectionScope | None  # for expert choice: the ranks whose tokens compete for an expert
     kernels: RowKernels = TORCH
 
 
 def ffn_layers(parts: LayerParts) -> Callable[[int], MoELayer]:
-    """Returns a function that makes the MoE layer with a given index, with FFN experts."""
+    """Returns a function that makes an MoE layer with FFN experts from the layer's index."""
     config, groups, all_to_all = parts.config, parts.placement.groups, parts.all_to_all
     section, moe, hidden_dim = config.model, config.model.moe, config.model.hidden_dim
-    # A dry run makes layers for a placement on many ranks without a process group, because it never runs the layers.
-    dispatcher = config.parallel.dispatch.build(  # one dispatcher for all layers, because it may allocate large buffers
+    # In a dry run the placement can have many ranks without a process group, because the layers never run.
+    dispatcher = config.parallel.dispatch.build(  # all layers share one dispatcher, because it may allocate large buffers
         dispatch_context(
             config.parallel,
             parts.placement,
@@ -91,7 +91,7 @@ def _shared_expert(section: ModelSection) -> SwiGLU:
 
 
 def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
-    """Returns a function that makes the MoE layer with a given index, with LoRA experts."""
+    """Returns a function that makes an MoE layer with LoRA experts from the layer's index."""
     config, section, groups = parts.config, parts.config.model, parts.placement.groups
     context = router_context(config, groups)
     ffn_dim = groups[0].ffn_dim  # all groups have the same ffn_dim
@@ -112,12 +112,12 @@ def lora_layers(parts: LayerParts) -> Callable[[int], LoRALayer]:
 
 
 def make_layers(parts: LayerParts) -> Callable[[int], MoELayer | LoRALayer]:
-    """Returns a function that makes the MoE layer with a given index."""
+    """Returns a function that makes the MoE layer of the configured kind from the layer's index."""
     return (lora_layers if parts.config.model.moe.experts.over_frozen_ffn else ffn_layers)(parts)
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
-    """Returns a function: layer index -> LoRA adapters of that layer's attention. None without `model.attention_lora`."""
+    """Returns a function: layer index -> LoRA adapters of the layer's attention. Without `model.attention_lora` None."""
     lora, widths = config.model.attention_lora, config.model.attention_widths
     if lora is None:
         return None

@@ -1,4 +1,4 @@
-"""Makes model, optimizer and training step of the Megatron-Core engine (engine.kind=megatron)."""
+"""Makes the model, optimizer and training step of the Megatron-Core engine (engine.kind=megatron)."""
 
 import warnings
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ from moe_dist.train.build.training import EngineContext, Training, check_expert_
 
 @dataclass(frozen=True)
 class MegatronTraining(Training):
-    """Megatron-Core's model and optimizer, which checkpoints store under the logical names of all engines."""
+    """Megatron-Core's model and optimizer. Checkpoints store their tensors under the logical names that all engines use."""
 
     state: Any = None  # a `GptState`
     config: Config | None = None
 
     def capture(self, layout: RankLayout, **options: Any) -> CheckpointState:
-        """Returns this rank's state, as `Training.capture` does. Collective with engine.distributed_optimizer."""
+        """Returns this rank's state, as `Training.capture` does. Collective if engine.distributed_optimizer is set."""
         assert self.config is not None
         mesh = self.parallel.mesh
         layout = RankLayout(layout.placement, mesh.rank, mesh.world_size, mesh.ep_rank)
@@ -48,11 +48,11 @@ class MegatronTraining(Training):
 
 @contextmanager
 def megatron_world(config: Config) -> Iterator[None]:
-    """Makes Megatron's process groups for the `with` block; with engine.cpu_trial also runs Megatron on the CPU."""
+    """Makes Megatron's process groups for the `with` block. With engine.cpu_trial, Megatron then runs on the CPU."""
     engine: Any = config.engine
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module="megatron")  # warnings about missing optional packages
+        warnings.filterwarnings("ignore", module="megatron")  # hides warnings about missing optional packages
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # about torch's collectives
         if engine.cpu_trial:
             stack.enter_context(megatron_on_cpu())
@@ -71,7 +71,7 @@ def megatron_engine(context: EngineContext) -> Iterator[Training]:
 
 
 def build_megatron_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
-    """Builds this rank's part of the model with its weights, and Megatron's optimizer. Needs `megatron_world`."""
+    """Builds this rank's part of the model with its weights, and Megatron's optimizer. Call it inside `megatron_world`."""
     from moe_dist.megatron.gpt import Gpt
     from moe_dist.megatron.layer_watch import LayerWatch
     from moe_dist.megatron.pipeline import Pipeline
@@ -133,8 +133,8 @@ def build_megatron_training(config: Config, manifest: Manifest, placement: Exper
 
 
 def _selection_scope(config: Config, mesh: Mesh, comm_stats: CommStats) -> SelectionScope:
-    """Returns the ranks whose tokens compete for an expert in expert choice. The tensor and context-parallel ranks that
-    share sequences count as one rank. Scope `ep_group` needs tp = cp = 1, see the rules of the engine's section."""
+    """Returns the ranks whose tokens compete for an expert in expert choice. Tensor and context-parallel ranks that share
+    sequences count as one rank. The scope `ep_group` needs tp = cp = 1; the engine's section checks this."""
     groups = process_groups()
     kind, reader, readers = config.model.moe.router.selection_scope, groups.dp.rank(), groups.dp.size()
     first = reader - mesh.ep_rank

@@ -1,7 +1,7 @@
-"""Converts the state of Megatron-Core's model and optimizer to and from tensors with moe_dist's logical names.
+"""Converts the state of Megatron-Core's model and optimizer to tensors with moe_dist's logical names, and back.
 
-With logical names a checkpoint loads at other degrees of TP, PP, EP and CP, at another placement, and in moe_dist's own
-engine. The saved weights are the fp32 weights that the optimizer updates.
+Because of the logical names, a checkpoint can be loaded with other degrees of TP, PP, EP and CP, with another placement,
+and by moe_dist's own engine. The saved weights are the fp32 weights that the optimizer updates.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,9 +27,9 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class _Slice:
-    """The part of a parameter that this rank's optimizer updates: all elements, a range of elements, or none."""
+    """The part of a parameter that this rank's optimizer updates: all its elements, a range of elements, or none."""
 
-    optimizer: Any  # one of Megatron's plain optimizers
+    optimizer: Any  # one of Megatron's optimizers without wrapper
     main: Tensor | None  # the tensor that `optimizer` updates; None if only other ranks update the parameter
     begin: int = 0  # index of the first element of `main` in the flat parameter
     sharded: bool = False  # whether the data-parallel ranks update different elements
@@ -48,8 +48,8 @@ class GptState:
 
     def held(self) -> dict[str, LocalShard]:
         """Returns this rank's tensors by logical name. Creates moments that do not exist yet. Values loaded into the
-        returned tensors take effect only after `loaded`. Collective with a distributed optimizer: its tensors are gathered
-        one by one into host memory, which is freed with the returned dict."""
+        returned tensors take effect only when `loaded` is called. Collective with a distributed optimizer, which gathers
+        its tensors one by one into host memory. This memory is freed together with the returned dict."""
         for each in self._optimizers:
             for group in getattr(each.optimizer, "param_groups", ()):
                 for parameter in group["params"]:
@@ -63,8 +63,8 @@ class GptState:
 
     @torch.no_grad()
     def loaded(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies the values that a load has written into the tensors of `held` to model and optimizer, and the step count
-        of `counted` to all optimizers."""
+        """Call this after a checkpoint is loaded into the tensors of `held`. Copies their values to model and optimizer,
+        and the step count of `counted` to all optimizers."""
         for chunk, name, kind, parameter in self._parameters():
             place = self._slice(parameter)
             whole = torch.empty(parameter.shape, device=_HOST) if place.sharded else _updated(place, kind)
@@ -81,14 +81,14 @@ class GptState:
             set_step_count(each.optimizer, count)
 
     def _parameters(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
-        """Yields for each weight and moment: number of the model chunk, Megatron's parameter name, name of the moment (""
-        for the weight), and parameter."""
+        """Yields four values for each weight and moment: the number of the model chunk, Megatron's parameter name, the name
+        of the moment ("" for the weight), and the parameter."""
         for chunk, name, parameter in self._gpt.parameters():
             for kind in ("", *MOMENTS):
                 yield chunk, name, kind, parameter
 
     def _buffers(self) -> Iterator[tuple[str, LocalShard]]:
-        """Yields the selection biases, into which a load writes directly; all ranks of a pipeline stage have them."""
+        """Yields the selection biases. All ranks of a stage have them, and loading a checkpoint writes into them."""
         same = self._gpt.groups.tp_dp_cp
         for layer, router in self._gpt.routers.items():
             for name, tensor in router.state_dict(keep_vars=True).items():
@@ -96,13 +96,13 @@ class GptState:
                     yield f"layers.{layer}.moe.router.{logical_name(name)}", LocalShard(tensor, same.size(), same.rank())
 
     def _pieces(self, chunk: int, name: str, kind: str, whole: Tensor) -> Iterator[tuple[str, Piece]]:
-        """Yields key and piece of each logical tensor in a weight or moment."""
+        """Yields the key and the piece of each logical tensor that a weight or moment contains."""
         prefix = f"{OPTIMIZER_PREFIX}{kind}." if kind else ""
         for piece in self._gpt.pieces(chunk, name, whole):
             yield prefix + piece.name, piece
 
     def _whole(self, kind: str, parameter: nn.Parameter) -> Tensor:
-        """Returns the whole local weight (kind "") or moment: the optimizer's own tensor, or one gathered from shards."""
+        """Returns a whole local weight (kind "") or moment: the optimizer's tensor, or a tensor gathered from shards."""
         place = self._slice(parameter)
         if not place.sharded:
             return _updated(place, kind)
@@ -111,7 +111,7 @@ class GptState:
             shard = _updated(place, kind)
             flat[place.begin : place.begin + shard.numel()] = shard.flatten()
         expert = not getattr(parameter, "allreduce", True)
-        # Sums the bits as integers: all ranks but one add 0, so no bit changes. As floats, -0.0 + 0.0 would give 0.0.
+        # Sums the bits as integers. All ranks but one add 0, so no bit changes; as floats, -0.0 + 0.0 would give 0.0.
         dist.all_reduce(flat.view(torch.int32), group=self._gpt.groups.expt_dp if expert else self._gpt.groups.dp_cp)
         return flat.view(parameter.shape).to(_HOST)
 
@@ -141,6 +141,6 @@ class GptState:
 
 
 def _updated(place: _Slice, kind: str) -> Tensor:
-    """Returns the optimizer's own tensor: the weight (kind "") or a moment."""
+    """Returns the tensor that the optimizer itself has: the weight (kind "") or a moment."""
     assert place.main is not None
     return place.main.detach() if not kind else place.optimizer.optimizer.state[place.main][kind]

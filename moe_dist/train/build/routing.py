@@ -24,14 +24,14 @@ from moe_dist.placement.placement import ExpertGroup
 
 
 def router_context(config: Config, groups: Sequence[ExpertGroup], **known: Any) -> RouterContext:
-    """Returns the values from which the routers of all layers are made. `known` has further fields of `RouterContext`."""
+    """Returns the arguments with which the routers of all layers are made. `known` has more fields of `RouterContext`."""
     limit = config.model.moe.capacity
     capacity = None if limit is None else Capacity(**limit.model_dump())
     return RouterContext(config.model.hidden_dim, groups, capacity=capacity, seed=config.run.seed, **known)
 
 
 def build_router(section: ModelSection, context: RouterContext, layer: int) -> nn.Module:
-    """Makes the router of the MoE layer with the index `layer`."""
+    """Makes the router of the MoE layer whose index among all layers is `layer`."""
     router = section.moe.router.build(replace(context, layer=layer, place=section.moe_layers.index(layer)))
     if context.capacity is not None and getattr(router, "capacity", None) is not context.capacity:
         raise ConfigError(
@@ -44,8 +44,8 @@ def build_router(section: ModelSection, context: RouterContext, layer: int) -> n
 def build_balance(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> BiasController | None:
-    """Makes the controller of selection biases with one rule per section of `balance`; returns None without sections.
-    `routers` has the router of each MoE layer of the whole model; None for a layer that this rank does not have."""
+    """Makes the controller of selection biases, with one rule per section of `balance`. Returns None without such sections.
+    `routers` lists the routers of all MoE layers of the model; an entry is None if this rank does not have the layer."""
     rules = _rules(section)
     if not rules:
         return None
@@ -59,8 +59,8 @@ def build_balance(
 
 
 def build_targets(section: MoESection, groups: Sequence[ExpertGroup]) -> dict[str, Callable[[int], float]]:
-    """Returns a function for each group that has a target number of true experts per token. The function maps the number of
-    past updates of the selection biases to the target of the next update."""
+    """Returns a function for each group with a target number of true experts per token. From the number of past updates of
+    the selection biases, the function computes the target of the next update."""
     return {
         group.name: partial(rule.target_at, group=group)
         for each, rule in zip(section.balance, _rules(section), strict=True)
@@ -75,7 +75,7 @@ def _rules(section: MoESection) -> list[Rule]:
 
 @dataclass
 class _Elsewhere:
-    """Replaces a gate of another pipeline stage, so that rules see all layers and have the same state on every rank."""
+    """Stands for a gate of another pipeline stage, so that rules see all layers and have the same state on every rank."""
 
     bias: Tensor
 
@@ -83,7 +83,7 @@ class _Elsewhere:
 def build_thresholds(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> ThresholdUpdater | None:
-    """Makes the controller of expert choice's thresholds; None if tokens choose. `build_balance` describes `routers`."""
+    """Makes the controller of expert choice's thresholds; None if tokens choose. For `routers` see `build_balance`."""
     if not section.router.experts_choose:
         return None
     gates_LG: list[Any] = [
@@ -98,7 +98,7 @@ def build_thresholds(
 
 @dataclass
 class _ElsewhereChosen:
-    """Replaces a gate of another pipeline stage if experts choose tokens."""
+    """Stands for a gate of another pipeline stage if experts choose tokens."""
 
     buffers_3n: Tensor
 
@@ -108,8 +108,8 @@ class _ElsewhereChosen:
 
 
 def build_scopes(config: Config, mesh: Mesh, comm_stats: CommStats) -> tuple[SelectionScope, SelectionScope | None]:
-    """Returns two scopes: the ranks whose tokens compete for an expert in expert choice, and the ranks whose tokens compete
-    in a mixture-of-depths layer (None without such layers)."""
+    """Returns two scopes. The first has the ranks whose tokens compete for an expert in expert choice. The second has the
+    ranks whose tokens compete in a mixture-of-depths layer; it is None without such layers."""
 
     def scope(kind: ScopeKind) -> SelectionScope:
         ranks = {"rank": (mesh.rank,), "ep_group": mesh.ep_ranks, "world": tuple(range(mesh.world_size))}[kind]

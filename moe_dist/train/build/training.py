@@ -1,4 +1,4 @@
-"""Makes model, optimizer and data loader from the configuration, together with the other `build_*` files."""
+"""Makes the model, optimizer and data loader from the configuration, together with the other files of this folder."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -64,7 +64,7 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
-    """Copies the transformer's arguments from the configuration, because the package `model` imports no configuration."""
+    """Copies the transformer's arguments from the configuration, because the package `model` does not import `config`."""
     section = config.model
     named = {each.name: getattr(section, each.name) for each in fields(ModelArgs) if hasattr(section, each.name)}
     named["head_dim"] = section.resolved_head_dim
@@ -76,7 +76,7 @@ def model_args(config: Config, compute_dtype: torch.dtype) -> ModelArgs:
 
 
 def build_model(config: Config, placement: ExpertPlacement, **parts: Any) -> Any:
-    """Makes the model of the configured engine, as `build_transformer` does for this project's own."""
+    """Makes the model of the configured engine. Takes the arguments of `build_transformer`."""
     return named(config.engine.model)(config, placement, **parts)
 
 
@@ -94,16 +94,16 @@ def build_transformer(
     depth_scope: SelectionScope | None = None,
     kernels: RowKernels = TORCH,
 ) -> Transformer:
-    """Makes the transformer with this rank's experts, on torch's default device (meta in a dry run and before sharding).
+    """Makes the transformer with this rank's experts on torch's default device (meta in a dry run and before sharding).
 
     Args:
-        placement: Experts of each EP rank. The model can run without an `ep_group` only if one rank holds all experts.
-        node_groups: Process groups between nodes and inside this node, for the hierarchical dispatcher.
-        comm_stats: Counts bytes and seconds of the exchanges of all layers.
-        compute_dtype: Overrides `parallel.precision`, for tests in float64.
-        choice_scope: Ranks whose tokens compete for an expert in expert choice; None if only this rank's tokens compete.
-        depth_scope: Ranks whose tokens compete in mixture-of-depths layers; None if only this rank's tokens compete.
-        kernels: Functions for the arithmetic on rows before and after the experts' matrix products.
+        placement: Experts of each EP rank. Without an `ep_group` the model can run only if one rank has all experts.
+        node_groups: Process group between nodes, and process group inside this node, for the hierarchical dispatcher.
+        comm_stats: Counts the bytes and seconds of all layers' exchanges.
+        compute_dtype: Replaces the dtype of `parallel.precision`; tests use float64.
+        choice_scope: Ranks whose tokens compete for an expert in expert choice. With None only this rank's tokens compete.
+        depth_scope: Ranks whose tokens compete in mixture-of-depths layers. With None only this rank's tokens compete.
+        kernels: Functions that compute on token rows before and after the experts' matrix products.
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
@@ -127,7 +127,7 @@ def build_transformer(
 def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
-    """Makes the model in evaluation mode, with uninitialised tensors, which the caller must load. The layout of the
+    """Makes the model in evaluation mode. The caller must load the tensors, which are uninitialised. The layout of the
     training run does not matter. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
     experts."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
@@ -140,8 +140,8 @@ def build_for_inference(
 
 
 def state_specs(config: Config) -> dict[str, TensorSpec]:
-    """Returns shape and dtype of each tensor in a checkpoint of the configured model, by logical name: parameters, buffers,
-    and the optimizer's moments of trained parameters. Allocates no memory for tensors."""
+    """Returns the shape and dtype of each tensor in a checkpoint of the configured model, by logical name. The tensors are
+    parameters, buffers, and the optimizer's moments of trained parameters. Allocates no memory for tensors."""
     everything = replicated_placement(expert_groups(config.model.moe))
     with torch.device("meta"):
         model = build_model(config, everything, ep_rank=0, ep_group=None)
@@ -153,7 +153,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables the gradients of parameters that `router_tuning` or `train.only` does not train or `train.frozen` names."""
+    """Disables the gradients of parameters that `router_tuning` or `train.only` does not train, or `train.frozen` names."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
@@ -165,12 +165,12 @@ def freeze(model: Transformer, config: Config) -> None:
 
 
 def saved_part(config: Config) -> Part:
-    """Returns the part of the model that checkpoints contain: trained parameters if the run trains adapters, else all."""
+    """Returns the part of the model that checkpoints contain: if the run trains adapters, trained parameters, else all."""
     return "trained" if config.train.only == "adapters" else "all"
 
 
 def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
-    """Returns this rank's position among the ranks that share a checkpoint. `mesh` is None for a single rank."""
+    """Returns the position of this rank among the ranks that share a checkpoint. Pass `mesh=None` for a single rank."""
     if mesh is None:
         return RankLayout(placement)
     return RankLayout(placement, mesh.rank, mesh.world_size, mesh.ep_rank, mesh.edp_rank, mesh.edp_size)
@@ -178,12 +178,12 @@ def rank_layout(placement: ExpertPlacement, mesh: Mesh | None) -> RankLayout:
 
 @dataclass(frozen=True)
 class Training:
-    """The model (wrapped for data parallelism), its optimizer, its controllers and its training step."""
+    """The model (wrapped for data parallelism), its optimizer, its controllers, and its training step."""
 
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchContext | None = None  # kept to make another dispatcher if experts move
+    dispatch: DispatchContext | None = None  # for making another dispatcher if experts move
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -193,20 +193,20 @@ class Training:
         return capture(self.parallel.model, self.optimizer, layout, **options)
 
     def begin(self) -> str:
-        """Loads the weights with which a new run begins, if they are not drawn. Returns a line to print, or ""."""
+        """Loads a new run's first weights if the engine reads them from files. Returns a line to print, or ""."""
         return ""
 
     def loaded(self, state: CheckpointState) -> None:
-        """Call this method after a checkpoint is loaded into the tensors of `state`, which `capture` returned."""
+        """Is called after a checkpoint has been loaded into the tensors of `state`, which `capture` returned."""
 
     def controllers(self) -> dict[str, BiasController | RouterTuning | StepLoad]:
-        """Returns the controllers whose state a checkpoint saves, by name."""
+        """Returns, by name, the controllers whose state is saved in checkpoints."""
         found = {"balance": self.balance, "router_tuning": self.tuning, "balance_loss": self.load}
         return {name: each for name, each in found.items() if each is not None}
 
 
 class EngineContext(NamedTuple):
-    """The values from which an engine is made."""
+    """The arguments with which an engine is made."""
 
     config: Config
     manifest: Manifest
@@ -224,7 +224,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     """Builds the model on the meta device, shards it, initialises its weights, and wraps it for data parallelism. Then
     makes the optimizer and the training step.
 
-    The model is sharded before memory is allocated, so that no rank ever allocates the whole model.
+    The model is sharded before memory is allocated for it, so no rank ever allocates the whole model.
     """
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
@@ -243,7 +243,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
             depth_scope=depth_scope,
             kernels=kernels,
         )
-    freeze(model, config)  # frozen before sharding, so that FSDP2 reduces no gradients of frozen parameters
+    freeze(model, config)  # before sharding, because FSDP2 then reduces no gradients of frozen parameters
     if config.parallel.compile:
         compile_dense(model)
     elif kernels is not TORCH:  # torch.compile fuses these operations itself
@@ -254,7 +254,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     parallel = ParallelModel(model, mesh, config.parallel.data, fsdp_gather=config.parallel.fsdp_gather)
     optimizer = build_optimizer(config, model)
     groups = group_of_modality(manifest, placement)
-    whole = config.train.only is None  # if it is False, routers keep the thresholds of the loaded model
+    whole = config.train.only is None  # if False, routers keep the thresholds of the loaded model
     tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
     layers = model.moe_modules()
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
@@ -264,7 +264,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     if taught is not None:
         status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
         read = partial(build_distillation, config, manifest, mesh.device)
-        distillation = status.phase("load the teacher", read)  # the load fails on all ranks, or on none
+        distillation = status.phase("load the teacher", read)  # the load fails either on all ranks or on none
     step = TrainingStep(
         parallel,
         optimizer,
@@ -285,7 +285,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
-    """Makes the distillation term of the loss, and loads the teacher, or opens its stored output, on this rank."""
+    """Makes the distillation term of the loss. Loads the teacher on this rank, or opens the file with its output."""
     section = config.loss.distillation
     assert section is not None, "the caller checks the section"
     if section.top_logits is not None:
@@ -308,7 +308,7 @@ def build_optimizer(config: Config, model: Transformer) -> Optimizer:
 
 
 def check_expert_gemm(config: Config, device: torch.device) -> None:
-    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for the model's experts."""
+    """Raises ConfigError if the run needs a grouped matrix product that this device lacks for the experts' shapes."""
     dtype, kind = COMPUTE_DTYPES[config.parallel.precision], config.parallel.expert_gemm
     if config.parallel.dispatch.static and device.type == "cuda":
         kind = "grouped"  # a loop over experts would need each expert's number of rows on the host
@@ -321,8 +321,8 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def row_kernels(config: Config, device: torch.device) -> RowKernels:
-    """Returns the kernels of `parallel.kernels`. If `auto` cannot use the Triton kernels on CUDA, the log says why. Raises
-    ConfigError if `parallel.kernels` is triton, but this device cannot use Triton kernels."""
+    """Returns the kernels of `parallel.kernels`. If `auto` cannot use Triton kernels on CUDA, logs the reason. Raises
+    ConfigError if `parallel.kernels` is triton but this device cannot use Triton kernels."""
     dtype = COMPUTE_DTYPES[config.parallel.precision]
     try:
         kernels, reason = choose_kernels(config.parallel.kernels.kind, device=device, dtype=dtype)
@@ -334,7 +334,7 @@ def row_kernels(config: Config, device: torch.device) -> RowKernels:
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:
-    """Returns the index of each modality's expert group, in the order of the manifest's modalities."""
+    """Returns, for each modality in the manifest's order, the index of its expert group."""
     index = {name: i for i, group in enumerate(placement.groups) for name in group.modalities}
     return [index[name] for name in manifest.modalities]
 
@@ -366,19 +366,19 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
 @dataclass(frozen=True)
 class LoopSettings:
     """Functions and constants of the training loop, made from the configuration. `flops_per_token` returns the FLOPs per
-    token of forward and backward, from each group's mean number of true experts per token and each group's fraction of all
-    tokens."""
+    token of forward and backward. Its arguments map each group to its mean number of true experts per token, and to its
+    fraction of all tokens."""
 
     config: Config
     placement: ExpertPlacement
     modalities: tuple[str, ...]
     baselines: Mapping[str, float]  # held-out losses of unigram and bigram models, in nats per token
-    lr: Callable[[int], float]  # learning rate of a step (0-based)
-    aux: Callable[[int], AuxSettings]  # coefficients of the auxiliary terms in a step (0-based)
+    lr: Callable[[int], float]  # maps a step (0-based) to its learning rate
+    aux: Callable[[int], AuxSettings]  # maps a step (0-based) to its settings of the auxiliary terms
     flops_per_token: Callable[[Mapping[str, float], Mapping[str, float]], float]
     peak_flops: float | None  # peak FLOPs per second, summed over all devices; None if unknown
-    peak_source: str  # the configuration key, or the name of the card, that `peak_flops` comes from
-    active_target: Mapping[str, Callable[[int], float]]  # by group: `build_targets`
+    peak_source: str  # the configuration key or the card's name from which `peak_flops` comes
+    active_target: Mapping[str, Callable[[int], float]]  # maps a group to a function, see `build_targets`
 
 
 def loop_settings(config: Config, manifest: Manifest, placement: ExpertPlacement, card: str | None = None) -> LoopSettings:

@@ -17,7 +17,7 @@ from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning:
-    """Makes the router tuning of a model. `groups` has the index of each modality's expert group."""
+    """Makes the router tuning of a model. `groups` lists the index of each modality's expert group."""
     section, mesh = config.router_tuning, parallel.mesh
     assert section is not None, "the caller checks the section"
     if mesh.rank == 0 and config.model.moe.no_task_gradient:
@@ -27,7 +27,7 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     chosen = Chosen(
         layers,
         places=tuple(config.model.moe_layers.index(layer) for layer in layers),
-        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # others need a refresh
+        stored=tuple(stored.index(layer) for layer in layers if layer in stored),  # the other layers need a refresh
     )
     reader = RoutingReader(
         parallel.model,
@@ -48,8 +48,8 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
 
 
 def build_neighbours(section: RouterTuningSection, samples: Samples, *, seed: int) -> Callable[[int], Neighbours]:
-    """Returns the function that finds the neighbours of a sample. With the regulariser `l2` a sample's only neighbour is
-    the sample itself, so the target is the sample's routing before the first step."""
+    """Returns the function that finds the neighbours of a sample. With the regulariser `l2` each sample is its own only
+    neighbour, so the target is the sample's routing before the first step."""
     if section.regulariser == "l2" or not section.weight:
         return lambda number: Neighbours(np.array([number]), np.ones(1))
     return NeighbourIndex(

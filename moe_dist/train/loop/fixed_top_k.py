@@ -1,4 +1,4 @@
-"""Compares a run's held-out loss with the loss of a run with fixed top-k, whose figures are in configs/fixed_top_k.json."""
+"""Compares a run's held-out loss with that of a run with fixed top-k. configs/fixed_top_k.json has the latter's figures."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from moe_dist.monitor.statistics import EvaluationResult
 
 FIGURES = source_root() / "configs" / "fixed_top_k.json"
 # Keys whose values may differ between this run and the run with fixed top-k. The comparison shows the effect of null
-# experts, k and normalisation; all other keys listed here change no loss.
+# experts, k and normalisation. The other keys listed here do not change the loss.
 MAY_DIFFER = (
     *("run.name", "run.root", "run.group", "data.path", "placement.*", "checkpoint.*", "monitor.*", "evaluation.checks"),
     *("model.moe.groups.*.num_null", "model.moe.groups.*.top_k", "model.moe.router.normalise"),
@@ -24,9 +24,9 @@ MAY_DIFFER = (
 
 
 def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES) -> str:
-    """Returns a sentence with the held-out losses (nats per token) and true experts per token of this run and of the
-    run with fixed top-k, by modality. Returns "" if no figures belong to this model, data, steps and seeds, or if figures
-    or data cannot be read: a finished run must not fail because of this sentence."""
+    """Returns a sentence that compares this run with the run with fixed top-k: held-out losses (nats per token) and numbers
+    of true experts per token, by modality. Returns "" if there are no figures for this model, data, steps and seed, or if
+    figures or data cannot be read, because a finished run must not fail because of this sentence."""
     try:
         for known in json.loads(figures.read_text(encoding="utf-8")):
             if _same_but_nulls(known, config) and data_digest(config.data.path, manifest) == known["data"]:

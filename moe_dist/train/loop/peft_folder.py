@@ -1,4 +1,4 @@
-"""Writes the adapters of a finished run in PEFT's format to `adapters/step_N` in the folder of the run."""
+"""Writes the adapters of a finished run, in PEFT's format, to the folder `adapters/step_N` of the run."""
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
@@ -6,10 +6,10 @@ from moe_dist.runtime.run_folder import RunFolder
 
 
 def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
-    """Writes the folder from the newest checkpoint, which must be of step `step`, unless the folder exists.
+    """Writes the folder from the newest checkpoint, which must be that of step `step`. Does nothing if the folder exists.
 
-    Returns a line for the summary: the folder, or why PEFT's format cannot store the adapters; "" if the run trains no
-    adapters.
+    Returns a line for the summary: the folder, or the reason why PEFT's format cannot store the adapters. Returns "" if the
+    run trains no adapters.
 
     Raises:
         DataError: the base checkpoint of the adapters is missing or has changed.

@@ -1,6 +1,6 @@
-"""Profiles some steps of a run: writes a torch trace, whose ranges are named by layer and phase, and a memory snapshot.
+"""Profiles some steps of a run. Writes a torch trace, whose ranges are named by layer and phase, and a memory snapshot.
 
-The ranges of layers exist only while steps are profiled, so that other steps have no overhead.
+Layers have profiler ranges only while steps are profiled, so other steps have no overhead.
 """
 
 import json
@@ -20,20 +20,20 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 
-PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # parts of a layer that get a range
+PARTS = ("attention", "moe", "ffn", "moe.router", "moe.experts", "moe.shared")  # parts of a layer that get a profiler range
 CALLED_WITHOUT_HOOKS = ("attention", "ffn")  # parts that `moe_dist.model.two_batches` calls without hooks
-MEMORY_EVENTS = 200_000  # allocations and releases that CUDA's memory history keeps
+MEMORY_EVENTS = 200_000  # number of allocations and releases that CUDA's memory history keeps
 MIB = 2**20
 
 logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Profiles the steps `first` to `last` on this rank. Files are written after step `last`, or in `close`.
+    """Profiles the steps `first` to `last` on this rank. Writes the files after step `last`, or in `close`.
 
     Args:
-        model: The transformer, whose `layers` get profiler ranges.
-        name: Beginning of the files' names, such as 'rank_0'.
+        model: The transformer. Its `layers` get profiler ranges.
+        name: Beginning of the names of all files, such as 'rank_0'.
     """
 
     def __init__(self, model: nn.Module, folder: Path, name: str, *, first: int, last: int, device: torch.device) -> None:
@@ -45,8 +45,8 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Surrounds step `number`, counted from 1. If a run resumes between `first` and `last`, profiling begins with its
-        first step."""
+        """Surrounds step `number`, counted from 1. If a run resumes after step `first`, profiling begins with the first
+        step of the resumed run."""
         if not self._first <= number <= self._last:
             yield
             return
@@ -58,7 +58,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Ends a running profile and writes its files. If they cannot be written, logs the error; the run goes on."""
+        """Ends a running profile and writes its files. If writing fails, logs the error; the run continues."""
         if self._profile is None:
             return
         ended, self._profile = self._profile, None
@@ -92,7 +92,7 @@ class StepProfiler:
         self._profile.__enter__()
 
     def _memory(self, ended: profile) -> dict[str, Any]:
-        """Returns the bytes of the model's tensors and of the process, and the net bytes allocated in each named range."""
+        """Returns the sizes of parameters and process, and the net memory that was allocated in each named range."""
         parameters = list(self._model.parameters())
         ranges = {each.key: each for each in ended.key_averages() if each.is_user_annotation}
         cuda = self._device.type == "cuda"
@@ -110,8 +110,8 @@ class StepProfiler:
 def profiled_steps(
     config: Config, model: nn.Module, device: torch.device, folder: RunFolder, env: RankEnv
 ) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
-    """Yields the function that surrounds each step (`Trainer.profile`). The function does nothing without
-    `monitor.profile`, and on ranks that are not profiled."""
+    """Yields the function that surrounds each step (`Trainer.profile`). Without `monitor.profile`, and on ranks that are
+    not profiled, this function does nothing."""
     section = config.monitor.profile
     if section is None or env.rank not in section.ranks:
         yield lambda _: nullcontext()
@@ -125,13 +125,13 @@ def profiled_steps(
 
 
 def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Gives each part of each layer a profiler range such as 'layer 3/moe.experts', and each exchange a range such as
+    """Gives each part of each layer a profiler range, such as 'layer 3/moe.experts', and each exchange a range, such as
     'layer 3/dispatch'. Yields functions that remove the ranges. Recomputation in backward has the same ranges as forward.
-    With two-batch overlap, each half of a micro-batch has several 'layer 3/moe' ranges, with the exchanges between the
-    ranges."""
+    With two-batch overlap, each half of a micro-batch has several 'layer 3/moe' ranges, and the exchanges lie between
+    these."""
     halves = model.args.two_batch_overlap if isinstance(model, Transformer) else False
     layers: dict[str, nn.Module] = {f"layer {i}": layer for i, layer in enumerate(model.get_submodule("layers").children())}
-    entered: list[str] = []  # names of the layers that are running; the last name is the innermost layer's
+    entered: list[str] = []  # names of the running layers; the innermost layer is last
     for name, layer in layers.items():
         for part in PARTS:
             module = _part(layer, part)
@@ -171,7 +171,7 @@ def _module_range(module: nn.Module, name: str) -> Iterator[Callable[[], None]]:
         open_ranges.pop().__exit__(None, None, None)
 
     yield module.register_forward_pre_hook(begin, prepend=True).remove
-    yield module.register_forward_hook(end, always_call=True).remove  # also after an error, to keep ranges nested
+    yield module.register_forward_hook(end, always_call=True).remove  # also runs after an error, to keep ranges nested
 
 
 def _pieces_range(moe: Any, name: str, entered: list[str]) -> Callable[[], None]:

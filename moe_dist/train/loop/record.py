@@ -1,4 +1,4 @@
-"""Makes the record of a step from the step's result. All functions are pure.
+"""Makes the record of a step from the step's result. All functions in this file are pure.
 
 Shape letters: M modalities, G groups, W ranks of the world.
 """
@@ -41,10 +41,10 @@ def build_record(
     """Builds the record of a step. Raises ValueError if a modality has the name of a loss term.
 
     Args:
-        epochs: Number of passes over the training data of each modality so far.
-        readings: Latest readings of `devices.DeviceMonitor`. Names that begin with device/ become scalars; all other
-            readings go to `Record.host`.
-        levers: Decisions of the levers of `rank_balance` after this step.
+        epochs: Number of passes over the training data so far, by modality.
+        readings: Latest readings of `devices.DeviceMonitor`. Readings whose names begin with device/ become scalars, all
+            others become part of `Record.host`.
+        levers: Decisions that the levers of `rank_balance` made after this step.
     """
     counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
     tags = tag_plan(len(placement.groups), len(modalities), mixture_of_depths=depths is not None)
@@ -72,7 +72,7 @@ def build_record(
         scalars["data/epochs/max"] = max(epochs.values(), default=0.0)
     if depths is not None:
         scalars |= depth_scalars(depths, split=DEPTH_FAMILY in tags.by_group)
-    updates = step - (progress.skipped_steps - result.skipped)  # before this step
+    updates = step - (progress.skipped_steps - result.skipped)  # number of updates before this step
     target = {name: target_at(updates) for name, target_at in plan.active_target.items()}
     peak, source = plan.peak_flops, plan.peak_source
     return Record(
@@ -104,7 +104,7 @@ def build_record(
 def active_against_target(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], target: Mapping[str, float]
 ) -> dict[str, dict[str, float | None]]:
-    """Computes `Record.load` for the groups that `target` names."""
+    """Computes `Record.load` for the groups that have an entry in `target`."""
     chosen_LG = group_metrics(choices_LC, tokens_LG, groups)["experts_per_token"]
     return {
         group.name: {
@@ -119,8 +119,8 @@ def active_against_target(
 
 
 def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
-    """Returns the largest value of each column of `Record.memory_W3`, the largest difference of reserved and allocated MiB,
-    and for each maximum its rank. Empty in the first step."""
+    """Returns the largest value of each column of `Record.memory_W3`, the largest difference between reserved and allocated
+    MiB, and the rank that has each of these values. Returns nothing in the first step."""
     if not memory_W3.size:
         return {}
     allocated_W, reserved_W, retries_W = memory_W3.T
@@ -131,37 +131,37 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 
 
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """Returns `busiest_G` by group, as entries of `Record.host`; none if it is unknown, or if experts choose tokens."""
+    """Returns `busiest_G` by group, as entries of `Record.host`; no entry if it is unknown or if experts choose tokens."""
     pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
     return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.token_share is None}
 
 
 def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, split: bool) -> dict[str, float | None]:
-    """Returns each term of the loss, and loss/total = nats / labels (of all modalities) + balance + z + auxiliary. Raises
-    ValueError if a modality has the name of a loss term."""
+    """Returns each term of the loss, and their sum loss/total = nats / labels (of all modalities) + balance + z +
+    auxiliary. Raises ValueError if a modality has the name of a loss term."""
     taken = sorted(set(losses if split else ()) & set(RESERVED_MODALITIES))
     if taken:
         raise ValueError(f"modalities: {taken} are names of loss terms; rename them in the manifest")
     nats = ratio(sum(result.nll_M.tolist()), sum(result.labels_M.tolist()))
     total = None if nats is None else nats + result.balance + result.z + result.auxiliary
-    # Runs with auxiliary routers or router tuning have no z-loss, so loss/auxiliary can replace loss/z among the 40
-    # scalars.
+    # Runs with auxiliary routers or router tuning have no z-loss. There loss/auxiliary replaces loss/z, so that a step has
+    # at most 40 scalars.
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
 
 
 def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """Returns the scalars of the step's communication, without metadata bytes.
+    """Returns the scalars of the step's communication. They do not contain metadata bytes.
 
-    The bytes of other dispatch methods are estimated as the methods' rows times this step's bytes per row (padding rows
-    included).
+    For other dispatch methods, bytes are estimated: the method's number of rows times this step's bytes per row (including
+    padding rows).
     """
     ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
-    row_bytes = ratio(ledger["payload_bytes"], ours)  # forward, backward and recomputation
+    row_bytes = ratio(ledger["payload_bytes"], ours)  # includes forward, backward and recomputation
 
     def saved(rows: int) -> float | None:
-        if row_bytes is None:  # without sent rows the bytes per row are unknown
+        if row_bytes is None:  # no row was sent, so the bytes per row are unknown
             return None if rows else 0.0
         return (rows - ours) * row_bytes
 
@@ -175,8 +175,8 @@ def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float |
 
 
 def perf_scalars(result: StepResult, plan: LoopSettings, seconds: float) -> dict[str, float | None]:
-    """Returns throughput. mfu = FLOPs per token x tokens per second / peak FLOPs per second of all devices (Chowdhery et
-    al. 2022, appendix B); None if the peak is unknown."""
+    """Returns the throughput, and mfu = FLOPs per token x tokens per second / peak FLOPs per second of all devices
+    (Chowdhery et al. 2022, appendix B). mfu is None if the peak is unknown."""
     rate, mfu = ratio(result.tokens, seconds), None
     if rate and plan.peak_flops:
         mfu = rate * flops_per_token(result.counts, plan) / plan.peak_flops

@@ -1,4 +1,4 @@
-"""Makes the objects that a rank needs around the training loop: device, process groups, watchdog, sinks of records,
+"""Makes the objects that a rank needs around its training loop: device, process groups, watchdog, sinks of records, and the
 summary."""
 
 import logging
@@ -65,8 +65,8 @@ def around_steps(
     env: RankEnv,
     attempt: Attempt,
 ) -> Iterator[dict[str, Any]]:
-    """Opens the services that run beside the steps: readings of the device, profiler, traces, sinks, and the garbage
-    collector. Yields the arguments of `Trainer` for them."""
+    """Opens the services that run beside the steps: device readings, profiler, traces, sinks, and garbage collection.
+    Yields the arguments with which `Trainer` gets these services."""
     config, mesh, model = checked.config, training.parallel.mesh, training.parallel.model
     start = {"attempt_id": attempt.attempt_id, "step": progress.step, "position": progress.position}
     with (
@@ -82,16 +82,16 @@ def around_steps(
 
 
 def choose_device(config: Config, env: RankEnv) -> torch.device:
-    """Returns this rank's device: the CPU, or its GPU. Raises ResourceError if there is no GPU for this rank."""
+    """Returns the CPU or this rank's GPU. Raises ResourceError if this rank needs a GPU but there is none."""
     wanted = config.parallel.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return own_gpu(env)  # `claim_gpu` detects two ranks that take one GPU
+    return own_gpu(env)  # `claim_gpu` detects if two ranks use one GPU
 
 
 def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  # pyright: ignore[reportPrivateImportUsage]
-    """Reserves this rank's GPU for this rank alone; does nothing on a CPU. Raises ResourceError if another rank has claimed
-    the same GPU."""
+    """Reserves this rank's GPU for this rank. Does nothing on a CPU. Raises ResourceError if another rank has already
+    reserved the same GPU."""
     if device.type != "cuda":
         return
     uuid = torch.cuda.get_device_properties(device).uuid
@@ -103,14 +103,14 @@ def claim_gpu(store: dist.Store, env: RankEnv, device: torch.device) -> None:  #
 
 
 def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt, *, stopped: Callable[[], bool]) -> Mesh:
-    """Waits for all ranks and makes the process groups. A stop signal, which `stopped` reports, ends the wait.
+    """Waits for all ranks, and makes the process groups. If a stop signal comes, which `stopped` reports, the wait ends.
 
     Raises:
-        ResourceError: a rank is not on its planned node, or has no GPU.
+        ResourceError: this rank is not on its planned node, or it has no GPU.
         MoeDistError: a check of this node fails, a rank does not join, or the ranks' run folders or attempts differ.
     """
     if config.parallel.deterministic:
-        make_deterministic()  # called before the first CUDA call, which reads the variables that `make_deterministic` sets
+        make_deterministic()  # before the first CUDA call, which reads the variables that this function sets
     section, device = config.parallel, choose_device(config, env)
     wait = StartWait(env.rank, section.start_seconds, stopped=stopped, grace_seconds=env.grace_seconds)
     with meeting(env, folder.path, wait) as (store, attempt_id):
@@ -124,7 +124,7 @@ def join_world(config: Config, env: RankEnv, folder: RunFolder, attempt: Attempt
 
 
 def card_name(config: Config, mesh: Mesh) -> str | None:
-    """Returns the name of this rank's GPU; None on a CPU. Rank 0 logs how to get perf/mfu if the peak is unknown."""
+    """Returns the name of this rank's GPU; None on a CPU. If its peak is unknown, rank 0 logs how to get perf/mfu."""
     if mesh.device.type != "cuda":
         return None
     card, precision = torch.cuda.get_device_name(mesh.device), config.parallel.precision
@@ -142,7 +142,7 @@ def card_name(config: Config, mesh: Mesh) -> str | None:
 def start_watchdog(
     config: Config, env: RankEnv, folder: RunFolder, tracker: CollectiveTracker, attempt: Attempt
 ) -> Watchdog:
-    """Starts the watchdog of this rank's collectives, unless the run has one rank. Call it after `join_world`."""
+    """Returns this rank's watchdog of collectives, started if the run has several ranks. Call it after `join_world`."""
     watchdog = Watchdog(
         tracker,
         rank=env.rank,
@@ -158,12 +158,12 @@ def start_watchdog(
 
 @contextmanager
 def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Iterator[DeviceMonitor | None]:
-    """Reads the device in a thread during the `with` block on rank 0; yields None on other ranks."""
+    """Reads the device in a thread during the `with` block. Only rank 0 does this; other ranks yield None."""
     if env.rank != 0:
         yield None
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # without device syncs
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # its readings need no device sync
     try:
         yield monitor
     finally:
@@ -174,10 +174,10 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     checked: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list that is empty except on rank 0. On rank 0 it has one sink, which passes the records of steps and
-    evaluations to all configured sinks. These are closed even after an error, so that no record stays in a buffer.
+    """Yields a list that is empty except on rank 0. Rank 0's list has one sink, which passes the records of steps and
+    evaluations to all configured sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
-    Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
+    Before each record, rank 0 checks that it has the run's lease. A checkpoint is committed once all records are on disk.
     """
     if env.rank != 0:
         yield []
@@ -189,7 +189,7 @@ def open_sinks(
         if before.verdict == DivergedError.exit_code:
             print(f"the attempt before this one diverged after step {before.last_step}: {printable(before.reason)}")
             print(f"this attempt goes on after step {progress.step}")
-    attempt.lease.check()  # another attempt may have taken the lease of the run meanwhile
+    attempt.lease.check()  # another attempt may have taken the run's lease meanwhile
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(checked, folder, progress)])
     attempt.require(sinks.check_written)
     try:
@@ -199,8 +199,8 @@ def open_sinks(
 
 
 def _build_sinks(checked: Preflight, folder: RunFolder, progress: Progress) -> list[Sink]:
-    """Makes one sink per section of `monitor.sinks`, and one for Ray if Ray started the run. Writes the configuration and
-    the placement of experts to each sink as text."""
+    """Makes one sink for each section of `monitor.sinks`, and another one if Ray started the run. Writes the configuration
+    and the experts' placement to each sink as texts."""
     config, placement = checked.config, checked.placement
     subject = Subject(
         placement.groups,
@@ -228,7 +228,7 @@ def _build_sinks(checked: Preflight, folder: RunFolder, progress: Progress) -> l
 
 
 def placement_text(checked: Preflight, *, width: int = 120) -> str:
-    """Returns a text of `width` columns with the placement of a run's experts, and with the costs that each placement
+    """Returns a text of `width` columns. It shows the placement of a run's experts, and the costs that each placement
     policy would have for the run's token mix."""
     if checked.config.model.moe.experts.replicated:
         return "LoRA experts: every rank holds all of them, nothing is exchanged\n"
@@ -243,7 +243,7 @@ def placement_text(checked: Preflight, *, width: int = 120) -> str:
 
 
 def write_texts(finished: Finished, checked: Preflight, sinks: Sequence[Sink]) -> str:
-    """Writes the cost table and the comparison with fixed top-k to the sinks; returns the comparison, or ""."""
+    """Writes the cost table and the comparison with fixed top-k to all sinks. Returns the comparison, or ""."""
     beside = beside_fixed_top_k(checked.config, checked.manifest, finished.evaluation) if sinks else ""
     costs = "" if finished.costs is None else costs_markdown(finished.costs)
     for sink in sinks:
@@ -256,11 +256,11 @@ def write_texts(finished: Finished, checked: Preflight, sinks: Sequence[Sink]) -
 def conclude(
     finished: Finished, folder: RunFolder, checked: Preflight, *, beside: str, stopped: signal.Signals | None = None
 ) -> None:
-    """Prints and stores the summary. If another attempt has finished the run, prints that attempt's summary.
+    """Prints and stores the summary. If another attempt has finished the run, prints the summary of that attempt instead.
 
     Args:
-        beside: The sentence that `beside_fixed_top_k` returns; "" adds no line to the summary.
-        stopped: A stop signal that came too late to stop the run, or None.
+        beside: The sentence that `beside_fixed_top_k` returned; "" adds no line to the summary.
+        stopped: A stop signal that came too late to stop the run; None if there was none.
     """
     _print_summary(finished, folder, checked, beside)
     if stopped is not None:

@@ -1,4 +1,4 @@
-"""The training loop: step, record, evaluate, save, until the last step, a stop request, or divergence."""
+"""Runs the training loop: step, record, evaluate, save. It ends at the last step, a stop request, or divergence."""
 
 import gc
 import logging
@@ -37,34 +37,34 @@ from moe_dist.train.step.training_step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 100  # number of last steps whose routing counts the checks at the end of a run use
+WINDOW = 100  # the checks at the end of a run use the routing counts of this many last steps
 Loader = TrainLoader | SampleLoader
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that reached its last step."""
+    """The results of a run that reached its last step."""
 
-    took_steps: bool  # False if an earlier attempt at the run took the last step
+    took_steps: bool  # False if an earlier attempt took the run's last step
     evaluation: EvaluationResult
     checks: list[Check]
     costs: CostTable | None = None  # traffic; None without `monitor.cost_table` or without steps in this attempt
 
 
-@dataclass(eq=False, repr=False)  # because a repr would print the model
+@dataclass(eq=False, repr=False)  # a repr would print the whole model
 class Trainer:
-    """Runs the training loop on one rank. Every rank runs the same loop; only rank 0 has sinks of records.
+    """Runs the training loop on one rank. Every rank runs the same loop, but only rank 0 has sinks of records.
 
     Attributes:
-        loader: Returns this rank's batches of the step that begins at a position of the stream of all ranks.
+        loader: Returns this rank's batches for the step that begins at a given position of the stream of all ranks.
         devices: Reads the state of this rank's device; None on ranks without sinks.
-        saver: Saves the state of the run; all ranks call it at the same steps.
-        stop: Tells whether this process got a stop signal. Each step tells all ranks of such a signal.
-        progress: The counters of the run, which begin with the values of the loaded checkpoint.
-        profile: Returns a context manager for the step with a given number (the first step is 1).
-        watchers: Objects that get every token's expert choices in the steps for which their `due` returns True.
-        levers: Levers, by name, that keep the ranks equally busy (`rank_balance`).
-        placement_rows: The watcher that counts token rows under other placements; None without `monitor.cost_table`.
+        saver: Saves the run's state. All ranks call it at the same steps.
+        stop: Tells whether this process got a stop signal. In each step all ranks learn of such a signal.
+        progress: The counters of the run. They begin with the values of the loaded checkpoint.
+        profile: Returns a context manager for a step, given the step's number (the first step is 1).
+        watchers: Objects that get all tokens' expert choices in those steps for which their `due` returns True.
+        levers: Levers that keep the ranks equally busy, by name (`rank_balance`).
+        placement_rows: The watcher that counts token rows for other placements; None without `monitor.cost_table`.
     """
 
     plan: LoopSettings
@@ -92,8 +92,8 @@ class Trainer:
 
         Raises:
             StoppedError: a rank got a stop signal. The state has been saved, unless the last step was skipped.
-            DivergedError: too many consecutive steps were skipped, or the last step was; or the held-out loss after the
-                last step, or the state to be saved, is not finite. The newest checkpoint is finite.
+            DivergedError: too many consecutive steps were skipped, or the last step was skipped. Or the held-out loss after
+                the last step or the state to be saved is not finite. The newest checkpoint is finite.
         """
         config, progress = self.plan.config, self.progress
         evaluation: EvaluationResult | None = None
@@ -107,16 +107,16 @@ class Trainer:
             stop = result.stop_requested and not last
             if progress.skipped_in_a_row >= (1 if last else config.train.max_skipped_in_a_row):
                 raise self._diverged(self._skips())
-            if last or (self._owes_evaluation() and not stop):  # a stop signal leaves time only for a save
+            if last or (self._owes_evaluation() and not stop):  # after a stop signal there is time only for a save
                 evaluation = self._evaluate(final=last)
             save_due |= progress.step % config.checkpoint.every == 0
-            # While steps are skipped the weights may be broken, and a save would delete an older checkpoint.
+            # While steps are skipped, the weights may be broken, and a save would delete an older, good checkpoint.
             if (last or stop or save_due) and not result.skipped:
                 self._save(must=last or stop)
                 save_due = False
             if stop:
                 raise StoppedError(self._stopped(saved=not result.skipped))
-        if evaluation is None:  # the loaded checkpoint is of the last step
+        if evaluation is None:  # the loaded checkpoint was saved after the last step
             evaluation = self._evaluate(final=True)
         return Finished(bool(self._recent), evaluation, self._checks(evaluation), self._costs())
 
@@ -154,7 +154,7 @@ class Trainer:
         return result
 
     def _pull_levers(self, result: StepResult) -> list[LeverDecision]:
-        """Calls the levers after a step, and returns their decisions."""
+        """Calls all levers after a step. Returns their decisions."""
         step, position = self.progress.step, self.progress.position - self.plan.config.train.global_batch
         found = [lever.after_step(result, step=step, position=position) for lever in self.levers.values()]
         decisions = [each for each in found if each is not None]
@@ -163,7 +163,7 @@ class Trainer:
         return decisions
 
     def follow(self, placement: ExpertPlacement) -> None:
-        """After a lever's change, uses the new placement for records, evaluations, traces and checkpoints."""
+        """Uses a new placement, which a lever chose, for records, evaluations, traces and checkpoints."""
         self.plan = replace(self.plan, placement=placement)
         self.evaluator.placement = self.saver.placement = placement
         for watcher in self.watchers:
@@ -178,7 +178,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # else an earlier attempt has recorded this evaluation
+        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has recorded this evaluation
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:
                 sink.evaluation(result, scalars)
@@ -189,7 +189,7 @@ class Trainer:
         return result
 
     def _last_batches(self, count: int) -> list[Batch]:
-        """Returns this rank's last training micro-batches, at most `count`, from the latest step backwards."""
+        """Returns at most `count` of this rank's last training micro-batches, going backwards from the latest step."""
         self._reader.settle()
         size, batches = self.plan.config.train.global_batch, []
         position = self.progress.position - size
@@ -199,8 +199,8 @@ class Trainer:
         return batches[:count]
 
     def _save(self, *, must: bool) -> None:
-        """Saves the run's state. With `must` the method returns after the files are written; otherwise a thread may write
-        the files during the next steps."""
+        """Saves the run's state. With `must`, the files are written when the method returns. Otherwise a thread may write
+        them during the next steps."""
         for sink in self.sinks:
             sink.flush()  # before the save, because a run that resumes from it does not repeat these records
         for watcher in self.watchers:
@@ -225,8 +225,8 @@ class Trainer:
         )
 
     def _costs(self) -> CostTable | None:
-        """Returns the traffic of the last steps, and the traffic that other methods would cause for the same choices.
-        Collective."""
+        """Returns the traffic of the last steps, and the traffic that other methods would cause with the same expert
+        choices. Collective."""
         if self.placement_rows is None or not self._recent:
             return None
         mesh, plan = self.evaluator.mesh, self.plan
@@ -243,11 +243,11 @@ class Trainer:
         )
 
     def _diverged(self, what: str) -> DivergedError:
-        self.saver.writer.wait()  # a thread may still be writing the last save
+        self.saver.writer.wait()  # a thread may still be writing the last checkpoint
         return DivergedError(f"{what}; {self.saver.ways_on(self.progress)}")
 
     def _skips(self) -> str:
-        """Describes the skipped steps at the end of a diverged run."""
+        """Returns a text about the skipped steps that end a diverged run."""
         train = self.plan.config.train
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (
@@ -266,6 +266,6 @@ class Trainer:
 
 
 def _collect(step: int) -> None:
-    """Collects garbage after every COLLECT_EVERY-th step, if automatic collections are off (`garbage`)."""
+    """Collects garbage after every COLLECT_EVERY-th step if automatic collections are off (see `garbage.py`)."""
     if step % COLLECT_EVERY == 0 and not gc.isenabled():
         gc.collect()

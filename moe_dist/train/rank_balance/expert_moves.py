@@ -1,7 +1,7 @@
-"""Moves experts (weights and moments, bit for bit) between the ranks of an EP group.
+"""Moves experts (their weights and moments, bit for bit) between the ranks of an EP group.
 
-A move changes no rank's number of experts of a group. Parameters and moments therefore keep their shapes and memory, and
-only their values change. A move changes nothing on disk: after a crash the run resumes from its last checkpoint.
+A move changes no rank's number of experts in any group. Parameters and moments therefore keep their shapes and memory, and
+only their values change. A move changes no file: after a crash the run resumes from its last checkpoint.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ class Route:
     """The experts that one rank sends and receives when one group's experts move.
 
     Attributes:
-        send: Indices, in this rank's stack of the group, of the experts that leave, ordered by their new ranks.
-        splits: Numbers of experts sent to and received from each rank.
-        take: For each expert of the new stack, its index in the concatenation of old stack and received experts.
+        send: Indices of the leaving experts in this rank's stack of the group, ordered by the experts' new ranks.
+        splits: Numbers of experts that this rank sends to and receives from each rank.
+        take: For each expert of the new stack, its index in the old stack followed by the received experts.
     """
 
     send: list[int]
@@ -39,7 +39,7 @@ class Route:
 
     @classmethod
     def of(cls, old: ExpertPlacement, new: ExpertPlacement, group: ExpertGroup, rank: int) -> "Route":
-        """Makes the route of rank `rank`. Sender and receiver both list exchanged experts in the order of logical ids."""
+        """Makes the route of rank `rank`. Sender and receiver both order the exchanged experts by logical id."""
         others = [each for each in range(old.num_ranks) if each != rank]
         before, after = old.local_experts(rank, group), new.local_experts(rank, group)
         leave = {to: [each for each in new.local_experts(to, group) if each in before] for to in others}
@@ -53,7 +53,7 @@ class Route:
 
 
 def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
-    """Returns whether each rank has as many experts of each group in both placements, as a move requires."""
+    """Returns whether each rank has equally many experts of each group in both placements. A move requires this."""
     if one.groups != other.groups or one.num_ranks != other.num_ranks:
         return False
     ranks = range(one.num_ranks)
@@ -62,8 +62,8 @@ def same_shapes(one: ExpertPlacement, other: ExpertPlacement) -> bool:
 
 @torch.no_grad()
 def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlacement, new: ExpertPlacement) -> None:
-    """Moves weights and moments of all experts to the ranks of `new`. Collective over the EP groups. Needs memory for one
-    stacked tensor of experts at a time, unsharded even if FSDP2 shards the tensor over edp."""
+    """Moves weights and moments of all experts to the ranks that `new` gives them. Collective over the EP groups. Needs
+    memory for one stacked tensor of experts at a time, which is not sharded even if FSDP2 shards the tensor over edp."""
     assert same_shapes(old, new), f"{old.slots} cannot become {new.slots}"
     mesh = parallel.mesh
     wire = AllToAll(mesh.ep, CommStats(), mesh.tracker)
@@ -85,7 +85,7 @@ def move_experts(parallel: ParallelModel, optimizer: Optimizer, old: ExpertPlace
 
 
 def _tensors(named: NamedParameter, optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yields a stacked tensor of experts, then its moments. On a rank without experts all yielded tensors are empty."""
+    """Yields a stacked tensor of experts, then the tensor's moments. On a rank without experts all these are empty."""
     yield named.parameter.detach()
     state = optimizer.state.get(named.parameter, {})
     if named.parameter.requires_grad:

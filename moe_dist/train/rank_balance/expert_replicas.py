@@ -1,5 +1,5 @@
-"""Gives experts replicas on other ranks of their EP group. No weights are sent here: each forward sends the weights of
-replicas (`moe/experts/replicas.py`). Shape letter: E true experts."""
+"""Gives experts replicas on other ranks of their EP group. This file sends no weights; each forward pass sends the weights
+of replicas (`moe/experts/replicas.py`). Shape letter: E true experts."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,13 +19,13 @@ from moe_dist.placement.replica_slots import PlacementWithReplicas
 
 
 class ReplicaPlanner:
-    """Replaces a dispatcher's planner, in order to send this rank's tokens to the replicas that serve this rank
-    (`placement/replica_slots.py`). The planner of a layer treats each replica as a separate expert.
+    """Replaces a dispatcher's planner, so that this rank's tokens go to the replicas that serve this rank
+    (`placement/replica_slots.py`). Each layer's planner treats a replica as a separate expert.
 
     Args:
-        plain: The dispatcher's planner before the replacement, for layers without replicas.
-        of_layer: Maps the name of a layer to the id of each expert's slot (int64 [E + 1]; the last id is for absent pairs),
-            and to a planner, of the same kind as `plain`, for the layer's slots.
+        plain: The planner that the dispatcher had before. It plans layers without replicas.
+        of_layer: Maps a layer's name to two values: the id of each expert's slot (int64 [E + 1]; the last id is for absent
+            pairs), and a planner for these slots, of the same kind as `plain`.
     """
 
     def __init__(self, plain: Any, of_layer: Mapping[str, tuple[Tensor, Any]]) -> None:
@@ -35,20 +35,20 @@ class ReplicaPlanner:
         if layer not in self._of_layer:
             return self._plain.plan(assignments, num_tokens, layer)
         slot_E, planner = self._of_layer[layer]
-        # the index -1 of absent pairs means the last
+        # absent pairs have the index -1, which selects the last id
         return planner.plan(assignments._replace(expert_N=slot_E[assignments.expert_N]), num_tokens, layer)
 
     def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
-        """See `DispatchPlanner.chunk_lengths`. The lengths are equal in all layers."""
+        """Does the same as `DispatchPlanner.chunk_lengths`. The lengths are equal in all layers."""
         return self._plain.chunk_lengths(num_tokens)
 
 
 def give_replicas(parallel: ParallelModel, section: DispatchSection, context: DispatchContext) -> None:
-    """Replaces the experts' replicas of all MoE layers by the replicas in `context.placement`. All ranks call the function
-    between two steps. Dispatchers with the capability `replicas` take all plans from their attribute `planner`."""
+    """Replaces the experts' replicas in all MoE layers by those in `context.placement`. All ranks must call this between
+    the same two steps. Dispatchers with the capability `replicas` make all plans with their attribute `planner`."""
     mesh, layers, placement = parallel.mesh, parallel.model.moe_modules(), context.placement
     assert isinstance(placement, PlacementWithReplicas)
-    # `context.all_to_all` is not used, because its checksums of rows may be on, and an expert is too long for them.
+    # `context.all_to_all` may compute checksums of rows, and an expert is too long for them, so it is not used here.
     wire = AllToAll(mesh.ep, context.all_to_all.comm_stats, mesh.tracker)
     dispatcher: Any = section.build(context)
     of_layer: dict[str, tuple[Tensor, Any]] = {}

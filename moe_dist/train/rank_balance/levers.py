@@ -1,4 +1,4 @@
-"""Levers, which keep the ranks equally busy during a run (section `rank_balance`). All are off by default."""
+"""Defines levers, which keep the ranks equally busy during a run (section `rank_balance`). All are off by default."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,14 +18,14 @@ from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step.result import StepResult
 
-SHOW_EVERY = 100  # steps between two shown decisions of the loader
+SHOW_EVERY = 100  # number of steps from one shown decision of the loader to the next
 
 
 class Lever(Protocol):
-    """Moves computation between ranks, which changes the loss only by rounding. All ranks make the same decisions."""
+    """Moves computation between ranks. This changes the loss only by rounding. All ranks make the same decisions."""
 
     def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
-        """Is called after each step. May issue collectives. Returns a decision to show, or None.
+        """Is called after each step. May issue collectives. Returns a decision that is shown, or None.
 
         Args:
             step: Number of the step; the first step of a run is 1.
@@ -35,8 +35,8 @@ class Lever(Protocol):
 
 
 class DealingLever:
-    """Shows how the loader deals the sequences of a step to the ranks (`moe_dist.data.dealing`), in the first and every
-    `SHOW_EVERY`-th step. The loader keeps the order of the stream if no deal is more even."""
+    """Shows how the loader deals the sequences of a step to the ranks (`moe_dist.data.dealing`). Shows this in the first
+    and in every `SHOW_EVERY`-th step. The loader keeps the stream's order if no other deal is more even."""
 
     def __init__(self, loader: TrainLoader) -> None:
         self._loader = loader
@@ -51,7 +51,7 @@ class DealingLever:
 
 
 class LeverParts(NamedTuple):
-    """The values from which `build_levers` makes levers."""
+    """The arguments from which `build_levers` makes levers."""
 
     config: Config
     placement: ExpertPlacement
@@ -110,6 +110,6 @@ LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {
 
 
 def build_levers(parts: LeverParts) -> dict[str, Lever]:
-    """Makes the levers that the configuration switches on, by name."""
+    """Makes the levers that the configuration switches on. Returns them by name."""
     made = {name: make(parts) for name, make in LEVERS.items()}
     return {name: lever for name, lever in made.items() if lever is not None}

@@ -1,4 +1,4 @@
-"""The base class of levers that decide by the experts' loads in a window of steps.
+"""Defines the base class of levers that decide by the experts' loads in a window of steps.
 
 Shape letters: S steps, L MoE layers, E true experts.
 """
@@ -17,15 +17,15 @@ P = TypeVar("P", bound=ExpertPlacement)
 
 
 class LoadLever(ABC, Generic[P]):
-    """A `moe_dist.train.rank_balance.levers.Lever` that decides after the last step of each window of `every` steps."""
+    """A `moe_dist.train.rank_balance.levers.Lever` that decides once per window of `every` steps, after its last step."""
 
     def __init__(self, placement: P, every: int, layers: int) -> None:
         self.placement, self._every, self._layers = placement, every, layers
         self._width_E = np.array(placement.width_of_expert)
-        self._pairs_SLE: list[np.ndarray] = []  # computed (token, expert) pairs since the last decision
+        self._pairs_SLE: list[np.ndarray] = []  # (token, expert) pairs that were computed since the last decision
 
     def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
-        """See `Lever`. Decides in every `every`-th step. Returns None if the loads need no change."""
+        """See `Lever`. Makes a decision in every `every`-th step. Returns None if the loads require no change."""
         counts = result.counts
         self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
         if step % self._every:
@@ -38,11 +38,11 @@ class LoadLever(ABC, Generic[P]):
 
     @abstractmethod
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
-        """Decides by the loads, (token, expert) pairs x FFN width, of at least two steps."""
+        """Decides by the experts' loads in at least two steps. A load is (number of (token, expert) pairs) x FFN width."""
 
     @abstractmethod
     def _place(self, placement: P) -> None:
-        """Moves or replicates experts as `placement` says."""
+        """Moves or replicates experts to reach `placement`."""
 
     def _stored_pairs(self) -> JsonValue:
         return np.array(self._pairs_SLE, np.int64).tolist()

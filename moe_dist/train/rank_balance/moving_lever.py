@@ -1,9 +1,9 @@
-"""Decides when experts change ranks. Decisions depend only on routing counts, and are therefore equal on all ranks and in
+"""Decides when experts change ranks. A decision depends only on routing counts. It is therefore equal on all ranks, and in
 all runs with the same seed.
 
-A window of steps is cut in two halves. The placement solver finds swaps of experts for the loads of the first half-window;
-the loads of the second half-window judge the swaps. A placement that only fits the noise of the first half-window therefore
-shows no gain. The solver minimises the busiest rank's load, summed over steps and layers, so it also spreads experts that
+A window of steps is cut in two halves. The placement solver finds swaps of experts from the loads of the first half; the
+loads of the second half decide whether the swaps help. A placement that only fits the noise of the first half shows no gain
+there. The solver minimises the busiest rank's load, summed over steps and layers. It therefore also spreads experts that
 are busy at different times.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
@@ -21,9 +21,9 @@ from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
 from moe_dist.train.rank_balance.expert_moves import same_shapes
 from moe_dist.train.rank_balance.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # smallest gain that is not noise, as a fraction of the busiest rank's load
-# A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Muon's single moment or
-# bf16 moments make a move cheaper than computed. Forward and backward of one token by this expert take 6 n FLOPs.
+LEAST_GAIN = 0.02  # a smaller gain is taken for noise; fraction of the busiest rank's load
+# A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Moments in bf16, or Muon's
+# single moment, need fewer bytes. Forward and backward of one token by this expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
 
 
@@ -31,8 +31,8 @@ class MovingLever(LoadLever[ExpertPlacement]):
     """A `moe_dist.train.rank_balance.levers.Lever` that moves experts. Checkpoints save the lever's state.
 
     Args:
-        move: Moves the experts from the first placement to the second one. Collective.
-        edp: Number of EP groups, which share the tokens of a step.
+        move: Moves experts from the first placement to the second. Collective.
+        edp: Number of EP groups. They share the tokens of a step.
         every, payback_steps, flops_per_byte: See `config.rank_balance_schema.MovingSection`.
     """
 
@@ -74,7 +74,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns a move's cost: the work (pairs x FFN width) that the busiest sender or receiver could do meanwhile."""
+        """Returns a move's cost: the work (pairs x FFN width) that its busiest sender or receiver could do during it."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
         most = max(sent.max(initial=0.0), received.max(initial=0.0))
@@ -85,15 +85,15 @@ class MovingLever(LoadLever[ExpertPlacement]):
         self.placement = placement
 
     def state(self) -> JsonValue:
-        """Returns the current and the configured placement, and the routing counts since the last decision."""
+        """Returns the current placement, the configured placement, and the routing counts since the last decision."""
         slots: list[JsonValue] = [[*each] for each in self.placement.slots]
         configured: list[JsonValue] = [[*each] for each in self._configured]
         return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Moves the experts to the saved placement. Collective. The experts keep the configured placement if the ranks'
-        numbers of experts differ in the saved placement, or if the configured placement has changed since the save. Raises
-        DataError if the state was not made by `state`."""
+        """Moves the experts to the saved placement. Collective. The experts stay in the configured placement in two cases:
+        the saved placement has other numbers of experts on the ranks, or the configured placement has changed since the
+        save. Raises DataError if the argument is no result of the method `state`."""
         try:
             assert isinstance(state, dict)
             slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore

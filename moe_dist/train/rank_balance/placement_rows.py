@@ -1,4 +1,4 @@
-"""Counts the token rows that dispatch would send under other placements of the experts, for the expert choices of this run.
+"""Counts the token rows that dispatch would send with other placements of the experts but the same expert choices.
 
 Shape letters: T tokens, K choices, E true experts, P placements.
 """
@@ -22,15 +22,15 @@ from moe_dist.train.step.tracing import StepWatcher
 
 
 class PlacementRows(StepWatcher):
-    """Counts token rows from step number `first` (0-based) on: one row for each rank to which a forward sends a token. The
-    counted placements stay the same if experts move.
+    """Counts token rows from step `first` (0-based) on: one row for each rank to which a forward pass sends a token. If
+    experts move, the counted placements stay the same.
 
     Args:
-        placements: Maps names to placements; all placements have the same expert groups.
+        placements: Maps names to placements. All placements must have the same expert groups.
         ep_rank: Position of this rank in its EP group.
     """
 
-    own_tokens = True  # each token is counted by the rank that routes it
+    own_tokens = True  # the rank that routes a token counts it
 
     def __init__(
         self, placements: Mapping[str, ExpertPlacement], *, ep_rank: int, first: int, device: torch.device
@@ -45,20 +45,20 @@ class PlacementRows(StepWatcher):
         return number >= self._first
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
-        """Counts the token rows of a micro-batch, on the device and without a host sync."""
+        """Counts the token rows of a micro-batch on the device, without a host sync."""
         for report in reports:
             if report.chosen is not None:
                 self._rows_P += remote_rows(report.chosen.column_TK, self._rank_PE, self._ranks, self._ep_rank)
 
     def total(self, world: dist.ProcessGroup | None, tracker: CollectiveTracker | None) -> dict[str, int]:
-        """Returns the rows sent by all ranks, by placement. Collective."""
+        """Returns, for each placement, the number of rows that all ranks send. Collective."""
         rows_P = sum_over(self._rows_P.clone(), world, name=PLACEMENT_ROWS, tracker=tracker)
         return dict(zip(self._names, rows_P.tolist(), strict=True))
 
 
 def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: int) -> PlacementRows | None:
-    """Makes the counter of the token rows sent in the run's last `last` steps, under this run's placement and under the
-    placements that `plan` compares; None without `monitor.cost_table`."""
+    """Makes the counter of the token rows in the run's last `last` steps. It counts for this run's placement and for the
+    placements that `plan` compares. Returns None without `monitor.cost_table`."""
     if not config.monitor.cost_table:
         return None
     own = config.placement.policy
@@ -69,12 +69,12 @@ def build_placement_rows(config: Config, plan: Preflight, mesh: Mesh, *, last: i
 
 
 def remote_rows(column_TK: Tensor, rank_PE: Tensor, num_ranks: int, ep_rank: int) -> Tensor:
-    """Returns the number of distinct (token, other rank) pairs under each placement, int64 [P]. Expert columns from E on
-    (null experts) and negative columns (no choice, dropped pairs) cause no row."""
+    """Returns the number of distinct pairs (token, other rank) under each placement, int64 [P]. Columns from E on (null
+    experts) and negative columns (no choice, or a dropped pair) need no row."""
     column_TK = column_TK.to(torch.int64)
     taken_TK = (column_TK >= 0) & (column_TK < rank_PE.shape[1])
     rank_PTK = rank_PE[:, torch.where(taken_TK, column_TK, 0)]
-    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # the token's own rank, which receives no row
+    rank_PTK = torch.where(taken_TK, rank_PTK, ep_rank)  # on the token's own rank, so no row
     reached_PTR = torch.zeros(*rank_PTK.shape[:2], num_ranks, dtype=torch.bool, device=column_TK.device)
     reached_PTR.scatter_(2, rank_PTK, True)
     reached_PTR[:, :, ep_rank] = False

@@ -1,9 +1,9 @@
-"""Decides which experts get replicas. Decisions depend only on routing counts, and are therefore equal on all ranks and in
+"""Decides which experts get replicas. A decision depends only on routing counts. It is therefore equal on all ranks, and in
 all runs with the same seed.
 
-A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half-window give each layer new
-replicas: repeatedly the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica slot.
-The loads of the second half-window decide between the new replicas, the layer's present replicas, and no replicas. Making
+A window of steps is cut in two halves, as in `moving_lever.py`. From the loads of the first half each layer gets new
+replicas: again and again, the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica
+slot. The loads of the second half decide between the new replicas, the layer's present replicas, and no replicas. Making
 replicas costs nothing, but each step exchanges their weights and gradients. Replicas must save more time than these
 exchanges take.
 
@@ -21,19 +21,19 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica, hosts_of, shares
 from moe_dist.train.rank_balance.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # smallest gain that is not noise, as a fraction of the load of a layer's busiest rank
-# Forward and backward of one token by an expert of n parameters take 6 n FLOPs.
+LEAST_GAIN = 0.02  # a smaller gain is taken for noise; fraction of the load of a layer's busiest rank
+# Number of FLOPs per parameter of an expert in forward and backward of one token.
 FLOPS_OF_ROW = 6
-Replicas = tuple[Replica, ...]  # replicas of one layer, sorted
+Replicas = tuple[Replica, ...]  # the replicas of one layer, sorted
 
 
 class ReplicatingLever(LoadLever[PlacementWithReplicas]):
     """A `moe_dist.train.rank_balance.levers.Lever` that makes replicas. Checkpoints save the lever's state.
 
     Args:
-        replicate: Makes the replicas in a placement. No collective.
-        edp: Number of EP groups, which share the tokens of a step.
-        bytes_per_value: Bytes that a rank sends in a step for each parameter of a replica.
+        replicate: Makes the replicas that a placement contains. Needs no collective.
+        edp: Number of EP groups. They share the tokens of a step.
+        bytes_per_value: Number of bytes that a rank sends in a step for each parameter of a replica.
         every, slots, flops_per_byte: See `config.rank_balance_schema.ReplicatingSection`.
     """
 
@@ -52,7 +52,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every, layers)
         self._replicate, self._edp, self._slots = replicate, edp, slots
         self._home_E = np.array(placement.rank_of_expert)
-        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # while a replica is exchanged
+        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # computable during a replica's exchange
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         load_SLE = load_SLE / self._edp
@@ -82,7 +82,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return LeverDecision("replicating", taken, before / mean, after / mean, cost, why, placement)
 
     def _found(self, load_E: np.ndarray) -> list[Replicas]:
-        """Returns growing sets of replicas for one layer's loads, from the empty set on; each set has one replica more."""
+        """Returns sets of replicas for one layer's loads. The first set is empty; each next set has one more replica."""
         ranks, chain = self.placement.num_ranks, list[Replicas]([()])
         load_R, free_R = np.bincount(self._home_E, load_E, minlength=ranks), np.full(ranks, self._slots)
         while True:
@@ -107,7 +107,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
             chain.append(tuple(sorted((*chain[-1], best))))
 
     def _pace(self, load_SE: np.ndarray, replicas: Replicas) -> float:
-        """Returns the load of a layer's busiest rank with `replicas`, as a mean over steps."""
+        """Returns the mean over steps of the load that a layer's busiest rank has with `replicas`."""
         load_SR = load_SE @ np.eye(self.placement.num_ranks)[self._home_E]
         for expert, hosts in hosts_of(replicas, self._home_E.tolist()).items():
             load_SR[:, hosts[-1]] -= load_SE[:, expert]
@@ -121,8 +121,8 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return float(load_SLE.sum() / len(load_SLE) / self.placement.num_ranks)
 
     def _cost(self, replicas: Replicas) -> float:
-        """Returns the cost of replicas per step, as the (token, expert) pairs x FFN width that the busiest sender or
-        receiver could compute during the replicas' exchange."""
+        """Returns the cost of replicas per step. Its unit is (token, expert) pairs x FFN width: the work that the busiest
+        sender or receiver could do while replicas are exchanged."""
         width_2R = np.zeros((2, self.placement.num_ranks))
         for expert, rank in replicas:
             width_2R[0, self._home_E[expert]] += self._width_E[expert]
@@ -138,7 +138,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         return {**self.placement.line, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
-        """Makes the saved replicas again. Makes no replicas if experts are not on their ranks of the saved state. Raises
+        """Makes the saved replicas again. Makes none if an expert's rank differs from its rank in the saved state. Raises
         DataError if `state` is invalid."""
         try:
             assert isinstance(state, dict)
@@ -155,6 +155,6 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
 
 
 def _fewest(worth: Mapping[Replicas, float]) -> Replicas:
-    """Returns the smallest set of replicas in `worth` (sorted by size) with nearly the least load."""
+    """Returns the smallest set of replicas in `worth` (sorted by size) whose load is close to the least load."""
     limit = min(worth.values()) + LEAST_GAIN * worth[()]
     return next(each for each, value in worth.items() if value <= limit)

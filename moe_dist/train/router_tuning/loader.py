@@ -1,7 +1,7 @@
 """Makes batches of prompts with answers, for router tuning and for multiple-choice questions. A sequence is one prompt and
 its answer; only the answer's tokens are labels.
 
-As in `moe_dist.data.loader`, the order of the training samples depends only on seed and position, not on the ranks.
+As in `moe_dist.data.loader`, the order of training samples depends only on seed and position, not on the ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,24 +18,24 @@ from moe_dist.formats.manifest import Manifest
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 
-_BATCH_LOGITS = 1 << 26  # most logits per batch: logits and losses take 256 MiB each in fp32
+_BATCH_LOGITS = 1 << 26  # largest number of logits per batch; logits and losses then take 256 MiB each in fp32
 
 
 def batches_by_length(lengths: Sequence[int], *, tokens: int, vocab_size: int, mesh: Mesh | None) -> list[list[int]]:
-    """Divides sequences into batches of similar length; returns, for each batch of this rank, the indices of its sequences.
+    """Divides sequences into batches of similar length. Returns the indices of the sequences of each batch of this rank.
 
-    Every rank gets equally many batches, because each rank's experts take part in all ranks' forward passes. A rank's last
-    batch may be empty.
+    Every rank gets the same number of batches, because each rank's experts take part in all ranks' forward passes. A rank's
+    last batch may be empty.
 
     Args:
-        lengths: Number of tokens of each sequence; all ranks pass the same lengths.
-        tokens: Largest number of tokens per batch, padding included; less for a large `vocab_size`, because of the logits.
+        lengths: Number of tokens of each sequence. All ranks must pass the same lengths.
+        tokens: Largest number of tokens per batch, including padding. A large `vocab_size` lowers this number.
     """
     rank, world_size = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     most = max(1, min(tokens, _BATCH_LOGITS // vocab_size))
     batches: list[list[int]] = []
     room = 0
-    # The longest sequences come first, so that a lack of memory shows in the first batch.
+    # The longest sequences come first: if memory does not suffice, the first batch already fails.
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         if room <= 0:
             batches.append([])
@@ -52,8 +52,8 @@ class SampleBatch(Batch):
 
     Attributes:
         numbers: Indices of the samples in `Samples`.
-        probe_tokens_B: int64, index of the last token of each sample's prompt among the B x S tokens. The logits at a
-            prompt's last token predict the answer's first token, and this token's routing is the sample's routing.
+        probe_tokens_B: int64, index of the last token of each sample's prompt among the B x S tokens. The logits at this
+            token predict the first token of the answer, and the token's routing is called the sample's routing.
     """
 
     numbers: tuple[int, ...]
@@ -62,8 +62,8 @@ class SampleBatch(Batch):
 
 @dataclass(frozen=True)
 class ChoiceBatch(SampleBatch):
-    """A micro-batch for the cross entropy of each row's label among the row's choices. The result of `to` keeps the
-    choices. A row of `choice_BK` (`model.objective.Choices`) that has only -1 has no label."""
+    """A micro-batch for the cross entropy of each row's label among the row's choices. The result of `to` has the choices,
+    too. If a row of `choice_BK` (`model.objective.Choices`) has only -1, this row has no label."""
 
     choice_BK: torch.Tensor
 
@@ -76,7 +76,7 @@ class ChoiceBatch(SampleBatch):
 
 
 class SampleMaker:
-    """Makes batches of samples, padded to the longest sample. `manifest` gives the modality of each token id."""
+    """Makes batches of samples, padded to the longest sample. `manifest` tells the modality of each token id."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._pad_id, self._modalities = manifest.pad_id, tuple(manifest.modalities.values())
@@ -84,8 +84,8 @@ class SampleMaker:
         self.modality_names = tuple(manifest.modalities)
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """Makes a batch with one sequence per sample, or with one sequence of padding if there are no samples. Raises
-        DataError if a token id lies outside the vocabulary."""
+        """Makes a batch with one sequence per sample. Without samples, the batch has one sequence of padding. Raises
+        DataError if a token id is outside the vocabulary."""
         rows = []
         for each in samples:
             tokens = np.concatenate([each.prompt, each.answer])
@@ -101,14 +101,14 @@ class SampleMaker:
 
 
 class ChoiceMaker(SampleMaker):
-    """Makes batches for the cross entropy over choices. A row is a prompt, and its only label is the answer's first token.
-    A sample without choices has no label."""
+    """Makes batches for the cross entropy over choices. Each row is a prompt whose only label is the first token of the
+    answer. A sample without choices has no label."""
 
     def make(self, samples: Sequence[TuningSample], numbers: Sequence[int] = ()) -> SampleBatch:
-        """See `SampleMaker.make`. All samples must have arrays of choices of equal length. Raises DataError if a token id
-        lies outside the vocabulary."""
+        """Does the same as `SampleMaker.make`. The arrays of choices must be equally long for all samples. Raises DataError
+        if a token id is outside the vocabulary."""
         batch = super().make([replace(each, answer=each.answer[:1]) for each in samples], numbers)
-        rows = [each.choices for each in samples] or [np.full(1, -1)]  # choices of the row of padding
+        rows = [each.choices for each in samples] or [np.full(1, -1)]  # else: choices for the row of padding
         choice_BK = torch.from_numpy(np.stack(rows).astype(np.int64))
         if int(choice_BK.max()) >= self._vocab_size:
             raise DataError(
@@ -127,12 +127,12 @@ MAKERS: Mapping[str, type[SampleMaker]] = {"tokens": SampleMaker, "choices": Cho
 
 
 class SampleLoader:
-    """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
+    """Makes the training batches of one rank. `batches` and `epochs` work as those of `moe_dist.data.loader.TrainLoader`.
 
     Args:
-        samples: The samples. Each epoch contains every sample once, in a new order.
-        global_batch: Samples per step, over all ranks; a multiple of world_size * micro_batch.
-        micro_batch: Samples per micro-batch of a rank.
+        samples: The samples to train on. Each epoch contains every sample once, in a new order.
+        global_batch: Number of samples per step over all ranks; must be a multiple of world_size * micro_batch.
+        micro_batch: Number of samples in each micro-batch of a rank.
     """
 
     def __init__(
@@ -159,13 +159,13 @@ class SampleLoader:
         return made
 
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
-        """Returns the stream positions of the samples in `batches(position)`, by micro-batch."""
+        """Returns, for each micro-batch of `batches(position)`, its samples' positions in the stream."""
         return micro_batches(position, **self._share)
 
     def number(self, position: int) -> int:
-        """Returns the index in `Samples` of the sample at a position of the stream."""
+        """Returns the index in `Samples` of the sample at position `position` of the stream."""
         return self._epochs.at(position)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Maps each modality to the number of epochs over the samples up to a position, equal for all modalities."""
+        """Maps each modality to the number of epochs up to a position. This number is the same for all modalities."""
         return dict.fromkeys(self._maker.modality_names, position / len(self._samples))

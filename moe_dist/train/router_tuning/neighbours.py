@@ -1,6 +1,6 @@
-"""Finds a sample's neighbours: the samples with the nearest embeddings. scikit-learn searches a memory-mapped file.
+"""Finds a sample's neighbours: the samples with the nearest embeddings. scikit-learn searches in a memory-mapped file.
 
-The neighbours j of a sample i, with embeddings E(x), have the weights of RoMA (arXiv 2511.07419, section 3):
+A sample i with the embedding E(x_i) gives its neighbours j the weights of RoMA (arXiv 2511.07419, section 3):
 
     W_ij = s_ij / sum over the neighbours of s_ij,    s_ij = exp(-||E(x_i) - E(x_j)||^2 / (2 sigma^2))
 
@@ -20,26 +20,26 @@ class Neighbours(NamedTuple):
 
 
 def neighbour_weights(squared_K: np.ndarray, bandwidth: float) -> np.ndarray:
-    """Returns the weights W of a sample's neighbours, float64 [K] with the sum 1, from squared embedding distances [K]."""
+    """Computes the weights W of a sample's neighbours, float64 [K] with sum 1, from squared embedding distances [K]."""
     exponent_K = -np.asarray(squared_K, np.float64) / (2.0 * bandwidth**2)
-    # Subtracts the largest exponent. Otherwise, if all neighbours are far away, each exp would be 0, and each weight 0 / 0.
+    # Subtracts the largest exponent. Otherwise exp would be 0 for all distant neighbours, and each weight would be 0 / 0.
     similarity_K = np.exp(exponent_K - exponent_K.max(initial=-np.inf))
     return similarity_K / similarity_K.sum()
 
 
 class NeighbourIndex:
-    """Finds a sample's neighbours among the M members, the nearest first, without the sample itself.
+    """Finds the nearest neighbours of a sample among the M members, without the sample itself, nearest first.
 
-    Results are cached, with 16 bytes per neighbour. A search reads all M x E numbers, which takes 2 to 3 ms for 20,000
-    members of width 384 on one core.
+    Results are cached; each neighbour takes 16 bytes. A search reads all M x E numbers. With 20,000 members of width 384 it
+    takes 2 to 3 ms on one core.
 
     Args:
-        embeddings_SE: Embeddings of all samples, memory-mapped and not copied.
+        embeddings_SE: Embeddings of all samples, as a memory-mapped array, which is not copied.
         members: M, the number of samples that may be neighbours.
         bandwidth: sigma in the formula of the weights.
-        k: Number of neighbours; None to select by `similarity`.
-        similarity: Smallest s_ij of a neighbour; None to select by `k`.
-        random_seed: If given, neighbours are k members drawn by seed and sample, instead of the nearest members.
+        k: Number of neighbours; None if `similarity` selects the neighbours.
+        similarity: Smallest s_ij that a neighbour may have; None if `k` selects the neighbours.
+        random_seed: If set, a sample's neighbours are k random members, drawn with this seed and the sample's index.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class NeighbourIndex:
         return Neighbours(number_K[order_K], neighbour_weights(squared_K[order_K], self._bandwidth))
 
     def _searched(self, sample: int) -> np.ndarray:
-        # Each search has one sample, because the last bits of a distance depend on all samples of the search.
+        # Searches for one sample at a time, because the last bits of a distance depend on all samples of a search.
         query = self._embeddings_SE[sample : sample + 1]
         if self._k is None:
             return self._search.radius_neighbors(query, self._radius, return_distance=False)[0].astype(np.int64)
-        # k + 1, because the result may contain the sample itself (not always first, if embeddings are equal).
+        # k + 1, because the result may contain the sample itself (not always first, if several embeddings are equal).
         return self._search.kneighbors(query, self._k + 1, return_distance=False)[0].astype(np.int64)
 
     def _drawn(self, sample: int) -> np.ndarray:

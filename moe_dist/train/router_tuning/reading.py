@@ -1,4 +1,4 @@
-"""Computes the routing of samples: the router softmax of each chosen MoE layer for the last token of each sample's prompt.
+"""Computes samples' routing: each chosen MoE layer's router softmax for the last token of each sample's prompt.
 
 Shape letters: S samples, L chosen layers, C choice columns, B samples of a batch.
 """
@@ -21,12 +21,12 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class RoutingReader:
-    """Computes the routing of samples with one model; each rank runs the model on some of the samples.
+    """Computes the routing of samples with one model. Each rank runs the model on a part of the samples.
 
     Args:
-        group_of_modality: int64 [M], index of the expert group of each modality, on the model's device.
+        group_of_modality: int64 [M] on the model's device, index of the expert group of each modality.
         places: Indices of the chosen layers among the MoE layers.
-        batch_tokens: Largest number of tokens per batch of a rank, padding included.
+        batch_tokens: Largest number of tokens in a rank's batch, including padding.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class RoutingReader:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Returns the router softmax [S, L, C] of each prompt's last token on the host, in fp32 (float64 for a float64
-        model).
+        """Returns the router softmax [S, L, C] of the last token of each prompt, on the host, in fp32 (in float64 if the
+        model is float64).
 
-        The model runs in evaluation mode, then returns to its former mode. Collective: every rank passes the same prompts
-        and gets the whole result. The result needs S x L x C numbers of device memory.
+        The model runs in evaluation mode and then returns to its former mode. Collective: every rank passes the same
+        prompts and gets the whole result. The result takes S x L x C numbers of device memory.
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
         training = self._model.training
@@ -59,7 +59,7 @@ class RoutingReader:
         return sum_over(found, world, name=SAMPLE_ROUTING, tracker=tracker).cpu()
 
     def _own_part(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        """Returns the softmax [S, L, C], with zeros for other ranks' prompts, so that the sum over ranks is complete."""
+        """Returns the softmax [S, L, C]. Entries of other ranks' prompts are 0, so the sum over ranks has all prompts."""
         lengths, vocab_size = [len(each) for each in prompts], self._model.args.vocab_size
         found: Tensor | None = None
         for indices in batches_by_length(lengths, tokens=self._batch_tokens, vocab_size=vocab_size, mesh=self._mesh):
@@ -71,7 +71,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # each answer is one arbitrary token, used only as a label
+        filler = np.zeros(1, np.int64)  # an arbitrary token as each answer, used only as a label
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))
@@ -80,6 +80,6 @@ class RoutingReader:
 
 
 def routing_of(reports: Sequence[LayerReport], places: Sequence[int]) -> Tensor:
-    """Returns the router softmax [A, L, C] of the A probe tokens in the MoE layers with the indices `places`."""
+    """Returns the router softmax [A, L, C] of A probe tokens in the MoE layers whose indices are `places`."""
     found = [reports[place].prob_AC for place in places]
     return torch.stack([each for each in found if each is not None], dim=1)

@@ -1,4 +1,4 @@
-"""Reads the samples of router tuning from memory-mapped files, and writes such files so that no incomplete folder appears.
+"""Reads the samples of router tuning from memory-mapped files. Writes such files so that a folder is never incomplete.
 
 `moe_dist.formats.tuning_manifest` describes the files. Shape letters: S samples, E embedding width, L MoE layers, C
 columns.
@@ -22,11 +22,11 @@ from moe_dist.runtime.files import make_writable
 
 @dataclass(frozen=True)
 class TuningSample:
-    """Token ids of a prompt, and of the prompt's right answer. Neither prompt nor answer is empty.
+    """The token ids of a prompt and of its right answer. Neither is empty.
 
     Attributes:
-        choices: The different first tokens of the question's choices, beginning with the right choice, then -1 up to the
-            width of the folder. All are -1 if a wrong choice begins with the token of the right choice. Empty if unknown.
+        choices: The different first tokens of the question's choices. The right choice comes first; -1 pads the array
+            to the folder's width. All are -1 if a wrong choice begins with the right choice's token. Empty if unknown.
     """
 
     prompt: np.ndarray
@@ -36,8 +36,8 @@ class TuningSample:
 
 class Samples:
     """The samples in a folder that `tools.prepare_router_tuning` made. All arrays except the lengths are memory-mapped.
-    Raises ConfigError or DataError if the folder is missing or damaged. The digest is the SHA-256 of the manifest, which
-    contains the digests of the files."""
+    Raises ConfigError or DataError if the folder is missing or damaged. `digest` is the SHA-256 of the manifest, which
+    contains the files' digests."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -48,7 +48,7 @@ class Samples:
         arrays = {name: open_array(folder, name, self.manifest) for name in self.manifest.shapes()}
         self.embeddings_SE, self.routing_SLC = arrays["embeddings.npy"], arrays["routing.npy"]
         self._tokens = arrays["tokens.npy"]
-        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)  # copied to memory, 16 bytes per sample
+        self._lengths_S2 = np.array(arrays["lengths.npy"], np.int64)  # a copy in memory, 16 bytes per sample
         ends_S = self._lengths_S2.sum(1).cumsum()
         self._starts_S = ends_S - self._lengths_S2.sum(1)
         if (self._lengths_S2 < 1).any() or ends_S[-1] != len(self._tokens):
@@ -68,24 +68,24 @@ class Samples:
         return self.manifest.samples
 
     def sample(self, number: int) -> TuningSample:
-        """Returns a copy of the token ids of one sample, and of its choices."""
+        """Returns copies of one sample's token ids and choices."""
         start, (prompt, answer) = int(self._starts_S[number]), self._lengths_S2[number].tolist()
         tokens = self._tokens[start : start + prompt + answer].astype(np.int64)
         return TuningSample(tokens[:prompt], tokens[prompt:], self._choices_SK[number].astype(np.int64))
 
     def prompts(self) -> list[np.ndarray]:
-        """Returns the prompts of all samples, in the order of the samples."""
+        """Returns the prompts of all samples, in the samples' order."""
         return [self.sample(number).prompt for number in range(len(self))]
 
 
 def _tells(choices_SK: np.ndarray, first_S: np.ndarray, told: int) -> bool:
-    """True if exactly `told` rows begin with the answer's first token, and all other rows have only -1."""
+    """Returns True if exactly `told` rows begin with the first token of the answer and all other rows have only -1."""
     own_S = choices_SK[:, 0] == first_S
     return int(own_S.sum()) == told and bool((choices_SK[~own_S] == -1).all() and (choices_SK >= -1).all())
 
 
 def _choices(ordered: Sequence["Scored"]) -> np.ndarray | None:
-    """Returns the choices of all samples [S, K], filled up with -1; None if the choices of any sample are unknown."""
+    """Returns the choices of all samples [S, K], padded with -1; None if the choices of any sample are unknown."""
     rows = [each.sample.choices for each in ordered]
     if not all(map(len, rows)):
         return None
@@ -101,7 +101,7 @@ class Scored:
 
     task: str
     id: str
-    text: str  # the text that is embedded
+    text: str  # the text from which the embedding is computed
     sample: TuningSample
     right: bool  # True if the model's answer was right
 
@@ -109,13 +109,13 @@ class Scored:
 def write_samples(
     out: Path, scored: Sequence[Scored], embeddings_SE: np.ndarray, routing_SLC: np.ndarray, facts: TuningManifest
 ) -> TuningManifest:
-    """Writes a folder of samples; the samples with `right` come first. The folder is written under a hidden name and
-    renamed when it is complete. The next call of `write_samples` removes an incomplete folder.
+    """Writes a folder of samples, in which samples with `right` come first. The folder is written under a hidden name and
+    renamed when it is complete. The next call of `write_samples` removes a folder that stayed incomplete.
 
     Args:
         out: The folder, which must not exist.
-        scored, embeddings_SE, routing_SLC: One entry per question, in the same order.
-        facts: Fields of the manifest; `write_samples` adds sizes, tasks and digests.
+        scored, embeddings_SE, routing_SLC: One entry per question; all three have the same order.
+        facts: Known fields of the manifest; `write_samples` adds the sizes, tasks and digests.
 
     Raises:
         ConfigError: `out` exists.
@@ -178,7 +178,7 @@ def refuse_existing(out: Path) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Checks that the folder `out` can be made. Call this function before the questions are scored, which takes hours.
-    Raises ConfigError if `out` exists or cannot be made."""
+    """Raises ConfigError if the folder `out` exists or cannot be made. Call this function before the questions are scored,
+    because scoring takes hours."""
     make_writable(out.parent, option=f"--out {out}")
     refuse_existing(out)

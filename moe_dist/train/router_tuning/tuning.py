@@ -1,11 +1,11 @@
-"""Router tuning in a training step: freezes all parameters except chosen routers, and adds the manifold term of RoMA (arXiv
-2511.07419, section 3) to the loss.
+"""Defines router tuning in a training step. It freezes all parameters except chosen routers, and adds the manifold term of
+RoMA (arXiv 2511.07419, section 3) to the loss.
 
     term = lambda * mean over samples i of  sum over neighbours j of W_ij ||r_i - r_j||^2
 
-r_i is the routing of sample i: the router softmax of the chosen layers for the last token of the prompt, concatenated. r_j
-is the routing of sample j, a constant read from the folder of samples or recomputed every `refresh_every` steps. A sample
-without neighbours counts as 0 in the mean. `neighbours.py` computes the weights W.
+r_i is the routing of sample i: the concatenated router softmax of the chosen layers for the last token of the prompt. r_j
+is the routing of sample j, a constant. It is read from the folder of samples, or recomputed every `refresh_every` steps. A
+sample without neighbours counts as 0 in the mean. `neighbours.py` computes the weights W.
 
 Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen layers, C choice columns, R = L x C.
 """
@@ -34,14 +34,14 @@ from moe_dist.train.router_tuning.samples import Samples
 
 
 def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
-    """Returns the router parameters of the layers with the indices `layers`, by logical name."""
+    """Returns, by logical name, the router parameters of the layers whose indices are `layers`."""
     prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
     return {each.name: each.parameter for each in named_parameters(model) if each.name.startswith(prefixes)}
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
-    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first layer in
-    `layers`. Must be called before sharding, so that FSDP2 reduces no gradients of frozen parameters.
+    """Disables the gradients of all parameters except the routers of `layers`, so that backward ends at the first of these
+    layers. Call it before sharding, because FSDP2 then reduces no gradients of frozen parameters.
     """
     kept = router_parameters(model, layers)
     for each in named_parameters(model):
@@ -52,7 +52,7 @@ class Targets(NamedTuple):
     """The constants of the manifold term for one micro-batch, on the model's device."""
 
     probe_tokens_B: Tensor  # int64, the prompts' last tokens, as in `SampleBatch`
-    target_BKR: Tensor  # float64, routing r_j of the neighbours
+    target_BKR: Tensor  # float64, routing r_j of each sample's neighbours
     weight_BK: Tensor  # float64, weights W_ij; 0 where a sample has fewer than K neighbours
 
 
@@ -68,17 +68,17 @@ class Chosen:
 
     layers: tuple[int, ...]  # indices of the chosen layers among all layers
     places: tuple[int, ...]  # indices of the chosen layers among the MoE layers
-    stored: tuple[int, ...]  # indices of the chosen layers among the layers with routing in the folder of samples
+    stored: tuple[int, ...]  # indices of the chosen layers among the layers whose routing the folder of samples contains
 
 
 class RouterTuning:
-    """Computes the manifold term of a run, and saves and restores its state.
+    """Computes the manifold term during a run. Its state is saved and restored.
 
     Args:
-        reader: Recomputes the routing of all samples (a refresh).
-        neighbours: Function that maps the index of a sample to its neighbours.
+        reader: Recomputes the routing of all samples. This is called a refresh.
+        neighbours: Function that returns the neighbours of the sample with a given index.
         weight: lambda divided by the number of samples per step, over all ranks.
-        refresh_every: Number of steps between refreshes; None for no refresh.
+        refresh_every: Number of steps from one refresh to the next; None for no refresh.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class RouterTuning:
         self._width = len(chosen.places) * samples.manifest.columns  # R, the width of a sample's routing
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
-        self._routing_SLC: np.ndarray | None = None  # result of the last refresh; None before the first refresh
+        self._routing_SLC: np.ndarray | None = None  # result of the last refresh; None if there was none
 
     def begin(self, batches: Sequence[Batch], step: int, device: torch.device) -> list[Targets]:
-        """Returns the targets of each micro-batch of step `step` (0-based).
+        """Returns the targets of each micro-batch in step `step` (0-based).
 
-        Collective if a refresh is due: then the ranks together compute the routing of all samples with the current weights.
+        Collective if a refresh is due: all ranks then compute the samples' routing together with the current weights.
         """
         if self._refresh_every is not None and step and step % self._refresh_every == 0:
             self._refreshed = (step, {name: _packed(parameter) for name, parameter in self._routers.items()})
@@ -122,7 +122,7 @@ class RouterTuning:
         return Targets(*(queue_copy(part, device) for part in parts))
 
     def _rows(self, number_K: np.ndarray) -> np.ndarray:
-        """Returns the routing [K, R] of the samples `number_K` in the chosen layers."""
+        """Returns the routing [K, R] of the K samples `number_K` in the chosen layers."""
         if self._routing_SLC is not None:
             return self._routing_SLC[number_K].reshape(len(number_K), self._width)
         stored_KLC = self._samples.routing_SLC[number_K]  # reads K rows of the memory-mapped file
@@ -140,8 +140,8 @@ class RouterTuning:
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores a state that `state` returned. The model's weights must be loaded already. Collective. Raises DataError
-        if the state is invalid, or belongs to other samples."""
+        """Restores a state that `state` returned. Load the model's weights first. Collective. Raises DataError if the state
+        is invalid or belongs to other samples."""
         if not isinstance(state, dict) or state.keys() != {"samples", "refreshed", "routers"}:
             raise DataError(
                 f"a checkpoint's state of router tuning must hold samples, refreshed and routers, not {state!r:.80}"
@@ -161,7 +161,7 @@ class RouterTuning:
             return
         now = {name: parameter.detach().clone() for name, parameter in self._routers.items()}
         with torch.no_grad():
-            for name, parameter in self._routers.items():  # loads router weights to repeat a refresh
+            for name, parameter in self._routers.items():  # sets the router weights of the last refresh, to repeat it
                 parameter.copy_(_unpacked(routers[name], parameter, name))
             self._routing_SLC = self._reader(self._samples.prompts()).numpy()
             for name, parameter in self._routers.items():
