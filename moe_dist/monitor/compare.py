@@ -1,4 +1,4 @@
-"""Finds the first line in which the metrics.jsonl files of two runs differ; times are not compared. Needs no torch."""
+"""Finds the first line in which two runs' metrics.jsonl files differ, without comparing times. Needs no torch."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,17 +7,17 @@ from typing import Any
 
 from moe_dist.monitor.tags import reproducible_part
 
-# Keys that records of earlier versions lack; a comparison ignores such missing keys.
+# Keys that records of earlier versions lack. If only one file has such a key, this is no difference.
 ADDED = frozenset({"ledger.rows_bound", "ledger.rows_padding"})
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first line of metrics.jsonl that differs between two runs.
+    """The first line of metrics.jsonl in which two runs differ.
 
     Attributes:
-        keys: (dotted key, value in the first line, value in the second line); None stands for a missing key.
-        same: Number of equal lines before the first differing line.
+        keys: Each entry is (dotted key, value in the first run, value in the second run). None stands for a missing key.
+        same: Number of equal lines before this line.
     """
 
     step: int
@@ -29,15 +29,15 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. Lines that
-    have none of the compared keys are not counted. If one file has more lines, its last lines are ignored.
+    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. A line that
+    has none of the compared keys is not counted. If one file has more lines, its additional lines are ignored.
 
     Args:
-        rtol: Numbers, also in lists, may differ by this fraction of the larger number; 0 compares exactly.
-        only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; empty compares all keys.
+        rtol: Numbers, also in lists, may differ by this fraction of the larger of the two; 0 compares exactly.
+        only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; if empty, compares all keys.
     """
     same = 0
-    for one, other in zip(first, second, strict=False):  # the additional lines of a longer file are ignored
+    for one, other in zip(first, second, strict=False):  # ignores the additional lines of the longer file
         part = _part(one, only)
         keys = tuple(_differing(part, _part(other, only), rtol))
         if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):
@@ -72,7 +72,7 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers is one value."""
+    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers counts as one value."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))

@@ -1,4 +1,4 @@
-"""Shows a `ComputeMap` as a picture (uint8 [height, width, 3]), and as text for the console."""
+"""Shows a `ComputeMap` as a picture (uint8 [height, width, 3]) and as text for the console."""
 
 from collections.abc import Iterator, Sequence
 
@@ -32,18 +32,18 @@ SHOWN, SHOWN_LINES = 3, 3  # largest numbers of pictures and of lines of text on
 
 
 def loads_text(found: ComputeMap) -> str:
-    """Returns the mean number of true experts of each kind of token as text: 'text 1.9, drawn cells 1.8, ...'."""
+    """Returns a text with the mean number of true experts for each kind of token: 'text 1.9, drawn cells 1.8, ...'."""
     return ", ".join(f"{kind} {mean:.1f}" for kind, mean in found.mean.items()) + " true experts a token"
 
 
 def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
-    """Draws pictures, each above the map of its cells, then text whose background colours show each token's experts."""
+    """Draws pictures, each above the map of its cells. Below, draws text on background colours for each token's experts."""
     caption = f"held-out, mean over layers: {loads_text(found)}"
     scale = linear_scale("", float(found.most))
     across = max(1, (CANVAS - 2 * MARGIN) // (SIDE + GAP))
     rows = [found.pictures[at : at + across] for at in range(0, len(found.pictures), across)]
     row_height = 2 * (SIDE + LABEL) + GAP
-    body = max(len(rows) * row_height + LINE * (len(found.lines) + 1) * bool(found.lines), 200)  # 200 for the colour bar
+    body = max(len(rows) * row_height + LINE * (len(found.lines) + 1) * bool(found.lines), 200)  # the colour bar needs 200
     text_width = max((sum(font(14).getlength(text) for text, _ in line) for line in found.lines), default=0)
     width = round(max(CANVAS, text_width + 2 * MARGIN)) + BAR_WIDTH + 90
     image, canvas = page(width, HEAD + body + MARGIN, title, caption)
@@ -68,8 +68,8 @@ def draw_map(found: ComputeMap, *, title: str) -> np.ndarray:
 def _picture(
     image: Image.Image, canvas: ImageDraw.ImageDraw, at: tuple[int, int], picture: MappedPicture, scale: Scale
 ) -> None:
-    """Draws, from top to bottom, a picture, its mean number of experts per cell, and its map of experts. If the picture has
-    no pixels, drawn cells are grey."""
+    """Draws, from top to bottom: a picture, the mean number of experts per cell, and the map of experts. If the picture has
+    no pixels, its drawn cells are grey."""
     x, y = at
     factor = SIDE / max(picture.experts.shape)
     height, width = (max(1, round(cells * factor)) for cells in picture.experts.shape)
@@ -93,10 +93,10 @@ def _line(canvas: ImageDraw.ImageDraw, at: tuple[float, int], line: Sequence[tup
 
 
 def console_text(found: ComputeMap, width: int) -> list[Text]:
-    """Returns the rows of the pictures that fit into `width` columns, each beside its map; then lines of text, with the
-    number of experts below each token. Cuts lines that are too long.
+    """Returns the rows of as many pictures as fit into `width` columns, each row beside the same row of the map. Lines of
+    text follow, with the number of experts below each token. Lines that are too long are cut.
 
-    Characters with more ink stand for more experts, so that a log without colours also shows the map.
+    Characters with more ink mean more experts, so that the map is visible even in a log without colours.
     """
     scale = linear_scale("", float(found.most))
     texts = [Text(f"Compute map of held-out tokens: {loads_text(found)}", style="bold")]
@@ -121,7 +121,7 @@ def console_text(found: ComputeMap, width: int) -> list[Text]:
 
 
 def _row(picture: MappedPicture, row: int, most: int, scale: Scale) -> Iterator[tuple[str, str]]:
-    """Yields text and style of each cell in one row of a picture, then in the same row of the picture's map."""
+    """Yields text and style for each cell in one row of a picture, then for each cell in the same row of its map."""
     for column, is_empty in enumerate(picture.empty[row]):
         fill = _cell_colour(picture.pixels, picture.experts.shape, row, column)
         yield "  " if is_empty else "[]", _style(fill)
@@ -146,5 +146,5 @@ def _colour_of(load: float, scale: Scale) -> Colour:
 
 
 def _style(fill: Colour) -> str:
-    """Returns a rich style with the colour as background and readable characters."""
+    """Returns a rich style that has this colour as background, and readable characters."""
     return f"{'black' if ink_on(fill) == INK else 'white'} on rgb({fill[0]},{fill[1]},{fill[2]})"

@@ -1,4 +1,4 @@
-"""Compares the rows and bytes of placements and dispatch methods for the expert choices of the same steps."""
+"""Compares the rows and bytes that placements and dispatch methods need for the same expert choices."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from moe_dist.placement.placement import ExpertPlacement
 @dataclass(frozen=True)
 class Cost:
     """The traffic of a dispatch method in a step, over all ranks and layers: rows of dispatch in forward, and payload bytes
-    of forward and backward. Rows and bytes are None if the method cannot handle the step's choices."""
+    of forward and backward. Rows and bytes are None if the method cannot send the step's choices."""
 
     method: str
-    row_per: str  # the unit that one row serves: text of the column "one row per"
+    row_per: str  # what one row is sent for: text of the column "one row per"
     rows: float | None
     bytes: float | None
-    seconds: str = "counted"  # text: measured seconds in dispatch and combine, or "counted" for a method that did not run
+    seconds: str = "counted"  # text: measured seconds in dispatch and combine; "counted" for a method that did not run
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """The mean costs of the last `steps` steps; the first line is the cost of the run itself.
+    """The mean costs of the last `steps` steps. The first line has the costs of the run itself.
 
     Attributes:
-        untimed: Why the run has no timings; empty if the run has timings.
-        placed: A sentence that compares the rows of the run's placement with the rows of each other placement.
+        untimed: The reason why the run has no timings; empty if it has timings.
+        placed: A sentence that compares the rows of the run's placement with those of each other placement.
     """
 
     costs: Sequence[Cost]
@@ -47,21 +47,21 @@ def cost_table(
     seconds: str,
     untimed: str,
 ) -> CostTable:
-    """Compares methods on the choices of some steps.
+    """Compares methods on the expert choices of some steps.
 
-    A method's bytes are the method's rows times the bytes per row of this run (forward, backward and recomputation).
-    Numbers of rows are from the ledger (`moe_dist.moe.dispatch.ledger`), except the rows under other placements.
-    Megatron-Core's all-to-all dispatcher sends one row for each (token, expert) pair with an expert on another rank, and
-    needs equally many experts on each rank. For docs/benchmarks.md the rows of Megatron-Core's collectives were counted;
-    their number equals the ledger's number.
+    A method's bytes are its rows times the bytes per row of this run (forward, backward and recomputation). Numbers of rows
+    are from the ledger (`moe_dist.moe.dispatch.ledger`), except for other placements. Megatron-Core's all-to-all dispatcher
+    needs equally many experts on each rank, and sends one row for each (token, expert) pair whose expert is on another
+    rank. For docs/benchmarks.md the rows in Megatron-Core's collectives were counted. Their number equals the number in the
+    ledger.
 
     Args:
-        ledgers: Each step's ledger, summed over ranks.
+        ledgers: The ledger of each step, summed over ranks.
         by_placement: Number of rows of the same steps under the run's and other placements, by policy
-            (`moe_dist.train.rank_balance.placement_rows`), one row per token and rank. Other placements are not compared if
-            the run sends a row more than once (dispatch `hierarchical`).
-        tokens, seconds: Mean tokens of a step, and `Cost.seconds` of this run.
-        untimed: Why this run's timings are meaningless; empty if the timings are meaningful.
+            (`moe_dist.train.rank_balance.placement_rows`), with one row per token and rank. If the run sends a row more
+            than once (dispatch `hierarchical`), other placements are not compared.
+        tokens, seconds: Mean number of tokens per step, and `Cost.seconds` of this run.
+        untimed: The reason why this run's timings mean nothing; empty if they are meaningful.
     """
     steps = len(ledgers)
     ledger = {key: sum(each[key] for each in ledgers) / steps for key in ledgers[0]}
@@ -86,7 +86,7 @@ def cost_table(
 
 
 def _placed(policy: str, rows: float, rows_of: Mapping[str, float]) -> str:
-    """Returns a sentence that compares the `rows` of the run with the rows of other placements; empty if there are none."""
+    """Returns a sentence that compares the `rows` of the run with those of other placements; empty if there are none."""
     parts = []
     for name, other in rows_of.items():
         share = f"{abs(1 - rows / other):.1%} " if other else ""

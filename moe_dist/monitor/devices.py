@@ -1,4 +1,4 @@
-"""Reads the state of GPU and host on a background thread, so that the training loop never waits for a driver."""
+"""Reads the state of GPU and host on a background thread. The training loop therefore never waits for a driver."""
 
 import logging
 import threading
@@ -13,16 +13,16 @@ MIB = 2**20
 
 
 class DeviceMonitor:
-    """Reads GPU and host every `seconds` until `stop`.
+    """Reads the state of GPU and host every `seconds` seconds until `stop` is called.
 
     Args:
-        gpu: This rank's GPU, as UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index; None if the run
-            is on the CPU. An NVML index counts all GPUs of the machine and ignores CUDA_VISIBLE_DEVICES; a UUID is safer.
+        gpu: UUID (str(torch.cuda.get_device_properties(device).uuid)) or NVML index of this rank's GPU; None if the run is
+            on the CPU. A UUID is safer, because an NVML index ignores CUDA_VISIBLE_DEVICES and counts the machine's GPUs.
 
     Attributes:
-        latest: Latest readings. device/utilisation (percent), device/power (watts) and gpu_used_mib (by all processes) are
-            None if unreadable. Without a GPU, device/utilisation is the host's CPU utilisation. cpu_percent (all cores) and
-            resident_mib (this process) describe the host.
+        latest: The latest readings. device/utilisation (percent), device/power (watts) and gpu_used_mib (by all processes)
+            are None if they cannot be read. Without a GPU, device/utilisation is the host's CPU utilisation. cpu_percent
+            (of all cores) and resident_mib (of this process) describe the host.
     """
 
     def __init__(self, *, seconds: float, gpu: str | int | None = None) -> None:
@@ -36,11 +36,11 @@ class DeviceMonitor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the monitor's thread and releases NVML. A second call of `stop` does nothing."""
+        """Ends the monitor's thread and releases NVML. Further calls do nothing."""
         if self._thread is None:
             return
         self._stopped.set()
-        self._thread.join()  # waits at most until the current reading ends
+        self._thread.join()  # waits at most for the end of the current reading
         self._thread = None
         if self._gpu is not None:
             self._gpu.close()
@@ -57,7 +57,7 @@ class DeviceMonitor:
 
 
 class _Gpu:
-    """One GPU, read through NVML. For each reading the first failure is logged; a failed reading is None."""
+    """One GPU, read through NVML. A failed reading is None; for each kind of reading, only the first failure is logged."""
 
     def __init__(self, gpu: str | int) -> None:
         self._nvml: Any = None

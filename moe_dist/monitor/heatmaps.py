@@ -1,6 +1,6 @@
 """Draws arrays of numbers as heat maps, uint8 [height, width, 3]. Uses only numpy and Pillow.
 
-The more cells a heat map has, the smaller its cells are: from 44 pixels, with the value written in the cell, to 7 pixels.
+A heat map with more cells has smaller cells: from 44 pixels, with the number written in the cell, down to 7 pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,12 @@ INK, GREY, PAPER = (32, 33, 36), (110, 113, 119), (255, 255, 255)
 NO_VALUE = (222, 222, 222)
 CANVAS, MARGIN, BAR_WIDTH = 1100, 16, 18
 MIN_CELL, MAX_CELL = 7, 44  # sizes in pixels
-TEXT_WIDTH, TEXT_HEIGHT = 34, 20  # pixels; smaller cells show no number
+TEXT_WIDTH, TEXT_HEIGHT = 34, 20  # in pixels; a smaller cell shows no number
 
 Colour = tuple[int, int, int]
 
-# ColorBrewer's RdBu, reversed, and matplotlib's viridis. Both colour maps have even steps in lightness and suit
-# colour-blind readers.
+# ColorBrewer's RdBu, reversed, and matplotlib's viridis. In both, lightness changes in even steps, and colour-blind readers
+# can tell the colours apart.
 DIVERGING: tuple[Colour, ...] = (
     (33, 102, 172), (67, 147, 195), (146, 197, 222), (209, 229, 240), (247, 247, 247),
     (253, 219, 199), (244, 165, 130), (214, 96, 77), (178, 24, 43),
@@ -32,12 +32,12 @@ SEQUENTIAL: tuple[Colour, ...] = (
 
 @dataclass(frozen=True)
 class Scale:
-    """How a heat map shows numbers as colours.
+    """Describes how a heat map shows numbers as colours.
 
     Attributes:
-        colours: Colours for evenly spaced numbers from 0 to 1; the colours of numbers in between are interpolated.
+        colours: Colours of evenly spaced numbers from 0 to 1. For a number in between, the two next colours are mixed.
         caption: A line under the title that explains the numbers.
-        zero: Colour of exact zeros; None for no special colour.
+        zero: Colour of numbers that are exactly 0; None if they have no special colour.
     """
 
     colours: tuple[Colour, ...]
@@ -50,7 +50,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Axis:
-    """Name and labels of the rows or the columns of a heat map. Optional sublabels are drawn below the labels."""
+    """Name and labels of a heat map's rows or columns. Optional sublabels are drawn below the labels."""
 
     name: str
     labels: Sequence[str]
@@ -58,7 +58,7 @@ class Axis:
 
 
 def ratio_scale(caption: str) -> Scale:
-    """Returns the scale for load / mean load: white is 1, full red 4 or more, full blue 1/4 or less, black exactly 0."""
+    """Returns the scale for load / mean load. 1 is white, 4 or more full red, 1/4 or less full blue, exactly 0 black."""
 
     def to_unit(values: np.ndarray) -> np.ndarray:
         return np.clip(np.log2(np.maximum(values, 2.0**-9)) / 4 + 0.5, 0.0, 1.0)
@@ -73,13 +73,13 @@ def linear_scale(caption: str, top: float) -> Scale:
 
 
 def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: str) -> np.ndarray:
-    """Draws `values` [rows, columns] as a heat map; nan is a grey cell."""
+    """Draws `values` [rows, columns] as a heat map. The cell of a nan is grey."""
     num_rows, num_columns = values.shape
     row_gutter = MARGIN + max(30, _widest(rows.labels, 13) + 16)
     bar_space = BAR_WIDTH + 74
     width_cell = _cell_size(CANVAS - row_gutter - bar_space, num_columns)
     label_width = max(_widest(columns.labels, 13), _widest(columns.sublabels, 11)) + 8
-    if num_columns * label_width <= CANVAS // 2:  # if there are few columns, even long names are shown
+    if num_columns * label_width <= CANVAS // 2:  # with few columns there is space for long names
         width_cell = max(width_cell, label_width)
     height_cell = _cell_size(CANVAS, num_rows, top=min(MAX_CELL, max(width_cell, 22)))
     head = 88
@@ -88,7 +88,7 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
     words = f"; {extremes(values, rows, columns, scale)}" if small and not np.isnan(values).all() else ""
     caption = f"{scale.caption}{words}"
     header_width = max(font(19).getlength(title), font(14).getlength(caption)) + 2 * MARGIN
-    body = max(num_rows * height_cell, 120)  # the numbers of the colour bar need 120 pixels
+    body = max(num_rows * height_cell, 120)  # the numbers beside the colour bar need 120 pixels
     width = int(max(row_gutter + num_columns * width_cell + bar_space, header_width))
     image, canvas = page(width, head + body + foot, title, caption)
     canvas.text((MARGIN, head - 22), rows.name, fill=GREY, font=font(13))
@@ -110,8 +110,8 @@ def draw(values: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: 
 
 
 def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str:
-    """Returns a text with the largest value and its cell, and, if the scale marks zeros, the number of cells that are
-    exactly 0. Used for heat maps whose cells show no numbers. `values` must have a number that is not nan."""
+    """Returns a text with the largest value and its cell. If the scale marks zeros, the text also has the number of cells
+    that are exactly 0. It is for heat maps whose cells show no numbers. Not all `values` may be nan."""
     row, column = divmod(int(np.nanargmax(values)), values.shape[1])
     row_name, column_name = (axis.name.split(",")[0] for axis in (rows, columns))
     largest = f"largest {scale.write(float(values[row, column]))}: {row_name} {rows.labels[row]}, "
@@ -120,7 +120,7 @@ def extremes(values: np.ndarray, rows: Axis, columns: Axis, scale: Scale) -> str
 
 
 def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
-    """Interpolates linearly between the scale's colours, uint8 [..., 3]; nan is grey, an exact zero `scale.zero`."""
+    """Returns the colour of each value, uint8 [..., 3], interpolated linearly. nan is grey, an exact zero `scale.zero`."""
     known = ~np.isnan(values)
     unit = scale.to_unit(np.where(known, values, 0.0))
     stops = np.linspace(0.0, 1.0, len(scale.colours))
@@ -133,7 +133,7 @@ def colour(values: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def ink_on(fill: Colour) -> Colour:
-    """Returns a colour of text that is readable on `fill`."""
+    """Returns a text colour that is readable on the background `fill`."""
     return INK if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 140 else PAPER
 
 
@@ -178,7 +178,7 @@ def _cell_size(space: int, count: int, top: int = MAX_CELL) -> int:
 
 
 def labelled(count: int, cell: int, needed: int) -> range:
-    """Returns the indices of the labelled rows or columns: all, or every 2nd, 4th, 8th ... if space is short."""
+    """Returns the indices of the rows or columns that get labels: all, or every 2nd, 4th, 8th ... if space is short."""
     stride = 1
     while stride * cell < needed:
         stride *= 2
@@ -197,9 +197,9 @@ def _short(value: float) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-@lru_cache(maxsize=8)  # cached, because a picture writes thousands of labels in a few sizes
+@lru_cache(maxsize=8)  # a picture has thousands of labels, but in few sizes
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # Pillow's own font, which needs no font file of the system
+    return ImageFont.load_default(size)  # Pillow's own font needs no font file of the system
 
 
 def page(width: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:

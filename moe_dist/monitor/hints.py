@@ -1,5 +1,5 @@
-"""Makes hints, which warn during a run. A hint names the unusual number, the expected number, where to look, and the
-configuration key to change.
+"""Makes hints, which are warnings during a run. A hint says which number is unusual, what was expected, where to look, and
+which configuration key to change.
 
 Most hints consider a window of steps, because a single unusual batch proves nothing.
 """
@@ -15,21 +15,21 @@ from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
 
-BUSY_RANK = 1.5  # a hint warns if the layers' busiest ranks have at least this factor times the mean work of a rank
-LOSS_RISE = 1.05  # the loss has risen if its mean / its mean in the previous window is above this number
-LOSS_FALL = 0.99  # the loss has fallen if its mean / its mean in the first window is below this number
-SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this factor times the median of the other ranks
-SLOW_SECONDS = 0.005  # a rank is slow only if it exceeds the other ranks' median by this many seconds
-SPEED_DROP = 0.6  # the speed has dropped if it is below this factor times the median of the previous steps
-RECENT = 10  # number of last steps whose median is the current speed
+BUSY_RANK = 1.5  # warns if, summed over layers, the busiest rank's work is at least this many times a rank's mean work
+LOSS_RISE = 1.05  # the loss has risen if (mean loss / mean loss in the previous window) exceeds this number
+LOSS_FALL = 0.99  # the loss has fallen if (mean loss / mean loss in the first window) is below this number
+SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this many times the median of the other ranks
+SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed the other ranks' median by at least this number
+SPEED_DROP = 0.6  # the speed has dropped if it is below this many times the median of the earlier steps
+RECENT = 10  # the current speed is the median of this many last steps
 
 
 class HintWatch:
-    """Keeps the records of the last `window` steps and returns the hints that follow from them.
+    """Keeps the records of the last `window` steps, and returns the hints that these records give.
 
     Args:
         groups: Expert groups in the order of the columns of `Record.arrays`.
-        quiet: Number of steps before a hint of the same kind may be repeated.
+        quiet: Number of steps after a hint in which hints of the same kind are not repeated.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class HintWatch:
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
-        self._records: deque[Record] = deque(maxlen=window)  # records include the arrays of their step
+        self._records: deque[Record] = deque(maxlen=window)  # each has the arrays of its step
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None
-        self._said: dict[str, int] = {}  # kind of hint -> step of the last hint of this kind
+        self._said: dict[str, int] = {}  # kind of hint -> last step with such a hint
 
     def update(self, record: Record) -> list[Hint]:
-        """Adds the record of the next step; returns the step's hints, except repeats within `quiet` steps."""
+        """Adds the record of the next step. Returns the hints of this step, except repeats within `quiet` steps."""
         self._records.append(record)
         loss, speed = record.scalars["loss/total"], record.scalars["perf/tokens_per_second"]
         if loss is not None and math.isfinite(loss):
@@ -64,7 +64,7 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # Only the first window of the whole run is used, because a resumed run's first loss is low and falls slowly.
+        # The first window must be the whole run's. In a resumed run the loss is low from the start, and falls slowly.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -78,7 +78,7 @@ class HintWatch:
 
 
 def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
-    """Warns about a modality of which no data were read, if data of another modality were read."""
+    """Warns about a modality of which no data were read although data of another modality were read."""
     first, last = records[0].epochs, records[-1].epochs
     stopped = [name for name, epochs in last.items() if epochs == first[name] and not any(r.labels[name] for r in records)]
     if len(records) < 2 or len(stopped) == len(last):
@@ -92,7 +92,7 @@ def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """Warns if the busiest EP rank of each layer has much more work than the mean rank, because all ranks wait for it."""
+    """Warns if the busiest EP rank of each layer has much more work than a rank's mean, because all ranks wait for it."""
     if weighted_rows_LR.shape[1] < 2 or not weighted_rows_LR.any():  # one rank, or no rows
         return
     ratio = float(weighted_rows_LR.max(1).sum() / weighted_rows_LR.mean(1).sum())
@@ -107,11 +107,11 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that computes much longer than the others. Waiting times do not count."""
+    """Warns about a rank that computes much longer than the other ranks. The time of waits does not count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return
-    found = slowest_rank(np.median(known, axis=0))  # the median ignores a single unusual step
+    found = slowest_rank(np.median(known, axis=0))  # a median, so that one unusual step changes nothing
     slow, others = found["slowest_rank_seconds"], found["other_ranks_seconds"]
     if slow >= SLOW_RANK * others and slow - others >= SLOW_SECONDS:
         yield Hint(
@@ -123,7 +123,7 @@ def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank whose allocator found no free memory and emptied its cache since the first record."""
+    """Warns about a rank whose allocator, since the first record, found no free memory and therefore emptied its cache."""
     more_W = memory[-1][:, 2] - memory[0][:, 2] if memory else np.zeros(1)
     rank = int(more_W.argmax())
     if more_W[rank] > 0:
@@ -137,8 +137,8 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
 
 
 def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the mean loss is higher in the last window than in the previous window, or has not fallen since the first
-    window. `first` is the mean loss in the run's first window."""
+    """Warns if the mean loss of the last window is higher than that of the previous window, or has not fallen below that of
+    the run's first window, which is `first`."""
     if len(losses) < 2 * window or first is None:
         return
     before, now = fmean(losses[:window]), fmean(losses[window:])
@@ -157,7 +157,7 @@ def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Ite
 
 
 def skipped_step(record: Record) -> Iterator[Hint]:
-    """Warns that a loss or gradient was not finite."""
+    """Warns if a step was skipped because its loss or gradient was not finite."""
     if record.skipped:
         so_far = int(record.scalars["optim/skipped_steps"] or 0)
         yield Hint(
@@ -168,7 +168,7 @@ def skipped_step(record: Record) -> Iterator[Hint]:
 
 
 def slower(speeds: Sequence[float]) -> Iterator[Hint]:
-    """Warns if tokens per second fell."""
+    """Warns if the number of tokens per second has fallen."""
     if len(speeds) < 3 * RECENT:
         return
     before, now = median(speeds[:-RECENT]), median(speeds[-RECENT:])

@@ -1,5 +1,5 @@
-"""The training step on tensor, pipeline and context-parallel ranks (engine.kind=megatron), with the interface of
-`TrainingStep`; and the model for its evaluation, with the interface of `Transformer`."""
+"""The training step on tensor, pipeline and context-parallel ranks (engine.kind=megatron). It has the interface of
+`TrainingStep`. For evaluation, this file also has the model with the interface of `Transformer`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from moe_dist.train.step.training_step import TrainingStep
 
 
 class PipelineModel:
-    """The model over all pipeline stages. A call has the arguments of `Transformer`, and returns losses and reports."""
+    """The model over all pipeline stages. A call takes the arguments of `Transformer`, and returns losses and reports."""
 
     def __init__(self, gpt: Gpt, pipeline: Pipeline, watch: LayerWatch) -> None:
         self.gpt, self.pipeline, self.watch = gpt, pipeline, watch
@@ -38,8 +38,8 @@ class PipelineModel:
         self, tokens_BS: Tensor, _positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor, request: RoutingRequest,
         labels_BS: Tensor | None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:  # fmt: skip
-        """Returns the cross entropy of each label, [B, S], which is 0 on all stages but the last, and one report for each
-        MoE layer of this stage."""
+        """Returns the cross entropy of each label [B, S], and one report for each MoE layer of this stage. The cross
+        entropy is 0 on all stages except the last."""
         one = torch.ones((), device=tokens_BS.device)
         labels_BS = torch.full_like(tokens_BS, IGNORED) if labels_BS is None else labels_BS
         batch = MicroBatch(tokens_BS, documents_BS, group_BS, labels_BS, one, request)
@@ -52,8 +52,8 @@ class PipelineModel:
         return losses_BS, reports
 
     def with_choices(self, reports: Sequence[LayerReport], number: int, tokens_BS: Tensor) -> list[LayerReport]:
-        """Returns one report per MoE layer of the model with the expert choices of all tokens of a micro-batch; each TP, CP
-        and PP rank has some of them. Collective over TP, CP and PP ranks: sums of 12 bytes per token, layer and choice."""
+        """Returns one report for each MoE layer of the model. It has the expert choices of all tokens of a micro-batch, of
+        which each TP, CP and PP rank has a part. Collective over these ranks: sums 12 bytes per token, layer and choice."""
         groups, layers = self.gpt.groups, self.gpt.config.model.moe_layers
         choices = self.gpt.config.model.moe.most_columns
         column_TLK = torch.zeros((tokens_BS.numel(), len(layers), choices), dtype=torch.int64, device=tokens_BS.device)
@@ -74,7 +74,7 @@ class PipelineModel:
         return [each._replace(chosen=chosen) for each, chosen in zip(reports, found, strict=True)]
 
     def _whole(self, losses_Bs: Tensor) -> Tensor:
-        """Gathers the losses of all context-parallel ranks, each with some positions; returns [B, S]."""
+        """Gathers the losses [B, S] from all context-parallel ranks. Each of these ranks has some of the positions."""
         group, size = self.gpt.groups.cp, self.pipeline.cp_size
         parts = [torch.empty_like(losses_Bs) for _ in range(size)]
         dist.all_gather(parts, losses_Bs.contiguous(), group=group)
@@ -100,12 +100,12 @@ class PipelineModel:
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """The model on Megatron's ranks, with the attributes of `ParallelModel` that do not depend on the engine.
+    """The model on Megatron's ranks. Has those attributes of `ParallelModel` that every engine needs.
 
     Attributes:
-        reader: This rank's index among the ranks that read different sequences, and the number of such ranks.
+        reader: Two numbers: this rank's index among the ranks that read different sequences, and the number of such ranks.
         counts_tokens: True on exactly one of the ranks that read the same sequences.
-        counts_losses: True on the ranks whose losses are summed. Together these ranks have each position once.
+        counts_losses: True on the ranks whose losses are summed. Each position is on exactly one of these ranks.
     """
 
     model: PipelineModel
@@ -117,7 +117,7 @@ class PipelineParallel:
 
 
 class PipelineStep(TrainingStep):
-    """Takes training steps by Megatron's schedule, gradient sums and optimizer."""
+    """Takes training steps with Megatron's schedule, gradient sums and optimizer."""
 
     parallel: PipelineParallel  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -162,9 +162,9 @@ class PipelineStep(TrainingStep):
         return Forwarded(loss, counts, own, added([report.sent for report in reports]))
 
     def _show(self, number: int, batch: Batch, reports: Sequence[LayerReport], watchers: Sequence[StepWatcher]) -> None:
-        """Passes a micro-batch's expert choices to the watchers. A watcher with `own_tokens` gets this rank's choices. A
-        watcher without `own_tokens` gets the choices in all layers on one of the ranks with the same sequences, and a batch
-        of padding on the other ranks."""
+        """Passes a micro-batch's expert choices to the watchers. A watcher with `own_tokens` gets this rank's choices. For
+        other watchers, one of the ranks with the same sequences passes the choices in all layers, and its other ranks pass
+        a batch of padding."""
         model = self.parallel.model
         own = [watcher for watcher in watchers if watcher.own_tokens]
         for watcher in own:
@@ -180,8 +180,8 @@ class PipelineStep(TrainingStep):
     def _norm_squared(self) -> Tensor:
         """Returns the squared norm on rank 0, and 0 on all other ranks, because Megatron computes the whole model's norm.
 
-        Costs a pass over all gradients, and two all-reduces with a host sync each (dense parameters and experts). The ranks
-        must know before Megatron's `step` whether the norm is finite; `step` then computes the norm again.
+        Costs a pass over all gradients, and two all-reduces with a host sync each (dense parameters, experts). The ranks
+        must know before Megatron's `step` whether the norm is finite. `step` then computes the norm again.
         """
         self.optimizer.prepare_grads()  # pyright: ignore[reportAttributeAccessIssue]
         norm = float(self.optimizer.get_grad_norm())  # pyright: ignore[reportAttributeAccessIssue]
@@ -189,7 +189,7 @@ class PipelineStep(TrainingStep):
         return torch.tensor(share, dtype=torch.float64, device=self.parallel.mesh.device)
 
     def _apply(self, norm: Tensor, lr: float) -> None:
-        """Lets Megatron clip the gradients and update the weights."""
+        """Clips the gradients and updates the weights. Megatron's optimizer does both."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.parallel.mesh.tracker.among("the optimizer's step"):

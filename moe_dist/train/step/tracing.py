@@ -1,4 +1,4 @@
-"""Collects the expert choices of a step's tokens, and passes the choices to the writer of this rank's trace.
+"""Collects the expert choices of a step's tokens, and passes them to the writer of this rank's trace.
 
 Shape letters: T tokens, L MoE layers, K choices.
 """
@@ -33,18 +33,18 @@ from moe_dist.train.objective.loss import forward
 
 
 class StepWatcher:
-    """Gets the expert choices of every token, in the steps for which `due` returns True. `finish`, `flush` and `follow` do
-    nothing unless a watcher defines them.
+    """Gets the expert choices of every token in those steps for which `due` returns True. The methods `finish`, `flush` and
+    `follow` do nothing by default.
 
     Attributes:
-        own_tokens: Matters if several ranks share sequences. True: each of these ranks gets the tokens that it routes, in
-            its layers. False: one of these ranks gets all tokens in all layers.
+        own_tokens: Matters only if several ranks share sequences. If True, each of these ranks gets the tokens that it
+            routes, in its own layers. If False, one of these ranks gets all tokens in all layers.
     """
 
     own_tokens: bool
 
     def due(self, number: int) -> bool:
-        """Returns whether step `number` (0-based) is watched."""
+        """Returns whether step `number` (0-based) is to be watched."""
         raise NotImplementedError
 
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
@@ -55,20 +55,20 @@ class StepWatcher:
         """Is called at the end of the step."""
 
     def flush(self) -> None:
-        """Is called before a checkpoint is saved; returns when the data of all finished steps are on disk."""
+        """Is called before a checkpoint is saved. Returns when the data of all finished steps are on disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (from 1) with the new placement if experts moved or their replicas changed."""
+        """Is called after step `step` (1-based) if experts moved or replicas changed. `placement` is the new placement."""
 
 
 class StepTracer(StepWatcher):
-    """Traces every `every`-th step, beginning with step 1.
+    """Traces every `every`-th step. The first traced step is step 1.
 
     Args:
-        tokens: Largest number of this rank's tokens per step that are written; None for all tokens.
-        weights: Whether the chosen experts' router weights are written.
-        sequences: Returns for a step (0-based) the numbers of the sequences of each of this rank's micro-batches.
-        begin: Opens the files of a new part of the trace, given the part's placement and the number of earlier steps.
+        tokens: Largest number of tokens that this rank writes per step; None to write all tokens.
+        weights: Whether to write the router weights of the chosen experts, too.
+        sequences: Maps a step (0-based) to the numbers of the sequences in each of this rank's micro-batches.
+        begin: Opens the files for a new part of the trace, given the part's placement and the number of steps before it.
     """
 
     own_tokens = False
@@ -99,7 +99,7 @@ class StepTracer(StepWatcher):
         self._parts.append((batch, ids_TLK, torch.stack([each.weight_TK for each in chosen], dim=1), losses_BS))
 
     def finish(self, number: int) -> None:
-        """Copies the choices of step `number` (0-based) to the host, and writes them. Costs one additional host sync."""
+        """Copies the choices of step `number` (0-based) to the host and writes them. Costs one more host sync."""
         left, found = self._tokens, []
         for numbers, (batch, ids_TLK, weights_TLK, losses_BS) in zip(self._sequences(number), self._parts, strict=True):
             rows = (~batch.padding_BS).flatten().nonzero().flatten()[:left]  # only these tokens leave the device
@@ -123,7 +123,7 @@ class StepTracer(StepWatcher):
         self._writer.flush()
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Begins a new part of the trace, as after a restart."""
+        """Begins a new part of the trace, as a restart does."""
         assert self._begin is not None, "experts changed places in a trace of one placement"
         self.close()
         self._writer = self._begin(placement, step)
@@ -147,8 +147,8 @@ def traced_steps(
     """Yields this rank's tracer, or None without `monitor.trace`. Rank 0 writes the manifest before the first step.
 
     Args:
-        step, position: Number of steps before the attempt, and stream position of the attempt's first sequence.
-        numbers: Method of the loader that returns the numbers of a step's sequences on this rank.
+        step, position: Number of steps before this attempt, and position in the stream of the attempt's first sequence.
+        numbers: Method of the loader. It returns the numbers of the sequences that this rank has in a step.
     """
     config, section = plan.config, plan.config.monitor.trace
     if section is None:
@@ -201,13 +201,13 @@ def trace_heldout(
     sequences: int,
     weights: bool,
 ) -> int:
-    """Writes choices and losses of held-out tokens into the folder `place`, as step `step` of a new trace. Collective.
-    Raises MoeDistError if this rank could not write its files.
+    """Writes the choices and losses of held-out tokens into the folder `place`, as step `step` of a new trace. Collective.
+    Raises MoeDistError if this rank could not write all its files.
 
     Args:
-        model: The model in evaluation mode, on the device of `group_of_modality`.
-        rank_of_expert: EP rank of each true expert in training, for readers of the trace.
-        sequences: Largest number of held-out sequences of each source.
+        model: The model. It must be in evaluation mode and on the device of `group_of_modality`.
+        rank_of_expert: EP rank that each true expert had in training. Readers of the trace use it.
+        sequences: Largest number of held-out sequences from each source.
 
     Returns:
         The number of tokens that this rank wrote.
@@ -250,7 +250,7 @@ def trace_heldout(
 def _manifest(
     config: Config, data: DataManifest, groups: Sequence[ExpertGroup], rank_of_expert: Sequence[int], **fields: Any
 ) -> Manifest:
-    """Makes the manifest of a trace of this model. `fields` are the fields of `Manifest` that differ between traces."""
+    """Makes the manifest of a trace of this model. `fields` are those fields of `Manifest` that differ between traces."""
     return Manifest(
         layers=config.model.moe_layers,
         choices=config.model.moe.most_columns,

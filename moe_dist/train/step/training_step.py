@@ -1,8 +1,8 @@
-"""One optimizer step over all ranks: forward, backward, a check for nan and inf, update. `trainer.py` has the loop.
+"""Takes one optimizer step over all ranks: forward, backward, check for nan and inf, update. `trainer.py` has the loop.
 
-Besides the collectives of the layers, a step sums four things over the ranks: the label counts before the first forward,
-the routing counts of each micro-batch, the gradients, and one vector with squared gradient norm, losses, stop requests and
-statistics. Every rank issues the same collectives in the same order.
+Besides the collectives of the layers, a step sums four things over the ranks: label counts (before the first forward pass),
+routing counts of each micro-batch, gradients, and a vector with the squared gradient norm, losses, stop requests and
+statistics. All ranks issue the same collectives in the same order.
 
 Shape letters: I micro-batches of this rank, M modalities, G expert groups, R readers (ranks with different sequences), W
 ranks of the world.
@@ -48,7 +48,7 @@ from moe_dist.train.step.tracing import StepWatcher
 
 
 class AfterStep(Protocol):
-    """A controller that changes biases or thresholds of routers after the optimizer's step, equally on all ranks."""
+    """A controller that changes routers' biases or thresholds after the optimizer's step, in the same way on all ranks."""
 
     def after_step(self, counts: RoutingCounts[Tensor]) -> None:
         """Is called after each step that was not skipped, with all ranks' counts. Must issue no collective or sync."""
@@ -56,20 +56,20 @@ class AfterStep(Protocol):
 
 
 class TrainingStep:
-    """Takes training steps with one model and optimizer. A step with tensor or pipeline parallelism
-    (`PipelineStep`) overrides `_losses`, `_norm_squared`, `_apply` and `_clear`.
+    """Takes training steps with one model and one optimizer. `PipelineStep`, the step with tensor or pipeline parallelism,
+    overrides `_losses`, `_norm_squared`, `_apply` and `_clear`.
 
     Args:
-        placement: Experts of each EP rank, from which the ledger computes the rows of other dispatchers.
-        group_of_modality: Index of the expert group of each modality, in the order of the manifest.
-        clip_norm: Largest norm of the whole gradient; a larger gradient is scaled down. None does not limit it.
-        controllers: Controllers, called in this order after each step that was not skipped.
-        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. The token counts cost a
-            host sync at the beginning of the step.
-        tuning: Adds the manifold term of router tuning to the loss; each batch is then a `SampleBatch`.
-        distillation: Replaces cross entropy, wholly or in part, by the KL divergence from a teacher.
-        load: Expert loads for the balance loss; also one of `controllers`. With `load`, auxiliary terms are means over the
-            tokens of the step. Without `load` they are means over a micro-batch, weighted by its share of the labels.
+        placement: Experts of each EP rank. The ledger computes the rows of other dispatchers from it.
+        group_of_modality: Index of the expert group of each modality, in the manifest's order.
+        clip_norm: Largest norm of the whole gradient; a gradient with a larger norm is scaled down. None sets no limit.
+        controllers: Are called in this order after each step that was not skipped.
+        needs_global_batch_info: True if a router or dropout needs the token counts of all ranks. These counts cost a host
+            sync at the beginning of the step.
+        tuning: Adds the manifold term of router tuning to the loss. Each batch must then be a `SampleBatch`.
+        distillation: Replaces all or a part of the cross entropy by the KL divergence from a teacher.
+        load: Expert loads for the balance loss; must also be one of `controllers`. With `load`, auxiliary terms are means
+            over the step's tokens. Otherwise they are means over a micro-batch, weighted by its fraction of the labels.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class TrainingStep:
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
         self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
         self.needs_global_batch_info, self.distillation, self.load = needs_global_batch_info, distillation, load
-        # This rank's readings of the last step; the next step's first all-reduce sums them over the ranks.
+        # This rank's readings of the last step. The first all-reduce of the next step sums them over the ranks.
         self._readings = Readings(np.zeros(0), np.zeros((0, 3)), np.zeros((0, len(placement.groups))))
         self._tables = ColumnTables.on(placement.groups, device)
 
@@ -110,39 +110,39 @@ class TrainingStep:
         """Takes one step with this rank's micro-batches.
 
         Args:
-            began: Value of time.perf_counter at which the rank began the step; None to take the time of the call.
-            number: Number of the step (0-based), which is part of the seed of random draws.
+            began: Value of time.perf_counter when this rank began the step; None for the time of the call.
+            number: Number of the step (0-based). It is a part of the seed of random draws.
             watchers: Objects that get the expert choices of every token of the step.
         """
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches) if self.parallel.counts_tokens else 0
 
-        # 1. Divisors of the loss: one all-reduce of a few counts. With `needs_global_batch_info` the host waits for them.
+        # 1. Divisors of the loss: one all-reduce of a few counts. With `needs_global_batch_info`, the host waits for it.
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M, begun = self._begin(batches)
         weights = self._weights(begun, batches, number)
-        self.comm_stats.take()  # discards bytes counted in evaluations since the last step
+        self.comm_stats.take()  # discards the bytes of evaluations since the last step
 
-        # 2. Forward and backward of each micro-batch: in each layer the dispatcher's collectives and its host sync; one
-        #    all-reduce of routing counts, hidden behind the output layer. Then one sum of the gradients over the ranks.
+        # 2. Forward and backward of each micro-batch, with the dispatcher's collectives and host sync in each layer. The
+        # all-reduce of routing counts overlaps with the output layer. Then the gradients are summed over the ranks.
         found = self._losses(batches, aux, weights, targets=targets, watchers=watchers)
 
-        # 3. Sums over the ranks: one all-reduce. On CUDA the host waits twice: for the seconds of exchanges, and for this
-        # rank's counts of the ledger.
+        # 3. Sums over the ranks: one all-reduce. On CUDA the host first waits twice: for the seconds of the exchanges, and
+        # for this rank's counts for the ledger.
         local = self._share(found, labels_M, tokens, stop_requested, clock)
         summed: StepSums[Tensor] = unpack(
             sum_over(pack(local, mesh.device), mesh.world, name=STEP_SUMS, tracker=mesh.tracker), local
         )
 
-        # 4. One host sync reads everything, before the update, so that the host does not wait for the update.
+        # 4. One host sync reads all results. It comes before the update, so that the host need not wait for the update.
         read = (summed, begun.readings, found.counts)
         sums, readings, counts = unpack(pack(read).cpu().numpy(), read)
-        if sums.overflow:  # all ranks fail, before any weight changes
+        if sums.overflow:  # all ranks fail before any weight changes
             raise ResourceError(f"{OVERFLOW} ({sums.overflow:.0f} in this step, on all ranks)")
 
-        # 5. Update, without a sync. All ranks decide equally: the sums are the same, and a NaN on one rank makes a sum NaN.
+        # 5. Update, without a sync. All ranks decide equally: all have the same sums, and NaN on one rank makes a sum NaN.
         finite = bool(np.isfinite([sums.norm_squared, sums.balance, sums.z, sums.auxiliary, *sums.nll_M]).all())
         if finite:
             self._apply(summed.norm_squared.sqrt(), lr)
@@ -154,7 +154,7 @@ class TrainingStep:
         return self._result(sums, readings, whole_numbers(counts), skipped=not finite)
 
     def _begin(self, batches: Sequence[Batch]) -> tuple[Tensor, StepStart[Tensor]]:
-        """Returns this rank's number of labels of each modality, float64 [M], and the counts over all ranks."""
+        """Returns this rank's number of labels of each modality, float64 [M], and the `StepStart` summed over all ranks."""
         parallel, num_modalities = self.parallel, len(self.group_of_modality)
         labels_IM = torch.stack(
             [labels_by_modality(each.labels_BS, each.label_modality_BS, num_modalities) for each in batches]
@@ -167,7 +167,7 @@ class TrainingStep:
             members_RIG=self._count_members(batches if self.needs_global_batch_info else []),
             tokens_IG=self._group_tokens(batches if self.load is not None else []),
         )
-        flat = pack(local, parallel.mesh.device)  # sums of counts are exact in any order
+        flat = pack(local, parallel.mesh.device)  # counts have exact sums in any order
         return labels_IM.sum(0), unpack(
             sum_over(flat, parallel.mesh.world, name=LABEL_COUNTS, tracker=parallel.mesh.tracker), local
         )
@@ -181,7 +181,7 @@ class TrainingStep:
         return Weights(labels_in_step, share_I, tokens_IG / tokens_IG.sum(0).clamp_min(1.0), batch_info)
 
     def _group_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Returns this rank's token counts by micro-batch and group, float64 [I, G]."""
+        """Returns this rank's number of tokens of each micro-batch and group, float64 [I, G]."""
         num_groups, device = len(self.placement.groups), self.parallel.mesh.device
         groups, tokens_IG = torch.arange(num_groups, device=device), []
         for batch in batches:
@@ -190,8 +190,8 @@ class TrainingStep:
         return torch.stack(tokens_IG) if tokens_IG else torch.zeros((0, num_groups), dtype=torch.float64, device=device)
 
     def _count_members(self, batches: Sequence[Batch]) -> Tensor:
-        """Returns token counts, float64 [R, I, G] by reader (rank, or ranks with the same sequences), micro-batch and
-        group. This rank's entry has the counts, the other entries are 0, so that the sum over the ranks has all counts."""
+        """Returns token counts by reader (a rank, or ranks with the same sequences), micro-batch and group, float64 [R, I,
+        G]. Only this rank's reader has counts, the other readers have 0; a sum over the ranks therefore has all counts."""
         reader, readers = self.parallel.reader
         tokens_IG = self._group_tokens(batches)
         members_RIG = tokens_IG.new_zeros((readers, *tokens_IG.shape))
@@ -200,14 +200,14 @@ class TrainingStep:
         return members_RIG
 
     def _batch_infos(self, batches: Sequence[Batch], members_RIG: Tensor, step: int) -> list[GlobalBatchInfo | None]:
-        """Returns each micro-batch's `GlobalBatchInfo` from the token counts of all readers; None if `members_RIG` is
-        empty.
+        """Returns the `GlobalBatchInfo` of each micro-batch, made from the token counts of all readers. The entries are
+        None if `members_RIG` is empty.
 
-        The i-th micro-batch must have the same shape on every rank.
+        The i-th micro-batch must have the same shape on all ranks.
         """
         if not members_RIG.numel():
             return [None] * len(batches)
-        # Device-to-host sync. From these counts the exchanges know their split sizes without further syncs.
+        # This is a device-to-host sync. With these counts the exchanges know their split sizes without more syncs.
         flat = self.comm_stats.to_host("tokens of each rank and group", members_RIG.to(torch.int64).flatten())
         counts_RIG, batch_info, first = np.array(flat).reshape(members_RIG.shape), [], 0
         reader, readers = self.parallel.reader
@@ -234,7 +234,7 @@ class TrainingStep:
         targets: Sequence[Targets] | None,
         watchers: Sequence[StepWatcher],
     ) -> Forwarded:
-        """Runs forward and backward of all micro-batches, and sums the gradients over the ranks."""
+        """Runs forward and backward of all micro-batches. Then sums the gradients over the ranks."""
         found = []
         for i, batch in enumerate(batches):
             with self.parallel.micro_batch(last=i + 1 == len(batches)):
@@ -255,11 +255,11 @@ class TrainingStep:
         targets: Targets | None,
         watchers: Sequence[StepWatcher],
     ) -> Forwarded:
-        """Runs forward and backward of micro-batch `i`. Keeps no autograd node, because nodes hold dispatch plans."""
+        """Runs forward and backward of micro-batch `i`. Keeps no autograd node, because nodes keep dispatch plans alive."""
         mesh, running = self.parallel.mesh, []
 
         def start_counts(reports: Sequence[LayerReport]) -> None:
-            """While the ranks sum the counts, this rank computes output layer and cross entropy."""
+            """Starts the sum of counts over the ranks, which overlaps with this rank's output layer and cross entropy."""
             own = joined([report.counts for report in reports])
             running.append((own, global_counts(own, mesh.world, mesh.tracker)))
 
@@ -268,7 +268,7 @@ class TrainingStep:
             weights.batch_info[i], probe_tokens_A, keep_choices=bool(watchers), on_reports=start_counts
         )
         teacher = None if self.distillation is None else self.distillation.outputs(batch)
-        with record_function("forward"):  # all four profiler ranges of a step cost microseconds
+        with record_function("forward"):  # each of the step's four profiler ranges costs microseconds
             outputs, reports = forward(self.parallel, batch, self.group_of_modality, request, losses=True, teacher=teacher)
         losses_BS, kl_BS = (outputs, None) if teacher is None else outputs.unbind()
         own, wait = running.pop()
@@ -301,9 +301,9 @@ class TrainingStep:
     def _share(
         self, found: Forwarded, labels_M: Tensor, tokens: int, stop_requested: bool, clock: "_BusyClock"
     ) -> StepSums[Any]:
-        """Returns this rank's share of the step's sums, and keeps this rank's readings for the next step."""
-        inter_node = self.comm_stats.inter_node_bytes  # read before `take` sets this counter to 0
-        payload, metadata, seconds = self.comm_stats.take()  # a host sync, needed for the seconds on CUDA
+        """Returns this rank's contribution to the step's sums. Keeps this rank's readings for the next step."""
+        inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets this counter to 0
+        payload, metadata, seconds = self.comm_stats.take()  # a host sync on CUDA, where it waits for the seconds
         self._readings = self._read(clock.seconds(seconds), found.busiest_G)
         loss, traffic = found.loss, {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         norm_squared = self._norm_squared()
@@ -323,7 +323,7 @@ class TrainingStep:
         )
 
     def _read(self, seconds: float, busiest_G: Tensor | None) -> Readings:
-        """Returns readings of all ranks, in which this rank's row is filled."""
+        """Returns readings of all ranks in which only this rank's row is filled."""
         mesh, num_groups = self.parallel.mesh, len(self.placement.groups)
         seconds_W, memory_W3 = np.zeros(mesh.world_size), np.zeros((mesh.world_size, 3))
         seconds_W[mesh.rank], memory_W3[mesh.rank] = seconds, largest_memory(mesh.device)
@@ -334,7 +334,7 @@ class TrainingStep:
         return Readings(seconds_W, memory_W3, busiest_WG)
 
     def _ledger(self, found: Forwarded) -> tuple[SentCounts, Mapping[str, float]]:
-        """Returns the numbers of sent rows and pairs, and this rank's ledger without bytes."""
+        """Returns the numbers of rows and pairs that this rank sent, and the rank's ledger without its bytes."""
         groups, own = self.placement.groups, found.own
         experts, nulls = [group.num_experts for group in groups], [group.num_null for group in groups]
         choices_C = own.choices_LC.sum(0)
@@ -356,12 +356,12 @@ class TrainingStep:
         return sent, ledger
 
     def _norm_squared(self) -> Tensor:
-        """Returns this rank's share of the squared gradient norm, 0-d float64."""
+        """Returns this rank's part of the squared gradient norm, 0-d float64."""
         replicas = ((each.parameter, self.parallel.replicas(each)) for each in self.parallel.parameters)
         return local_norm_squared(replicas, device=self.parallel.mesh.device)
 
     def _apply(self, norm: Tensor, lr: float) -> None:
-        """Clips the gradients, whose norm is `norm`, and updates the weights."""
+        """Clips the gradients, whose total norm is `norm`, and updates the weights."""
         if self.clip_norm is not None:
             clip_by_norm((info.parameter for info in self.parallel.parameters), norm, self.clip_norm)
         set_lr(self.optimizer, lr)
@@ -398,7 +398,7 @@ class TrainingStep:
 
 
 def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -> Tensor:
-    """Returns `Forwarded.busiest_G`, float64 [G], from counts whose rows are layers of micro-batches. No sync."""
+    """Computes `Forwarded.busiest_G`, float64 [G], from counts with a row per layer of each micro-batch. Needs no sync."""
     choices_LC, tokens_LG = counts.choices_LC.to(torch.float64), counts.tokens_LG.to(torch.float64)
     most_G = []
     for g, group in enumerate(groups):
@@ -409,10 +409,10 @@ def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -
 
 
 class _BusyClock:
-    """Measures the busy time of a rank in a step: the step's time minus the waits for other ranks.
+    """Measures the busy time of a rank in a step: the step's duration minus the waits for other ranks.
 
-    On a CPU the clock subtracts the host's time in collectives. On CUDA the host does not wait in collectives, and the
-    clock subtracts the device's time in the exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
+    On a CPU the clock subtracts the host's time in collectives. On CUDA the host does not wait in collectives. There the
+    clock subtracts the device's time in exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
     """
 
     def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
@@ -425,9 +425,9 @@ class _BusyClock:
 
 
 def largest_memory(device: torch.device) -> tuple[float, float, float]:
-    """Returns the most MiB that torch's allocator had allocated, and reserved, on the GPU since the process began; and how
-    often the allocator found no free memory, emptied its cache and tried again. On a CPU both sizes are the process's
-    largest resident memory. Costs no sync."""
+    """Returns three numbers: the most MiB that torch's allocator had allocated on the GPU since the process began, the most
+    MiB that it had reserved, and how often it found no free memory, emptied its cache and tried again. On a CPU both sizes
+    are the process's largest resident memory. Needs no sync."""
     if device.type != "cuda":
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
         return resident, resident, 0.0
