@@ -1,4 +1,4 @@
-"""Defines the record of a step, which sinks show and store, and computes its numbers from counts. All functions are pure.
+"""Defines the record of a step, which sinks show and store. Computes its numbers from counts. All functions are pure.
 
 Shape letters: L MoE layers, G groups, C choice columns (all true experts by logical id, then null, identity and constant
 experts), E true experts of all groups, n true experts of one group, R ranks of an EP group, W ranks of the world.
@@ -15,35 +15,35 @@ from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, Lever
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
-NEEDED = "needed_capacity_factor/"  # key in `Record.host`, before a group's name: the least capacity factor without drops
+NEEDED = "needed_capacity_factor/"  # a group's key in `Record.host` begins so: least capacity factor without drops
 
 
 @dataclass(frozen=True)
 class Record:
-    """The data of one step that sinks show and store.
+    """The data of one step. Sinks show and store them.
 
     Attributes:
         step: Number of the step; the first step of a run is 1.
         skipped: True if no rank took the optimizer step.
-        scalars: Number by tag (`tags.MEANING`). None means that the step lacks the number; nan and inf are computed
-            numbers.
-        losses: Nats per token by modality. The loss is None if the step had no label of the modality.
+        scalars: Maps a tag to its number (`tags.MEANING`). None means that the step lacks the number; nan and inf are
+            results of a computation.
+        losses: Loss in nats per token, by modality. It is None if the step had no label of the modality.
         labels: Number of unmasked labels by modality.
-        epochs: Number of passes over each modality's training data so far.
+        epochs: Number of passes over the training data so far, by modality.
         arrays: int64 counts choices_LC, tokens_LG, rows_LR and dropped_LG; float64 entropy_LG (nats per token) and
-            weighted_rows_LR (computed pairs x FFN width). Expert choice adds above_LE (tokens above the threshold) and
-            idle_LG (tokens without an expert).
+            weighted_rows_LR (computed pairs x FFN width). With expert choice also above_LE (number of tokens above the
+            threshold) and idle_LG (number of tokens without an expert).
         ledger: Counts of bytes and rows in dispatch and combine (`moe_dist.moe.dispatch.ledger`).
-        host: CPU and memory readings of rank 0's machine, seconds of work of the slowest rank and of the other ranks, the
+        host: Readings of CPU and memory on rank 0's machine, busy seconds of the slowest rank and of the other ranks, the
             largest memory of any rank, the peak rate by which perf/mfu divides, and `NEEDED` factors.
-        busy_seconds_W: Seconds that each rank worked in the previous step, without waits; empty in the first step.
-        memory_W3: MiB allocated, MiB reserved and retries of each rank's allocator; empty in the first step.
-        load: Numbers of true experts per token of each group with a load controller, before a capacity drops pairs: the
-            step's `target`, the mean over layers (`achieved`), and the numbers of the `lowest` and of the `highest` layer.
-            A number is None if the group had no tokens.
-        target_G: float64, the targets in `load`; nan for a group without a target.
+        busy_seconds_W: Seconds that each rank worked in the previous step, not counting waits; empty in the first step.
+        memory_W3: Allocated MiB, reserved MiB and number of retries of each rank's allocator; empty in the first step.
+        load: Numbers of true experts per token, before a capacity drops pairs, for each group with a load controller: the
+            step's `target`, the mean over layers (`achieved`), and the numbers of the layers with the fewest (`lowest`) and
+            the most (`highest`). They are None if the group had no tokens.
+        target_G: float64, the target of each group in `load`; nan for a group without a target.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
-        levers: Decisions of the levers of `rank_balance` after this step.
+        levers: Decisions that the levers of `rank_balance` made after this step.
     """
 
     step: int
@@ -67,7 +67,7 @@ class Record:
 def routing_scalars(
     counts: RoutingCounts[np.ndarray], arrays: Mapping[str, np.ndarray], placement: ExpertPlacement, plan: TagPlan
 ) -> dict[str, float | None]:
-    """Returns the scalars moe/..., from the counts of a step and their `routing_arrays`."""
+    """Returns the scalars moe/... of a step, from its counts and their `routing_arrays`."""
     options = {"split": plan.by_group, "dropped_LG": arrays["dropped_LG"]}
     return {
         **group_scalars(counts.choices_LC, counts.tokens_LG, placement.groups, **options),
@@ -79,7 +79,7 @@ def routing_scalars(
 
 
 def routing_arrays(counts: RoutingCounts[np.ndarray], placement: ExpertPlacement) -> dict[str, np.ndarray]:
-    """Returns `Record.arrays`, from the counts of a step."""
+    """Computes `Record.arrays` from the counts of a step."""
     rows_LR = rows_by_rank(counts.choices_LC[:, : placement.num_experts] - counts.dropped_LE, placement)
     arrays = {
         "choices_LC": counts.choices_LC,
@@ -95,11 +95,11 @@ def routing_arrays(counts: RoutingCounts[np.ndarray], placement: ExpertPlacement
 
 
 def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
-    """Returns metrics of each mixture-of-depths layer, float64 [L]; nan for a layer without tokens.
+    """Returns metrics of each mixture-of-depths layer, float64 [L]. They are nan for a layer without tokens.
 
-    `computed` is the fraction of all tokens that the layer computes, `computed_by_group` [L, G] the fraction of each
-    group's tokens. Training adds `agreement`, the fraction of tokens for which the causal decision equals the top-k
-    selection of training, and `gate_weight`, the mean gate weight of computed tokens.
+    `computed` is the fraction of all tokens that the layer computes, and `computed_by_group` [L, G] the fraction of each
+    group's tokens. Two metrics exist only in training: `agreement`, the fraction of tokens for which the causal decision
+    equals training's top-k selection; and `gate_weight`, the mean gate weight of the computed tokens.
     """
     tokens_L, taken_L = depths.tokens_LG.sum(1), depths.taken_LG.sum(1)
     metrics = {
@@ -114,7 +114,7 @@ def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
 
 
 def depth_line(depths: DepthStatistics) -> dict[str, Any]:
-    """Returns the value of `mixture_of_depths` in a line of metrics.jsonl: `depth_metrics` as lists over the `layers`."""
+    """Returns the value of `mixture_of_depths` for a line of metrics.jsonl: `depth_metrics`, as lists over the `layers`."""
     metrics = depth_metrics(depths)
     by_group_LG = metrics.pop("computed_by_group")
     return {
@@ -126,8 +126,8 @@ def depth_line(depths: DepthStatistics) -> dict[str, Any]:
 
 
 def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | None]:
-    """Returns the scalars of the mixture-of-depths layers. Each fraction is a quotient of two sums over layers. Without
-    `split`, mixture_of_depths/computed/mean is the mean over the groups that had tokens."""
+    """Returns the scalars of the mixture-of-depths layers. Each fraction is a sum over layers divided by a sum over layers.
+    Without `split`, mixture_of_depths/computed/mean is the mean over those groups that had tokens."""
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = {name: ratio(taken_G[g], tokens_G[g]) for g, name in enumerate(depths.groups)}
     if not split:
@@ -141,10 +141,10 @@ def depth_scalars(depths: DepthStatistics, *, split: bool) -> dict[str, float | 
 
 
 def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_groups: int) -> dict[str, float | None]:
-    """Returns the scalars of a held-out evaluation: eval/..., the measured balance efficiencies, and
-    mixture_of_depths/load_over_target, which is a mean over the mixture-of-depths layers.
+    """Returns the scalars of a held-out evaluation: eval/..., the measured balance efficiencies, and the mean of
+    mixture_of_depths/load_over_target over the mixture-of-depths layers.
 
-    If modalities are too many for a scalar each, eval/mean is the mean loss over the tokens of all modalities.
+    If there are too many modalities for one scalar each, eval/mean is the mean loss over the tokens of all modalities.
     """
     scalars: dict[str, float | None]
     depths = result.mixture_of_depths
@@ -164,7 +164,7 @@ def evaluation_scalars(result: EvaluationResult, modalities: Sequence[str], num_
 
 
 def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
-    """Returns the slowest rank, its seconds, and the other ranks' median seconds; empty for a single rank."""
+    """Returns the slowest rank, its seconds, and the median seconds of the other ranks. Returns {} for a single rank."""
     if busy_seconds_W.size < 2:
         return {}
     rank = int(busy_seconds_W.argmax())
@@ -176,7 +176,7 @@ def slowest_rank(busy_seconds_W: np.ndarray) -> dict[str, float]:
 
 
 class GroupChoices(NamedTuple):
-    """One group's columns of `choices_LC`, divided into true, null, identity and constant experts."""
+    """The columns of `choices_LC` that belong to one group, split into true, null, identity and constant experts."""
 
     true_Ln: np.ndarray
     null_Lm: np.ndarray
@@ -190,7 +190,7 @@ class GroupChoices(NamedTuple):
 
 
 def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list[GroupChoices]:
-    """Splits `choices_LC`, with columns in the order of `moe_dist.moe.routing.types.group_columns`, by group."""
+    """Splits `choices_LC` by group. Its columns have the order of `moe_dist.moe.routing.types.group_columns`."""
     counts = [(g.num_experts, g.num_null, g.num_identity, g.num_constant) for g in groups]
     by_kind = [count for kind in zip(*counts, strict=True) for count in kind]
     parts = np.split(choices_LC, np.cumsum(by_kind)[:-1], axis=1)
@@ -200,11 +200,11 @@ def group_choices(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> list
 def group_metrics(
     choices_LC: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup], *, dropped_LG: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Computes each of `tags.GROUP_FAMILIES`, float64 [L, G]; nan where no token was routed.
+    """Computes each metric of `tags.GROUP_FAMILIES`, float64 [L, G]; nan where no token was routed.
 
-    experts_per_token counts true experts after a capacity dropped pairs; the other families count all choices.
-    capacity_used is the busiest expert's load divided by the even load, which a capacity factor of 1 allows. For T tokens
-    the even load of an expert is k T / (columns of the group) if tokens choose k experts, and c T if experts choose with
+    experts_per_token counts true experts after a capacity dropped pairs; the other metrics count all choices. capacity_used
+    is the busiest expert's load divided by the even load, which a capacity factor of 1 allows. For T tokens the even load
+    of an expert is k T / (columns of the group) if each token chooses k experts, and c T if experts choose tokens with
     capacity c.
     """
     metrics = {name: np.full(tokens_LG.shape, np.nan) for name in GROUP_FAMILIES}
@@ -227,11 +227,11 @@ def group_scalars(
     split: Sequence[str],
     dropped_LG: np.ndarray,
 ) -> dict[str, float | None]:
-    """Returns moe/<family>/<group> for families in `split`, else moe/<family>/mean over the groups with tokens."""
+    """Returns moe/<family>/<group> for families in `split`, and for others moe/<family>/mean over groups with tokens."""
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)
-    reduced = {  # family of tags -> (metrics of the sum over layers or of each layer; function to reduce the layer axis)
+    reduced = {  # family of tags -> (metrics of the sum over layers or of each layer; function that reduces over layers)
         "experts_per_token": (summed, np.mean),
         "null_fraction": (summed, np.mean),
         "load_imbalance": (layers, np.mean),
@@ -248,26 +248,26 @@ def group_scalars(
 
 
 def rows_by_rank(pairs_LC: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Sums the true experts' columns of `pairs_LC` by the EP rank that holds the expert, [L, R]. If `pairs_LC` counts the
-    pairs that a capacity kept, the result is the number of pairs that each EP rank computes, summed over all EP groups."""
+    """Sums the true experts' columns of `pairs_LC` by the experts' EP ranks, [L, R]. If `pairs_LC` counts the pairs that a
+    capacity kept, the result is the number of pairs that each EP rank computes, summed over all EP groups."""
     return placement.by_rank(pairs_LC[:, : placement.num_experts])
 
 
 def weighted_rows(choices_LC: np.ndarray, rows_LR: np.ndarray, placement: ExpertPlacement) -> np.ndarray:
-    """Returns the work of each EP rank, float64 [L, R]: its computed (token, expert) pairs x their mean FFN width."""
+    """Returns the work of each EP rank, float64 [L, R]: its computed (token, expert) pairs x the pairs' mean FFN width."""
     width_E = np.array(placement.width_of_expert, dtype=np.float64)
-    choices_LE = choices_LC[:, : placement.num_experts]  # counted before a capacity drops pairs
+    choices_LE = choices_LC[:, : placement.num_experts]  # includes pairs that a capacity drops
     width_LR = divide(rows_by_rank(choices_LE * width_E, placement), rows_by_rank(choices_LE, placement))
     return rows_LR * np.nan_to_num(width_LR)  # a rank without choices has no width and no rows
 
 
 def busiest_over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """Returns each layer's largest load divided by the layer's mean load, float64 [L]; nan for a layer without load."""
+    """Returns each layer's largest load divided by its mean load, float64 [L]; nan for a layer without load."""
     return divide(load_LX.max(1), load_LX.mean(1))
 
 
 def reduce_known(values: np.ndarray, reduce: Callable[[np.ndarray], Any] = np.mean) -> float | None:
-    """Reduces the values that are not nan; None if all values are nan."""
+    """Reduces those values that are not nan to one number. Returns None if all values are nan."""
     known = values[~np.isnan(values)]  # nan marks a layer or group without tokens
     return float(reduce(known)) if known.size else None
 
@@ -278,7 +278,7 @@ def ratio(over: float, under: float) -> float | None:
 
 
 def divide(over: np.ndarray, under: np.ndarray) -> np.ndarray:
-    """Returns `over` / `under` as float64; nan where `under` is zero."""
+    """Returns `over` / `under` as float64; nan where `under` is 0."""
     result = np.full(np.broadcast(over, under).shape, np.nan)
     np.divide(over, under, out=result, where=np.asarray(under) != 0)  # `where` avoids numpy's warnings
     return result

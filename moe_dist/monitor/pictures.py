@@ -1,4 +1,4 @@
-"""Draws the heat maps of a run. Each map shows sums over all steps since the previous map, because a single step is noisy.
+"""Draws a run's heat maps. Each map shows sums over all steps since the previous map, because a single step is noisy.
 
 Shape letters are as in `metrics.py`.
 """
@@ -21,7 +21,7 @@ class Subject:
 
     Attributes:
         groups: Expert groups, in the order of the columns of `Record.arrays`.
-        num_modalities: Number of modalities of the data, which determines which scalars are split by group.
+        num_modalities: Number of modalities of the data. It determines which scalars are split by group.
         mixture_of_depths: True if some layers compute only a fraction of the tokens.
     """
 
@@ -39,9 +39,9 @@ class Subject:
 
 
 def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (tag, picture) of every heat map. Rows are layers; columns are experts, ranks or groups.
+    """Yields each heat map as (tag, picture). Its rows are layers; its columns are experts, ranks or groups.
 
-    No tag may equal a scalar's tag, because TensorBoard shows only one type of value under a tag.
+    No tag may equal the tag of a scalar, because TensorBoard shows only one type of value under a tag.
     """
     groups = subject.groups
     layers = Axis("layer", [str(layer) for layer in subject.moe_layers])
@@ -58,7 +58,7 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
     for name, values_LG, top, title, caption in _per_group_maps(sums, subject):
         scale = linear_scale(f"{caption}, {steps}", top)
         yield f"moe/{name}", draw(values_LG, layers, by_group, scale=scale, title=title)
-    if "aimed_LG" in sums:  # the mean of the target over tokens, because the target may differ between steps
+    if "aimed_LG" in sums:  # mean over tokens, because the target may differ between steps
         target_LG = divide(sums["aimed_LG"], sums["tokens_LG"])
         chosen_LG = group_metrics(sums["choices_LC"], sums["tokens_LG"], groups)["experts_per_token"]
         scale = ratio_scale(f"true experts per token over the target, {steps}")
@@ -72,8 +72,8 @@ def heat_maps(sums: Mapping[str, np.ndarray], subject: Subject, steps: str) -> I
 
 
 def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement, steps: str) -> np.ndarray:
-    """Draws the effect of a lever of `rank_balance`: each rank's load divided by the mean load of a rank, for the same
-    choices under the placement of `subject` and under the placement `after`."""
+    """Draws the effect of a lever of `rank_balance`: each rank's load divided by a rank's mean load, with the same choices
+    but two placements, that of `subject` and the placement `after`."""
     load_LE = choices_LC[:, : after.num_experts] * np.array(after.width_of_expert)
     values = np.concatenate([over_mean(each.by_rank(load_LE)) for each in (subject.placement, after)], axis=1)
     ranks, layers = [str(rank) for rank in range(after.num_ranks)], [str(layer) for layer in subject.moe_layers]
@@ -84,26 +84,26 @@ def change_map(choices_LC: np.ndarray, subject: Subject, after: ExpertPlacement,
 
 
 def loads(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> Iterator[tuple[ExpertGroup, np.ndarray]]:
-    """Yields each group, and the numbers of choices of its true experts divided by their mean, float64 [L, n]."""
+    """Yields each group with its true experts' numbers of choices divided by their mean, float64 [L, n]."""
     for group, (true_Ln, *_) in zip(groups, group_choices(choices_LC, groups), strict=True):
         yield group, over_mean(true_Ln)
 
 
 def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Returns the fraction of choices that are identity or constant experts, float64 [L, G]; nan without choices."""
+    """Returns the fraction of choices that go to identity or constant experts, float64 [L, G]; nan without choices."""
     split = group_choices(choices_LC, groups)
     return np.stack([divide(c.identity_Li.sum(1) + c.constant_Lc.sum(1), c.total) for c in split], axis=1)
 
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
-    """Returns the tokens' mean router entropy / largest possible entropy, float64 [L, G]; nan without tokens."""
-    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # a divisor log 1 would be 0
+    """Returns the router's mean entropy over tokens / largest possible entropy, float64 [L, G]; nan without tokens."""
+    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 = 0 could not be a divisor
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
 
 def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterator[tuple[str, np.ndarray, float, str, str]]:
-    """Yields (name, values [L, G], top of the colour scale, title, caption) of each map of layers x groups. A family of
-    scalars is drawn as a map if it is not split by group."""
+    """Yields (name, values [L, G], top of the colour scale, title, caption) for each map of layers x groups. A family of
+    scalars gets such a map if it is not split by group."""
     groups, tokens_LG = subject.groups, sums["tokens_LG"]
     metrics = group_metrics(sums["choices_LC"], tokens_LG, groups, dropped_LG=sums["dropped_LG"])
     split = tag_plan(len(groups), subject.num_modalities, mixture_of_depths=subject.mixture_of_depths).by_group
@@ -119,7 +119,7 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
         ("capacity_used", "Capacity used", "busiest expert over an even share"),
     ):
         if name not in split:
-            # Where experts choose, tokens may take more than top_k experts.
+            # If experts choose tokens, a token may have more than top_k experts.
             least = max(group.top_k for group in groups) if name == "experts_per_token" else 1
             yield name, metrics[name], float(np.nanmax(metrics[name], initial=least)), title, caption
     if sums["dropped_LG"].any():
@@ -133,5 +133,5 @@ def _per_group_maps(sums: Mapping[str, np.ndarray], subject: Subject) -> Iterato
 
 
 def over_mean(load_LX: np.ndarray) -> np.ndarray:
-    """Returns each column's load divided by the mean of the layer, float64 [L, X]; nan for a layer without load."""
+    """Returns each column's load divided by the mean load of its layer, float64 [L, X]; nan for a layer without load."""
     return divide(load_LX, load_LX.mean(1, keepdims=True))

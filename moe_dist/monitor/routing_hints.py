@@ -1,7 +1,7 @@
-"""Hints about the routing counts of a window of steps. Each rule compares a load with the possible loads.
+"""Makes hints from the routing counts of a window of steps. Each rule compares a load with the possible loads.
 
-A token takes an expert at most once. Therefore an expert's load is at most the number of the group's tokens, and at most
-min(k, m) of a token's k choices are null if the group has m null experts. Layers and experts with fewer than `ENOUGH`
+A token takes an expert at most once. The load of an expert is therefore at most the number of the group's tokens. If the
+group has m null experts, at most min(k, m) of a token's k choices are null. Layers and experts with fewer than `ENOUGH`
 expected choices are not judged. Shape letters are as in `metrics.py`.
 """
 
@@ -16,26 +16,26 @@ from moe_dist.monitor.metrics import GroupChoices, divide, group_choices
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_EXPERT = 3.0  # an expert is busy if its load is at least this many times the even load
-BUSY_SPAN = 0.8  # an expert is also busy if its load is this fraction of the way from the even to the largest load
-BUSY_ROOM = 1.5  # experts are judged as busy only if the largest possible load is at least this many times the even load
-DROPPED = 0.1  # a hint warns, and few_drops fails, if a capacity drops at least this share of a layer's pairs
-NULL_EDGE = 0.02  # a hint warns if the null fraction is less than this above 0, or below its largest possible value
-IDLE = 0.02  # a layer is dead if its tokens take less than this many times the even number of experts
-STARVED = 0.1  # a group is starved if its tokens take less than this many times the even number of experts
-ENOUGH = 20.0  # with fewer expected choices than this, an unusual number may be due to chance
+BUSY_SPAN = 0.8  # it is also busy if its load is this fraction of the way from the even to the largest possible load
+BUSY_ROOM = 1.5  # an expert is judged only if its largest possible load is at least this many times the even load
+DROPPED = 0.1  # a hint warns, and few_drops fails, if a capacity drops at least this fraction of a layer's pairs
+NULL_EDGE = 0.02  # a hint warns if the null fraction is closer than this to 0 or to its largest possible value
+IDLE = 0.02  # a layer is dead if its tokens take fewer experts than this many times the even number
+STARVED = 0.1  # a group is starved if its tokens take fewer experts than this many times the even number
+ENOUGH = 20.0  # with fewer expected choices, an unusual number may be due to chance
 NAMED = 4  # largest number of experts or layers that a hint names
 
 
 @dataclass(frozen=True)
 class Hint:
-    """One warning. A hint of the same `kind` as an earlier hint is a repeat."""
+    """One warning. If its `kind` equals that of an earlier hint, it is a repeat."""
 
     kind: str
     text: str
 
 
 class WindowSums(NamedTuple):
-    """Sums of `Record.arrays` over the records of a window of steps, int64, and numbers for the texts of the hints."""
+    """Sums of `Record.arrays` over a window of steps, int64, and two numbers for the texts of hints."""
 
     choices_LC: np.ndarray
     tokens_LG: np.ndarray
@@ -46,7 +46,7 @@ class WindowSums(NamedTuple):
 
 @dataclass(frozen=True)
 class GroupWindow:
-    """One group's part of `WindowSums`."""
+    """The part of `WindowSums` that belongs to one group."""
 
     group: ExpertGroup
     choices: GroupChoices
@@ -58,28 +58,28 @@ class GroupWindow:
 
     @property
     def kept(self) -> np.ndarray:
-        """Returns the number of (token, true expert) pairs of each layer that no capacity dropped, int64 [L]."""
+        """Returns each layer's number of (token, true expert) pairs that were not dropped by a capacity, int64 [L]."""
         return self.choices.true_Ln.sum(1) - self.dropped_L
 
     @property
     def even(self) -> np.ndarray:
-        """Each layer's number of (token, true expert) pairs if all columns are chosen equally often, float64 [L]."""
+        """Each layer's number of (token, true expert) pairs if all columns were chosen equally often, float64 [L]."""
         return self.tokens_L * self.group.expected_experts_per_token
 
     @property
     def saturated(self) -> float:
-        """Returns the largest possible fraction of null choices."""
+        """Returns the largest fraction of choices that can be null."""
         return min(self.group.top_k, self.group.num_null) / self.group.top_k
 
     @property
     def null_share(self) -> float | None:
-        """Returns the fraction of null choices over all layers; None without choices or without null experts."""
+        """Returns the fraction of choices that are null, over all layers. None without choices or null experts."""
         total = float(self.choices.total.sum())
         return float(self.choices.null_Lm.sum()) / total if total and self.group.num_null else None
 
 
 def for_another_trainer(text: str) -> str:
-    """Returns the text of a hint for a model that another trainer trains, whose settings have other names."""
+    """Returns a hint's text for a model that another trainer trains. There, settings have other names."""
     coefficient = r"( first)? coefficient in loss\.balance\.schedule( \(now \S+\))?"
     text = re.sub(coefficient, " weight of the load-balancing loss (router_aux_loss_coef, moe_aux_loss_coeff)", text)
     text = re.sub("try placement.policy=.*", "spread the experts over the ranks", text)
@@ -87,7 +87,7 @@ def for_another_trainer(text: str) -> str:
 
 
 def routing_hints(sums: WindowSums, groups: Sequence[ExpertGroup], moe_layers: Sequence[int]) -> Iterator[Hint]:
-    """Yields the hints of every rule for every group."""
+    """Yields the hints that any rule gives for any group."""
     for g, (group, choices) in enumerate(zip(groups, group_choices(sums.choices_LC, groups), strict=True)):
         tokens_L, dropped_L = sums.tokens_LG[:, g], sums.dropped_LG[:, g]
         window = GroupWindow(group, choices, tokens_L, dropped_L, moe_layers, sums.steps, sums.balance_coefficient)
@@ -100,7 +100,7 @@ def routing_hints(sums: WindowSums, groups: Sequence[ExpertGroup], moe_layers: S
 
 
 def busy_expert(window: GroupWindow) -> Iterator[Hint]:
-    """Warns if one expert takes several times the even load, or nearly the largest possible load, in a layer."""
+    """Warns if an expert of a layer takes several times the even load, or nearly the largest possible load."""
     group, true_Ln = window.group, window.choices.true_Ln
     even_L, most_L = true_Ln.mean(1), window.tokens_L
     limit_L = np.minimum(BUSY_EXPERT * even_L, even_L + BUSY_SPAN * (most_L - even_L))
@@ -121,7 +121,7 @@ def busy_expert(window: GroupWindow) -> Iterator[Hint]:
 def busy_text(
     group: ExpertGroup, true_Ln: np.ndarray, tokens_L: np.ndarray, moe_layers: Sequence[int], layer: int, expert: int
 ) -> str:
-    """Returns an expert's load as text for hints and reports, relative to the group's tokens and to the mean load."""
+    """Returns a text for hints and reports: an expert's load compared with the group's tokens and with the mean load."""
     load, mean = true_Ln[layer, expert], true_Ln[layer].mean()
     return (
         f"{group.name} expert {expert} takes {load / tokens_L[layer]:.0%} of its group's tokens in layer "
@@ -130,7 +130,7 @@ def busy_text(
 
 
 def dead_experts(window: GroupWindow) -> Iterator[Hint]:
-    """Warns about experts that no token chose in layers whose other experts were chosen (otherwise `dead_layers` warns)."""
+    """Warns about experts that no token chose, in layers whose other experts were chosen (else `dead_layers` warns)."""
     true_Ln = window.choices.true_Ln
     dead = np.argwhere((true_Ln == 0) & (true_Ln.mean(1, keepdims=True) >= ENOUGH))
     if not len(dead):
@@ -145,8 +145,8 @@ def dead_experts(window: GroupWindow) -> Iterator[Hint]:
 
 
 def dead_layers(window: GroupWindow) -> Iterator[Hint]:
-    """Warns about layers that compute hardly any (token, expert) pair of the group, while other layers compute pairs."""
-    # A layer without tokens of the group is judged as if it had the mean number of tokens of all layers.
+    """Warns about layers that compute hardly any (token, expert) pair of the group although other layers do."""
+    # A layer that has no tokens of the group is judged as if it had the mean number of tokens over layers.
     even_L = np.maximum(window.even, window.even.mean() * (window.tokens_L == 0))
     dead_L = (window.kept < IDLE * even_L) & (even_L >= ENOUGH)
     dead = np.flatnonzero(dead_L).tolist()
@@ -164,13 +164,13 @@ def dead_layers(window: GroupWindow) -> Iterator[Hint]:
 
 
 def dropped_pairs(window: GroupWindow) -> Iterator[Hint]:
-    """Warns if a capacity drops many (token, expert) pairs of a layer."""
+    """Warns if a capacity drops many of a layer's (token, expert) pairs."""
     true_Ln, dropped_L = window.choices.true_Ln, window.dropped_L
     share_L = np.where(true_Ln.sum(1) >= ENOUGH, np.nan_to_num(divide(dropped_L, true_Ln.sum(1))), 0.0)
     layer = int(share_L.argmax())
     if share_L[layer] < DROPPED:
         return
-    used_L = np.nan_to_num(divide(true_Ln.max(1), window.even / window.group.num_experts))  # equals moe/capacity_used
+    used_L = np.nan_to_num(divide(true_Ln.max(1), window.even / window.group.num_experts))  # the same as moe/capacity_used
     fullest = int(used_L.argmax())
     yield Hint(
         f"dropped/{window.group.name}",
@@ -183,7 +183,7 @@ def dropped_pairs(window: GroupWindow) -> Iterator[Hint]:
 
 
 def null_limits(window: GroupWindow) -> Iterator[Hint]:
-    """Warns if the share of null choices is near 0 or near its largest possible value."""
+    """Warns if the fraction of null choices is close to 0 or to its largest possible value."""
     share, group = window.null_share, window.group
     if share is None:
         return
@@ -203,7 +203,7 @@ def null_limits(window: GroupWindow) -> Iterator[Hint]:
 
 
 def few_experts(window: GroupWindow) -> Iterator[Hint]:
-    """Warns if a group's tokens get hardly any true expert over all layers, after null choices and drops."""
+    """Warns if a group's tokens get hardly any true expert, over all layers and after null choices and drops."""
     share, group = window.null_share, window.group
     per_token, even = float(window.kept.sum() / window.tokens_L.sum()), group.expected_experts_per_token
     saturated = share is not None and share > 1 - NULL_EDGE  # `null_limits` warns instead
@@ -218,7 +218,7 @@ def few_experts(window: GroupWindow) -> Iterator[Hint]:
 
 
 def no_tokens(window: GroupWindow) -> Hint:
-    """Returns the warning about a group whose tokens were not routed."""
+    """Returns the warning about a group of which no token was routed."""
     name = window.group.name
     return Hint(
         f"starved/{name}",

@@ -1,8 +1,7 @@
-"""The input of monitoring: global sums of a step or an evaluation, as plain numbers and numpy arrays.
+"""Defines the input of monitoring: sums over all ranks for a step or an evaluation, as plain numbers and numpy arrays.
 
-Pure functions (`metrics.py`) compute all scalars and pictures from the sums in this file, so that sinks never touch the
-model. Shape letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the
-world.
+Pure functions (`metrics.py`) compute all scalars and pictures from these sums. Sinks therefore never touch the model. Shape
+letters: L MoE layers, G expert groups, M modalities in the order of the data set's manifest, W ranks of the world.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,15 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class DepthStatistics:
-    """Sums over a step or a held-out evaluation, for each mixture-of-depths layer. L counts only mixture-of-depths layers.
+    """Sums over a step or a held-out evaluation for each mixture-of-depths layer. Here L counts only these layers.
 
     Attributes:
-        layers: Index of each mixture-of-depths layer in the model.
-        token_share: Fraction of its tokens that each layer should compute.
-        tokens_LG, taken_LG: int64, numbers of tokens, and of computed tokens, of each group.
-        agreed_L: int64, number of tokens for which the causal decision equals the top-k selection of training; None in
+        layers: Index in the model of each mixture-of-depths layer.
+        token_share: Fraction of the tokens that each layer should compute.
+        tokens_LG, taken_LG: int64, number of all tokens, and number of computed tokens, of each group.
+        agreed_L: int64, number of tokens for which the causal decision equals training's top-k selection; None in an
             evaluation, which makes only causal decisions.
-        weight_L: float64, sum of the gate weights of the computed tokens; None in evaluation.
+        weight_L: float64, sum of the gate weights of the computed tokens; None in an evaluation.
     """
 
     layers: tuple[int, ...]
@@ -37,14 +36,14 @@ class DepthStatistics:
 
 
 class LeverDecision(NamedTuple):
-    """A decision of a lever (load-balancing method) of `rank_balance`: a change that the lever made or refused.
+    """A decision of one lever (load-balancing method) of `rank_balance`: a change that the lever made or refused.
 
     Attributes:
         taken: False if the change was refused.
         before, after: Busiest rank's load / mean load of a rank, without and with the change; 1 if all loads are equal.
-        cost_steps: Time that the change costs, in units of steps: once for a move; for replicas in total until the next
-            decision.
-        placement: Placement after this step, if the lever moved experts or changed replicas; else None.
+        cost_steps: Time that the change costs, in units of steps. For a move this is the cost of the move; for replicas,
+            the total cost until the next decision.
+        placement: Placement after this step if the lever moved experts or changed replicas, otherwise None.
     """
 
     lever: str
@@ -57,7 +56,7 @@ class LeverDecision(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Returns the fraction of the busiest rank's load that the change saves in each step."""
+        """Returns by which fraction of its load the change relieves the busiest rank in each step."""
         return 1.0 - self.after / self.before if self.before else 0.0
 
     @property
@@ -68,7 +67,7 @@ class LeverDecision(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Returns one line: whether the lever acted, and how the load of the busiest rank changes."""
+        """Returns a line that says whether the lever acted, and how the load of the busiest rank changes."""
         verdict = "done" if self.taken else "refused"
         return (
             f"{self.lever} {verdict}: busiest rank over mean {self.before:.3f} -> {self.after:.3f}, a gain of "
@@ -77,11 +76,11 @@ class LeverDecision(NamedTuple):
 
 
 class MappedPicture(NamedTuple):
-    """A picture of a `ComputeMap`.
+    """One picture of a `ComputeMap`.
 
     Attributes:
-        experts: float64 [rows, columns], true experts of each cell.
-        empty: bool [rows, columns], true if the data mark the cell as background.
+        experts: float64 [rows, columns], number of true experts of each cell.
+        empty: bool [rows, columns], True if the data mark a cell as background.
         pixels: RGB values, uint8 [height, width, 3]; None if the data have no codebook.
     """
 
@@ -92,12 +91,12 @@ class MappedPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class ComputeMap:
-    """Number of true experts of some held-out tokens, as a mean over MoE layers.
+    """The numbers of true experts of some held-out tokens, as means over MoE layers.
 
     Attributes:
-        mean: Mean over all mapped tokens by kind of token, such as 'text' or 'background'.
+        mean: Mean over all mapped tokens of one kind, by kind of token, such as 'text' or 'background'.
         most: Largest possible number of true experts per token.
-        lines: For each mapped line of text, the text and the number of true experts of each token.
+        lines: For each mapped line of text, one entry per token: the token's text and its number of true experts.
     """
 
     mean: Mapping[str, float]
@@ -108,22 +107,22 @@ class ComputeMap:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Held-out losses after one step. An optional mapping is empty if its values were not measured.
+    """The results of a held-out evaluation. An optional mapping is empty if its values were not measured.
 
     Attributes:
-        step: Number of steps taken before the evaluation.
-        loss: Nats per token by modality; also 'image_no_filler' if the data mark filler cells.
+        step: Number of steps that were taken before the evaluation.
+        loss: Loss in nats per token by modality; also for 'image_no_filler' if the data mark filler cells.
         tokens: Number of labels over which each loss is a mean.
         ablated_loss: The held-out losses with the experts' output set to zero.
-        balance_efficiency: Throughput with the real routing / throughput with evenly spread routing; None if not measured.
-        balance_efficiency_by_count: Mean / maximum work of the ranks (pairs x FFN width): the balance_efficiency if time
-            were proportional to work.
+        balance_efficiency: Throughput with the real routing / throughput with evenly spread routing. None if not measured.
+        balance_efficiency_by_count: Mean work of a rank / largest work of a rank (work = pairs x FFN width). It would equal
+            balance_efficiency if time were proportional to work.
         balance_note: How balance_efficiency was measured, or why it was not measured.
-        choice_loss: With expert choice, the losses under the selection of training, which sees later tokens.
-        experts_per_token: True experts per token in this evaluation, by group.
-        choice_experts_per_token: With expert choice, true experts per token under the selection of training, by group.
-        mixture_of_depths: Sums over the mixture-of-depths layers, which decide causally; None without such layers.
-        compute_map: The map of experts per token; None without `monitor.compute_map`, and on ranks other than 0.
+        choice_loss: For expert choice, the losses with the selection of training, which depends on later tokens.
+        experts_per_token: Number of true experts per token in this evaluation, by group.
+        choice_experts_per_token: For expert choice, the same number with the selection of training.
+        mixture_of_depths: Sums over the mixture-of-depths layers with causal decisions; None without such layers.
+        compute_map: The map of experts per token. None without `monitor.compute_map`, and on ranks other than 0.
     """
 
     step: int

@@ -1,8 +1,7 @@
-"""The tags of the scalars, their meaning, and their maximum number.
+"""Defines the tags of all scalars, their meaning, and their maximum number.
 
-A step and its evaluation together have at most `MAX_SCALARS` scalars, for any number of layers, experts, groups and
-modalities, because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all values that are not
-among the scalars.
+A step and its evaluation together have at most `MAX_SCALARS` scalars, whatever the number of layers, experts, groups and
+modalities, because nobody reads pages with thousands of curves. Heat maps and metrics.jsonl have all other values.
 """
 
 from collections.abc import Mapping
@@ -14,8 +13,7 @@ from moe_dist.config.base.section import RESERVED_MODALITIES
 
 MAX_SCALARS = 40
 
-# Prefixes of the tags of times and device readings. Scalars without these prefixes are bit-equal in two runs with the same
-# seed.
+# Prefixes of the tags of times and device readings. Scalars without these prefixes are bit-equal in two runs with one seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
@@ -23,7 +21,7 @@ GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_i
 RENAMED_KEYS = {"depths": "mixture_of_depths"}  # former -> present first part of a key or tag
 DEPTH_FAMILY = "computed"  # the full tag is mixture_of_depths/computed
 
-# Tag family -> meaning, which Prometheus shows. A family with a label, such as a group, ends in {label}.
+# Tag family -> meaning, which Prometheus shows. If a family has a label, such as a group, its name ends in {label}.
 MEANING: dict[str, str] = {
     "loss/{term}": "Training loss of the step: nats per label of each modality; 'balance', 'z' and 'auxiliary' (auxiliary "
     "routers, or router tuning) as added to the loss; 'total' is nats per label of all modalities plus the added terms.",
@@ -59,7 +57,7 @@ MEANING: dict[str, str] = {
     "device/power": "GPU power of rank 0 in watts.",
 }
 
-# Further tags of models with mixture-of-depths layers, which split fewer families by group.
+# More tags for models with mixture-of-depths layers. In these models fewer families are split by group.
 DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/computed/{group}": "Share of the tokens that mixture-of-depths layers compute in training.",
     "mixture_of_depths/agreement": "Share of tokens whose causal decision equals the selection of training.",
@@ -67,7 +65,7 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
 
-# Picture or histogram -> meaning. Maps of layers x groups that replace scalars have the scalars' texts.
+# Picture or histogram -> meaning. A map of layers x groups that replaces scalars has the scalars' meaning.
 PICTURE_MEANING: dict[str, str] = {
     "moe/load": "Choices of an expert over the mean expert's, by layer and expert, with the rank that holds the expert.",
     "moe/load_histogram": "Choices of an expert over the mean expert's, of all layers: one narrow peak at 1 is even load.",
@@ -85,7 +83,7 @@ PICTURE_MEANING: dict[str, str] = {
     "mixture_of_depths/layers": "Share of tokens that each mixture-of-depths layer computes, agreement and gate weight.",
 }
 
-# First parts of the tags that only evaluations have.
+# Beginnings of those tags that only evaluations have.
 EVALUATION_TAGS: tuple[str, ...] = (
     "eval/",
     "moe/balance_efficiency_by_count",
@@ -101,8 +99,8 @@ DEPTH_SCALARS = 3  # mixture_of_depths/{agreement,gate_weight,load_over_target}
 
 @dataclass(frozen=True)
 class TagPlan:
-    """The tag families that have one scalar per group or modality; other families have a single scalar. `by_group` has the
-    families of `GROUP_FAMILIES` and `DEPTH_FAMILY` with one scalar per group."""
+    """Says which tag families have one scalar per group or modality. All other families have a single scalar. `by_group`
+    lists the families of `GROUP_FAMILIES` and `DEPTH_FAMILY` with one scalar per group."""
 
     by_group: tuple[str, ...]
     epochs_per_modality: bool
@@ -111,11 +109,11 @@ class TagPlan:
 
 @cache  # cached, because each record calls it
 def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = False) -> TagPlan:
-    """Splits tag families by group or modality, as many families as `MAX_SCALARS` allows: first losses by modality, then
-    families by group, then epochs by modality.
+    """Decides which tag families are split by group or modality. As many are split as `MAX_SCALARS` allows, in this order:
+    losses by modality, families by group, epochs by modality.
 
-    Mixture-of-depths layers add scalars; then as many group families are split, in order, as fit into `MAX_SCALARS`.
-    Without mixture-of-depths layers either all group families are split or none.
+    Mixture-of-depths layers add scalars. With them, as many group families are split, in order, as fit into `MAX_SCALARS`.
+    Without mixture-of-depths layers, either all group families are split or none.
     """
     families = (DEPTH_FAMILY, *GROUP_FAMILIES) if mixture_of_depths else GROUP_FAMILIES
     room = MAX_SCALARS - FIXED_SCALARS - (DEPTH_SCALARS if mixture_of_depths else 0)
@@ -131,7 +129,7 @@ def tag_plan(num_groups: int, num_modalities: int, *, mixture_of_depths: bool = 
 
 
 def split_tag(tag: str) -> tuple[str, str | None, str | None]:
-    """Splits a tag into family, label name and value: 'moe/null_fraction/text' is 'moe/null_fraction', 'group', 'text'."""
+    """Splits a tag into family, label name and value: 'moe/null_fraction/text' -> 'moe/null_fraction', 'group', 'text'."""
     head, _, rest = tag.partition("/")
     if head in ("loss", "eval"):
         return head, "term" if head == "loss" else "part", rest
@@ -145,11 +143,10 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
 
 @cache  # cached, because each record calls it for each scalar
 def curve_of(tag: str) -> tuple[str, str]:
-    """Returns the place of a scalar in TensorBoard: the name of a sub-run ('' for the main run), and the tag in the
-    sub-run.
+    """Returns where TensorBoard shows a scalar: the name of a sub-run ('' for the main run), and the tag in the sub-run.
 
-    TensorBoard gives each run a colour. Each group, modality and part of the evaluation therefore has a sub-run, so that
-    each curve of a chart has a colour of its own. Example: 'moe/null_fraction/text' is the tag 'moe/null_fraction' of the
+    TensorBoard has one colour per run. Each group, modality and part of the evaluation therefore has its own sub-run, which
+    gives each curve of a chart another colour. Example: 'moe/null_fraction/text' becomes the tag 'moe/null_fraction' of the
     sub-run 'text'. Terms of the loss, and values over all groups or modalities, are in the main run.
     """
     family, label, value = split_tag(tag)
@@ -166,8 +163,8 @@ def meaning(tag: str) -> str:
 
 
 def picture_meaning(tag: str) -> str:
-    """Returns the text of `PICTURE_MEANING`, or else of `MEANING`, for the tag of a picture or histogram. Raises KeyError
-    if the tag does not exist."""
+    """Returns the text that `PICTURE_MEANING`, or else `MEANING`, has for the tag of a picture or histogram. Raises
+    KeyError if the tag does not exist."""
     known = [tag, tag.rpartition("/")[0]]
     found = next((PICTURE_MEANING[name] for name in known if name in PICTURE_MEANING), None)
     return meaning(f"{tag}/mean") if found is None else found
@@ -186,7 +183,7 @@ def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a line of metrics.jsonl without times and device readings, which is bit-equal in two runs with one seed."""
+    """Returns a line of metrics.jsonl without times and device readings; it is bit-equal in two runs with one seed."""
     part = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
     part["scalars"] = {tag: value for tag, value in line["scalars"].items() if not tag.startswith(TIMING_TAGS)}
     return part

@@ -1,1 +1,1 @@
-"""The trace of a run: each token's experts, written by every rank (docs/monitoring.md has the format)."""
+"""Writes and reads the trace of a run: each token's experts, by rank (docs/monitoring.md has the format)."""

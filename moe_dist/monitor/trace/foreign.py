@@ -1,7 +1,7 @@
-"""Reads other systems' records of routing as steps of a trace. These records have no token ids and no modalities; therefore
-each token gets the id -1, and all experts are one group.
+"""Reads other systems' records of routing as steps of a trace. These records have no token ids and no modalities. Each
+token therefore gets the id -1, and all experts form one group.
 
-READERS has a pattern of file names and a reader for each format. Shape letters are as in `format.py`.
+READERS has a pattern of file names, and a reader, for each format. Shape letters are as in `format.py`.
 """
 
 import json
@@ -17,12 +17,12 @@ from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
-FLAME_TOKENS = 1 << 16  # largest number of tokens that are read from each file of FLAME-MoE-Traces
-Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L) and ids [T, L, K] of a sequence or a rank
+FLAME_TOKENS = 1 << 16  # largest number of tokens read from each file of FLAME-MoE-Traces
+Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L), and ids [T, L, K] of one sequence or one rank
 
 
 class ForeignTrace:
-    """Traced steps of another system, with the members `steps` and `step` of `Trace` that a report reads."""
+    """Traced steps of another system. Has those members of `Trace` that a report reads: `steps` and `step`."""
 
     def __init__(self, steps: dict[int, TracedStep]) -> None:
         self._steps, self.steps = steps, tuple(sorted(steps))
@@ -35,11 +35,11 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
     """Reads the file `path`, or all files of one format in the folder `path`.
 
     Args:
-        num_experts: Number of experts of a layer, which no format contains.
+        num_experts: Number of experts per layer. No format contains this number.
 
     Raises:
         ConfigError: no file has a known name.
-        DataError: a file is damaged, has an id outside the model, or has different layers than the first file.
+        DataError: a file is damaged, has an id that the model lacks, or has other layers than the first file.
     """
     for pattern, reader in READERS.items():
         files = sorted(path.glob(pattern)) if path.is_dir() else [path] * path.match(pattern)
@@ -49,7 +49,7 @@ def read_foreign(path: Path, num_experts: int) -> ForeignTrace:
 
 
 def routed_group(num_experts: int, top_k: int) -> ExpertGroup:
-    """Returns all experts of another system's model as one group for one modality. The unknown FFN width is set to 1."""
+    """Returns all experts of another system's model as one group with one modality. The unknown FFN width is set to 1."""
     return ExpertGroup("routed", num_experts, 0, top_k, 1, 0, ("tokens",))
 
 
@@ -90,8 +90,8 @@ def _trace(path: Path, parts: Parts, num_experts: int) -> ForeignTrace:
 
 
 def _megatron(files: Sequence[Path]) -> Parts:
-    """Reads the router trace of Megatron-Core (`--moe-routing-trace-path`), which has a JSON line for each step, block and
-    layer. If a step has several lines for a layer, each line is a micro-batch. Omits blocks of multi-token prediction."""
+    """Reads the router trace of Megatron-Core (`--moe-routing-trace-path`). It has a JSON line for each step, block and
+    layer. If a step has several lines for one layer, each is a micro-batch. Leaves out blocks of multi-token prediction."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         with open_file(file) as stream:
@@ -111,9 +111,9 @@ def _megatron(files: Sequence[Path]) -> Parts:
 
 
 def _arrays(files: Sequence[Path]) -> Parts:
-    """Reads arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang, saved by numpy in a file for each sequence.
+    """Reads arrays `routed_experts` [tokens, layers, k] of vLLM and SGLang. Each sequence is a file saved by numpy.
 
-    The arrays have all layers of the model. Layers without experts, whose ids are all 0, are left out.
+    The arrays have all layers of the model. A layer without experts, whose ids are all 0, is left out.
     """
     for file in files:
         try:
@@ -133,8 +133,8 @@ def _arrays(files: Sequence[Path]) -> Parts:
 
 
 def _flame(files: Sequence[Path]) -> Parts:
-    """Reads FLAME-MoE-Traces. They have a folder for each step, with a parquet file for each layer; a file has a row of
-    `indices` for each token. Reads only the first FLAME_TOKENS rows of a file, because published files have 52 million
+    """Reads FLAME-MoE-Traces. They have a folder for each step, in which each layer is a parquet file with one row of
+    `indices` for each token. Only the first FLAME_TOKENS rows of a file are read, because published files have 52 million
     rows."""
     by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for file in files:
@@ -159,7 +159,7 @@ def _flame(files: Sequence[Path]) -> Parts:
 
 
 def _step(path: Path, step: int, by_layer: Mapping[int, np.ndarray]) -> tuple[int, tuple[int, ...], np.ndarray]:
-    """Stacks a step's ids [T, K] of each layer to [T, L, K]."""
+    """Stacks the ids [T, K] of all layers of a step to [T, L, K]."""
     layers = tuple(sorted(by_layer))
     shapes = {layer: by_layer[layer].shape for layer in layers}
     if len(set(shapes.values())) > 1:
@@ -170,7 +170,7 @@ def _step(path: Path, step: int, by_layer: Mapping[int, np.ndarray]) -> tuple[in
     return step, layers, np.stack([by_layer[layer] for layer in layers], axis=1)
 
 
-# Pattern of the file names -> reader of files with such names.
+# Pattern of file names -> reader of the files with such names.
 READERS: dict[str, Callable[[Sequence[Path]], Parts]] = {
     "router_trace_rank*.jsonl": _megatron,
     "*.npy": _arrays,

@@ -1,4 +1,4 @@
-"""The files of a trace. Every attempt of a run has a folder trace/<attempt>/, to whose files data are only appended:
+"""Defines the files of a trace. Each attempt of a run has a folder trace/<attempt>/, whose files only grow:
 
     manifest.json    written by rank 0 before the first step: layers, columns, placement, modalities, configuration
     rank_R.tokens    one `TOKEN` for each traced token
@@ -7,9 +7,9 @@
     rank_R.losses    float16 [tokens], loss (nats) of the prediction at the token, or nan; only with `Manifest.losses`
     rank_R.index     one `ENTRY` for each step, written after the step's tokens; tokens without an entry do not count
 
-The column of a true expert is its logical id; the null, identity and constant experts of all groups have the columns after
-the true experts. The id -2 - c is a choice of column c that a capacity dropped; -1 is no choice (in a group with k < K).
-All numbers are little-endian.
+The column of a true expert is its logical id. The columns after all true experts belong to the null, identity and constant
+experts of all groups. The id -2 - c is a choice of column c that a capacity dropped. The id -1 is no choice (if a group has
+k < K). All numbers are little-endian.
 
 Shape letters: L MoE layers, K largest number of choices of a token, C columns, T tokens of a step.
 """
@@ -35,9 +35,9 @@ MANIFEST = "manifest.json"
 MAX_COLUMNS = (1 << 15) - 1  # an int16 also holds -2 - c for each column c
 MAX_EP = 1 << 14  # EP ranks
 
-# Number of the sequence in the run's stream, index in the sequence, token id, and index into `Manifest.modalities`.
+# Number of the sequence in the run's stream, index in this sequence, token id, and index in `Manifest.modalities`.
 TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
-# Step, index of the step's first token, number of its tokens, crc32 of its bytes in the other files, crc32 of the entry.
+# Step, index of its first token, number of its tokens, crc32 of its bytes in the other files, crc32 of this entry.
 ENTRY = np.dtype([("step", "<i8"), ("first", "<i8"), ("rows", "<i8"), ("content", "<u4"), ("check", "<u4")])
 
 
@@ -60,25 +60,25 @@ _Group = Annotated[ExpertGroup, AfterValidator(_checked_group)]
 
 @dataclass(frozen=True)
 class Manifest:
-    """The facts that a reader of an attempt's files needs.
+    """The facts that a reader of one attempt's files needs.
 
     Attributes:
-        attempt: Number of the attempt in this trace, from 1.
-        from_step: Last step before the attempt. If an earlier attempt traced steps after `from_step`, these do not count,
-            because this attempt repeats them.
-        ranks: Number of ranks, each of which wrote files.
-        layers: Layer index of each MoE layer (L).
+        attempt: Number of the attempt in this trace, counted from 1.
+        from_step: Number of steps before the attempt. Later steps that an earlier attempt traced do not count, because this
+            attempt repeats them.
+        ranks: Number of ranks. Each of them wrote files.
+        layers: Index in the model of each MoE layer (L).
         choices: Largest number of choices of a token (K).
         groups: Expert groups, in the order of their columns.
         rank_of_expert: EP rank of each true expert.
-        every, tokens: Steps between traced steps, and largest number of a rank's tokens per step (None for all).
-        tokenizer: Path of the tokenizers JSON file with the names of the tokens, or None.
-        replicas: Expert and EP rank of the replicas in each layer, sorted; empty if there are none.
-        split: `training`, or `held-out` for a checkpoint's trace on held-out data, whose only step is the checkpoint's
-            step.
+        every, tokens: Steps from one traced step to the next, and largest number of tokens of a rank per step (None: all).
+        tokenizer: Path of the tokenizers JSON file that names the tokens, or None.
+        replicas: Expert and EP rank of each replica, by layer, sorted; empty if there are none.
+        split: `training`, or `held-out` for the trace of a checkpoint on held-out data. Such a trace has only the
+            checkpoint's step.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # applies to `from_json` alone; the constructor checks nothing
+    __pydantic_config__ = ConfigDict(extra="forbid")  # applies only to `from_json`, because the constructor checks nothing
 
     attempt: Count
     from_step: Count
@@ -89,7 +89,7 @@ class Manifest:
     groups: Annotated[tuple[_Group, ...], Field(min_length=1)]
     rank_of_expert: tuple[_EPRank, ...]
     modalities: tuple[Name, ...]
-    every: Count = 1  # 0: a folder of `attach` without a trace
+    every: Count = 1  # 0 means a folder of `attach` without a trace
     tokens: PositiveInt | None = None
     tokenizer: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Manifest:
 
     @property
     def placement(self) -> ExpertPlacement:
-        """The experts' placement on the ranks. Raises ConfigError: see `PlacementWithReplicas`."""
+        """The placement of the experts on the ranks. Raises ConfigError as `PlacementWithReplicas` does."""
         last = max([*self.rank_of_expert, *(each.rank for layer in self.replicas for each in layer)])
         found: list[list[int]] = [[] for _ in range(last + 1)]
         for expert, rank in enumerate(self.rank_of_expert):
@@ -119,7 +119,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Makes a manifest from the parsed text of `to_json`. Raises ValueError if fields are invalid or do not fit."""
+        """Makes a manifest from the parsed text of `to_json`. Raises ValueError if fields are invalid or contradictory."""
         values = {key: value for key, value in content.items() if key not in ("format", "version")}
         found = TypeAdapter(cls).validate_python(values)
         if len(found.replicas) not in (0, len(found.layers)):
@@ -132,7 +132,7 @@ class Manifest:
 
 
 def content_check(*arrays: np.ndarray | None) -> int:
-    """Returns the crc32 of the bytes of several arrays."""
+    """Returns one crc32 over the bytes of all arrays."""
     total = 0
     for array in arrays:
         if array is not None:
@@ -141,5 +141,5 @@ def content_check(*arrays: np.ndarray | None) -> int:
 
 
 def entry_check(entry: np.ndarray) -> int:
-    """Returns the crc32 of an `ENTRY` [1] without its last field."""
+    """Returns the crc32 of an `ENTRY` [1] without its last field, which stores this number."""
     return zlib.crc32(entry.tobytes()[: ENTRY.itemsize - 4])

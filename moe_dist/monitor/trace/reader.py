@@ -1,4 +1,4 @@
-"""Reads a trace: `read_trace(folder)` reads the manifests and indices, and `Trace.step(n)` then reads the tokens of step n.
+"""Reads a trace. `read_trace(folder)` reads manifests and indices; `Trace.step(n)` then reads the tokens of step n.
 
 Shape letters are as in `format.py`; T is the number of tokens of all ranks.
 """
@@ -30,18 +30,18 @@ from moe_dist.monitor.trace.format import (
     entry_check,
 )
 
-MOST_MANIFEST, MOST_INDEX = 1 << 24, 1 << 28  # bytes of these files
-MOST_STEP = 1 << 31  # bytes of a step in each of a rank's files
+MOST_MANIFEST, MOST_INDEX = 1 << 24, 1 << 28  # largest number of bytes of these files
+MOST_STEP = 1 << 31  # largest number of bytes that a step has in each file of a rank
 
 
 class TracedStep(NamedTuple):
-    """The traced tokens of one step, ordered by rank and by position in the rank's batch.
+    """The traced tokens of one step. They are ordered by rank, then by position in the rank's batch.
 
     Attributes:
         tokens: `format.TOKEN` [T].
-        ids: int16 [T, L, K]; -2 - c is a pair of column c that a capacity dropped, -1 no choice.
+        ids: int16 [T, L, K]; -2 - c is a pair of column c that a capacity dropped, -1 is no choice.
         weights: float16 [T, L, K], or None.
-        losses: float16 [T], loss of the prediction at each token in nats; nan without a label, or None.
+        losses: float16 [T], loss in nats of the prediction at each token, nan without a label; or None.
     """
 
     tokens: np.ndarray
@@ -51,16 +51,16 @@ class TracedStep(NamedTuple):
     losses: np.ndarray | None = None
 
     def choices(self) -> np.ndarray:
-        """Returns the choices of each column, dropped pairs included, int64 [L, C]: `Record.arrays['choices_LC']`."""
+        """Returns each column's number of choices, including dropped pairs, int64 [L, C]: `Record.arrays['choices_LC']`."""
         return count_choices(self.ids, self.manifest.num_columns)
 
     def dropped(self) -> np.ndarray:
-        """Returns the number of (token, expert) pairs of each column that a capacity dropped, int64 [L, C]."""
+        """Returns each column's number of (token, expert) pairs that a capacity dropped, int64 [L, C]."""
         return count_choices(np.where(self.ids < NO_CHOICE, self.ids, NO_CHOICE), self.manifest.num_columns)
 
 
 def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
-    """Returns the choices of each column, dropped pairs included, int64 [L, C]. `ids_TLK` is as in `TracedStep`."""
+    """Returns each column's number of choices, including dropped pairs, int64 [L, C]. `ids_TLK` is as in `TracedStep`."""
     column_TLK = np.where(ids_TLK < NO_CHOICE, -2 - ids_TLK, ids_TLK)
     layers = range(column_TLK.shape[1])
     return np.stack([np.bincount(column_TLK[:, i].ravel() + 1, minlength=columns + 1)[1:] for i in layers])
@@ -68,7 +68,7 @@ def count_choices(ids_TLK: np.ndarray, columns: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Attempt:
-    """An attempt's folder and manifest, and the index entries, by rank, of each step that all ranks wrote."""
+    """The folder and manifest of an attempt. For each step that all ranks wrote, `entries` has an index entry per rank."""
 
     folder: Path
     manifest: Manifest
@@ -76,7 +76,7 @@ class Attempt:
 
 
 class Trace:
-    """The steps of a run's trace. If a resume repeated a step, only the last version of the step counts. `steps` has, in
+    """The steps of a run's trace. If a resumed run repeated a step, only the step's last version counts. `steps` lists, in
     rising order, the traced steps (counted from 1) that all ranks wrote."""
 
     def __init__(self, attempts: list[Attempt]) -> None:
@@ -88,8 +88,8 @@ class Trace:
         self.steps = tuple(sorted(self._of_step))
 
     def step(self, number: int) -> TracedStep:
-        """Reads a step. Raises DataError if the step was not traced, its files are damaged, or the files have ids outside
-        the model."""
+        """Reads a step. Raises DataError if the step was not traced, if its files are damaged, or if they have ids that the
+        model lacks."""
         if number not in self._of_step:
             raise DataError(f"trace: step {number} is not among the {len(self.steps)} traced steps; take one of `steps`")
         attempt = self._of_step[number]
@@ -106,7 +106,7 @@ class Trace:
 
 def read_trace(folder: str | Path) -> Trace:
     """Reads the manifests and indices of a trace. Raises DataError if there is no trace, its format is unknown, or a file
-    is shorter than its index says. `folder` is a run folder, or its folder trace."""
+    is shorter than its index says. `folder` is a run folder or the folder trace in it."""
     folder = Path(folder)
     folder = folder / "trace" if (folder / "trace").is_dir() else folder
     found = [_attempt(path.parent) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
@@ -134,12 +134,12 @@ def _attempt(folder: Path) -> Attempt:
         by_rank.append(_index(folder / f"rank_{rank}.index"))
         if not by_rank[-1]:
             break  # if a rank has no entries, no step is complete
-    whole = set.intersection(*(set(entries) for entries in by_rank))  # a killed rank's index may lack the last step
+    whole = set.intersection(*(set(entries) for entries in by_rank))  # the index of a killed rank may lack the last step
     return Attempt(folder, manifest, {step: tuple(entries[step] for entries in by_rank) for step in whole})
 
 
 def _index(path: Path) -> dict[int, np.ndarray]:
-    """Returns the entries of an index by step, up to the first incomplete entry, which a killed writer may leave."""
+    """Returns an index's entries by step, up to the first incomplete entry. A killed writer may leave such an entry."""
     if not path.exists():
         return {}
     content = _content(path, MOST_INDEX)
@@ -153,7 +153,7 @@ def _index(path: Path) -> dict[int, np.ndarray]:
 
 
 def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndarray | None]:
-    """Returns one rank's tokens, ids, weights and losses of a step."""
+    """Returns the tokens, ids, weights and losses that one rank has for a step."""
     shape = (len(manifest.layers), manifest.choices)
     tokens = _read(stem.with_suffix(".tokens"), entry, TOKEN, ())
     ids = _read(stem.with_suffix(".ids"), entry, np.dtype("<i2"), shape)
@@ -178,7 +178,7 @@ def _rows(stem: Path, entry: np.ndarray, manifest: Manifest) -> Sequence[np.ndar
 
 
 def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Reads a step's rows in one file; a row has the shape `shape`."""
+    """Reads the rows of a step from one file. Each row has the shape `shape`."""
     first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
     width = dtype.itemsize * numbers
     with open_file(path) as stream:
@@ -194,7 +194,7 @@ def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
 
 
 def _content(path: Path, most_bytes: int) -> bytes:
-    """Returns the bytes of a file of the trace. An OSError becomes a DataError."""
+    """Returns the bytes of a file of the trace. Turns an OSError into a DataError."""
     try:
         return read_regular(path, most_bytes=most_bytes)
     except OSError as error:
@@ -203,10 +203,10 @@ def _content(path: Path, most_bytes: int) -> bytes:
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BufferedReader]:
-    """Opens a file of the trace. An OSError becomes a DataError."""
+    """Opens a file of the trace. Turns an OSError into a DataError."""
     try:
         with open_regular(path) as stream:
             yield stream
     except OSError as error:
-        # repr is used, because an error of pyarrow has no strerror, and its text ends with a new line.
+        # repr, because an error of pyarrow has no strerror, and its text ends with a line break.
         raise DataError(f"{path}: {error.strerror or repr(error):.100}; restore the file") from error

@@ -1,4 +1,4 @@
-"""Writes one rank's part of a trace on a thread. Training waits only if `WAITING` steps wait for the disk."""
+"""Writes one rank's part of a trace in a thread. Training waits only if `WAITING` steps already wait for the disk."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_dist.monitor.trace.format import ENTRY, TOKEN, content_check, entry_check
 
-WAITING = 4  # steps that may wait for the disk; each needs the memory of its tokens
+WAITING = 4  # number of steps that may wait for the disk; each keeps its tokens in memory
 CLOSE_SECONDS = 30.0
 
 logger = logging.getLogger(__name__)
@@ -22,11 +22,11 @@ Step = tuple[int, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]
 
 
 class TraceWriter:
-    """Appends steps to the files of `rank` in an attempt's folder `folder`. An error, such as a full disk, is logged and
-    ends the trace, but not the run.
+    """Appends steps to the files of `rank` in `folder`, the folder of an attempt. An error, such as a full disk, is logged.
+    It ends the trace but not the run.
 
-    A killed process loses at most the steps that wait for the disk. A step counts only if its index entry, which is written
-    last, exists.
+    If a process is killed, at most the steps that wait for the disk are lost. A step counts only if it has an index entry,
+    which is written after the step's tokens.
     """
 
     def __init__(self, folder: Path, rank: int, *, weights: bool, losses: bool = False) -> None:
@@ -41,19 +41,19 @@ class TraceWriter:
         self, step: int, tokens: np.ndarray, ids: np.ndarray, weights: np.ndarray | None, losses: np.ndarray | None = None
     ) -> None:
         """Queues a step: tokens `TOKEN` [T], ids int16 [T, L, K], weights float16 [T, L, K], losses float16 [T]. The caller
-        must not change the arrays afterwards."""
+        must not change these arrays afterwards."""
         assert tokens.dtype == TOKEN, tokens.dtype
         assert ids.dtype == np.int16, ids.dtype
         self._queue.put((step, tokens, ids, weights, losses))
 
     def flush(self) -> None:
-        """Waits until all queued steps are on disk. Call this method before a checkpoint is saved, because a run that
-        resumes from the checkpoint does not repeat these steps."""
+        """Waits until all queued steps are on disk. Call it before a checkpoint is saved: a run that resumes from the
+        checkpoint does not repeat these steps."""
         self._queue.join()
         self._guarded(self._sync)
 
     def close(self) -> None:
-        """Writes the queued steps and closes the files. Gives up after CLOSE_SECONDS. A second call does nothing."""
+        """Writes the queued steps and closes the files. Gives up after CLOSE_SECONDS. Further calls do nothing."""
         if not self._thread.is_alive():
             return
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -65,7 +65,7 @@ class TraceWriter:
 
     @property
     def incomplete(self) -> bool:
-        """Returns whether steps are missing on disk after `close`. The log has the reason."""
+        """Returns whether steps are missing on disk after `close`. The log says why."""
         return self._failed or self._thread.is_alive()
 
     def _work(self) -> None:
@@ -74,7 +74,7 @@ class TraceWriter:
             self._queue.task_done()
         self._guarded(self._sync)
         for file in self._files.values():
-            with contextlib.suppress(OSError):  # `close` repeats a failed write, and may fail again
+            with contextlib.suppress(OSError):  # `close` repeats a failed write, which may fail again
                 file.close()
         self._queue.task_done()
 
@@ -83,7 +83,7 @@ class TraceWriter:
         parts = {name: array for name, array in found.items() if name in self._files and array is not None}
         for name, array in parts.items():
             self._files[name].write(np.ascontiguousarray(array).data)
-            self._files[name].flush()  # the index entry must not reach the file before the content
+            self._files[name].flush()  # the content must reach the file before the index entry
         entry = np.array([(step, self._rows, len(parts["tokens"]), content_check(*parts.values()), 0)], ENTRY)
         entry["check"] = entry_check(entry)
         self._files["index"].write(entry.tobytes())
@@ -91,12 +91,12 @@ class TraceWriter:
         self._rows += len(parts["tokens"])
 
     def _sync(self) -> None:
-        for file in self._files.values():  # syncs the index last
+        for file in self._files.values():  # the index is last
             os.fsync(file.fileno())
 
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs `action`, unless an earlier error has ended the trace. An error ends the trace, but not the writer's thread:
-        without the thread, `add` would wait forever."""
+        """Runs `action` unless an earlier error has ended the trace. An error ends the trace but not the writer's thread,
+        because without this thread `add` would wait forever."""
         if self._failed:
             return
         try:
