@@ -1,11 +1,11 @@
-"""Watches the routers of a model that another trainer trains. Makes the records, pictures and traces of a moe_dist run.
+"""Watches the routers of a model that another trainer trains. Makes records, pictures and traces like those of a run.
 
     with attach(model, "runs/mixtral") as watch:
         for batch in batches:
             ...                       # forwards, backwards, optimizer.step()
             watch.step(loss)
 
-Forward hooks on the routers count the choices that the routers return. The hooks change no value and no gradient. Shape
+Forward hooks on the routers count the choices that the routers return. They change neither values nor gradients. Shape
 letters are as in `routers.py`.
 """
 
@@ -33,9 +33,9 @@ from moe_dist.monitor.trace.foreign import routed_group
 from moe_dist.monitor.trace.format import Manifest
 from moe_dist.placement.placement import ExpertPlacement
 
-GIVEN = 4  # numbers appended to the summed counts: loss, gradient norm, and the number of ranks that pass each of them
+GIVEN = 4  # this many numbers follow the summed counts: loss, gradient norm, and for each the number of ranks that pass it
 
-# Tags that only moe_dist's own trainer knows.
+# Tags whose values only moe_dist's own trainer knows.
 UNKNOWN_COSTS = (
     "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active", "comm/dedup_factor", "comm/seconds",
 )  # fmt: skip
@@ -43,18 +43,18 @@ UNKNOWN_COSTS = (
 
 class Attached:
     """Watches the routers of `model` until `detach`, which the end of a `with` block calls. With several ranks the
-    constructor is collective (two small all-reduces). Raises ConfigError in any of these cases: the model has no known
-    routers, or is watched already; the folder has records of another model or training; a sink cannot be opened; another
-    process group took the folder at the same time; the ranks' models differ; another rank failed.
+    constructor is collective (two small all-reduces). It raises ConfigError in these cases: the model has no known routers
+    or is already watched; the folder has records of another model or training; a sink cannot be opened; another process
+    group took the folder at the same time; the ranks' models differ; another rank failed.
 
     Args:
-        model: A model of transformers or Megatron-Core, wrapped (DDP, FSDP2) or not, whose routers are in `ROUTERS`.
-        sinks: Names in `folder.SINKS`, or sinks made by the caller. Only rank 0 uses sinks.
-        trace_every: Steps between traced steps, beginning with the first; 0 for no trace.
-        trace_tokens: Largest number of traced tokens of a rank in a step; None for all.
-        tokenizer: tokenizer.json with the names of the tokens, for the report.
-        last_step: Last step before this call if training resumes, else 0; later records in `folder` are dropped.
-        group: Process group of the ranks that have the same layers and route different tokens. By default it has all ranks.
+        model: A model of transformers or Megatron-Core with routers in `ROUTERS`. It may be wrapped (DDP, FSDP2).
+        sinks: Names in `folder.SINKS`, or sinks that the caller made. Only rank 0 uses sinks.
+        trace_every: Number of steps from one traced step to the next; the first step is traced. 0 for no trace.
+        trace_tokens: Largest number of tokens that a rank traces in a step; None for all tokens.
+        tokenizer: Path of a tokenizer.json. The report takes the names of the tokens from it.
+        last_step: If training resumes, the last step before this call, else 0. Later records in `folder` are dropped.
+        group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
     """
 
     def __init__(
@@ -113,17 +113,17 @@ class Attached:
     def step(
         self, loss: Tensor | float | None = None, *, lr: float | None = None, grad_norm: Tensor | float | None = None
     ) -> Record | None:
-        """Records an optimizer step with all forwards since the last call. All ranks of the group must call `step`
+        """Records one optimizer step, with all forward passes since the last call. All ranks of the group must call it
         together.
 
-        Sums L x (E + 2) + 4 numbers over the ranks by one all-reduce. The host waits once for the device; in a traced step
-        it also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
+        One all-reduce sums L x (E + 2) + 4 numbers over the ranks. The host waits for the device once; in a traced step it
+        also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
 
         Args:
-            loss, grad_norm: Values on this rank; the record has the means over the ranks that pass a value.
+            loss, grad_norm: Values on this rank. The record has their means over those ranks that pass a value.
 
         Returns:
-            The record of the step on rank 0, else None.
+            On rank 0 the record of the step, on other ranks None.
         """
         self._step += 1
         sums_LX, parts = self._counts.take()
@@ -134,7 +134,7 @@ class Attached:
                 values[at], values[at + 1] = number.detach() if isinstance(number, Tensor) else number, 1.0
         if self._group is not None:
             dist.all_reduce(values, group=self._group)
-        host = values.cpu().numpy()  # the only host sync of an untraced step
+        host = values.cpu().numpy()  # in a step without trace this is the only host sync
         if self._counts.keep and self._writer is not None:
             self._writer.write(self._step, parts)
         record = None
@@ -146,7 +146,7 @@ class Attached:
         return record
 
     def detach(self) -> None:
-        """Removes the hooks and closes the files. A second call does nothing."""
+        """Removes the hooks and closes the files. Further calls do nothing."""
         for handle in self._handles:
             handle.remove()
         if self._writer is not None:
@@ -206,7 +206,7 @@ attach = Attached
 
 
 def _configuration(model: nn.Module, routers: Routers) -> dict[str, Any]:
-    """Returns the values that the byte ledger of a report needs, under the keys of a run's configuration."""
+    """Returns the values that the byte ledger of a report needs, under the same keys as in a run's configuration."""
     hidden = cast(Tensor, routers.modules[0].weight).shape[-1]
     dtype = next(each.dtype for each in model.parameters() if each.is_floating_point())
     return {

@@ -1,4 +1,4 @@
-"""Opens the folder with the records of another trainer's model: metrics.jsonl, tensorboard/ and trace/, as in a run folder.
+"""Opens a folder with records of another trainer's model. Like a run folder, it has metrics.jsonl, tensorboard/ and trace/.
 
 Shape letters are as in `routers.py`; T' is the number of tokens without padding.
 """
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class HintSink(Sink):
-    """Logs the hints as warnings."""
+    """Logs each hint as a warning."""
 
     def __init__(self, context: SinkContext) -> None:
         assert context.subject is not None
@@ -46,7 +46,7 @@ class HintSink(Sink):
             logger.warning("step %d: %s", record.step, for_another_trainer(hint.text))
 
 
-# Name of a sink -> function that makes it.
+# Name of a sink -> function that makes this sink.
 SINKS: dict[str, Callable[[SinkContext], Sink]] = {
     "hints": HintSink,
     "jsonl": JsonlSinkSection().build,
@@ -66,12 +66,12 @@ def open_together(
     group: Any,
     device: torch.device,
 ) -> tuple["ChoiceWriter | None", Sink | None]:
-    """Opens the sinks on rank 0, and the files of the trace on each rank. With a group, all ranks take part in two small
-    all-reduces, and all ranks raise an error if one rank fails. Raises ConfigError: see `Attached`.
+    """Opens the sinks on rank 0, and the trace's files on each rank. With a group, all ranks take part in two small
+    all-reduces, and if one rank fails, all ranks raise an error. Raises ConfigError as `Attached` does.
 
     Returns:
-        The writer of this rank's trace, or None if `manifest` traces no steps; and the sinks on rank 0, None on other
-            ranks.
+        The writer of this rank's trace, or None if `manifest` traces no steps. On rank 0 also the sinks, on other ranks
+        None.
     """
     attempt, failed, opened, writer = 0, None, None, None
     if rank == 0:
@@ -108,8 +108,7 @@ def open_together(
 
 
 def _agree(folder: Path, failed: ConfigError | None, values: Sequence[int], group: Any, device: torch.device) -> list[int]:
-    """Returns for each value the maximum over the ranks. Raises ConfigError if `failed` is not None on this rank or on
-    another rank."""
+    """Returns the maximum of each value over the ranks. Raises ConfigError if `failed` is not None on any rank."""
     told = torch.tensor([failed is not None, *values], dtype=torch.int64, device=device)
     if group is not None:
         dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
@@ -130,13 +129,13 @@ def _place(folder: Path, from_step: int, attempt: int) -> Path:
 
 
 def _take_attempt(folder: Path, manifest: Manifest) -> int:
-    """Writes the manifest of the next attempt, and returns the attempt's number. Raises ConfigError as `_next_attempt`
-    does, and if another process group took the attempt at the same time."""
+    """Writes the manifest of the next attempt. Returns the attempt's number. Raises ConfigError in the cases of
+    `_next_attempt`, and if another process group took the attempt at the same time."""
     attempt = _next_attempt(folder, manifest)
     place = _place(folder, manifest.from_step, attempt)
     try:
         place.mkdir(exist_ok=True)
-        with (place / MANIFEST).open("x") as file:  # fails if another group of processes has made the file
+        with (place / MANIFEST).open("x") as file:  # fails if another process group has made the file
             file.write(replace(manifest, attempt=attempt).to_json())
     except FileExistsError as error:
         raise ConfigError(
@@ -144,13 +143,13 @@ def _take_attempt(folder: Path, manifest: Manifest) -> int:
             see=GUIDE,
         ) from error
     except OSError as error:
-        (place / MANIFEST).unlink(missing_ok=True)  # with a half-written manifest later calls would fail
+        (place / MANIFEST).unlink(missing_ok=True)  # later calls would fail at a half-written manifest
         raise _unusable(folder, error) from error
     return attempt
 
 
 def _next_attempt(folder: Path, manifest: Manifest) -> int:
-    """Makes the folder, and returns the number of the attempt that begins after step `from_step`. Raises ConfigError if the
+    """Makes the folder. Returns the number of the attempt that begins after step `from_step`. Raises ConfigError if the
     folder cannot be made, or has records of another training or another model."""
     path, step, earlier = folder / METRICS, manifest.from_step, ()
     try:
@@ -177,8 +176,8 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
 
 
 def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int) -> list[Sink]:
-    """Makes the sinks that are given by name; sink objects are used unchanged. Raises ConfigError if a name is unknown, or
-    a sink cannot be opened."""
+    """Makes the sinks that are given by name, and takes given sink objects as they are. Raises ConfigError if a name is
+    unknown or a sink cannot be opened."""
     opened: list[Sink] = []
     for sink in sinks:
         if isinstance(sink, str) and sink not in SINKS:
@@ -199,21 +198,21 @@ def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, ste
 
 
 class ChoiceWriter:
-    """Writes this rank's part of the trace. Raises OSError if the files cannot be opened. With `sequence_first` the routers
-    order tokens [S, B], else [B, S]."""
+    """Writes this rank's part of the trace. Raises OSError if the files cannot be opened. The routers order tokens [S, B]
+    if `sequence_first` is True, otherwise [B, S]."""
 
     def __init__(self, place: Path, rank: int, manifest: Manifest, *, sequence_first: bool) -> None:
-        place.mkdir(parents=True, exist_ok=True)  # rank 0 may have made the folder on another node's disk
+        place.mkdir(parents=True, exist_ok=True)  # rank 0 may have made the folder only on another node's disk
         self._writer = TraceWriter(place, rank, weights=True)
         self._rank, self._manifest, self._sequence_first = rank, manifest, sequence_first
-        self._sequences = 0  # number of sequences in this rank's traced steps
+        self._sequences = 0  # number of sequences in this rank's traced steps so far
 
     def due(self, step: int) -> bool:
-        """Returns whether `step` (counted from 1) is traced."""
+        """Returns whether step `step` (counted from 1) is traced."""
         return (step - 1) % self._manifest.every == 0
 
     def write(self, step: int, parts: Sequence[Sequence[Traced]]) -> None:
-        """Writes the choices of each layer's forwards. The copy to the host costs one device sync for each forward."""
+        """Writes the choices in each layer's forward passes. Copying them to the host costs one sync per forward pass."""
         if len({tuple(len(each.ids_TK) for each in forwards) for forwards in parts}) > 1:
             logger.error("step %d is not traced, because the routers saw different tokens", step)
             return
@@ -234,7 +233,7 @@ class ChoiceWriter:
         self._writer.close()
 
     def _tokens(self, forward: Traced) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens in the router's order, `TOKEN` [T], and the indices of the tokens that are not padding."""
+        """Returns the tokens in the router's order, `TOKEN` [T], and the indices of those that are not padding."""
         ids_BS, mask_BS = (
             None if each is None or each.numel() != len(forward.ids_TK) else _host(each) for each in forward.batch
         )

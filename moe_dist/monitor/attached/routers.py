@@ -1,7 +1,7 @@
-"""Finds the routers of other systems' models, and counts the routers' choices.
+"""Finds the routers of other systems' models, and counts the choices that these routers make.
 
-The routers of a transformers model are those whose logits the model can record (`_can_record_outputs`), in any family.
-`ROUTERS` has a line for each router class of another system.
+The routers of a transformers model, of any family, are the modules whose logits the model can record
+(`_can_record_outputs`). For other systems, `ROUTERS` has one line per router class.
 
 Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, L MoE layers, E experts, K choices of a token.
 """
@@ -18,13 +18,13 @@ from moe_dist.moe.routers.recorded import recorded_routers
 from moe_dist.moe.routing.types import ABSENT
 
 GUIDE = "docs/monitoring.md"
-PROBABILITY_ERROR = 1e-2  # of a sum of bf16 probabilities
-EXTRA = 2  # numbers after a layer's E expert counts: number of tokens, and sum of the tokens' entropies
+PROBABILITY_ERROR = 1e-2  # largest error of a sum of bf16 probabilities
+EXTRA = 2  # numbers after a layer's E expert counts: number of tokens, and sum of their entropies
 
 
 class Choices(NamedTuple):
-    """The decisions of a router: experts int64 [T, K], the best first, the routing weights, and the logits [T, E]. A choice
-    outside [0, E) is absent, such as a null choice."""
+    """The decisions of a router: the chosen experts, int64 [T, K], the best first; the routing weights; and the logits [T,
+    E]. A choice outside [0, E), such as a null choice, counts as absent."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -32,13 +32,13 @@ class Choices(NamedTuple):
 
 
 class RouterKind(NamedTuple):
-    """Describes how to read the routers of one system.
+    """Describes how the routers of one system are read.
 
     Attributes:
-        shape: Returns the numbers of experts, of choices per token, and of ranks that share the experts.
-        read: Returns the choices, given the router, its inputs and its output.
-        sequence_first: True if tokens are ordered [S, B], False for [B, S].
-        fault: Returns why a router's choices cannot be read from its output; "" if they can be read.
+        shape: Returns three numbers: of experts, of choices per token, and of ranks that share the experts.
+        read: Returns the choices. Its arguments are the router, its inputs, and its output.
+        sequence_first: True if tokens have the order [S, B], False if they have the order [B, S].
+        fault: Returns the reason why a router's choices cannot be read from its output; "" if they can be read.
     """
 
     shape: Callable[[Any], tuple[int, int, int]]
@@ -50,13 +50,13 @@ class RouterKind(NamedTuple):
 def _of_transformers(router: Any, inputs: tuple[Any, ...], output: Any) -> Choices:
     scores_TE, weights_TK, ids_TK, *_ = output
     scores_TE = scores_TE.float()
-    # Some families and versions return probabilities, whose logarithms are logits. The test costs no device sync.
+    # Some families and versions return probabilities. Their logarithms are logits. The test costs no device sync.
     probabilities = (scores_TE >= 0).all() & ((scores_TE.sum(-1) - 1).abs() < PROBABILITY_ERROR).all()
     return Choices(ids_TK, weights_TK, torch.where(probabilities, scores_TE.log(), scores_TE))
 
 
 def _of_megatron(router: Any, inputs: tuple[Any, ...], output: Any) -> Choices:
-    probs_TE, map_TE = output  # weights, and a boolean map of the chosen (token, expert) pairs
+    probs_TE, map_TE = output  # routing weights, and a boolean map of the chosen (token, expert) pairs
     weights_TK, ids_TK = torch.where(map_TE, probs_TE, -1.0).topk(router.topk, dim=-1)
     return Choices(ids_TK, weights_TK, router.gating(inputs[0]).flatten(0, -2))
 
@@ -78,12 +78,12 @@ MEGATRON = RouterKind(
     sequence_first=True,
     fault=_megatron_fault,
 )
-# Class of a router of another system than transformers -> functions that read its choices.
+# Class of a router of a system other than transformers -> functions that read the router's choices.
 ROUTERS: dict[str, RouterKind] = {"megatron.core.transformer.moe.router.TopKRouter": MEGATRON}
 
 
 class Routers(NamedTuple):
-    """The routers of a model, all of one shape: modules, layer indices (L), and the numbers of `RouterKind.shape`."""
+    """A model's routers, all of one shape: their modules, layer indices (L), and the numbers of `RouterKind.shape`."""
 
     modules: tuple[nn.Module, ...]
     layers: tuple[int, ...]
@@ -94,13 +94,13 @@ class Routers(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Device of the first router."""
+        """The device of the first router."""
         return next(self.modules[0].parameters()).device
 
 
 def find_routers(model: nn.Module) -> Routers:
-    """Finds the routers of a model. Raises ConfigError if the model has no router of a known class, the routers' shapes or
-    classes differ, a router is watched already, or choices cannot be read from a router's output."""
+    """Finds the routers of a model. Raises ConfigError if there is no router of a known class, if the routers differ in
+    shape or class, if a router is already watched, or if choices cannot be read from a router's output."""
     recorded = recorded_routers(model)
     kinds = {name: (module, _kind_of(module, recorded)) for name, module in model.named_modules()}
     found = {name: (module, kind) for name, (module, kind) in kinds.items() if kind is not None}
@@ -127,7 +127,7 @@ def find_routers(model: nn.Module) -> Routers:
         if fault := kind.fault(other):
             raise ConfigError(f"attach: {name}, {fault}", see=GUIDE)
     num_experts, top_k, ranks = shape
-    parallel = getattr(getattr(model, "config", None), "distributed_config", None)  # of transformers
+    parallel = getattr(getattr(model, "config", None), "distributed_config", None)  # of a transformers model
     ranks *= getattr(parallel, "ep_size", 1)
     return Routers(tuple(module for module, _ in found.values()), _layers(found), kind, num_experts, top_k, ranks)
 
@@ -140,8 +140,8 @@ def _kind_of(module: nn.Module, recorded: tuple[type, ...]) -> RouterKind | None
 
 
 def _layers(found: dict[str, Any]) -> tuple[int, ...]:
-    """Returns layer indices: Megatron's `layer_number` - 1, else the number in names such as model.layers.3.mlp.gate, else
-    0, 1, ..."""
+    """Returns layer indices. These are Megatron's `layer_number` - 1; or the numbers in names such as
+    model.layers.3.mlp.gate; or 0, 1, ..."""
     layers = []
     for name, (module, _) in found.items():
         number, digits = getattr(module, "layer_number", None), re.search(r"\d+", name)
@@ -150,14 +150,14 @@ def _layers(found: dict[str, Any]) -> tuple[int, ...]:
 
 
 class MicroBatch(NamedTuple):
-    """Arguments of the model's forward: token ids and attention mask (0 is padding), each [B, S], or None if not given."""
+    """Arguments of the model's forward: token ids and attention mask (0 is padding), each [B, S], or None if missing."""
 
     tokens_BS: Tensor | None
     mask_BS: Tensor | None
 
 
 class Traced(NamedTuple):
-    """One router's forward: ids of the chosen experts, int16, and weights, float16, both [T, K], and the micro-batch."""
+    """One forward pass of a router: ids (int16 [T, K]) and weights (float16 [T, K]) of chosen experts; the micro-batch."""
 
     ids_TK: Tensor
     weights_TK: Tensor
@@ -165,24 +165,24 @@ class Traced(NamedTuple):
 
 
 class Counts:
-    """Sums over the forwards of a step, on the routers' devices. With `keep`, single choices are kept for a trace: (2 + 2)
-    x K bytes per token and layer."""
+    """Sums over the forward passes of a step, on the routers' devices. `keep` also keeps single choices for a trace: (2 +
+    2) x K bytes per token and layer."""
 
     def __init__(self, routers: Routers) -> None:
         self._routers, self.keep, self._batch = routers, False, MicroBatch(None, None)
         self._start()
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Stores the arguments of the model's forward before the forward runs."""
+        """Stores the arguments of the model's forward, before it runs."""
         found = kwargs.get("input_ids", args[0] if args else None), kwargs.get("attention_mask")
         self._batch = MicroBatch(*(each if isinstance(each, Tensor) and each.ndim == 2 else None for each in found))
 
     def forget(self, *_: Any) -> None:
-        """Drops the stored arguments after the model's forward."""
+        """Drops the stored arguments after the model's forward has run."""
         self._batch = MicroBatch(None, None)
 
     def add(self, layer: int, choices: Choices) -> None:
-        """Adds the choices of one forward of a layer (index in L), without a device sync."""
+        """Adds the choices of one forward pass of a layer (its index in L), without a device sync."""
         ids_TK, batch = choices.ids_TK, self._batch
         real_T = self._real(batch.mask_BS, ids_TK)
         entropy_T = torch.special.entr(choices.logits_TE.float().softmax(-1)).sum(-1)
@@ -197,7 +197,7 @@ class Counts:
             self._parts[layer].append(Traced(ids_TK.to(torch.int16), choices.weights_TK.detach().half(), batch))
 
     def take(self) -> tuple[Tensor, list[list[Traced]]]:
-        """Returns the sums float64 [L, E + EXTRA], and the kept forwards of each layer; resets sums and kept forwards."""
+        """Returns the sums, float64 [L, E + EXTRA], and each layer's kept forward passes. Then begins with empty ones."""
         sums, parts = torch.stack([each.to(self._sums[0].device) for each in self._sums]), self._parts
         self._start()
         return sums, parts
@@ -209,7 +209,7 @@ class Counts:
         self._parts: list[list[Traced]] = [[] for _ in devices]
 
     def _real(self, mask_BS: Tensor | None, ids_TK: Tensor) -> Tensor:
-        """Returns which tokens are not padding, bool [T]. Ignores an attention mask of another size than the tokens."""
+        """Returns which tokens are not padding, bool [T]. Ignores an attention mask whose size differs from T."""
         if mask_BS is None or mask_BS.numel() != len(ids_TK):
             return torch.ones(len(ids_TK), dtype=torch.bool, device=ids_TK.device)
         ordered = mask_BS.T if self._routers.kind.sequence_first else mask_BS
@@ -220,14 +220,14 @@ class Counts:
 
 
 class RouterHook:
-    """The forward hook of one router. The hook counts only in training mode, and not if backward recomputes the forward."""
+    """The forward hook of one router. It counts only in training mode, and not when backward recomputes a forward pass."""
 
     def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
         self._counts, self._kind, self._layer = counts, kind, layer
 
     @torch.no_grad()
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        recomputed = torch._C._current_graph_task_id() != -1  # true while a backward runs in this thread
+        recomputed = torch._C._current_graph_task_id() != -1  # True while backward runs in this thread
         if router.training and not recomputed:
             self._counts.add(self._layer, self._kind.read(router, inputs, output))
 
@@ -236,7 +236,7 @@ class RouterHook:
 
 
 class _NoHook:
-    """Takes the place of the hooks in a copied or pickled model, because only the original model is watched."""
+    """Replaces the hooks in a copied or pickled model, because only the original model is watched."""
 
     def __call__(self, *_: Any) -> None: ...
 

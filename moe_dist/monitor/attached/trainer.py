@@ -1,4 +1,4 @@
-"""Records the routing of a model that transformers' Trainer trains.
+"""Records the routing of a model that the Trainer of transformers trains.
 
 Trainer(model=model, callbacks=[RecordRouting("runs/qwen3")], ...)
 """
@@ -12,14 +12,14 @@ from moe_dist.monitor.attached.attach import Attached
 
 
 class RecordRouting(TrainerCallback):
-    """Writes a record of each optimizer step, as `attach` does.
+    """Writes a record of each optimizer step, like `attach`.
 
-    A step is recorded at the begin of the next one, because Trainer tells its loss, gradient norm and learning rate after
-    the step, and only in the steps that it logs. `perf/step_seconds` therefore has the time of saves and evaluations.
+    A step is recorded when the next one begins, because Trainer tells a step's loss, gradient norm and learning rate after
+    the step, and only for steps that it logs. `perf/step_seconds` therefore includes the time of saves and evaluations.
 
     Args:
-        folder: Folder of the records; None for the folder `routing` in `TrainingArguments.output_dir`.
-        options: See `Attached`. Resumed training drops the records after its checkpoint.
+        folder: Folder for the records; None for the folder `routing` in `TrainingArguments.output_dir`.
+        options: Arguments of `Attached`. If training resumes, records after its checkpoint are dropped.
     """
 
     def __init__(self, folder: str | Path | None = None, **options: Any) -> None:
@@ -56,7 +56,7 @@ class RecordRouting(TrainerCallback):
             self._attached = None
 
     def _record(self) -> None:
-        """Records the step that has ended, if any."""
+        """Records the step that has ended, if there is one."""
         if self._attached is None or self._logs is None:
             return
         logs, self._logs = self._logs, None

@@ -1,1 +1,1 @@
-"""Destinations of records, all with the interface `sink.Sink`."""
+"""Defines destinations of records (sinks). All have the interface `sink.Sink`."""

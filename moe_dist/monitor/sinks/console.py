@@ -1,4 +1,4 @@
-"""The console sink: shows a progress bar on a terminal, else lines; and evaluations, hints, and the final table."""
+"""Defines the console sink. It shows a progress bar or lines, evaluations, hints, and the final table."""
 
 import logging
 import time
@@ -19,14 +19,14 @@ from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
 logger = logging.getLogger(__name__)
 
-SHOWN_GROUPS = 3  # largest number of groups that fit into a line
-EVALUATING = "evaluating"  # shown after the last step, in place of the time left
-WIDE = 120  # smallest number of terminal columns with which the bar shows group names
+SHOWN_GROUPS = 3  # largest number of groups that a line shows
+EVALUATING = "evaluating"  # shown after the last step, in place of the remaining time
+WIDE = 120  # smallest number of terminal columns for which the bar shows group names
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the summary table: a measurement and the rule that it must meet."""
+    """One line of the summary table: a measurement, and the rule that it must meet."""
 
     name: str
     value: str
@@ -35,8 +35,8 @@ class Check:
 
 
 class ConsoleSink(Sink):
-    """Shows the run on the console. A console that is no terminal, or cannot redraw a line (TERM=dumb), gets a line every
-    `every` steps."""
+    """Shows the run on the console. A terminal gets a progress bar. A console that is no terminal, or cannot redraw a line
+    (TERM=dumb), gets one line every `every` steps."""
 
     def __init__(
         self,
@@ -50,16 +50,16 @@ class ConsoleSink(Sink):
         subject = context.subject
         self._hints = None if subject is None else HintWatch(subject.groups, subject.moe_layers)
         self._console = console or Console(highlight=False)
-        # start of this attempt, from which the time left is estimated
+        # start of this attempt; the remaining time is estimated from it
         self._began_at, self._began_step = clock(), context.resume_step
         self._previous: EvaluationResult | None = None
         self._progress: Progress | None = None
-        if self._console.is_interactive:  # a terminal that can redraw a line; false for TERM=dumb
+        if self._console.is_interactive:  # a terminal that can redraw a line; False for TERM=dumb
             self._progress = Progress(
                 MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(self._total)) + 1)),
                 BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
                 TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
-                # The time left is not rich's estimate, because that estimate omits the time between steps.
+                # The remaining time is not rich's estimate, because that estimate leaves out the time between steps.
                 TextColumn("{task.fields[left]}", style="cyan", table_column=Column(no_wrap=True, min_width=len("3h04m"))),
                 console=self._console,
                 expand=True,
@@ -77,7 +77,7 @@ class ConsoleSink(Sink):
             self._print(f"step {record.step}/{self._total}  {line_numbers(record.scalars)}  {left}")
         for hint in self._hints.update(record) if self._hints else []:
             self._print(f"hint (step {record.step}): {hint.text}", style="yellow")
-            logger.info("hint: %s", hint.text)  # for rank 0's log file, which does not contain standard output
+            logger.info("hint: %s", hint.text)  # rank 0's log file does not contain standard output
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._print(evaluation_line(result, self._previous), style="bold")
@@ -98,17 +98,17 @@ class ConsoleSink(Sink):
             self._progress = None
 
     def _print(self, text: str, style: str | None = None) -> None:
-        unbroken = not self._console.is_terminal  # in a log each message is one line, even a long message
+        unbroken = not self._console.is_terminal  # in a log each message is one line, however long
         self._console.print(Text(text), style=style, soft_wrap=unbroken)
 
     def _time_left(self, step: int) -> str:
-        """Returns the time until the last step, from this attempt's mean time per step with evaluations and checkpoints."""
+        """Returns the remaining time, from this attempt's mean time per step with evaluations and checkpoints."""
         done = max(1, step - self._began_step)
         return duration((self._clock() - self._began_at) / done * (self._total - step))
 
 
 def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
-    """Returns the numbers beside the progress bar. `named` adds group names, which do not fit into 80 columns."""
+    """Returns the numbers beside the progress bar. `named` adds group names, for which 80 columns are too few."""
     loss, rate = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
     return (
         f"loss {_number(loss, '.3f')} · {_thousands(rate)} tok/s · "
@@ -118,7 +118,7 @@ def bar_numbers(scalars: Mapping[str, float | None], *, named: bool) -> str:
 
 
 def line_numbers(scalars: Mapping[str, float | None]) -> str:
-    """Returns the numbers of a plain line, with the loss of each modality."""
+    """Returns the numbers of a log line, including the loss of each modality."""
     parts = [f"{tag[5:]} {_number(v, '.3f')}" for tag, v in scalars.items() if _is_modality_loss(tag)]
     loss = f"loss {_number(scalars.get('loss/total'), '.3f')}" + (f" ({', '.join(parts)})" if parts else "")
     rate = f"{_thousands(scalars.get('perf/tokens_per_second'))} tokens/s"
@@ -128,14 +128,14 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
-    """Returns as text the number of (token, expert) pairs that a capacity dropped in this step; empty without drops."""
+    """Returns a text with the number of (token, expert) pairs that a capacity dropped in this step; empty without drops."""
     pairs = scalars.get("moe/dropped") or 0.0
     return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:
-    """Returns the held-out losses. Adds a loss's change if the previous evaluation had equally many tokens; the final
-    evaluation has more."""
+    """Returns a line with the held-out losses. The change of a loss is added if the previous evaluation had equally many
+    tokens. The final evaluation has more tokens."""
     parts = []
     for name, loss in result.loss.items():
         change = ""
@@ -155,7 +155,7 @@ def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None)
 
 
 def choice_lines(result: EvaluationResult) -> list[str]:
-    """Returns held-out losses and experts per token of expert choice with causal and with training's selection."""
+    """Returns lines for expert choice: held-out losses and experts per token with causal and with training's selection."""
     losses = [
         f"held-out {name.replace('_', ' ')} {result.loss[name]:.3f}, "
         f"with the selection of training, which sees later tokens, {seen:.3f} ({seen - result.loss[name]:+.3f})"
@@ -169,7 +169,7 @@ def choice_lines(result: EvaluationResult) -> list[str]:
 
 
 def depth_text(depths: DepthStatistics) -> str:
-    """Returns the fraction of held-out tokens that the mixture-of-depths layers computed, and the target fraction."""
+    """Returns a text: the fraction of held-out tokens that mixture-of-depths layers computed, and the target fraction."""
     computed_L = depth_metrics(depths)["computed"]
     taken_G, tokens_G = depths.taken_LG.sum(0), depths.tokens_LG.sum(0)
     shares = [f"{name} {taken_G[g] / tokens_G[g]:.3f}" for g, name in enumerate(depths.groups) if tokens_G[g]]
@@ -180,7 +180,7 @@ def depth_text(depths: DepthStatistics) -> str:
 
 
 def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
-    """Returns a table with one line (pass or fail) for each check of a finished run."""
+    """Returns a table with one line, pass or fail, for each check of a finished run."""
     passed = sum(check.passed for check in checks)
     table = Table(title=title, caption=f"{passed} of {len(checks)} passed", title_justify="left", caption_justify="left")
     table.add_column("check")
@@ -194,7 +194,7 @@ def summary_table(checks: Sequence[Check], *, title: str = "Summary") -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration as 4:05 (minutes and seconds), 3h04m or 2d03h, because a narrow terminal has little space."""
+    """Formats a duration as 4:05 (minutes and seconds), 3h04m or 2d03h, short enough for a narrow terminal."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 24:

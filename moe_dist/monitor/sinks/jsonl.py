@@ -1,9 +1,9 @@
-"""The sink that writes metrics.jsonl, one line for each step and evaluation. All curves and pictures of a run can be made
-from metrics.jsonl.
+"""Defines the sink that writes metrics.jsonl, one line for each step and evaluation. All curves and pictures of a run can
+be made from this file.
 
-A crash loses at most the line that is being written. A full or failing disk loses no line: lines wait in memory until the
-disk accepts them. No checkpoint is committed before all lines up to its step are on disk. A restart thus finds the lines of
-all steps up to its checkpoint.
+A crash loses at most the line that is just being written. If the disk is full or fails, no line is lost: lines wait in
+memory until the disk accepts them. A checkpoint is committed only when all lines up to its step are on disk. A restarted
+run therefore finds the lines of all steps up to its checkpoint.
 """
 
 import json
@@ -28,26 +28,26 @@ from moe_dist.monitor.tags import in_todays_names
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
-# Every line begins with the keys `step` and `kind`, so that a resume finds its step without parsing JSON.
+# Every line begins with the keys `step` and `kind`, so that a resumed run finds its step without parsing JSON.
 LINE_BEGIN = re.compile(rb'\{"step":(\d{1,18}),"kind":"(\w+)",')
-LONGEST_LINE = 1 << 24  # bytes; a record of 128 layers with 1,024 experts has 4 MB
-MOST_LISTS = 1 << 16  # lists and mappings of a record; its arrays have a list for each layer
-MOST_UNREADABLE = 1 << 26  # bytes; an attempt leaves at most one line that was cut short
-BUFFER = 1 << 20  # bytes; the usual buffer of 8 KB makes reading a long line slow
+LONGEST_LINE = 1 << 24  # in bytes; a record of 128 layers with 1,024 experts has 4 MB
+MOST_LISTS = 1 << 16  # largest number of lists and mappings of a record; its arrays have a list per layer
+MOST_UNREADABLE = 1 << 26  # in bytes; each attempt leaves at most one incomplete line
+BUFFER = 1 << 20  # in bytes; with the usual buffer of 8 KB, reading a long line is slow
 STORED = ("skipped", "scalars", "losses", "labels", "epochs", "balance_coefficient", "ledger", "host")  # fields of `Record`
 
 
 class JsonlSink(Sink):
-    """Appends each record to metrics.jsonl as a line. A line is written at once, so that a reader can follow the file.
-    Every `arrays_every` steps a line also has the arrays (choices of every expert in every layer)."""
+    """Appends each record as a line to metrics.jsonl. Lines are written at once, so that a reader can follow the file. One
+    line in `arrays_every` steps also has the arrays (the number of choices of every expert in every layer)."""
 
     def __init__(self, context: SinkContext, *, arrays_every: int = 1, clock: Callable[[], float] = time.time) -> None:
         self._path, self._arrays_every, self._clock = context.folder / METRICS, arrays_every, clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self._path, context.resume_step, evaluation_owed=context.evaluation_owed)
-        self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a kill loses no written line
+        self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a killed process loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
-        self._told = False  # True if the current disk error has been logged, so that not every step logs it
+        self._told = False  # True if the current disk error is in the log already
 
     def step(self, record: Record) -> None:
         line = {
@@ -83,8 +83,8 @@ class JsonlSink(Sink):
         )
 
     def flush(self) -> None:
-        """Returns when all lines are on disk. Raises CheckpointError if the disk does not accept the lines. The lines stay
-        in memory, and the next checkpoint must wait."""
+        """Returns when all lines are on disk. Raises CheckpointError if the disk does not accept them. They then stay in
+        memory, and the next checkpoint must wait."""
         if self._file.closed:
             return
         try:
@@ -107,9 +107,9 @@ class JsonlSink(Sink):
         self._file.close()
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        # Not synced to disk: a killed process loses no line, but a power cut loses the lines since the last flush().
+        # Lines are not synced to disk here. A killed process loses no line; a power cut loses those since the last flush().
         odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
-        finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # nan and inf go into `non_finite` as text
+        finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # as text, `non_finite` has each nan and inf
         self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
             self._drain()
@@ -125,8 +125,8 @@ class JsonlSink(Sink):
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics.jsonl in order, with current key names. Omits an incomplete last line. Raises
-    ValueError if a line before the last is not a record."""
+    """Yields the lines of a metrics.jsonl in their order, with current key names. Leaves out an incomplete last line.
+    Raises ValueError if an earlier line is not a record."""
     number = 0
     with Path(path).open("rb", buffering=BUFFER) as file:
         while text := file.readline(LONGEST_LINE):
@@ -140,13 +140,12 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
-    """Drops the lines of steps after `step`, and unreadable lines, such as one that a crash cut short. With
-    `evaluation_owed` the evaluation of `step` is dropped too, because the resumed run repeats the evaluation. Warns if
-    steps up to `step` have no record.
+    """Drops the lines of steps after `step`, and unreadable lines, such as a line that a crash cut short. `evaluation_owed`
+    also drops the evaluation of `step`, because the resumed run repeats it. Warns if steps up to `step` have no record.
 
-    metrics.jsonl is always replaced by one rename. A crash therefore leaves the old file whole; and if an earlier writer
-    was suspended and wakes up, it writes to a deleted file. The file is read once. Raises DataError, and leaves the file
-    unchanged, if more than MOST_UNREADABLE bytes are no records."""
+    One rename replaces metrics.jsonl. A crash therefore leaves the old file whole. If an earlier writer was suspended and
+    wakes up, it writes to a deleted file. The file is read once. If more than MOST_UNREADABLE bytes are no records, raises
+    DataError and leaves the file unchanged."""
     recorded = bytearray(step)  # 1 for each step whose record is kept
     if not path.exists():
         _warn_of_missing(path, recorded)
@@ -156,7 +155,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
     with path.open("rb", buffering=BUFFER) as old, kept_path.open("wb") as new:
         while text := old.readline(LONGEST_LINE):
             begin = LINE_BEGIN.match(text)
-            if begin is None or _parsed(text) is None:  # the line is incomplete, or its end did not reach the disk
+            if begin is None or _parsed(text) is None:  # the line is incomplete, or its end is not on disk
                 unreadable, size = unreadable + 1, size + len(text)
                 if size >= MOST_UNREADABLE:
                     kept_path.unlink()
@@ -181,7 +180,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
 
 
 def _parsed(text: bytes) -> Any:
-    """Returns the values of a line; None if the line is no JSON, was cut short, or has too many lists to be a record."""
+    """Returns the values of a line. None if it is no JSON, was cut short, or has too many lists for a record."""
     if not text.endswith(b"\n") or text.count(b"[") + text.count(b"{") > MOST_LISTS:
         return None
     try:
@@ -197,7 +196,7 @@ def _warn_of_missing(path: Path, recorded: bytearray) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """Replaces nan and inf by None, and numpy numbers by Python numbers."""
+    """Replaces nan and inf by None, and numpy's numbers by Python's."""
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

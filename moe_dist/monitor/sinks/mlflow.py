@@ -1,4 +1,4 @@
-"""The MLflow sink. Needs the extra moe_dist[mlflow]; mlflow is imported only if the sink is configured."""
+"""Defines the MLflow sink. It needs the extra moe_dist[mlflow]. mlflow is imported only if this sink is configured."""
 
 import time
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 
 
 class MlflowSink(ScalarSink):
-    """Starts an MLflow run for each attempt (start of the run), because a single MLflow run would show two values of each
-    step that a resume repeats. The tag `moe_dist.run` joins the attempts of a run. Threads of MLflow send the values, so
+    """Starts an MLflow run for each attempt (start of the run). In a single MLflow run, each step that a resumed run
+    repeats would have two values. The tag `moe_dist.run` joins the attempts of a run. MLflow's threads send the values, so
     that a slow server delays no step. Raises ConfigError if mlflow is not installed, or if the server does not answer or
-    refuses the run. The tracking server is at `uri`, by default MLFLOW_TRACKING_URI. MLflow reads credentials from its own
+    refuses the run. `uri` is the tracking server, by default MLFLOW_TRACKING_URI. MLflow reads credentials from its own
     environment variables."""
 
     def __init__(self, context: SinkContext, *, experiment: str, uri: str | None = None) -> None:

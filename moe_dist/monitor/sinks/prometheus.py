@@ -1,4 +1,4 @@
-"""Two sinks that publish the latest scalars as labelled samples: a textfile for Prometheus, and datagrams for Ray.
+"""Defines two sinks that publish the latest scalars as labelled samples: a textfile for Prometheus, datagrams for Ray.
 
 The textfile has the format of https://prometheus.io/docs/instrumenting/exposition_formats/ (text, version 0.0.4). All
 metrics are gauges, because a resumed run repeats steps, and a Prometheus counter must never fall.
@@ -20,8 +20,8 @@ PREFIX = "moe_dist_"
 
 
 class PrometheusSink(ScalarSink):
-    """Replaces the file `path` at each step by a rename, so that a reader never sees a partial file. The default of `path`
-    is metrics.prom in the run folder; node_exporter reads only files whose names end in .prom."""
+    """Replaces the file `path` in each step by renaming a new file over it, so that a reader never sees a partial file. By
+    default `path` is metrics.prom in the run folder. node_exporter reads only files whose names end in .prom."""
 
     def __init__(self, context: SinkContext, *, path: str | None = None) -> None:
         self._path = Path(path or context.folder / "metrics.prom")
@@ -31,14 +31,14 @@ class PrometheusSink(ScalarSink):
 
     def log(self, scalars: Mapping[str, float | None], step: int) -> None:
         self._latest.update(scalars)
-        # node_exporter ignores the temporary file, because its name does not end in .prom.
+        # node_exporter ignores this temporary file, because the file's name does not end in .prom.
         scratch = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         scratch.write_text(exposition(self._latest, step=step, run_name=self._run_name), encoding="utf-8")
-        os.replace(scratch, self._path)  # atomic; fsync is not needed, because the next step replaces the file
+        os.replace(scratch, self._path)  # atomic; needs no fsync, because the next step replaces the file
 
 
 class MetricSample(NamedTuple):
-    """One number for a monitoring system."""
+    """One number, as a monitoring system gets it."""
 
     name: str
     meaning: str
@@ -47,7 +47,7 @@ class MetricSample(NamedTuple):
 
 
 def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> Iterator[MetricSample]:
-    """Yields the step and every scalar that has a value. A tag of a group or modality becomes a metric with a label."""
+    """Yields the step and each scalar that has a value. If a tag names a group or modality, this name becomes a label."""
     yield MetricSample(f"{PREFIX}step", "Steps taken.", {"run": run_name}, step)
     for tag, value in scalars.items():
         if value is None:
@@ -58,13 +58,13 @@ def samples(scalars: Mapping[str, float | None], *, step: int, run_name: str) ->
 
 
 def metric_name(family: str) -> str:
-    """Returns a family's metric name; adds s to endings such as `_count`, which Prometheus reserves."""
+    """Returns the metric name of a family. Adds s to endings that Prometheus reserves, such as `_count`."""
     name = PREFIX + family.replace("/", "_")
     return f"{name}s" if name.endswith(("_bucket", "_count", "_sum", "_total")) else name
 
 
 def exposition(scalars: Mapping[str, float | None], *, step: int, run_name: str) -> str:
-    """Formats the textfile: each metric with its help and type, followed by its samples."""
+    """Returns the text of the file: each metric with its help and type, followed by the metric's samples."""
     families: dict[str, list[str]] = {}
     for sample in samples(scalars, step=step, run_name=run_name):
         if sample.name not in families:
@@ -86,11 +86,11 @@ def _escape(text: str) -> str:
 
 
 class RaySink(ScalarSink):
-    """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/rank.py`), in one datagram to a Unix socket.
+    """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/rank.py`), as one datagram to a Unix socket.
 
-    The Ray launcher enables the sink by an environment variable, so that a run has the same configuration everywhere.
-    Training does not wait, so a datagram is lost if nothing reads the socket or its buffer is full. metrics.jsonl has all
-    records.
+    The Ray launcher enables this sink by an environment variable, so that a run has the same configuration with any
+    launcher. Training does not wait. A datagram is therefore lost if nothing reads the socket or its buffer is full;
+    metrics.jsonl has all records.
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:

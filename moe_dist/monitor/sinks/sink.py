@@ -1,7 +1,7 @@
-"""The interface of all sinks, and the wrapper that calls them. A sink may issue no collective, because only rank 0 has
-sinks.
+"""Defines the interface of all sinks, and the wrapper that calls them. A sink must issue no collective, because only rank 0
+has sinks.
 
-A failing sink never ends a run, but a checkpoint waits for the records that a restart needs.
+A failing sink never ends a run. A checkpoint, however, waits for the records that a restart needs.
 """
 
 import contextlib
@@ -19,19 +19,19 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
-CLOSE_SECONDS = 30.0  # time in which all sinks must close; srun kills rank 0 if it outlives another rank by 60 s
+CLOSE_SECONDS = 30.0  # all sinks must close in this time; srun kills rank 0 if it runs 60 s longer than another rank
 
 
 @dataclass(frozen=True)
 class SinkContext:
-    """The values from which a sink is made, besides the fields of its section.
+    """The arguments with which a sink is made, in addition to the fields of its section.
 
     Attributes:
         resume_step: The step from which the run resumes (0 in a new run). A sink drops an earlier attempt's records of
-            later steps, so that each step appears exactly once after any number of resumes.
-        evaluation_owed: Whether the resumed run will repeat the evaluation of `resume_step`. A sink that stores
-            evaluations then drops the earlier one.
-        subject: The run that pictures and hints show; None without pictures and hints.
+            later steps, so that each step appears exactly once, however often the run resumes.
+        evaluation_owed: Whether the resumed run will repeat the evaluation of `resume_step`. If so, a sink that stores
+            evaluations drops the earlier evaluation.
+        subject: The run that pictures and hints show; None if there are no pictures and hints.
     """
 
     folder: Path
@@ -44,27 +44,27 @@ class SinkContext:
 
 
 class Sink:
-    """A destination of records, made from a `SinkContext`. A method that a sink does not define does nothing."""
+    """A destination of records, made from a `SinkContext`. By default each method does nothing."""
 
     def step(self, record: Record) -> None:
-        """Is called with the record of each step, in order, once for each step."""
+        """Is called once for each step, in order, with the step's record."""
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
-        """Is called with a held-out evaluation and its scalars (`metrics.evaluation_scalars`), after the step's record."""
+        """Is called with an evaluation and its scalars (`metrics.evaluation_scalars`), after the step's record."""
 
     def text(self, tag: str, markdown: str) -> None:
         """Is called with a page of text, such as the configuration."""
 
     def flush(self) -> None:
-        """Writes all records so far to the disk. Is called before a checkpoint is committed, because a run that resumes
-        from the checkpoint does not make these records again."""
+        """Writes all records so far to disk. Is called before a checkpoint is committed, because a run that resumes from
+        this checkpoint does not make these records again."""
 
     def close(self) -> None:
-        """Flushes and releases files and threads. A second call of `close` does nothing."""
+        """Flushes records, then releases files and threads. Further calls do nothing."""
 
 
 class ScalarSink(Sink, ABC):
-    """A sink that stores only scalars, both of steps and of evaluations."""
+    """A sink that stores only scalars, those of steps and those of evaluations."""
 
     def step(self, record: Record) -> None:
         self.log(record.scalars, record.step)
@@ -74,12 +74,12 @@ class ScalarSink(Sink, ABC):
 
     @abstractmethod
     def log(self, scalars: Mapping[str, float | None], step: int) -> None:
-        """Stores the scalars that have a value."""
+        """Stores those scalars that have a value."""
 
 
 class LeaseWatch(Sink):
-    """Checks the lease before each record, by reading one small file. In the list of sinks it must come before the sinks
-    that write. `check` raises an error if this process may no longer write to the run folder."""
+    """Checks the lease before each record, by reading one small file. It must stand before the writing sinks in the list of
+    sinks. `check` raises an error if this process may no longer write to the run folder."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
@@ -94,15 +94,15 @@ class LeaseWatch(Sink):
         self._watch()
 
     def _watch(self) -> None:
-        with contextlib.suppress(OSError):  # a failed read tells nothing about the lease; the next record checks again
+        with contextlib.suppress(OSError):  # a failed read tells nothing about the lease; the next record checks it again
             self._check()
 
 
 class GuardedSinks(Sink):
-    """Passes every call to each sink, in order. A sink that raises OSError is logged and not called again.
+    """Passes every call to all sinks, in order. A sink that raises OSError is logged and then no longer called.
 
-    A sink whose `flush` raises CheckpointError (JsonlSink) is called again. No checkpoint is committed until the `flush` of
-    every such sink succeeds.
+    A sink whose `flush` raises CheckpointError (JsonlSink) is still called. No checkpoint is committed until `flush`
+    succeeds for all such sinks.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -119,18 +119,18 @@ class GuardedSinks(Sink):
         self._each(lambda sink: sink.text(tag, markdown))
 
     def flush(self) -> None:
-        """Flushes each sink. Raises nothing; call `check_written` before a checkpoint is committed."""
-        # Assigned only after all sinks have flushed, because a thread that writes checkpoints may read it at any time.
+        """Flushes each sink. Raises no error; call `check_written` before a checkpoint is committed."""
+        # Assigned after all sinks have flushed, because a thread that writes checkpoints may read it at any time.
         self._unwritten = self._each(lambda sink: sink.flush())
 
     def check_written(self) -> None:
-        """Raises the CheckpointError of the last `flush`, if it raised one."""
+        """Raises the CheckpointError of the last `flush`, if there was one."""
         if self._unwritten is not None:
             raise self._unwritten
 
     def close(self) -> None:
-        """Closes all sinks at the same time, each in its own thread. Waits for at most CLOSE_SECONDS, and abandons sinks
-        that are not closed by then. Logs errors, and raises none."""
+        """Closes all sinks at the same time, each in a thread. Waits at most CLOSE_SECONDS, then abandons the sinks that
+        are not closed. Logs errors but raises none."""
         deadline = time.monotonic() + CLOSE_SECONDS
         threads = [threading.Thread(target=_close, args=(sink,), daemon=True) for sink in self._sinks]
         for thread in threads:
@@ -143,7 +143,7 @@ class GuardedSinks(Sink):
                 )
 
     def _each(self, call: Callable[[Sink], None]) -> CheckpointError | None:
-        """Calls each sink and returns the last CheckpointError."""
+        """Calls each sink. Returns the last CheckpointError, or None."""
         unwritten = None
         for sink in list(self._sinks):
             try:

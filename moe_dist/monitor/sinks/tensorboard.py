@@ -1,4 +1,4 @@
-"""The TensorBoard sink, which writes curves, heat maps, histograms, and pages of text."""
+"""Defines the TensorBoard sink. It writes curves, heat maps, histograms, and pages of text."""
 
 import os
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ from moe_dist.monitor.tags import (
     tag_plan,
 )
 
-FLUSH_SECONDS = 10  # an event reaches the disk after at most this many seconds
+FLUSH_SECONDS = 10  # an event is on disk after at most this many seconds
 NUM_BINS = 40
-NOISY = ("moe/", "mixture_of_depths/")  # prefixes of the tags that count a step's routing
-# Kind of value -> TensorBoard's plugin that shows the value, and `DataClass` (1 scalar, 2 tensor, 3 blob sequence).
+NOISY = ("moe/", "mixture_of_depths/")  # prefixes of those tags that count a step's routing
+# Kind of value -> TensorBoard's plugin for this kind, and `DataClass` (1 scalar, 2 tensor, 3 blob sequence).
 PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
 GROUP_CHARTS = dict(  # tag family -> title of its chart
     zip(
@@ -53,14 +53,14 @@ class TensorBoardSink(Sink):
     """Writes event files into the folder tensorboard of the run.
 
     Args:
-        pictures_every: Steps between heat maps and histograms.
-        mean_over: Number of steps whose mean is one point of a routing curve (`NOISY`), because single steps vary too much.
+        pictures_every: Number of steps from one heat map or histogram to the next.
+        mean_over: Number of steps averaged for one point of a routing curve (`NOISY`), because single steps vary too much.
     """
 
     def __init__(self, context: SinkContext, *, pictures_every: int = 100, mean_over: int = 10) -> None:
         assert context.subject is not None, "the caller says what pictures show"
         self._subject, self._pictures_every, self._mean_over = context.subject, pictures_every, mean_over
-        self._recent: dict[str, list[float]] = {}  # tag -> values of the steps after the last point of the tag's curve
+        self._recent: dict[str, list[float]] = {}  # tag -> values of the steps since the last point of its curve
         self._first_step, self._last_step = context.resume_step + 1, context.resume_step
         self._window = Window()
         self._folder, self._closed = context.folder / "tensorboard", False
@@ -96,7 +96,7 @@ class TensorBoardSink(Sink):
             self._add_picture(summary.image("moe/compute_map", picture, dataformats="HWC"), result.step)
 
     def text(self, tag: str, markdown: str) -> None:
-        # A text is stored at the attempt's first step, so that a later resume from an earlier step removes the text too.
+        # The text belongs to the attempt's first step. A later resume from an earlier step thus removes the text, too.
         self._writer("").add_summary(summary.text(tag, markdown), self._first_step)
 
     def flush(self) -> None:
@@ -114,7 +114,7 @@ class TensorBoardSink(Sink):
         self._closed = True
 
     def _writer(self, sub_run: str) -> FileWriter:
-        """Returns the writer of a sub-run, which is opened at the sub-run's first value. Each writer has a thread."""
+        """Returns the writer of a sub-run, which is opened at the first value of this sub-run. Each writer has a thread."""
         if self._closed:
             raise RuntimeError("TensorBoardSink: used after close()")
         if sub_run not in self._writers:
@@ -136,11 +136,11 @@ class TensorBoardSink(Sink):
         self._recent.clear()
 
     def _with_meaning(self, value: Any, sub_run: str, text: str) -> Any:
-        """Adds a description to the first value of a tag in this attempt; TensorBoard ignores later descriptions."""
+        """Adds the description `text` if no earlier value has this tag, because TensorBoard ignores later descriptions."""
         if (sub_run, value.tag) not in self._described:
             plugin, data_class = PLUGINS[value.WhichOneof("value")]
             value.metadata.summary_description = text
-            value.metadata.plugin_data.plugin_name = plugin  # TensorBoard drops a text without name and data_class
+            value.metadata.plugin_data.plugin_name = plugin  # without name and data_class, TensorBoard drops the text
             value.metadata.data_class = data_class
             self._described.add((sub_run, value.tag))
         return value
@@ -158,7 +158,7 @@ class TensorBoardSink(Sink):
         for group, load_Ln in loads(sums["choices_LC"], self._subject.groups):
             known = load_Ln[~np.isnan(load_Ln)]
             if known.size:
-                # Bins are fixed, because numpy's automatic number of bins is unbounded if one load is extreme.
+                # The bins are fixed. With one extreme load, numpy's automatic number of bins would have no bound.
                 bins = np.linspace(0.0, max(4.0, float(known.max())), NUM_BINS + 1)
                 self._add_picture(summary.histogram(f"moe/load_histogram/{group.name}", known, bins=bins))
         for tag, value_W in self._window.by_rank.items():
@@ -167,13 +167,13 @@ class TensorBoardSink(Sink):
 
 
 class Window:
-    """Sums of the records' arrays over consecutive steps."""
+    """Sums the arrays of records over consecutive steps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._steps: list[int] = []
         self._depths: DepthStatistics | None = None
-        # arrays of the last record that have a value for each rank; empty with a single rank
+        # those arrays of the last record that have a value for each rank; empty with a single rank
         self.by_rank: dict[str, np.ndarray] = {}
 
     def add(self, record: Record) -> None:
@@ -182,7 +182,7 @@ class Window:
         arrays = {name: record.arrays[name] for name in names if name in record.arrays}
         if record.load:
             arrays["aimed_LG"] = record.target_G * tokens_LG
-        # Mean entropy x tokens. The nan of a group without tokens must not enter the sum.
+        # Mean entropy x tokens. A group without tokens has nan, which must not enter the sum.
         arrays["entropy_sum_LG"] = np.where(tokens_LG > 0, record.arrays["entropy_LG"] * tokens_LG, 0.0)
         self._sums = {name: self._sums.get(name, 0) + array for name, array in arrays.items()}
         self._steps.append(record.step)
@@ -191,7 +191,7 @@ class Window:
         self._depths = _sum_depths(self._depths, record.mixture_of_depths)
 
     def depth_map(self) -> np.ndarray | None:
-        """Draws one row for each mixture-of-depths layer; None without such layers."""
+        """Draws a heat map with a row for each mixture-of-depths layer. Returns None without such layers."""
         if self._depths is None:
             return None
         metrics = depth_metrics(self._depths)
@@ -207,7 +207,7 @@ class Window:
         return draw(values, rows, Axis("", names), scale=scale, title="Mixture of depths")
 
     def take(self) -> tuple[dict[str, np.ndarray], str]:
-        """Returns the sums and a text that names their steps, and empties the window."""
+        """Returns the sums, and a text that names their steps. Empties the window."""
         taken = self._sums, self._words()
         self._sums, self._steps, self._depths = {}, [], None
         return taken
@@ -221,7 +221,7 @@ class Window:
 
 
 def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) -> DepthStatistics | None:
-    """Adds the counts of two steps; all other fields are equal in all steps of a run."""
+    """Adds the counts of two steps. All other fields are equal in all steps of a run."""
     if sums is None or depths is None:
         return depths
     counted = ("tokens_LG", "taken_LG", "agreed_L", "weight_L")
@@ -229,14 +229,14 @@ def _sum_depths(sums: DepthStatistics | None, depths: DepthStatistics | None) ->
 
 
 def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str, list[str | list[str]]]]:
-    """Returns the custom scalars page: category -> chart title -> chart type, and regular expressions for its tags."""
+    """Returns the custom scalars page: category -> chart title -> chart type, and regular expressions of its tags."""
     plan = tag_plan(len(subject.groups), len(modalities), mixture_of_depths=subject.mixture_of_depths)
 
     def shown(tag: str) -> str:
         return curve_of(tag)[1]
 
     def chart(*tags: str) -> list[str | list[str]]:
-        return ["Multiline", list(dict.fromkeys(tags))]  # the curves of all sub-runs have one tag
+        return ["Multiline", list(dict.fromkeys(tags))]  # the curves of all sub-runs have the same tag
 
     def by_group(tag: str) -> list[str | list[str]]:
         split = tag.split("/")[1] in plan.by_group
@@ -276,12 +276,12 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
 
 
 def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = False) -> None:
-    """Drops the events of steps after `step` from the event files in `folder`. With `evaluation_owed` the evaluation of
-    `step` is dropped too, because the resumed run repeats the evaluation. Each event file is replaced by one rename.
+    """Drops the events of steps after `step` from all event files in `folder`. `evaluation_owed` also drops the evaluation
+    of `step`, because the resumed run repeats it. One rename replaces each event file.
 
-    TensorBoard's own mark (`purge_step`) does not help: its fast server ignores the mark and shows both attempts. Files are
-    read from the newest to the oldest, until a file needs no cut, because an earlier resume has cut all older files. For
-    100,000 steps this takes about ten seconds.
+    TensorBoard's own mark (`purge_step`) does not help, because its fast server ignores it and shows both attempts. Files
+    are read from the newest to the oldest, up to the first file that needs no cut: an earlier resume has cut all older
+    files. For 100,000 steps this takes about ten seconds.
     """
     for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=_began_at, reverse=True):
         if _cut(path, step, evaluation_owed):
@@ -290,15 +290,15 @@ def drop_events_after(folder: str | Path, step: int, *, evaluation_owed: bool = 
 
 def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
     """Drops the events of steps after `step` from one file, as `drop_events_after` describes. Returns True if the file has
-    steps and no event was dropped."""
-    kept_path = path.with_name("kept")  # TensorBoard reads only names with "tfevents"
+    steps and none of its events was dropped."""
+    kept_path = path.with_name("kept")  # TensorBoard reads only files with "tfevents" in their names
     kept_steps = dropped = False
     with kept_path.open("wb") as file:
         writer = RecordWriter(file)
         for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
             event = Event.FromString(raw)
             values = event.summary.value
-            evaluation = bool(values) and values[0].tag.startswith(EVALUATION_TAGS)  # an event is a step or an evaluation
+            evaluation = bool(values) and values[0].tag.startswith(EVALUATION_TAGS)  # no event has both step and evaluation
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:
@@ -311,6 +311,6 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
 
 
 def _began_at(path: Path) -> tuple[int, int]:
-    """Returns a sort key for the name events.out.tfevents.<seconds>.<host>.<pid>.<count>; the host may contain dots."""
+    """Returns a sort key of the name events.out.tfevents.<seconds>.<host>.<pid>.<count>. The host may contain dots."""
     parts = path.name.split(".")
     return int(parts[3]), int(parts[-1])

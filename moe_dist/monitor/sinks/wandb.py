@@ -1,4 +1,4 @@
-"""The Weights & Biases sink. Needs the extra moe_dist[wandb]; wandb is imported only if the sink is configured."""
+"""Defines the Weights & Biases sink. Needs the extra moe_dist[wandb]; wandb is imported only if the sink is configured."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 
 
 class WandbSink(ScalarSink):
-    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The wandb group, which
-    is the run's name, joins the attempts of a run. Raises ConfigError if wandb is not installed, or has no key for online
-    mode. The mode 'online' uses the key of `wandb login` or WANDB_API_KEY; 'offline' writes only files in the run folder,
-    which `wandb sync` can upload later."""
+    """Starts a wandb run for each attempt (start of the run), because wandb cannot go back in steps. The wandb group joins
+    a run's attempts; it has the run's name. Raises ConfigError if wandb is not installed, or has no key for online mode.
+    The mode 'online' uses the key of `wandb login` or WANDB_API_KEY. The mode 'offline' only writes files in the run
+    folder, which `wandb sync` can upload later."""
 
     def __init__(self, context: SinkContext, *, project: str, mode: str = "online") -> None:
         run_name, resume_step, folder = context.run_name, context.resume_step, context.folder
@@ -24,11 +24,11 @@ class WandbSink(ScalarSink):
         name = f"{run_name} from step {resume_step}" if resume_step else run_name
         settings = wandb.Settings(
             mode="offline" if mode == "offline" else "online",
-            console="off",  # ConsoleSink writes the console
+            console="off",  # ConsoleSink writes to the console
             silent=True,
             disable_code=True,
             disable_git=True,
-            x_disable_stats=True,  # off, because moe_dist's scalars have the device readings
+            x_disable_stats=True,  # moe_dist's own scalars have the device readings
         )
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -40,7 +40,7 @@ class WandbSink(ScalarSink):
 
     def log(self, scalars: Mapping[str, float | None], step: int) -> None:
         known = {tag: value for tag, value in scalars.items() if value is not None}
-        self._run.log(known, step=step, commit=False)  # an evaluation of the step goes into the same wandb row
+        self._run.log(known, step=step, commit=False)  # an evaluation of this step goes into the same wandb row
 
     def text(self, tag: str, markdown: str) -> None:
         self._run.config.update({tag: markdown}, allow_val_change=True)

@@ -177,7 +177,7 @@ def open_sinks(
     """Yields a list that is empty except on rank 0. Rank 0's list has one sink, which passes the records of steps and
     evaluations to all configured sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
-    Before each record, rank 0 checks that it has the run's lease. A checkpoint is committed once all records are on disk.
+    Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
     """
     if env.rank != 0:
         yield []

@@ -1,4 +1,4 @@
-"""Checks the nodes at the start of every run, before the process group exists. It takes seconds and imports no torch.
+"""Checks the nodes at the start of every run, before the process group exists. Takes seconds; imports no torch.
 
     <run folder>/.nodes_<attempt>/<rank>.json     facts of each node, written by its first rank
 
