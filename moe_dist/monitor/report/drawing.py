@@ -1,5 +1,5 @@
-"""Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. Uses no script: a slider is a row of radio
-buttons, among which the arrow keys move. Text and curves have style classes of `page.py` for light and dark mode.
+"""Draws heat maps, curves, bars, tables and sliders as HTML with inline SVG. Uses no script. A slider is a row of radio
+buttons, between which the arrow keys move. Text and curves have style classes of `page.py` for light and dark mode.
 
 Shape letters: R rows, C columns of a heat map.
 """
@@ -15,22 +15,22 @@ from PIL import Image
 
 from moe_dist.monitor.heatmaps import INK, Axis, Scale, colour, extremes, ink_on, labelled
 
-WIDTH, MARK = 860, 7  # widths in SVG units of all cells of a wide picture, and of one character
+WIDTH, MARK = 860, 7  # in SVG units: width of all cells of a wide picture, and width of one character
 MOST_FRAMES = 12
-WRITTEN = 400  # largest number of cells whose numbers are written; each number needs 80 bytes
-CURVES = 6  # number of colours of curves
+WRITTEN = 400  # largest number of cells for which numbers are written; each number needs 80 bytes
+CURVES = 6  # number of different colours of curves
 _numbers = count()
 
 
 def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, title: str) -> str:
-    """Returns a heat map: an image with one pixel for each cell, so that many cells take few bytes. nan is grey. Cells that
-    are large enough show their number; a line below the map names the largest number."""
+    """Returns a heat map. It is an image with one pixel per cell, so that many cells take few bytes. nan is grey. Large
+    cells show their number. A line below the map names the largest number."""
     num_rows, num_columns = values_RC.shape
     width, height = min(46, max(3, WIDTH // num_columns)), min(24, max(3, 480 // num_rows))
     width = max(width, max(len(label) for label in (*columns.labels, *columns.sublabels)) * MARK if num_columns < 9 else 0)
     left, top = MARK * max(len(rows.name), *(len(label) for label in rows.labels)) + 14, 22
     right, bottom = left + num_columns * width, top + num_rows * height
-    half = MARK * len(columns.name) // 2  # the name of the column axis may be wider than the cells
+    half = MARK * len(columns.name) // 2  # the name of the column axis may be wider than all cells
     middle = max((left + right) // 2, half)
     legend = max(right, middle + half) + 12
     rgb = colour(values_RC, scale)
@@ -53,7 +53,7 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
     foot = bottom + (44 if columns.sublabels else 30)
     parts.append(f'<text x="{left - 6}" y="14" class="e">{escape(rows.name)}</text>')
     parts.append(f'<text x="{middle}" y="{foot}" class="m q">{escape(columns.name)}</text>')
-    for i, tick in enumerate(scale.ticks):  # the legend is right of the cells
+    for i, tick in enumerate(scale.ticks):  # the legend is to the right of the cells
         red, green, blue = colour(np.array([tick]), scale)[0]
         parts.append(f'<rect x="{legend}" y="{top + 17 * i}" width="14" height="14" fill="rgb({red},{green},{blue})"/>')
         parts.append(f'<text x="{legend + 19}" y="{top + 17 * i + 12}">{scale.write(tick)}</text>')
@@ -65,8 +65,8 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
 def curves(
     lines: Mapping[str, Sequence[float]], at: Sequence[float], *, title: str, x: str, y: str, top: float = 0.0
 ) -> str:
-    """Returns curves over the positions `at`, on an axis from 0 to at least `top`; nan is a gap. For a single position
-    draws bars."""
+    """Returns curves over the positions `at`. Their axis goes from 0 to at least `top`. A nan is a gap. With a single
+    position, returns bars instead."""
     width, height, left, head = 620, 220, 56, 14
     known = [value for line in lines.values() for value in line if np.isfinite(value)]
     if len(at) == 1 and known:
@@ -99,7 +99,7 @@ def curves(
 
 
 def bars(values: Mapping[str, tuple[float, str]], *, title: str, caption: str) -> str:
-    """Returns horizontal bars; `values` maps the name of a bar to its value and the note at its end."""
+    """Returns horizontal bars. `values` maps the name of each bar to its value and to the note at its end."""
     left = MARK * max(map(len, values)) + 14
     top = max(value for value, _ in values.values()) or 1.0
     parts = []
@@ -112,7 +112,7 @@ def bars(values: Mapping[str, tuple[float, str]], *, title: str, caption: str) -
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, raw: bool = False) -> str:
-    """Returns a table; cells that begin with a digit are aligned to the right. With `raw`, cells are HTML."""
+    """Returns a table. Cells that begin with a digit are aligned to the right. `raw` means that cells are HTML."""
 
     def cell(text: str) -> str:
         number = ' class="e"' if text[:1].isdecimal() else ""
@@ -127,7 +127,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, caption: str, r
 
 
 def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
-    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). It shows one frame, initially the last."""
+    """Returns a slider over at most `MOST_FRAMES` frames (label, HTML). It shows one frame, at first the last one."""
     if len(frames) == 1:
         return f"<p>{escape(legend)}: {escape(frames[0][0])}</p>{frames[0][1]}"
     name, buttons = f"slider{next(_numbers)}", []
@@ -144,7 +144,7 @@ def slider(frames: Sequence[tuple[str, str]], *, legend: str) -> str:
 
 
 def details(summary: str, content: str, *, open_: bool = False) -> str:
-    """Returns a collapsible part of the page."""
+    """Returns a part of the page that can be collapsed."""
     return f"<details{' open' if open_ else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 

@@ -1,4 +1,4 @@
-"""Makes the first lines of a routing report: sentences about the faults that the hints' rules find, then about the largest
+"""Makes the first lines of a routing report. These sentences name the faults that the rules of hints find, then the largest
 loads.
 
 Shape letters are as in `metrics.py`.
@@ -20,11 +20,11 @@ NAMED = 6  # largest number of dead experts that a line of the report names
 
 
 def problems(routing: Routing) -> list[str]:
-    """Returns the faults that the rules of the hints find in the last recorded steps; empty for a healthy run."""
+    """Returns the faults that the rules of hints find in the last recorded steps. Returns [] for a healthy run."""
     window = routing.window
     sums = WindowSums(*window[2:5], steps=routing.window_steps, balance_coefficient=routing.balance_coefficient)
     found = [*routing_hints(sums, routing.groups, routing.layers), *busy_rank(work_of_ranks(routing))]
-    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # removes the references to TensorBoard
+    texts = [re.sub(r"; see [^;]*", "", hint.text) for hint in found]  # removes references to TensorBoard
     texts += _starved_modalities(routing)
     texts = [text.replace("in the last 1 steps", "in this step") for text in texts]
     if math.isnan(routing.balance_coefficient):
@@ -38,8 +38,8 @@ HEALTHY = "No rule finds a fault in the routing"
 
 
 def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
-    """Returns state and headline for the problems `wrong`. The state is "bad" if `wrong` is not empty, "few" if choices are
-    too few to judge any expert, else empty."""
+    """Returns state and headline of the report, given the problems `wrong`. The state is "bad" if there are problems, "few"
+    if there are too few choices to judge any expert, and otherwise empty."""
     unjudged, few = too_few(routing)
     if few and not wrong and unjudged == len(routing.layers) * routing.placement.num_experts:
         return "few", few[0].upper() + few[1:]
@@ -48,13 +48,13 @@ def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
 
 
 def facts(routing: Routing) -> list[str]:
-    """Returns one sentence each about the busiest expert, layer and rank, overflow, dead experts and null choices."""
+    """Returns sentences about the busiest expert, layer and rank, about overflow, dead experts and null choices."""
     return [*_busiest(routing), *_capacity(routing), *_dead(routing), *_nulls(routing)]
 
 
 def work_of_ranks(routing: Routing) -> np.ndarray:
-    """Returns the expert work in the window of steps by layer and EP rank, float64 [L, R]. The work of a (token, expert)
-    pair is the width of the expert's FFN."""
+    """Returns the expert work in the window of steps, by layer and EP rank, float64 [L, R]. The work for one (token,
+    expert) pair is the FFN width of the expert."""
     window, placement = routing.window, routing.placement
     choices_LC = window.choices_LC.astype(np.float64)
     for g, part in enumerate(group_choices(window.choices_LC, routing.groups)):
@@ -64,8 +64,9 @@ def work_of_ranks(routing: Routing) -> np.ndarray:
 
 
 def dead_experts(routing: Routing) -> list[tuple[int, int]]:
-    """Returns (index of the layer, logical expert) of each expert that no token chose in the window. In a layer with fewer
-    than ENOUGH choices per expert no expert counts as dead, because an expert may have no tokens by chance."""
+    """Returns (index of the layer, logical expert) for each expert that no token chose in the window. If a layer has fewer
+    than ENOUGH choices per expert, none of its experts counts as dead, because an expert may then have no tokens by
+    chance."""
     found = []
     for group, part in zip(routing.groups, group_choices(routing.window.choices_LC, routing.groups), strict=True):
         dead = np.argwhere((part.true_Ln == 0) & (part.true_Ln.mean(1, keepdims=True) >= ENOUGH))
@@ -74,8 +75,8 @@ def dead_experts(routing: Routing) -> list[tuple[int, int]]:
 
 
 def too_few(routing: Routing) -> tuple[int, str]:
-    """Returns the number of (layer, expert) pairs that no rule judges, because the layer has fewer than ENOUGH choices per
-    expert, and a clause that states the number; the clause is empty if all (layer, expert) pairs are judged."""
+    """Returns the number of (layer, expert) pairs that no rule judges, because their layer has fewer than ENOUGH choices
+    per expert. Also returns a clause with this number, which is empty if all pairs are judged."""
     loads = [part.true_Ln for part in group_choices(routing.window.choices_LC, routing.groups)]
     few = np.concatenate([true_Ln[true_Ln.mean(1) < ENOUGH].ravel() for true_Ln in loads])
     if not few.size:
@@ -86,8 +87,8 @@ def too_few(routing: Routing) -> tuple[int, str]:
 
 
 def _starved_modalities(routing: Routing) -> Iterator[str]:
-    """Names the modalities whose tokens take hardly any true expert although other modalities' tokens of the same group
-    take true experts. Hints judge a group as a whole, because only a trace records the modality of each choice."""
+    """Names modalities whose tokens take hardly any true expert although the tokens of other modalities in the same group
+    do. Hints only judge a whole group, because only a trace has the modality of each choice."""
     tokens = routing.tokens
     if tokens is None:
         return

@@ -14,28 +14,28 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 def lorenz(load_Xn: np.ndarray) -> np.ndarray:
-    """Returns the fraction of the load that the p least loaded experts have, for p = 0 ... n, float64 [X, n + 1] (Lorenz
+    """Returns the fraction of the load that goes to the p least loaded experts, for p = 0 ... n, float64 [X, n + 1] (Lorenz
     1905). Rows without load are nan."""
     rising_Xn = np.sort(load_Xn, axis=1).cumsum(1)
     return np.pad(divide(rising_Xn, rising_Xn[:, -1:]), ((0, 0), (1, 0)))
 
 
 def gini(load_Xn: np.ndarray) -> np.ndarray:
-    """Returns the Gini coefficient of each row: 0 if all experts have the same load, 1 - 1/n if one expert has all load
-    (Gini 1912). The coefficient is the area between diagonal and Lorenz curve, divided by the area below the diagonal."""
+    """Returns the Gini coefficient of each row (Gini 1912). It is 0 if all experts have the same load, and 1 - 1/n if one
+    expert has all load. It is the area between diagonal and Lorenz curve, divided by the area below the diagonal."""
     curve = lorenz(load_Xn)
     return 1 - (curve[:, 1:] + curve[:, :-1]).sum(1) / load_Xn.shape[1]
 
 
 def distance(first_XC: np.ndarray, second_XC: np.ndarray) -> np.ndarray:
-    """Returns the total variation distance between corresponding rows of `first_XC` and `second_XC`: the fraction of
-    choices, from 0 to 1, that differ. nan without choices."""
+    """Returns the total variation distance between each row of `first_XC` and the same row of `second_XC`. This is the
+    fraction of choices, from 0 to 1, that differ. It is nan without choices."""
     first_share_XC, second_share_XC = (divide(counts, counts.sum(1, keepdims=True)) for counts in (first_XC, second_XC))
     return np.abs(first_share_XC - second_share_XC).sum(1) / 2
 
 
 def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
-    """Returns whether each token takes each true expert of the group, bool [T, n]; False for dropped pairs."""
+    """Returns whether each token takes each true expert of the group, bool [T, n]. A dropped pair counts as not taken."""
     taken_Tn = np.zeros((len(ids_TK), group.num_experts), bool)
     rows, places = np.nonzero((ids_TK >= group.first_expert) & (ids_TK < group.first_expert + group.num_experts))
     taken_Tn[rows, ids_TK[rows, places] - group.first_expert] = True
@@ -43,8 +43,9 @@ def taken(ids_TK: np.ndarray, group: ExpertGroup) -> np.ndarray:
 
 
 def together(taken_Tn: np.ndarray) -> np.ndarray:
-    """Returns the lift of each pair of experts, float64 [n, n]: the number of tokens that take both experts, divided by the
-    number to be expected if tokens chose experts independently. nan on the diagonal, and for experts without tokens."""
+    """Returns the lift of each pair of experts, float64 [n, n]. The lift is the number of tokens that take both experts,
+    divided by the number expected if tokens chose experts independently. It is nan on the diagonal and for experts without
+    tokens."""
     share_n = taken_Tn.mean(0)
     both_nn = taken_Tn.T.astype(np.float32) @ taken_Tn.astype(np.float32) / len(taken_Tn)
     lift_nn = divide(both_nn, np.outer(share_n, share_n))
@@ -53,10 +54,10 @@ def together(taken_Tn: np.ndarray) -> np.ndarray:
 
 
 class Special(NamedTuple):
-    """A token id that characterises an expert: the expert takes this id's tokens much more often than tokens of other ids.
+    """A token id that characterises an expert, because the expert takes its tokens much more often than those of other ids.
 
     Attributes:
-        times, share: Number and fraction of the token id's occurrences that the expert takes.
+        times, share: Number and fraction of this id's occurrences that the expert takes.
         lift: `share` divided by the fraction of all tokens that the expert takes.
         row: Index, among all tokens, of the first occurrence that the expert takes.
     """
@@ -69,8 +70,8 @@ class Special(NamedTuple):
 
 
 def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, least_count: int = 3) -> list[list[Special]]:
-    """Returns for each expert the token ids that characterise the expert most, by the largest count x log(lift), a term of
-    the log-likelihood of the expert's tokens. Omits ids that the expert takes fewer than `least_count` times."""
+    """Returns, for each expert, the token ids that characterise it most. These have the largest count x log(lift), a term
+    of the log-likelihood of the expert's tokens. Leaves out ids that the expert takes fewer than `least_count` times."""
     ids_V, at_T, count_V = np.unique(token_T, return_inverse=True, return_counts=True)
     found = []
     for taken_T in taken_Tn.T:
@@ -96,15 +97,15 @@ def special_tokens(token_T: np.ndarray, taken_Tn: np.ndarray, *, most: int, leas
 
 
 class Traffic(NamedTuple):
-    """Rows that dispatch sends in forward, summed over tokens and layers, and the ranks' imbalance of work.
+    """Numbers of rows that dispatch sends in forward, summed over tokens and layers, and the imbalance of the ranks' work.
 
     Attributes:
-        pairs: (token, expert) pairs that an expert computes.
-        pairs_remote: Pairs whose expert is on another rank: the number of rows without deduplication.
-        rows: Rows sent to other ranks, one for each (token, rank).
-        between: Maps a node size to the rows that leave a node: one for each (token, rank on another node).
-        between_hierarchical: Maps a node size to the rows that leave a node if a token is sent to each node only once.
-        imbalance: Work (pairs x FFN width) of a layer's busiest rank / mean work of its ranks, averaged over layers.
+        pairs: Number of (token, expert) pairs that experts compute.
+        pairs_remote: Number of pairs whose expert is on another rank. Without deduplication this is the number of rows.
+        rows: Number of rows sent to other ranks, one for each (token, rank).
+        between: Maps a node size to the number of rows that leave a node: one for each (token, rank on another node).
+        between_hierarchical: Maps a node size to the number of rows that leave a node if a token goes to each node once.
+        imbalance: Work (pairs x FFN width) of the busiest rank / mean work of a rank, averaged over layers.
     """
 
     pairs: int
@@ -116,8 +117,8 @@ class Traffic(NamedTuple):
 
 
 def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement, node_sizes: tuple[int, ...]) -> Traffic:
-    """Counts the rows that the choices `ids_TLK` send under a placement. `node_sizes` are sizes of nodes in ranks;
-    consecutive ranks share a node."""
+    """Counts the rows that the choices `ids_TLK` send with a placement. `node_sizes` are numbers of ranks per node.
+    Consecutive ranks share a node."""
     ranks, experts = placement.num_ranks, placement.num_experts
     width_E = np.array(placement.width_of_expert, np.float64)
     pairs = pairs_remote = rows = 0
@@ -146,8 +147,8 @@ def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement,
 
 
 def same_experts(first_TLK: np.ndarray, second_TLK: np.ndarray, num_experts: int) -> np.ndarray:
-    """Compares two routings of the same tokens: returns the number of (token, true expert) pairs in both routings / the
-    number of pairs in at least one of them, float64 [L] (Jaccard 1901)."""
+    """Compares two routings of the same tokens. Returns the number of (token, true expert) pairs that both routings have /
+    the number that at least one of them has, float64 [L] (Jaccard 1901)."""
     shares = []
     for one_TK, other_TK in zip(first_TLK.transpose(1, 0, 2), second_TLK.transpose(1, 0, 2), strict=True):
         sets = []

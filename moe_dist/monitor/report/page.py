@@ -8,7 +8,7 @@ from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
 
-# Name in the style sheet -> colour in light mode and print, colour in dark mode. c0, c1 ... are the colours of curves.
+# Name in the style sheet -> colour in light mode and in print, colour in dark mode. c0, c1 ... are colours of curves.
 COLOURS = {
     "page": ("#fff", "#16181c"),
     "ink": ("#202124", "#e8eaed"),
@@ -25,7 +25,7 @@ COLOURS = {
     "c4": ("#b8560b", "#f2a65a"),
     "c5": ("#636363", "#b0b0b0"),
 }
-POLICY = "default-src 'none';img-src data:;style-src 'unsafe-inline'"  # neither scripts nor requests
+POLICY = "default-src 'none';img-src data:;style-src 'unsafe-inline'"  # allows neither scripts nor requests
 STYLE = """
 *{box-sizing:border-box}html{font-size:93.75%}
 body{font:1rem/1.5 system-ui,sans-serif;margin:0 auto;padding:1.5rem;max-width:72rem}
@@ -60,7 +60,7 @@ figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}
 
 
 def render(subject: Subject) -> str:
-    """Returns the page. The page's first lines name the problems."""
+    """Returns the page. Its first lines name the problems."""
     routing = subject.routing
     sections = [(_anchor(title), title, question, panel(subject)) for title, question, panel in PANELS]
     links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _, _ in sections)
@@ -108,7 +108,7 @@ def _about(routing: Routing) -> str:
 
 
 def _style() -> str:
-    """Returns the style sheet, with the colours of light and dark mode and the rules of curves and sliders."""
+    """Returns the style sheet: the colours of light and dark mode, and the rules for curves and sliders."""
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in COLOURS.items()) for i in (0, 1))
     schemes = f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     classes = "".join(f".l{i}{{stroke:var(--c{i})}}.d{i}{{fill:var(--c{i})}}" for i in range(CURVES))

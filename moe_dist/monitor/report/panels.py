@@ -1,5 +1,5 @@
-"""The panels of a report. Each panel is a function of `Subject` that returns HTML, and has one line in PANELS. A panel
-without data returns a sentence that gives the reason.
+"""Defines the panels of a report. Each panel is a function that makes HTML from a `Subject`, and has one line in PANELS. A
+panel without data returns a sentence with the reason.
 
 Shape letters: L MoE layers, G groups, T tokens, n true experts of a group, E true experts, C columns, R ranks, F frames.
 """
@@ -21,7 +21,7 @@ from moe_dist.placement.replica_slots import PlacementWithReplicas
 
 
 def load(subject: Subject) -> str:
-    """Shows heat maps of load / mean load over layers and experts, for each group, with a slider over the steps."""
+    """Shows heat maps of load / mean load over layers and experts, one per group, with a slider over the steps."""
     routing = subject.routing
     scale = ratio_scale("load of an expert / mean load of its group in the layer: 1 is even")
     several = routing.placement.num_ranks > 1
@@ -39,7 +39,7 @@ def load(subject: Subject) -> str:
 
 
 def ranks(subject: Subject) -> str:
-    """Shows a heat map of the work (pairs x FFN width) of each rank in each layer, and the replicas of experts."""
+    """Shows a heat map of each rank's work (pairs x FFN width) in each layer, and a table of experts' replicas."""
     work_LR = work_of_ranks(subject.routing)
     if work_LR.shape[1] == 1:
         return "<p>One rank holds all experts, so that no rank waits.</p>"
@@ -50,7 +50,7 @@ def ranks(subject: Subject) -> str:
 
 
 def _replicas(routing: Routing) -> str:
-    """Returns a table of the experts with replicas; empty if there are none."""
+    """Returns a table of those experts that have replicas; empty if there are none."""
     placement = routing.placement
     if not isinstance(placement, PlacementWithReplicas):
         return ""
@@ -64,7 +64,7 @@ def _replicas(routing: Routing) -> str:
 
 
 def percentiles(subject: Subject) -> str:
-    """Shows curves of percentiles of load / mean load over all layers and experts."""
+    """Shows curves of the percentiles of load / mean load, taken over all layers and experts."""
     routing, pictures = subject.routing, []
     by_frame = [dict(loads(frame.choices_LC, routing.groups)) for frame in routing.frames]
     for group in routing.groups:
@@ -105,7 +105,7 @@ def concentration(subject: Subject) -> str:
 
 
 def dead(subject: Subject) -> str:
-    """Shows a table of the experts that no token took, with the last frame in which a token took the expert."""
+    """Shows a table of the experts that no token took. For each it has the last frame in which a token took the expert."""
     routing, rows = subject.routing, []
     unjudged, few = too_few(routing)
     few = f"<p>{few[0].upper()}{few[1:]}.</p>" if few else ""
@@ -121,7 +121,7 @@ def dead(subject: Subject) -> str:
 
 
 def capacity(subject: Subject) -> str:
-    """Shows curves of the dropped fraction, and a heat map of the busiest experts' loads / the even load."""
+    """Shows curves of the dropped fraction, and a heat map of the busiest expert's load / the even load."""
     routing, window = subject.routing, subject.routing.window
     used_LG = group_metrics(window.choices_LC, window.tokens_LG, routing.groups)["capacity_used"]
     lines = {}
@@ -139,7 +139,7 @@ def capacity(subject: Subject) -> str:
 
 
 def nulls(subject: Subject) -> str:
-    """Shows curves and a heat map of the fraction of null choices."""
+    """Shows the fraction of null choices, as curves and as a heat map."""
     routing = subject.routing
     if not any(group.num_null for group in routing.groups):
         return "<p>The model has no null experts.</p>"
@@ -155,8 +155,8 @@ def nulls(subject: Subject) -> str:
 
 
 def drift(subject: Subject) -> str:
-    """Shows how far the choices of earlier steps and of another run are from the choices of the last steps (total variation
-    distance)."""
+    """Shows the total variation distance from the choices of the last steps to those of earlier steps, and to those of
+    another run."""
     routing, against = subject.routing, subject.against
     frames = routing.frames
     parts = []
@@ -186,7 +186,7 @@ def drift(subject: Subject) -> str:
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
-    """Returns the two frames to compare (of held-out tokens if both traces have such), and a text that names the tokens."""
+    """Returns two frames to compare, of held-out tokens if both traces have some, and a text that names the tokens."""
     one, two = routing.tokens, against.tokens
     if one is not None and two is not None and one.split == two.split == "held-out":
         columns = routing.window.choices_LC.shape[1]
@@ -201,14 +201,14 @@ def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
 
 
 def _same_tokens(routing: Routing, against: Routing) -> str:
-    """Compares the experts of individual tokens, in the sequences whose tokens are the same in both traces."""
+    """Compares the experts of single tokens. Uses only sequences whose tokens are equal in both traces."""
     one, two = routing.tokens, against.tokens
     if one is None or two is None or not (one.named and two.named):
         return "<p>Single tokens are compared if both have a trace of the same tokens with their ids.</p>"
     first, second = (tokens.sequence_T * 2**31 + tokens.position_T for tokens in (one, two))
     _, mine, other = np.intersect1d(first, second, return_indices=True)
     differ = one.token_T[mine] != two.token_T[other]
-    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # leaves out sequences in which a token differs
+    same = ~np.isin(one.sequence_T[mine], one.sequence_T[mine[differ]])  # leaves out each sequence in which a token differs
     mine, other = mine[same], other[same]
     if not len(mine):
         return "<p>The two traces have no sequence in common.</p>"
@@ -231,7 +231,7 @@ def _percentile(values: np.ndarray, percent: float) -> float:
     return float(np.percentile(known, percent)) if known.size else float("nan")
 
 
-# For each panel: title, question that the panel answers, and function.
+# Each entry has the panel's title, the question that it answers, and its function.
 PANELS: tuple[tuple[str, str, Callable[[Subject], str]], ...] = (
     ("Load by layer and expert", "Which experts are busy, which idle, and on which rank?", load),
     ("Work of the ranks", "Which rank do the others wait for?", ranks),

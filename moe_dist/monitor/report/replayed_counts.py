@@ -15,14 +15,14 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 class Replayed(NamedTuple):
-    """Counts over all traced tokens and layers.
+    """Counts over all tokens and layers of a trace.
 
     Attributes:
-        traffic: Rows that dispatch sends in forward, and the balance of the ranks' work.
-        bytes: Payload bytes sent in forward and backward.
-        bytes_between: The part of `bytes` that is sent between nodes, if dispatch sends one row for each (token, rank).
+        traffic: Numbers of rows that dispatch sends in forward, and the balance of the ranks' work.
+        bytes: Number of payload bytes that are sent in forward and backward.
+        bytes_between: Those of `bytes` that are sent between nodes if dispatch sends one row for each (token, rank).
         bytes_between_once: Bytes between nodes if the hierarchical dispatcher sends one row for each (token, node).
-        dropped: (token, expert) pairs that the capacity drops.
+        dropped: Number of (token, expert) pairs that the capacity drops.
     """
 
     traffic: Traffic
@@ -43,7 +43,7 @@ def replay(
     exchanges: int,
 ) -> Replayed:
     """Counts the rows and bytes that a run with `placement` sends for the choices `ids_TLK`. As in training, the ranks take
-    turns: each rank takes the next `micro_batch` sequences. A row is sent `exchanges` times in forward and backward
+    turns: each rank gets the next `micro_batch` sequences. Each row is sent `exchanges` times in forward and backward
     (`moe_dist.plan.rows.EXCHANGES`)."""
     home_T = sequence_T // micro_batch % placement.num_ranks
     found = traffic(ids_TLK, home_T, placement, (node_size,))
@@ -53,8 +53,8 @@ def replay(
 
 
 def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[ExpertGroup], *, seed: int = 0) -> np.ndarray:
-    """Replaces each null choice by a true expert of the token's group that the token has not chosen, to imitate fixed top-k
-    routing. The true expert is drawn at random, because a trace does not contain the router's next best experts."""
+    """Imitates fixed top-k routing. Replaces each null choice by a true expert of the token's group that the token has not
+    chosen. This expert is drawn at random, because a trace does not contain the router's next best experts."""
     num_experts = sum(group.num_experts for group in groups)
     rng, made = np.random.default_rng(seed), ids_TLK.copy()
     column_TLK = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)
@@ -64,11 +64,11 @@ def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[Exp
             ids_TK = column_TLK[rows, layer]
             noise_Tn = rng.random((len(rows), group.num_experts))
             token, place = np.nonzero((ids_TK >= 0) & (ids_TK < num_experts))
-            noise_Tn[token, ids_TK[token, place] - group.first_expert] = np.inf  # already chosen
+            noise_Tn[token, ids_TK[token, place] - group.first_expert] = np.inf  # the token chose these already
             free_Tn = np.argsort(noise_Tn, axis=1) + group.first_expert
             null_TK = ids_TK >= num_experts
             nth_TK = null_TK.cumsum(1) - 1
-            # If the group has fewer true experts than a token has choices, the remaining choices stay empty.
+            # If a token has more choices than its group has true experts, the remaining choices stay empty.
             possible_TK = null_TK & (nth_TK < np.isfinite(noise_Tn).sum(1)[:, None])
             spare_TK = np.take_along_axis(free_Tn, np.minimum(nth_TK, group.num_experts - 1).clip(0), axis=1)
             made[rows, layer] = np.where(null_TK, np.where(possible_TK, spare_TK, -1), made[rows, layer])
@@ -82,8 +82,8 @@ def capped(
     groups: Sequence[ExpertGroup],
     factor: float,
 ) -> np.ndarray:
-    """Drops (token, expert) pairs like `model.moe.capacity` with drop=position: each expert keeps its first ceil(factor k T
-    / columns) pairs of each micro-batch, where T is the number of the group's traced tokens. The result may keep pairs that
+    """Drops (token, expert) pairs as `model.moe.capacity` does with drop=position. Each expert keeps its first ceil(factor
+    k T / columns) pairs in each micro-batch, where T is the group's number of traced tokens. The result may keep pairs that
     the run dropped."""
     num_experts = sum(group.num_experts for group in groups)
     made = np.where(ids_TLK < -1, -2 - ids_TLK, ids_TLK)

@@ -1,6 +1,6 @@
-"""Reads the data that a report draws: counts over steps from a run's records or a trace, and single tokens from a trace.
+"""Reads what a report draws: counts over steps from a run's records or a trace, and single tokens from a trace.
 
-Shape letters are as in `metrics.py`; also F frames (sums over consecutive steps), T tokens, K choices of a token.
+Shape letters are as in `metrics.py`; in addition F frames (sums over consecutive steps), T tokens, K choices of a token.
 """
 
 import math
@@ -22,15 +22,15 @@ from moe_dist.monitor.trace.format import MANIFEST
 from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
-FRAMES = 60  # largest number of points of a curve over steps
-WINDOW = 50  # number of last recorded steps that the first lines of a report summarise
-MATRIX_CELLS = 500_000  # largest number of cells of all co-activation matrices, about 2 MB
-MOST_TOKENS = 50_000  # largest number of tokens of a trace that a report reads, from the last step backwards
+FRAMES = 60  # largest number of points in a curve over steps
+WINDOW = 50  # the first lines of a report summarise this many last recorded steps
+MATRIX_CELLS = 500_000  # largest number of cells of all co-activation matrices together, about 2 MB
+MOST_TOKENS = 50_000  # largest number of tokens that a report reads from a trace, from the last step backwards
 
 
 class Frame(NamedTuple):
-    """Routing counts summed over consecutive steps, int64 as in `Record.arrays`. `needed_G`, float64, is the largest
-    `StepResult.busiest_G` of these steps; 0 if the records or the trace lack it."""
+    """Routing counts summed over consecutive steps, int64, as in `Record.arrays`. `needed_G`, float64, is the largest
+    `StepResult.busiest_G` of these steps; it is 0 if the records or the trace lack it."""
 
     first: int
     last: int
@@ -50,18 +50,18 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Single tokens of a trace.
+    """Single tokens from a trace.
 
     Attributes:
-        token_T, modality_T, sequence_T, position_T: Token id, index of the modality, number of the sequence, and position
-            in the sequence.
-        ids_TLK: Chosen columns; -2 - c is a choice of column c that a capacity dropped, -1 no choice.
-        steps: Numbers of the steps from which the tokens come; `of` is the number of all traced steps.
+        token_T, modality_T, sequence_T, position_T: For each token: its id, the index of its modality, the number of its
+            sequence, and its position in the sequence.
+        ids_TLK: Chosen columns. -2 - c is a choice of column c that a capacity dropped, -1 is no choice.
+        steps: Numbers of the steps to which the tokens belong. `of` is the number of all traced steps.
         split: `training` or `held-out`.
-        name_of: Returns a token's text, or None if the text is unknown.
-        picture_of: Returns the pixels of a picture token, uint8 [height, width, 3], or None for other tokens.
-        loss_T: Loss of the prediction at each token in nats, nan without a label; None if the trace has no losses.
-        grid: Rows and columns of a picture's cells; (0, 0) if the data have no pictures.
+        name_of: Returns the text of a token, or None if it is unknown.
+        picture_of: Returns the pixels of a picture token, uint8 [height, width, 3]; None for other tokens.
+        loss_T: Loss in nats of the prediction at each token, nan without a label. None if the trace has no losses.
+        grid: Numbers of rows and columns of a picture's cells; (0, 0) if the data have no pictures.
     """
 
     token_T: np.ndarray
@@ -79,7 +79,7 @@ class Tokens:
 
     @property
     def named(self) -> bool:
-        """Returns whether the trace has token ids; another system's trace has none."""
+        """Returns whether the trace has token ids. Traces of other systems have none."""
         return bool((self.token_T != NO_ID).any())
 
 
@@ -88,10 +88,10 @@ class Routing:
     """The routing of one run or trace.
 
     Attributes:
-        frames: At most `FRAMES` frames, in the order of the steps.
-        window: Sums over the last `WINDOW` recorded steps; `window_steps` is the number of these steps.
+        frames: At most `FRAMES` frames, in the order of their steps.
+        window: Sums over the last `WINDOW` recorded steps. `window_steps` is the actual number of these steps.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
-        split: Split of the counted tokens: `training`, or the split of the trace.
+        split: Split to which the counted tokens belong: `training`, or the split of the trace.
     """
 
     name: str
@@ -122,7 +122,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Layout:
-    """A placement of the experts on the ranks of an EP group, for the report's table of bytes."""
+    """A placement of the experts on the ranks of an EP group, shown in the report's table of bytes."""
 
     policy: str
     placement: ExpertPlacement
@@ -130,8 +130,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Subject:
-    """The input of a report: a routing, another routing for comparison, the layouts and node sizes of the table of bytes,
-    and the largest numbers of slider positions and of cells of all co-activation matrices."""
+    """The input of a report: a routing, another routing to compare with, the layouts and node sizes for the table of bytes,
+    the largest number of slider positions, and the largest number of cells of all co-activation matrices together."""
 
     routing: Routing
     against: Routing | None
@@ -142,15 +142,15 @@ class Subject:
 
 
 def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
-    """Sums consecutive frames into at most `most` frames. Each sums equally many frames; the last sum also has the
-    remaining frames."""
+    """Sums consecutive frames, so that at most `most` frames remain. All sums have equally many frames, except the last
+    sum, which also has the frames left over."""
     size = math.ceil(len(frames) / most)
     starts = range(0, len(frames) - size + 1, size)
     return tuple(total(frames[at : at + size] if at < starts[-1] else frames[at:]) for at in starts)
 
 
 def total(frames: Sequence[Frame]) -> Frame:
-    """Returns the sum of consecutive frames."""
+    """Returns one frame: the sum of consecutive frames."""
     choices, tokens, dropped, needed = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
     sums = np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0)
     return Frame(frames[0].first, frames[-1].last, *sums, needed_G=np.max(needed, 0))
@@ -162,16 +162,16 @@ def frames_of_records(
     """Reads metrics.jsonl. Raises DataError if a line is damaged or has arrays of another model, or if no line has arrays.
 
     Args:
-        shape: Numbers of MoE layers, columns and groups of the model (L, C, G).
-        names: Names of the groups, to read `Frame.needed_G`.
+        shape: Three numbers of the model: MoE layers, columns and groups (L, C, G).
+        names: Names of the groups, for reading `Frame.needed_G`.
 
     Returns:
-        At most 2 x FRAMES frames, a frame for each of the last WINDOW steps, and the last coefficient of the balance loss.
-        All frames but the last sum equally many records; the last frame sums up to twice as many.
+        At most 2 x FRAMES frames, one frame for each of the last WINDOW steps, and the last coefficient of the balance
+        loss. Of the first, all but the last frame sum equally many records; the last sums up to twice as many.
     """
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
-    width, inside, coefficient = 1, 1, float("nan")  # width: records in a full frame; inside: records in the last frame
+    width, inside, coefficient = 1, 1, float("nan")  # width: number of records in a full frame; inside: in the last frame
     for frame, coefficient in _recorded(path, shape, names):  # noqa: B007  # the last coefficient is returned
         window.append(frame)
         if inside < width:
@@ -212,7 +212,7 @@ def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> 
 def frames_of_trace(
     trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int
 ) -> tuple[list[Frame], list[Frame]]:
-    """Returns frames of one step each: of at most FRAMES evenly spaced steps of a trace, and of its last WINDOW steps."""
+    """Returns frames of one step each: at most FRAMES evenly spaced steps of a trace, and the trace's last WINDOW steps."""
     last = len(trace.steps) - 1
     spaced = np.unique(np.linspace(0, last, FRAMES).astype(int)).tolist()
     window = range(max(0, last + 1 - WINDOW), last + 1)
@@ -224,19 +224,19 @@ def frames_of_trace(
         tokens_G = np.bincount(group_T, minlength=len(groups))
         dropped_LC = step.dropped()
         dropped_LG = np.stack([dropped_LC[:, group.experts].sum(1) for group in groups], axis=1)
-        unknown = np.zeros(len(groups))  # a trace does not tell the micro-batches of a rank
+        unknown = np.zeros(len(groups))  # a trace does not tell a rank's micro-batches
         frames[place] = Frame(number, number, step.choices(), np.tile(tokens_G, (layers, 1)), dropped_LG, unknown)
     return [frames[place] for place in spaced], [frames[place] for place in window]
 
 
 def model_shape(groups: Sequence[ExpertGroup], layers: Sequence[int]) -> str:
-    """Returns layers and groups of a model as text for an error message."""
+    """Returns a text for error messages that tells a model's layers and groups."""
     each = (f"{g.name} {g.num_experts} + {g.num_columns - g.num_experts}, top {g.top_k}, width {g.ffn_dim}" for g in groups)
     return f"{len(layers)} MoE layers of {', '.join(each)}"
 
 
 def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) -> np.ndarray:
-    """Returns the index of each modality's expert group, int64 [M]. Raises DataError if a modality has no group."""
+    """Returns, for each modality, the index of its expert group, int64 [M]. Raises DataError if a modality has no group."""
     found = [[g for g, group in enumerate(groups) if name in group.modalities] for name in modalities]
     if lost := [name for name, owners in zip(modalities, found, strict=True) if not owners]:
         raise DataError(f"modalities={list(modalities)}: {lost} in no group's modalities; take the manifest of this trace")
@@ -244,8 +244,8 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
 
 
 def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
-    """Reads the tokens of a trace's last steps, at most MOST_TOKENS tokens. `names` are the fields `name_of`, `picture_of`
-    and `grid` of `Tokens`."""
+    """Reads the tokens of a trace's last steps, but at most MOST_TOKENS tokens. `names` are values for the fields
+    `name_of`, `picture_of` and `grid` of `Tokens`."""
     steps: list[TracedStep] = []
     for number in reversed(trace.steps):
         if steps and sum(len(step.tokens) for step in steps) + len(steps[-1].tokens) > MOST_TOKENS:

@@ -1,4 +1,4 @@
-"""The panels of a report that need single tokens (see `panels.py`).
+"""Defines those panels of a report that need single tokens (see `panels.py`).
 
 Shape letters: L MoE layers, T tokens, n true experts of a group, V token ids.
 """
@@ -17,13 +17,13 @@ from moe_dist.monitor.report.drawing import bars, details, heat, png, short, tab
 from moe_dist.monitor.report.routing import Routing, Subject, Tokens
 from moe_dist.placement.placement import ExpertGroup
 
-SHOWN_CELLS = 256  # (layer, expert) pairs whose tokens are listed
-SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # numbers of drawn co-activation matrices, and of listed pairs of experts
-MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # most pictures, texts, and tokens of a text in the compute map
-AROUND = 5  # tokens shown before and after an example
+SHOWN_CELLS = 256  # largest number of (layer, expert) pairs whose tokens are listed
+SHOWN_MATRICES, SHOWN_PAIRS = 24, 200  # largest numbers of drawn co-activation matrices and of listed pairs of experts
+MAPS, MAPPED_TEXTS, LONGEST_TEXT = 12, 4, 160  # largest numbers in the compute map: pictures, texts, tokens of a text
+AROUND = 5  # number of tokens shown before and after an example
 NO_TOKENS = "This panel needs a trace: set monitor.trace in the run, or write one of a trained run with moe-dist trace."
 
-# The first pattern that matches a token's whole text names its class.
+# The class of a token is that of the first pattern that matches the token's whole text.
 CLASSES = (
     ("special", r"<\w+>"),
     ("whitespace", r"\s+"),
@@ -32,12 +32,12 @@ CLASSES = (
     ("name with _ or digits", r"\s*\w+"),
     ("punctuation", r"[^\w]+"),
 )
-LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # lower limits of the classes of loss, in nats
-COUNTS = (1, 10, 100, 1000)  # lower limits of the classes of frequency, in occurrences
+LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # in nats; each class of loss begins at one of these
+COUNTS = (1, 10, 100, 1000)  # each class of frequency begins at one of these numbers of occurrences
 
 
 def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], str]:
-    """Wraps a panel, which then returns NO_TOKENS if the subject has no trace of single tokens."""
+    """Wraps a panel. The wrapped panel returns NO_TOKENS if the subject has no trace of single tokens."""
 
     def draw(subject: Subject) -> str:
         tokens = subject.routing.tokens
@@ -48,7 +48,7 @@ def of_tokens(panel: Callable[[Subject, Tokens], str]) -> Callable[[Subject], st
 
 @of_tokens
 def experts_a_token(subject: Subject, tokens: Tokens) -> str:
-    """Shows bars and a heat map of true experts per token, by modality, loss, class of token and frequency."""
+    """Shows true experts per token by modality, loss, class of token and frequency, as bars and as a heat map."""
     routing, count_TL = subject.routing, _true_experts(subject.routing, tokens)
     by_modality = {name: tokens.modality_T == m for m, name in enumerate(routing.modalities)}
     means_LM = np.stack([_mean(count_TL[rows]) for rows in by_modality.values()], axis=1)
@@ -87,13 +87,13 @@ def experts_a_token(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def compute_maps(subject: Subject, tokens: Tokens) -> str:
-    """Draws pictures, each above a map of its cells, and coloured texts. The colour of a cell, and the background colour of
-    a text's token, show the number of true experts."""
+    """Draws pictures, each above a map of its cells, and coloured texts. The colour of a map's cell, and the background
+    colour of a text's token, show the number of true experts."""
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
     experts_T = _true_experts(subject.routing, tokens).mean(1)
     most = max(min(group.top_k, group.num_experts) for group in subject.routing.groups)
-    most = max(most, experts_T.max())  # where experts choose, a token may take more than top_k
+    most = max(most, experts_T.max())  # if experts choose, a token may take more than top_k
     scale = linear_scale("true experts a token, mean over the layers", float(most))
     legend = " ".join(_coloured(tick, scale.write(tick), scale) for tick in scale.ticks)
     pictures, texts = _runs(tokens)
@@ -106,7 +106,7 @@ def compute_maps(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def coactivation(subject: Subject, tokens: Tokens) -> str:
-    """Shows heat maps of how often a token is routed to both experts of a pair."""
+    """Shows how often a token is routed to both experts of a pair, as heat maps."""
     routing, found = subject.routing, []
     scale = ratio_scale("how often a token takes both experts / how often it would if they were independent")
     for group in routing.groups:
@@ -123,7 +123,7 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
     found.sort(key=lambda each: -each[0])
     room = np.cumsum([group.num_experts**2 for _, _, group, _ in found]) <= subject.matrix_cells
     parts = []
-    # The loop computes the shown matrices again, because keeping the matrices of all layers might need too much memory.
+    # The loop computes the shown matrices again. Keeping the matrices of all layers might need too much memory.
     for lift, layer, group, _ in found[: min(SHOWN_MATRICES, int(room.sum()))]:
         names = Axis("expert", [str(i) for i in range(group.num_experts)])
         title = f"Group {group.name}, layer {routing.layers[layer]}."
@@ -142,7 +142,7 @@ def coactivation(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def specialisation(subject: Subject, tokens: Tokens) -> str:
-    """Shows tables of the tokens that characterise each expert most, with an example for each expert."""
+    """Shows tables of the tokens that characterise each expert most, with one example for each expert."""
     routing = subject.routing
     if not tokens.named:
         return "<p>The trace has no token ids.</p>"
@@ -150,7 +150,7 @@ def specialisation(subject: Subject, tokens: Tokens) -> str:
     shown = np.unique(
         np.linspace(0, layers - 1, max(1, min(layers, SHOWN_CELLS // routing.placement.num_experts))).astype(int)
     )
-    room = SHOWN_CELLS // len(shown)  # number of shown experts of a layer
+    room = SHOWN_CELLS // len(shown)  # number of experts shown for a layer
     parts = []
     for layer in shown.tolist():
         rows = [row for group in routing.groups for row in _special_rows(tokens, routing, group, layer)]
@@ -164,7 +164,7 @@ def specialisation(subject: Subject, tokens: Tokens) -> str:
 
 @of_tokens
 def ledger(subject: Subject, tokens: Tokens) -> str:
-    """Shows a table of the bytes that the traced choices send at several EP sizes, placements and node sizes."""
+    """Shows a table of the bytes that the traced choices send with several EP sizes, placements and node sizes."""
     routing, configuration = subject.routing, subject.routing.configuration
     try:
         hidden, micro_batch = int(configuration["model"]["hidden_dim"]), int(configuration["train"]["micro_batch"])
@@ -173,7 +173,7 @@ def ledger(subject: Subject, tokens: Tokens) -> str:
         hidden = micro_batch = itemsize = 0
     if not (0 < hidden < 1 << 31 and 0 < micro_batch < 1 << 31):
         return "<p>The configuration of this trace does not tell the hidden size, so that bytes are unknown.</p>"
-    row_bytes = 4 * hidden * itemsize  # exchanges of a row: dispatch, combine, and the gradient of each
+    row_bytes = 4 * hidden * itemsize  # each row is sent 4 times: dispatch, combine, and the gradient of each
     rows, total = [], max(1, len(tokens.token_T))
     for layout in subject.layouts:
         size = layout.placement.num_ranks
@@ -215,7 +215,7 @@ def _special_rows(tokens: Tokens, routing: Routing, group: ExpertGroup, layer: i
 
 
 def _example(tokens: Tokens, row: int) -> str:
-    """Returns a token as HTML, with up to `AROUND` tokens of its sequence before and after the token."""
+    """Returns a token as HTML, between up to `AROUND` tokens before it and up to `AROUND` after it in its sequence."""
     near = range(max(0, row - AROUND), min(len(tokens.token_T), row + AROUND + 1))
     same = [i for i in near if tokens.sequence_T[i] == tokens.sequence_T[row]]
     parts = [_token(tokens, int(tokens.token_T[i]), plain=True) for i in same]
@@ -235,14 +235,14 @@ def _token(tokens: Tokens, token: int, *, plain: bool = False) -> str:
 
 
 def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
-    """Returns the number of true experts of each token in each layer, [T, L], without dropped pairs."""
+    """Returns the number of true experts that each token has in each layer, [T, L], not counting dropped pairs."""
     return ((tokens.ids_TLK >= 0) & (tokens.ids_TLK < routing.placement.num_experts)).sum(2)
 
 
 def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the token indices of each whole picture, and of each text between pictures. Pictures may follow each other
-    without a token between them. If the number of consecutive cells is no multiple of a picture's number of cells, a
-    picture is cut off. The first cells of pictures are then unknown, and these cells are left out."""
+    """Returns the token indices of each whole picture, and of each text between pictures. No token need separate pictures.
+    If the number of consecutive cells is no multiple of a picture's number of cells, one picture was cut off. It is then
+    unknown where pictures begin, so all these cells are left out."""
     ids, at = np.unique(tokens.token_T, return_inverse=True)
     cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
     follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])
@@ -268,7 +268,7 @@ def _picture_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale:
 def _text_map(tokens: Tokens, rows: np.ndarray, experts_T: np.ndarray, scale: Scale) -> Iterator[str]:
     for row in rows.tolist():
         text = _token(tokens, int(tokens.token_T[row]), plain=True)
-        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # the text after a ⏎ begins a new line
+        yield _coloured(float(experts_T[row]), text.replace("⏎", "⏎<br>"), scale)  # a new line begins after each ⏎
 
 
 def _coloured(experts: float, html: str, scale: Scale) -> str:
@@ -278,7 +278,7 @@ def _coloured(experts: float, html: str, scale: Scale) -> str:
 
 
 def _classes(tokens: Tokens, modalities: Sequence[str]) -> dict[str, np.ndarray]:
-    """Returns a mask of each class of tokens, bool [T], by name. Picture tokens are `one colour` or `drawn`."""
+    """Returns a mask of tokens, bool [T], for each class of tokens, by name. Picture tokens are `one colour` or `drawn`."""
     ids, first, at = np.unique(tokens.token_T, return_index=True, return_inverse=True)
     names = []
     for token, row in zip(ids.tolist(), first.tolist(), strict=True):
