@@ -2,8 +2,8 @@
 
 import re
 
-# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. The first key of which the card's name
-# has all words is used. A key with more words must therefore come before a key with only some of these words.
+# Dense TFLOP/s (without sparsity) in bf16 with fp32 sums, from NVIDIA's data sheets. The first key whose words are all in
+# the card's name is used. A key with more words must therefore come before a key with only some of these words.
 PEAK_BF16_TFLOPS: dict[str, float] = {
     "GB200": 2500.0,
     "B200": 2250.0,

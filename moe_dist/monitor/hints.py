@@ -64,7 +64,7 @@ class HintWatch:
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
-        # The first window must be the whole run's. In a resumed run the loss is low from the start, and falls slowly.
+        # Only the whole run's first window counts, because a resumed run's loss is low from the start and falls slowly.
         if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_loss = fmean(tuple(self._losses)[: self._window])
         yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
@@ -92,7 +92,7 @@ def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
 
 
 def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
-    """Warns if the busiest EP rank of each layer has much more work than a rank's mean, because all ranks wait for it."""
+    """Warns if each layer's busiest EP rank has much more work than a rank on average, because all ranks wait for it."""
     if weighted_rows_LR.shape[1] < 2 or not weighted_rows_LR.any():  # one rank, or no rows
         return
     ratio = float(weighted_rows_LR.max(1).sum() / weighted_rows_LR.mean(1).sum())

@@ -15,7 +15,7 @@ from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, Lever
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
-NEEDED = "needed_capacity_factor/"  # a group's key in `Record.host` begins so: least capacity factor without drops
+NEEDED = "needed_capacity_factor/"  # begins a group's key in `Record.host`: the least capacity factor without drops
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def zero_computation_fraction(choices_LC: np.ndarray, groups: Sequence[ExpertGro
 
 def relative_entropy(entropy_sum_LG: np.ndarray, tokens_LG: np.ndarray, groups: Sequence[ExpertGroup]) -> np.ndarray:
     """Returns the router's mean entropy over tokens / largest possible entropy, float64 [L, G]; nan without tokens."""
-    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # log 1 = 0 could not be a divisor
+    largest_G = np.array([math.log(max(group.num_columns, 2)) for group in groups])  # avoids the divisor log 1 = 0
     return divide(entropy_sum_LG, tokens_LG) / largest_G
 
 

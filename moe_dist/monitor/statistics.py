@@ -56,7 +56,7 @@ class LeverDecision(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """Returns by which fraction of its load the change relieves the busiest rank in each step."""
+        """Returns the fraction of the busiest rank's load that the change saves in each step."""
         return 1.0 - self.after / self.before if self.before else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""Watches the routers of a model that another trainer trains. Makes records, pictures and traces like those of a run.
+"""Watches the routers of a model that another trainer trains. Makes records, pictures and traces like a moe_dist run.
 
     with attach(model, "runs/mixtral") as watch:
         for batch in batches:

@@ -165,8 +165,8 @@ class Traced(NamedTuple):
 
 
 class Counts:
-    """Sums over the forward passes of a step, on the routers' devices. `keep` also keeps single choices for a trace: (2 +
-    2) x K bytes per token and layer."""
+    """Sums over the forward passes of a step, on the routers' devices. If `keep` is True, also keeps single
+    choices for a trace: (2 + 2) x K bytes per token and layer."""
 
     def __init__(self, routers: Routers) -> None:
         self._routers, self.keep, self._batch = routers, False, MicroBatch(None, None)
@@ -197,7 +197,7 @@ class Counts:
             self._parts[layer].append(Traced(ids_TK.to(torch.int16), choices.weights_TK.detach().half(), batch))
 
     def take(self) -> tuple[Tensor, list[list[Traced]]]:
-        """Returns the sums, float64 [L, E + EXTRA], and each layer's kept forward passes. Then begins with empty ones."""
+        """Returns the sums, float64 [L, E + EXTRA], and each layer's kept forward passes. Then resets both."""
         sums, parts = torch.stack([each.to(self._sums[0].device) for each in self._sums]), self._parts
         self._start()
         return sums, parts

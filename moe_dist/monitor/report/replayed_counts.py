@@ -20,7 +20,7 @@ class Replayed(NamedTuple):
     Attributes:
         traffic: Numbers of rows that dispatch sends in forward, and the balance of the ranks' work.
         bytes: Number of payload bytes that are sent in forward and backward.
-        bytes_between: Those of `bytes` that are sent between nodes if dispatch sends one row for each (token, rank).
+        bytes_between: Part of `bytes` that is sent between nodes if dispatch sends one row for each (token, rank).
         bytes_between_once: Bytes between nodes if the hierarchical dispatcher sends one row for each (token, node).
         dropped: Number of (token, expert) pairs that the capacity drops.
     """

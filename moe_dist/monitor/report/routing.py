@@ -166,8 +166,8 @@ def frames_of_records(
         names: Names of the groups, for reading `Frame.needed_G`.
 
     Returns:
-        At most 2 x FRAMES frames, one frame for each of the last WINDOW steps, and the last coefficient of the balance
-        loss. Of the first, all but the last frame sum equally many records; the last sums up to twice as many.
+        At most 2 x FRAMES frames of all steps, one frame for each of the last WINDOW steps, and the last coefficient of
+        the balance loss. The frames of all steps sum equally many records; only the last may sum up to twice as many.
     """
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)

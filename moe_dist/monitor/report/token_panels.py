@@ -240,9 +240,9 @@ def _true_experts(routing: Routing, tokens: Tokens) -> np.ndarray:
 
 
 def _runs(tokens: Tokens) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the token indices of each whole picture, and of each text between pictures. No token need separate pictures.
-    If the number of consecutive cells is no multiple of a picture's number of cells, one picture was cut off. It is then
-    unknown where pictures begin, so all these cells are left out."""
+    """Returns the token indices of each whole picture, and of each text between pictures. Pictures may follow each
+    other directly. If the number of consecutive cells is no multiple of a picture's number of cells, one picture was cut
+    off. It is then unknown where pictures begin, so all these cells are left out."""
     ids, at = np.unique(tokens.token_T, return_inverse=True)
     cell_T = np.array([tokens.picture_of(token) is not None for token in ids.tolist()])[at]
     follows = (np.diff(tokens.position_T) == 1) & (np.diff(tokens.sequence_T) == 0) & (cell_T[1:] == cell_T[:-1])

@@ -298,7 +298,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
         for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
             event = Event.FromString(raw)
             values = event.summary.value
-            evaluation = bool(values) and values[0].tag.startswith(EVALUATION_TAGS)  # no event has both step and evaluation
+            evaluation = bool(values) and values[0].tag.startswith(EVALUATION_TAGS)  # an event is a step or an evaluation
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
                 dropped = True
             else:

@@ -23,7 +23,7 @@ def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     """Returns the costs of this run's sequences.
 
     If a load controller or a weight of null experts sets the number of true experts per token, this number is used;
-    otherwise the expected number under uniform routing.
+    otherwise the number that is expected under uniform routing is used.
     """
     model, groups = config.model, expert_groups(config.model.moe)
     taken = {each.name: config.even_active.get(each.name, each.expected_experts_per_token) for each in groups}

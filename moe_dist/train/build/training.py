@@ -153,7 +153,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables the gradients of parameters that `router_tuning` or `train.only` does not train, or `train.frozen` names."""
+    """Disables gradients of parameters that `router_tuning` or `train.only` does not train or that `train.frozen` names."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:

@@ -25,7 +25,7 @@ TIMED_BATCHES = 4
 
 
 class Evaluator:
-    """Evaluates the model that is being trained on the held-out documents of every source.
+    """Evaluates the current model of a training run. Uses the held-out documents of every source.
 
     Args:
         group_of_modality: int64 [M] on the model's device, index of the expert group of each modality.

@@ -21,7 +21,7 @@ from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
 from moe_dist.train.rank_balance.expert_moves import same_shapes
 from moe_dist.train.rank_balance.load_lever import LoadLever
 
-LEAST_GAIN = 0.02  # a smaller gain is taken for noise; fraction of the busiest rank's load
+LEAST_GAIN = 0.02  # a gain below this fraction of the busiest rank's load is taken for noise
 # A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Moments in bf16, or Muon's
 # single moment, need fewer bytes. Forward and backward of one token by this expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
@@ -74,7 +74,7 @@ class MovingLever(LoadLever[ExpertPlacement]):
         return LeverDecision("moving", taken, before / mean, after / mean, cost_steps=cost, why=why, placement=placement)
 
     def _cost(self, rank_E: np.ndarray, new_E: np.ndarray, layers: int) -> float:
-        """Returns a move's cost: the work (pairs x FFN width) that its busiest sender or receiver could do during it."""
+        """Returns the cost of a move, as the work (pairs x FFN width) that its busiest rank could do during the move."""
         moved_E = rank_E != new_E
         sent, received = (np.bincount(each[moved_E], self._width_E[moved_E]) for each in (rank_E, new_E))
         most = max(sent.max(initial=0.0), received.max(initial=0.0))

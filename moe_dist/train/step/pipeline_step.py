@@ -163,8 +163,8 @@ class PipelineStep(TrainingStep):
 
     def _show(self, number: int, batch: Batch, reports: Sequence[LayerReport], watchers: Sequence[StepWatcher]) -> None:
         """Passes a micro-batch's expert choices to the watchers. A watcher with `own_tokens` gets this rank's choices. For
-        other watchers, one of the ranks with the same sequences passes the choices in all layers, and its other ranks pass
-        a batch of padding."""
+        other watchers, one of the ranks with the same sequences passes the choices in all layers, and the others of these
+        ranks pass a batch of padding."""
         model = self.parallel.model
         own = [watcher for watcher in watchers if watcher.own_tokens]
         for watcher in own:
