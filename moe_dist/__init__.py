@@ -1,7 +1,7 @@
 """moe_dist: expert-parallel training of adaptive, multimodal mixture-of-experts transformers.
 
-With the names in `__all__` you build MoE layers into your own model (docs/api.md). Each name is imported at its first use,
-so that `import moe_dist` alone does not load torch.
+With the names in `__all__` you build MoE layers into your own model (docs/api.md). Each name is imported when it is first
+used, so that `import moe_dist` alone does not load torch.
 """
 
 from importlib import import_module

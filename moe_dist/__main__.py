@@ -1,5 +1,5 @@
-"""The command `moe-dist`, also `python -m moe_dist`. Help texts need no torch, because only a subcommand that runs is
-imported."""
+"""The command `moe-dist`, also `python -m moe_dist`. Help texts need no torch, because the module of a subcommand is
+imported only when the subcommand runs."""
 
 import importlib
 import sys
@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 from moe_dist.config.bundled import add_to_path, source_root
 from moe_dist.runtime.command_line import command_app, print_version
 
-# Each entry has a subcommand, its function, and its line in the help text. The options of a subcommand are defined only at
-# the subcommand's function. `commands` adds the launchers of `launchers/table.py`.
+# Each entry consists of a subcommand, its function, and its line in the help text. Only that function defines the
+# subcommand's options. The function `commands` adds the launchers of `launchers/table.py`.
 COMMANDS = (
     ("train", "moe_dist.train.__main__:main", "Run one rank of a run, as torchrun starts it."),
     ("status", "launchers.status:main", "Show the state of runs."),
@@ -42,7 +42,7 @@ COMMANDS = (
     ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
 )
 
-# Former subcommands, and their modules in a clone of the repository. An installed package has no research.
+# Maps each former subcommand to its module in a clone of the repository. An installed package does not contain `research`.
 MOVED = {
     "bench": "research.bench",
     "compare-methods": "research.compare_methods",
@@ -51,11 +51,11 @@ MOVED = {
 
 
 class LazyGroup(TyperGroup):
-    """Lists COMMANDS, and imports the function of a subcommand only when the subcommand runs or is completed."""
+    """Lists COMMANDS, and imports a subcommand's function only when the subcommand runs or a shell completes it."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Returns the subcommand's name, its click command and the remaining arguments. The error for a subcommand in
-        MOVED names its new place."""
+        """Returns the subcommand's name, its click command and the remaining arguments. For a subcommand in MOVED, the
+        error message says which command replaces it."""
         if args[0] in MOVED:
             ctx.fail(f"{args[0]} has moved; in a clone of the repository run `python -m {MOVED[args[0]]}`")
         name, command, rest = super().resolve_command(ctx, args)
@@ -70,7 +70,7 @@ def commands() -> list[tuple[str, str, str]]:
 
 def _bundled(module: str) -> Any:
     """Imports a module of the packages launchers and tools."""
-    add_to_path(source_root())  # this folder holds both packages
+    add_to_path(source_root())  # the source root contains both packages
     return importlib.import_module(module)
 
 

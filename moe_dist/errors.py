@@ -1,7 +1,7 @@
-"""The errors of a run, with their exit codes.
+"""The exceptions that end a run, with their exit codes.
 
-Exit codes: 0 done; 75 stopped on request after a save, start the run again; 78 invalid configuration; 69 the cluster lacks
-the nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
+The exit codes mean: 0 done; 75 stopped on request after saving a checkpoint, and the same command resumes the run; 78
+invalid configuration; 69 the cluster lacks nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 EXIT_DONE = 0
 EXIT_FAILED = 1
 MOST_LINES = 40  # largest number of lines of an error's text
-LONGEST = 20_000  # characters of a message that is printed or recorded
+LONGEST = 20_000  # largest number of characters of a message that is printed or recorded
 
 
 def printable(text: str, *, most: int = LONGEST) -> str:
-    """Returns the first `most` characters of a text for a terminal: control characters except tabs and ends of lines become
-    escapes, because names in files of other users may contain commands to the terminal."""
+    """Returns the first `most` characters of a text in a form that is safe to print. Control characters other than tabs and
+    line ends become escapes, because file names of other users may contain terminal commands."""
     cut = f" ... ({len(text) - most:,} more characters)" if len(text) > most else ""
     if (text := text[:most]).isprintable():
         return text + cut
@@ -31,7 +31,7 @@ class MoeDistError(Exception):
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # True if a launcher may start the same command again
-    consequence: bool = False  # True if an error on another rank caused this error; the other rank reports it
+    consequence: bool = False  # True if an error on another rank caused this error; that rank reports the cause
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems = tuple(map(printable, (problems,) if isinstance(problems, str) else problems))
@@ -57,7 +57,7 @@ class ResourceError(MoeDistError):
 
 
 class PlacementError(ResourceError):
-    """A rank runs on another node than the plan of the run assigned to it."""
+    """A rank runs on a node that differs from the node that the run's plan assigned to this rank."""
 
 
 class DataError(MoeDistError):
@@ -68,7 +68,7 @@ class DataError(MoeDistError):
 
 
 class DivergedError(MoeDistError):
-    """The loss or the gradients stayed non-finite for too many steps in a row."""
+    """The loss or the gradients were not finite in too many consecutive steps."""
 
     exit_code = 70
     retry = False

@@ -1,1 +1,1 @@
-"""Parameter groups for an optimizer, fused optimizers, schedules and the global gradient norm."""
+"""Builds parameter groups, optimizers and learning-rate schedules, and computes the global gradient norm."""

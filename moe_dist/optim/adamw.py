@@ -1,10 +1,11 @@
-"""AdamW (decoupled weight decay, Loshchilov & Hutter 2019) with moments in fp32 or, between steps, in bf16.
+"""AdamW (decoupled weight decay, Loshchilov & Hutter 2019) whose moments are stored between steps in fp32 or in bf16.
 
-A moment in bf16 is converted to the parameter's dtype, updated, and rounded to the nearest value. Rounding is element by
-element and draws no random numbers, so a moment has the same bits on any layout of ranks. Rounding undoes a change of less
-than 2^-9 to 2^-8 of the moment (0.2 to 0.4 %). If a gradient becomes 0, its moment shrinks by the share 1 - beta in each
-step, so 1 - beta must be above 2^-8. The configuration allows betas up to 0.99, a change of 1 %. (Stochastic rounding would
-allow larger betas, at the cost of a random number for each element, drawn by its global index.)
+A moment in bf16 is converted to the parameter's dtype, updated, and rounded to the nearest bf16 value. Rounding is
+elementwise and draws no random numbers, so a moment is bit-identical for every layout of ranks. An update that changes the
+moment by less than 2^-9 to 2^-8 (0.2 to 0.4 %) is lost in rounding. If a gradient becomes 0, its moment shrinks by the
+fraction 1 - beta in each step, so 1 - beta must be above 2^-8. The configuration therefore allows betas up to 0.99, where
+the change is 1 %. (Stochastic rounding would allow larger betas, but draws a random number per element by its global
+index.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,13 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-WIDE_BYTES = 256 << 20  # largest number of bytes of moments converted at a time, unless a single parameter has more
+WIDE_BYTES = 256 << 20  # largest total size of the moments that are converted at once; a single parameter may exceed it
 Moments = Literal["fp32", "bf16"]
 
 
 class AdamW(torch.optim.AdamW):
-    """Takes parameter groups from `split_parameters`. The method `step` skips groups with the key "moments", which Muon
-    updates. By default moments have the dtype of their parameter."""
+    """AdamW for parameter groups from `split_parameters`. The method `step` skips groups with the key "moments", which Muon
+    updates. By default a moment has the dtype of its parameter."""
 
     def __init__(
         self,
@@ -35,7 +36,7 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         moments: Moments = "fp32",
     ) -> None:
-        # torch rejects an empty list of groups, but a rank without parameters still takes part in each step.
+        # torch rejects an empty list of groups, but a rank without parameters must still take part in each step.
         given = list(groups) or [{"params": []}]
         super().__init__(given, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)  # pyright: ignore
         self.moment_dtype = torch.bfloat16 if moments == "bf16" else None
@@ -84,7 +85,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def _slices(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Yields lists of parameters whose converted moments have at most WIDE_BYTES, or of one larger parameter."""
+    """Yields lists of parameters. The converted moments of a list have at most WIDE_BYTES, or it has only one parameter."""
     part: list[Tensor] = []
     size = 0
     for parameter in parameters:
@@ -104,7 +105,7 @@ def local(tensor: Any) -> Tensor:
 
 
 def add_moments(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
-    """Creates the moments and the step count of one parameter, unless it has them."""
+    """Creates the moments and the step count of one parameter if they do not exist yet."""
     state, dtype = optimizer.state[parameter], moment_dtype(optimizer) or parameter.dtype
     for moment in group.get("moments", MOMENTS):
         if moment not in state:

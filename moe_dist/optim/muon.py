@@ -1,11 +1,11 @@
-"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): orthogonalised momentum for matrices. All other
-parameters get AdamW.
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates matrices with orthogonalised momentum. AdamW
+updates all other parameters.
 
     m <- mu m + (1 - mu) g;   u = mu m + (1 - mu) g;   W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) NS(u)
 
-NS is a Newton-Schulz iteration, which sends each singular value to about 1. With the factor 0.2 sqrt(max(rows, columns))
-updates are as large as in AdamW, so AdamW's learning rate and weight decay can be used (Liu et al., arXiv 2502.16982, eq.
-4). torch.optim.Muon computes the same updates for single matrices in bf16, but takes neither stacks of experts nor shards.
+NS is a Newton-Schulz iteration, which moves each singular value close to 1. The factor 0.2 sqrt(max(rows, columns)) makes
+updates as large as AdamW's, whose learning rate and weight decay can then be used (Liu et al., arXiv 2502.16982, eq. 4).
+torch.optim.Muon computes the same updates for single matrices in bf16, but supports neither stacks nor shards.
 """
 
 import math
@@ -20,9 +20,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from moe_dist.optim.adamw import AdamW, Moments, add_moments, local
 from moe_dist.optim.optimizer import MATRIX_MOMENTS, OptimizerContext
 
-A, B, C = 3.4445, -4.7750, 2.0315  # coefficients of one iteration s -> A s + B s^3 + C s^5 of a singular value s
+A, B, C = 3.4445, -4.7750, 2.0315  # an iteration maps a singular value s to A s + B s^3 + C s^5
 ITERATIONS = 5
-LEAST_NORM = 1e-7  # a smaller matrix is treated as nearly zero, and its update stays small
+LEAST_NORM = 1e-7  # smallest norm by which a matrix is divided, so that the update of a matrix near zero stays small
 
 
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,12 +38,12 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(AdamW):
-    """Takes parameter groups from `split_parameters(..., orthogonal=True)`.
+    """The Muon optimizer for parameter groups from `split_parameters(..., orthogonal=True)`.
 
-    A matrix that FSDP2 has sharded is gathered: each rank that holds a shard computes the update of the whole matrix and
-    keeps its own rows. Under DDP each rank computes the updates of all dense matrices. A stack of experts' matrices costs
-    no collective if no matrix is cut. Every rank must call `step`, with gradients for the same parameters. `dtype` is the
-    dtype of the Newton-Schulz iterations; float64 parameters use float64."""
+    A matrix that FSDP2 has sharded is gathered: each rank that has a shard computes the update of the whole matrix and
+    keeps its own rows. Under DDP each rank computes the updates of all dense matrices. A stack of experts' matrices needs
+    no collective if it is sharded only by expert. Every rank must call `step`, with gradients for the same parameters.
+    `dtype` is the dtype of the Newton-Schulz iterations; float64 parameters always use float64."""
 
     orthogonal = True
 
@@ -85,12 +85,12 @@ class Muon(AdamW):
 
 
 def muon(context: OptimizerContext, **fields: Any) -> Muon:
-    """Makes the optimizer of `optimizer.kind=muon`."""
+    """Makes the optimizer for `optimizer.kind=muon`."""
     return Muon(context.groups, dtype=context.dtype, **fields)
 
 
 def _for_whole_matrices(update: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Orthogonalises this rank's part of an update. Costs an all-gather if ranks hold parts of the matrix."""
+    """Orthogonalises this rank's part of an update. Costs an all-gather if each rank has only a part of the matrix."""
     if not isinstance(parameter, DTensor) or all(
         isinstance(each, Shard) and each.dim == 0 and parameter.ndim == 3 for each in parameter.placements
     ):

@@ -1,7 +1,7 @@
-"""Makes parameter groups and AdamW (or NVIDIA Apex's, if installed), sets an optimizer's state, and computes the global
-gradient norm and schedules.
+"""Makes parameter groups and the optimizer AdamW (from torch or NVIDIA Apex), sets an optimizer's state, and computes the
+global gradient norm and learning-rate schedules.
 
-This file issues no collective: the training step sums the ranks' shares of the gradient's squared norm. The arguments of a
+This file issues no collective: the training step sums each rank's part of the squared gradient norm. The arguments of a
 schedule have the names of the configuration's fields, so that the caller can pass a section's `model_dump()`.
 """
 
@@ -21,19 +21,19 @@ from moe_dist.errors import ConfigError
 from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
 from moe_dist.placement.parameter_names import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
 
-MATRIX_MOMENTS = MOMENTS[:1]  # the moment of matrices under an optimizer that orthogonalises them
-NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # vectors have no weight decay either
+MATRIX_MOMENTS = MOMENTS[:1]  # the moment of a matrix if the optimizer orthogonalises updates
+NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # roles without weight decay; vectors have none either
 
 
 def is_empty_here(parameter: nn.Parameter) -> bool:
-    """True if this rank holds no element of the parameter: the rank has no expert of the group, or an empty shard."""
+    """Returns whether this rank has no element of the parameter: no expert of the group, or an empty shard."""
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return local.numel() == 0
 
 
 def moments_of(named: NamedParameter, *, orthogonal: bool) -> tuple[str, ...]:
     """Returns the names of a parameter's moments. If `orthogonal`, the matrices of attention, FFNs and experts have one
-    moment, which the optimizer orthogonalises; embedding, output, routers, adapters and vectors have two moments."""
+    moment, which gives an orthogonalised update. Embedding, output, routers, adapters and vectors have two moments."""
     shape = named.parameter.shape
     stacked = named.role is Role.EXPERT and len(shape) == 3
     dense = named.role is Role.DENSE and named.name != OUTPUT_NAME and len(shape) == 2 and min(shape) > 1
@@ -44,10 +44,10 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
     """Returns parameter groups {"params", "weight_decay"} for a torch optimizer, in a fixed order. Groups whose parameters
     have only MATRIX_MOMENTS (see `moments_of`) also have the key "moments".
 
-    A fused optimizer kernel needs tensors of one type. Plain tensors, DTensors over all ranks (dense parameters) and
-    DTensors over the edp ranks, which hold the same experts, are therefore in different parameter groups. Frozen parameters
-    and parameters that are empty on this rank are left out. An empty shard of a matrix with MATRIX_MOMENTS stays, because
-    all ranks that share the matrix must take part in its gather.
+    A fused optimizer kernel needs tensors of one type. Therefore plain tensors, DTensors over all ranks (dense parameters)
+    and DTensors over the edp ranks (experts) are in different parameter groups. Frozen parameters and parameters that are
+    empty on this rank are left out. An empty shard of a matrix with MATRIX_MOMENTS is kept, because all ranks that share
+    the matrix must take part in its all-gather.
     """
     groups: dict[tuple[bool, object, object], dict[str, Any]] = {}
     for named in named_parameters(model):
@@ -65,15 +65,15 @@ def split_parameters(model: nn.Module, *, weight_decay: float, orthogonal: bool 
 
 
 class OptimizerContext(NamedTuple):
-    """The values from which an optimizer is made, besides the fields of its section: groups from `split_parameters`, and
-    the data type of the computation."""
+    """The values that make an optimizer together with its configuration section: the parameter groups from
+    `split_parameters`, and the dtype of the computation."""
 
     groups: Sequence[dict[str, Any]]
     dtype: torch.dtype
 
 
 def adamw(context: OptimizerContext, **fields: Any) -> Optimizer:
-    """Makes the optimizer of `optimizer.kind=adamw`."""
+    """Makes the optimizer for `optimizer.kind=adamw`."""
     return make_optimizer(context.groups, **fields)
 
 
@@ -87,12 +87,12 @@ def make_optimizer(
     weight_decay: float = 0.0,
     moments: Moments = "fp32",
 ) -> Optimizer:
-    """Makes AdamW, of torch or of NVIDIA Apex if installed, for groups from `split_parameters`. `weight_decay` applies to
-    groups that have no weight decay of their own. Raises ConfigError if backend=apex, but Apex is missing or does not
-    support the parameters."""
+    """Makes torch's AdamW, or NVIDIA Apex's if installed, for groups from `split_parameters`. `weight_decay` applies to
+    groups without the key "weight_decay". Raises ConfigError if backend=apex, but Apex is missing or does not support the
+    parameters."""
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    # text with the reason why Apex cannot be used, or None
+    # the reason why Apex cannot be used, or None
     obstacle = (
         "its moments are fp32; set optimizer.moments=fp32" if moments == "bf16" else _apex_obstacle(apex_adam, parameters)
     )
@@ -102,12 +102,12 @@ def make_optimizer(
         return apex_adam(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
     if moments == "bf16":
         return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments)
-    # torch rejects an empty list of groups, but a rank without parameters still takes part in each step.
+    # torch rejects an empty list of groups, but a rank without parameters must still take part in each step.
     return torch.optim.AdamW(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def _apex_fused_adam() -> Callable[..., Optimizer] | None:
-    # The attribute identifies NVIDIA Apex: the package `apex` on the Python index is another project.
+    # FusedAdam shows that the package is NVIDIA Apex: the package `apex` on the Python index is another project.
     try:
         return getattr(importlib.import_module("apex.optimizers"), "FusedAdam", None)
     except ImportError:
@@ -135,7 +135,7 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 @torch.no_grad()
 def materialise_moments(optimizer: Optimizer) -> None:
-    """Creates moments and step counts of 0, so that a checkpoint before the first step can save or load them."""
+    """Creates all moments and step counts as 0, so that a checkpoint can save or load them before the first step."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             add_moments(optimizer, group, parameter)
@@ -171,12 +171,12 @@ def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torch.device) -> Tensor:
-    """Returns this rank's share of the squared norm of the whole gradient: the sum of ||local part||^2 / replicas over its
-    gradients, 0-d float64. The shares of all ranks add up to the squared norm. Costs no host sync.
+    """Returns this rank's part of the squared norm of the whole gradient: the sum of ||local part||^2 / replicas over its
+    gradients, 0-d float64. The parts of all ranks add up to the squared norm. Costs no host sync.
 
     Args:
-        parameters: Each parameter with its number of replicas: how many ranks hold the same part of its (already reduced)
-            gradient. This is the world size for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
+        parameters: Each parameter with its number of replicas, the number of ranks that have the same part of its (already
+            reduced) gradient: the world size for a replicated dense parameter, edp for a replicated expert, 1 for a shard.
         device: Device of the result, even if this rank has no gradient.
     """
     by_dtype: dict[torch.dtype, tuple[list[Tensor], list[int]]] = defaultdict(lambda: ([], []))
@@ -185,10 +185,10 @@ def local_norm_squared(parameters: Iterable[tuple[Tensor, int]], *, device: torc
             gradients, copies = by_dtype[gradient.dtype]
             gradients.append(gradient)
             copies.append(replicas)
-    total = torch.zeros((), dtype=torch.float64, device=device)  # on the device, so that the host does not sync
+    total = torch.zeros((), dtype=torch.float64, device=device)  # created on the device: a copy would sync the host
     for dtype, (gradients, copies) in by_dtype.items():
         norms = torch._foreach_norm(gradients, 2, torch.promote_types(dtype, torch.float32))  # pyright: ignore[reportPrivateImportUsage]
-        squares = torch.stack(list(norms)).double().square().to(device)  # the square of an fp32 norm can overflow fp32
+        squares = torch.stack(list(norms)).double().square().to(device)  # the square can overflow fp32
         total += (squares / from_host(copies, torch.float64, device)).sum()
     return total
 
@@ -204,7 +204,7 @@ def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
 
 
 def clip_by_norm(parameters: Iterable[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scales the gradients by min(1, max_norm / norm). `norm` is the global norm (0-d), equal on all ranks."""
+    """Scales the gradients by min(1, max_norm / norm). `norm` is the global norm (0-d), which is equal on all ranks."""
     scale_gradients(parameters, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))
 
 
@@ -220,9 +220,9 @@ def lr_factor(
     """Returns the ratio of the learning rate to its peak in optimizer step `step` (0-based) of `total_steps`.
 
     The warm-up is linear, from 1 / warmup_steps in the first step to 1 in the last warm-up step. After the warm-up,
-    `cosine` follows half a cosine. `wsd` keeps the ratio 1, and decays linearly over the last `decay_steps`. `cosine` and
-    `wsd` reach the ratio `min_ratio` in the last step and keep this ratio afterwards. If warm-up and decay overlap, the
-    ratio is the smaller of the two.
+    `cosine` decreases the ratio along half a cosine. `wsd` keeps the ratio at 1, then decreases it linearly over the last
+    `decay_steps` steps. `cosine` and `wsd` reach `min_ratio` in the last step and keep it afterwards. If warm-up and decay
+    overlap, the smaller of the two ratios counts.
     """
     done = min(step + 1, total_steps)  # step + 1, so that the first step already has a rate above 0
     rise = min(1.0, done / warmup_steps) if warmup_steps else 1.0

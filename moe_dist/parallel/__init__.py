@@ -1,1 +1,1 @@
-"""Creates process groups, and makes a single-device model parallel: initial weights, sharding, gradient sums."""
+"""Creates process groups, and parallelises a single-device model: initial weights, sharding and sums of gradients."""

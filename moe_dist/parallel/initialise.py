@@ -1,4 +1,4 @@
-"""Draws initial weights from (seed, logical name), so that they are bit-identical for every layout of ranks."""
+"""Draws each initial weight from (seed, logical name), so that weights are bit-identical for every layout of ranks."""
 
 import math
 from functools import partial
@@ -20,10 +20,10 @@ def initialise(
     """Allocates a meta-device model on `device`, and initialises every parameter.
 
     Norms are initialised to 1 and biases to 0. LoRA matrices B are initialised to 0, and A [r, in] is normal with variance
-    1 / (3 in), as in LoRA's own code. All other parameters are normal with standard deviation `std`; projections into the
-    residual stream (attention.o, every down) have std / sqrt(2 L), with L layers. A module can set constants for its
-    parameters by name in `initial_values`. The host draws one whole tensor at a time, and copies this rank's shard to the
-    device.
+    1 / (3 in), as in LoRA's reference code. Projections into the residual stream (attention.o, every down) are normal with
+    standard deviation std / sqrt(2 L), where L is the number of layers. All other parameters are normal with standard
+    deviation `std`. A module can set constant initial values for its parameters, by name, in `initial_values`. The host
+    draws one whole tensor at a time, and copies this rank's shard to the device.
     """
     allocate(model, device)
     for each in named_parameters(model):
@@ -43,13 +43,13 @@ def initial_value(
     for every engine (`engine.kind`).
 
     Args:
-        path: Name in `model` of the parameter that holds the tensor, alone or stacked with other tensors. The module that
-            owns this parameter can set the initial value to a constant.
-        name: Logical name, with the index of an expert. The name decides the value if the module sets no constant.
+        path: Name in `model` of the parameter that contains the tensor, alone or stacked with other tensors. The module
+            that owns this parameter can set the initial value to a constant.
+        name: Logical name, including an expert's index. It determines the value unless the module sets a constant.
     """
     owner, _, leaf = path.rpartition(".")
     constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-    if constant is not None:  # set now, because the meta device stores no values
+    if constant is not None:  # applied here, because the meta device stores no values
         return torch.full(shape, constant)
     role = role_of_name(name)
     if role is Role.NORM:
@@ -65,7 +65,7 @@ def initial_value(
 
 
 def allocate(model: Transformer, device: torch.device) -> None:
-    """Allocates a meta-device model on `device`. Sets the buffers of routers, but no parameter."""
+    """Allocates a meta-device model on `device`. Sets the values of routers' buffers, but of no parameter."""
     if any(parameter.is_meta for parameter in model.parameters()):
         model.to_empty(device=device)  # leaves values undefined: the caller sets all values
     with device:

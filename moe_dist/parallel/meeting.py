@@ -1,14 +1,15 @@
-"""Starts all ranks together: they open one store of torch.distributed, wait for each other, and take rank 0's attempt_id.
+"""Starts all ranks together: they open one store of torch.distributed, wait for each other, and use rank 0's attempt_id.
+The store has these keys:
 
     run               name of the run whose rank 0 uses the store, and rank 0's host
     hello/N           token of the Nth process that came
-    welcome/TOKEN     rank 0's greeting for that process
-    KEY/answer/N      a rank, and an exit code and the reason if it does not start
+    welcome/TOKEN     rank 0's greeting to the process with this token
+    KEY/answer/N      a rank with an exit code, and the reason if the rank does not start
     KEY/go            rank 0's decision: an exit code, and the errors
-    KEY/world/        keys of the process groups
+    KEY/world/        prefix of the keys of process groups
 
-All keys begin with moe_dist/. torchrun's store survives a restart, so it contains keys of earlier starts. Tokens and KEY
-are therefore random, and a rank reads only keys with its token or this start's KEY.
+All keys begin with moe_dist/. torchrun's store survives a restart, so it may contain keys of earlier starts. TOKEN and KEY
+are therefore random, and a rank reads only keys with its own token or the KEY of this start.
 """
 
 import concurrent.futures
@@ -51,13 +52,13 @@ _ERRORS: dict[int, type[MoeDistError]] = {each.exit_code: each for each in (Conf
 @contextmanager
 def meeting(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[tuple[Store, str]]:
     """Waits until all ranks have joined the start. Yields the store for the ranks' process groups, and rank 0's attempt_id,
-    by which all ranks name this attempt (start of the job). The caller must create the process group inside the `with`
-    block.
+    with which all ranks identify this attempt (one start of the job). The caller must create the process group inside the
+    `with` block.
 
     Raises:
         ConfigError: ranks differ in WORLD_SIZE, MOE_DIST_ATTEMPT_ID or run folder (the error names rank, host and values),
             or another run uses MASTER_PORT.
-        StartError, StoppedError: `wait` raised the error on this rank or on rank 0, or the store's owner has ended.
+        StartError, StoppedError: `wait` raised this error on this rank or on rank 0, or the store's owner has ended.
         ResourceError: see `publish`.
     """
     with _store(env, run_folder, wait) as shared:
@@ -82,19 +83,19 @@ class Mailbox:
         self._store.set(str(self._store.add("count", 1)), text)
 
     def new(self) -> list[str]:
-        """Returns the messages since the last call. Without messages the call costs one request to the store."""
+        """Returns the messages since the last call. If there are none, the call costs one request to the store."""
         before, self._count = self._count, self._store.add("count", 0)
         due = [*self._due, *range(before + 1, self._count + 1)]
-        # a process that posts a message may have died before `set`
+        # A process that died in `post` before `set` leaves a number without a message.
         here = [number for number in due if self._store.check([str(number)])]
         self._due = [number for number in due if number not in here]
         return [self._store.get(str(number)).decode() for number in here]
 
 
 def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """Runs on rank 0: greets all ranks, waits for their answers, and tells them the decision."""
+    """Greets all ranks, waits for their answers, and tells them the decision. Only rank 0 calls this function."""
     host, folder = socket.gethostname(), str(run_folder.absolute())
-    store.set("run", json.dumps([run_folder.name, host]))  # for ranks of other runs that come to this store by mistake
+    store.set("run", json.dumps([run_folder.name, host]))  # read by ranks of other runs that use this store by mistake
     greeting = Greeting(env.attempt_id, env.world_size, host, folder, secrets.token_hex(8))
     hellos, start = Mailbox(PrefixStore("hello", store)), PrefixStore(greeting.key, store)
     answers, missing = Mailbox(PrefixStore("answer", start)), set(range(1, env.world_size))
@@ -113,7 +114,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
                 wait.pause(ranks_text(missing))
     except MoeDistError as error:
         start.set("go", json.dumps([error.exit_code, *error.problems]))
-        time.sleep(5 * POLL_SECONDS)  # gives the other ranks time to read the decision before the store ends
+        time.sleep(5 * POLL_SECONDS)  # gives all other ranks time to read the decision before the store ends
         raise
     finally:
         if several_nodes:
@@ -123,7 +124,7 @@ def _receive(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> G
 
 
 def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Greeting:
-    """Runs on the other ranks: answers rank 0's greeting, and waits for rank 0's decision."""
+    """Answers rank 0's greeting, and waits for rank 0's decision. All ranks except rank 0 call this function."""
     token = secrets.token_hex(8)
     Mailbox(PrefixStore("hello", store)).post(token)
     while not store.check([f"welcome/{token}"]):
@@ -147,7 +148,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
 
 @contextmanager
 def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
-    """Yields the store of all ranks of a start. Rank 0 or torchrun's agent owns the store, unless it is a file."""
+    """Yields the store that all ranks of a start use. If the store is not a file, rank 0 or torchrun's agent owns it."""
     if env.init_method.startswith("file://"):
         yield FileStore(env.init_method.removeprefix("file://"), env.world_size)
     elif env.init_method != PUBLISHED:
@@ -174,7 +175,7 @@ def _store(env: RankEnv, run_folder: Path, wait: StartWait) -> Iterator[Store]:
 
 
 def _given_address(init_method: str) -> tuple[str, int]:
-    """Returns host and port of env:// or tcp://HOST:PORT. Raises ConfigError if there is no port number."""
+    """Returns the host and the port of env:// or tcp://HOST:PORT. Raises ConfigError if the port number is missing."""
     host, _, port = init_method.removeprefix("tcp://").rpartition(":")
     if init_method == "env://":
         host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -201,7 +202,7 @@ def _store_at(env: RankEnv, host: str, port: int, run_folder: Path, wait: StartW
     agent = env.init_method == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if env.rank > 0 or agent:  # torchrun's agent owns the store
         return _client(host, port, wait)
-    while problem := _unresolved(host):  # in Kubernetes a name may become known some seconds after the start
+    while problem := _unresolved(host):  # in Kubernetes a host name may become resolvable only seconds after the start
         wait.pause(f"a name server that knows the host of MASTER_ADDR: {problem}")
     try:
         return TCPStore(host, port, None, True, STORE_SECONDS, wait_for_workers=False, multi_tenant=True)
@@ -218,9 +219,9 @@ def _store_at(env: RankEnv, host: str, port: int, run_folder: Path, wait: StartW
 def _client(host: str, port: int, wait: StartWait) -> Store:
     where = f"rank 0, whose store must be at {host}:{port}"
     while True:
-        try:  # tries a plain socket first, because torch would log a warning for every attempt
+        try:  # a plain socket comes first, because torch would log a warning for every failed attempt
             socket.create_connection((host, port), timeout=5.0).close()
-        except OSError as error:  # no process listens yet, or the host has no address yet
+        except OSError as error:  # no process listens yet, or the host name has no address yet
             wait.pause(f"{where} ({_unresolved(host) or error})")
             continue
         answer = _greet_store(host, port)
@@ -249,7 +250,7 @@ def _greet_store(host: str, port: int) -> Future[TCPStore]:
 
 
 def _unresolved(host: str) -> str:
-    """Returns the problem if this node finds no address of the host name; otherwise ''."""
+    """Returns a text with the problem if this node finds no address for the host name; otherwise ''."""
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:

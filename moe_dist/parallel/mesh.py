@@ -1,13 +1,13 @@
-"""Creates all process groups. No other file creates process groups.
+"""Creates all process groups of the package, numbered as follows.
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 
-- `world`: all ranks. Each rank reads different data. Dense parameters are replicated, or sharded over all ranks.
-- `ep`: ranks that together hold one copy of all experts. An EP group's ranks are consecutive, to stay inside a node.
-  Dispatch and combine run in the EP group.
-- `edp`: ranks with the same ep_rank. The ranks of an edp group hold the same experts and sum their gradients.
-- `intra_node`, `inter_node`: exist only with ranks_per_node. ep_rank = node * ranks_per_node + local; `intra_node` has the
-  ranks of an EP group with the same `node`, `inter_node` the ranks of an EP group with the same `local`.
+- `world`: all ranks. Each rank reads different data. Dense parameters are replicated on, or sharded over, all ranks.
+- `ep`: ranks that together have one copy of all experts. The ranks of an EP group are consecutive, so that the group stays
+  inside a node where possible. Dispatch and combine run in the EP group.
+- `edp`: ranks with the same ep_rank. The ranks of an edp group have the same experts and sum their gradients.
+- `intra_node`, `inter_node`: exist only if ranks_per_node is set. ep_rank = node * ranks_per_node + local. `intra_node` has
+  the ranks of an EP group with the same `node`, `inter_node` the ranks of an EP group with the same `local`.
 """
 
 from collections.abc import Iterator
@@ -23,20 +23,20 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
-CHECKPOINT_TIMEOUT = timedelta(hours=2)  # longer than the slowest rank takes to write a checkpoint
+CHECKPOINT_TIMEOUT = timedelta(hours=2)  # longer than the time in which the slowest rank writes a checkpoint
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks and process groups of this process.
+    """This process's ranks in the world and in the process groups, and the process groups themselves.
 
     Attributes:
-        ep: Process group of the EP ranks; None for a single EP rank, which communicates nothing.
+        ep: Process group of the EP ranks; None for a single EP rank, which needs no communication.
         checkpoint: A gloo group of all ranks for the checkpoint thread, which runs while training uses all other groups.
         world_mesh, edp_mesh: `world` and `edp` as 1-D device meshes, for FSDP2.
-        tracker: Tracks all collectives of this rank, for the watchdog.
-        intra_node, inter_node: Process groups in the order of ep_rank; None without ranks_per_node, or for a single rank.
+        tracker: Records all collectives of this rank, for the watchdog.
+        intra_node, inter_node: Process groups ordered by ep_rank. None if ranks_per_node is None or the group has one rank.
     """
 
     rank: int
@@ -72,8 +72,8 @@ def init_world(
     timeout: float,
     backend: str | None = None,
 ) -> None:
-    """Creates the default process group: NCCL on CUDA, otherwise gloo, or `backend`. `timeout` limits every collective, in
-    seconds. Ranks meet in `store`, or by `init_method` if `store` is None."""
+    """Creates the default process group, with `backend` or by default NCCL on CUDA and gloo on CPU. `timeout` limits every
+    collective, in seconds. Ranks connect through `store`, or through `init_method` if `store` is None."""
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if store is not None:
         store.set_timeout(timedelta(seconds=timeout))
@@ -84,12 +84,12 @@ def init_world(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=device if backend == "nccl" else None,  # opens NCCL's connections now, so that errors show early
+        device_id=device if backend == "nccl" else None,  # opens NCCL's connections now, so that their errors appear early
     )
 
 
 def pretend_world(*, rank: int, world_size: int) -> None:
-    """Creates a default process group without peers, whose collectives do nothing. It serves to count one rank's work."""
+    """Creates a default process group without peers, whose collectives do nothing. Use it to count the work of one rank."""
     # imported here, because the import registers a backend
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -106,8 +106,8 @@ def make_mesh(
 ) -> Mesh:
     """Divides the default process group into EP and edp groups. Every rank must call `make_mesh` with the same arguments.
 
-    With `ranks_per_node`, which must divide `ep`, each EP group is also divided into nodes. Each group gets `timeout`
-    explicitly, because torch's groups do not inherit the default group's timeout.
+    If `ranks_per_node` is given, it must divide `ep`, and each EP group is also divided into nodes. Each group gets
+    `timeout` explicitly, because torch's groups do not inherit the timeout of the default group.
     """
     world, rank, world_size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     if world is None or world_size % ep:
@@ -115,7 +115,7 @@ def make_mesh(
     grid = torch.arange(world_size).view(world_size // ep, ep)
     edp_rank, ep_rank = divmod(rank, ep)
     ep_group = _own_group(grid, edp_rank, timeout) if ep > 1 else None
-    edp_group = _own_group(grid.T, ep_rank, timeout)  # created also for a single rank, because FSDP2 needs the edp mesh
+    edp_group = _own_group(grid.T, ep_rank, timeout)  # created even if it has one rank, because FSDP2 needs the edp mesh
     backend = "fake" if dist.get_backend() == "fake" else "gloo"
     intra_node, inter_node = _node_groups(grid, rank, ranks_per_node, timeout)
     return Mesh(
@@ -129,7 +129,7 @@ def make_mesh(
         world=world,
         ep=ep_group,
         edp=edp_group,
-        # The timeout may be long: a rank that dies closes its connections, which ends the wait of the other ranks.
+        # The timeout may be long: if a rank dies, its connections close, and this ends the wait of the other ranks.
         checkpoint=dist.new_group(backend=backend, timeout=CHECKPOINT_TIMEOUT),  # pyright: ignore[reportArgumentType]
         world_mesh=DeviceMesh.from_group(world, device.type, mesh_dim_names=("world",)),
         edp_mesh=DeviceMesh.from_group(edp_group, device.type, mesh_dim_names=("edp",)),
@@ -142,7 +142,7 @@ def make_mesh(
 def _node_groups(
     grid: torch.Tensor, rank: int, ranks_per_node: int | None, timeout: float
 ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """Returns this rank's process groups inside its node and between nodes. Each row of `grid` is an EP group's ranks."""
+    """Returns this rank's groups inside its node and between nodes. A row of `grid` has the ranks of an EP group."""
     if ranks_per_node is None:
         return None, None
     ep = grid.shape[1]
@@ -160,8 +160,8 @@ def _row_of(rows: torch.Tensor, rank: int) -> int:
 
 
 def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGroup:
-    """Creates a process group for each row of ranks, and returns the group of row `own`. All ranks create all groups in the
-    same order, as `dist.new_group` requires."""
+    """Creates a process group for each row of ranks, and returns the group of the row with index `own`. All ranks create
+    all groups in one order, as `dist.new_group` requires."""
     groups = [dist.new_group(row.tolist(), timeout=timedelta(seconds=timeout)) for row in rows]
     group = groups[own]
     if not isinstance(group, dist.ProcessGroup):
@@ -170,8 +170,8 @@ def _own_group(rows: torch.Tensor, own: int, timeout: float) -> dist.ProcessGrou
 
 
 def group_of(ranks: list[int], *, timeout: float, alone: bool = True) -> dist.ProcessGroup | None:
-    """Creates a process group of `ranks`, for measurements; returns None on ranks outside of it. With `alone`, only `ranks`
-    call this function, and no earlier process group may have exactly these ranks."""
+    """Creates a process group of `ranks`, for measurements. Returns None on ranks outside the group. With `alone`, only
+    `ranks` call this function, and no earlier process group may have exactly the same ranks."""
     group = dist.new_group(ranks, timeout=timedelta(seconds=timeout), use_local_synchronization=alone)
     return group if isinstance(group, dist.ProcessGroup) else None
 
@@ -183,9 +183,9 @@ def destroy_world() -> None:
 
 
 def own_gpu(env: RankEnv) -> torch.device:
-    """Returns this rank's GPU, and makes it the current device. The rank's GPU is the GPU whose index is the local rank, or
-    the only GPU that the rank sees: a scheduler may show each rank only its own GPU, as srun --gpus-per-task does. Raises
-    ResourceError if the node shows no GPU, or several GPUs but fewer than the node has ranks."""
+    """Returns this rank's GPU, and makes it the current device. It is the GPU whose index is the local rank. If the rank
+    sees only one GPU, as with srun --gpus-per-task, it is that GPU. Raises ResourceError if the node shows no GPU, or shows
+    several GPUs but fewer than it has ranks."""
     index = 0 if torch.cuda.device_count() == 1 else env.local_rank
     if index >= torch.cuda.device_count():
         raise ResourceError(
@@ -199,11 +199,11 @@ def own_gpu(env: RankEnv) -> torch.device:
 
 @contextmanager
 def one_group(env: RankEnv, device: torch.device) -> Iterator[tuple[Mesh | None, torch.device]]:
-    """Puts all ranks into one EP group, for commands that use a trained model. Yields the mesh (None for a single rank) and
-    this rank's device.
+    """Puts all ranks into one EP group, for commands that use a trained model. Yields this rank's mesh (None if there is
+    only one rank) and device.
 
     Raises:
-        ConfigError: the ranks have no address of rank 0.
+        ConfigError: the address of rank 0 is not set on the ranks.
         ResourceError: see `own_gpu`.
     """
     if env.world_size == 1:

@@ -1,8 +1,8 @@
-"""Expert-parallel layers in a user's own model: balance loss, gradients and full weights of such layers (docs/api.md).
+"""Functions for expert-parallel layers in a user's own model (docs/api.md): balance loss, gradients and full weights.
 
-An expert is on one rank of `ep_group`. This rank gets the gradients of all tokens that chose the expert. Frameworks that
-average gradients over ranks, like DDP, must therefore leave experts out. No rank has the weights or gradients of all
-experts.
+Each expert is on one rank of `ep_group`, and this rank gets the gradients of all tokens that chose the expert. Frameworks
+that average gradients over ranks, like DDP, must therefore leave out the experts. No rank has the weights or gradients of
+all experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,24 +45,24 @@ def build_moe_layer(
     std: float = 0.02,
     name: str = "moe",
 ) -> MoELayer:
-    """Builds a layer with this rank's experts and dispatch over `ep_group`.
+    """Builds an MoE layer that has this rank's experts and exchanges tokens over `ep_group`.
 
     `y, report = layer(x, group)` takes x [T, D] and int64 group indices [T], and returns y [T, D] without the residual.
-    Weights are normal with `std`, drawn from (seed, logical name), so that they are the same for any number of ranks.
+    Weights are normal with standard deviation `std`. They depend only on `seed` and logical name.
 
     Args:
-        hidden_dim: D.
+        hidden_dim: The hidden dimension D of the tokens.
         groups: All groups of experts, in logical order. If no group has a `first_expert`, the experts are numbered in the
             order of `groups`.
-        ep_group: The ranks that share the experts. Without `ep_group`, this process holds all experts.
-        placement: The map of experts to ranks; by default each group's experts are spread over all ranks.
-        router: The layer's router, whose weights stay as they are. Without `router`, the layer gets a `TopKRouter`.
-        name: Name of the layer in logical names and error messages. Each layer of a model needs its own name.
+        ep_group: The ranks over which the experts are divided. Without `ep_group`, this process has all experts.
+        placement: The map of experts to ranks. By default each group's experts are spread over all ranks.
+        router: The layer's router, whose weights are not changed. Without `router`, the layer gets a new `TopKRouter`.
+        name: Name of the layer in logical names and error messages. Each layer of a model needs a different name.
 
     Raises:
         ConfigError: the groups of `placement` differ from `groups`.
-        ValueError: in forward, x or group has another shape, or (checked on CPUs only, because a GPU would have to sync) a
-            group index is neither -1 nor the index of a group.
+        ValueError: in forward, x or group has a wrong shape, or a group index is neither -1 nor the index of a group.
+            Indices are checked only on CPUs, because on a GPU the check would cost a host sync.
     """
     wire = AllToAll(ep_group, CommStats())
     groups = _numbered(groups)
@@ -121,15 +121,15 @@ def balance_loss(
     *,
     averaged: bool = False,
 ) -> Tensor:
-    """Returns this rank's share of AdaMoE's load-balance loss (arXiv 2406.13233, section 3.2), 0-d, with coefficient 1,
-    summed over layers. The shares of all ranks add up to the loss. Costs one small all-reduce.
+    """Returns this rank's part of AdaMoE's load-balance loss (arXiv 2406.13233, section 3.2), 0-d, with coefficient 1,
+    summed over layers. The parts of all ranks add up to the loss. Costs one small all-reduce.
 
     Args:
-        reports: The report that a layer returned, or the reports of several layers with equal groups.
+        reports: The report that a layer returned, or the reports of several layers, which must have equal groups.
         groups: The layers' expert groups.
         group: Process group of all ranks that train the model; None for one process.
-        averaged: Whether gradients are averaged over ranks and not summed (`average_over_ranks`). With `averaged`, this
-            rank's share is multiplied by the number of ranks.
+        averaged: Whether gradients are averaged over ranks (see `average_over_ranks`) instead of summed. If True, this
+            rank's part is multiplied by the number of ranks.
     """
     layers = [reports] if isinstance(reports, LayerReport) else reports
     local, aux = joined([each.counts for each in layers]), joined([each.aux for each in layers])
@@ -148,14 +148,14 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 def finish_gradients(
     model: nn.Module, group: dist.ProcessGroup | None = None, *, copies: dist.ProcessGroup | None = None
 ) -> None:
-    """Sums gradients over ranks, between backward and the optimizer step, in a loop whose losses add up over ranks.
+    """Sums gradients over ranks. Call this function between backward and the optimizer step, if the ranks' losses add up.
 
-    Costs, for each dtype, an all-reduce of all dense gradients and a buffer of their size; and costs a host sync. A
-    parameter that no rank used keeps no gradient.
+    For each dtype, costs an all-reduce of all dense gradients, a buffer of their size, and a host sync. A parameter that no
+    rank used gets no gradient.
 
     Args:
         group: All ranks that train the model; None for one process.
-        copies: The ranks that hold copies of this rank's experts, if several EP groups train the model.
+        copies: The ranks that have copies of this rank's experts, if several EP groups train the model.
     """
     experts = {id(parameter) for parameter in expert_parameters(model)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -168,7 +168,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup 
         return
     for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
         same = [parameter for parameter in parameters if parameter.dtype == dtype]
-        # A rank whose tokens did not use a parameter has no gradient of the parameter, but other ranks may have a gradient.
+        # If this rank's tokens did not use a parameter, its gradient is None here, but may exist on other ranks.
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in same]
         used = torch.tensor([each.grad is not None for each in same], dtype=dtype).to(same[0].device)
         flat = torch.cat([*(gradient.flatten() for gradient in gradients), used])
@@ -181,12 +181,12 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup 
 def average_over_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Prepares a model for a framework that averages gradients over ranks: DDP, FSDP2, Accelerate, Lightning, Trainer.
 
-    Call this function once on the module that the framework will wrap, before wrapping. After the call each gradient of an
-    expert is divided by the number of ranks, and DDP leaves experts out. Give FSDP2
+    Call this function once, before the framework wraps the module, on the module that it will wrap. Afterwards each
+    gradient of an expert is divided by the number of ranks, and DDP leaves out the experts. Give FSDP2
     `ignored_params=set(expert_parameters(model))`.
 
     Args:
-        group: All ranks that train the model, which are one EP group; None for one process.
+        group: All ranks that train the model, which must be one EP group; None for one process.
     """
     size = 1 if group is None else group.size()
     paths: list[str] = []
@@ -200,12 +200,12 @@ def average_over_ranks(model: nn.Module, group: dist.ProcessGroup | None = None)
 
 
 def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Scales all gradients so that their norm over all ranks is at most `max_norm`; returns the old norm, 0-d.
+    """Scales all gradients so that their norm over all ranks is at most `max_norm`. Returns the norm before scaling, 0-d.
 
-    `torch.nn.utils.clip_grad_norm_` knows only this rank's experts, so ranks would scale gradients by different factors.
+    `torch.nn.utils.clip_grad_norm_` sees only this rank's experts, so it would scale by a different factor on each rank.
 
     Args:
-        group: All ranks that train the model, which are one EP group; None for one process.
+        group: All ranks that train the model, which must be one EP group; None for one process.
     """
     experts = expert_parameters(model)
     known = {id(parameter) for parameter in experts}
@@ -221,8 +221,8 @@ def clip_gradients(model: nn.Module, max_norm: float, group: dist.ProcessGroup |
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns a model's state dict with the stacks of all experts, in logical order, equal on all ranks. All ranks must
-    call it. Costs a broadcast for each weight matrix of an expert. Layers must be from `build_moe_layer`."""
+    """Returns a model's state dict, equal on all ranks, in which each stack contains all experts in logical order. All
+    ranks must call it. Costs a broadcast per weight matrix of an expert. Layers must be from `build_moe_layer`."""
     state = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in model.state_dict().items()}
     for path, stack, experts, planner in _expert_stacks(model):
         local = planner.placement.local_experts(planner.wire.rank, experts)
@@ -238,10 +238,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads the result of `full_state_dict`, for any ranks and placement. Raises RuntimeError if names or shapes differ."""
+    """Loads a result of `full_state_dict`, for any ranks and placement. Raises RuntimeError if names or shapes differ."""
     own = dict(state)
     for path, _, experts, planner in _expert_stacks(model):
-        if path in state and len(state[path]) == experts.num_experts:  # otherwise load_state_dict reports the wrong shape
+        if path in state and len(state[path]) == experts.num_experts:  # other shapes are reported by load_state_dict
             local = planner.placement.local_experts(planner.wire.rank, experts)
             own[path] = state[path][[expert - experts.first_expert for expert in local]]
     for name, mine in model.state_dict().items():

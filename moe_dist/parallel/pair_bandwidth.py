@@ -14,16 +14,16 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # most repeats of a collective, and most seconds for all its repeats; the best time counts
-# Further measurements (looks) of a pair that looks slow: the pair is slow only if all looks find the pair slow. All pairs
-# of a slow node are slow. The more pairs look slow, the fewer looks each pair gets, so that a large cluster stays within
-# the job's time limit.
+REPEATS, SECONDS = 100, 0.5  # largest number and total time of a collective's repeats; the best time counts
+# A pair that looks slow is measured again several times (looks), and is slow only if all looks find it slow. All pairs of a
+# slow node are slow. The more pairs look slow, the fewer looks each pair gets, so that the measurement of a large cluster
+# stays within the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
 @dataclass(frozen=True)
 class NodeRanks:
-    """This rank's number, and the layout of ranks: `per_node` consecutive ranks on each of `nodes` nodes."""
+    """This rank's global index, and the layout of ranks: `per_node` consecutive ranks on each of `nodes` nodes."""
 
     rank: int
     nodes: int
@@ -42,22 +42,21 @@ def measure_pairs(
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, alternately with a pair of usual speed. A temporary load
-    on the network then slows both pairs, and so makes no pair look slow. Each rank sends `payload_bytes` to the other node
-    in an all-to-all, and all-reduces as many bytes."""
+    A pair that looks slow is measured again without other traffic, in turns with a pair of usual speed. A temporary load on
+    the network then slows both pairs, so it does not make only one look slow. In the all-to-all each rank sends
+    `payload_bytes` to the other node, and the all-reduce has as many bytes."""
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
     for pairs in round_robin(ranks.nodes):
         groups = {pair: group_of(ranks.of(pair), timeout=timeout) for pair in pairs if ranks.node in pair}
         measured |= task.measure(pairs, groups)
         for group in groups.values():
-            dist.destroy_process_group(group)  # otherwise the connections of n (n - 1) / 2 groups would pile up
+            dist.destroy_process_group(group)  # otherwise the connections of n (n - 1) / 2 groups would stay open
     doubted = slow_pairs(measured)
     if not doubted:
         return measured, []
     reference = usual_pair(measured)
-    # All ranks create the groups of the doubted pairs, because with `alone` torch would reuse the name of the pair's
-    # destroyed group.
+    # All ranks create these groups. With `alone`, torch would reuse the name of the pair's destroyed group.
     groups = {pair: group_of(ranks.of(pair), timeout=timeout, alone=False) for pair in [reference, *doubted]}
     looks = _num_looks(len(doubted))
     return measured, [pair for pair in doubted if _stays_slow(pair, reference, task, groups, looks)]
@@ -94,8 +93,8 @@ class PairMeasurement:
     device: torch.device
 
     def measure(self, pairs: list[Pair], groups: Mapping[Pair, dist.ProcessGroup | None]) -> dict[Pair, PairExchange]:
-        """Measures `pairs`, which share no node, at the same time. `groups` has the process group of this rank's pair. All
-        ranks call it. Costs host syncs."""
+        """Measures several `pairs` at the same time; they must share no node. `groups` has the process group of this rank's
+        pair. All ranks must call this method. Costs host syncs."""
         seconds = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.device)
         for number, pair in enumerate(pairs):
             if self.ranks.node in pair:
@@ -110,7 +109,7 @@ class PairMeasurement:
         per_node, own = self.ranks.per_node, pair.index(self.ranks.node)
         elements = -(-self.payload_bytes // 4 // per_node) * per_node
         sent, received = torch.zeros(elements, device=self.device), torch.zeros(elements, device=self.device)
-        # Sends only to the ranks of the other node, so that only the network is measured.
+        # Each rank sends only to the ranks of the pair's second node, so that only the network is measured.
         splits = [0 if index // per_node == own else elements // per_node for index in range(2 * per_node)]
 
         def all_reduce() -> None:
@@ -126,7 +125,7 @@ def _best(collective: Callable[[], None], group: dist.ProcessGroup, device: torc
     collective()  # the first call opens connections
     best = _seconds(collective, device)
     repeats = torch.tensor([min(REPEATS, max(1, int(SECONDS / best)))], device=device)
-    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # so that all ranks repeat equally often
+    dist.all_reduce(repeats, dist.ReduceOp.MIN, group=group)  # so that all ranks use the same number of repeats
     return min([best, *(_seconds(collective, device) for _ in range(int(repeats)))])
 
 

@@ -1,13 +1,13 @@
 """Makes a single-device model parallel in three steps:
 
-1. Experts: the model is built with this rank's experts only, and its dispatcher gets the EP group.
-2. Recompute: it is set inside each FSDP2 unit when the model is built, so that FSDP2 gathers a unit before recomputation.
+1. Experts: the model is built with only this rank's experts, and its dispatcher gets the EP group.
+2. Recompute: building the model sets up recomputation inside each FSDP2 unit, so that FSDP2 gathers before recomputation.
 3. FSDP2 or DDP: they wrap the model last, because they need the final parameters and units.
 
-Gradients are summed over ranks, not averaged, because a rank's loss is its share of the global loss. Dense gradients are
+Gradients are summed over ranks, not averaged, because a rank's loss is its part of the global loss. Dense gradients are
 summed over the world, and gradients of experts over edp (ranks with the same experts). Router weights stay replicated plain
-tensors, because FSDP2 would cast them to its compute dtype. `reduce_gradients` sums routers' gradients over the world after
-backward.
+tensors, because FSDP2 would cast them to its compute dtype. After backward, `reduce_gradients` sums the gradients of
+routers over the world.
 """
 
 from collections.abc import Collection, Iterator
@@ -33,8 +33,8 @@ _NOT_IN_DDP = ROUTERS | EXPERTS  # roles whose gradients DDP leaves to `reduce_g
 
 
 class ParallelModel:
-    """A transformer on a mesh. Call the object for the forward of training, and its `reduce_gradients` after the step's
-    last backward.
+    """A transformer on a mesh. Call the object itself for a forward of training, and `reduce_gradients` after the last
+    backward of a step.
 
     Attributes:
         model: The unwrapped transformer, for evaluation and state. Under FSDP2 the transformer's parameters are DTensors.
@@ -66,22 +66,22 @@ class ParallelModel:
 
     @property
     def reader(self) -> tuple[int, int]:
-        """This rank's position among the ranks that read different sequences, and the number of such ranks."""
+        """Returns this rank's index among the ranks that read different sequences, and the number of such ranks."""
         return self.mesh.rank, self.mesh.world_size
 
     @property
     def layer_ranks(self) -> dist.ProcessGroup | None:
-        """The ranks with the same layers as this rank."""
+        """Returns the group of ranks that have the same layers as this rank."""
         return self.mesh.world
 
     @property
     def counts_tokens(self) -> bool:
-        """False on a rank whose tokens and losses another rank counts; always True in this class."""
+        """Returns False on a rank whose tokens and losses another rank counts. In this class it is always True."""
         return True
 
     def replicas(self, named: NamedParameter) -> int:
-        """Returns the number of ranks that hold the same part of a parameter (1 for a shard). Gradient norms divide the
-        parameter's squared norm by this number."""
+        """Returns the number of ranks that have the same part of a parameter (1 for a shard). A gradient norm divides the
+        squared norm of the parameter's gradient by this number."""
         if isinstance(named.parameter, DTensor):
             return 1
         return self.mesh.edp_size if named.role in EXPERTS else self.mesh.world_size
@@ -89,9 +89,9 @@ class ParallelModel:
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         """Encloses forward and backward of a micro-batch. DDP sums gradients over ranks only in a step's last micro-batch.
-        FSDP2 gathers parameters and sums gradients either in each micro-batch, or gathers in the first and sums in the last
-        micro-batch (`fsdp_gather`). Until the last micro-batch or an error, experts keep copies of their weights in the
-        dtype of the experts' inputs."""
+        With `fsdp_gather="micro_batch"`, FSDP2 gathers parameters and sums gradients in each micro-batch. With "step", it
+        gathers in the first and sums in the last. Experts keep copies of their weights, in the dtype of their inputs, until
+        the last micro-batch or an error."""
         for stack in self._stacks:
             stack.keep_copies(True)
         if self._once:
@@ -108,9 +108,9 @@ class ParallelModel:
             raise
         finally:
             for stack in self._stacks if last else ():
-                stack.keep_copies(False)  # the optimizer, or a load after an error, changes the weights next
+                stack.keep_copies(False)  # next, the optimizer or, after an error, a checkpoint load changes the weights
             if self._once and last:
-                self._root.set_reshard_after_forward(True)  # otherwise an evaluation would leave all parameters unsharded
+                self._root.set_reshard_after_forward(True)  # otherwise evaluation would leave all parameters gathered
 
     @property
     def _root(self) -> FSDPModule:
@@ -118,14 +118,14 @@ class ParallelModel:
         return self.model
 
     def _keep_gathered(self, *, until_next: bool) -> None:
-        """Lets FSDP2 keep gathered parameters after forward, and with `until_next` also after backward. With
-        `until_next` FSDP2 reduces no gradients: it adds up this rank's gradients in fp32."""
+        """Makes FSDP2 keep gathered parameters after forward. With `until_next`, it keeps them also after backward, and
+        adds up this rank's gradients in fp32 instead of reducing them over ranks."""
         self._root.set_reshard_after_forward(False)
         self._root.set_reshard_after_backward(not until_next)
         self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
-        """Sums gradients that DDP and FSDP2 leave out: of routers over the world, and under DDP of experts over edp."""
+        """Sums gradients that the wrapper leaves out: of routers over the world, and under DDP of experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:
@@ -134,16 +134,16 @@ class ParallelModel:
             sum_gradients(experts, self.mesh.edp, flat=False, name=EXPERT_GRADIENTS, tracker=self.mesh.tracker)
 
     def clear_gradients(self) -> None:
-        """Sets gradients in DDP's buckets to zero and all other gradients to None, also for parameters that the optimizer
-        lacks (frozen, or empty on this rank)."""
+        """Sets the gradients in DDP's buckets to zero, and all other gradients to None. This includes parameters that the
+        optimizer lacks (frozen, or empty on this rank)."""
         in_buckets = []
         for each in self.parameters:
             gradient = each.parameter.grad
             if gradient is None:
                 continue
             if isinstance(self._module, DistributedDataParallel) and each.role not in _NOT_IN_DDP:
-                # The gradient stays a view of the bucket: otherwise the next step would add up its micro-batches in a new
-                # tensor, as the first step does, and copy the sum into the bucket.
+                # The gradient stays a view of the bucket. Otherwise the next step would accumulate gradients in a new
+                # tensor, as the first step does, and then copy the sum into the bucket.
                 in_buckets.append(gradient)
             else:
                 each.parameter.grad = None
@@ -159,14 +159,14 @@ def freeze_all_but(model: nn.Module, roles: Collection[Role]) -> None:
 
 
 def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
-    """Applies FSDP2 in place. FSDP2's units are each layer's attention, each MoE layer or FFN, and the model with all other
-    parameters.
+    """Applies FSDP2 to the model in place. Its units are each layer's attention, each MoE layer or FFN, and the model
+    itself with all remaining parameters.
 
-    The MoE layer is one unit, with its experts sharded over edp and its other parameters over the world. FSDP2 thus runs no
-    collective between the layer's two exchanges (dispatch and combine). If the experts were a separate unit, its
-    reduce-scatter would run between the exchanges of backward, where ranks can deadlock. With edp = 1 no other rank holds
-    this rank's experts, so they stay plain tensors: FSDP2 would needlessly copy them and their gradients in each
-    micro-batch. Raises ConfigError: see `_expert_placement`."""
+    An MoE layer is one unit, whose experts are sharded over edp and whose other parameters are sharded over the world.
+    FSDP2 thus runs no collective between the layer's two exchanges (dispatch and combine). If the experts were a separate
+    unit, its reduce-scatter would run between the exchanges of backward, where ranks can deadlock. With edp = 1 this rank's
+    experts are on no other rank. They then stay plain tensors, because FSDP2 would needlessly copy them and their gradients
+    in each micro-batch. Raises ConfigError: see `_expert_placement`."""
     # cast_forward_inputs=False, because routing weights and loss are fp32 and must not be rounded at a unit's boundary
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if precision not in (torch.bfloat16, torch.float16):
@@ -176,16 +176,16 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": ignored}
     for unit in model.units():
         fully_shard(unit, shard_placement_fn=_expert_placement(unit, mesh), **options)
-    fully_shard(model, **options)  # sharded last, because the model takes the parameters that no unit has
+    fully_shard(model, **options)  # wrapped last, because the model's unit gets all parameters that no other unit has
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # FSDP2 then sums gradients instead of averaging them
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            module.set_force_sum_reduction_for_comms(True)  # because gloo has no pre-multiplied sum
 
 
 def _gather_all(model: nn.Module, _inputs: Any) -> None:
-    """Gathers the parameters of all units before the first layer, if the layers run on two halves of a micro-batch in
-    turns. The units' own hooks then do not run, and FSDP2 reduces gradients at the end of backward, so no collective comes
+    """Gathers the parameters of all units before the first layer, if the layers run alternately on two halves of a
+    micro-batch. The units' own hooks then do not run. FSDP2 reduces gradients at the end of backward, so no collective runs
     between exchanges."""
     assert isinstance(model, Transformer)
     for unit in model.modules() if model.in_halves else ():
@@ -194,9 +194,9 @@ def _gather_all(model: nn.Module, _inputs: Any) -> None:
 
 
 def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
-    """Returns how FSDP2 shards expert stacks over edp: by experts; or by the rows of each expert, if the edp size divides
-    only the number of these rows. Returns None if no expert must be sharded. Raises ConfigError if the installed torch
-    shards all parameters of an FSDP2 unit over the same ranks."""
+    """Returns the function that tells FSDP2 how to shard expert stacks over edp. It shards by expert, or by the rows of
+    each expert if the edp size divides only the number of rows. Returns None if no expert must be sharded. Raises
+    ConfigError if the installed torch cannot shard the parameters of one unit over different ranks."""
     experts = {each.parameter for each in named_parameters(moe) if each.role in EXPERTS}
     if not experts or mesh.edp_size == 1:
         return None
@@ -220,11 +220,11 @@ def _expert_placement(moe: nn.Module, mesh: Mesh) -> Any:
 
 
 class _OrderedBuckets(DistributedDataParallel):
-    """DDP whose buckets keep the order in which gradients become ready: from the last parameter to the first.
+    """DDP whose buckets have the order in which gradients become ready: from the last parameter to the first.
 
-    Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, the position of an element in
-    its bucket determines the order of its sum. With plain DDP the first step after a resume would therefore differ in the
-    last bits from the same step of a run without interruption.
+    Plain DDP reorders its buckets after the first backward. In a ring of three or more ranks, an element's position in its
+    bucket determines the order in which ranks' values are added. With plain DDP the first step after a resume would
+    therefore differ in the last bits from the same step of an uninterrupted run.
     """
 
     def _build_params_for_reducer(self) -> Any:
@@ -240,7 +240,7 @@ def _wrap_ddp(model: Transformer, mesh: Mesh) -> DistributedDataParallel:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = _OrderedBuckets(model, process_group=mesh.world, init_sync=False, gradient_as_bucket_view=True)
     wrapped.reducer._push_all_rebuilt_params()
-    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step already has the buckets of all other steps
+    wrapped.reducer._rebuild_buckets()  # rebuilt now, so that the first step has the same buckets as all later steps
     wrapped.register_comm_hook(mesh.world, _sum_hook)  # replaces DDP's average
     return wrapped
 

@@ -1,14 +1,14 @@
-"""Schedules pairs of nodes in rounds, and detects slow pairs. Pure functions without torch.
+"""Schedules pairs of nodes in rounds, and detects slow pairs. All functions are pure and need no torch.
 
-A collective over all nodes is as slow as its slowest link, but does not show which link is slow. A round-robin schedule
-measures every pair of n nodes once, in n - 1 rounds (n rounds if n is odd). Pairs of a round share no node, and so no link.
+The time of a collective over all nodes shows how slow the slowest link is, but not which link it is. A round-robin schedule
+measures every pair of n nodes once, in n - 1 rounds (n if n is odd). Pairs of one round share no node and no link.
 """
 
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-SLOW = 2.0  # a pair is slow above this multiple of the usual time
+SLOW = 2.0  # a pair is slow if it takes more than this multiple of the usual time
 Pair = tuple[int, int]
 
 
@@ -21,8 +21,8 @@ class PairExchange:
 
 
 def round_robin(num_nodes: int) -> list[list[Pair]]:
-    """Returns rounds of pairs, in which every pair occurs once (circle method: one node is fixed, all others rotate). With
-    an odd number of nodes, one node pauses in each round."""
+    """Returns rounds of pairs, in which every pair occurs once (circle method: one node is fixed, all others rotate). If
+    the number of nodes is odd, one node is idle in each round."""
     if num_nodes < 2:
         return []
     circle = list(range(num_nodes + num_nodes % 2))  # adds a dummy node if the number is odd
@@ -36,10 +36,10 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Returns the time of a normal pair: the lower median. It is normal even if one of four nodes is slow, which slows half
-    of the pairs. For at most three pairs returns the least time."""
+    """Returns the time of a normal pair: the lower median. Even if one of four nodes is slow, and with it half of the
+    pairs, the lower median is a normal time. For at most three pairs, returns the smallest time."""
     ordered = sorted(seconds)
-    # of three nodes, a slow node is in two of the three pairs
+    # if one of three nodes is slow, two of the three pairs are slow
     return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)
 
 
@@ -50,12 +50,12 @@ def usual_pair(measured: Mapping[Pair, PairExchange]) -> Pair:
 
 
 def is_slow(exchange: PairExchange, *, than: PairExchange) -> bool:
-    """Returns whether one of the pair's collectives takes more than SLOW times as long as on the pair `than`."""
+    """Returns whether a collective takes more than SLOW times as long in `exchange` as in `than`."""
     return exchange.all_reduce > SLOW * than.all_reduce or exchange.all_to_all > SLOW * than.all_to_all
 
 
 def slow_pairs(measured: Mapping[Pair, PairExchange]) -> list[Pair]:
-    """Returns the pairs that are slow compared with the usual times. With fewer than three pairs, none counts as slow."""
+    """Returns the pairs that are slow compared with the usual times. If there are fewer than three pairs, none is slow."""
     if len(measured) < 3:
         return []
     reduce, exchange = (usual(getattr(each, kind) for each in measured.values()) for kind in ("all_reduce", "all_to_all"))

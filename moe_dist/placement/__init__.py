@@ -1,1 +1,1 @@
-"""The map of experts to ranks, the roles of parameters, and the routing counts. Imports no torch."""
+"""Maps experts to ranks and determines the roles of parameters. Imports no torch."""

@@ -1,9 +1,9 @@
-"""Determines the role and the logical name of each parameter. Checkpoints store parameters by logical names, and initial
-values are drawn from logical names.
+"""Determines the role and the logical name of each parameter. The logical name identifies the parameter in checkpoints and
+is, with the seed, the source of its random initial values.
 
-A module class sets the role of its parameters, for example by `role = Role.ROUTER`. Child modules without a role inherit
-their parent's role. A dict `roles` of a module sets the roles of some of its own parameters. The role is not an attribute
-of parameters, because FSDP2 and `Module.to_empty` replace parameters.
+A module class sets the role of its parameters, for example by `role = Role.ROUTER`. A child module without a role inherits
+its parent's role. A dict `roles` on a module sets the roles of single parameters that the module directly owns. The role is
+not an attribute of the parameter, because FSDP2 and `Module.to_empty` replace parameters.
 
 This file imports no torch, so that commands without torch can describe checkpoints.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # a login node has no torch
 
 
 class Role(Enum):
-    """The purpose of a parameter, which decides sharding, gradient sums, weight decay, initial value and freezing."""
+    """The purpose of a parameter, which decides its sharding, gradient sum, weight decay, initial value and freezing."""
 
     DENSE = "dense"
     EMBEDDING = "embedding"
@@ -34,13 +34,13 @@ class Role(Enum):
 
 
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks
-EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...], on the ranks of their experts
+EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...]; each rank has the e experts placed on it
 ADAPTERS = frozenset({Role.ADAPTER, Role.EXPERT_ADAPTER})
 OUTPUT_NAME = "output.weight"  # name of the output projection, whose role is DENSE
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
-_GROUP = "group:"  # no attribute name contains a colon
-_ROLES_OF_NAMES = (  # special names first, because the first match counts
+_GROUP = "group:"  # prefix of an expert group's module name; no attribute name contains a colon
+_ROLES_OF_NAMES = (  # special patterns come first, because the first match decides
     (re.compile(r"layers\.\d+\.moe\.experts\.[^.]+\.adapters\..+"), Role.ADAPTER),
     (re.compile(r"layers\.\d+\.moe\.experts\..+_[ab]"), Role.EXPERT_ADAPTER),
     (re.compile(r"layers\.\d+\.moe\.experts\..+"), Role.EXPERT),
@@ -55,7 +55,7 @@ _ROLES_OF_NAMES = (  # special names first, because the first match counts
 
 
 class NamedParameter(NamedTuple):
-    """A parameter of a model. The logical name of a stack of experts has no expert index."""
+    """A parameter of a model. If the parameter is a stack of experts, its logical name has no expert index."""
 
     path: str
     name: str
@@ -65,13 +65,12 @@ class NamedParameter(NamedTuple):
 
 @cache  # called in each forward
 def group_module(name: str) -> str:
-    """Returns the name of an expert group's child module. A prefix keeps group names apart from attribute names."""
+    """Returns the name of an expert group's child module. Its prefix prevents a clash of a group name with an attribute."""
     return f"{_GROUP}{name}"
 
 
 def logical_name(path: str) -> str:
-    """Returns the logical name of a parameter or buffer: its name in the state dict, in which group names have no
-    prefix."""
+    """Returns the logical name of a parameter or buffer: its name in the state dict, without the prefix of group names."""
     return path.replace(_GROUP, "")
 
 

@@ -1,8 +1,8 @@
-"""Maps the slots of each rank to experts. A slot is the place of one expert on a rank.
+"""Maps the slots of each rank to experts. A slot is a position on a rank that contains the weights of one expert.
 
-An expert's logical id is its number over all groups, in group order: group g has the ids first_g .. first_g + n_g - 1. A
-rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every layer uses the same map of
-slots to experts.
+An expert's logical id is its index among the experts of all groups, in group order: group g has the ids first_g .. first_g
++ n_g - 1. In this file, a rank is a position in an EP group. Ranks may have different numbers of slots, or none. Every
+layer uses the same map of slots to experts.
 """
 
 import itertools
@@ -22,18 +22,18 @@ class ExpertGroup:
     """One group of experts.
 
     Attributes:
-        name: Name of the group, part of the experts' logical names.
+        name: Name of the group, which is part of the experts' logical names.
         num_experts: Number of true (not null) experts (n). Only true experts have slots on ranks.
         num_null: Number of null experts (m).
-        top_k: Choices per token (k).
+        top_k: Number of choices per token (k).
         ffn_dim: Hidden width of each expert (F).
         first_expert: Logical id of the group's first true expert.
         modalities: Modalities whose tokens are routed in the group.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
-        token_share: Share c of the group's tokens that each expert takes in expert choice; with an adaptive router and a
-            target, the mean share. None where each token has top_k choices.
-        node_groups: Number of node groups into which the true experts are divided, in order.
-        topk_node_groups: Number of node groups whose experts a token may take.
+        token_share: In expert choice, the fraction c of the group's tokens that each expert takes. With an adaptive router
+            and a target, the mean of this fraction over experts. None where each token has top_k choices.
+        node_groups: Number of node groups into which the true experts are divided, in consecutive blocks.
+        topk_node_groups: Largest number of node groups from which one token may choose experts.
     """
 
     name: str
@@ -56,26 +56,26 @@ class ExpertGroup:
 
     @property
     def num_columns(self) -> int:
-        """Returns the number of columns among which a token of the group chooses: its experts of all kinds."""
+        """Returns the number of columns among which a token of the group chooses. Each expert of any kind is one column."""
         return self.num_experts + self.num_null + self.num_identity + self.num_constant
 
     @property
     def expected_experts_per_token(self) -> float:
-        """Returns the mean number of true experts per token if routing is uniform: k n / columns, or c n in expert
+        """Returns the mean number of true experts per token under uniform routing: k n / columns, or c n in expert
         choice."""
         if self.token_share is not None:
             return min(1.0, self.token_share) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns
 
     def reached(self, here: int) -> float:
-        """Returns the probability, if routing is uniform, that a token of the group takes one or more of `here` experts."""
+        """Returns the probability, under uniform routing, that a token of the group chooses any of `here` experts."""
         if self.token_share is not None:
             return 1 - (1 - min(1.0, self.token_share)) ** here
         return 1 - comb(self.num_columns - here, self.top_k) / comb(self.num_columns, self.top_k)
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Returns each group's share of all tokens. If the mix is empty, all modalities have equally many tokens."""
+    """Returns each group's fraction of all tokens. If the mix is empty, all modalities have equally many tokens."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]
@@ -104,9 +104,9 @@ class ExpertPlacement:
 
     @classmethod
     def interleaved(cls, groups: Sequence[ExpertGroup], num_ranks: int) -> "ExpertPlacement":
-        """Spreads the experts of every group evenly over all ranks. If a group's experts do not divide evenly, some ranks
-        get one more expert. The extra experts of the next group go to the ranks after the last rank with an extra expert,
-        so that ranks stay balanced."""
+        """Spreads the experts of every group evenly over all ranks. If a group's number of experts is not a multiple of the
+        number of ranks, some ranks get one more expert. To keep ranks balanced, the next group's extra experts go to the
+        ranks that follow the last rank with an extra expert."""
         slots: list[list[int]] = [[] for _ in range(num_ranks)]
         offset = 0
         for group in groups:
@@ -144,22 +144,22 @@ class ExpertPlacement:
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """Sums numbers of each layer's experts, [L, E], by the rank that computes the experts, [L, R]."""
+        """Sums a count of each layer's experts, [L, E], over the experts that each rank computes, [L, R]."""
         rank_E = np.array(self.rank_of_expert)
         return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(self.num_ranks)], axis=1)
 
     def computing_ranks(self, layer: int) -> np.ndarray:
-        """Returns the rank that computes each expert for each source rank's tokens, int64 [R, E]; equal in all layers."""
+        """Returns for each source rank and expert the rank that computes the expert, int64 [R, E]; equal in all layers."""
         return np.tile(np.array(self.rank_of_expert), (self.num_ranks, 1))
 
     @property
     def line(self) -> dict[str, Any]:
-        """Returns the slots for metrics.jsonl."""
+        """Returns the slots as a part of a line of metrics.jsonl."""
         return {"slots": [[*each] for each in self.slots]}
 
     def most_rows(self, rank: int, group: ExpertGroup) -> int:
-        """Returns the largest number of other ranks on which a token of `rank` can have experts in one layer: at most top_k
-        in token choice, and at most the ranks of the node groups that the token may use."""
+        """Returns the largest number of other ranks on which a token of `rank` can have experts in one layer. In token
+        choice it is at most top_k, and always at most the number of ranks with the node groups that the token may use."""
         away = [
             {self.rank_of_expert[expert] for expert in part} - {rank}
             for part in even_runs(group.experts, group.node_groups)

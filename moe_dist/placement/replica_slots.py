@@ -1,8 +1,8 @@
-"""Replicas: in single layers a hot (much chosen) expert temporarily has slots on other ranks, beside its own slot.
+"""Replicas: in some layers a hot (frequently chosen) expert temporarily has slots on other ranks, besides its own slot.
 
-A rank that has a replica of an expert sends its tokens for that expert to the replica. The ranks without a slot of the
-expert are assigned to the expert's slots in turn. Each rank thus knows the slots of its tokens without an exchange. The
-slots of an expert get about equally many tokens, because the tokens of all ranks are drawn from the same data.
+A rank that has a slot of an expert computes its own tokens for this expert. The ranks without a slot of the expert are
+assigned to the expert's slots in turn. Each rank thus knows without communication where its tokens go. The slots of an
+expert get about equally many tokens, because all ranks draw tokens from the same data.
 
 Shape letters: L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -19,7 +19,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 
 class Replica(NamedTuple):
-    """A further slot, on `rank`, of the expert with the logical id `expert`, whose own slot is on another rank."""
+    """A further slot, on `rank`, for the expert with the logical id `expert`. The expert's own slot is on another rank."""
 
     expert: int
     rank: int
@@ -27,9 +27,9 @@ class Replica(NamedTuple):
 
 @dataclass(frozen=True)
 class PlacementWithReplicas(ExpertPlacement):
-    """A placement whose experts may have replicas. `slots` has each expert's own slot, in which its weights are trained and
-    saved. `replicas` has one sorted tuple of replicas for each layer; a tuple may be empty. Raises ConfigError as
-    `ExpertPlacement` does, and if a layer's replicas are not sorted, or a replica is on the rank of its expert's own
+    """A placement whose experts may have replicas. `slots` contains each expert's own slot, in which the expert is trained
+    and saved. `replicas` has one sorted tuple of replicas for each layer; the tuple may be empty. Raises ConfigError as
+    `ExpertPlacement` does, also if a layer's replicas are not sorted, or if a replica is on the rank of its expert's own
     slot."""
 
     replicas: tuple[tuple[Replica, ...], ...] = ()
@@ -42,7 +42,7 @@ class PlacementWithReplicas(ExpertPlacement):
                 raise ConfigError(f"replicas of layer {layer}: {each} must be sorted, each on a rank without the expert")
 
     def in_layer(self, layer: int) -> ExpertPlacement:
-        """Returns a placement whose replicas are experts of further groups, with ids E, E + 1, ... as in `ordered`."""
+        """Returns a placement whose replicas are experts of further groups, with the ids E, E + 1, ... as in `ordered`."""
         first, groups = self.num_experts, list(self.groups)
         slots, ids = [list(each) for each in self.slots], itertools.count(first)
         for group in self.groups:
@@ -55,12 +55,12 @@ class PlacementWithReplicas(ExpertPlacement):
         return ExpertPlacement(tuple(groups), tuple(map(tuple, slots)))
 
     def ordered(self, layer: int, group: ExpertGroup) -> list[Replica]:
-        """Returns a group's replicas in the order in which their weights arrive: by the own slot's rank, then by id."""
+        """Returns a group's replicas in the order in which their weights arrive: by the own slot's rank, then by expert."""
         of_group = (each for each in self.replicas[layer] if each.expert in group.experts)
         return sorted(of_group, key=lambda each: (self.rank_of_expert[each.expert], each))
 
     def id_of_expert(self, layer: int, source: int) -> list[int]:
-        """Returns for each expert the id in `in_layer` of the slot to which the tokens of rank `source` go."""
+        """Returns for each expert the slot that receives the tokens of rank `source`, as an id in `in_layer`."""
         replicas = [each for group in self.groups for each in self.ordered(layer, group)]
         ids = {replica: self.num_experts + place for place, replica in enumerate(replicas)}
         found = list(range(self.num_experts))
@@ -70,11 +70,11 @@ class PlacementWithReplicas(ExpertPlacement):
         return found
 
     def hosts(self, layer: int) -> dict[int, list[int]]:
-        """Returns the ranks of each expert with replicas: the replicas' ranks, then the rank of the own slot."""
+        """Returns, for each expert with replicas, its ranks: first those of the replicas, last the rank of its own slot."""
         return hosts_of(self.replicas[layer], self.rank_of_expert)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """See `ExpertPlacement.by_rank`. Divides the pairs of an expert with replicas over the ranks of its slots, as if
+        """See `ExpertPlacement.by_rank`. An expert with replicas has its pairs divided among the ranks of its slots, as if
         all source ranks had equally many of these pairs."""
         found_LR = super().by_rank(pairs_LE).astype(np.float64)
         for layer in range(len(self.replicas)):
@@ -97,7 +97,7 @@ class PlacementWithReplicas(ExpertPlacement):
 
 
 def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
-    """Returns the ranks of each expert with replicas; the rank of the own slot is last and so serves the fewest ranks."""
+    """Returns the ranks of each expert with replicas. The rank of the own slot is last, so it serves the fewest ranks."""
     found: dict[int, list[int]] = {}
     for expert, rank in sorted(replicas):
         found.setdefault(expert, []).append(rank)
@@ -105,11 +105,11 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank that gets its tokens: itself if it has a slot, else one of `hosts` in turn."""
+    """Returns for each source rank the rank that computes its tokens: itself if in `hosts`, else one of `hosts` in turn."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 
 
 def shares(hosts: Sequence[int], ranks: int) -> np.ndarray:
-    """Returns the share of the source ranks that each rank serves, float64 [R]."""
+    """Returns the fraction of the source ranks that each rank serves, float64 [R]."""
     return np.bincount(servers(hosts, ranks), minlength=ranks) / ranks
