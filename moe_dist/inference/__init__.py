@@ -1,1 +1,1 @@
-"""Uses a trained run: loads its model, generates, answers questions, and prepares samples for router tuning."""
+"""Works with a trained run: loads its model, generates text, answers questions, and prepares samples for router tuning."""

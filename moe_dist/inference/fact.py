@@ -1,4 +1,4 @@
-"""Facts and questions. A fact is a thing to ask about with its right answer; a question is a fact with wrong choices."""
+"""Defines facts (something to ask about, and its right answer) and questions (facts with wrong choices)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ NUM_CHOICES = 4
 
 @dataclass(frozen=True)
 class Codes:
-    """A picture as codes, which are indices into the codebook."""
+    """A picture, represented by its codes. A code is an index into the codebook."""
 
     codes: tuple[int, ...]
 
@@ -18,19 +18,19 @@ Part = str | Codes
 
 @dataclass(frozen=True)
 class Fact:
-    """A thing to ask about, and the right answer.
+    """Something to ask about, and the right answer.
 
     Attributes:
         id: Id of the fact, unique within the fact's task. The id does not depend on other facts.
-        asked: A text with a question mark, a caption whose picture is asked for, or a picture whose caption is asked for.
-        keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no key in
-            common. A WordNet fact has a key for every lemma of its synsets; facts about one synset thus have common keys.
-        wrong: Other answers that are right or nearly right, and must therefore not become wrong choices.
-        pool: Name of the set of facts to which the fact belongs. The wrong choices are right answers of other facts of the
-            pool.
-        closed: All possible answers, if there are few; the wrong choices on every side are then taken from `closed`.
+        asked: A text with a question mark, a caption (the question asks for its picture), or a picture (for its caption).
+        keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no common
+            key. A WordNet fact has a key for every lemma of its synsets, so that facts about one synset have common keys.
+        wrong: Other answers that are also right or nearly right, so that they must not become wrong choices.
+        pool: Name of the set of facts to which the fact belongs. Wrong choices are the right answers of other facts of the
+            set.
+        closed: All possible answers, if there are few. The wrong choices on every side are then from this tuple.
         trained_on: True if the run was trained on the fact's picture, False if not; None for a fact without a picture.
-        side: The side of the fact ('train', 'valid' or 'test'); None if its keys decide.
+        side: The side of the fact ('train', 'valid' or 'test'); None if the fact's keys determine the side.
     """
 
     id: str

@@ -13,24 +13,24 @@ from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, pr
 from moe_dist.model.cache import KeyValueCache
 from moe_dist.model.transformer import Transformer
 
-_BATCH = 64  # sequences per batch; guidance adds a copy of each sequence without its caption
+_BATCH = 64  # number of prompts per batch; guidance adds a copy of each prompt without its caption
 
 
 @dataclass(frozen=True)
 class Request:
     """Settings of a generation."""
 
-    max_new_tokens: int  # per prompt; a picture starts only if its tokens fit into this number
+    max_new_tokens: int  # largest number per prompt; a picture starts only if all its tokens fit
     sampling: Sampling = field(default_factory=Sampling)
-    seed: int = 0  # sequence b has its own random stream, with the seed (seed, b)
-    one_picture: bool = False  # if true, stops after the end mark of a picture
-    text_only: bool = False  # if true, starts no picture
+    seed: int = 0  # prompt b has its own random stream, with the seed (seed, b)
+    one_picture: bool = False  # if True, generation stops after the end mark of a picture
+    text_only: bool = False  # if True, no picture is started
     guidance: float = 1.0  # strength of classifier-free guidance (`guided`); a value other than 1 needs `plain` prompts
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq_len: int) -> None:
-    """Checks that each prompt and its new tokens fit into the model's longest sequence. Raises ConfigError if a prompt does
-    not fit or is empty, or `max_new_tokens` is below 1."""
+    """Checks that each prompt and its new tokens fit into `max_seq_len`. Raises ConfigError if a prompt does not fit or is
+    empty, or `max_new_tokens` is below 1."""
     if not all(prompts) or max_new_tokens < 1:
         raise ConfigError("a prompt must have at least one token, and max_new_tokens must be at least 1")
     longest = max(map(len, prompts), default=0)
@@ -44,7 +44,7 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seq
 
 
 class Generator:
-    """Continues prompts with one model. All experts must be on one device. Puts the model into evaluation mode."""
+    """Continues prompts with one model, whose experts must all be on one device. Puts the model into evaluation mode."""
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
         self.model, self.grammar, self.max_seq_len = model.eval(), grammar, max_seq_len
@@ -57,9 +57,9 @@ class Generator:
     def __call__(
         self, prompts: Sequence[Sequence[int]], request: Request, *, plain: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """Returns each prompt's new tokens, with the end mark of the document or picture at which the generation stops.
-        Costs one host sync per token and batch. Guidance needs `plain`, the prompts without their captions. Raises the
-        ConfigError of `check_lengths`."""
+        """Returns the new tokens of each prompt. They include the end mark of the document or picture at which generation
+        stopped. Costs one host sync per token and batch. Guidance needs `plain`, the prompts without their captions. Raises
+        ConfigError: see `check_lengths`."""
         made: list[list[int]] = []
         for first in range(0, len(prompts), _BATCH):
             part = slice(first, first + _BATCH)
@@ -109,8 +109,8 @@ class Generator:
         return logits[torch.arange(len(prompts), device=self._device), last_B]
 
     def _step(self, tokens: list[int], going: list[bool], positions_B: Tensor, copies: int, cache: KeyValueCache) -> Tensor:
-        """Appends one token to each sequence and to its copy without caption. Returns the logits after the token. Finished
-        sequences get padding, so that the batch keeps its shape."""
+        """Appends one token to each sequence and to the sequence's copy without caption. Returns the logits after this
+        token. Finished sequences get padding, so that the batch keeps its shape."""
         tokens_B = torch.tensor(tokens * copies, device=self._device)
         group_B = torch.where(torch.tensor(going * copies, device=self._device), self._group_of_id[tokens_B], -1)
         return self.model.forward_cached(tokens_B[:, None], positions_B[:, None], group_B[:, None], cache)[:, 0]

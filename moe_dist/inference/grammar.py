@@ -1,5 +1,5 @@
-"""Decides which token may come next. A picture is a start mark, a fixed number of codes and an end mark; all other tokens
-are text.
+"""Decides which token may come next. A picture consists of a start mark, a fixed number of codes and an end mark. All other
+tokens are text.
 
 The training data follow this grammar (`moe_dist/data/picture_coding.py`). Generated tokens must follow the grammar too,
 because a picture with a missing code cannot be decoded.
@@ -18,7 +18,7 @@ IMAGE = "image"
 
 
 class GrammarState(IntEnum):
-    """The tokens that may come next in a sequence. CODE: a code of a picture. END_OF_PICTURE: a picture's end mark."""
+    """The kinds of tokens that may come next. CODE: a code of a picture. END_OF_PICTURE: a picture's end mark."""
 
     TEXT = 0  # text, the end of the document, or the start mark of a picture
     TEXT_ONLY = 1  # text or the end of the document, because a picture would need too many tokens
@@ -30,23 +30,23 @@ class GrammarState(IntEnum):
 class Grammar:
     """The rules for a data set's token ids: which ids are text, codes or marks, and which ids may come next."""
 
-    modality_of_id: np.ndarray  # int64 [V], each token id's modality, as an index into `modalities`; -1 for none
-    modalities: tuple[str, ...]  # names of the modalities, in the order of the manifest
+    modality_of_id: np.ndarray  # int64 [V], index into `modalities` for each token id; -1 for an id without modality
+    modalities: tuple[str, ...]  # names of the modalities, in the manifest's order
     eos_id: int  # id of the token that ends a document
     begin_id: int | None  # id of the start mark of a picture; None if the data have no pictures
     end_id: int | None  # id of the end mark of a picture
-    cells: int  # number of codes in a picture; 0 without pictures
-    allowed_SV: np.ndarray  # bool [4, V], for each state the ids that it allows
+    cells: int  # number of codes in a picture; 0 if the data have no pictures
+    allowed_SV: np.ndarray  # bool [4, V], for each state (S) whether it allows the id (V)
 
     def state(self, tokens: Sequence[int], room: int) -> GrammarState:
-        """Returns the state after the tokens `tokens`, if at most `room` more tokens may follow."""
+        """Returns the state after the tokens `tokens`. At most `room` more tokens may follow."""
         if self.begin_id is not None and self.begin_id in tokens:
             since = list(reversed(tokens)).index(self.begin_id)  # number of tokens after the last start mark
             if since < self.cells:
                 return GrammarState.CODE
             if since == self.cells:
                 return GrammarState.END_OF_PICTURE
-        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # 2 marks
+        return GrammarState.TEXT if self.cells and room >= self.cells + 2 else GrammarState.TEXT_ONLY  # + 2 for both marks
 
     def pictures(self, tokens: Sequence[int]) -> list[np.ndarray]:
         """Returns the codes of each complete picture in `tokens`, int64 [cells], as indices into the codebook."""
@@ -59,7 +59,7 @@ class Grammar:
         return found
 
     def text(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the text tokens in `tokens`, without codes and marks of pictures and the document's end mark."""
+        """Returns the text tokens in `tokens`. Leaves out the codes and marks of pictures, and the document's end mark."""
         return [t for t in tokens if self.allowed_SV[GrammarState.TEXT_ONLY][t] and t != self.eos_id]
 
 
@@ -67,11 +67,11 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     """Makes the grammar of a data set.
 
     Args:
-        vocab_size: Number of ids of the model. Ids that the data set does not define are never drawn.
-        never: Ids that are never drawn, because they occur only as the first token of a document.
+        vocab_size: Number of token ids of the model. Ids that the data set does not define are never drawn.
+        never: Ids that are never drawn, because they occur in data only as the first token of a document.
 
     Raises:
-        ConfigError: the manifest describes pictures, but no modality is called `image`.
+        ConfigError: the manifest describes pictures, but has no modality with the name `image`.
     """
     image, modalities = manifest.image, tuple(manifest.modalities)
     if image is not None and IMAGE not in modalities:
@@ -85,7 +85,7 @@ def grammar_of(manifest: Manifest, *, vocab_size: int, never: Sequence[int] = ()
     is_code = modality_of_id == (modalities.index(IMAGE) if image is not None else -2)
     text = (modality_of_id >= 0) & ~is_code
     text[[manifest.pad_id, *never]] = False
-    text[manifest.eos_id] = True  # allowed even if pad_id is the same id
+    text[manifest.eos_id] = True  # allowed even if pad_id and eos_id are the same id
     allowed = np.zeros((len(GrammarState), vocab_size), bool)
     if image is not None:
         text[[image.begin_id, image.end_id]] = False

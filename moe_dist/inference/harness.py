@@ -1,6 +1,6 @@
 """Makes a trained model usable by EleutherAI's lm-evaluation-harness (package lm_eval, in the extra `evaluate`).
 
-This file can be imported only if lm_eval is installed. Runs in one process.
+This file can be imported only if lm_eval is installed. The model runs in one process.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from moe_dist.inference.likelihood import Continuation, Likelihood
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import Vocabulary
 
-_MAX_NEW_TOKENS = 256  # largest number of new tokens for tasks that set no limit
+_MAX_NEW_TOKENS = 256  # largest number of new tokens if a task sets no limit
 
 
 class HarnessModel(LM):
-    """A trained model with the three methods that the harness calls.
+    """A trained model with the three methods that the harness requires.
 
-    If a context does not fit into `max_seq_len`, its first tokens are left out, except the begin mark of the document.
+    If a context does not fit into `max_seq_len`, its first tokens are left out, but its begin mark is kept.
     `likelihood` and `generator` must use the same model.
     """
 
@@ -35,8 +35,8 @@ class HarnessModel(LM):
         self._max_seq_len, self._seed = max_seq_len, seed
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Returns for each (context, continuation) the continuation's log-likelihood, and whether greedy decoding gives the
-        continuation."""
+        """Returns, for each (context, continuation), the continuation's log-likelihood and whether greedy decoding of the
+        context produces the continuation."""
         continuations = [self._pair(*request.args) for request in requests]
         scores = [(score.nats, score.greedy) for score in self._likelihood(continuations)]
         for request, score in zip(requests, scores, strict=True):
@@ -44,7 +44,7 @@ class HarnessModel(LM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Returns each text's log-likelihood, a sum over windows of at most `max_seq_len` tokens (see `_windows`)."""
+        """Returns each text's log-likelihood, summed over windows of at most `max_seq_len` tokens (see `_windows`)."""
         windows = [self._windows(request.args[0]) for request in requests]
         scores = iter(self._likelihood([window for of_text in windows for window in of_text]))
         sums = [sum((next(scores).nats for _ in of_text), 0.0) for of_text in windows]
@@ -53,8 +53,8 @@ class HarnessModel(LM):
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Returns for each (context, options) the generated text, up to the first stop string of the option `until`. Raises
-        ConfigError if an option is not supported."""
+        """Returns, for each (context, options), the generated text up to the first stop string in the option `until`.
+        Raises ConfigError if an option is not supported."""
         texts = []
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
@@ -74,7 +74,7 @@ class HarnessModel(LM):
                 f"generation_kwargs {', '.join(options)}: not known here; known are until, max_gen_toks, do_sample, "
                 "temperature and top_p: take the others out of the task"
             )
-        room = min(room, self._max_seq_len - 1)  # leaves at least one token of context
+        room = min(room, self._max_seq_len - 1)  # leaves space for at least one token of context
         prompt = self._cut(self._vocabulary.text_prompt(context), self._max_seq_len - room)
         wanted = Request(room, Sampling(temperature, top_p), self._seed, text_only=True)
         text = self._vocabulary.text(self._generator([prompt], wanted)[0])
@@ -83,7 +83,7 @@ class HarnessModel(LM):
         return text
 
     def _pair(self, context: str, continuation: str) -> Continuation:
-        # Spaces at the context's end are moved to the continuation, because byte-level BPE joins a space to the next word.
+        # Spaces at the context's end move to the continuation, because byte-level BPE joins a space with the next word.
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -97,8 +97,8 @@ class HarnessModel(LM):
         return Continuation(self._cut(prompt, self._max_seq_len + 1 - len(tokens)), tokens)
 
     def _windows(self, text: str) -> list[Continuation]:
-        """Returns windows that together score each token of a text once, each token with as much context as fits. An
-        empty text has no window."""
+        """Returns windows that together score each token of a text once, with as much context as fits. An empty text has no
+        windows."""
         bos, *tokens = self._vocabulary.text_prompt(text)
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):

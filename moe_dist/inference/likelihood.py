@@ -1,8 +1,8 @@
 """Computes log-likelihoods of continuations, on any number of ranks. Shape letters: B sequences, S positions, V vocabulary.
 
-Sequences of similar length share a batch, padded at the end. The model computes a context again for each of its
-continuations. A key-value cache would avoid computing contexts again, but the ranks of an EP group would have to agree on
-the caches' lengths.
+A batch contains sequences of similar length, padded at the end. If a context has several continuations, the model computes
+it again for each of them. A key-value cache would avoid this, but the ranks of an EP group would have to agree on the
+caches' lengths.
 """
 
 from collections.abc import Sequence
@@ -25,30 +25,29 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class Continuation(NamedTuple):
-    """Token ids of a context, and of the continuation to score (`tokens`). Context and continuation have at least one token
-    each."""
+    """The token ids of a context, and those of the continuation that is scored (`tokens`). Each has at least one token."""
 
     context: Sequence[int]
     tokens: Sequence[int]
 
 
 class Score(NamedTuple):
-    """The score of one continuation."""
+    """The log-likelihood of one continuation, and whether greedy decoding would produce it."""
 
     nats: float  # log-likelihood of the continuation's tokens
     greedy: bool  # True if each token of the continuation is the most likely one at its position
 
 
 class Likelihood:
-    """Scores continuations with one model; each rank scores a part of the continuations.
+    """Scores continuations with one model. Each rank scores a part of the continuations.
 
     Args:
-        model: The model with this rank's experts. The constructor puts the model into evaluation mode, in which routing has
-            no capacity limit, no noise, and no dependence on later tokens.
-        group_of_modality: Index of the expert group of each modality.
-        max_seq_len: Longest sequence that the model supports.
+        model: The model with this rank's experts. The constructor puts it into evaluation mode, in which routing has no
+            capacity limit and no noise, and does not depend on later tokens.
+        group_of_modality: The index of each modality's expert group.
+        max_seq_len: Largest number of tokens in a sequence that the model supports.
         mesh: All ranks; None for a single rank.
-        batch_tokens: Largest number of tokens of a rank's batch, padding included.
+        batch_tokens: Largest number of tokens in one rank's batch, padding included.
     """
 
     def __init__(
@@ -68,11 +67,11 @@ class Likelihood:
 
     @torch.no_grad()
     def __call__(self, continuations: Sequence[Continuation]) -> list[Score]:
-        """Returns the scores in the order of the continuations. Every rank must pass the same continuations, and gets all
+        """Returns the scores in the order of the continuations. Every rank must pass all continuations, and gets all
         scores.
 
         Raises:
-            ConfigError: see `check_lengths`. Raised before any computation.
+            ConfigError: see `check_lengths`. It is raised before any computation.
         """
         check_lengths(continuations, self._max_seq_len)
         lengths, vocab_size = [len(each.context) + len(each.tokens) for each in continuations], self.model.args.vocab_size
@@ -86,15 +85,15 @@ class Likelihood:
         """Returns the fields of each continuation's `Score`, float64 [B, 2]; `greedy` is 1 or 0."""
         samples = [TuningSample(np.array(context, np.int64), np.array(tokens, np.int64)) for context, tokens in batch]
         made = self._maker.make(samples).to(self._device)
-        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # issues collectives, even for padding
+        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # padding also takes part in its collectives
         nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # 0 where the label is IGNORED
         greedy_B = ((logits_BSV.argmax(-1) == made.labels_BS) | (made.labels_BS == IGNORED)).all(1)
         return torch.stack([nats_B, greedy_B.to(torch.float64)], dim=1)[: len(batch)]
 
 
 def check_lengths(continuations: Sequence[Continuation], max_seq_len: int) -> None:
-    """Raises ConfigError if a context or continuation is empty, or if the two together, without the last token, are longer
-    than `max_seq_len`."""
+    """Raises ConfigError if a context or continuation is empty, or if their total number of tokens, not counting the last
+    token, is above `max_seq_len`."""
     if not all(each.context and each.tokens for each in continuations):
         raise ConfigError("a question and each of its choices must be one token at least")
     # The last token is only a label, not an input.

@@ -1,4 +1,4 @@
-"""Loads a run's model from a checkpoint, saved by any layout of ranks, onto one rank or with experts spread over ranks."""
+"""Loads a run's model from a checkpoint of any layout of ranks, with all experts on one rank or spread over ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ from moe_dist.train.start.resume import mapping_of, saved_config
 
 
 class CheckpointReader:
-    """Loads checkpoints of one run, one after the other, into the same model in evaluation mode.
+    """Loads several checkpoints of one run, one after another, into one model in evaluation mode.
 
     Args:
         checkpoints: Folder of the run's checkpoints.
-        config: The run's configuration; its layout of ranks is not used.
-        mesh: The mesh whose EP groups share the experts; None for all experts on this rank.
+        config: The run's configuration. Its layout of ranks is ignored.
+        mesh: The mesh over whose EP groups the experts are divided; None puts all experts on this rank.
     """
 
     def __init__(self, checkpoints: Path, config: Config, device: torch.device, mesh: Mesh | None = None) -> None:
@@ -46,10 +46,10 @@ class CheckpointReader:
         self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
         self._layout, part = rank_layout(self.placement, mesh), saved_part(config)
         self.state = capture(self.model, None, self._layout, part=part)
-        self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base
+        self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base weights
 
     def read(self, folder: Path) -> Transformer:
-        """Loads a checkpoint and returns the model. With a mesh, all ranks of the mesh call `read`. Raises DataError if the
+        """Loads a checkpoint and returns the model. With a mesh, all its ranks must call `read`. Raises DataError if the
         checkpoint is damaged, or the base model of its adapters is missing."""
         restored = self._manager.load(folder, self.state)
         if not self._has_base:  # the base is loaded once, because all checkpoints of a run have the same base
@@ -59,7 +59,7 @@ class CheckpointReader:
 
 
 def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
-    """Returns the placement, for inference, of a trained model's experts on an EP group of `ranks` ranks."""
+    """Returns the placement of a trained model's experts on an EP group of `ranks` ranks, for inference."""
     groups = expert_groups(config.model.moe)
     if config.model.moe.experts.replicated:
         return replicated_placement(groups)
@@ -67,8 +67,8 @@ def placement_for_use(config: Config, ranks: int) -> ExpertPlacement:
 
 
 def trained_placement(folder: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPlacement:
-    """Returns the placement of the ranks that saved the checkpoint in `folder`. Raises DataError if state.json places other
-    experts than the experts of `groups`."""
+    """Returns the expert placement of the ranks that saved the checkpoint in `folder`. Raises DataError if the placement in
+    state.json does not contain exactly the experts of `groups`."""
     slots = open_checkpoint(folder).state.placement.get("slots")
     try:
         return ExpertPlacement(groups, tuple(tuple(rank) for rank in slots))  # pyright: ignore
@@ -81,12 +81,12 @@ def trained_placement(folder: Path, groups: tuple[ExpertGroup, ...]) -> ExpertPl
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint with the configuration and the manifest of its run; `load` loads the weights.
+    """A checkpoint with its run's configuration and manifest. The method `load` loads the weights.
 
     Attributes:
         folder: Folder of the checkpoint.
-        step: Number of training steps before the checkpoint.
-        config: The saved configuration, in which `data.path` is the folder where the data set is now.
+        step: Number of training steps done before the checkpoint.
+        config: The saved configuration, but with `data.path` set to the folder where the data set is now.
     """
 
     folder: Path
@@ -96,20 +96,20 @@ class LoadedRun:
 
     @property
     def run_folder(self) -> Path:
-        """Returns the folder of the run, or the folder with the checkpoint if it belongs to no run."""
+        """Returns the run's folder, or the folder that contains the checkpoint if it belongs to no run."""
         return self.folder.parent.parent if self.folder.parent.name == "checkpoints" else self.folder.parent
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all ranks of the mesh call
+        """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all its ranks must call
         `load`."""
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:
-        """Returns tokenizer, grammar and codebook of the run's data set."""
+        """Returns the tokenizer, grammar and codebook of the run's data set as a `Vocabulary`."""
         return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
-        """Loads the model and returns its `Likelihood`. With a mesh, all ranks of the mesh call this method."""
+        """Loads the model and returns a `Likelihood` for it. With a mesh, all its ranks must call this method."""
         model, groups = self.load(device, mesh), self.group_of_modality
         max_seq_len = self.config.model.max_seq_len
         return Likelihood(model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len, mesh=mesh)
@@ -121,14 +121,14 @@ class LoadedRun:
 
 
 def causal_problems(config: Config) -> list[str]:
-    """Returns the reasons why routing depends on later tokens even in evaluation, so that the model cannot generate."""
+    """Returns the reasons why routing depends on later tokens even in evaluation. Such a model cannot generate."""
     problem = config.model.moe.router.not_causal()
     return [problem] if problem else []
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Returns the device with the name `cpu`, `cuda`, or `auto` (CUDA if available). Raises ConfigError if the name is
-    unknown, or CUDA is not available."""
+    """Returns the torch device for `cpu`, `cuda`, or `auto` (CUDA if available). Raises ConfigError for any other name, or
+    if `cuda` is not available."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"--device {wanted}: must be auto, cpu or cuda")
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -143,9 +143,9 @@ def find_trained(
 
     Args:
         path: A run folder, a folder of checkpoints, or the folder of a checkpoint.
-        step: Step of the checkpoint; by default the newest.
+        step: Training step of the checkpoint; by default that of the newest checkpoint.
         data: The folder where the data set is now; by default the folder in the run's configuration.
-        allow: Function that returns reasons not to use a run with a given configuration.
+        allow: Function that takes a run's configuration and returns the reasons why the run cannot be used.
 
     Raises:
         ConfigError: the checkpoint or the data set does not exist, `allow` returns a reason, or the data set does not fit
@@ -160,7 +160,7 @@ def find_trained(
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
     manifest = load_manifest(config.data.path)
-    if "data" not in state.values:  # an imported model can use any data set that fits
+    if "data" not in state.values:  # an imported model can be used with any data set that fits it
         unfit = manifest_violations(config, expert_groups(config.model.moe), manifest)
         if problems := [violation.problem for violation in unfit]:
             raise ConfigError([f"{config.data.path}: these data do not fit {folder}", *problems])
@@ -171,7 +171,7 @@ def find_trained(
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options of every command on a trained run."""
+    """The options of every command that uses a trained run."""
 
     run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
@@ -179,7 +179,7 @@ class RunOptions:
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
 
     def find(self, allow: Callable[[Config], list[str]]) -> LoadedRun:
-        """Returns the checkpoint, see `find_trained`."""
+        """Finds the checkpoint of the options with `find_trained`."""
         return find_trained(self.run, step=self.step, data=self.data, allow=allow)
 
 

@@ -1,12 +1,12 @@
-"""Answers multiple-choice questions: the model takes the choice that is likeliest after the question, by a measure.
+"""Answers multiple-choice questions. The model takes the choice with the highest value of a likelihood measure.
 
 The measure `plain` is the choice's log-likelihood, which favours short choices. The default measure `normalised` is the
 log-likelihood divided by the choice's number of tokens.
 
-Without rotations the text of a question does not list the choices. The order of the choices then matters only if two
-choices have equal values of the measure: the first of the two is taken. With rotations the text lists the choices, and the
-question is asked once for each choice, with that choice first. A question with rotations counts as right only if the answer
-to every rotation is right. A model that always takes the second choice therefore gets no rotated question right.
+Without rotations the text of a question does not list the choices. The order of choices then matters only if two choices
+have equal values of the measure, because the first of them is taken. With rotations the text lists the choices, and the
+question is asked once for each choice, with this choice listed first. A question with rotations counts as right only if the
+model answers every rotation right. A model that always takes the second choice therefore gets no rotated question right.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Answered:
-    """A question and the choices that the model took.
+    """A question and the choice that the model took in each rotation.
 
     Attributes:
-        taken: For each measure and rotation, the index of the choice that the model took. The index counts choices in the
-            order of the unrotated question.
+        taken: For each measure and rotation, the index of the choice that the model took. Indices refer to the order of
+            choices in the unrotated question.
     """
 
     question: Question
@@ -48,14 +48,14 @@ class Answered:
 
 
 class Prompts:
-    """Writes questions as token ids, in the form of the training documents: text, or a picture beside its caption. If
+    """Writes questions as token ids, in the form of the training documents: a text, or a picture with its caption. If
     `listed` is True, the text of a question lists all choices."""
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
         self._vocabulary, self._listed = vocabulary, listed
 
     def __call__(self, question: Question) -> list[Continuation]:
-        """Returns for each choice of the question a continuation: the question as context, the choice as tokens."""
+        """Returns one continuation for each choice: its context is the question, and its tokens are the choice."""
         context = self._context(question)
         return [Continuation(context, self._choice(question, choice)) for choice in question.choices]
 
@@ -89,12 +89,12 @@ Written = list[list[list[Continuation]]]  # indices: question, rotation, choice
 
 
 def write(questions: Sequence[Question], prompts: Prompts, *, rotations: bool, max_seq_len: int) -> Written:
-    """Returns the questions as token ids; with `rotations`, each question in every rotation. Raises ConfigError if a
-    question is longer than the model supports."""
+    """Returns the questions as token ids. With `rotations`, each question is written in every rotation. Raises ConfigError
+    if a question is longer than the model supports."""
     written = [
         [prompts(question.rotated(by)) for by in range(len(question.choices) if rotations else 1)] for question in questions
     ]
-    check_lengths(flat(written), max_seq_len)  # checked before the model is loaded, which takes long
+    check_lengths(flat(written), max_seq_len)  # checked here, because loading the model takes long
     return written
 
 
@@ -104,7 +104,7 @@ def flat(written: Written) -> list[Continuation]:
 
 
 def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood) -> list[Answered]:
-    """Returns the model's answers. Collective over all ranks."""
+    """Returns the model's answers. All ranks must call this function."""
     scores = iter(likelihood(flat(written)))
     answered = []
     for question, of_question in zip(questions, written, strict=True):
@@ -118,7 +118,7 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Returns the index of the first choice with the highest measure."""
+    """Returns the index of the choice with the highest value of the measure; of equal choices, the index of the first."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)
@@ -128,7 +128,7 @@ def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure:
 
 def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
     """Checks that each token id of the tokenizer is a text token of the data set and is below `vocab_size`. Raises
-    DataError if the tokenizer belongs to another data set."""
+    DataError if not, because the tokenizer then belongs to another data set."""
     grammar = vocabulary.grammar
     image = grammar.modalities.index(IMAGE) if IMAGE in grammar.modalities else None
     numbers = vocabulary.tokenizer.get_vocab(with_added_tokens=True)
@@ -146,8 +146,8 @@ def check_vocabulary(vocabulary: Vocabulary, *, vocab_size: int) -> None:
 
 
 def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Returns Wilson's two-sided score interval (Wilson 1927) of the proportion `right` / `total` of independent questions.
-    The interval stays within [0, 1], and is accurate even for few questions."""
+    """Returns Wilson's two-sided score interval (Wilson 1927) for the proportion `right` / `total` of independent
+    questions. The interval stays within [0, 1], and is accurate even for few questions."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share = right / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
@@ -156,8 +156,8 @@ def wilson(right: int, total: int, confidence: float = CONFIDENCE) -> tuple[floa
 
 
 def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, float]:
-    """Returns the percentile bootstrap interval of the tasks' mean accuracy. Resamples the questions of each task, bool
-    [questions], True for a right answer."""
+    """Returns the percentile bootstrap interval of the mean accuracy over tasks. Resamples each task's questions. `right`
+    has one bool array [questions] per task, True for a right answer."""
     rng = np.random.default_rng(seed)
     # The number of right answers in a resample has a binomial distribution.
     means = np.mean([rng.binomial(len(each), each.mean(), _RESAMPLES) / len(each) for each in right], axis=0)
@@ -166,7 +166,7 @@ def bootstrap_mean(right: Sequence[np.ndarray], *, seed: int) -> tuple[float, fl
 
 
 def results(answered: dict[str, list[Answered]], *, seed: int) -> dict[str, object]:
-    """Returns each task's accuracy, and the mean accuracy of all tasks, each with an interval, as values for JSON."""
+    """Returns each task's accuracy and the mean accuracy over tasks, each with its interval, as values for JSON."""
     tasks = {name: _task(each) for name, each in answered.items()}
     mean: dict[str, object] = {}
     for measure in MEASURES:

@@ -17,8 +17,8 @@ class Sampling:
     """Settings for drawing tokens.
 
     Attributes:
-        temperature: Number by which logits are divided; with 0 the most likely token is always taken.
-        top_p: Only tokens of the nucleus are drawn: the fewest most likely tokens whose probabilities, after the
+        temperature: Divisor of the logits. With 0 the most likely token is always taken.
+        top_p: Only tokens in the nucleus are drawn: the smallest set of likeliest tokens whose probabilities, after the
             temperature, sum to at least `top_p` (Holtzman et al., arXiv 1904.09751, section 3.1). 1 allows all tokens.
 
     Raises:
@@ -40,10 +40,10 @@ class Sampling:
 def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> Tensor:
     """Returns each token's probability of being drawn, float64 [B, V]: 0 for tokens outside `allowed_BV` or the nucleus.
 
-    Every row of `allowed_BV` must allow a token. Among equally likely tokens the lower id is preferred.
+    Every row of `allowed_BV` must allow a token. Of equally likely tokens, the one with the lower id comes first.
     """
     scores_BV = logits_BV.to(torch.float64).masked_fill(~allowed_BV, float("-inf"))
-    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable: lower id first
+    order_BV = scores_BV.argsort(dim=-1, descending=True, stable=True)  # stable, so that the lower id comes first
     if sampling.temperature == 0.0:
         return torch.zeros_like(scores_BV).scatter_(1, order_BV[:, :1], 1.0)
     # The maximum is subtracted before the division, because a small temperature could make scores overflow.
@@ -56,30 +56,30 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draws a token per row, int64 [B]: the lowest id at which the cumulative probability exceeds the row's number in
-    `uniform_B`, which is in [0, 1)."""
+    """Draws one token per row, int64 [B]. It is the lowest id at which the cumulative probability exceeds the row's number
+    in `uniform_B`, which is in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
-    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is multiplied by this probability.
+    # Rounding may leave the last cumulative probability below 1, so `uniform_B` is scaled by it.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     return (cumulative_BV <= target_B1).sum(-1).clamp_max(probabilities_BV.shape[-1] - 1)
 
 
 def guided(logits_BV: Tensor, plain_BV: Tensor, guidance: float) -> Tensor:
-    """Applies classifier-free guidance: returns plain + guidance x (conditional - plain), all log-probabilities.
+    """Applies classifier-free guidance: returns plain + guidance x (conditional - plain), where all are log-probabilities.
 
-    With `guidance` 1 the distribution is the model's; a larger value makes pictures follow the caption more closely. The
-    formula is equation 6 of Ho and Salimans, arXiv 2207.12598, with w = guidance - 1.
+    With `guidance` 1 the result is the model's own distribution. With a larger value, pictures follow the caption more
+    closely. The formula is equation 6 of Ho and Salimans, arXiv 2207.12598, with w = guidance - 1.
 
     Args:
-        plain_BV: Logits of the same sequences without captions; `logits_BV` has the logits with captions.
+        plain_BV: Logits of the same sequences without captions. `logits_BV` has the logits with captions.
     """
     conditional, plain = logits_BV.to(torch.float64).log_softmax(-1), plain_BV.to(torch.float64).log_softmax(-1)
     return plain + guidance * (conditional - plain)
 
 
 class UniformDraws:
-    """Holds a stream of random numbers, uniform in [0, 1), for each sequence. A stream depends only on the seed and the
-    sequence's index, and not on the other sequences of the batch."""
+    """A stream of uniform random numbers in [0, 1) for each sequence. A stream depends only on the seed and the sequence's
+    index, and not on other sequences of the batch."""
 
     def __init__(self, seed: int, numbers: Sequence[int]) -> None:
         self._generators = [torch.Generator().manual_seed((seed << 20) + number) for number in numbers]

@@ -1,4 +1,4 @@
-"""Encodes texts and pictures as prompts, and decodes tokens, with a data set's tokenizer and codebook."""
+"""Encodes texts and pictures as prompts, and decodes tokens. Uses a data set's tokenizer and codebook."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -19,19 +19,19 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.inference.grammar import Grammar, grammar_of
 
-_SCALE = 8  # a pixel of a picture becomes 8 x 8 pixels of the PNG file
+_SCALE = 8  # one pixel of a picture becomes 8 x 8 pixels in the PNG file
 
 
 @dataclass(frozen=True)
 class HeldoutPicture:
-    """The first picture of a document, which is held out unless `pictured` reads training documents."""
+    """The first picture of a document. The document is held out, unless `pictured` reads training documents."""
 
     caption: str  # the document's text
     codes: np.ndarray  # int64 [cells], indices into the codebook
 
 
 class Vocabulary:
-    """Encodes and decodes texts and pictures of one data set. `vocab_size` is the model's number of token ids."""
+    """Encodes and decodes texts and pictures of one data set. `vocab_size` is the number of token ids of the model."""
 
     def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
@@ -52,7 +52,7 @@ class Vocabulary:
         """Returns the picture patch of each code, as RGB values, uint8 [codes, patch, patch, 3].
 
         Raises:
-            ConfigError: the data set has no pictures or no codebook, or its pictures have another grid of codes.
+            ConfigError: the data set has no pictures or no codebook, or its pictures have a different grid of codes.
             DataError: the codebook is damaged.
         """
         image = self._manifest.image
@@ -69,7 +69,7 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """Returns whether the data set has a codebook, which encoding and decoding pictures needs."""
+        """Returns whether the data set has a codebook, without which pictures cannot be encoded or decoded."""
         return self._manifest.image is not None and self._manifest.image.codebook is not None
 
     @cached_property
@@ -82,21 +82,21 @@ class Vocabulary:
         return special_ids(self.tokenizer)[BOS]
 
     def text_prompt(self, text: str) -> list[int]:
-        """Returns the beginning of a document with `text`: the begin mark, and the tokens of the text."""
+        """Returns the beginning of a document with `text`: the begin mark and the tokens of `text`."""
         return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
 
     def drawing_prompt(self, caption: str) -> list[int]:
-        """Returns the beginning of a document: `caption`, and the start mark of a picture."""
+        """Returns the beginning of a document that consists of `caption` and the start mark of a picture."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         return [*self.text_prompt(caption), image.begin_id]
 
     def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
-        """Returns the beginning of a document: a picture, and the text `beginning` of its caption."""
+        """Returns the beginning of a document that consists of a picture and the beginning of its caption, `beginning`."""
         return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
 
     def picture(self, codes: np.ndarray) -> list[int]:
-        """Returns the tokens of a picture, with its start mark and end mark."""
+        """Returns the tokens of a picture, including its start mark and end mark."""
         image = self._manifest.image
         assert image is not None, "the codebook was loaded, so there are pictures"
         ids = (codes + np.flatnonzero(self.grammar.modality_of_id == self._image)[0]).tolist()
@@ -107,12 +107,12 @@ class Vocabulary:
         return self.grammar.modalities.index("image")
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Returns the text in `tokens`, without pictures. Invalid UTF-8 becomes the replacement character."""
+        """Decodes the text tokens in `tokens`; pictures are left out. Invalid UTF-8 becomes the replacement character."""
         return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
 
     def read_picture(self, path: Path) -> np.ndarray:
-        """Returns the codes of the picture in a file, drawn on white, without the random changes that training pictures
-        get.
+        """Returns the codes of the picture in a file. The picture is drawn on white, without the random changes that are
+        made to training pictures.
 
         Raises:
             ConfigError: the file does not exist.
@@ -149,7 +149,7 @@ class Vocabulary:
 
 
 def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
-    """Returns the picture with the codes `codes`, of 32 x 32 pixels."""
+    """Returns the picture that the codes `codes` describe, with 32 x 32 pixels."""
     return Image.fromarray(decode(codes[None], codebook)[0])
 
 

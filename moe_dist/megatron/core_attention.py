@@ -1,7 +1,7 @@
-"""Attention for Megatron's SelfAttention: inside each document of a sequence, also on CPU, and over context-parallel ranks.
+"""Attention within the documents of a sequence for Megatron's SelfAttention, also on CPU and over context-parallel ranks.
 
-Megatron's argument `attention_mask` carries a mask of `moe_dist.model.attention`. Shape letters: s positions on this rank,
-S of the whole sequence, B sequences, H query heads, d head width.
+The mask of `moe_dist.model.attention` comes in Megatron's argument `attention_mask`. Shape letters: s positions on this
+rank, S positions of the whole sequence, B sequences, H query heads, d head width.
 """
 
 from typing import Any
@@ -17,10 +17,9 @@ from moe_dist.model.attention import AttentionMask, attend, dense_mask, make_mas
 
 
 def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
-    """Returns the positions of a sequence that a context-parallel rank has, int64 [length / cp_size]. As in Megatron's
-    rotary embedding, the sequence is cut into 2 x cp_size pieces; the rank has the piece with index `cp_rank` counted
-    from the start, and the piece with this index counted from the end. All ranks thus have equally many pairs of query
-    and key."""
+    """Returns the positions of a sequence that are on a context-parallel rank, int64 [length / cp_size]. As in Megatron's
+    rotary embedding, the sequence is cut into 2 x cp_size pieces. The rank has two of them: the piece with index `cp_rank`
+    from the start, and the piece with the same index from the end. All ranks thus have equally many (query, key) pairs."""
     if cp_size == 1:
         return torch.arange(length)
     pieces = torch.arange(length).chunk(2 * cp_size)
@@ -28,13 +27,13 @@ def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
 
 
 def order_of_ranks(length: int, cp_size: int) -> Tensor:
-    """Returns the index that sorts positions which were concatenated in the order of ranks: int64 [length]."""
+    """Returns the index [length] that restores the sequence's order after the positions of all ranks are joined."""
     return torch.cat([positions_of_rank(length, rank, cp_size) for rank in range(cp_size)]).argsort()
 
 
 def mask_of_rank(documents_BS: Tensor, cp_rank: int, cp_size: int) -> AttentionMask:
-    """Returns the mask of this rank's queries and of all keys of their sequences. With context parallelism the mask is
-    dense: S^2 / cp_size bytes per sequence."""
+    """Returns the mask for this rank's queries and all keys of the sequences. With context parallelism the mask is dense:
+    S^2 / cp_size bytes per sequence."""
     if cp_size == 1:
         return make_mask(documents_BS)
     own = positions_of_rank(documents_BS.shape[1], cp_rank, cp_size).to(documents_BS.device)
@@ -42,8 +41,8 @@ def mask_of_rank(documents_BS: Tensor, cp_rank: int, cp_size: int) -> AttentionM
 
 
 class DocumentAttention(MegatronModule):
-    """Replaces Megatron's DotProductAttention, and has the same arguments. With context parallelism, forward gathers keys
-    and values over the ranks, and backward sums the gradients of keys and values."""
+    """Replaces Megatron's DotProductAttention, with the same arguments. With context parallelism, forward gathers keys and
+    values over the ranks, and backward sums the gradients of keys and values."""
 
     def __init__(self, config: TransformerConfig, *_: Any, pg_collection: ProcessGroupCollection, **__: Any) -> None:
         super().__init__(config)

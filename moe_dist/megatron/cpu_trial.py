@@ -1,13 +1,13 @@
-"""Runs megatron-core on CPU and gloo, for trials (engine.cpu_trial), measurements and tests, with stand-ins for CUDA's
+"""Runs megatron-core on CPU with gloo, for trials (engine.cpu_trial), measurements and tests. Stand-ins replace CUDA's
 functions.
 
     with megatron_on_cpu(), model_parallel(ep=2):
         ...                                       # Megatron builds, computes and communicates on CPU tensors
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
-compares `Tensor.type()` with CUDA's names. Inside the context CUDA's names point to stand-ins; on exit each name is
-restored. A stand-in stream does nothing, because a CPU works in order. Functions that Megatron compiles with torch.compile
-stay uncompiled. Numerical results are right; times are CPU times.
+compares `Tensor.type()` with CUDA's names. Inside the context, CUDA's names refer to stand-ins. They are restored on exit.
+A stand-in stream does nothing, because a CPU works in order. Functions that Megatron passes to torch.compile stay
+uncompiled. Numerical results are right, but measured times are CPU times.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Replacement(NamedTuple):
 
 
 class Idle:
-    """Replaces CUDA streams and CUDA events. A CPU works in order, so streams never wait and events are complete."""
+    """Stands in for CUDA streams and events. A CPU works in order, so streams never wait and events are complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
@@ -59,12 +59,12 @@ def _returning(value: Any) -> Callable[..., Any]:
 
 
 def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a tensor constructor such as `torch.empty`. With the wrapper, `device="cuda..."` allocates on the CPU."""
+    """Wraps a tensor constructor such as `torch.empty`, so that `device="cuda..."` allocates on the CPU."""
 
     def constructor(*arguments: Any, **options: Any) -> Any:
         if "cuda" in str(options.get("device")):
             options["device"] = CPU
-        options.pop("pin_memory", None)  # the CPU has no other memory to copy to
+        options.pop("pin_memory", None)  # the tensors stay in CPU memory, so pinning is useless
         return make(*arguments, **options)
 
     return constructor
@@ -86,12 +86,12 @@ def _typed_as_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _stay(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Converts split sizes to numpy if `as_numpy`. Megatron's `maybe_move_tensor_to_cpu` converts no CPU tensors."""
+    """Stands in for Megatron's `maybe_move_tensor_to_cpu`, which skips CPU tensors. Converts to numpy if `as_numpy`."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def cuda_replacements() -> Sequence[Replacement]:
-    """Lists the attributes of torch that are replaced."""
+    """Returns the attributes of torch that must be replaced, with their values."""
     stream = Idle()
     cuda: dict[str, Any] = {
         "current_device": _returning(CPU),
@@ -121,7 +121,7 @@ def cuda_replacements() -> Sequence[Replacement]:
     return [
         *(Replacement(torch.cuda, name, value) for name, value in cuda.items()),
         *(Replacement(torch, name, _on_cpu(getattr(torch, name))) for name in constructors),
-        # Megatron wraps its fused functions in torch.compile at import, which loads the whole compiler: 10 s per process.
+        # Megatron wraps fused functions in torch.compile at import. This would load the whole compiler: 10 s per process.
         Replacement(torch, "compile", _uncompiled),
         Replacement(torch, "Stream", Idle),
         Replacement(torch.Tensor, "cuda", lambda self, *_, **__: self),
@@ -131,7 +131,7 @@ def cuda_replacements() -> Sequence[Replacement]:
 
 
 def megatron_replacements() -> Sequence[Replacement]:
-    """Lists the attributes of megatron-core that are replaced. Torch's attributes must be replaced before Megatron's."""
+    """Returns the attributes of megatron-core that must be replaced. Replace torch's attributes before calling this."""
     random, moe, dispatchers = (
         importlib.import_module(f"megatron.core.{name}")
         for name in ("tensor_parallel.random", "transformer.moe.moe_utils", "transformer.moe.token_dispatcher")
@@ -140,14 +140,14 @@ def megatron_replacements() -> Sequence[Replacement]:
         Replacement(random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         Replacement(random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
         Replacement(dispatchers, "maybe_move_tensor_to_cpu", _stay),
-        # megatron-core 0.16.1 defines this name only with TransformerEngine, but reads the name in every router.
+        # megatron-core 0.16.1 defines this name only if TransformerEngine is installed, but reads it in every router.
         Replacement(moe, "te_general_gemm", getattr(moe, "te_general_gemm", None)),
     ]
 
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
-    """Lets megatron-core be imported, built and run on the CPU inside the context; yields the replacements."""
+    """Makes it possible to import, build and run megatron-core on the CPU inside the context. Yields the replacements."""
     replaced: list[Replacement] = []
     with contextlib.ExitStack() as stack:
         for replacements in (cuda_replacements, megatron_replacements):

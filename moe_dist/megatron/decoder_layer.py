@@ -3,7 +3,7 @@
     python pretrain_gpt.py --spec moe_dist.megatron.decoder_layer decoder_layer ...     (docs/megatron.md)
     GPTModel(config, transformer_layer_spec=decoder_layer_spec(settings), ...)
 
-Attention, norms and dense layers come from Megatron's specs; Megatron's moe_layer_freq says which layers have experts.
+Attention, norms and dense layers come from Megatron's specs. Megatron's moe_layer_freq selects the layers with experts.
 """
 
 import copy
@@ -28,12 +28,12 @@ from moe_dist.megatron.versions import shared_expert_module
 
 
 class DecoderLayer(TransformerLayer):
-    """Megatron's TransformerLayer with `ExpertLayer` instead of Megatron's MoE layer.
+    """Megatron's TransformerLayer, in which `ExpertLayer` replaces Megatron's MoE layer.
 
     Args:
-        submodules: The submodules of the layer's spec; None takes the submodules of Megatron's decoder spec.
-        settings: Expert settings; None reads the file named by MOE_DIST_EXPERTS.
-        options: Further arguments of Megatron's layer. The arguments that are not listed here are Megatron's, too.
+        submodules: The submodules of the layer's spec. None uses the submodules of Megatron's decoder spec.
+        settings: Expert settings. None reads the file that the variable MOE_DIST_EXPERTS names.
+        options: Further arguments of Megatron's layer. Arguments that are missing in this list are Megatron's, too.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class DecoderLayer(TransformerLayer):
         **options: Any,
     ) -> None:
         settings = settings or settings_from_environment()
-        check(config, settings)  # checked first, so that one error reports all problems
+        check(config, settings)  # checked first, so that one error message reports all problems
         groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank())
         number = layer_number + (offset if options.get("add_layer_offset", True) else 0)
-        parts = copy.copy(submodules or _megatrons_own(config, number))  # copied, because layers share one spec
+        parts = copy.copy(submodules or _megatrons_own(config, number))  # copied, because all layers share one spec
         every = config.moe_layer_freq
         holds_experts = (number - 1) % every == 0 if isinstance(every, int) else bool(every[number - 1])
         stock = parts.mlp
         if holds_experts:
-            parts.mlp = IdentityOp  # replaced below, because Megatron would pass process groups only to its own MoE layer
+            parts.mlp = IdentityOp  # replaced below, because Megatron passes process groups only to its own MoE layer
         super().__init__(config, parts, layer_number, pg_collection=groups, vp_stage=vp_stage, **options)
         if holds_experts:
-            self.recompute_mlp = False  # Megatron takes the layer for a dense layer; `ExpertLayer` itself recomputes
+            self.recompute_mlp = False  # to Megatron this is a dense layer; `ExpertLayer` itself recomputes
             shared = None
             if config.moe_shared_expert_intermediate_size is not None:
                 gate = config.moe_shared_expert_gate
@@ -71,11 +71,11 @@ class DecoderLayer(TransformerLayer):
 
 
 def decoder_layer_spec(settings: ExpertSettings) -> ModuleSpec:
-    """Returns the spec of a layer with the experts of `settings`, for GPTModel's argument `transformer_layer_spec`."""
+    """Returns the spec of a layer with the experts in `settings`, for GPTModel's argument `transformer_layer_spec`."""
     return ModuleSpec(module=DecoderLayer, params={"settings": settings})
 
 
-# --spec imports this object without calling it, so each layer reads its settings from the environment.
+# --spec imports this object without calling it. Each layer therefore reads its settings from the environment.
 decoder_layer = ModuleSpec(module=DecoderLayer)
 
 

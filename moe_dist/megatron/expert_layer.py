@@ -1,4 +1,4 @@
-"""Wraps the MoE layer of moe_dist as a Megatron module, with Megatron's process groups.
+"""Wraps moe_dist's MoE layer as a Megatron module that uses Megatron's process groups.
 
 Shape letters: s positions on this rank, B sequences, T = s x B tokens, D hidden size.
 """
@@ -28,15 +28,15 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class ExpertLayer(MegatronModule):
-    """Replaces Megatron's MoELayer in a transformer layer; the output has no bias.
+    """Replaces Megatron's MoELayer in a transformer layer. The output has no bias.
 
     Args:
         config: Megatron's configuration, which `requirements.check` has accepted.
-        layer_number: Number of the layer in the whole model (over all pipeline stages), from 1.
+        layer_number: Index of the layer in the whole model (over all pipeline stages), counted from 1.
         shared: Megatron's tensor-parallel shared expert, or None.
-        watch: Makes the router, has the dispatcher, adds the auxiliary terms, counts bytes, and gets the layer's
-            reports. If it is given, the caller sets the weights. None makes a `MegatronLmWatch`, and the layer draws
-            the weights itself.
+        watch: Makes the router, owns the dispatcher, adds the auxiliary terms, counts bytes, and receives the layer's
+            reports. If it is given, the caller sets the weights. If it is None, the layer makes a `MegatronLmWatch` and
+            initialises the weights itself.
     """
 
     group_of_modality_M: Tensor
@@ -69,11 +69,11 @@ class ExpertLayer(MegatronModule):
         _mark_parameters(self.moe, sequence_parallel=config.sequence_parallel)
 
     def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
-        """Returns the layer's output [s, B, D], and None as bias.
+        """Returns the layer's output [s, B, D] and, in place of a bias, None.
 
         Args:
             hidden_states: [s, B, D].
-            padding_mask: May contain modality ids, see `moe_dist.megatron.modality`.
+            padding_mask: May contain modality ids instead of a mask, see `moe_dist.megatron.modality`.
         """
         length, batch, _ = hidden_states.shape
         group_T = groups_of_rank(
@@ -114,11 +114,11 @@ def _build(
     ep_rank: int,
     layer: int,
 ) -> MoELayer:
-    """Builds the layer without a shared expert; its parameters are allocated but not initialised."""
+    """Builds the layer without a shared expert. Its parameters are allocated but not initialised."""
     with torch.device("meta"):
         router: Any = watch.make_router(layer)
         moe = MoELayer(
-            norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before the layer
+            norm=nn.Identity(),  # Megatron applies its own pre_mlp_layernorm before this layer
             router=router,
             experts=Experts(
                 config.hidden_size,
@@ -143,21 +143,21 @@ def _device(config: TransformerConfig) -> torch.device:
 
 
 def _recompute(config: TransformerConfig) -> Recompute:
-    """Returns the mode for Megatron's selective recompute; 'none' for full recompute, which wraps the layer."""
+    """Returns the mode for Megatron's selective recompute, or 'none' for full recompute, which wraps the layer."""
     modules = (config.recompute_modules or []) if config.recompute_granularity == "selective" else []
     return "block" if "moe" in modules else "experts" if "moe_act" in modules else "none"
 
 
 def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
-    """Sets the attributes by which Megatron reduces gradients and computes their norm."""
+    """Sets the attributes with which Megatron decides how to reduce gradients and compute their norm."""
     for parameter in layer.experts.parameters():
-        # With this attribute Megatron reduces the gradient over the expert data parallel group.
+        # If False, Megatron reduces the gradient over the expert data parallel group.
         parameter.allreduce = False  # pyright: ignore[reportAttributeAccessIssue]
-        # With this attribute the gradient norm counts the parameter on every TP rank, as TP ranks have different experts.
+        # Makes the gradient norm count the parameter on every TP rank, because TP ranks have different experts.
         tensor_parallel.set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         parameter.requires_grad_(parameter.numel() > 0)  # a stack is empty if this rank has no expert of the group
     for parameter in layer.router.parameters():
-        # With this attribute Megatron sums the gradient over TP, as each TP rank routes its own part of the sequence.
+        # If True, Megatron sums the gradient over TP, because each TP rank routes its own part of the sequence.
         parameter.sequence_parallel = sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -165,10 +165,10 @@ def _mark_parameters(layer: MoELayer, *, sequence_parallel: bool) -> None:
 def _initialise(
     moe: MoELayer, placement: ExpertPlacement, config: TransformerConfig, *, ep_rank: int, layer: int, seed: int
 ) -> None:
-    """Initialises router and experts with Megatron's initialisers; `down` takes the initialiser of output layers.
+    """Initialises router and experts with Megatron's initialisers. `down` gets the initialiser of output layers.
 
-    Each matrix is drawn on the host in fp32, from (seed, logical name), so that every layout and device starts with equal
-    weights. Does nothing if `perform_initialization` is off.
+    Each matrix is drawn on the host in fp32, from (seed, logical name), so that weights are equal for every layout and
+    device. Does nothing if `perform_initialization` is off.
     """
     if not config.perform_initialization:
         return
@@ -186,7 +186,7 @@ def _initialise(
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):  # saves only the host's random state; Megatron manages the devices' states
+    with torch.random.fork_rng(devices=[]):  # restores only the host's random state; Megatron manages the devices' states
         torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         drawn = torch.empty(like.shape, dtype=torch.float32, device="cpu")
         initialiser(drawn)

@@ -1,7 +1,7 @@
-"""Makes Megatron's GPTModel, DDP and optimizer from the configuration of a run (engine.kind=megatron).
+"""Makes Megatron's GPTModel, DDP and optimizer from a run's configuration (engine.kind=megatron).
 
-Weights and steps equal the own engine's weights and steps: weights are drawn by logical name, the weight decay is the same,
-and a step's loss is summed over ranks and micro-batches (Megatron's per-token loss without its division).
+Weights and training steps equal those of this project's own engine. Initial weights are drawn by logical name, weight decay
+is the same, and a step's loss is summed over ranks and micro-batches (Megatron's per-token loss without its division).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
 
 
 class Norm(RMSNorm):
-    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums the gradient over TP."""
+    """RMSNorm with the arguments of Megatron's norm. Under sequence parallelism Megatron sums its gradient over TP."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps)
@@ -50,7 +50,7 @@ class Norm(RMSNorm):
 
 
 def transformer_config(config: Config) -> TransformerConfig:
-    """Returns Megatron's configuration of the model and its ranks."""
+    """Returns Megatron's configuration for the model and its parallelism."""
     model, parallel = config.model, config.parallel
     engine: Any = config.engine
     moe, dtype = model.moe, DTYPES[parallel.precision]
@@ -64,7 +64,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.resolved_head_dim,
         ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
         num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
-        moe_router_topk=first.top_k,  # Megatron needs top_k and the width only to count FLOPs
+        moe_router_topk=first.top_k,  # Megatron uses top_k and the width only to count FLOPs
         moe_ffn_hidden_size=first.ffn_dim,
         moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,
@@ -75,8 +75,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         pipeline_model_parallel_size=engine.pp,
         virtual_pipeline_model_parallel_size=engine.vpp if engine.vpp > 1 else None,
         context_parallel_size=engine.cp,
-        # With an interleaved schedule on two stages, a batch of sends and receives has two sends between the same two
-        # ranks, and a receive could match the wrong send.
+        # On two stages, an interleaved schedule can put two sends between the same two ranks into one batch of sends and
+        # receives. A receive could then match the wrong send.
         overlap_p2p_comm=engine.vpp > 1,
         batch_p2p_comm=engine.vpp == 1,
         expert_model_parallel_size=parallel.ep,
@@ -92,9 +92,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         use_cpu_initialization=engine.cpu_trial,
         recompute_granularity=granularity,
         recompute_modules=modules,
-        moe_grouped_gemm=modules is not None,  # Megatron requires this option with moe_act; `ExpertLayer` ignores it
-        calculate_per_token_loss=True,  # Megatron adds up losses over ranks and micro-batches
-        finalize_model_grads_func=_finalise,  # does not divide losses by Megatron's token count
+        moe_grouped_gemm=modules is not None,  # Megatron requires this option for moe_act; `ExpertLayer` ignores it
+        calculate_per_token_loss=True,  # makes Megatron sum losses over ranks and micro-batches
+        finalize_model_grads_func=_finalise,  # skips the division by Megatron's token count
     )
 
 
@@ -103,7 +103,7 @@ def _finalise(chunks: list[Any], _: Tensor | None, **options: Any) -> None:
 
 
 def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSettings:
-    """Returns the layers' settings. A token's modality id is the index of its expert group."""
+    """Returns the settings of the expert layers. A token's modality id is the index of its expert group."""
     parallel, moe = config.parallel, config.model.moe
     return ExpertSettings.model_construct(
         groups={name: group.model_copy(update={"modalities": ()}) for name, group in moe.groups.items()},
@@ -115,19 +115,19 @@ def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSetting
 
 
 class Gpt:
-    """The parts (chunks) of the model on this rank, in Megatron's DDP: several with an interleaved pipeline, else one.
+    """The model's parts (chunks) on this rank, in Megatron's DDP: several in an interleaved pipeline, otherwise one.
 
     Args:
-        initial: Returns the whole initial value of a logical tensor, fp32 on the host. The arguments are a part of the
+        initial: Returns the whole initial value of a logical tensor, fp32 on the host. Its arguments are a part of the
             model, the parameter's name in this part, and the tensor's logical name and shape.
-        decays: Returns, by logical name and shape, whether a tensor has weight decay.
+        decays: Takes a tensor's logical name and shape, and returns whether the tensor has weight decay.
 
     Attributes:
-        chunks: The parts of the model, wrapped for data parallelism, in the order of their layers.
-        place: The rank's place in the model, which determines the logical names of its parameters.
-        routers: The router of each MoE layer of this rank, by index of the layer.
+        chunks: The model's parts on this rank, wrapped for data parallelism, in the order of their layers.
+        place: The rank's position in the model, which determines its parameters' logical names.
+        routers: The router of each MoE layer on this rank, by layer index.
         last_stage: Whether this rank has the last part of the model, which computes the losses.
-        tp_mesh: Megatron's group of tensor-parallel ranks as a mesh, on the device of a checkpoint's tensors.
+        tp_mesh: Megatron's group of tensor-parallel ranks as a mesh, on the device where a checkpoint's tensors are.
         distributed: Whether the optimizer's state is sharded over data-parallel ranks.
     """
 
@@ -146,7 +146,7 @@ class Gpt:
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
         watch.every_rank = self.groups.tp_dp_cp
         self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        host = self._engine.cpu_trial or self.distributed  # sharded state is gathered into host memory
+        host = self._engine.cpu_trial or self.distributed  # a sharded state is gathered into host memory
         self.tp_mesh = DeviceMesh.from_group(self.groups.tp, "cpu" if host else "cuda")
         model = config.model
         self.place = Place(
@@ -168,12 +168,12 @@ class Gpt:
         self.routers = watch.routers
         for router in self.routers.values():
             with next(router.parameters()).device:
-                router.reset_buffers()  # pyright: ignore[reportCallIssue]: Float16Module has made them bf16
+                router.reset_buffers()  # pyright: ignore[reportCallIssue]: Float16Module has cast them to bf16
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=False,
             use_distributed_optimizer=self.distributed,
-            check_for_nan_in_grad=False,  # the training step skips a step with NaN on all ranks
+            check_for_nan_in_grad=False,  # if there is a NaN, the training step is skipped on all ranks
         )
         self.chunks = [
             DistributedDataParallel(self.megatron, ddp, each, disable_bucketing=number > 0)
@@ -217,12 +217,12 @@ class Gpt:
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)  # pyright: ignore[reportArgumentType]
 
     def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
-        """Returns the logical tensors of a parameter, or of a parameter's moment, in the part `chunk` of the model."""
+        """Returns the logical tensors in a parameter, or in a moment of a parameter, of the model's part `chunk`."""
         first, layers = self._first_layers[chunk], self.config.model.moe_layers
         return list(pieces(name, tensor, self.place, first_layer=first, moe_layers=layers))
 
     def parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
-        """Yields the part of the model, Megatron's name, and each parameter that has elements on this rank."""
+        """Yields (index of the model's part, Megatron's name, parameter) of each parameter with elements on this rank."""
         for number, (names, chunk) in enumerate(zip(self._names, self.chunks, strict=True)):
             for name, parameter in zip(names, chunk.parameters(), strict=True):
                 if parameter.numel():
@@ -235,7 +235,7 @@ class Gpt:
         initial: Initial,
         decays: Callable[[str, tuple[int, ...]], bool],
     ) -> None:
-        """Sets every weight, and marks weights without weight decay."""
+        """Sets every weight, and marks those without weight decay."""
         place = self.place
         for chunk, model in enumerate(models):
             for name, parameter in model.named_parameters():
@@ -245,8 +245,8 @@ class Gpt:
                     setattr(parameter, NO_DECAY_ATTRIBUTE, not decays(piece.name, piece.shape))
 
     def optimizer(self) -> Any:
-        """Makes Megatron's optimizer of `chunks`; call it once. The optimizer's parameter groups have their final weight
-        decay; the training step sets their learning rate."""
+        """Makes Megatron's optimizer for `chunks`. Call this method once. The parameter groups have their final weight
+        decay, and the training step sets their learning rate."""
         section = self.config.optimizer
         settings = OptimizerConfig(
             optimizer="adam",
@@ -262,11 +262,11 @@ class Gpt:
         )
         overrides: Any = {ParamKey(attr=NO_DECAY_ATTRIBUTE): {"wd_mult": 0.0}}
         optimizer = get_megatron_optimizer(settings, list(self.chunks), config_overrides=overrides)
-        for group in optimizer.param_groups:  # Megatron's scheduler, which would set the decay, is not used
+        for group in optimizer.param_groups:  # Megatron's scheduler would set the weight decay, but is not used
             group["weight_decay"] = section.weight_decay * group["wd_mult"]
         return optimizer
 
 
 def _explicit(placement: ExpertPlacement) -> ExplicitSection:
-    """Returns the section that lists the experts of each rank of a placement."""
+    """Returns a configuration section that lists the experts on each rank of a placement."""
     return ExplicitSection(slots=tuple(tuple(placement.name_of(expert) for expert in each) for each in placement.slots))

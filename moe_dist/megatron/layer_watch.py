@@ -1,5 +1,5 @@
-"""Watches every MoE layer of the model: adds the auxiliary terms of a training step to the layers' backward, and sums the
-layers' reports over the step's micro-batches.
+"""Connects the engine with every MoE layer: adds the step's auxiliary terms to the layers' backward, and sums the layers'
+reports over the step's micro-batches.
 
 Shape letters: L MoE layers of the whole model, C choice columns, G groups, E true experts, T tokens of this rank.
 """
@@ -25,20 +25,20 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class LayerWatch:
-    """Gives all MoE layers of this rank an engine's routers, dispatcher, auxiliary terms and reports.
+    """Gives all MoE layers on this rank their routers and dispatcher, adds auxiliary terms, and collects reports.
 
     Args:
-        tracker: Tracks the collectives of all layers for the watchdog.
-        comm_stats: Counts bytes and seconds of the exchanges of all layers.
+        tracker: Records the collectives of all layers for the watchdog.
+        comm_stats: Counts the bytes and seconds of all layers' exchanges.
 
     Attributes:
-        coefficients: Coefficients of the step's auxiliary terms; None in evaluation.
-        routers: The router of each MoE layer of this rank, by index of the layer.
+        coefficients: Coefficients of the auxiliary terms in a step; None in evaluation.
+        routers: The router of each MoE layer on this rank, by layer index.
         request: The request that routers get with the current micro-batch.
-        chosen: By micro-batch number and layer, the index of each token in the micro-batch [T], and the choices. `chosen`
-            has only micro-batches whose request asks for choices.
-        static: Whether exchanges have fixed sizes, so that the host does not know the numbers of exchanged rows.
-        every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. `Gpt` sets it.
+        chosen: For each micro-batch (by number) and layer, each token's index in the micro-batch [T], and the choices. It
+            contains only micro-batches whose request asks for choices.
+        static: Whether exchanges have fixed sizes, so that the host does not know how many rows are exchanged.
+        every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. Set by `Gpt`.
     """
 
     every_rank: dist.ProcessGroup
@@ -63,25 +63,25 @@ class LayerWatch:
         self.request = NO_REQUEST
         self.chosen: dict[int, dict[int, tuple[Tensor, ChosenColumns]]] = defaultdict(dict)
         self._reports: dict[int, list[LayerReport]] = defaultdict(list)
-        self._terms: list[Tensor] = []  # [balance, z] of a layer and micro-batch
+        self._terms: list[Tensor] = []  # one [balance, z] for each layer and micro-batch
 
     def make_router(self, layer: int) -> nn.Module:
-        """Makes and keeps the router of a layer of this rank."""
+        """Makes the router of a layer on this rank, and adds it to `routers`."""
         self.routers[layer] = self._make_router(layer)
         return self.routers[layer]
 
     def begin(self, number: int, share: Tensor, request: RoutingRequest) -> None:
-        """Begins the forward of a micro-batch in one part of the model.
+        """Prepares the forward of a micro-batch through one part of the model.
 
         Args:
             share: Weight of the micro-batch in the step, 0-d.
-            request: Has the index in the micro-batch of each token of this rank.
+            request: Contains each token's index in the micro-batch, for the tokens of this rank.
         """
         self._number, self._share, self.request = number, share, request
 
     def __call__(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
-        """Returns `y_TD`, whose backward also adds the gradients of the auxiliary terms. Costs one all-reduce in training,
-        unless both coefficients are 0."""
+        """Returns `y_TD` in a form whose backward also adds the gradients of the auxiliary terms. In training costs one
+        all-reduce, unless both coefficients are 0."""
         self._reports[layer].append(_detached(report))
         if report.chosen is not None:
             assert self.request.token_T is not None
@@ -97,8 +97,8 @@ class LayerWatch:
         return MoEAuxLossAutoScaler.apply(y_TD, (balance + z).to(torch.float32))  # pyright: ignore[reportReturnType]
 
     def take(self) -> tuple[list[LayerReport], Tensor]:
-        """Returns the sums since the last call, and clears them: one report for each MoE layer of the model, summed over
-        micro-batches (zeros for layers of other stages), and the sums of balance and z terms, float64 [2]."""
+        """Returns what was collected since the last call, and clears it: for each MoE layer of the model a report summed
+        over micro-batches (zeros for layers of other stages), and the sums of balance and z terms, float64 [2]."""
         found = [added(self._reports[layer]) if self._reports[layer] else self._nothing() for layer in self._layers]
         terms = torch.stack(self._terms).sum(0) if self._terms else torch.zeros(2, dtype=torch.float64, device=self._device)
         self._reports.clear()
@@ -128,9 +128,9 @@ def layer_terms(
     null_weight_G: Sequence[float] | None = None,
     tracker: CollectiveTracker | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns, for one layer and micro-batch, this rank's summands of the balance loss and of the z loss (with
-    coefficient 1), and the number of tokens of all ranks. As in this project's own engine, a rank divides its sums by
-    counts over all ranks, which costs one all-reduce."""
+    """Returns, for one layer and micro-batch, this rank's parts of the balance loss and z loss (each with coefficient 1),
+    and the total number of tokens of all ranks. As in this project's own engine, a rank divides its sums by counts over all
+    ranks, for which it needs one all-reduce."""
     local, aux = (report.counts.choices_LC, report.counts.tokens_LG), report.aux
     choices_LC, tokens_LG = unpack(sum_over(pack(local), every_rank, name=ROUTING_COUNTS, tracker=tracker), local)
     balance_LG = balance_terms(aux.prob_LC, choices_LC, tokens_LG, tables, kind=kind, null_weight_G=null_weight_G)
@@ -138,6 +138,6 @@ def layer_terms(
 
 
 def _detached(report: LayerReport) -> LayerReport:
-    """Returns the counts of a report, whose sums have no gradient."""
+    """Returns a report with the same counts, and with sums that are detached from the autograd graph."""
     aux = AuxSums(report.aux.prob_LC.detach(), report.aux.log_z_squared_LG.detach())
     return LayerReport(report.counts, aux, report.sent)

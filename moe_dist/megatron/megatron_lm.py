@@ -1,8 +1,7 @@
 """The router, the dispatcher and the auxiliary terms of an MoE layer inside Megatron-LM.
 
-Megatron's scaler adds the gradients of balance loss and z loss in backward, and Megatron's tracker logs the values. As in
-`moe_dist.train.objective.loss`, both losses use counts of a micro-batch over all ranks of the pipeline stage
-(TP x CP x DP).
+Megatron's scaler adds the gradients of balance loss and z loss in backward, and Megatron's tracker logs both losses. As in
+`moe_dist.train.objective.loss`, both use a micro-batch's counts over all ranks of the pipeline stage (TP x CP x DP).
 """
 
 import contextlib
@@ -28,7 +27,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 
 class UntimedCommStats(CommStats):
-    """Counts bytes but not the time of waits, because Megatron's training loop would never collect the CUDA events."""
+    """Counts bytes, but measures no wait times, because Megatron's training loop would never collect the CUDA events."""
 
     @contextlib.contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
@@ -36,7 +35,7 @@ class UntimedCommStats(CommStats):
 
 
 class MegatronLmWatch(nn.Module):
-    """Takes the place of `LayerWatch` in one layer, with the options of Megatron and of the expert settings."""
+    """Replaces `LayerWatch` for one layer, with options from Megatron's configuration and the expert settings."""
 
     request, static = NO_REQUEST, False
 
@@ -59,13 +58,13 @@ class MegatronLmWatch(nn.Module):
         return self._settings.router.build(RouterContext(self._config.hidden_size, self._placement.groups, layer=layer))
 
     def forward(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
-        """Returns `y_TD`, whose backward also adds the gradients of the auxiliary terms in training."""
+        """Returns `y_TD`. In training, its backward also adds the gradients of the auxiliary terms."""
         return self.attach(layer, y_TD, report) if self.training else y_TD
 
     def attach(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
-        """Returns `y_TD` with the same values; backward through it also adds the gradients of both losses. Costs one
-        all-reduce of a few integers, unless both coefficients are 0 or gradients are off, as in the first forward of full
-        recompute."""
+        """Returns `y_TD` with the same values, but its backward also adds the gradients of both losses. Costs one
+        all-reduce of a few integers, unless both coefficients are 0 or gradients are off (as in the first forward of full
+        recompute)."""
         config, groups = self._config, self._groups
         balances = config.moe_router_load_balancing_type != "none"
         coefficients = (float(config.moe_aux_loss_coeff) if balances else 0.0, config.moe_z_loss_coeff or 0.0)  # pyright: ignore
@@ -73,8 +72,8 @@ class MegatronLmWatch(nn.Module):
             return y_TD
         tables = ColumnTables.on(self._placement.groups, y_TD.device)
         *terms, tokens = layer_terms(report, tables, groups.tp_dp_cp, kind=self._settings.balance)
-        # Megatron sums gradients over TP, and then averages them over DP x CP (its scaler has CP / micro-batches) or
-        # divides the sum by the step's tokens. `scale` cancels this division, so that the ranks' shares sum to the loss.
+        # Megatron sums gradients over TP. Then it averages over DP x CP (its scaler has CP / micro-batches), or divides the
+        # sum by the step's tokens. `scale` cancels this division, so that the parts of all ranks sum to the loss.
         data_ranks = groups.tp_dp_cp.size() // groups.tp_cp.size()
         scale = tokens if config.calculate_per_token_loss else float(data_ranks)
         for name, term, coefficient in zip(("global_load_balancing_loss", "z_loss"), terms, coefficients, strict=True):

@@ -1,8 +1,8 @@
-"""Carries the modality ids of tokens through Megatron, in the argument `padding_mask`.
+"""Carries the modality ids of tokens through Megatron in its argument `padding_mask`.
 
-Megatron passes `padding_mask` from GPTModel.forward to every MoE layer. Megatron's own layers expect a bool that is true
-for padding; for moe_dist the tensor may contain modality ids instead. Shape letters: B sequences, S positions, s positions
-on this rank (S / TP under sequence parallelism), T = s x B tokens of this rank.
+Megatron passes `padding_mask` from GPTModel.forward to every MoE layer. Megatron's own layers expect a bool tensor that is
+True for padding. moe_dist also accepts a tensor of modality ids. Shape letters: B sequences, S positions, s positions on
+this rank (S / TP under sequence parallelism), T = s x B tokens on this rank.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def modality_of_tokens(tokens_BS: Tensor, ranges: Sequence[Sequence[tuple[int, i
 
     Args:
         ranges: For each modality its vocabulary ranges [first, end), in the order in which the settings' groups list the
-            modalities. A token in no range counts as padding and gets the id -1.
+            modalities. A token outside all ranges counts as padding and gets the id -1.
     """
     ids_BS = torch.full_like(tokens_BS, PADDING, dtype=torch.int64)
     for modality, parts in enumerate(ranges):
@@ -35,15 +35,15 @@ def groups_of_rank(
 ) -> Tensor:
     """Returns the expert group of each token of this rank, int64 [T], in the order of hidden states; -1 for padding.
 
-    Megatron scatters the mask over the TP ranks only on the first pipeline stage, if that stage computes the embeddings. A
-    mask that Megatron does not scatter has the whole sequence, and this function takes the rank's slice. Nothing is
-    communicated. Raises ConfigError if there are several modalities and no ids, the ids do not have the shape of the hidden
-    states, or, on a CPU, an id is of no modality. On CUDA an id of no modality fails an assertion of the device, without a
-    host sync.
+    Megatron scatters the mask over TP ranks only on the first pipeline stage, and only if this stage computes the
+    embeddings. A mask that is not scattered covers the whole sequence, and this function takes the rank's slice. It needs
+    no communication. Raises ConfigError if there are several modalities but no ids, or if the ids do not have the shape of
+    the hidden states. An id of no modality raises ConfigError on a CPU. On CUDA it fails an assertion on the device,
+    without a host sync.
 
     Args:
-        mask_BS: Integer modality ids (-1 for padding), bools that are true for padding, or None without padding.
-        group_of_modality_M: int64, group of each modality, followed by a -1, which padding (index -1) reads.
+        mask_BS: Integer modality ids (-1 for padding), bools that are True for padding, or None if there is no padding.
+        group_of_modality_M: int64, the group of each modality, followed by a -1. Padding (index -1) reads this last entry.
         length, batch: s and B.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
@@ -72,7 +72,7 @@ def groups_of_rank(
 
 
 def _check_ids(ids_BS: Tensor, num_modalities: int) -> None:
-    """Refuses ids of no modality: as an index, an id below -1 would count from the end."""
+    """Refuses ids of no modality. As an index, an id below -1 would silently count from the end."""
     known = ((ids_BS >= PADDING) & (ids_BS < num_modalities)).all()
     if ids_BS.device.type != "cpu":
         torch._assert_async(known, "padding_mask: a modality id is neither -1 nor that of a modality")  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""Runs micro-batches through the model by Megatron's schedules: one stage, 1F1B, or interleaved.
+"""Runs micro-batches through the model with one of Megatron's schedules: a single stage, 1F1B, or interleaved 1F1B.
 
 Shape letters: B sequences, S positions, s positions on this rank (S / CP).
 """
@@ -19,12 +19,12 @@ from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING
 from moe_dist.moe.routing.types import NO_REQUEST, RoutingRequest
 
-COLLECTIVES = "Megatron's pipeline or gradient sums"  # names the collectives that the watchdog does not see
-NO_LABEL = -100  # a position that adds no loss has a label below 0
+COLLECTIVES = "Megatron's pipeline or gradient sums"  # name for the collectives that the watchdog does not see
+NO_LABEL = -100  # a label below 0 means that the position adds no loss
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. Tensors but `share` are [B, S]."""
+    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. Only `share` is not [B, S]."""
 
     tokens_BS: Tensor
     documents_BS: Tensor
@@ -35,7 +35,7 @@ class MicroBatch(NamedTuple):
 
 
 class Pipeline:
-    """Runs forward and backward of micro-batches on all pipeline stages. Each run is collective over all ranks."""
+    """Runs forward and backward of micro-batches on all pipeline stages. All ranks must call `run` together."""
 
     def __init__(self, gpt: Gpt, watch: LayerWatch) -> None:
         self._gpt, self._watch = gpt, watch
@@ -44,25 +44,25 @@ class Pipeline:
         self._forward_backward = get_forward_backward_func()
 
     def columns(self, length: int) -> Tensor:
-        """Returns the positions, in a sequence of `length` tokens, that this rank has."""
+        """Returns the positions of a sequence of `length` tokens that are on this rank."""
         return positions_of_rank(length, self.cp_rank, self.cp_size)
 
     def _tokens(self, columns: Tensor, sequences: int, length: int) -> Tensor:
-        """Returns the index in a micro-batch of each token whose hidden state this rank has, in their order [s / TP, B]."""
+        """Returns the index in the micro-batch of each token whose hidden state is on this rank, in order [s / TP, B]."""
         tp = self._gpt.groups.tp
         part = columns.chunk(tp.size())[tp.rank()]
         return (part[:, None] + length * torch.arange(sequences, device=part.device)).flatten()
 
     def run(self, batches: Sequence[MicroBatch], *, divisor: Tensor, training: bool) -> list[Tensor]:
-        """Runs the micro-batches, which have one shape.
+        """Runs the micro-batches, which must all have one shape.
 
         Args:
-            divisor: The loss is the sum of the token losses divided by this number.
-            training: Also runs backward, and sums the gradients over the data-parallel ranks.
+            divisor: Number by which the sum of the token losses is divided.
+            training: If True, also runs backward, and sums the gradients over the data-parallel ranks.
 
         Returns:
-            On the last stage, for each micro-batch the cross entropy of each label at this rank's positions, [B, s], 0
-            without a label. On stages before the last, an empty list.
+            On the last stage, for each micro-batch the cross entropy at each position of this rank, [B, s], which is 0
+                where there is no label. On earlier stages, an empty list.
         """
         losses: dict[int, Tensor] = {}
         batches, count, tracker = self._filled(batches), len(batches), self._watch.tracker
@@ -74,7 +74,7 @@ class Pipeline:
 
         def step(iterator: Iterator[tuple[int, MicroBatch]], chunk: Any) -> tuple[Tensor, Any]:
             at, batch = next(iterator)
-            inside.enter_context(tracker.among(COLLECTIVES))  # entered again, to restart its time limit
+            inside.enter_context(tracker.among(COLLECTIVES))  # entered again, which restarts the watchdog's time limit
             own = self.columns(batch.tokens_BS.shape[1]).to(batch.tokens_BS.device)
             labels = batch.labels_BS[:, own]
             request = replace(batch.request, token_T=self._tokens(own, *batch.tokens_BS.shape))
@@ -102,7 +102,7 @@ class Pipeline:
         return [losses[at] for at in range(count)] if losses else []
 
     def _filled(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """Adds micro-batches of padding up to a multiple of the number of stages, as the interleaved schedule needs."""
+        """Adds padding micro-batches up to a multiple of the number of stages, which the interleaved schedule needs."""
         if len(self._gpt.chunks) == 1:
             return batches
         blank = batches[0]._replace(

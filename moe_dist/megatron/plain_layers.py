@@ -1,4 +1,4 @@
-"""Arguments of Megatron's TransformerConfig for SwiGLU layers without biases, dropout and kernels of Apex."""
+"""Arguments for Megatron's TransformerConfig that select SwiGLU layers without biases, dropout or Apex kernels."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Makes Megatron's process groups over the default process group."""
+"""Creates Megatron's process groups on top of the default process group."""
 
 import math
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from typing import Any
 def model_parallel(
     *, ep: int = 1, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, seed: int = 1234, timeout: float = 1800.0
 ) -> Iterator[None]:
-    """Makes Megatron's process groups, and seeds its random states. `timeout` limits every collective, in seconds, rounded
-    up to whole minutes, because Megatron takes a number of minutes.
+    """Makes Megatron's process groups, and seeds its random states. `timeout` limits every collective. It is given in
+    seconds and rounded up to minutes, because Megatron counts in minutes.
 
-    Expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x CP x DP. On exit the groups are removed,
-    and Megatron's tracker of MoE losses is emptied.
+    The degree of expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x CP x DP. On exit the groups
+    are destroyed, and Megatron's tracker of MoE losses is emptied.
     """
     from megatron.core import parallel_state  # imported here, because a CPU trial first replaces names
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -39,7 +39,7 @@ def model_parallel(
 
 
 def process_groups() -> Any:
-    """Returns Megatron's process groups of this rank, a ProcessGroupCollection, inside `model_parallel`."""
+    """Returns this rank's Megatron groups as a ProcessGroupCollection. Call this function inside `model_parallel`."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     return ProcessGroupCollection.use_mpu_process_groups()

@@ -1,4 +1,4 @@
-"""Checks that a Megatron configuration is compatible with the MoE layer, before the model is built."""
+"""Checks, before the model is built, that a Megatron configuration is compatible with moe_dist's MoE layer."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.settings import GUIDE, ExpertSettings
 
-# Options of Megatron's router, dispatcher and experts that moe_dist's MoE layer does not support. Each entry: a field, the
-# value that the field must have, and the reason or the setting to use instead.
+# Options of Megatron's router, dispatcher and experts that moe_dist's MoE layer does not support. Each entry has a field,
+# the value that the field must have, and the reason or the setting to use instead.
 _OFF: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_score_function", "softmax", "weights are a softmax"),
     ("moe_router_pre_softmax", False, "set router.normalise to none in the expert settings instead"),
@@ -40,8 +40,7 @@ _BALANCE_TYPES = ("global_aux_loss", "none")
 
 
 def check(config: TransformerConfig, settings: ExpertSettings) -> None:
-    """Checks Megatron's configuration. Raises ConfigError if the configuration is not compatible. The error lists all
-    problems."""
+    """Checks that Megatron's configuration is compatible. Otherwise raises a ConfigError that lists all problems."""
     if problems := [*_parallel_problems(config), *_expert_problems(config, settings), *_option_problems(config)]:
         raise ConfigError(problems, see=GUIDE)
 
@@ -87,7 +86,7 @@ def _expert_problems(config: TransformerConfig, settings: ExpertSettings) -> lis
 
 
 def _option_problems(config: TransformerConfig) -> list[str]:
-    # A version of Megatron may lack a field. None, False and 0 all mean that the option is off.
+    # The installed Megatron may lack a field. None, False and 0 all mean that the option is off.
     values = [(field, getattr(config, field, off), off, reason) for field, off, reason in _OFF]
     return [
         f"{field}={value}: must be {off}; {why}" for field, value, off, why in values if value != off and (value or off)

@@ -1,6 +1,6 @@
 """Defines the settings that Megatron's configuration lacks: expert groups, null experts, router and placement.
 
-The settings come from the YAML file that the variable MOE_DIST_EXPERTS names, or from an `ExpertSettings`. Sizes,
+The settings come from an `ExpertSettings`, or from the YAML file whose path is in the variable MOE_DIST_EXPERTS. Sizes,
 precision, parallelism and loss coefficients stay in Megatron's configuration. This file imports neither torch nor megatron.
 """
 
@@ -50,11 +50,11 @@ class ExpertSettings(Section):
     )
 
     def expert_groups(self) -> tuple[ExpertGroup, ...]:
-        """Returns the groups as `ExpertGroup`s, with experts numbered over all groups."""
+        """Returns the groups as `ExpertGroup`s. Experts are numbered over all groups."""
         return expert_groups(MoESection.model_construct(groups=self.groups))  # already validated
 
     def group_of_modality(self) -> tuple[int, ...]:
-        """Returns the group index of each modality, in the order in which the groups list the modalities."""
+        """Returns the index of each modality's group, in the order in which the groups list the modalities."""
         return tuple(index for index, group in enumerate(self.expert_groups()) for _ in group.modalities)
 
     def place(self, num_ranks: int) -> ExpertPlacement:
@@ -79,7 +79,7 @@ class ExpertSettings(Section):
 
 
 def read_settings(path: str | Path) -> ExpertSettings:
-    """Reads the settings' YAML file. Raises ConfigError if the file is invalid. The error lists all problems."""
+    """Reads the YAML file with the settings. If the file is invalid, raises a ConfigError that lists all problems."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -97,7 +97,7 @@ def read_settings(path: str | Path) -> ExpertSettings:
 
 
 def settings_from_environment(environment: Mapping[str, str] = os.environ) -> ExpertSettings:
-    """Reads the file named by MOE_DIST_EXPERTS. Raises ConfigError if the variable is not set, or its file is invalid."""
+    """Reads the file that MOE_DIST_EXPERTS names. Raises ConfigError if the variable is not set or the file is invalid."""
     path = environment.get(VARIABLE)
     if not path:
         raise ConfigError(

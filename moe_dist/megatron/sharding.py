@@ -1,11 +1,11 @@
-"""Describes the MoE layer for Megatron's distributed checkpoints, by logical names that do not depend on ranks:
+"""Describes the MoE layer for Megatron's distributed checkpoints with logical names that do not depend on ranks:
 
     <prefix>experts.<group>.<index in the group>.<gate|up|down>      [F, D] or [D, F]
     <prefix>router.<group>.<true|null>                                replicated over TP and DP
 
-`sharded_offsets` places a layer's tensor in one tensor of all layers, which Megatron stores with a first axis for layers. A
-rank's stack of experts is one parameter: a factory splits the stack into experts before saving, and stacks loaded experts
-again. The factory treats the optimizer's states in the same way.
+`sharded_offsets` places a layer's tensor in a joint tensor of all layers, which Megatron stores with a first axis for
+layers. A rank's stack of experts is one parameter. A factory splits it into experts before saving, and stacks the experts
+again after loading. The factory treats the optimizer's states in the same way.
 """
 
 from typing import Any
@@ -28,19 +28,19 @@ Offsets = tuple[tuple[int, int, int], ...]
 def sharded_layer_state(
     layer: Any, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Returns the layer's sharded state for `dist_checkpointing`, with the keys of the layer's state dict. Each expert is
-    an entry of its own, so that a checkpoint can be loaded with any EP size and placement."""
+    """Returns the layer's sharded state for `dist_checkpointing`, with the keys of the layer's state dict. Each expert is a
+    separate entry, so that a checkpoint can be loaded with any EP size and placement."""
     state: dict[str, Any] = {}
     for name in ("router", "shared"):
         module = getattr(layer.moe, name)
         if module is not None:
-            offsets: Any = sharded_offsets  # the annotation in Megatron allows exactly one offset
+            offsets: Any = sharded_offsets  # typed as Any, because Megatron's annotation allows exactly one offset
             local = sharded_state_dict_default(module, f"{prefix}{name}.", offsets, metadata, tp_group=layer.tp_group)
             for key, value in local.items():
                 if isinstance(value, ShardedBase):
                     value.key = logical_name(value.key)
                 state[f"{prefix}moe.{key.removeprefix(prefix)}"] = value
-    replica = (0, 0, layer.expert_data_parallel_group.rank())  # only the replica 0 of a tensor is written
+    replica = (0, 0, layer.expert_data_parallel_group.rank())  # of a tensor's replicas, only replica 0 is written
     for group in layer.placement.groups:
         experts = layer.placement.local_experts(layer.ep_rank, group)
         indices = [expert - group.first_expert for expert in experts]
@@ -56,7 +56,7 @@ def sharded_layer_state(
 def _factory(
     key: str, stack: Tensor, indices: list[int], offsets: Offsets, replica: tuple[int, int, int]
 ) -> ShardedTensorFactory:
-    """Makes a factory that splits a stack [e, ...] into one sharded tensor per expert, and stacks loaded experts again."""
+    """Makes a factory that splits a stack [e, ...] into one sharded tensor per expert, and joins them after loading."""
 
     @torch.no_grad()
     def cut(key: str, stack: Tensor, replica_id: Any, _flattened_range: Any) -> dict[str, ShardedTensor]:

@@ -1,8 +1,8 @@
-"""Maps each parameter of Megatron's GPTModel to the parts of logical tensors that it holds.
+"""Maps each parameter of Megatron's GPTModel to the logical tensors, or parts of them, that it contains.
 
-Megatron has one matrix for queries, keys and values, and one for gate and up. It numbers the layers of each pipeline
-stage from 0, and cuts matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names, which do
-not depend on how Megatron joins, numbers or cuts (`moe_dist.placement.parameter_names`).
+Megatron has one matrix for queries, keys and values, and one for gate and up. It numbers the layers of each pipeline stage
+from 0, and splits matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names
+(`moe_dist.placement.parameter_names`), which do not depend on how Megatron joins, numbers or splits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 @dataclass(frozen=True)
 class Place:
-    """The sizes of the model, and this rank's place in it."""
+    """The sizes of the model that determine its pieces, and this rank's position in the EP and TP groups."""
 
     num_kv_heads: int
     queries_per_kv: int
@@ -30,14 +30,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a local tensor.
+    """A part of a local tensor that corresponds to one logical tensor.
 
     Attributes:
-        view: A view of the part, which shares the local tensor's memory. It has the elements of a tensor of shape
-            `shape` in the same order, perhaps in more dimensions.
+        view: A view of the part, which shares the local tensor's memory. It has the same elements in the same order as a
+            tensor of shape `shape`, but may have more dimensions.
         shape: Shape of this rank's part of the logical tensor.
-        dim: Dimension in which the logical tensor is cut over tensor-parallel ranks; None if the rank has the whole tensor.
-        expert: True for a tensor of one expert, which the ranks with the same experts hold.
+        dim: Dimension in which the logical tensor is split over tensor-parallel ranks; None if the rank has all of it.
+        expert: True for a tensor of one expert, which is on all ranks with the same experts.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Piece:
     expert: bool = False
 
     def whole_shape(self, tp_size: int) -> tuple[int, ...]:
-        """Shape of the whole logical tensor."""
+        """Returns the shape of the whole logical tensor."""
         return tuple(size * tp_size if at == self.dim else size for at, size in enumerate(self.shape))
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class Piece:
         return self.view.detach().clone().reshape(self.shape)
 
 
-# Maps the name (inside a layer) of each Megatron parameter that is one logical tensor to logical name and cut dimension.
+# Maps each Megatron parameter that is one logical tensor, by its name in a layer, to (logical name, split dimension).
 _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "self_attention.linear_proj.weight": ("attention.o.weight", 1),
     "input_layernorm.weight": ("attention.norm.weight", None),
@@ -79,8 +79,8 @@ _ROUTER, _EXPERTS = "mlp.moe.router.", "mlp.moe.experts."
 
 
 def pieces(name: str, tensor: Tensor, place: Place, *, first_layer: int, moe_layers: tuple[int, ...]) -> Iterator[Piece]:
-    """Yields the pieces of the parameter `name` of a GPTModel, whose values (or moments) are `tensor`. `first_layer` is the
-    index of the first layer of this part of the model."""
+    """Yields the pieces of a GPTModel's parameter `name`. `tensor` has the parameter's values or one of its moments.
+    `first_layer` is the index of the first layer in this part of the model."""
     if name in _OUTSIDE:
         logical, dim = _OUTSIDE[name]
         yield Piece(logical, tensor, tuple(tensor.shape), dim)
@@ -115,7 +115,7 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
 
 
 def _attention(joined: Tensor, place: Place) -> Iterator[Piece]:
-    """Cuts Megatron's joined matrix, which has for each key-value head the rows of queries, key and value."""
+    """Splits Megatron's joined matrix. For each key-value head, it has the rows of the queries, then key, then value."""
     heads, width = place.num_kv_heads // place.tp_size, joined.shape[1]
     split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, width)
     parts = split.split([place.queries_per_kv, 1, 1], dim=1)

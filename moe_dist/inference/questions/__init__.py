@@ -1,1 +1,1 @@
-"""Makes multiple-choice questions, and divides them into three sides: train, validation and test."""
+"""Makes multiple-choice questions, and splits them into three sides: train, validation and test."""

