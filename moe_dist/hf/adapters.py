@@ -1,16 +1,16 @@
 """Writes a checkpoint of adapters in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT joins the adapters A_e [r, I] and B_e [O, r] of the n experts e of a layer in two matrices:
+PEFT stores the adapters A_e [r, I] and B_e [O, r] of a layer's n experts e in two joint matrices:
 
     lora_A [n r, I]   A_e in the rows e r to (e + 1) r
     lora_B [O, r n]   column j of B_e in the column j n + e
 
-The experts' matrices are [n, O, I] in most families, and transposed, [n, I, O], in gpt-oss; lora_A and lora_B have the same
-shapes in both cases. The rows of lora_B for the outputs of gate and up have the family's order: in gpt-oss they alternate,
-gate 0, up 0, gate 1, up 1, ...
+In most families an expert matrix is stored as [n, O, I], but in gpt-oss it is transposed, [n, I, O]. lora_A and lora_B have
+the same shapes in both cases. The rows of lora_B for the outputs of gate and up follow the family's order. In gpt-oss they
+alternate: gate 0, up 0, gate 1, up 1, ...
 
-PEFT wraps the parameters of a module one after the other. The wrapper of `down_proj` therefore holds the wrapper of
-`gate_up_proj` as its `base_layer`. An adapter that all experts share is written once for each expert.
+PEFT wraps the parameters of a module one after the other. The wrapper of `down_proj` therefore contains the wrapper of
+`gate_up_proj` as its `base_layer`. An adapter that all experts share is written once per expert.
 
 Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
 """
@@ -45,23 +45,23 @@ _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_
 
 
 def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None) -> int:
-    """Writes the adapters of a checkpoint as the new folder `out`, which PEFT loads; returns the number of tensors.
+    """Writes the adapters of a checkpoint into the new folder `out`, which PEFT can load. Returns the number of tensors.
 
     Args:
-        checkpoint: Folder of a checkpoint of adapters, or of its run.
-        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. None gives the folder
-            that was imported, if the import did not change the model.
+        checkpoint: Folder of a checkpoint of adapters, or of a run with such a checkpoint.
+        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. If None, the folder
+            that was imported, provided that the import did not change the model.
 
     Raises:
-        ConfigError: `out` exists, PEFT cannot express the adapters, or transformers cannot express the base; gives the
-            reason.
+        ConfigError: `out` exists, PEFT cannot express the adapters, or transformers cannot express the base. The message
+            gives the reason.
         DataError: the checkpoint is damaged, or its base is missing or has another content hash.
         CheckpointError: `out` cannot be written.
     """
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if KEY not in contents.state.values:
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
-    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses another base
+    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
     model = checked_config(contents).model
     form, original = _form_of_base(base)
     if problems := _problems(model) or _problems_of_base(model, base, form):
@@ -78,7 +78,7 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, rank_pattern and
-    alpha_pattern have the attention's values."""
+    alpha_pattern contain the values for attention."""
     experts, attention = model.moe.experts, model.attention_lora
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
@@ -101,8 +101,8 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
 
 
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields PEFT's name and value of each matrix. `read` returns a tensor of the checkpoint by its logical name, or
-    another tensor of the same shape, such as the gradient, because values are only moved."""
+    """Yields each matrix under PEFT's name. `read` returns a tensor of the checkpoint by its logical name. Because values
+    are only moved, it may also return another tensor of the same shape, such as the gradient."""
     attention = model.attention_lora
     experts: Any = model.moe.experts
     for layer in range(model.num_layers):
@@ -126,8 +126,8 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
 
 
 def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
-    """Returns the logical names of each expert's A, then of each expert's B, in one layer; the model has one expert
-    group."""
+    """Returns the logical names of one layer's A matrices, one per expert, then those of its B matrices. The model must
+    have one expert group."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)
     if isinstance(model.moe.experts, AdaptedFFNExpertsSection) and model.moe.experts.shared:
@@ -154,8 +154,8 @@ def _problems(model: ModelSection) -> list[str]:
 
 
 def _form_of_base(base: Contents) -> tuple[Form, str | None]:
-    """Returns the base's export form, and the folder from which the base was imported; None for the folder if the family
-    has changed since the import."""
+    """Returns the export form of the base, and the folder from which the base was imported. The folder is None if the
+    family has changed since the import."""
     noted, _ = imported_values(base.state.values)
     form = choose_form(checked_config(base).model, tensor_reader(base), noted, must=False)
     said = base.state.values.get(HUGGINGFACE)

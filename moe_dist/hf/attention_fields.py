@@ -14,17 +14,17 @@ from moe_dist.config.rope.yarn import YarnRopeSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 
-# Maps `rope_type` to the section. The type `default` of transformers is a model without `rope_scaling`.
+# Maps `rope_type` to the section. transformers' type `default` corresponds to a model without `rope_scaling`.
 ROPE_SCALINGS: Mapping[str, type[RopeScalingSection]] = {
     section.model_fields["kind"].default: section
     for section in (LinearRopeSection, DynamicRopeSection, YarnRopeSection, Llama3RopeSection)
 }
 _LENGTH = "original_max_position_embeddings"
 
-# Rule by which a family's config.json says which layers have a sliding window. none: no layer. always: all layers if
-# `sliding_window` has a value. flag: all layers if `use_sliding_window` is true. layers: the layers that `layer_types`
-# names. alternate: like `layers`, but without a flag; if `layer_types` is absent, every second layer, beginning with
-# the first.
+# The rule by which a family's config.json says which layers have a sliding window. none: no layer has one. always: all
+# layers have one if `sliding_window` has a value. flag: all layers have one if `use_sliding_window` is true. layers: the
+# layers that `layer_types` names. alternate: like `layers`, but without a flag; if `layer_types` is absent, every second
+# layer, beginning with the first.
 Windows = Literal["none", "always", "flag", "layers", "alternate"]
 DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # defaults of Qwen2-MoE and Qwen3-MoE
 DEFAULT_ALTERNATE = 128  # default window of gpt-oss
@@ -40,11 +40,11 @@ def read_rope(
     default: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the values of `model.rope_base`, `model.rope_dim` and `model.rope_scaling`. `default_share` replaces an
-    absent partial_rotary_factor; `default_share` is None for a family that rotates whole heads. `default` replaces absent
+    absent partial_rotary_factor, and is None for a family that rotates whole heads. `default` replaces absent
     rope_parameters.
 
-    transformers reads `rope_scaling` (version 4) instead of `rope_parameters` (version 5) if both exist. A field inside
-    `rope_scaling` or `rope_parameters` overrides the outer field of the same name, except the original length.
+    If both fields exist, transformers reads `rope_scaling` (version 4) instead of `rope_parameters` (version 5). A key
+    inside one of these two fields overrides the outer field of the same name, except for the original length.
     """
     scaling, parameters = read.mapping("rope_scaling"), read.mapping("rope_parameters")
     if default is not None and read.get("rope_parameters", None, null=None) is None:
@@ -79,7 +79,7 @@ def read_rope(
 
 
 def _rope_dim(name: str, share: Any, head_dim: int, *, partial: bool) -> int | None:
-    """Returns the number of values of a head that rotate; None if all rotate."""
+    """Returns the number of values of a head that are rotated; None if all are rotated."""
     if share == 1:
         return None
     rope_dim = int(head_dim * share) if type(share) in (int, float) and 0 < share < 1 else 0
@@ -96,8 +96,8 @@ def max_positions(section: ModelSection) -> int:
 
 
 def write_rope(section: ModelSection, *, partial: bool) -> dict[str, Any]:
-    """Returns the fields of rotary positions, for transformers 4 and 5; `partial` if the family can rotate part of a
-    head."""
+    """Returns the fields for rotary positions, for transformers 4 and 5. `partial` is True if the family can rotate a part
+    of a head."""
     base = {"rope_theta": section.rope_base, **({"partial_rotary_factor": _share(section)} if partial else {})}
     if section.rope_scaling is None:
         return {**base, "rope_parameters": {"rope_type": "default", **base}}
@@ -164,7 +164,7 @@ def layer_types(section: ModelSection) -> list[str]:
 
 
 def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
-    """Returns config.json's fields of sliding windows."""
+    """Returns the fields of config.json that describe sliding windows."""
     fields: Mapping[Windows, dict[str, Any]] = {
         "none": {},
         "always": {"sliding_window": section.sliding_window},

@@ -1,8 +1,8 @@
-"""Finds in a model's folder whatever could make transformers, its pipelines or PEFT run code. Reads JSON files, and runs
-nothing.
+"""Finds everything in a model's folder that could make transformers, its pipelines or PEFT run code. Reads JSON files, and
+runs nothing.
 
-Only three files of moe_dist's own may bring code: an export of the form `moe_dist` has them beside the weights, and
-`verify_export` compares them with the files of the installed package.
+An export may contain code only in the form `moe_dist`, which puts moe_dist's own code files beside the weights.
+`verify_export` compares these files with those of the installed package.
 """
 
 import hashlib
@@ -18,22 +18,22 @@ from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, 
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Maps keys at any depth of a JSON file to a text: which library runs which code for the key.
+# Maps keys, at any depth of a JSON file, to a text that says which library would run which code because of the key.
 _KEYS = {
     "auto_map": "transformers would run the classes that it names",
     "auto_mapping": "PEFT would import the library that it names",
     "custom_pipelines": "transformers' pipelines would run the classes that it names",
     "custom_generate": "transformers would generate by the code that it names",
 }
-# Keys whose value may name a repository of kernels, which transformers downloads and runs.
+# Keys whose value may name a kernel repository. transformers would download and run the kernels.
 _KERNELS = ("attn_implementation", "experts_implementation")
-_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers adds its fields to the fields of tokenizer_config.json
-# Files that a folder of a model or of adapters may have beside config.json, weights and code.
+_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers merges its fields into those of tokenizer_config.json
+# Files that the folder of a model or of adapters may contain besides config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 
 
 def code_keys(values: Any) -> Iterator[str]:
-    """Yields a problem for each key that could make a library run code, at any depth."""
+    """Yields an error text for each key, at any depth, that could make a library run code."""
     rest = [values]
     while rest:
         value = rest.pop()
@@ -46,8 +46,8 @@ def code_keys(values: Any) -> Iterator[str]:
 
 
 def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
-    """Returns a problem for each key in the folder's configuration files that could make a library run code. A config.json
-    of the form `moe_dist` may have the `auto_map` of an export. `names` are the folder's files."""
+    """Returns an error text for each key in the folder's configuration files that could make a library run code. `names`
+    are the folder's files. A config.json of the form `moe_dist` may have the `auto_map` that exports write."""
     problems = []
     for name in sorted(name for name in names if name in (CONFIG_FILE, _SPECIAL_TOKENS) or name.endswith("_config.json")):
         values = read_configuration(folder, name)
@@ -59,7 +59,7 @@ def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
 
 
 def refuse_code(folder: Path) -> None:
-    """Raises ConfigError if a configuration file of the folder could make a library run code; names every such key."""
+    """Raises ConfigError, with every such key, if a configuration file of the folder could make a library run code."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     if problems := config_problems(folder, [path.name for path in folder.iterdir()]):
@@ -68,8 +68,8 @@ def refuse_code(folder: Path) -> None:
 
 
 def verify_export(folder: Path) -> list[str]:
-    """Returns the reasons why loading an exported folder with trust_remote_code=True could run code other than the
-    installed moe_dist's; empty if it could not."""
+    """Returns the reasons why loading an exported folder with trust_remote_code=True could run code that is not from the
+    installed moe_dist. The list is empty if it could not."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     names, problems = sorted(path.name for path in folder.iterdir()), []

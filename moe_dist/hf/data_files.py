@@ -1,5 +1,4 @@
-"""Reads facts about a model from the data set of its run: the modality of each token id, the end mark, and the
-tokenizer."""
+"""Reads facts about a model from the data set of its run: each token id's modality, the end mark, and the tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ class DataFiles:
 
     @property
     def marks(self) -> dict[str, int]:
-        """Returns fields of config.json."""
+        """Returns the fields of config.json with the ids of the end mark and of padding."""
         return {"eos_token_id": self.manifest.eos_id, "pad_token_id": self.manifest.pad_id}
 
     def tokenizer_files(self) -> dict[str, bytes]:
@@ -47,8 +46,8 @@ def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) ->
 
     Args:
         values: Values of the checkpoint's state.json.
-        trained_on: `data.path` of the run.
-        asked: Folder where the data set is now; None for the folder `trained_on`.
+        trained_on: `data.path` of the run's configuration.
+        asked: Folder where the data set is now; None means the folder `trained_on`.
 
     Raises:
         ConfigError: the folder has no manifest, or the checkpoint belongs to no run.
@@ -66,7 +65,7 @@ def find_data(values: Mapping[str, Any], trained_on: str, asked: Path | None) ->
 
 
 def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: bool) -> bytes:
-    """Returns README.md of an exported folder, which tells how to run the model."""
+    """Returns the README.md of an exported folder, which explains how to run the model."""
     told, folder = [f"A language model of the type `{family}`, exported by moe_dist."], "."
     if brings_code:
         told[0] += " Its code is in this folder, needs transformers 5.4 or later, and nothing of moe_dist."
@@ -87,8 +86,8 @@ def readme(family: str, *, brings_code: bool, tokenizer: bool, in_transformers: 
 
 
 def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
-    """Returns lines of Python that run the model of the expression `model`, on text if there is a `tokenizer`, else on
-    token ids."""
+    """Returns Python lines that load and run a model, where `model` is the expression that loads it. The lines generate
+    text if a `tokenizer` is given, and token ids otherwise."""
     if tokenizer is None:
         return [
             "import torch",
@@ -96,7 +95,7 @@ def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
             f"model = {model}",
             "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20))",
         ]
-    # Without this argument transformers asks, when it looks for the tokenizer's class, whether to run the model's code.
+    # Without this argument transformers, looking for the tokenizer's class, asks the user whether to run the model's code.
     trust = ", trust_remote_code=True" if "trust_remote_code" in model else ""
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

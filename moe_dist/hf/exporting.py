@@ -1,4 +1,4 @@
-"""Exports a checkpoint as a Hugging Face folder for transformers, with one tensor per expert and matrix.
+"""Exports a checkpoint as a Hugging Face folder for transformers. Each matrix of each expert becomes a separate tensor.
 
 `moe_dist.hf.forms` chooses the form: a plain family of transformers, or a form that brings its own modelling code.
 """
@@ -56,9 +56,9 @@ class Exported:
     tensors: int
     shards: int
     folded: int  # number of null experts per layer that were left out
-    like: Path | None  # folder from which tokenizer files and fields of config.json were copied
-    merged: bool = False  # true if LoRA adapters were merged into their base
-    reasons: Sequence[str] = ()  # why no plain family was written; empty for a plain family, or if the user chose the form
+    like: Path | None  # folder from which tokenizer files and config.json fields were copied
+    merged: bool = False  # True if LoRA adapters were merged into their base
+    reasons: Sequence[str] = ()  # why no plain family fits; empty if one was written, or if the user chose the form
 
 
 def export_model(
@@ -72,21 +72,21 @@ def export_model(
     shard_bytes: int = SHARD_BYTES,
     report: Report = lambda stage, done, total: None,
 ) -> Exported:
-    """Exports a checkpoint as the new folder `out`. Needs memory for one shard and for one tensor in fp32.
+    """Exports a checkpoint as the new folder `out`. Needs memory for one shard, plus one tensor in fp32.
 
     Args:
         checkpoint: Folder of a checkpoint, or of a run or an import with a checkpoint.
-        dtype: Dtype of all tensors, a key of `source.DTYPES`. None keeps the dtypes before the import, else the
-            checkpoint's.
-        family: `model_type` to write. None keeps the family before the import, else takes the first plain family that fits
-            the model, else `moe_dist`, with its modelling code beside the weights.
-        like: Folder whose config.json and tokenizer files are used. None takes the folder `huggingface`, if it exists, of
-            the import that contains the checkpoint, or of `run.init_from`.
-        data: Folder of the run's data set, which gives the token ids of each modality; needed for several expert groups.
-            None: `data.path` of the run.
+        dtype: Dtype of all tensors, a key of `source.DTYPES`. If None, each tensor gets the dtype that it had before the
+            import, or else its dtype in the checkpoint.
+        family: `model_type` to write. If None, the family before the import is kept; else the first plain family that fits
+            the model is taken; else `moe_dist`, with its modelling code beside the weights.
+        like: Folder whose config.json and tokenizer files are used. If None, the folder `huggingface`, if it exists, of the
+            import that contains the checkpoint, or of `run.init_from`.
+        data: Folder of the run's data set, which knows each modality's token ids. It is needed for several expert groups.
+            If None, `data.path` of the run.
 
     Raises:
-        ConfigError: `out` exists, no form fits the model, or the data set is missing; gives the reasons.
+        ConfigError: `out` exists, no form fits the model, or the data set is missing. The message gives the reasons.
         DataError: the checkpoint is damaged or incomplete, or has weights that are not finite or too large for `dtype`.
         CheckpointError: `out` cannot be written.
     """
@@ -99,7 +99,7 @@ def export_model(
         read = tensor_reader(contents)
     config = checked_config(contents)
     noted, dtypes = imported_values(contents.state.values)
-    dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the imported base
+    dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the imported base matrix
     form = choose_form(config.model, read, family or noted, must=family is not None)
     found = _account(contents, config.model, form.section, form.family)
     like = like or _like(contents.folder, config)
@@ -131,7 +131,7 @@ def export_model(
 
 
 def _merged(adapters: Contents) -> tuple[Contents, Read]:
-    """Returns the base of LoRA adapters, and a function that reads a tensor of the base and merges its adapters into it.
+    """Returns the base of LoRA adapters, and a function that reads a tensor of the base and merges adapters into it.
 
     Raises:
         ConfigError: the adapters cannot be merged.
@@ -155,8 +155,8 @@ def checked_config(contents: Contents) -> Config:
 
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Returns the tensors to write. Checks that these tensors include all parameters of the checkpoint that have an effect.
-    Raises DataError if the checkpoint lacks a tensor, or has a tensor with another shape or without a place in the family.
+    """Returns the tensors to write, and checks that they include all parameters of the checkpoint that have an effect.
+    Raises DataError if the checkpoint lacks a tensor, or has a tensor with a wrong shape or without a place in the family.
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
@@ -189,7 +189,7 @@ def _like(folder: Path, config: Config) -> Path | None:
 
 
 def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool) -> DataFiles | MoeDistError:
-    """Returns the run's data set, or the error if it is missing. With `must`, raises the error."""
+    """Returns the run's data set. If it is missing, returns the error, or raises it if `must` is True."""
     try:
         return find_data(contents.state.values, config.data.path, asked)
     except (ConfigError, DataError) as error:
@@ -201,8 +201,8 @@ def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool)
 def _said_fields(
     family: ModelFamily, section: ModelSection, like: Path | None, data: DataFiles | MoeDistError
 ) -> dict[str, Any]:
-    """Returns the fields of config.json that follow from the model. Raises ConfigError if the model has several groups, and
-    neither `like` nor the data set gives their token ids."""
+    """Returns the fields of config.json that follow from the model. Raises ConfigError if the model has several groups, but
+    neither `like` nor the data set knows their token ids."""
     marks = data.marks if isinstance(data, DataFiles) and like is None else {}
     if family is not SERVED:
         return {**write_fields(section, family), **marks}
@@ -222,8 +222,8 @@ def _said_fields(
 def _fields(
     section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the fields of config.json: the fields of `like` if they describe the model; else the fields that follow from
-    the section `model`, and other fields of `like`."""
+    """Returns the fields of config.json. If the fields of `like` describe the model, these are returned. Otherwise returns
+    the fields that follow from the section `model`, and those fields of `like` that they leave open."""
     base = read_configuration(like, CONFIG_FILE) if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")
@@ -245,9 +245,9 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 
 def tensor_reader(contents: Contents) -> Read:
-    """Makes a function that reads a whole logical tensor of a checkpoint and compares it with its fingerprint.
+    """Makes a function that reads a whole logical tensor of a checkpoint and verifies its fingerprint.
 
-    The function raises DataError if the tensor is missing or damaged.
+    The made function raises DataError if the tensor is missing or damaged.
     """
 
     checked: set[int] = set()
@@ -258,7 +258,7 @@ def tensor_reader(contents: Contents) -> Read:
             raise DataError(f"{contents.folder}: {name}: is missing")
         whole = torch.empty(entry.shape, dtype=OURS[entry.dtype])
         for chunk in entry.chunks:
-            if chunk.shard not in checked:  # checked once, because the header names every tensor of the shard
+            if chunk.shard not in checked:  # once per shard, because its header names all tensors in it
                 open_shard(contents, chunk.shard)
                 checked.add(chunk.shard)
             with open_tensors(contents.folder, chunk.shard) as file:
@@ -275,8 +275,8 @@ def tensor_reader(contents: Contents) -> Read:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor to write, and the logical tensors whose rows it contains: (name, rows, place). A tensor without parts is
-    zero."""
+    """One tensor to write. `parts` are the logical tensors whose rows it contains, as (name, rows, place). A tensor without
+    parts is zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -295,7 +295,7 @@ class StoredTensor:
                 whole.as_strided(part.shape, place.strides, place.begin).copy_(part)
             else:
                 whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
-        # The tensor is checked in pieces, because `isfinite` makes tensors of its argument's size.
+        # The tensor is checked piece by piece, because `isfinite` allocates tensors of its argument's size.
         if not all(torch.isfinite(piece).all() for piece in whole.view(-1).split(1 << 16)):
             raise DataError(self._not_finite(read, whole))
         return whole
@@ -312,8 +312,8 @@ class StoredTensor:
 
 
 def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[StoredTensor]:
-    """Lists the tensors to write. A tensor whose parts have several dtypes gets a dtype that represents all their
-    values."""
+    """Lists the tensors to write. If the parts of a tensor have several dtypes, it gets a dtype that can represent all
+    their values."""
     stored: dict[str, StoredTensor] = {}
     for slot in found:
         for place, rows in slot.pieces():
@@ -345,8 +345,8 @@ def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Makes a temporary folder beside `out`. At the end of the `with` block syncs the folder and renames it to `out`; after
-    an error removes it."""
+    """Makes a temporary folder beside `out`. When the `with` block ends, syncs it and renames it to `out`. After an error,
+    removes the temporary folder."""
     folder = out.absolute().parent / f"{out.absolute().name}.exporting.{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""The supported Hugging Face model families.
+"""The table of supported Hugging Face model families.
 
-moe_dist computes the same function as a model of a supported family. An import refuses a config.json with a feature that
-moe_dist lacks. A dense model becomes a model with one expert per layer, whose routing weight is always 1.
+A model of a supported family computes the same function in moe_dist. An import refuses a config.json with a feature that
+moe_dist lacks. A dense model is imported with one expert per layer, whose routing weight is always 1.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,21 +13,21 @@ from moe_dist.hf.fields import Choices, Fields, Part, Value
 from moe_dist.hf.head_fields import GroupedHeads, LatentHeads
 from moe_dist.hf.layer_fields import Alternate, Between, DenseFirst, Listed
 
-_ALWAYS: Choices = {"true_chosen": {}}  # a token's routing weights always sum to 1
+_ALWAYS: Choices = {"true_chosen": {}}  # in this family a token's routing weights always sum to 1
 _NORM: Choices = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}
 _QKVO: Choices = {"none": {"attention_bias": False}, "qkvo": {"attention_bias": True}}
 _ADJACENT: Choices = {"adjacent": {}}
 
 
 def _softmax(normalise: Choices, *, selection_bias: bool = False, logit_bias: bool = False, **further: Value) -> Part:
-    """Returns the fields of a router that takes the top k of one softmax, plus the selection bias if there is one."""
+    """Returns the fields of a router that takes the top k of one softmax, after adding a selection bias if it has one."""
     biases = {"selection_bias": selection_bias, "logit_bias": logit_bias}
     return Part({"kind": "top_k", "normalise": normalise, **biases, **further})
 
 
 def _sigmoid(n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> Part:
-    """Returns the fields of a router that takes the top k of sigmoids plus bias, inside the best groups of experts. The
-    arguments are the defaults of the fields."""
+    """Returns the fields of a router that takes the top k of sigmoid scores plus bias, within the best groups of experts.
+    The arguments are the default values of fields."""
     return Part({
         "kind": "group_limited",
         "n_group": Value("n_group", "whole", n_group),
@@ -39,8 +39,8 @@ def _sigmoid(n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> Part:
 
 
 def _layers_behind(read: Fields, names: Collection[str]) -> list[str]:
-    """Returns the prefixes of layers for multi-token prediction: layers after the model's last one that project two
-    joined hidden states."""
+    """Returns the name prefixes of layers for multi-token prediction. They come after the model's last layer, and project
+    two joined hidden states."""
     layers, extra = read.whole("num_hidden_layers"), read.count("num_nextn_predict_layers", read.count("num_mtp_layers", 1))
     behind = [f"model.layers.{layer}." for layer in range(layers, layers + extra)]
     return [prefix for prefix in behind if f"{prefix}eh_proj.weight" in names]
@@ -101,7 +101,7 @@ _DEEPSEEK = replace(
     _GLM, name="deepseek_v3", architecture="DeepseekV3ForCausalLM",
     router=_sigmoid(n_group=8, topk_group=4, scale=2.5), qk_norm=SILENT, biases=SILENT, layers=DenseFirst(first=3),
     heads=LatentHeads(), rope_pairs={"adjacent": {"rope_interleave": True}, "halves": {"rope_interleave": False}},
-    # transformers ignores the last three of these fields and the fields of `training`; DeepSeek's published code reads
+    # transformers ignores the last three of these fields and the fields in `training`, but DeepSeek's published code uses
     # them.
     must_be={
         "attention_bias": ((False,), "the projections of latent attention have no biases"),
@@ -111,11 +111,11 @@ _DEEPSEEK = replace(
     },
     training=("aux_loss_alpha", "seq_aux", "ep_size"),
 )  # fmt: skip
-# LongCat-Flash: each layer has two attentions, two FFNs, and experts, some of which are identity experts.
+# LongCat-Flash: each layer has two attentions, two FFNs, and a set of experts, some of which are identity experts:
 #     a = x + attention_0(norm(x)),  h = norm(a),  b = a + ffn_0(h)
 #     c = b + attention_1(norm(b)),  y = c + ffn_1(norm(c)) + experts(h)
-# A layer becomes two layers of moe_dist: the first has the experts with a shortcut, and ffn_0 as shared expert; the second
-# is dense.
+# Such a layer becomes two layers of moe_dist. The first one has the experts, with a shortcut, and ffn_0 as shared expert.
+# The second one is dense.
 _LONGCAT = ModelFamily(
     "longcat_flash", "LongcatFlashForCausalLM",
     _softmax({"none": {}}, selection_bias=True, scale=Value("routed_scaling_factor", "positive", 6.0)),
@@ -155,7 +155,7 @@ FAMILIES: Mapping[str, ModelFamily] = {
 }
 KNOWN = {**FAMILIES, PLUS_PLUS.name: PLUS_PLUS}  # transformers has no class for Qwen3-MoE++
 
-# Fields that transformers reads in any model, and that no class of the supported families has.
+# Fields that transformers reads for any model, but that no configuration class of the supported families defines.
 ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "is_causal": ((True,), "a token sees no later token"),
     "attention_chunk_size": ((None,), "attention has no chunks"),

@@ -1,4 +1,4 @@
-"""The fields and the tensors of a Hugging Face model family, as data (`families.py`)."""
+"""Classes that describe a Hugging Face model family, its fields and its tensors, as data (used by `families.py`)."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,23 +11,23 @@ from moe_dist.hf.fields import Choices, Fields, Part
 from moe_dist.hf.head_fields import GroupedHeads, LatentHeads
 from moe_dist.hf.layer_fields import AllLayers
 
-SILENT: Choices = {"none": {}}  # the family has no such field and no such feature
-# Layout of the tensors of MoE layers (`moe_dist.hf.names`).
+SILENT: Choices = {"none": {}}  # the family has neither this field nor this feature
+# The layout of the tensors of MoE layers, explained in `moe_dist.hf.names`.
 Layout = Literal["plain", "identity", "interleaved", "zero_computation", "moe_dist"]
 
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """The shared expert of each MoE layer."""
+    """Describes the shared expert of each MoE layer."""
 
     field: str  # name of the field with the shared expert's width
     module: str  # name of the shared expert's module
     gated: bool = False  # a sigmoid gate multiplies the shared expert's output
-    counted: bool = False  # the field has the shared expert's width as a multiple of a routed expert's width
+    counted: bool = False  # if True, the field counts in units of a routed expert's width
     least: int = 1  # smallest value of the field
 
     def read(self, read: Fields, ffn_dim: int) -> dict[str, Any]:
-        """Returns the values of `model.moe`."""
+        """Returns the shared expert's values for `model.moe`."""
         width = read.count(self.field, least=self.least) * (ffn_dim if self.counted else 1)
         return {"shared_ffn_dim": width, "shared_gate": self.gated and width > 0}
 
@@ -36,7 +36,7 @@ class SharedExpert:
 
 
 class ZeroComputation:
-    """The fields of Qwen3-MoE++ (ZEDA, arXiv 2605.18643) with the numbers of null, identity and constant experts."""
+    """Describes Qwen3-MoE++'s fields (ZEDA, arXiv 2605.18643) for the numbers of null, identity and constant experts."""
 
     kinds: ClassVar = {
         "num_null": "zero",
@@ -66,23 +66,23 @@ class ZeroComputation:
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """One family (`model_type`) of Hugging Face models."""
+    """Describes one family (`model_type`) of Hugging Face models."""
 
     name: str  # `model_type`
     architecture: str  # the class with which transformers loads the model
     router: Part  # fields of `model.moe.router`
-    experts: tuple[str, ...]  # possible names of the field with the number of experts; empty if dense
-    ffn: str  # name of the field with the FFN width of an expert
+    experts: tuple[str, ...]  # possible names of the field with the number of experts; empty for a dense family
+    ffn: str  # name of the field with an expert's FFN width
     form: Part = field(default_factory=lambda: Part({"kind": "ffn"}))  # fields of `model.moe.experts`
-    top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the choices per token
+    top_k: tuple[str, ...] = ("num_experts_per_tok",)  # possible names of the field with the number of choices per token
     qk_norm: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.qk_norm`
     biases: Choices = field(default_factory=lambda: SILENT)  # fields by value of `model.attention_bias`
     num_layers: str = "num_hidden_layers"  # name of the field with the number of layers
     layers_each: int = 1  # number of moe_dist's layers in one layer of the family
     layers: AllLayers = field(default_factory=AllLayers)
     shortcut: bool = False  # value of `model.moe.shortcut`
-    dense_ffn: str = "intermediate_size"  # name of the field with the FFN width of a dense layer
-    dense_module: str = "mlp"  # name of the FFN of a dense layer
+    dense_ffn: str = "intermediate_size"  # name of the field with a dense layer's FFN width
+    dense_module: str = "mlp"  # name of a dense layer's FFN module
     shared: SharedExpert | None = None
     zero_computation: Part | ZeroComputation = field(default_factory=lambda: Part({}))
     layout: Layout = "plain"
@@ -98,12 +98,12 @@ class ModelFamily:
     gates: tuple[str, ...] = ("mlp.gate.weight",)
     expert: str = "mlp.experts.{expert}.{part}_proj.weight"
     selection_bias: tuple[str, ...] = ()
-    selection_bias_dims: int = 1  # number of dims of the selection bias; all but the last have one entry
-    # Takes the fields and the names of all tensors. Returns the prefixes of the tensors for multi-token prediction, which
-    # an import leaves out.
+    selection_bias_dims: int = 1  # number of dims of the selection bias; all dims but the last have size 1
+    # Takes the fields and the names of all tensors. Returns the name prefixes of the tensors for multi-token prediction,
+    # which an import leaves out.
     multi_token: Callable[[Fields, Collection[str]], list[str]] = lambda read, names: []
 
     def place(self, layer: int) -> tuple[str, str]:
-        """Returns the prefix of the names of a layer's tensors, and the suffix of its norms' and attention's names."""
+        """Returns the name prefix of a layer's tensors, and the suffix in the names of its norms and its attention."""
         theirs, part = divmod(layer, self.layers_each)
         return f"model.layers.{theirs}", "" if self.layers_each == 1 else f".{part}"

@@ -1,5 +1,4 @@
-"""Reads the fields of a config.json, and records them as read, so that an import can report all fields that it has not
-read."""
+"""Reads the fields of a config.json, and records which fields were read, so that an import can report all others."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,12 +9,12 @@ from typing import Any, Literal
 from moe_dist.config.json_text import read_json
 from moe_dist.errors import ConfigError, DataError
 
-Choices = Mapping[str, Mapping[str, bool]]  # maps values of a key (the first is the default) to names and values of fields
+Choices = Mapping[str, Mapping[str, bool]]  # maps each value of a key (the default first) to names and values of fields
 
 MAX_JSON_BYTES = 1 << 26  # the index of 250,000 tensors has 25 MB
 _MISSING: Any = object()
 
-# Fields that do not change the logits: names, token ids, options of training and of transformers.
+# Fields that do not change the logits: names, token ids, and options of training or of transformers.
 INERT = frozenset(
     (
         "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "cache_implementation",
@@ -34,8 +33,8 @@ def setting(name: str, value: object) -> str:
 
 
 def read_object(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Reads a JSON object from a file of at most `most_bytes`; `what` names the file in error messages. Raises
-    DataError if the file is missing, too large or not a JSON object."""
+    """Reads a JSON object from a file of at most `most_bytes`. `what` describes the file in error messages. Raises
+    DataError if the file is missing, too large, or contains no JSON object."""
     try:
         values = read_json(path, most_bytes=most_bytes)
     except OSError as error:
@@ -48,15 +47,15 @@ def read_object(path: Path, what: str, most_bytes: int = MAX_JSON_BYTES) -> dict
 
 
 class Fields:
-    """The fields of a config.json. Error messages contain the field's name, its value and the allowed values."""
+    """The fields of a config.json. Its error messages contain the field's name, its value and the allowed values."""
 
     def __init__(self, values: Mapping[str, Any], family: str) -> None:
         self._values, self.family = values, family
         self._read: set[str] = set()
 
     def get(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING) -> Any:
-        """Returns a field's value, `default` if the field is absent, or `null` if the field is null. Raises ConfigError if
-        the field is absent without `default`, or null without `null`."""
+        """Returns a field's value, or `default` if the field is absent, or `null` if the field is null. Raises ConfigError
+        if the field is absent and `default` is not given, or is null and `null` is not given."""
         self._read.add(name)
         value = self._values.get(name, default)
         value = null if value is None and name in self._values else value
@@ -66,8 +65,8 @@ class Fields:
         return value
 
     def whole(self, name: str, default: Any = _MISSING, *, null: Any = _MISSING, most: int | None = None) -> Any:
-        """Returns the value of a field that must be an integer from 1 to `most` (None: 2^53 - 1). `default` and `null`: see
-        `get`."""
+        """Returns the value of a field that must be an integer from 1 to `most` (2^53 - 1 if `most` is None). For `default`
+        and `null` see `get`."""
         limit = (1 << 53) - 1 if most is None else most
         rule = f"a whole number above 0 and {'below 2^53' if most is None else f'at most {most:,}'}"
         return self._fitting(name, default, null, rule, lambda v: type(v) is int and 0 < v <= limit)
@@ -78,7 +77,7 @@ class Fields:
         return self._fitting(name, default, _MISSING, rule, lambda v: type(v) is int and v >= least)
 
     def one_of(self, names: Sequence[str]) -> int:
-        """Returns an integer above 0 from a field with one of several names; if several exist, they must be equal."""
+        """Returns a positive integer from a field that has several possible names. If several exist, they must be equal."""
         found = {name: self.whole(name) for name in names if name in self._values}
         if len(set(found.values())) > 1:
             raise ConfigError(f"config.json: {' and '.join(f'{n}={v}' for n, v in found.items())} contradict each other")
@@ -90,18 +89,18 @@ class Fields:
         return float(self._fitting(name, default, _MISSING, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
 
     def many(self, name: str, default: Any = None, *, null: Any = _MISSING) -> Any:
-        """Returns the value of a field, which must be a list. `get` explains `default` and `null`."""
+        """Returns the value of a field that must be a list. For `default` and `null` see `get`."""
         return self._fitting(name, default, null, "a list", lambda value: isinstance(value, list))
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """Returns the value of a field that must be an object; an empty object if the field is absent or null."""
+        """Returns the value of a field that must be an object. Returns an empty object if the field is absent or null."""
         return self._fitting(name, None, None, "an object", lambda value: isinstance(value, dict)) or {}
 
     def flag(self, name: str, default: bool) -> bool:
         return self._fitting(name, default, _MISSING, "true or false", lambda value: isinstance(value, bool))
 
     def choice(self, choices: Choices) -> str:
-        """Returns the key of `choices` whose fields equal the fields of config.json."""
+        """Returns the key of `choices` whose fields have the values that config.json has."""
         first = next(iter(choices.values()))
         values = {name: self.flag(name, default) for name, default in first.items()}
         return next(choice for choice, fields in choices.items() if fields == values)
@@ -115,7 +114,7 @@ class Fields:
         return value
 
     def must_be(self, name: str, allowed: Collection[Any], why: str) -> None:
-        """Raises ConfigError if a field exists and its value is not in `allowed`. `why` is the reason in the error text."""
+        """Raises ConfigError if a field exists with a value that is not in `allowed`. The error text contains `why`."""
         self._read.add(name)
         if name in self._values and self._values[name] not in allowed:
             raise ConfigError(f"config.json: {name}={self._values[name]!r:.80} is not supported: {why}")
@@ -127,10 +126,10 @@ class Fields:
 
 @dataclass(frozen=True)
 class Value:
-    """A field of config.json that has the same value as a key of a section."""
+    """A field of config.json whose value equals the value of a key in a section."""
 
     name: str
-    kind: Literal["whole", "count", "positive", "flag"] = "whole"  # method of `Fields` that reads the field
+    kind: Literal["whole", "count", "positive", "flag"] = "whole"  # name of the method of `Fields` that reads the field
     default: Any = _MISSING
 
 
@@ -149,7 +148,7 @@ class Part:
         }
 
     def write(self, section: Any) -> dict[str, Any]:
-        """Returns the fields; none for a value that no choice has."""
+        """Returns the fields of config.json. A value that is not among the `Choices` of its key gives no fields."""
         fields: dict[str, Any] = {}
         for key, each in self.keys.items():
             if isinstance(each, Value):

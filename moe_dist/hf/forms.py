@@ -1,9 +1,9 @@
-"""The forms of an export: plain families of transformers, Qwen3-MoE++, and a form with its own code.
+"""Chooses the form of an export: a plain family of transformers, Qwen3-MoE++, or the form that brings its own code.
 
-Plain families have no null experts. An export can leave out null experts only if the router rows of the null experts are
-bit-equal to rows of true (not null) experts, as `moe_dist.moe.routers.copy_init` made them. The model then computes the
-same as a model without null experts and with a smaller top_k. If training has changed null experts' rows, the number of
-true experts differs between tokens, which no plain family can compute.
+Plain families have no null experts. An export can leave out null experts only if each of their router rows is bit-equal to
+a row of a true (not null) expert, as `moe_dist.moe.routers.copy_init` made them. The model then computes the same as a
+model with fewer choices per token (top_k) and no null experts. If training has changed these rows, the number of true
+experts differs between tokens, which no plain family can express.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,8 @@ class Form:
     """The form of an export.
 
     Attributes:
-        section: Section of the exported model, which computes the same as the trained model.
-        reasons: Why no plain family can express the model; empty if a family can, or if the user chose the form.
+        section: Section `model` of the exported model, which computes the same function as the trained model.
+        reasons: Why no plain family can express the model. Empty if a family can, or if the user chose the form.
     """
 
     family: ModelFamily
@@ -42,19 +42,19 @@ class Form:
 
 
 def read_config(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """Reads a config.json of any form; see `sections.read_section`."""
+    """Reads a config.json of any form. See `sections.read_section`."""
     return read_served(config) if config.get("model_type") == SERVED.name else read_section(config)
 
 
 def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool) -> Form:
-    """Chooses the form `name`, else a plain family, else the form with its own code.
+    """Chooses the form `name` if possible, else a plain family, else the form with its own code.
 
     Args:
         name: `model_type` of a form.
-        must: If true, tries only the form `name`.
+        must: If True, only the form `name` is tried.
 
     Raises:
-        ConfigError: no form can express the model; gives the reasons.
+        ConfigError: no form can express the model. The message gives the reasons.
     """
     if name is not None and name not in FORMS:
         raise ConfigError(f"--family={name}: known are {', '.join(FORMS)}")
@@ -84,8 +84,8 @@ def _served(model: ModelSection) -> Form:
 
 
 def _plus_plus(model: ModelSection) -> Form:
-    """Returns the form Qwen3-MoE++, whose routing weights are a softmax over all columns, or over all chosen columns;
-    null experts' columns included."""
+    """Returns the form Qwen3-MoE++. Its routing weights are a softmax over all columns, or over all chosen columns. Both
+    include the columns of null experts."""
     _, group = _only_group(model)
     problems, router = _depth_problems(model), model.moe.router
     if group.num_null and router.single_null_row:
@@ -110,13 +110,13 @@ def _plain(model: ModelSection, read: Read, name: str | None, *, must: bool) -> 
 
 
 def _plain_section(model: ModelSection, read: Read) -> ModelSection:
-    """Returns the section of a model without null experts that computes the same function. Raises ConfigError if no model
-    without null experts computes the same, or no family has a feature of the model; gives the reasons."""
+    """Returns the section of a model without null experts that computes the same function. Raises ConfigError, with the
+    reasons, if there is no such model, or if no family has a feature of the model."""
     name, group = _only_group(model)
     if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
     top_k = _folded(model, read) if group.num_null else group.top_k
-    same = {"true_all": "none", "all_chosen": "true_chosen"}  # without null experts, these names mean the same weights
+    same = {"true_all": "none", "all_chosen": "true_chosen"}  # without null experts, each pair of names means equal weights
     if group.num_experts == 1:
         same = {"true_all": "true_chosen", "all_chosen": "true_chosen", "none": "true_chosen"}
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
@@ -124,8 +124,8 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
 
 
 def _with_router(model: ModelSection, moe: MoESection, same: Mapping[str, str]) -> ModelSection:
-    """Returns the model with the section `moe`. A softmax router gets the value to which `same` maps its
-    `router.normalise`; a sigmoid router stays as it is."""
+    """Returns the model with the section `moe`. If the router is a softmax router, `same` maps the value of its
+    `router.normalise` to the new value. A sigmoid router is not changed."""
     router = moe.router
     if isinstance(router, TopKRouterSection):
         router = router.model_copy(update={"normalise": same.get(router.normalise, router.normalise), "null_logit": "each"})
@@ -145,8 +145,8 @@ def _depth_problems(model: ModelSection) -> list[str]:
 
 
 def _folded(model: ModelSection, read: Read) -> int:
-    """Returns the top_k with which the router without null experts' rows chooses the same true experts with the same
-    weights. Raises ConfigError if no such top_k exists; names the layer or the option that prevents it."""
+    """Returns the top_k with which the router, without the rows of null experts, chooses the same true experts with the
+    same weights. If no such top_k exists, raises ConfigError with the layer or option that prevents it."""
     name, group = _only_group(model)
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no plain family has null experts, and they can be left out only if their router rows are copies of true rows"

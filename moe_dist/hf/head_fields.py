@@ -1,4 +1,4 @@
-"""Reads and writes the fields of config.json about the kind and the widths of attention heads."""
+"""Reads and writes the fields of config.json that describe the kind and widths of attention heads."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,17 +11,17 @@ from moe_dist.hf.fields import Fields
 
 @dataclass(frozen=True)
 class GroupedHeads:
-    """Heads of grouped-query attention, or of another `kind` with the same widths."""
+    """Describes heads of grouped-query attention, or of another `kind` with the same widths."""
 
     kind: str = "grouped_query"  # `model.attention.kind`
     width: int | None = None  # default of head_dim; None means hidden_size / num_attention_heads
-    field: bool = True  # config.json has the field head_dim
-    null: bool = False  # head_dim may be null, which means hidden_size / num_attention_heads
-    kv_heads: int | None = None  # default of num_key_value_heads; None means num_attention_heads, also if the field is null
-    rope_share: float | None = None  # default of partial_rotary_factor; None if the family has no such field
+    field: bool = True  # True if config.json has the field head_dim
+    null: bool = False  # True if head_dim may be null, which means hidden_size / num_attention_heads
+    kv_heads: int | None = None  # default of num_key_value_heads; None means num_attention_heads, also for a null field
+    rope_share: float | None = None  # default of partial_rotary_factor; None if the family lacks this field
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
-        """Returns values of the section `model`, and the number of values that rotate if partial_rotary_factor is 1."""
+        """Returns values of the section `model`, and how many values of a head rotate if partial_rotary_factor is 1."""
         width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
         if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
             raise ConfigError(
@@ -41,13 +41,13 @@ class GroupedHeads:
 
 @dataclass(frozen=True)
 class LatentHeads:
-    """Heads of multi-head latent attention, which have a plain part and a rotated part."""
+    """Describes heads of multi-head latent attention, which have a part without rotation and a rotated part."""
 
     kind: ClassVar[str] = "latent"
     kv_heads: int | None = 128
     rope_share: float | None = None
     head_dim: int | None = None  # default of head_dim; None means qk_rope_head_dim
-    plain_queries: bool = True  # q_lora_rank may be null, which means queries without a latent
+    plain_queries: bool = True  # True if q_lora_rank may be null, which means that queries have no latent
     scaled: bool = False
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:

@@ -1,11 +1,12 @@
-"""Imports a Hugging Face model of any size as a checkpoint, which any layout of ranks can load.
+"""Imports a Hugging Face model of any size as a checkpoint that any layout of ranks can load. Writes the folder `<out>`:
 
     <out>/step_0/, latest      the checkpoint, for `run.init_from=<out>`
-    <out>/config.yaml          a complete configuration for training the model, except the data
-    <out>/huggingface/         config.json and tokenizer files of the model, for a later export
+    <out>/config.yaml          a complete configuration for training the model, except for the data
+    <out>/huggingface/         the model's config.json and tokenizer files, for a later export
 
-The import is written to `<out>.importing`. When all files are on disk, a rename makes `<out>`. After a killed import the
-same command keeps the complete shards in `<out>.importing`. Needs memory for one shard in fp32 and one stored tensor.
+The files are first written to `<out>.importing`. When all files are on disk, a rename creates `<out>`. After a killed
+import, the same command reuses the complete shards in `<out>.importing`. Needs memory for one fp32 shard and one stored
+tensor.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ from moe_dist.hf.source import CONFIG_FILE, DTYPES, Source, companion, open_sour
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.runtime.progress import Report
 
-HUGGINGFACE = "huggingface"  # name of the folder in `<out>`, and of the key in state.json with facts about the original
+HUGGINGFACE = "huggingface"  # name of a folder in `<out>`, and of the key in state.json that describes the original model
 SHARD_BYTES = 512 << 20
 
 _PLAN_FILE, _TREE = "plan.json", "tree"
@@ -58,8 +59,8 @@ class Imported:
     kept: int  # number of shards that a killed import had already written
     unread: Sequence[str]  # fields of config.json that were not read
     ignored: Sequence[str]  # pickle files, which are never opened
-    left_out: Sequence[str]  # tensors that do not affect the logits, as in multi-token prediction
-    converted: Mapping[str, int]  # number of tensors by dtype in the Hugging Face folder; all become fp32
+    left_out: Sequence[str]  # tensors that do not affect the logits, such as those for multi-token prediction
+    converted: Mapping[str, int]  # number of tensors by their dtype in the Hugging Face folder; all were converted to fp32
 
 
 def import_model(
@@ -76,7 +77,7 @@ def import_model(
     Raises:
         ConfigError: `out` exists, an option does not fit the model, or moe_dist does not support the family or a field.
         DataError: `folder` is damaged, or its tensors or its tokenizer do not fit its config.json.
-        CheckpointError: `out` cannot be written; complete shards are kept, and the same command continues the import.
+        CheckpointError: `out` cannot be written. Complete shards are kept, so that the same command continues the import.
     """
     options = options or ImportOptions()
     if os.path.lexists(out):
@@ -119,8 +120,8 @@ def import_model(
 
 
 def check_tokenizer(source: Source, *, vocab_size: int) -> None:
-    """Checks tokenizer.json if it exists. The model may have more rows in its embedding than the tokenizer has tokens,
-    because vocabularies are padded. Raises DataError if the file cannot be read, or a token's id is not below `vocab_size`.
+    """Checks tokenizer.json if it exists. The model's embedding may have more rows than the tokenizer has tokens, because
+    vocabularies are padded. Raises DataError if the file cannot be read, or a token's id is not below `vocab_size`.
     """
     if TOKENIZER_FILE not in source.companions:
         return
@@ -135,7 +136,7 @@ def check_tokenizer(source: Source, *, vocab_size: int) -> None:
 
 
 def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: str) -> Config:
-    """Makes the configuration of a run that fine-tunes the imported model on one device; the user sets `data`."""
+    """Makes the configuration of a run that fine-tunes the imported model on one device. The user must set `data`."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", out.absolute().name).strip(".-_")[:48] or "model"
     groups = plan.section.moe.groups.values()
     dense = all(group.num_experts + group.num_null == 1 for group in groups)
@@ -162,8 +163,8 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """Makes the folder `<out>.importing`, if it does not exist, and locks it for this process. Removes the folder at the
-    end of the `with` block, and after a DataError, which the same files would cause again. Keeps the folder after any other
+    """Creates the folder `<out>.importing` if it does not exist, and locks it for this process. Removes it at the end of
+    the `with` block, and after a DataError, because the same files would cause this error again. Keeps it after any other
     error."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
@@ -182,11 +183,11 @@ def _workplace(out: Path) -> Iterator[Path]:
 
 
 def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions) -> str:
-    """Returns the save id of the checkpoint: a new id, or the id of a killed import with the same source and options.
+    """Returns the checkpoint's save id. It is new, unless a killed import with the same source and options has left one.
 
     Raises:
-        ConfigError: the killed import had another source or other options.
-        CheckpointError: the disk has not enough space.
+        ConfigError: the killed import had a different source or different options.
+        CheckpointError: the disk does not have enough space.
     """
     told = {
         "files": source.files,
@@ -217,7 +218,7 @@ def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions
 def _write_shards(
     place: Path, source: Source, plan: ImportPlan, options: ImportOptions, save_id: str, report: Report
 ) -> int:
-    """Writes the shards that do not exist yet, each by one rename; returns the number of shards that existed."""
+    """Writes the missing shards, each by one rename. Returns the number of shards that already existed."""
     target, writing = place / _TREE / "step_0", place / "writing"
     for folder in (target, writing):
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +227,7 @@ def _write_shards(
         if _is_whole(target, number, save_id):
             kept += 1
         else:
-            # No variable may refer to the shard's tensors, so that their memory is freed before the next shard is read.
+            # No variable may refer to the shard's tensors, because their memory must be free before the next shard is read.
             write_shard(
                 writing,
                 number,
@@ -252,8 +253,8 @@ def _is_whole(folder: Path, number: int, save_id: str) -> bool:
 def _conclude(
     tree: Path, source: Source, plan: ImportPlan, config: Config, values: Mapping[str, JsonValue], save_id: str
 ) -> None:
-    """Writes all files of the import except the shards: index.json, state.json, SHA256SUMS, `latest`, config.yaml and the
-    folder `huggingface`. Syncs them to disk."""
+    """Writes and syncs all files of the import except the shards: index.json, state.json, SHA256SUMS, `latest`, config.yaml
+    and the folder `huggingface`."""
     folder = tree / "step_0"
     specs = {part.name: TensorSpec(part.shape, DTYPES["F32"]) for part in plan.parts}
     index = build_index(folder, specs, step=0, save_id=save_id, num_shards=len(plan.shards))
@@ -274,8 +275,8 @@ def _conclude(
 
 
 def imported_values(values: Mapping[str, Any]) -> tuple[str | None, Mapping[str, str]]:
-    """Returns the Hugging Face family, and the dtype that each logical tensor had in the Hugging Face folder, from the
-    values of an import's state.json. Returns None and no dtypes for a checkpoint that no import made."""
+    """Returns two values from an import's state.json: the Hugging Face family, and the dtype that each logical tensor had
+    in the Hugging Face folder. For a checkpoint that is not an import, returns None and no dtypes."""
     noted = values.get(HUGGINGFACE)
     if not isinstance(noted, dict) or not isinstance(noted.get("dtypes"), dict):
         return None, {}

@@ -1,4 +1,4 @@
-"""Reads and writes the fields of config.json that tell which layers have experts."""
+"""Reads and writes the fields of config.json that say which layers have experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from moe_dist.hf.fields import Fields
 
 @dataclass(frozen=True)
 class AllLayers:
-    """Every layer has experts. The other kinds of fields derive from this class."""
+    """Every layer has experts. This is also the base class of the other rules in this file."""
 
-    names: Sequence[str] = ()  # names of the fields; empty if the family has no dense layers
+    names: Sequence[str] = ()  # names of the fields; empty if all layers of the family have experts
 
     def sparse(self, read: Fields, num_layers: int) -> list[int]:
         """Returns the indices of the layers with experts."""
@@ -53,7 +53,7 @@ class Listed(AllLayers):
 
 @dataclass(frozen=True)
 class Between(AllLayers):
-    """Every n-th layer of the model has experts, if it lies between a first and a last layer (Ernie 4.5)."""
+    """Every n-th layer of the model has experts if it lies between two given layers (Ernie 4.5)."""
 
     names: Sequence[str] = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
 
@@ -71,10 +71,10 @@ class Between(AllLayers):
 
 @dataclass(frozen=True)
 class Alternate(AllLayers):
-    """The first of every two layers of moe_dist, which are one layer of LongCat-Flash, has experts.
+    """Each layer of LongCat-Flash is two layers of moe_dist, and the first of the two has experts.
 
-    Each field of the family has two possible names. If config.json has both names, transformers may use either value;
-    the two values must therefore be equal.
+    Each field of the family has two possible names. If config.json has both, transformers may use either value, so the two
+    values must be equal.
     """
 
     names: Sequence[str] = ("num_layers",)

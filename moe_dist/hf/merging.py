@@ -1,12 +1,12 @@
-"""Merges LoRA adapters into the matrices of their base for export: W becomes W + (alpha / r) B A.
+"""Merges LoRA adapters into the matrices of their base for an export: W becomes W + (alpha / r) B A.
 
-A merge requires that all tokens that a matrix multiplies use the same adapters with the same weights. Adapters of attention
-and of the experts of an MoE base can always be merged. LoRA experts on an FFN can be merged only with
+A matrix and its adapters can be merged only if all tokens that use the matrix also use these adapters with equal weights.
+This always holds for adapters of attention and of an MoE base's experts. For LoRA experts on an FFN it requires
 
-- one expert group, because tokens of another group use other adapters,
+- one expert group, because tokens of another group would use other adapters,
 - no null experts, because a token that chooses a null expert uses the FFN without an adapter, and
 - one expert, whose weight is then exactly 1; or several experts that every token chooses (top_k = num_experts) with a
-  weight of exactly 1 (straight_through, published), whose products B A are then summed.
+  weight of exactly 1 (straight_through, published). The products B A of several experts are summed.
 
 Otherwise the export is refused.
 """
@@ -28,12 +28,12 @@ Read = Callable[[str], Tensor]
 
 _ATTENTION = re.compile(r"(?P<layer>layers\.\d+\.attention)\.(?P<target>[a-z_]+)\.weight")
 _SHARED = re.compile(r"(layers\.\d+\.moe\.shared\.(?:gate|up|down))\.weight")
-_TARGETS = {"gate": "gate_up", "up": "gate_up", "down": "down"}  # adapter of a matrix of an FFN expert
+_TARGETS = {"gate": "gate_up", "up": "gate_up", "down": "down"}  # maps a matrix of an FFN expert to its adapter's name
 _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
 
 def check_mergeable(model: ModelSection) -> None:
-    """Raises ConfigError, with every reason, if the adapters cannot be merged."""
+    """Raises ConfigError, with all reasons, if the adapters cannot be merged."""
     experts, groups, problems = model.moe.experts, model.moe.groups, []
     if not isinstance(experts, LoRAExpertsSection):
         return
@@ -60,9 +60,9 @@ def check_mergeable(model: ModelSection) -> None:
 
 
 def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
-    """Makes a function that reads a tensor of the base and merges its adapters into it, in fp32. Tensors that the
-    checkpoint of adapters contains whole, such as routers of an MoE base, are read from this checkpoint. `check_mergeable`
-    must have accepted `model`, the section of the adapters' run."""
+    """Makes a function that reads a tensor of the base and merges adapters into it, in fp32. A tensor that the checkpoint
+    of adapters contains whole, such as the router of an MoE base, is read from there. `check_mergeable` must have accepted
+    `model`, the section of the adapters' run."""
     ffn_names = base_names(base_index)
 
     def read(name: str) -> Tensor:
@@ -81,7 +81,7 @@ def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: 
 
 
 def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list[tuple[str, str, float]]:
-    """Returns (name of A, name of B, alpha / r) of the adapter of the base's matrix `name`; empty without an adapter."""
+    """Returns (name of A, name of B, alpha / r) for each adapter of the base's matrix `name`. Empty if it has none."""
     if (match := _ATTENTION.fullmatch(name)) and model.attention_lora is not None:
         prefix, lora = f"{match['layer']}.adapters.{match['target']}", model.attention_lora
         return [(f"{prefix}.a", f"{prefix}.b", lora.alpha / lora.rank)]
@@ -101,6 +101,6 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """Returns B A, summed over the experts of a stack, in float64, so that only the caller rounds."""
+    """Returns B A in float64, so that only the caller rounds. If A and B are stacks, sums the products over the experts."""
     product = b.double() @ a.double()
     return product.sum(0) if product.ndim == 3 else product

@@ -1,10 +1,10 @@
-"""Maps each logical tensor of moe_dist to its place in the tensors of a Hugging Face family, in both layouts of the family.
+"""Maps each logical tensor of moe_dist to its place in a Hugging Face family's tensors, for both layouts of the family.
 
-By default transformers writes one tensor per expert and matrix. With `save_original_format=False` transformers writes one
-tensor for the n experts of a layer, of hidden width D and FFN width F: gate_up_proj [n, 2 F, D] with the gate in the first
-F rows, and down_proj [n, D, F]. In both layouts a logical tensor is contiguous, and its place is a name and a first
-element. gpt-oss has gate_up_proj [n, D, 2 F], in which columns of gate and up alternate, and down_proj [n, F, D]; a place
-in these tensors also has strides.
+By default transformers writes one tensor for each matrix of each expert. With `save_original_format=False` it writes joint
+tensors for the n experts of a layer (hidden width D, FFN width F): gate_up_proj [n, 2 F, D], whose first F rows are the
+gate, and down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so a name and an index of the first element
+describe its place. gpt-oss has gate_up_proj [n, D, 2 F], where columns of gate and up alternate, and down_proj [n, F, D].
+Places in these tensors also need strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +16,12 @@ from moe_dist.hf.family import Layout, ModelFamily
 
 Item = TypeVar("Item")
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # the families' names
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names in all families
 
 
 def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]:
-    """Divides pairs (item, number of bytes), in order, into shards of at most `most` bytes; a larger item gets a shard of
-    its own."""
+    """Divides pairs (item, number of bytes), in order, into shards of at most `most` bytes. A larger item becomes a
+    separate shard."""
     shard: list[Item] = []
     size = 0
     for item, nbytes in items:
@@ -35,7 +35,7 @@ def shards(items: Iterable[tuple[Item, int]], most: int) -> Iterator[list[Item]]
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """The place of a logical tensor: the elements of a family's tensor that have its values."""
+    """The place of a logical tensor: the elements of a family's tensor that contain its values."""
 
     name: str
     shape: tuple[int, ...]  # shape of the family's whole tensor
@@ -45,23 +45,23 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class Slot:
-    """A logical tensor of moe_dist, and its possible places in the tensors of a family."""
+    """A logical tensor of moe_dist, and its possible places in a family's tensors."""
 
     name: str
     shape: tuple[int, ...]
     places: tuple[TensorPlace, ...]  # an export uses the first place; empty if the family has no such tensor
-    next_rows: tuple[TensorPlace, ...] = ()  # places of the second and later rows if each row is a tensor of its own
+    next_rows: tuple[TensorPlace, ...] = ()  # places of the second and later rows if each row is a separate tensor
 
     def pieces(self) -> list[tuple[TensorPlace, slice]]:
-        """Returns the places to which an export writes, each with the rows of the logical tensor to write there."""
+        """Returns the places to which an export writes, and for each place the rows of the logical tensor to write."""
         if not self.next_rows:
             return [(place, slice(None)) for place in self.places[:1]]
         return [(place, slice(row, row + 1)) for row, place in enumerate((self.places[0], *self.next_rows))]
 
 
 def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
-    """Lists every parameter of a model with its places in the family's tensors. Plain families have no place for the router
-    rows of null experts, which are left out."""
+    """Lists every parameter of a model with its places in the family's tensors. In plain families the router rows of null
+    experts have no place, so they are left out."""
     dim = section.hidden_dim
     found = [_whole("embedding.weight", EMBEDDING, section.vocab_size, dim)]
     for layer in range(section.num_layers):
@@ -85,8 +85,8 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
 
 
 def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
-    """Yields the tensors that transformers needs but never uses (gate and up of LongCat-Flash's identity experts). Yields
-    with each tensor the name of the logical tensor whose dtype it gets."""
+    """Yields the tensors that transformers requires but never uses (gate and up of LongCat-Flash's identity experts). Each
+    comes with the name of the logical tensor whose dtype it gets."""
     for layer in section.moe_layers if family.layout == "identity" else ():
         ((name, group),) = section.moe.groups.items()
         for expert in range(group.num_experts, group.num_experts + group.num_identity):
@@ -97,7 +97,7 @@ def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[Te
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
-    """Returns the logical name of the router rows of the layer's experts of a `kind`: `true` (not null) or `null`."""
+    """Returns the logical name of a layer's router rows for the experts of a `kind`: `true` (not null) or `null`."""
     (name,) = section.moe.groups
     return f"layers.{layer}.moe.router.{name}.{kind}"
 
@@ -118,7 +118,7 @@ def _grouped_query(section: ModelSection, ours: str, theirs: str) -> Iterator[Sl
 
 
 def projection_name(part: str) -> str:
-    """Returns the name of an attention projection in the families."""
+    """Returns the name that an attention projection has in the families."""
     return _LATENT.get(part, f"{part}_proj")
 
 
@@ -153,7 +153,7 @@ def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:
 
 
 def _mixture(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields router and experts of one group. In router and list of experts, zero-computation experts come last."""
+    """Yields the router and the experts of a model's only group. Zero-computation experts come last in both."""
     ((name, group),) = section.moe.groups.items()
     router, dim = f"{ours}.moe.router.{name}", section.hidden_dim
     gates = [f"{theirs}.{gate}" for gate in family.gates] if family.experts else []
@@ -188,8 +188,8 @@ def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ou
 def _router_rows(
     section: ModelSection, group: GroupSection, ours: str, theirs: Sequence[str], nulls: int
 ) -> Iterator[Slot]:
-    """Yields the router rows of the true, null (`nulls`), identity and constant experts, in the order that they have in
-    a tensor with one of the names `theirs`."""
+    """Yields the router rows of the true, null (`nulls` rows), identity and constant experts, in the order that they have
+    in a tensor. `theirs` are the tensor's possible names."""
     kinds = {"true": group.num_experts, "null": nulls, "identity": group.num_identity, "constant": group.num_constant}
     dim, begin, whole = section.hidden_dim, 0, (sum(kinds.values()), section.hidden_dim)
     for kind, count in kinds.items():
@@ -199,7 +199,7 @@ def _router_rows(
 
 
 def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the tensors of gpt-oss: transposed expert matrices, in which gate and up alternate, and biases."""
+    """Yields the tensors of gpt-oss: biases and transposed expert matrices, in which gate and up alternate."""
     ((name, group),) = section.moe.groups.items()
     dim, num, ffn = section.hidden_dim, group.num_experts, group.ffn_dim
     (gate,), router = family.gates, f"{ours}.moe.router.{name}"
@@ -219,7 +219,7 @@ def _interleaved(section: ModelSection, family: ModelFamily, ours: str, theirs: 
 
 
 def _served(section: ModelSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
-    """Yields the tensors of `modeling_moe_dist.py`, for every group."""
+    """Yields the tensors that `modeling_moe_dist.py` expects, for every group."""
     dim, router = section.hidden_dim, section.moe.router
     for index, (name, group) in enumerate(section.moe.groups.items()):
         to = f"{theirs}.mlp.groups.{index}"
@@ -265,7 +265,7 @@ def _expert_places(
 ) -> Iterator[TensorPlace]:
     old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
     yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
-    if not family.experts:  # true for dense FFNs, which an import copies, and the form `moe_dist`
+    if not family.experts:  # true for the form `moe_dist`, and for dense FFNs, which an import copies
         return
     rows, columns = shape
     if part == "down":

@@ -1,6 +1,6 @@
-"""Plans an import: the source of each logical tensor's values, and the shard of limited size that stores them.
+"""Plans an import: where each logical tensor's values come from, and which shard of limited size stores them.
 
-A plan depends only on the headers of the files and on the options. A killed import therefore continues with the same plan.
+A plan depends only on the options and the files' headers. After a killed import, the next one thus has the same plan.
 """
 
 import math
@@ -25,28 +25,28 @@ from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.placement.parameter_names import Role, role_of_name
 
-ITEMSIZE = torch.float32.itemsize  # bytes per element: checkpoints have fp32 weights
+ITEMSIZE = torch.float32.itemsize  # bytes per element, because checkpoints have fp32 weights
 
 _TOGETHER = "take config.json and weights of one model"
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """Options of an import that change the model or add experts to it."""
+    """The options of an import that change the model or add experts to it."""
 
     null_experts: int = 0  # number of null experts, whose router rows are copies of the true (not null) experts' rows
-    top_k: int | None = None  # choices per token with null experts
+    top_k: int | None = None  # number of choices per token if there are null experts
     experts: int = 1  # number of experts per layer that are copies of the dense FFN
-    experts_top_k: int = 1  # choices per token among the copies of the dense FFN
-    seed: int = 0  # seed of the random router rows of the copies of the dense FFN
-    modalities: tuple[str, ...] = ("text",)  # modalities of the only expert group
+    experts_top_k: int = 1  # number of choices per token among the copies of the dense FFN
+    seed: int = 0  # seed of the random router rows for the copies of the dense FFN
+    modalities: tuple[str, ...] = ("text",)  # modalities of the model's only expert group
 
 
 @dataclass(frozen=True)
 class TensorPart:
-    """Some rows of a logical tensor, and the origin of their values (`kind`). stored: elements of the stored tensor
-    `source` from `begin` on. tiled: the rows of `source`, repeated. normal: draws whose seed includes the name. With
-    `others` each row is a stored tensor of its own, and `source` is the first row."""
+    """Some rows of a logical tensor, and the origin (`kind`) of their values. stored: elements of the stored tensor
+    `source` from `begin` on. tiled: repeated rows of `source`. normal: random draws, whose seed includes the name. If there
+    are `others`, each row is a separate stored tensor: `source` is the first row, `others` are the rest."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
@@ -68,7 +68,7 @@ class TensorPart:
         return math.prod(self.box) * ITEMSIZE
 
     def make(self, source: Source, *, seed: int) -> Piece:
-        """Reads or draws the values of the part, in fp32, which represents each supported dtype exactly. Raises DataError
+        """Reads or draws the part's values. They are fp32, which represents every supported dtype exactly. Raises DataError
         if a value is NaN or infinite."""
         offsets = (self.row, *([0] * (len(self.shape) - 1)))
         values = self._tensor(source, seed).to(torch.float32)
@@ -94,12 +94,12 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class ImportPlan:
-    """The model section and the shards that an import writes."""
+    """The model section that an import writes, and the content of its shards."""
 
     section: ModelSection  # section `model` of the imported model
     shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
     dtypes: Mapping[str, str]  # dtype of each logical tensor in the Hugging Face folder
-    copies: Mapping[str, str]  # maps a stored tensor that is not imported to its required equal
+    copies: Mapping[str, str]  # maps each stored tensor that is not imported to the tensor that it must equal
     left_out: Sequence[str] = ()  # stored tensors that are not part of the model's function
 
     @property
@@ -112,8 +112,8 @@ class ImportPlan:
 
 
 def changed_section(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> ModelSection:
-    """Returns the section `model` of the imported model: the section of config.json, with the changes of `options`. Raises
-    ConfigError if an option does not fit the model; gives the reason and valid values."""
+    """Returns the section `model` of the imported model: the section of config.json, changed by `options`. Raises
+    ConfigError, with the reason and the valid values, if an option does not fit the model."""
     if family.layout != "plain":
         return _parsed({**section["moe"], "groups": _unchanged_groups(section, family, options)}, section)
     group = dict(section["moe"]["groups"][GROUP])
@@ -147,8 +147,8 @@ def _parsed(moe: Mapping[str, Any], section: Mapping[str, Any]) -> ModelSection:
 
 
 def _unchanged_groups(section: Mapping[str, Any], family: ModelFamily, options: ImportOptions) -> dict[str, Any]:
-    """Returns the groups of a model that is imported without changes, such as a model with zero-computation experts.
-    Refuses options that add experts."""
+    """Returns the groups of a model that is imported unchanged, for example a model with zero-computation experts. Refuses
+    options that would add experts."""
     if replace(options, seed=0, modalities=()) != ImportOptions(modalities=()):
         raise ConfigError(
             f"--null-experts={options.null_experts}, --top-k={options.top_k}, --experts={options.experts}: a {family.name} "
@@ -161,8 +161,7 @@ def _unchanged_groups(section: Mapping[str, Any], family: ModelFamily, options: 
 
 
 def refused(what: str, error: ValidationError) -> ConfigError:
-    """Turns pydantic's errors about values of options or config.json into a ConfigError, whose message begins with
-    `what`."""
+    """Converts pydantic's errors about options or config.json into a ConfigError. Its message begins with `what`."""
     problems = []
     for each in error.errors(include_url=False):
         where, rule = ".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")
@@ -190,12 +189,12 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
     """Makes the plan of an import.
 
     Args:
-        section: Result of `changed_section`.
-        shard_bytes: Largest number of bytes of a shard; a larger tensor is divided by rows.
+        section: The result of `changed_section`.
+        shard_bytes: Largest number of bytes in a shard. A tensor that is larger is divided by rows.
 
     Raises:
-        DataError: tensors are missing in the source, have another shape, or have no place in the model; names all such
-            tensors.
+        DataError: tensors are missing in the source, have a wrong shape, or have no place in the model. The message names
+            all such tensors.
     """
     problems: list[str] = []
     parts: list[TensorPart] = []
@@ -219,7 +218,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         others = tuple(each.name for each in slot.next_rows)
         stored = TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin)
         parts.append(replace(stored, others=others, strides=place.strides))
-    if family.layout == "plain":  # the other layouts have router rows of null experts
+    if family.layout == "plain":  # in all other layouts the source has router rows for null experts
         parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
@@ -235,8 +234,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
 
 
 def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
-    """Compares the two copies of tensors that the folder stores twice, in parts of at most `shard_bytes`. Raises DataError
-    if the copies differ, although the model has only one tensor according to config.json."""
+    """Compares the two copies of each tensor that the folder stores twice, in parts of at most `shard_bytes`. Raises
+    DataError if the copies differ, because according to config.json the model has only one tensor."""
     for copy, original in plan.copies.items():
         shape, expected = source.tensors[copy].shape, source.tensors[original].shape
         rows = max(1, shard_bytes // (2 * ITEMSIZE * math.prod(expected[1:])))
@@ -252,19 +251,19 @@ def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
 
 
 def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
-    """Returns initial router rows for a dense model, which has no router."""
+    """Returns the initial router rows for a dense model, which has no router of its own."""
     kind = "zeros" if slot.shape[0] == 1 else "normal"  # with one expert the router's row has no effect on the output
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
 def _has_null_rows(part: TensorPart, section: ModelSection) -> bool:
-    """Returns True if the part is the router rows of true experts, and the model also has null experts."""
+    """Returns True if the part consists of router rows of true experts, and the model also has null experts."""
     (group,) = section.moe.groups.values()
     return group.num_null > 0 and role_of_name(part.name) is Role.ROUTER and part.name.endswith(".true")
 
 
 def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
-    """Returns the router rows of null experts, as copies of `gate`, the router rows of the true experts."""
+    """Returns the router rows of null experts. They are copies of `gate`, the router rows of the true experts."""
     (group,) = section.moe.groups.values()
     if gate.kind != "stored":
         raise ConfigError(

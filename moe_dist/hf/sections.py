@@ -1,4 +1,4 @@
-"""Maps fields of a family's config.json to keys of the section `model`, and back."""
+"""Maps the fields of a family's config.json to the keys of the section `model`, and back."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,15 @@ from moe_dist.hf.families import ANY_FAMILY, KNOWN, REFUSED
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields, Part, Value, setting
 
-# `tests/support/unknown_families.py` generates this file. For each type of language model in transformers, it has the
-# nearest known family (whose configuration class lacks the fewest of the type's fields) and the fields that it lacks.
+# `tests/support/unknown_families.py` generates this file. For each type of language model in transformers, it contains the
+# nearest known family (the one whose configuration class lacks the fewest of the type's fields) and these missing fields.
 UNKNOWN_FAMILIES = Path(__file__).with_name("unknown_families.json")
 _SHOWN = 8  # largest number of fields that a message names
 GROUP = "all"  # name of the only expert group of an imported model
 
 
 def family_of(config: Mapping[str, Any]) -> ModelFamily:
-    """Returns the family that config.json names. Raises ConfigError if the family is not supported, or the model is
+    """Returns the family that config.json names. Raises ConfigError if the family is not supported, or if the model is
     quantised."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KNOWN:
@@ -45,8 +45,8 @@ def _what_is_missing(config: Mapping[str, Any]) -> str:
 
 
 def _difference(config: Mapping[str, Any]) -> str | None:
-    """Returns how the model type of a config.json differs from the nearest known family; None for a type that the table
-    lacks."""
+    """Returns how the model type in a config.json differs from the nearest known family; None if the table does not contain
+    the type."""
     found = json.loads(UNKNOWN_FAMILIES.read_text()).get(config.get("model_type"))
     if found is None:
         return None
@@ -59,8 +59,8 @@ def _difference(config: Mapping[str, Any]) -> str | None:
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
-    """Returns the family, the values of the `model` section, and the fields of config.json that were not read. Raises
-    ConfigError if moe_dist does not support the family, or the value of a field."""
+    """Returns the family, the values of the section `model`, and the fields of config.json that were not read. Raises
+    ConfigError if moe_dist does not support the family or the value of a field."""
     family = family_of(config)
     read = Fields(config, family.name)
     layers, heads = read.whole(family.num_layers, most=MAX_LAYERS) * family.layers_each, read.whole("num_attention_heads")
@@ -97,8 +97,8 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         },
     }
     if family.layers.names:
-        read.get(family.dense_ffn, None)  # marks the field as read, although only dense layers use it
-    family.multi_token(read, ())  # marks the fields of multi-token prediction as read
+        read.get(family.dense_ffn, None)  # marks the field as read even if no dense layer uses it
+    family.multi_token(read, ())  # marks the fields for multi-token prediction as read
     return family, section, read.unread()
 
 
@@ -112,7 +112,7 @@ def _check_plain(family: ModelFamily, read: Fields) -> None:
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:
-    """Returns the index of the first MoE layer, the distance between MoE layers, and whether dense layers exist."""
+    """Returns the index of the first MoE layer, the distance between MoE layers, and whether there are dense layers."""
     sparse = family.layers.sparse(read, layers)
     every = sparse[1] - sparse[0] if len(sparse) > 1 else layers
     if not sparse or sparse != list(range(sparse[0], layers, every)):
@@ -125,8 +125,8 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
-    """Returns the settings of a model with one expert group, except null experts, that a family does not support:
-    settings that change if config.json is written and read again."""
+    """Returns the settings of a model that a family does not support, except null experts. These are the settings that
+    change when config.json is written and read again. The model must have one expert group."""
     kinds = {
         "attention.kind": (section.attention.kind, family.heads.kind),
         "router.kind": (section.moe.router.kind, family.router.keys["kind"]),
@@ -147,7 +147,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 
 
 def meaning(section: ModelSection) -> dict[str, Any]:
-    """Returns the settings that determine the function of a model, equal for all equivalent sections."""
+    """Returns the settings that determine a model's function. Equivalent sections give equal results."""
     moe, dense = section.moe, len(section.moe_layers) < section.num_layers
     adapted = {"kind": "ffn"} if moe.experts.adapts_ffns or moe.experts.over_frozen_ffn else None  # adapters are merged
     groups = {}
@@ -170,12 +170,12 @@ def meaning(section: ModelSection) -> dict[str, Any]:
 
 
 def parsed_section(values: Mapping[str, Any]) -> ModelSection:
-    """Raises pydantic.ValidationError if the values are no section `model`."""
+    """Parses a section `model`. Raises pydantic.ValidationError if the values are invalid."""
     return ModelSection.model_validate_json(json.dumps(values))
 
 
 def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
-    """Returns the fields of config.json, for transformers 4 and 5, of a model that `misfits` has accepted."""
+    """Returns the fields of config.json, for transformers 4 and 5, of a model that has no `misfits`."""
     group, moe = next(iter(section.moe.groups.values())), section.moe
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -202,7 +202,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
 
 
 def _plain(family: ModelFamily) -> Part:
-    """Returns the keys of the section `model` that correspond to one field each."""
+    """Returns those keys of the section `model` that each correspond to a single field."""
     return Part({
         "hidden_dim": Value("hidden_size"),
         "vocab_size": Value("vocab_size"),

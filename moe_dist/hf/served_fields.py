@@ -1,8 +1,8 @@
-"""Reads and writes the config.json of `served/modeling_moe_dist.py`, for models that no family of transformers can express.
+"""Reads and writes the config.json for `served/modeling_moe_dist.py`, for models that no transformers family can express.
 
-The sizes in this config.json have the names that are usual in transformers. Expert groups, router and mixture of depths are
-the sections of `model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`; a group also has its name and its
-token ids.
+Sizes have the names that are usual in transformers. The values of expert groups, router and mixture of depths are the
+sections `model.moe.groups`, `model.moe.router` and `model.mixture_of_depths`. Each group also has its name and its token
+ids.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from moe_dist.hf.attention_fields import layer_types, max_positions, read_rope, 
 from moe_dist.hf.family import ModelFamily, SharedExpert
 from moe_dist.hf.fields import Fields, Part
 
-SERVED = ModelFamily(  # `read_served` and `write_served` read and write this family's fields
+SERVED = ModelFamily(  # only `read_served` and `write_served` handle this family's fields
     "moe_dist", "MoeDistForCausalLM", Part({}), (), "intermediate_size", layout="moe_dist",
     shared=SharedExpert("shared_expert_intermediate_size", "mlp.shared_expert"),
     expert="experts.{expert}.{part}_proj.weight",
@@ -26,10 +26,10 @@ CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_moe_dist.MoeDistConfig",
-    "AutoModel": "modeling_moe_dist.MoeDistModel",  # for vLLM, which builds only the decoder and has its own output layer
+    "AutoModel": "modeling_moe_dist.MoeDistModel",  # for vLLM, which builds only the decoder and adds its own output layer
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
-OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` of older exports
+OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` in older exports
 
 _FIELDS = {  # maps keys of the section `model` to fields
     "hidden_dim": "hidden_size",
@@ -58,7 +58,7 @@ _MOE_FIELDS = {  # maps keys of the section `model.moe` to fields
 
 
 def unserved(model: ModelSection) -> list[str]:
-    """Returns an error text for each kind in a model that exports do not have, such as a kind of another package."""
+    """Returns an error text for each kind in a model that the exported code lacks, such as a kind of another package."""
     sections = {
         "model.attention": model.attention,
         "model.rope_scaling": model.rope_scaling,
@@ -74,17 +74,17 @@ def unserved(model: ModelSection) -> list[str]:
 
 def served_problems(section: ModelSection) -> list[str]:
     """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks one of its kinds, or the
-    router's choice for a token depends on other tokens even in evaluation."""
+    router's choice for a token depends on later tokens even in evaluation."""
     problem = section.moe.router.not_causal()
     return [problem] if problem else unserved(section)
 
 
-TokenIds = list[list[int]]  # ranges [first, last + 1]
+TokenIds = list[list[int]]  # ranges [first, last + 1] of token ids
 
 
 def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
-    """Returns the token ids of each group. Raises ConfigError if the model has several groups, and their modalities differ
-    from the data set's modalities."""
+    """Returns the token ids of each group. Raises ConfigError if the model has several groups, and their modalities are not
+    those of the data set."""
     routed = {name: group.modalities or (name,) for name, group in section.moe.groups.items()}
     known = {modality for modalities in routed.values() for modality in modalities}
     if len(routed) > 1 and known != set(manifest.modalities):
@@ -99,7 +99,7 @@ def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
 
 
 def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str, Any]:
-    """Returns the fields of config.json. A single group may be without `ids`."""
+    """Returns the fields of config.json. `ids` may lack the group if there is only one."""
     values = section.model_dump(mode="json")
     fields = {theirs: values[ours] for ours, theirs in _FIELDS.items()}
     fields |= {theirs: values["moe"][ours] for ours, theirs in _MOE_FIELDS.items()}
@@ -126,7 +126,7 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
 
 def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:
     """Returns the family, the values of the section `model`, and the fields of config.json that were not read. Raises
-    ConfigError if a field is missing or has a value that no export writes."""
+    ConfigError if a field is missing, or has a value that exports never write."""
     read = Fields(config, SERVED.name)
     read.must_be(
         "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"

@@ -1,7 +1,7 @@
-"""Opens a Hugging Face folder for an import. Reads only config.json and safetensors files in the folder, and runs no code.
+"""Opens a Hugging Face folder for an import. Reads only config.json and the folder's safetensors files, and runs no code.
 
-Tensors are read by plain reads and are not memory-mapped, because a mapped file would count against a memory limit of the
-process.
+Tensors are read with ordinary reads instead of memory mapping, because a mapped file would count against the process's
+memory limit.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from moe_dist.hf.fields import read_object
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
-# Files that an import copies along with config.json. Of the copied files only tokenizer.json is read.
+# Files that an import copies along with config.json. Of these files, only tokenizer.json is also read.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-COMPANION_BYTES = 1 << 27  # largest size of a file of COMPANIONS; the largest tokenizers have 35 MB
-CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # limits: size of a configuration file, fields of config.json
+COMPANION_BYTES = 1 << 27  # largest allowed size of each such file; the largest known tokenizers have 35 MB
+CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # limits for a configuration file's size and config.json's number of fields
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-AGAIN = "copy or download it again"  # the advice for a damaged file, in error messages
+AGAIN = "copy or download it again"  # advice in error messages about a damaged file
 
-_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer in old Llama checkpoints, which is not read
+_DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # name of a buffer in old Llama checkpoints, which is ignored
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
 
 
@@ -68,14 +68,14 @@ class Source:
     folder: Path
     config: Mapping[str, Any]  # content of config.json
     tensors: Mapping[str, Stored]
-    files: Mapping[str, tuple[int, int, str]]  # safetensors files: bytes, time of change, digest of the header
+    files: Mapping[str, tuple[int, int, str]]  # safetensors files: size in bytes, time of change, digest of the header
     pickles: Sequence[str]  # pickle files, which are never opened, because reading them can run code
     companions: Sequence[str]  # files of COMPANIONS that the folder contains
 
     def read(self, name: str, begin: int, shape: Sequence[int], strides: Sequence[int] = ()) -> Tensor:
-        """Reads elements of the tensor `name`, from the element `begin` (in row-major order), as a tensor of shape `shape`.
-        `strides` are the elements' distances along each dim; elements between them are read and dropped. Raises DataError
-        if the file cannot be read, or is shorter than when its header was read."""
+        """Reads elements of the tensor `name`, starting with element `begin` in row-major order, as a tensor of shape
+        `shape`. `strides` are the distances between elements along each dim; elements in between are read and dropped.
+        Raises DataError if the file cannot be read, or if it has become shorter since its header was read."""
         if strides:
             span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
             return self.read(name, begin, (span,)).as_strided(tuple(shape), tuple(strides))
@@ -96,9 +96,9 @@ class Source:
 
 
 def open_source(folder: Path) -> Source:
-    """Opens a folder, and reads config.json and the header of every safetensors file. Raises DataError, which lists all
+    """Opens a folder, and reads config.json and the header of every safetensors file. Raises one DataError with all
     problems: there are no safetensors files; a file is missing, truncated or outside the folder; a tensor is not in the
-    file that the index names, or has a dtype that is not in DTYPES."""
+    file that the index names, or its dtype is not in DTYPES."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a folder with {CONFIG_FILE} and {WEIGHTS_FILE} in it")
     config = read_configuration(folder, CONFIG_FILE)
@@ -137,8 +137,8 @@ def open_source(folder: Path) -> Source:
 
 
 def read_configuration(folder: Path, name: str) -> dict[str, Any]:
-    """Reads config.json or another configuration file of a folder. Raises DataError if the file is missing, no JSON object,
-    or too large to be a configuration."""
+    """Reads config.json or another configuration file of a folder. Raises DataError if the file is missing, is no JSON
+    object, or is too large for a configuration."""
     values = read_object(inside(folder, name), "configuration", CONFIG_BYTES)
     if name == CONFIG_FILE and len(values) > MOST_FIELDS:
         raise DataError(f"{folder / name}: has {len(values):,} fields, and a model's configuration has a few hundred")
@@ -147,8 +147,8 @@ def read_configuration(folder: Path, name: str) -> dict[str, Any]:
 
 def inside(folder: Path, name: str) -> Path:
     """Returns the path of the file `name` in the folder. In a snapshot of the hub's cache, <model>/snapshots/<revision>,
-    the file may be a link into <model>/blobs. Raises DataError if the path does not exist, is no file, or is a link to any
-    other place outside the folder."""
+    the file may be a link to a file in <model>/blobs. Raises DataError if the path does not exist, is no file, or is a link
+    to any other place outside the folder."""
     path, real = folder / name, folder.resolve()
     allowed = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
     if not any(path.resolve().is_relative_to(place) for place in allowed):
@@ -159,8 +159,8 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def companion(folder: Path, name: str) -> Path:
-    """Returns the path of a file that an import copies. Raises DataError as `inside`, and for a file that is too
-    large."""
+    """Returns the path of a file that an import copies. Raises the DataErrors of `inside`, and a DataError if the file is
+    too large."""
     path = inside(folder, name)
     if (size := path.stat().st_size) > COMPANION_BYTES:
         raise DataError(f"{path}: {size:,} bytes, too large to be copied along; at most {COMPANION_BYTES:,}")
@@ -168,7 +168,7 @@ def companion(folder: Path, name: str) -> Path:
 
 
 def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> Mapping[str, str] | None:
-    """Maps each tensor's name to its file's name, from the index; None if there is one file and no index."""
+    """Maps each tensor's name to a file name, according to the index. Returns None if there is one file and no index."""
     safe = [name for name in names if name.endswith(".safetensors")]
     if INDEX_FILE not in names:
         if WEIGHTS_FILE in names:
@@ -187,8 +187,8 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
 
 
 def read_weight_map(folder: Path) -> Mapping[str, str]:
-    """Returns the file name of each tensor, from the index of a folder. Raises DataError if the index is missing or
-    damaged, or a name leads out of the folder."""
+    """Maps each tensor's name to a file name, according to the folder's index. Raises DataError if the index is missing or
+    damaged, or if a name leads out of the folder."""
     found = read_object(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")
@@ -201,7 +201,7 @@ def read_weight_map(folder: Path) -> Mapping[str, str]:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
-    """Returns a safetensors file's tensors by name and its header's digest. Checks that the file's size fits the header."""
+    """Returns a safetensors file's tensors by name, and the digest of its header. Checks that its size fits the header."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         start = stream.read(8)

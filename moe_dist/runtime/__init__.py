@@ -1,1 +1,1 @@
-"""The environment of one process of a run: rank, signals, log, watchdog and run folder."""
+"""Manages the environment of each process of a run: rank, signals, log, watchdog and run folder."""

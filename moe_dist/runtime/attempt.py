@@ -1,4 +1,4 @@
-"""Runs one attempt (one start of a run) on one rank. Every attempt ends with a verdict, an exit code in status.json.
+"""Runs one attempt (one start of a run) on one rank. Every attempt ends with a verdict: an exit code in status.json.
 
 with Attempt(env) as attempt:
     attempt.open(config)                      # rank 0: lease, configuration, status
@@ -27,18 +27,18 @@ from moe_dist.runtime.lease import WAIT_SECONDS, Lease
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.secrets import without_secrets
 
-CAUSE_SECONDS = 1.5  # seconds that a rank waits until another rank, which failed first, records the reason
+CAUSE_SECONDS = 1.5  # seconds for which a rank waits until the rank that failed first has recorded the reason
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
-# Words in errors of gloo, NCCL and torch's store about a peer that ended or does not answer. Such errors name no cause.
+# Phrases in errors of gloo, NCCL and torch's store about a peer that ended or is silent. Such errors do not name the cause.
 _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|timed ?out|timeout|remote process exited", re.I)
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
-    """Returns the exit code and the reason of a run that ends with this exception."""
+    """Returns the exit code and the reason for a run that this exception ends."""
     if isinstance(error, MoeDistError):
-        return error.exit_code, str(error)  # a user can fix such an error without a traceback
+        return error.exit_code, str(error)  # without traceback, because a user can fix such an error
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
@@ -49,7 +49,7 @@ def verdict_of(error: BaseException) -> tuple[int, str]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Returns whether an exception only says that another rank has ended or does not answer."""
+    """Returns whether an exception says only that another rank has ended or does not answer."""
     return isinstance(error, RuntimeError | ConnectionError) and _PEER.search(str(error)) is not None
 
 
@@ -60,14 +60,14 @@ def _say(text: str) -> None:
 
 
 class Attempt:
-    """A context manager that records how its body ends, as the attempt's verdict (exit code and reason).
+    """A context manager that records the way in which its body ends as the attempt's verdict (exit code and reason).
 
-    An exception of the body is printed (a `MoeDistError` as its message, any other with a traceback), and the process ends
-    with `os._exit` inside `__exit__`, because a further collective could wait for ranks that are gone. Other ranks notice
-    the closed connections of the ended process.
+    If the body raises an exception, it is printed (a `MoeDistError` as its message, any other exception with a traceback).
+    The process then ends with `os._exit` inside `__exit__`, because a further collective could wait for ranks that are
+    gone. The other ranks notice that the process's connections are closed.
 
     Attributes:
-        exit_code: The verdict, after the block.
+        exit_code: The exit code of the verdict, set when the block has ended.
     """
 
     def __init__(self, env: RankEnv) -> None:
@@ -80,84 +80,84 @@ class Attempt:
         self.exit_code = EXIT_DONE
 
     def follow(self, step: Callable[[], int]) -> None:
-        """Sets the function that returns the run's current step; call `follow` once the step is known."""
+        """Sets the function that returns the run's current step. Call this method when the step is known."""
         self._step = step
 
     def require(self, commit_check: Callable[[], None]) -> None:
-        """Sets the function that `check_commit` calls; the function must raise if records are not on disk yet."""
+        """Sets the function that `check_commit` calls. The function must raise an error if records are not on disk yet."""
         self._commit_check = commit_check
 
     def last_step(self) -> int:
-        """Returns the current step; before a call of `follow`, the last step that the open run folder records."""
+        """Returns the current step. Before `follow` is called, returns the last step that the run folder records."""
         assert self._folder is not None, "the run folder is open"
         return self._step() if self._step is not None else self._folder.last_step()
 
     def open(
         self, config: Config, *, wait_seconds: float = WAIT_SECONDS, stopped: Callable[[], bool] | None = None
     ) -> RunFolder:
-        """Returns the run folder, which rank 0 opens for writing. Call `open` before the process group is created, so that
-        no rank passes the rendezvous before rank 0 holds the lease.
+        """Returns the run folder. Rank 0 also opens it for writing. Call this method before the process group is created,
+        so that no rank passes the rendezvous before rank 0 has the lease.
 
         Args:
-            wait_seconds: How long rank 0 waits for another attempt to end; a message on standard error announces the wait.
-            stopped: Returns True after a stop signal, which ends the wait.
+            wait_seconds: Longest wait of rank 0 for the end of another attempt. A message on standard error announces it.
+            stopped: Function that returns True after a stop signal, which ends the wait.
 
         Raises:
-            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: `RunFolder.open` raised the error.
+            ConfigError, DataError, LeaseError, RunFolderError, StoppedError: raised by `RunFolder.open`.
         """
         folder = RunFolder.of(config)
         if self._env.rank == 0:
             self._lease = folder.open(config, self._env, wait_seconds=wait_seconds, on_wait=_say, stopped=stopped)
-        self._folder = folder  # set after the open, so that a refused start records no verdict
+        self._folder = folder  # set after opening, so that a refused start records no verdict
         return folder
 
     @property
     def attempt_id(self) -> str:
-        """Name of the attempt, which is equal on all ranks after `join`."""
+        """Returns the attempt's name, which is equal on all ranks after `join`."""
         return self._env.attempt_id
 
     def join(self, attempt_id: str) -> RankEnv:
-        """Sets the attempt's name to rank 0's, because status.json accepts a verdict only under rank 0's name. Returns this
-        rank's environment with the attempt's name."""
+        """Sets the attempt's name to rank 0's name, because status.json accepts a verdict only under that name. Returns
+        this rank's environment with the new name."""
         self._env = replace(self._env, attempt_id=attempt_id)
         return self._env
 
     @property
     def lease(self) -> Lease:
-        """The lease of the run, which only rank 0 holds, from `open` on."""
+        """Returns the lease of the run. Only rank 0 has it, from the call of `open` on."""
         assert self._lease is not None, "this is rank 0, and the run folder is open"
         return self._lease
 
     def check_commit(self) -> None:
-        """Checks that a checkpoint may be committed. `CheckpointManager` calls this method on rank 0, before anything is
-        written and before each rename.
+        """Checks that a checkpoint may be committed. On rank 0, `CheckpointManager` calls this method before it writes
+        anything and before each rename.
 
         Raises:
             LeaseError: another attempt has taken over the run.
-            CheckpointError: from the function that `require` set.
+            CheckpointError: raised by the function that `require` set.
         """
         if self._lease is not None:
-            # checked first, because a run that lost its lease must end with LeaseError, not with a failed save
+            # checked first, because a run that has lost its lease must end with LeaseError, not as a failed save
             self._lease.check()
         self._commit_check()
 
     def finish(self) -> None:
-        """Records that the run is done; call `finish` on every rank after the last save, before the sinks close. An error
-        after `finish` is printed, but changes neither the record nor the exit code."""
+        """Records that the run is done. Call this method on every rank after the last save, before the sinks close. A later
+        error is printed, but changes neither the record nor the exit code."""
         if self._env.rank == 0:
             self._record(EXIT_DONE, "done", self._env.rank)
         self._finished = True
         self._tell()
 
     def expire(self) -> None:
-        """Records the verdict of a run that did not stop within the grace period; the timer of `StopRequest` calls this
+        """Records the verdict of a run that did not stop within the grace period. The timer of `StopRequest` calls this
         method."""
         reason = "did not stop within the grace period after a stop signal; the last checkpoint is intact"
         self._leave(EXIT_FAILED, reason, self._env.rank)
 
     def give_up(self, reason: str, at_fault: int | None) -> NoReturn:
         """Records the verdict of a run whose main thread hangs, and ends the process. The watchdog's thread calls this
-        method. `at_fault` is the rank for which the others wait; None if unknown."""
+        method. `at_fault` is the rank for which the other ranks wait; None if it is unknown."""
         with contextlib.suppress(Exception):  # the process must end even if the record cannot be written
             self._leave(EXIT_FAILED, reason, at_fault)
         _say(reason)
@@ -175,7 +175,7 @@ class Attempt:
             self._report(error)
         with contextlib.suppress(OSError):
             if self._lease is not None:
-                # released after the verdict is recorded, because only the holder of the lease may record it
+                # released after the verdict is recorded, because only the lease's holder may record it
                 self._lease.release()
         # ends the process even after success, because an exit handler could wait for an unclosed sink
         self._end(self.exit_code)
@@ -190,7 +190,7 @@ class Attempt:
         at_fault = None if is_lost_peer(error) or consequence else self._env.rank
         if is_lost_peer(error):
             reason = f"rank {self._env.rank} on {socket.gethostname()} lost a peer: {reason}"
-            if not self._env.launched:  # moe_dist's launchers compare the ends of all ranks, and replace this reason
+            if not self._env.launched:  # moe_dist's launchers compare how all ranks ended, and replace this reason
                 reason += (
                     "; a peer left without recording a reason, and srun, mpirun or torchrun do not tell moe_dist which one "
                     "and why: see their output for its exit code or signal, and the last lines of all ranks' logs"
@@ -199,7 +199,7 @@ class Attempt:
         self._tell()
         if not self._finished:
             self.exit_code = code
-            with contextlib.suppress(OSError, MoeDistError):  # if the disk is full, only the exit code reports the error
+            with contextlib.suppress(OSError, MoeDistError):  # if the disk is full, the exit code alone reports the error
                 self._wait_for_cause(error)
                 self._record(code, reason, at_fault)
 
@@ -209,11 +209,11 @@ class Attempt:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(code)  # runs no atexit handler, because a handler may wait for other ranks or for threads in a collective
+        os._exit(code)  # runs no atexit handler, because it could wait for other ranks or for threads in a collective
 
     def _wait_for_cause(self, error: BaseException) -> None:
-        """If this rank failed only because another rank failed, waits until that rank has recorded the verdict, because the
-        first record counts and both ranks may learn of the error at the same moment."""
+        """If this rank failed only because another rank failed, waits until that rank has recorded its verdict. Both may
+        learn of the error at the same moment, and only the first record counts."""
         if self._folder is None or not (isinstance(error, MoeDistError) and error.consequence):
             return
         deadline = time.monotonic() + CAUSE_SECONDS
@@ -227,7 +227,7 @@ class Attempt:
             self._lease.release()
 
     def _tell(self) -> None:
-        if self._folder is not None and self._env.launched:  # read by moe_dist's launchers only
+        if self._folder is not None and self._env.launched:  # only moe_dist's launchers read this file
             self._folder.tell(self._env.attempt_id, self._env.rank)
 
     def _record(self, verdict: int, reason: str, at_fault: int | None) -> None:

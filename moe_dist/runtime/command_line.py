@@ -1,4 +1,4 @@
-"""Starts a command line program, and ends it with the exit code of an error."""
+"""Runs a command-line program. If it fails, ends it with the error's exit code."""
 
 import inspect
 import os
@@ -22,12 +22,12 @@ RUN_FOLDER_FIX = "the run folder is <run.root>/<run.name>: repair it, or choose 
 
 @contextmanager
 def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
-    """Prints a MoeDistError of the block (or of the decorated function) without traceback, and ends the command with the
-    error's exit code.
+    """Catches a MoeDistError of the block (or of the decorated function), prints it without traceback, and ends the command
+    with the error's exit code.
 
     Args:
-        name: Name of the command, with which the message begins.
-        storage: How to fix an OSError; if empty, an OSError keeps its traceback.
+        name: Name of the command, which precedes the message.
+        storage: Text that explains how to fix an OSError. If it is empty, an OSError is printed with its traceback.
     """
     try:
         yield
@@ -44,24 +44,24 @@ def reports_errors(name: str = "", *, storage: str = "") -> Iterator[None]:
 
 
 def print_version(asked: bool) -> None:
-    """Prints the version and ends the command if the option --version was given."""
+    """Prints the version and ends the command if `asked`, which means that --version was given."""
     if asked:
         print(f"moe_dist {VERSION}")
         raise typer.Exit
 
 
 def print_done(text: str) -> None:
-    """Prints a command's result. If the reader of standard output has ended, as in `| head`, the text is lost, but the
-    command still succeeds."""
+    """Prints a command's result. If the process that reads standard output has ended, as in `| head`, the text is lost, but
+    the command still succeeds."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the same text again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # because Python flushes the text again at its exit
 
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses arguments. The error for an override with dashes, or for a wrong value, shows the right form."""
+        """Parses arguments. If an override has dashes, or a value is wrong, the error shows the right form."""
         if dashed := next((each for each in args if re.match(r"--\w+(\.\w+)+(=|$)", each)), None):
             key, _, value = dashed.lstrip("-").partition("=")
             ctx.fail(f"{dashed}: an override of the configuration has no dashes; write {key}={value or 'VALUE'}")
@@ -74,8 +74,8 @@ class _Command(TyperCommand):
 
 
 def _value_text(option: str, error: ValidationError) -> str:
-    """Returns an error text with an option's value and the violated rule. If the value is a number with a unit, the
-    text proposes the number alone."""
+    """Returns an error text with an option's value and the violated rule. If the value is a number with a unit, the text
+    suggests the number without the unit."""
     fault, expected = error.errors()[0], "Input should be "
     kind, value, text = fault["type"], fault["input"], fault["msg"]
     if kind not in ("float_parsing", "int_parsing", "int_from_float"):
@@ -86,20 +86,20 @@ def _value_text(option: str, error: ValidationError) -> str:
 
 
 def command_app(main: Callable[..., Any]) -> typer.Typer:
-    """Makes a command whose unexpected errors show Python's plain traceback. Typer's traceback can print local variables,
-    such as tokens and keys."""
+    """Makes a command that shows Python's plain traceback for unexpected errors. Typer's traceback could print local
+    variables, such as tokens and keys."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(cls=_Command)(main)
     return app
 
 
 def run_command(main: Callable[..., Any]) -> None:
-    """Runs `main` with the arguments of the command line; unexpected errors show Python's plain traceback."""
+    """Runs `main` with the command-line arguments. Unexpected errors show Python's plain traceback."""
     command_app(main)()
 
 
 def takes(options: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
-    """Decorates a function of one dataclass, whose fields become the command's arguments and options."""
+    """Decorates a function that takes one dataclass. The dataclass's fields become the command's arguments and options."""
 
     def decorate(main: Callable[[Options], None]) -> Callable[..., None]:
         @wraps(main)

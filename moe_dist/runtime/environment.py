@@ -1,4 +1,4 @@
-"""Reads rank, rendezvous and attempt of a process from the environment variables that its launcher set."""
+"""Reads a process's rank, rendezvous and attempt from the environment variables that its launcher has set."""
 
 import os
 import re
@@ -11,11 +11,11 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 PUBLISHED = "published"  # rank 0 writes its address into the run folder (runtime/rendezvous.py)
-RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray: rank 0 sends its metrics to this socket (monitor/sinks/prometheus.py)
-ALONE = "tcp://127.0.0.1:0"  # init method of a single process, with any free port
+RAY_METRICS = "MOE_DIST_RAY_METRICS"  # under Ray, rank 0 sends its metrics to this socket (monitor/sinks/prometheus.py)
+ALONE = "tcp://127.0.0.1:0"  # init method of a run with one process, on any free port
 THREADS = "OMP_NUM_THREADS"
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_OTHER_NAMES = (  # srun comes last, because mpirun may itself run in tasks of srun
+_OTHER_NAMES = (  # srun is last, because mpirun may itself run inside srun tasks
     tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),  # Open MPI
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_GTIDS"),  # SLURM_GTIDS lists the ranks of the node
@@ -28,13 +28,13 @@ class RankEnv:
 
     Attributes:
         rank, world_size: Global rank, and number of ranks on all nodes.
-        local_rank, local_world_size: Rank and number of ranks on this node; local_rank is also the index of the GPU.
-        init_method: Way in which the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
+        local_rank, local_world_size: Rank on this node, and number of ranks on it. local_rank is also the index of the GPU.
+        init_method: How the ranks meet: PUBLISHED, or torch's env://, tcp://HOST:PORT or file:///PATH.
         attempt: Number of restarts by the launcher; 0 for the first attempt. torchrun's agents may count differently.
-        attempt_id: Unique name of this attempt. If the launcher gives no name, each process makes its own name; after the
-            ranks have met, all ranks use rank 0's name (parallel/meeting.py).
-        launched: True if a launcher of moe_dist started the process and sends its standard error to the rank's log.
-        grace_seconds: Time from a stop signal until the process ends itself.
+        attempt_id: Unique name of this attempt. If the launcher does not set it, each process makes up a name, and all
+            ranks use rank 0's name once they have met (parallel/meeting.py).
+        launched: True if a launcher of moe_dist started the process and writes its standard error to the rank's log.
+        grace_seconds: Time after a stop signal at which the process ends itself.
     """
 
     rank: int
@@ -51,9 +51,8 @@ class RankEnv:
     def from_environment(cls, env: Mapping[str, str]) -> "RankEnv":
         """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE (or the names of mpirun or srun), MOE_DIST_INIT_METHOD (or
         MASTER_ADDR and MASTER_PORT), MOE_DIST_ATTEMPT (or TORCHELASTIC_RESTART_COUNT), MOE_DIST_ATTEMPT_ID and
-        MOE_DIST_GRACE_SECONDS. If RANK is missing, the run has one process; if LOCAL_RANK is missing, each node has one
-        process. Raises ConfigError with all problems if other variables are missing, are no numbers, or contradict each
-        other."""
+        MOE_DIST_GRACE_SECONDS. If RANK is missing, the run has one process. If LOCAL_RANK is missing, each node has one
+        process. Raises one ConfigError with all problems if other variables are missing, not numeric, or contradictory."""
         problems: list[str] = []
         env, step_id = _with_our_names(env)
 
@@ -80,7 +79,7 @@ class RankEnv:
                     problems.append(f"environment variable {name}={value}: must be below the number of ranks, {size}")
             if local_world_size > world_size:
                 problems.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
-        step_id = step_id if world_size > 1 else ""  # one srun step may start several one-rank runs in turn
+        step_id = step_id if world_size > 1 else ""  # one srun step may start several one-rank runs one after another
         init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # `find` compares steps
         if not init_method:
             problems.append(
@@ -89,7 +88,7 @@ class RankEnv:
             )
         drawn = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         attempt_id = env.get("MOE_DIST_ATTEMPT_ID") or step_id or drawn
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # the id becomes part of file names
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", attempt_id):  # restricted, because the id becomes part of file names
             problems.append(f"MOE_DIST_ATTEMPT_ID={attempt_id!r}: only letters, digits, '.', '_' and '-', at most 100")
         if problems:
             raise ConfigError(problems)
@@ -99,34 +98,33 @@ class RankEnv:
 
 
 def limit_fragmentation(variables: MutableMapping[str, str]) -> None:
-    """Makes torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call this function
+    """Lets torch's CUDA allocator grow its segments, unless the user has configured the allocator. Call this function
     before torch is imported.
 
-    In each micro-batch, each layer receives a different number of rows and therefore allocates buffers of different
-    sizes. Without growing segments, free memory is cut into pieces of unsuitable sizes, and a run can fail although
-    much memory is free.
+    In each micro-batch, each layer receives a different number of rows and so allocates buffers of different sizes. If
+    segments could not grow, free memory would be split into pieces of unsuitable sizes. A run could then fail although much
+    memory is free.
     """
     if not any(name in variables for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def share_cores(local_world_size: int, env: MutableMapping[str, str]) -> bool:
-    """Sets OMP_NUM_THREADS to this rank's share of the node's cores, at least 1, unless the variable is set already.
-    Returns whether this function set the variable. Call this function before the import of torch, which reads the
-    variable."""
+    """Sets OMP_NUM_THREADS to the node's number of cores divided by its ranks, at least 1, unless the variable is already
+    set. Returns whether it was set here. Call this function before torch, which reads the variable, is imported."""
     if env.get(THREADS):
         return False
-    usable = len(os.sched_getaffinity(0))  # fewer cores than the node has if a container or the scheduler binds the process
+    usable = len(os.sched_getaffinity(0))  # less than the node's cores if a container or the scheduler binds the process
     share = usable // local_world_size
-    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may bind each task to its share of the CPUs
+    if (cpus := env.get("SLURM_CPUS_ON_NODE", "")).isdecimal():  # Slurm may have bound each task to its part of the CPUs
         share = min(usable, int(cpus) // local_world_size)
     env[THREADS] = str(max(1, share))
     return True
 
 
 def _with_our_names(env: Mapping[str, str]) -> tuple[Mapping[str, str], str]:
-    """Returns `env`, and a name that all tasks of one srun share (empty with other launchers). Unless `env` has RANK or
-    WORLD_SIZE, adds the variables of mpirun or srun under torchrun's names."""
+    """Returns `env`, and a name that all tasks of one srun share (empty for other launchers). If `env` has neither RANK nor
+    WORLD_SIZE, copies the variables of mpirun or srun to torchrun's names."""
     names = next((names for names in _OTHER_NAMES if all(name in env for name in names)), None)
     if names is None or "RANK" in env or "WORLD_SIZE" in env:
         return env, ""
@@ -142,7 +140,7 @@ def _init_method(env: Mapping[str, str], world_size: int) -> str:
     if env.get("MOE_DIST_INIT_METHOD"):
         return env["MOE_DIST_INIT_METHOD"]
     if env.get("MASTER_ADDR") and env.get("MASTER_PORT"):
-        return "env://"  # with tcp:// rank 0 would open a second store beside torchrun's store
+        return "env://"  # with tcp:// rank 0 would open a second store besides torchrun's
     return ALONE if world_size == 1 else ""
 
 

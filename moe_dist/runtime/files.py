@@ -9,26 +9,26 @@ from pathlib import Path
 from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import ConfigError
 
-BLOCK = 1 << 16  # bytes of one read in `lines_from_end`
+BLOCK = 1 << 16  # number of bytes that `lines_from_end` reads at a time
 
 
 def write_atomically(
     path: Path, content: str | bytes, *, before_rename: Callable[[], None] | None = None, mode: int = 0o666
 ) -> None:
-    """Replaces a file atomically: a reader sees either the old or the new content, also after a crash of the machine.
+    """Replaces a file atomically: a reader sees either the old or the new content, even after a crash of the machine.
 
     Args:
-        before_rename: Called right before the rename, to check a lease; if the function raises, the old file stays.
-        mode: Permissions of the file, from which the umask removes some.
+        before_rename: Called right before the rename, for example to check a lease. If it raises, the old file is kept.
+        mode: Permissions of the file, before the umask is applied.
     """
-    # The random name with O_EXCL and O_NOFOLLOW prevents another user's link from redirecting the write.
+    # The random name and the flags O_EXCL and O_NOFOLLOW prevent another user's link from redirecting the write.
     new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
     try:
         with open(descriptor, "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())  # synced before the rename, so that a crash leaves no empty file under the final name
+            os.fsync(stream.fileno())  # before the rename, so that a crash leaves no empty file under the final name
         if before_rename is not None:
             before_rename()
         os.replace(new, path)  # atomic: readers see the old or the new file
@@ -38,8 +38,8 @@ def write_atomically(
 
 
 def make_writable(folder: Path, *, option: str) -> None:
-    """Creates a folder if it is missing, and raises ConfigError if it is not writable; call this function before long work
-    that writes to the folder. The message begins with `option`, the name and value of a command line option."""
+    """Creates a folder if it is missing, and raises ConfigError if the folder is not writable. Call this function before
+    long work whose results go to the folder. The message begins with `option`, an option's name and value."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):  # creating a file in a folder needs write and execute permission
@@ -49,8 +49,8 @@ def make_writable(folder: Path, *, option: str) -> None:
 
 
 def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
-    """Yields the complete lines in the last `most_bytes` of a file, last first; nothing for a missing file. Skips a last
-    line without newline, because it is still being written, or a crash cut it."""
+    """Yields the complete lines within the last `most_bytes` of a file, the last line first. Yields nothing if the file is
+    missing. Skips a last line without newline, because its writing was interrupted or has not ended."""
     try:
         stream = open_regular(path)
     except FileNotFoundError:
@@ -63,7 +63,7 @@ def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
             size = min(BLOCK, at - begin)
             at -= size
             stream.seek(at)
-            lines = (stream.read(size) + rest).split(b"\n")  # the first line may continue in the previous block
+            lines = (stream.read(size) + rest).split(b"\n")  # the first of these lines may begin in the previous block
             rest = lines[0]
             for line in reversed(lines[1:]):
                 if not torn:

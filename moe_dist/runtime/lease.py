@@ -1,9 +1,9 @@
-"""A lease file that allows one writer per run folder. The writer renews the lease, and checks it before each commit.
+"""A lease file that ensures a single writer per run folder. The writer renews the lease, and checks it before each commit.
 
-The holder creates the file with O_EXCL and writes a heartbeat counter into it from a thread. Another process may replace
-the file by a rename once the counter has not changed for `stale_seconds`, or if the holder ran on the same machine and is
-dead. A suspended holder that wakes up later writes into the unlinked old file, and its next `check` fails. flock is not
-used, because network file systems implement it differently.
+The holder creates the file with O_EXCL, and a thread writes a heartbeat counter into it. Another process may replace the
+file, by a rename, if the counter has not changed for `stale_seconds`, or if the holder ran on this machine and is dead. If
+a suspended holder wakes up later, it writes into the old, unlinked file, and its next `check` fails. flock is not used,
+because network file systems implement it differently.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ class LeaseError(MoeDistError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lease.
+    """A process that has a lease.
 
     Attributes:
         attempt_id: Name of the attempt, equal on all its ranks.
-        host, pid, since: Host, process id, and Unix seconds of the acquisition by that host's clock; used in messages.
-        machine: Identity of the kernel and pid namespace; pids can be compared only between equal identities.
-        born: Start time of the process in clock ticks; a later process with the same pid has another start time.
-        token: Unique for each acquisition.
+        host, pid, since: Host, process id, and Unix seconds of the acquisition by the host's clock; shown in messages.
+        machine: Identity of the kernel and pid namespace. Pids are comparable only if this identity is equal.
+        born: Start time of the process in clock ticks. A later process with the same pid has a different start time.
+        token: Random text that is unique for each acquisition.
     """
 
     attempt_id: str
@@ -55,7 +55,7 @@ class Holder:
         return cls(attempt_id, socket.gethostname(), pid, _machine(), _born(pid), uuid.uuid4().hex, time.time())
 
     def is_dead(self) -> bool:
-        """Returns True if the process has certainly ended; False on another machine, where its pid means nothing."""
+        """Returns True if the process has certainly ended; False on another machine, where its pid has no meaning."""
         return self.machine != "" and self.machine == _machine() and _born(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -64,17 +64,17 @@ class Holder:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Returns the holder of the lease file at `path`; None without a lease."""
+    """Returns the holder of the lease file at `path`; None if there is no lease."""
     return _read(path)[0]
 
 
 class Lease:
-    """The right to write to a run folder; only rank 0 of an attempt acquires it.
+    """The right to write to a run folder. Only rank 0 of an attempt acquires it.
 
     Args:
-        path: The lease file, on the file system of the run folder.
-        stale_seconds: Time without a heartbeat after which a lease is abandoned; the holder sends six heartbeats in this
-            time.
+        path: The lease file, which must be on the file system of the run folder.
+        stale_seconds: Time without a heartbeat after which a lease counts as abandoned. The holder sends six heartbeats in
+            this time.
     """
 
     def __init__(self, path: Path, attempt_id: str, *, stale_seconds: float = STALE_SECONDS) -> None:
@@ -92,11 +92,11 @@ class Lease:
         on_wait: Callable[[str], None] | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> "Lease":
-        """Takes the lease, after its current holder has released or abandoned it, and starts the heartbeat thread.
+        """Waits until the current holder has released or abandoned the lease, takes it, and starts the heartbeat thread.
 
         Args:
-            on_wait: Called once before waiting, with a message.
-            stopped: Polled while waiting; True ends the wait.
+            on_wait: Called once with a message, before the wait.
+            stopped: Polled during the wait. If it returns True, the wait ends.
 
         Raises:
             LeaseError: another process still holds the lease after `wait_seconds`.
@@ -104,13 +104,13 @@ class Lease:
         """
         deadline = time.monotonic() + wait_seconds
         seen, since = _read(self.path), time.monotonic()
-        while not self._try_create():  # with O_EXCL only one of several processes succeeds
+        while not self._try_create():  # O_EXCL lets only one of several processes succeed
             now = time.monotonic()
             if (current := _read(self.path)) != seen:
-                seen, since = current, now  # the holder has sent a heartbeat, or another process holds the lease
+                seen, since = current, now  # the holder has sent a heartbeat, or another process has the lease now
             holder = current[0]
             dead = holder is not None and holder.is_dead()
-            # Staleness is measured with this host's clock alone, because the clocks of hosts differ.
+            # Staleness is measured with this host's clock only, because the clocks of two hosts may differ.
             if (dead or now - since >= self._stale_seconds) and self._take_over(seen):
                 break
             writer = f"{holder or 'another attempt'} writes to this run"
@@ -132,19 +132,19 @@ class Lease:
         return self
 
     def renew(self) -> None:
-        """Writes the next heartbeat into this process's file, even if another process has replaced that file since."""
+        """Writes the next heartbeat into the file that this process created, even if it has been replaced since."""
         self._beats += 1
-        # Errors are ignored, because `check` reports a lost file, and a full disk still lets the same bytes be overwritten.
+        # Errors are ignored: `check` reports a lost file, and on a full disk the same bytes can still be overwritten.
         with self._closing, contextlib.suppress(OSError):
             beat = f"{self._beats:0{_BEAT_DIGITS}d}"  # fixed width, so that a reader never sees a mix of two heartbeats
             os.pwrite(self._fd, beat.encode(), 0)
 
     def check(self) -> None:
-        """Raises LeaseError if another attempt has taken over the lease, because this attempt must then write no more. Call
+        """Raises LeaseError if another attempt has taken over the lease, because this attempt must not write any more. Call
         this method right before each commit."""
         try:
             holder = read_holder(self.path)  # costs one read of a small file
-        except IrregularFileError:  # somebody put a link or a device in the file's place
+        except IrregularFileError:  # somebody has replaced the file by a link or a device
             holder = None
         if holder != self._me:  # also compares the token, which is new in each lease
             raise LeaseError(
@@ -154,7 +154,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Deletes the lease if this process still holds it; a second call does nothing."""
+        """Deletes the lease if it still belongs to this process. A second call does nothing."""
         self._ended.set()  # stops the heartbeat before the file is deleted
         with self._closing:
             if self._fd < 0:
@@ -182,8 +182,8 @@ class Lease:
         return True
 
     def _take_over(self, stale: tuple[Holder | None, bytes]) -> bool:
-        """Replaces a stale lease. If several processes try to replace the lease, O_EXCL lets one of them create the file
-        `claim`. The process that created `claim` reads the lease again before replacing the lease."""
+        """Replaces a stale lease. If several processes try this, O_EXCL lets only one of them create the file `claim`. That
+        process reads the lease again before it replaces the lease."""
         token = stale[0].token if stale[0] is not None else "unreadable"
         claim = self.path.with_name(f"{self.path.name}.{token}")
         try:
@@ -197,7 +197,7 @@ class Lease:
             return False
         os.pwrite(fd, self._content(), 0)
         try:
-            os.replace(claim, self.path)  # atomic; a suspended old holder later writes into the unlinked file
+            os.replace(claim, self.path)  # atomic; a suspended old holder that wakes up writes into the unlinked file
         except FileNotFoundError:  # another process deleted the claim, believing that this process is dead
             os.close(fd)
             return False
@@ -206,8 +206,8 @@ class Lease:
 
     def _remove_if_dead(self, claim: Path) -> None:
         """Deletes the file `claim` of a process that was killed before its rename. The claim is renamed first, so that only
-        one process deletes it. A process whose new claim is deleted by mistake notices the deletion at its rename and tries
-        again."""
+        one process deletes it. If a live process's new claim is deleted by mistake, this process notices it at its rename
+        and tries again."""
         claimer = read_holder(claim)
         if claimer is None or not claimer.is_dead():
             return
@@ -218,7 +218,7 @@ class Lease:
 
 
 def _read(path: Path) -> tuple[Holder | None, bytes]:
-    """Returns the holder and the heartbeat counter; the holder is None if the file is missing or incomplete."""
+    """Returns the holder and the heartbeat counter. The holder is None if the file is missing or incomplete."""
     try:
         beat, _, record = read_regular(path, most_bytes=1 << 16, links=False).partition(b"\n")
         return Holder(**json.loads(record)), beat
@@ -227,14 +227,14 @@ def _read(path: Path) -> tuple[Holder | None, bytes]:
 
 
 def _machine() -> str:
-    """Returns boot id and pid namespace of this process; empty without /proc."""
+    """Returns this process's boot id and pid namespace; empty if there is no /proc."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     return ""
 
 
 def _born(pid: int) -> str:
-    """Returns the start time of a process, field 22 of /proc/PID/stat; empty for a missing process or a zombie."""
+    """Returns a process's start time, field 22 of /proc/PID/stat; empty if the process is missing or a zombie."""
     with contextlib.suppress(OSError):
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else fields[18]  # a zombie has ended

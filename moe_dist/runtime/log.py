@@ -1,6 +1,6 @@
-"""Writes the log lines of a rank, which begin with rank and step, and messages about a slow start.
+"""Writes the log of a rank, whose lines begin with rank and step, and messages about a slow start.
 
-The launchers of moe_dist send a rank's standard error to the file log/rank_R.log. Log lines therefore go to:
+moe_dist's launchers redirect a rank's standard error to the file log/rank_R.log. Log lines therefore go to:
 
     launched, rank 0     warnings to standard error (terminal and file), the rest to the file
     launched, others     everything to standard error, which is the file
@@ -31,7 +31,7 @@ class WithoutSecrets(logging.Formatter):
 
 
 class StepPrefix(logging.Filter):
-    """Adds the field `place` to each record: '3 @120' for rank 3 in step 120, or '3' before `follow` is called."""
+    """Adds the field `place` to each record: '3 @120' for rank 3 in step 120, or only '3' before `follow` is called."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class StepPrefix(logging.Filter):
         self._step: Callable[[], int] | None = None
 
     def follow(self, step: Callable[[], int]) -> None:
-        """Makes all later log lines show the number that `step` returns."""
+        """Makes all later log lines show the step number that the function `step` returns."""
         self._step = step
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -48,8 +48,8 @@ class StepPrefix(logging.Filter):
 
 
 def setup_logging(env: RankEnv, folder: RunFolder) -> StepPrefix:
-    """Configures the root logger, and replaces the handlers of an earlier call. Call `follow` of the returned object to
-    show steps in log lines. The lowest level is INFO for moe_dist, and WARNING for libraries."""
+    """Configures the root logger, and replaces the handlers of an earlier call. To show steps in log lines, call `follow`
+    of the returned object. The lowest logged level is INFO for moe_dist and WARNING for libraries."""
     root, prefix = logging.getLogger(), StepPrefix(env.rank)
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -61,7 +61,7 @@ def setup_logging(env: RankEnv, folder: RunFolder) -> StepPrefix:
         folder.logs.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder.log_of(env.rank), encoding="utf-8")
         file.setLevel(logging.INFO)
-        if env.launched:  # the launcher copies warnings from standard error into this file
+        if env.launched:  # the launcher already copies warnings from standard error into this file
             file.addFilter(lambda record: record.levelno < logging.WARNING)
         handlers.append(file)
     for handler in handlers:
@@ -74,8 +74,8 @@ def setup_logging(env: RankEnv, folder: RunFolder) -> StepPrefix:
 
 
 class Startup:
-    """Prints the current action of a starting run every `quiet_seconds` from a thread, because importing torch or reading
-    data can take minutes. If lines were printed, `done` prints that the start is over. Only rank 0 enables the output."""
+    """Prints the current action of a starting run every `quiet_seconds`, from a thread, because importing torch or reading
+    data can take minutes. If it has printed anything, `done` prints that the start is over. Enable it only on rank 0."""
 
     def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
         self._quiet_seconds, self._stream = quiet_seconds, stream or sys.stderr
@@ -100,5 +100,5 @@ class Startup:
             if told or not over:  # the last line must not say that the run is still starting
                 text = f"started after {seconds:.0f} s" if over else f"still starting after {seconds:.0f} s: {self._doing}"
                 self._stream.write(f"{text}\n")
-                self._stream.flush()  # a pipe is block-buffered
+                self._stream.flush()  # because a pipe is block-buffered
             told = True

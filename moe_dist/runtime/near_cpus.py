@@ -6,23 +6,23 @@ from collections.abc import Mapping, MutableMapping
 from moe_dist.runtime.environment import THREADS
 
 _ALL_CPUS = range(4096)
-_WORD = 64  # bits of each of the numbers in which NVML returns a set of CPUs
+_WORD = 64  # NVML returns a set of CPUs as numbers of 64 bits
 
 
 def bind_near_gpu(
     local_rank: int, local_world_size: int, variables: MutableMapping[str, str], *, lower_threads: bool
 ) -> None:
-    """Binds this process to the CPUs that NVML names as nearest to the rank's GPU, so that copies between host and GPU do
-    not cross the node's sockets. Call this function before torch is imported, because only threads that start later inherit
-    the binding.
+    """Binds this process to the CPUs that, according to NVML, are nearest to the rank's GPU. Copies between host and GPU
+    then do not cross the node's sockets. Call this function before torch is imported, because only threads that start later
+    inherit the binding.
 
-    Changes nothing without NVML or a GPU, if the kernel refuses, or if the process is bound already. Also changes
-    nothing if the cgroup of the process lacks one of the near CPUs, because the remaining CPUs could be too few.
+    Changes nothing if NVML or a GPU is missing, the kernel refuses, or the process is bound already. Also changes nothing
+    if the process's cgroup lacks one of the near CPUs, because the remaining CPUs could be too few.
 
     Args:
         variables: The environment. CUDA_VISIBLE_DEVICES tells which GPUs the rank sees.
-        lower_threads: If true, and if the process is bound, OMP_NUM_THREADS (a whole number) is lowered to the rank's share
-            of the near CPUs. Give false if a user or a launcher chose the number of threads.
+        lower_threads: If True and the process is bound, OMP_NUM_THREADS (a whole number) is lowered to the rank's part of
+            the near CPUs. Pass False if a user or a launcher chose the number of threads.
     """
     near_R = _near_cpus(local_world_size, variables)
     near = near_R[min(local_rank, len(near_R) - 1)] if near_R else None
@@ -30,7 +30,7 @@ def bind_near_gpu(
         return
     try:
         bound = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, _ALL_CPUS)  # the kernel leaves out CPUs that the cgroup lacks
+        os.sched_setaffinity(0, _ALL_CPUS)  # the kernel ignores CPUs that the cgroup lacks
         allowed = os.sched_getaffinity(0)
         free = bound == allowed and near <= allowed
         os.sched_setaffinity(0, near if free else bound)
@@ -42,9 +42,9 @@ def bind_near_gpu(
 
 
 def _near_cpus(local_world_size: int, variables: Mapping[str, str]) -> list[set[int]]:
-    """Returns for each rank of the node the CPUs near the GPU that `parallel.mesh.own_gpu` will return. Returns only one
-    set if this rank sees only its own GPU, and none if NVML fails. NVML numbers GPUs by their place on the bus, as CUDA
-    does if the node's cards are equal."""
+    """Returns, for each rank of the node, the CPUs near the GPU that `parallel.mesh.own_gpu` will return. Returns one set
+    if this rank sees only its own GPU, and no set if NVML fails. NVML numbers GPUs by their position on the bus, which is
+    also CUDA's order if all cards of the node are equal."""
     try:
         import pynvml
     except ImportError:

@@ -1,7 +1,7 @@
-"""Checks the owner of a run folder, because only the owner may write a run. A Unix group may share the files.
+"""Checks who owns a run folder, because only the owner may write to a run. A Unix group may share the files.
 
-The check prevents accidents, not attacks, because a user with write permission on the folder has the same power as its
-owner (docs/security.md).
+The check prevents accidents, not attacks: a user with write permission on the folder can do everything that its owner can
+do (docs/security.md).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError, MoeDistError
 
-# Errors that a retry does not fix: this user cannot use the path, or the path leads to no regular file (EINVAL).
+# Errors that a retry does not fix: this user may not use the path, or it does not lead to a regular file (EINVAL).
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -33,11 +33,11 @@ def user_name(uid: int) -> str:
 
 
 def other_owner(folder: Path) -> str | None:
-    """Returns the folder's owner if that is another user; None if this user owns the folder, or if it is missing.
+    """Returns the folder's owner if it is another user; None if this user owns the folder, or if it is missing.
 
-    Some file systems show one owner for all files (root over NFS, mounts in a container). If the folder's owner is another
-    user, this function creates a temporary file in the folder. If the temporary file gets the folder's owner, the folder
-    counts as this user's.
+    Some file systems show one owner for all files (root over NFS, mounts in a container). If the folder seems to belong to
+    another user, this function therefore creates a temporary file in it. If this file gets the same owner as the folder,
+    the folder counts as this user's.
     """
     try:
         owner = folder.stat().st_uid
@@ -52,15 +52,15 @@ def other_owner(folder: Path) -> str | None:
 
 
 def refuse_planted_files(folder: Path) -> None:
-    """Raises ConfigError if a run folder, or a folder in it that runs write to, contains a dangerous link or file.
-    Writes would follow a symbolic link that leads out of the run folder or belongs to another user. A reader may wait
-    forever for a FIFO, device or socket."""
+    """Raises ConfigError if a run folder, or a folder in it to which runs write, contains a dangerous link or file. Writes
+    would follow a symbolic link that leads out of the run folder or belongs to another user. A FIFO, device or socket could
+    make a reader wait forever."""
     inside = os.path.join(os.path.realpath(folder), "")
     logs, events, traces = (folder / name for name in ("log", "tensorboard", "trace"))
     below = [each for place in (logs, events, traces) if place.is_dir() for each in place.glob("*/")]
     for place in (folder, logs, folder / "checkpoints", events, traces, folder / "profile", folder / "slurm", *below):
         for entry in list(os.scandir(place)) if place.is_dir() else ():
-            # The folder's listing usually has the types of the entries, so that thousands of logs cost no further requests.
+            # A folder's listing usually includes the entries' types, so that thousands of logs need no further requests.
             if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
                 continue
             try:
@@ -85,9 +85,8 @@ def refuse_planted_files(folder: Path) -> None:
 
 
 def give_to_group(folder: Path, group: str) -> None:
-    """Sets a folder's group and its setgid bit, so that new files in the folder get the group, too. Keeps all other
-    permissions. Raises ConfigError if the node has no group of this name, and OSError if this user may not change the
-    folder."""
+    """Sets a folder's group and setgid bit, so that new files in the folder get this group. Keeps all other permissions.
+    Raises ConfigError if the node has no group with this name, and OSError if this user may not change the folder."""
     try:
         gid = grp.getgrnam(group).gr_gid
     except KeyError:
@@ -101,11 +100,11 @@ def give_to_group(folder: Path, group: str) -> None:
 
 @contextlib.contextmanager
 def in_words(path: Path) -> Iterator[None]:
-    """Converts an OSError of the block into an error that names the fix.
+    """Converts an OSError of the block into an error that says how to fix it.
 
     Raises:
-        ConfigError: this user cannot use the path; a retry would not help.
-        RunFolderError: any other error (disk full, I/O error).
+        ConfigError: this user cannot use the path, and a retry would not help.
+        RunFolderError: any other error occurred (such as a full disk or an I/O error).
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Checks that a rank runs on its planned node, local rank and GPU, before the process group is created.
 
-The launcher sets the planned place in MOE_DIST_PLACE. The actual place comes from SLURMD_NODENAME, SLURM_LOCALID, the
-node's features (Slurm) or labels (Ray), and CUDA_VISIBLE_DEVICES.
+The launcher writes the planned node, local rank and GPU to MOE_DIST_PLACE. Their actual values come from SLURMD_NODENAME,
+SLURM_LOCALID, the node's features (Slurm) or labels (Ray), and CUDA_VISIBLE_DEVICES.
 """
 
 import json
@@ -18,14 +18,14 @@ LABELS = "MOE_DIST_NODE_LABELS"  # labels of this node as a JSON mapping; set by
 
 @dataclass(frozen=True)
 class RunPlace:
-    """The planned place of one rank.
+    """The node, local rank and GPU that the plan assigns to one rank.
 
     Attributes:
         node: Index of the node in the plan.
         local_rank: Local rank on the node.
-        host: Host name; None before the nodes are allocated.
+        host: Host name; None as long as no nodes are allocated.
         feature, labels: Slurm feature and Ray labels that the node must have.
-        gpu: Index of the GPU among the visible GPUs; None without GPUs.
+        gpu: Index of the GPU among the visible GPUs; None if the run uses no GPUs.
     """
 
     rank: int
@@ -42,7 +42,7 @@ class RunPlace:
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "RunPlace | None":
-        """Returns the place in MOE_DIST_PLACE; None if the variable is not set, for example under torchrun. Raises
+        """Returns the content of MOE_DIST_PLACE; None if the variable is not set, for example under torchrun. Raises
         ConfigError if the variable is invalid."""
         text = env.get(PLACE)
         if not text:
@@ -56,7 +56,7 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class Found:
-    """The actual place of a rank; None means unknown. `features` and `labels` belong to the node."""
+    """The actual node, local rank and GPUs of a rank. None means unknown. `features` and `labels` are the node's."""
 
     host: str | None = None
     local_rank: int | None = None
@@ -67,7 +67,7 @@ class Found:
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> "Found":
         """Reads MOE_DIST_NODE_FEATURES, MOE_DIST_NODE_LABELS and CUDA_VISIBLE_DEVICES. SLURMD_NODENAME and SLURM_LOCALID
-        count only with MOE_DIST_NODE_FEATURES, because other launchers inside a Slurm job also inherit both variables."""
+        are read only if MOE_DIST_NODE_FEATURES is set, because inside a Slurm job other launchers inherit both."""
         features, labels, gpus = (env.get(name) for name in (FEATURES, LABELS, "CUDA_VISIBLE_DEVICES"))
         slurm = env if features is not None else {}
         local = slurm.get("SLURM_LOCALID", "")
@@ -81,7 +81,7 @@ class Found:
 
 
 def check_place(place: RunPlace | None, found: Found) -> None:
-    """Raises PlacementError with all differences between the planned and the actual place; does nothing without a plan."""
+    """Raises PlacementError with all differences between the planned and the actual place. Without a plan does nothing."""
     if place is None:
         return
     problems = []

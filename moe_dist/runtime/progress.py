@@ -1,4 +1,4 @@
-"""Shows progress bars of long-running tools on standard error."""
+"""Shows progress bars for long-running tools on standard error."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Records which code ran: commit, uncommitted changes and package versions, one entry per attempt."""
+"""Records which code ran: commit, uncommitted changes and package versions. Each attempt adds one entry."""
 
 import functools
 import hashlib
@@ -21,16 +21,16 @@ from moe_dist.runtime.secrets import without_secrets
 
 PACKAGE = Path(__file__).parents[1]
 _GIT_SECONDS = 20.0
-SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # files of a snapshot with the clone's `code_state`
+SNAPSHOT_JSON, SNAPSHOT_PATCH = ".snapshot.json", ".snapshot.patch"  # files in a snapshot with its clone's `code_state`
 
 
 def record_provenance(folder: Path, attempt_id: str) -> None:
-    """Adds an entry to <folder>/provenance.json, and writes the uncommitted changes to diff_<hash>.patch; equal diffs share
-    a file. Raises DataError if provenance.json is damaged."""
+    """Adds an entry to <folder>/provenance.json, and writes the uncommitted changes to diff_<hash>.patch. Equal diffs share
+    one file. Raises DataError if provenance.json is damaged."""
     path = folder / "provenance.json"
     entries = _earlier(path)
     commit, raw, untracked = code_state(PACKAGE)
-    # latin-1 keeps bytes that are not valid UTF-8, and secrets in ASCII are still found.
+    # latin-1 preserves bytes that are not valid UTF-8, and ASCII secrets are still found.
     diff = without_secrets(raw.decode("latin-1"), os.environ).encode("latin-1")
     patch = None
     if diff:
@@ -57,8 +57,8 @@ def record_provenance(folder: Path, attempt_id: str) -> None:
 
 @functools.cache
 def _packages() -> dict[str, str]:
-    """Returns the versions of all installed packages by name. Reads every package's metadata, 0.1 s for 250 packages."""
-    # `name` and `version` of a distribution would each parse its metadata again.
+    """Returns the version of each installed package by name. Reads all their metadata: 0.1 s for 250 packages."""
+    # The attributes `name` and `version` of a distribution would each parse its metadata again.
     found = [each.metadata for each in importlib.metadata.distributions()]
     return {each["Name"]: each["Version"] for each in sorted(found, key=lambda each: each["Name"].lower())}
 
@@ -79,9 +79,9 @@ def _earlier(path: Path) -> list[dict[str, Any]]:
 
 
 def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
-    """Returns, for the git clone that contains the folder `code`, the commit, the diff against the commit, and the
-    untracked files. Returns (None, b"", []) without git, or for an installed package. In a snapshot (a copy of the clone
-    for a Slurm job) returns the clone's values, which the snapshot stores."""
+    """Returns, for the git clone that contains the folder `code`, the commit, the diff against this commit, and the
+    untracked files. Returns (None, b"", []) without git, or for an installed package. In a snapshot (a copy of a clone for
+    a Slurm job), returns the clone's values, which are stored in the snapshot."""
     if (code.parent / SNAPSHOT_JSON).is_file():
         state = json.loads((code.parent / SNAPSHOT_JSON).read_text())
         return state["commit"], (code.parent / SNAPSHOT_PATCH).read_bytes(), state["untracked"]
@@ -95,14 +95,14 @@ def code_state(code: Path) -> tuple[str | None, bytes, list[str]]:
 
 
 def _git(folder: Path, *arguments: str) -> bytes | None:
-    """Returns the output of a git command; None if it failed. The command takes no lock and never prompts."""
+    """Returns the output of a git command; None if it fails. The command takes no lock and never prompts."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},  # never blocks the user's own git
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_GIT_SECONDS,  # limited, so that a slow file system does not delay the start for long
+            timeout=_GIT_SECONDS,  # so that a slow file system does not delay the start for long
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

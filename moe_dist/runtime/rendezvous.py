@@ -1,10 +1,10 @@
-"""Lets the ranks find rank 0 and compare their settings at a start, before a process group exists. Imports no torch.
+"""Lets ranks find rank 0 and compare settings at a start, before a process group exists. Imports no torch. Its files:
 
     <run folder>/rendezvous.json    mode 0600, owned by the ranks' user: attempt_id, host, port, secret
-    <run folder>/.shared_<key>      shows that a rank sees the same folder as rank 0; `key` is new for each start
+    <run folder>/.shared_<key>      shows that a rank sees the same folder as rank 0; each start has a new key
 
-Rank 0 publishes its address, and the other ranks accept only an address of their own attempt. The secret is a prefix of
-every key in torch's store. The prefix separates jobs, but does not stop an attacker, because the store has no
+Rank 0 publishes its address. The other ranks accept an address only if it belongs to their own attempt. The secret is the
+prefix of every key in torch's store. It separates jobs, but does not stop an attacker, because the store has no
 authentication (docs/security.md).
 """
 
@@ -31,22 +31,22 @@ from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 logger = logging.getLogger(__name__)
 
 HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
-SHARED_SECONDS = 60.0  # time limit for a rank to see rank 0's file; an NFS client may see it late
-MOST_BYTES = 1 << 12  # largest size of the file with the address
+SHARED_SECONDS = 60.0  # longest wait of a rank for rank 0's file, which an NFS client may see late
+MOST_BYTES = 1 << 12  # largest size of the file that contains the address
 POLL_SECONDS = 0.1
-SOON_SECONDS = 5.0  # from the beginning of a wait until the log first names the reason of the wait
+SOON_SECONDS = 5.0  # duration of a wait after which the log first names its reason
 SAY_SECONDS = 30.0
-TELL_SECONDS = 15.0  # longest time that a rank with a stop signal still waits to meet rank 0, so that all ranks stop
-_SHOWN = 8  # largest number of ranks in one line
+TELL_SECONDS = 15.0  # longest time for which a rank with a stop signal still tries to meet rank 0, so that all ranks stop
+_SHOWN = 8  # largest number of ranks that a line names
 
 
 @dataclass(frozen=True)
 class Address:
-    """The published address of rank 0.
+    """The address that rank 0 publishes.
 
     Attributes:
         attempt_id: Name of the attempt to which the address belongs.
-        host, port: An IPv4 address of rank 0's node, and the port.
+        host, port: An IPv4 address of rank 0's node, and a port on this node.
         secret: Prefix of all keys in torch's store.
     """
 
@@ -57,19 +57,19 @@ class Address:
 
 
 class StartError(MoeDistError):
-    """The ranks did not meet at a start."""
+    """At a start, the ranks did not find each other."""
 
     consequence = True  # a missing rank, or another program, is the cause
 
 
 class StartWait:
-    """The wait of one rank for the other ranks at the start of an attempt.
+    """One rank's wait for other ranks at the start of an attempt.
 
     Args:
         seconds: The longest wait, counted from the creation of this object.
-        stopped: Returns True after a stop signal, which ends the wait: on rank 0 at once, on other ranks after
-            TELL_SECONDS or half of `grace_seconds`, whichever is shorter.
-        grace_seconds: Time from a stop signal until the process ends itself.
+        stopped: Returns True after a stop signal. The signal ends the wait at once on rank 0. On all other ranks, it ends
+            the wait after TELL_SECONDS or half of `grace_seconds`, whichever is shorter.
+        grace_seconds: Time after a stop signal at which the process ends itself.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class StartWait:
         self._stop_at = float("inf")
 
     def pause(self, whom: str) -> None:
-        """Sleeps until the next poll; logs after 5 s, and then every 30 s, that the rank waits for `whom`.
+        """Sleeps until the next poll. After 5 s, and then every 30 s, logs that the rank waits for `whom`.
 
         Raises:
-            StartError: the wait has lasted `seconds`.
-            StoppedError: a stop signal ends the wait.
+            StartError: the wait has lasted longer than `seconds`.
+            StoppedError: a stop signal has ended the wait.
         """
         now = time.monotonic()
         if self.stopped():
@@ -112,19 +112,19 @@ class StartWait:
         return f"stopped on request while rank {self._rank} waited for {whom}; start the run again later"
 
     def again(self) -> "StartWait":
-        """Returns a new wait of the same length, which a stop signal does not end."""
+        """Returns a new wait of the same length, which stop signals do not end."""
         return StartWait(self._rank, self._seconds)
 
 
 @dataclass(frozen=True)
 class Greeting:
-    """The message of rank 0 to each rank that connects.
+    """Rank 0's message to each rank that connects.
 
     Attributes:
         attempt_id: The attempt's name for all ranks.
         world_size: WORLD_SIZE of rank 0.
-        host, folder: Rank 0's host and the run folder there.
-        key: Random name of this start.
+        host, folder: Rank 0's host, and the path of the run folder on it.
+        key: Random name that identifies this start.
     """
 
     attempt_id: str
@@ -134,14 +134,13 @@ class Greeting:
     key: str
 
     def probe(self, run_folder: Path) -> Path:
-        """Returns the path of the file that rank 0 writes into the run folder; other ranks check that they see this
-        file."""
+        """Returns the path of the file that rank 0 writes into the run folder. All other ranks check that they see it."""
         return run_folder / f".shared_{self.key}"
 
     def difference(self, env: RankEnv, run_folder: Path) -> str:
-        """Returns the reason why this rank cannot start with rank 0; empty if this rank can start. On several nodes
-        waits up to SHARED_SECONDS for the file `probe`. If each node had a local folder instead of a shared one, a
-        checkpoint would be scattered over the nodes and could not be loaded."""
+        """Returns the reason why this rank cannot start together with rank 0; empty if it can. With several nodes, waits up
+        to SHARED_SECONDS for the file `probe`. If each node had a local folder instead of one shared folder, a checkpoint's
+        files would be scattered over the nodes, and it could not be loaded."""
         here = f"rank {env.rank} on {socket.gethostname()}"
         if env.world_size != self.world_size:
             return f"WORLD_SIZE={env.world_size} for {here}, {self.world_size} for rank 0 on {self.host}; start all alike"
@@ -151,7 +150,7 @@ class Greeting:
                 "ranks belong to two starts; start all ranks alike"
             )
         deadline = time.monotonic() + SHARED_SECONDS
-        # costs one stat on the file system
+        # each round costs one stat on the file system
         while env.local_world_size < env.world_size and not self.probe(run_folder).exists():
             if time.monotonic() >= deadline:
                 what = "is another folder" if run_folder.exists() else "does not exist"
@@ -164,7 +163,7 @@ class Greeting:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """Names ranks in a sentence: 'rank 3', 'ranks 1, 2', or 'ranks 1, 2, ... and 56 more'."""
+    """Returns a phrase with the ranks: 'rank 3', 'ranks 1, 2', or 'ranks 1, 2, ... and 56 more'."""
     found = sorted(ranks)
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_SHOWN]))}{more}"
@@ -175,7 +174,7 @@ def address_file(run_folder: Path) -> Path:
 
 
 def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
-    """Returns the only address at which rank 0 listens: the loopback if all ranks are on this node and
+    """Returns the address at which rank 0 listens. It is the loopback address if all ranks are on this node and
     MOE_DIST_RENDEZVOUS_HOST is not set, otherwise `node_address`."""
     if env.local_world_size == env.world_size and not variables.get(HOST_VARIABLE):
         return "127.0.0.1"  # no other machine can connect
@@ -183,9 +182,9 @@ def listening_host(env: RankEnv, variables: Mapping[str, str]) -> str:
 
 
 def node_address(variables: Mapping[str, str]) -> str:
-    """Returns the address at which other nodes can reach this node: from MOE_DIST_RENDEZVOUS_HOST (a name or address of
-    this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none of the three
-    sources gives a reachable address."""
+    """Returns the address at which other nodes can reach this node. It comes from MOE_DIST_RENDEZVOUS_HOST (a name or
+    address of this node), else from the interface GLOO_SOCKET_IFNAME, else from the host name. Raises ConfigError if none
+    of these gives a reachable address."""
     if given := variables.get(HOST_VARIABLE):
         return _resolve(given, f"environment variable {HOST_VARIABLE}={given!r}")
     interface = variables.get("GLOO_SOCKET_IFNAME", "")
@@ -203,15 +202,15 @@ def node_address(variables: Mapping[str, str]) -> str:
 
 
 def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket]:
-    """Listens on rank 0 at a free port of `host`, writes the address to `path`, and returns the address and the socket.
-    Only this user can read the file with the address.
+    """Listens at a free port of `host`, writes the address to `path`, and returns the address and the socket. Rank 0 calls
+    this function. Only this user can read the file.
 
     Raises:
         ResourceError: `host` is not an address of this node.
         OSError: the file cannot be written.
     """
     try:
-        # The kernel chooses the port, and the socket stays open, so that no other process can take the port.
+        # The kernel chooses the port. The socket stays open, so that no other process can take the port.
         listener = socket.create_server((host, 0))
     except OSError as error:
         raise ResourceError(
@@ -228,8 +227,8 @@ def publish(path: Path, env: RankEnv, host: str) -> tuple[Address, socket.socket
 
 
 def find(path: Path, env: RankEnv, wait: StartWait) -> Address:
-    """Waits, on the other ranks, for the address of this attempt. Raises the errors of `wait`, and ConfigError if the file
-    belongs to another user or other users can access it."""
+    """Waits for the address of this attempt. All ranks except rank 0 call this function. Raises the errors of `wait`, and
+    ConfigError if the file belongs to another user or is accessible to other users."""
     while True:
         address = _read(path)
         if address is not None and address.attempt_id == env.attempt_id:
@@ -246,7 +245,7 @@ def withdraw(path: Path, address: Address) -> None:
 
 
 def _read(path: Path) -> Address | None:
-    """Returns the published address; None without a valid file."""
+    """Returns the published address; None if there is no valid file."""
     try:
         stream = open_regular(path, links=False)
     except FileNotFoundError:
@@ -254,7 +253,7 @@ def _read(path: Path) -> Address | None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must be a regular file of this user; delete it") from error
     with stream:
-        found = os.fstat(stream.fileno())  # the owner of the open file, which nobody can replace
+        found = os.fstat(stream.fileno())  # the owner of the open file, which nobody can exchange
         ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # the folder's owner was checked at the start
         if not ours or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(
@@ -263,7 +262,7 @@ def _read(path: Path) -> Address | None:
             )
         try:
             return Address(**json.loads(stream.read(MOST_BYTES)))
-        except (ValueError, TypeError, RecursionError):  # no JSON, or fields of another version
+        except (ValueError, TypeError, RecursionError):  # not JSON, or with the fields of another version
             return None
 
 

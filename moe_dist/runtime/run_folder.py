@@ -1,12 +1,11 @@
-"""The folder of a run: its files, its state before a start, and the record of each attempt.
+"""The folder of a run: its files, its state before a start, and its record of each attempt. It contains:
 
     config.yaml, provenance.json, diff_*.patch    resolved configuration; commit, diff and packages of each attempt
     metrics.jsonl, tensorboard/, checkpoints/, log/rank_R.log, summary.txt, report.html
     status.json, lease.json                       verdict of each attempt; the current writer
     slurm/                                        code and configuration of each Slurm job (launchers/snapshot.py)
 
-Only rank 0 opens the folder (`open`). Before the process group is created, the other ranks only read the folder
-(`inspect`).
+Only rank 0 opens the folder (`open`). All other ranks only read it, before the process group is created (`inspect`).
 """
 
 import contextlib
@@ -36,7 +35,7 @@ BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # nam
 
 
 class Start(Enum):
-    """The action of a start: begin a run, resume it, or only print the summary of a finished run."""
+    """What a start does: begin a run, resume it, or only print the summary of a finished run."""
 
     NEW = "new"
     RESUME = "resume"
@@ -48,7 +47,7 @@ class RunFolder:
 
     Args:
         path: <run.root>/<run.name>.
-        group: Unix group for the folder's files; None keeps the system's default.
+        group: Unix group of the folder's files; None keeps the system's default group.
     """
 
     def __init__(self, path: str | Path, group: str | None = None) -> None:
@@ -74,11 +73,11 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """Returns the action of a start with `config`. Only reads files, so that every rank may call it.
+        """Returns what a start with `config` does. This method only reads files, so that every rank may call it.
 
         Raises:
-            ConfigError: the folder holds a run with another configuration, or is no run folder; or it belongs to another
-                user and the run is not finished; or this user cannot read it.
+            ConfigError: the folder contains a run with a different configuration, or is no run folder; or it belongs to
+                another user and its run is not finished; or this user cannot read it.
             DataError: status.json is damaged.
             RunFolderError: the folder cannot be read at the moment.
         """
@@ -116,22 +115,22 @@ class RunFolder:
         return Start.FINISHED if self.finished(config) else Start.RESUME
 
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
-        """Returns the action of a start before the process group exists; all ranks get the same result. With `overwrite`
-        rank 0 first renames the folder of the old run. Raises the errors of `inspect` and `move_aside`."""
-        if not overwrite or env.attempt > 0:  # a restart must not move its own run aside
+        """Returns what a start does, before the process group exists. All ranks get the same result. With `overwrite`, rank
+        0 first renames the old run's folder. Raises the errors of `inspect` and `move_aside`."""
+        if not overwrite or env.attempt > 0:  # a restarted attempt must not rename its own run's folder
             return self.inspect(config)
         if env.rank == 0:
             self.move_aside()
         return Start.NEW
 
     def finished(self, config: Config) -> bool:
-        """Returns True if the run has completed the `train.steps` of `config`."""
+        """Returns True if the run has completed `train.steps` steps."""
         latest = self.read_status().latest
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
     def read_config(self) -> Config:
-        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read the
-        configuration."""
+        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read
+        it."""
         try:
             return load_stored_config(self.config_yaml)
         except ConfigError as error:
@@ -157,7 +156,7 @@ class RunFolder:
             if owner := other_owner(self.path):
                 raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
             lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
-            try:  # no attempt is writing, because the lease was free
+            try:  # since the lease was free, no attempt is writing
                 taken = {entry.name for entry in self.path.parent.iterdir()}
                 name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
                 old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
@@ -167,7 +166,7 @@ class RunFolder:
             return old
 
     def put_back(self, old: Path) -> None:
-        """Undoes `move_aside` after the job was refused, unless an attempt has opened the new folder."""
+        """Undoes `move_aside` if the job was refused, unless an attempt has already opened the new folder."""
         with in_words(self.path):
             if self.path.exists():
                 if {entry.name for entry in self.path.iterdir()} - BEFORE_OPENING:  # an attempt has begun
@@ -176,14 +175,14 @@ class RunFolder:
             old.rename(self.path)
 
     def prepare(self) -> None:
-        """Creates the folder and its log folder, and sets their group to `run.group`. Launchers call it after `inspect`.
+        """Creates the folder and its log folder, and sets their group to `run.group`. Launchers call this after `inspect`.
         Raises ConfigError or RunFolderError if the folders cannot be created or changed."""
         with in_words(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.logs, self.checkpoints, self.tensorboard):
                 if self._group is not None and folder.is_dir():
                     give_to_group(folder, self._group)
-            self.logs.mkdir(exist_ok=True)  # created after the parent has its setgid bit, which a new folder inherits
+            self.logs.mkdir(exist_ok=True)  # created after its parent has the setgid bit, which new folders inherit
 
     def open(
         self,
@@ -195,12 +194,12 @@ class RunFolder:
         stopped: Callable[[], bool] | None = None,
     ) -> Lease:
         """Takes the lease, writes configuration and provenance, and adds the attempt to status.json. Only rank 0 calls it.
-        The caller must check the returned lease before each commit, and release the lease at the end. `Lease.acquire`
-        explains the arguments.
+        The caller must check the returned lease before each commit, and release it at the end. The arguments are those of
+        `Lease.acquire`.
 
         Raises:
-            ConfigError, DataError, RunFolderError: `inspect` or `prepare` raised the error.
-            LeaseError: another attempt writes to the run and did not end within `wait_seconds`.
+            ConfigError, DataError, RunFolderError: raised by `inspect` or `prepare`.
+            LeaseError: another attempt writes to the run, and has not ended within `wait_seconds`.
             StoppedError: a stop signal came during the wait.
         """
         self.inspect(config)
@@ -210,7 +209,7 @@ class RunFolder:
         try:
             self.inspect(config)  # inspected again, because an attempt that held the lease may have changed the folder
             with in_words(self.path):
-                # config.yaml is written first, because without this file another rank's `inspect` would find no run folder.
+                # config.yaml comes first, because without it another rank's `inspect` would find no run folder.
                 write_atomically(self.config_yaml, resolved_yaml(config))
             self.prepare()
             with in_words(self.path):
@@ -223,12 +222,12 @@ class RunFolder:
         return lease
 
     def read_status(self) -> Status:
-        """Returns all attempts; empty before the first attempt. Raises DataError if status.json is damaged."""
+        """Returns all attempts; empty if there are none yet. Raises DataError if status.json is damaged."""
         return read_status(self.status_json)
 
     def last_step(self) -> int:
-        """Returns the last step in status.json or metrics.jsonl; 0 before the first step. A killed attempt has recorded its
-        last step only in metrics.jsonl."""
+        """Returns the last step in status.json or metrics.jsonl; 0 if there was no step yet. If an attempt was killed, only
+        metrics.jsonl has its last step."""
         latest = self.read_status().latest
         return max(latest.last_step if latest is not None else 0, self._recorded_step())
 
@@ -245,14 +244,14 @@ class RunFolder:
     def write_status(
         self, *, verdict: int, reason: str, last_step: int, attempt_id: str, rank: int | None = 0, rank_host: str = ""
     ) -> bool:
-        """Records the end of an attempt. Every rank may call this method, and the first call counts, because a failed rank
+        """Records the end of an attempt. Every rank may call this method, but only the first call counts: a failed rank
         records its verdict before its exit can make another rank fail. Returns False, and writes nothing, if the attempt
         already has a verdict or has lost the lease. `rank` is the rank at fault."""
         holder = read_holder(self.lease_json)
         if holder is None or holder.attempt_id != attempt_id:
             return False
         try:
-            # O_EXCL lets the file server decide which rank is first; a client's cache could be outdated.
+            # With O_EXCL the file server decides which rank is first. A client's cache could be outdated.
             claim = os.open(self._claim(attempt_id), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
             now = os.fstat(claim).st_mtime
             os.close(claim)
@@ -263,7 +262,7 @@ class RunFolder:
             return False
 
         def check() -> None:
-            # Rank 0 may have released the lease in the meantime, but no other attempt may have taken it.
+            # Rank 0 may have released the lease by now, but no other attempt may have taken it.
             writer = read_holder(self.lease_json) or self.read_status().latest
             if writer is None or writer.attempt_id != attempt_id:
                 raise LeaseError(f"{self.path}: another attempt now writes to this run")
@@ -288,11 +287,11 @@ class RunFolder:
         lasted: float = 0.0,
         wait_seconds: float = 0.0,
     ) -> bool:
-        """Replaces the recorded verdict; a launcher calls this method after all ranks have ended. If a rank was killed or
-        froze, the other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. If
-        rank 0 ended before it opened the folder, adds the attempt, with its `restarts` and duration in seconds. Waits up to
-        `wait_seconds` until rank 0 releases the lease, or the lease is stale. Returns False, and writes nothing, if another
-        attempt writes to the run."""
+        """Replaces the recorded verdict. A launcher calls this method after all ranks have ended. If a rank was killed or
+        froze, other ranks have recorded only a follow-up error; if all ranks were killed, there is no verdict. If rank 0
+        ended before it opened the folder, this method adds the attempt, with its `restarts` and its duration in seconds
+        (`lasted`). Waits up to `wait_seconds` until rank 0 has released the lease, or the lease is stale. Returns False,
+        and writes nothing, if another attempt writes to the run."""
         try:
             lease = Lease(self.lease_json, attempt_id).acquire(wait_seconds)
         except LeaseError:
@@ -301,7 +300,7 @@ class RunFolder:
             now, me = self.lease_json.stat().st_mtime, Holder.this_process(attempt_id)
             never_opened = AttemptRecord(attempt_id, restarts, me.host, me.pid, now - lasted, last_step=self.last_step())
             record = self.read_status().of(attempt_id) or never_opened
-            step = max(last_step, record.last_step, self._recorded_step())  # a killed attempt recorded no last step
+            step = max(last_step, record.last_step, self._recorded_step())  # a killed attempt did not record its last step
             amended = replace(record, verdict=verdict, reason=reason, last_step=step, ended=record.ended or now)
             amended = replace(amended, rank=rank, rank_host="")
             write_status(self.status_json, amended, before_rename=lease.check)
@@ -310,19 +309,19 @@ class RunFolder:
         return True
 
     def write_summary(self, text: str) -> None:
-        """Stores the summary; a later start of the finished run prints it."""
+        """Stores the summary, which a later start of the finished run prints."""
         write_atomically(self.summary_txt, text)
 
     def read_summary(self) -> str:
-        """Returns the summary of a finished run; without a stored summary, a line with the run's last step."""
+        """Returns the summary of a finished run. If no summary is stored, returns a line with the run's last step."""
         if self.summary_txt.is_file():
             return printable(read_regular(self.summary_txt, most_bytes=1 << 20, links=False).decode(errors="replace"))
         latest = self.read_status().latest
         return f"{self.path}: {'no attempt has begun' if latest is None else f'done after step {latest.last_step}'}"
 
     def finished_text(self, config: Config) -> str:
-        """Returns the text that a start of a finished run prints: the run's summary; or, if `config` has fewer steps
-        than the run has finished, a sentence about this difference."""
+        """Returns the text that a start of a finished run prints. It is the run's summary or, if `config` has fewer steps
+        than the run has completed, a sentence that says so."""
         latest = self.read_status().latest
         steps, done = config.train.steps, 0 if latest is None else latest.last_step
         if done <= steps:
@@ -342,20 +341,20 @@ class RunFolder:
         write_status(self.status_json, record, before_rename=lease.check)
 
     def tell(self, attempt_id: str, rank: int) -> None:
-        """Notes that a rank ends by itself: done, stopped, or with an error that it has printed."""
+        """Records that a rank ends by itself: the run is done or stopped, or has an error that the rank has printed."""
         with contextlib.suppress(OSError):  # raised on a full disk
             (self.path / f".told_{attempt_id}_{rank}").touch()
 
     def told(self, attempt_id: str) -> frozenset[int]:
-        """Returns the ranks that called `tell`. Any other rank that has ended left without an exception: by a native exit,
-        `os._exit`, a signal or a memory limit."""
+        """Returns the ranks that called `tell`. A rank that ended without this call was ended by a native exit, `os._exit`,
+        a signal or a memory limit."""
         return frozenset(int(path.name.rpartition("_")[2]) for path in self.path.glob(f".told_{attempt_id}_*"))
 
     def _claim(self, attempt_id: str) -> Path:
         return self.path / f".verdict_{attempt_id}"
 
     def _refuse_strangers(self) -> None:
-        """Raises ConfigError for a folder that is no run but has other content, because a run must not change it."""
+        """Raises ConfigError if the folder is no run folder but has other content, because a run must not change that."""
         if not self.path.exists():
             return
         if not self.path.is_dir():
@@ -369,5 +368,5 @@ class RunFolder:
 
 
 def _way_on(key: str, old: object) -> str:
-    """Says how to resume a run that began with a former default; empty for other values."""
+    """Returns how to resume a run that began with a former default value; empty for any other value."""
     return f"; the default has changed: to resume this run, set {key}={old}" if FORMER_DEFAULTS.get(key) == old else ""

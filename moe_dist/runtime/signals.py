@@ -1,9 +1,9 @@
-"""Handles stop signals, and makes child processes end with their parent. Imports only the standard library, so that the
-handlers are installed before torch is imported.
+"""Handles stop signals, and makes child processes end with their parent. Imports only the standard library, so that
+handlers can be installed before torch is imported.
 
-SIGTERM, SIGUSR2 and SIGINT set a flag, and the training loop stops between two steps. While the main thread waits inside a
-collective, Python runs no signal handler. A thread therefore reads the wakeup descriptor, which the C-level handler writes
-without delay, and starts the timer that ends the process after the grace period.
+SIGTERM, SIGUSR2 and SIGINT set a flag, and the training loop stops between two steps. While the main thread waits in a
+collective, Python runs no signal handlers. But the C-level handler writes to the wakeup descriptor at once. A thread reads
+this descriptor and starts a timer, which ends the process after the grace period.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 class StopSignals:
-    """Records the stop signals that reach this process inside a `with` block of the main thread.
+    """Records the stop signals that this process receives inside a `with` block of its main thread.
 
     Args:
-        on_first: Called at the first signal, in the main thread.
+        on_first: Function that is called at the first signal, in the main thread.
 
     Attributes:
         first: The first stop signal; None if none has come yet.
@@ -44,12 +44,12 @@ class StopSignals:
     def __enter__(self) -> Self:
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.renew()
-        # A launcher may start this process with blocked stop signals, so that an early signal is neither lost nor fatal.
+        # A launcher may start this process with stop signals blocked, so that an early signal is neither lost nor fatal.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
         return self
 
     def renew(self) -> None:
-        """Installs the handlers, also after a library has replaced them (Ray does so when it connects to a cluster)."""
+        """Installs the handlers, also after a library has replaced them (as Ray does when it connects to a cluster)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
@@ -65,17 +65,17 @@ class StopSignals:
 
 
 class StopRequest(StopSignals):
-    """Tells whether a signal has asked this rank to stop; repeated signals count once. Enter this context manager first, in
-    the main thread.
+    """Records whether a signal has asked this rank to stop. Repeated signals count once. Enter this context manager first,
+    in the main thread.
 
-    Because ranks get the signal at different steps, the training loop must agree on `requested` over all ranks before the
-    loop stops.
+    Ranks get the signal at different steps. Before the training loop stops, it must therefore agree on `requested` over all
+    ranks.
 
     Args:
-        grace_seconds: Time from the first signal until the process is killed.
-        on_expire: Function that the timer's thread calls before killing the process; the function must not use the process
+        grace_seconds: Time after the first signal at which the process is killed.
+        on_expire: Function that the timer's thread calls before it kills the process. The function must not use the process
             group.
-        told: True to announce the first signal on standard error at once, because the current step can take long.
+        told: If True, the first signal is announced on standard error at once, because the current step can take long.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class StopRequest(StopSignals):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         signal.set_wakeup_fd(self._previous_fd)
-        os.close(self._write_end)  # the thread's read then returns nothing, which ends the thread and its timer
+        os.close(self._write_end)  # the thread's read then returns nothing, which ends the thread and cancels its timer
 
     def _watch(self, read_end: int) -> None:
         timer: threading.Timer | None = None
@@ -136,26 +136,26 @@ class StopRequest(StopSignals):
 
 
 def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
-    """Returns a function that a child process calls first, as `preexec_fn` or at the start of a worker. The kernel then
-    kills the child when the thread that started the child ends. Start children in the main thread.
+    """Returns a function that a child process must call first, as `preexec_fn` or at the start of a worker. The kernel then
+    kills the child when the thread that started it ends. So start children in the main thread.
 
     Args:
-        parent_pid: Process id of the parent. A child that finds another parent is already orphaned, and exits.
-        ignore_stop: True if the child ignores stop signals (workers of a rank do; ranks do not).
+        parent_pid: Process id of the parent. A child with any other parent is already orphaned, and exits.
+        ignore_stop: If True, the child ignores stop signals (workers of a rank do, ranks do not).
     """
     prctl = None
-    if sys.platform.startswith("linux"):  # loaded in the parent, because only system calls are safe between fork and exec
+    if sys.platform.startswith("linux"):  # loaded here in the parent, as only system calls are safe between fork and exec
         prctl = ctypes.CDLL(None, use_errno=True).prctl
         prctl.argtypes = (ctypes.c_int, ctypes.c_ulong)
 
     def prepare() -> None:
         if prctl is not None:
-            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # each child sets this signal, because fork clears the setting
+            prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # set in each child, because fork clears this setting
         if os.getppid() != parent_pid:  # the parent died between fork and prctl
             os._exit(EXIT_FAILED)
         if ignore_stop:
             for number in STOP_SIGNALS:
-                # ignores the signals, because a Ctrl-C goes to the whole process group
+                # because a Ctrl-C in the terminal goes to the whole process group
                 signal.signal(number, signal.SIG_IGN)
 
     return prepare

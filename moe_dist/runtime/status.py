@@ -1,4 +1,4 @@
-"""Reads and writes two files of a run: status.json with the end of each attempt, and the durations of the last saves."""
+"""Reads and writes two files of a run: status.json with the end of each attempt, and the durations of recent saves."""
 
 import contextlib
 import json
@@ -14,25 +14,25 @@ from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 from moe_dist.runtime.files import write_atomically
 
-SAVE_SECONDS = "save_seconds.json"  # file name in the log folder of a run
-SAVES = 5  # number of saves in SAVE_SECONDS
-MAX_STATUS_BYTES = 1 << 24  # about 50,000 attempts
-Number = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number that can be shown and divided
-UnixSeconds = Annotated[float, Field(ge=0.0, lt=1e11)]  # a date that can be shown
+SAVE_SECONDS = "save_seconds.json"  # name of the file with durations in a run's log folder
+SAVES = 5  # largest number of durations in SAVE_SECONDS
+MAX_STATUS_BYTES = 1 << 24  # enough for about 50,000 attempts
+Number = Annotated[int, Field(ge=0, lt=1 << 53)]  # limited, so that it can be shown and divided
+UnixSeconds = Annotated[float, Field(ge=0.0, lt=1e11)]  # limited, so that it can be shown as a date
 
 
 @dataclass(frozen=True)
 class AttemptRecord:
-    """One attempt in status.json.
+    """The record of one attempt in status.json.
 
     Attributes:
         restarts: Number of restarts before this attempt.
         host, pid: Host and process id of rank 0.
         started, ended: Unix seconds by the clock of the run folder's file system, because the clocks of hosts differ.
-            `ended` is None while the attempt runs, or if it died without a record.
-        verdict: Exit code; None as long as `ended` is None.
-        rank: The rank at fault: the rank whose error is the reason, or that did not enter a collective; None if unknown.
-        last_step: Last completed step at the end; while the attempt runs, the last step of the attempts before it.
+            `ended` is None while the attempt runs, or if it died without recording its end.
+        verdict: Exit code; None if `ended` is None.
+        rank: The rank at fault: its error is the reason, or it did not enter a collective. None if it is unknown.
+        last_step: Last completed step at the attempt's end. While the attempt runs, the last step of all earlier attempts.
         rank_host: Host of `rank`; empty if another process recorded the verdict.
     """
 
@@ -51,7 +51,7 @@ class AttemptRecord:
 
 @dataclass(frozen=True)
 class Status:
-    """All attempts of a run, the latest last."""
+    """All attempts of a run. The latest is the last."""
 
     attempts: tuple[AttemptRecord, ...] = ()
 
@@ -64,14 +64,14 @@ class Status:
 
 
 def read_status(path: Path) -> Status:
-    """Returns all attempts; empty without a file. Raises DataError if the file is damaged."""
+    """Returns all attempts; empty if the file does not exist. Raises DataError if the file is damaged."""
     try:
-        # reads the file at once, because writers replace the file
+        # reads the whole file at once, because a writer may replace it at any time
         text = read_regular(path, most_bytes=MAX_STATUS_BYTES, links=False)
     except FileNotFoundError:
         return Status()
     try:
-        # pydantic would collect the faults of all attempts
+        # FailFast, because pydantic would otherwise collect the faults of all attempts
         all_of_them = TypeAdapter(Annotated[tuple[AttemptRecord, ...], FailFast()])
         attempts = all_of_them.validate_python(json.loads(text)["attempts"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:  # a ValidationError is a ValueError
@@ -84,7 +84,7 @@ def read_status(path: Path) -> Status:
 
 
 def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[], None] | None = None) -> None:
-    """Adds an attempt's entry, or replaces it. The file's top level repeats the latest verdict, for `jq .verdict`."""
+    """Adds or replaces the entry of an attempt. The file's top level repeats the latest verdict, for `jq .verdict`."""
     attempts = [entry for entry in read_status(path).attempts if entry.attempt_id != record.attempt_id]
     summary = {
         "verdict": record.verdict,
@@ -97,15 +97,15 @@ def write_status(path: Path, record: AttemptRecord, *, before_rename: Callable[[
 
 
 def record_save_seconds(logs: Path, seconds: float) -> None:
-    """Adds a save's duration to the file of the last `SAVES` durations; only rank 0 calls this function. A save ends when
-    the checkpoint is durable."""
-    with contextlib.suppress(OSError):  # if the disk is full, the next record of a step reports the error
+    """Adds a save's duration to the file with the last `SAVES` durations. Only rank 0 calls this function. A save lasts
+    until its checkpoint is durable."""
+    with contextlib.suppress(OSError):  # if the disk is full, the next step's record reports the error
         write_atomically(logs / SAVE_SECONDS, json.dumps([*_saves(logs), seconds][-SAVES:]) + "\n")
 
 
 def measured_save_seconds(logs: Path) -> float | None:
-    """Returns the seconds of the longest of the last few saves; None before the first save. A grace period must be longer
-    than the returned time."""
+    """Returns the duration in seconds of the longest of the last few saves; None if there was none. A grace period must be
+    longer than this duration."""
     return max(_saves(logs), default=None)
 
 

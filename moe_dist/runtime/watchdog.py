@@ -1,11 +1,11 @@
-"""Ends a run that hangs in a collective, and names the ranks for which the others wait.
+"""Ends a run that hangs in a collective, and names the ranks for which all others wait. Each rank writes a report:
 
     log/watchdog_<attempt>/rank_R.json     position of rank R as a JSON object: collective, layer, splits, seconds, step
 
-A thread on each rank polls the rank's `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a
-report. Other ranks see the report folder and write reports, too. Then each rank reads all reports, records the verdict
-(the first record counts) and ends its process, because its main thread is blocked in the collective. A rank without a
-report is suspended or dead, or has lost the run folder. The thread uses only the file system, no process group.
+On each rank a thread polls the `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a report into a
+folder. The other ranks notice the folder and write reports, too. Then each rank reads all reports, records the verdict (the
+first record counts) and ends its process, because its main thread is blocked in the collective. A rank without a report is
+suspended or dead, or cannot access the run folder. The thread uses only the file system, no process group.
 """
 
 import json
@@ -23,25 +23,25 @@ from moe_dist.comm.tracker import CollectiveTracker, Position
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import ranks_text
 
-POLLS = 20  # polls per time limit, so that a hang ends after at most 1.2 times the limit
+POLLS = 20  # number of polls per time limit, so that a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
-SETTLE_POLLS = 3  # poll intervals during which other ranks write their reports
+SETTLE_POLLS = 3  # number of poll intervals in which the other ranks write their reports
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A rank's position in the program: the collective that the rank is in, or the source line that the rank executes.
+    """A rank's position in the program: the collective that it has not finished, and the source line that it executes.
 
     Attributes:
         step: Last completed optimizer step.
-        collective: Name of the oldest unfinished collective; None outside a collective.
-        layer: Name of the layer that issued the collective; empty without a layer.
-        send, receive: Split sizes of the collective: items to and from each rank of the group.
+        collective: Name of the oldest unfinished collective; None if there is none.
+        layer: Name of the layer that issued the collective; empty if no layer did.
+        send, receive: Split sizes of the collective: numbers of items sent to and received from each rank of the group.
         seconds: Time since the rank entered the collective.
-        entered: Number of collectives that the rank had entered, up to and including the unfinished one.
-        at: Source line in the package that the main thread executes.
+        entered: Number of collectives that the rank has entered, up to and including the unfinished one.
+        at: Source line of the package that the main thread executes.
     """
 
     attempt: str
@@ -73,7 +73,7 @@ class Report:
 
 
 def report_folder(logs: Path, attempt_id: str) -> Path:
-    """Returns the folder for the reports of an attempt; the first rank that reports creates it."""
+    """Returns the folder for an attempt's reports. The first rank that writes a report creates it."""
     return logs / f"watchdog_{attempt_id}"
 
 
@@ -85,15 +85,15 @@ def read_reports(folder: Path) -> list[Report]:
 
 
 def judge(reports: Sequence[Report], world_size: int, seconds: float) -> tuple[str, int | None]:
-    """Finds the ranks that the others wait for. Returns the diagnosis as a message, and the first of these ranks; None if
-    all ranks are in the same collective.
+    """Finds the ranks for which the others wait. Returns a diagnosis as a message, and the first of these ranks, which is
+    None if all ranks are in the same collective.
 
-    The culprits are the ranks without a report; else the ranks outside any collective; else the ranks that have entered
-    fewer collectives than others (all ranks issue the same collectives in the same order). Among the waiting ranks, the
-    rank that has entered the fewest collectives waits directly for the culprits.
+    The culprits are the ranks without a report. If all have reports, they are the ranks outside any collective. If there
+    are none, they are the ranks that have entered fewer collectives than others (all ranks issue the same collectives in
+    the same order). Of all waiting ranks, the one that has entered the fewest collectives waits directly for them.
 
     Args:
-        reports: At least one report must come from a rank inside a collective.
+        reports: All reports. At least one must come from a rank inside a collective.
         seconds: The time limit of a collective.
     """
     silent = tuple(sorted(set(range(world_size)) - {report.rank for report in reports}))
@@ -122,8 +122,8 @@ class Watchdog:
     Args:
         seconds: Time limit of a collective.
         step: Returns the current step.
-        end: Function that the watchdog's thread calls with the reason and the rank for which the others wait (None if
-            unknown); the function must record both and end the process.
+        end: Function that the watchdog's thread calls with the reason and the rank for which the others wait (None if it is
+            unknown). It must record both and end the process.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Watchdog:
     def _run(self) -> None:
         while not self._leave.wait(self._poll):
             try:
-                due = self._late() or self._folder.exists()  # costs one stat; the folder exists after a rank's report
+                due = self._late() or self._folder.exists()  # costs one stat; the folder exists if a rank has reported
             except Exception as error:  # a transient file system error must not end the watchdog
                 logger.warning("watchdog: %s", error)
                 continue
@@ -171,7 +171,7 @@ class Watchdog:
         return position is not None and time.monotonic() - position.since > self._seconds
 
     def _conclude(self) -> None:
-        """Ends the process, even if the diagnosis fails."""
+        """Ends the process, even if the diagnosis raises an error."""
         reason = f"a collective did not finish in {self._seconds:g} s; the watchdog could not determine which one"
         at_fault = None
         try:
@@ -185,11 +185,11 @@ class Watchdog:
         logger.error("%s", own.line())
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Atomic, because other ranks may read the file at the same time.
+            # Written atomically, because another rank may read the file at the same time.
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # waits until the other ranks have written their reports
             reports = read_reports(self._folder)
-        except OSError as error:  # names no culprit, because other ranks' reports may be missing for the same reason
+        except OSError as error:  # without culprit, because the reports of other ranks may be missing for the same reason
             return f"{own.line()}; it cannot exchange reports with its peers: {error}", None
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective", None
@@ -213,7 +213,7 @@ class Watchdog:
 
 
 def _line_of(thread: threading.Thread) -> str:
-    """Returns the innermost source line of the package that a thread executes."""
+    """Returns the innermost source line of this package that a thread executes."""
     frame = sys._current_frames().get(thread.ident or 0)  # a snapshot, taken without stopping the thread
     frames = traceback.extract_stack(frame) if frame is not None else []
     ours = [each for each in frames if f"{os.sep}moe_dist{os.sep}" in each.filename] or frames

@@ -1,1 +1,1 @@
-"""Facts about this node, and checks of these facts."""
+"""Collects facts about this node, and checks them."""

@@ -1,4 +1,4 @@
-"""The result of one check, printed as one line with the fix."""
+"""The result of one check. It is printed as one line that includes the fix."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError, DataError, MoeD
 
 
 class Level(IntEnum):
-    """Severity of a check's result."""
+    """The severity of a check's result."""
 
     OK = 0
     NOTE = 1  # the check could not be made
     WARNING = 2  # the run would start, but with a disadvantage
-    ERROR = 3  # the run would end with the exit code `verdict`
+    ERROR = 3  # the run would end, with the exit code `verdict`
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class CheckResult:
 
     Attributes:
         check: Name of the check, such as 'shared folder'.
-        text: The observed state. The text of a problem names the field, its value and the rule.
-        fix: How to fix a warning or an error.
-        verdict: Exit code with which an error would end the run.
+        text: The state that the check observed. If it is a problem, the text names the field, its value and the rule.
+        fix: How to fix the warning or error.
+        verdict: Exit code with which the error would end the run.
     """
 
     check: str
@@ -61,13 +61,13 @@ def error(check: str, text: str, fix: str, *, kind: type[MoeDistError] = Resourc
     return CheckResult(check, Level.ERROR, text, fix, kind.exit_code)
 
 
-# Maps each exit code to the class of the error, in the order in which a user must fix errors.
+# Maps exit codes to error classes, in the order in which a user must fix the errors.
 _KINDS: dict[int, type[MoeDistError]] = {kind.exit_code: kind for kind in (ConfigError, DataError, ResourceError)}
 
 
 def exit_code(results: Iterable[CheckResult]) -> int:
-    """Returns the exit code for all results: the first of 78, 65 and 69 that an error has; 1 if there are only
-    warnings; else 0."""
+    """Returns one exit code for all results: the first of 78, 65 and 69 that any error has. If there are only warnings,
+    returns 1, and otherwise 0."""
     problems = [result for result in results if result.is_problem]
     verdicts = {problem.verdict for problem in problems if problem.level is Level.ERROR}
     worst = [code for code in (*_KINDS, *sorted(verdicts)) if code in verdicts]
@@ -75,13 +75,13 @@ def exit_code(results: Iterable[CheckResult]) -> int:
 
 
 def raise_errors(results: Sequence[CheckResult]) -> None:
-    """Raises all errors among the results as one ConfigError, DataError or ResourceError, by their `exit_code`."""
+    """Raises all errors among the results together, as one ConfigError, DataError or ResourceError (see `exit_code`)."""
     if errors := [result for result in results if result.level is Level.ERROR]:
         raise _KINDS[exit_code(errors)]([str(result) for result in errors], see="docs/scaling.md")
 
 
 def names(nodes: Sequence[str], *, most: int = 6) -> str:
-    """Names nodes in a sentence: 'node3', 'node1 and node2', or 'node1, node2, ... (64 nodes)'."""
+    """Returns a phrase with node names: 'node3', 'node1 and node2', or 'node1, node2, ... (64 nodes)'."""
     if len(nodes) > most:
         return f"{', '.join(nodes[:most])}, ... ({len(nodes)} nodes)"
     return " and ".join([", ".join(nodes[:-1]), nodes[-1]]) if len(nodes) > 1 else "".join(nodes)

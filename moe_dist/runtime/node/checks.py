@@ -1,5 +1,5 @@
-"""Checks the facts of each node, and compares the nodes with each other. The doctor's probe job and the start of every run
-call these pure functions; they do not import torch."""
+"""Checks the facts of each node, and compares the nodes with each other. All functions are pure and import no torch. The
+doctor's probe job and the start of every run call them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from moe_dist.runtime.node.check_result import CheckResult, error, names, note, 
 from moe_dist.runtime.node.facts import NO_LIMIT, NodeFacts
 
 CLOCK_SECONDS = 5.0
-SHM_BYTES_PER_RANK = 64 << 20  # for NCCL's buffers in /dev/shm; many containers have only 64 MiB in all
-# Open files of a rank: two connections to each other rank in each of four process groups (world, EP, edp, checkpoint), and
-# OWN_FILES for Python.
+SHM_BYTES_PER_RANK = 64 << 20  # needed for NCCL's buffers in /dev/shm; in many containers it has only 64 MiB in total
+# Number of files that a rank opens: two connections to each other rank in each of four process groups (world, EP, edp,
+# checkpoint), and OWN_FILES for Python.
 FILES_PER_PEER, OWN_FILES = 8, 256
 PACKAGES = ("python", "torch", "nccl", "moe_dist")
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Requirements of a run on its nodes.
+    """What a run requires of its nodes.
 
     Attributes:
         ranks_per_node: Largest number of ranks on one node.
-        gpus_per_node: Largest number of GPUs on one node; 0 for a run on CPUs.
-        folder_bytes: Bytes that the run writes to run.root.
-        folder, data: run.root and data.path, for messages.
+        gpus_per_node: Largest number of GPUs that the run uses on one node; 0 for a run on CPUs.
+        folder_bytes: Number of bytes that the run writes to run.root.
+        folder, data: The paths run.root and data.path, for messages.
     """
 
     world_size: int
@@ -39,11 +39,11 @@ class Needs:
 def check_nodes(
     nodes: Sequence[NodeFacts], needs: Needs, heard: Sequence[float] | None = None, *, here: NodeFacts | None = None
 ) -> list[CheckResult]:
-    """Runs all checks; returns one result per check, over all nodes.
+    """Runs all checks. Returns one result for each check, over all nodes.
 
     Args:
-        heard: Time at which each node answered, in Unix seconds of this host's clock; None skips the check of clocks.
-        here: Facts of the node that submits the job; only its folders are checked.
+        heard: For each node, the time of its answer in Unix seconds of this host's clock; None skips the check of clocks.
+        here: Facts of the node that submits the job, of which only the folders are checked.
     """
     if not nodes:
         return check_folders([here], needs) if here is not None else []
@@ -67,8 +67,8 @@ def check_folders(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]
 
 
 def check_cores(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    """Checks that a node has a core for each rank. The start of a run leaves this check out, because a scheduler may have
-    bound its ranks to cores of their own."""
+    """Checks that a node has a core for each rank. Skipped at the start of a run, because a scheduler may already have
+    bound each rank to different cores."""
     ranks, known = needs.ranks_per_node, [(n.cores, n) for n in nodes if n.cores is not None]
     if not known:
         return note("cores", "the number of cores is unknown")
@@ -122,7 +122,7 @@ def _room(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
     if not known:
         return note("room", f"run.root={needs.folder!r}: the free space is unknown")
     least = min(known, key=lambda n: n.free_bytes or 0)
-    free = least.free_bytes or 0  # the smallest value of all nodes, which should be equal because all see one file system
+    free = least.free_bytes or 0  # the smallest value of all nodes; all should be equal, because they see one file system
     if free >= needs.folder_bytes:
         return ok("room", f"{_bytes(free)} free in run.root; the checkpoints need {_bytes(needs.folder_bytes)}")
     need = _bytes(needs.folder_bytes)
@@ -140,8 +140,8 @@ def _data(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def answered_at(clock: float, *, asked: float, seen: float) -> float:
-    """Estimates the time at which a node answered, by this host's clock: the node's own time, clamped to the interval from
-    request to arrival. A slow answer is therefore no clock error, but a clock error below the delay goes unnoticed."""
+    """Estimates the time of a node's answer by this host's clock: the node's own time, limited to the interval between
+    request and arrival. A slow answer is thus no clock error, but a clock error below the delay goes unnoticed."""
     return min(max(clock, asked), seen)
 
 
@@ -157,7 +157,7 @@ def _clocks(nodes: Sequence[NodeFacts], heard: Sequence[float]) -> CheckResult:
 
 
 def _versions(nodes: Sequence[NodeFacts]) -> CheckResult:
-    """Compares versions, because with different versions ranks may hang or compute different results."""
+    """Compares versions, because ranks with different versions may hang or compute different results."""
     differing = []
     for package in PACKAGES:
         by_version = _grouped(nodes, lambda n, p=package: n.versions.get(p) or "none")
@@ -219,7 +219,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough files even if every rank connects to every other rank
+    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough even if every rank connects to every other rank
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")
@@ -229,7 +229,7 @@ def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _locked_memory(nodes: Sequence[NodeFacts], needs: Needs) -> list[CheckResult]:
-    """Checks the limit on locked memory. InfiniBand registers memory, which counts as locked."""
+    """Checks the limit on locked memory, because memory that is registered for InfiniBand counts as locked."""
     if not needs.gpus_per_node or needs.num_nodes < 2:
         return []
     low = [n for n in nodes if n.infiniband and n.locked_memory != NO_LIMIT]  # without InfiniBand no memory is registered

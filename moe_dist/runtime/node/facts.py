@@ -1,5 +1,5 @@
 """Collects facts about a node (versions, limits, folders, GPUs) in a second or two, and encodes them as one line of JSON.
-Reads versions from the metadata of the installed packages, because importing torch would take seconds."""
+Versions come from the metadata of installed packages, because importing torch would take seconds."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-MARK = "moe_dist node facts: "  # begins the line with the facts, because the cluster file's prelude may print other lines
+MARK = "moe_dist node facts: "  # marks the line with the facts, because the cluster file's prelude may print other lines
 CONNECT_SECONDS = 5.0
 INFINIBAND = Path("/sys/class/infiniband")
 NO_LIMIT = -1
@@ -24,14 +24,14 @@ NO_LIMIT = -1
 
 @dataclass(frozen=True)
 class Questions:
-    """Parameters of the checks on a node.
+    """What the checks on a node must find out.
 
     Attributes:
-        folder, data: run.root, where every node must be able to write; and data.path.
-        token_file: Path and content of a file that the doctor wrote into `folder`; None skips its check.
-        hosts: Host names that the node must be able to resolve (the rendezvous host).
-        meeting: File with rank 0's address for the connection test (`launchers/doctor/on_node.py`); None skips the test.
-        num_nodes: Number of nodes in the connection test.
+        folder, data: run.root, to which every node must be able to write, and data.path.
+        token_file: Path and content of a file that the doctor wrote into `folder`; None skips the check of this file.
+        hosts: Host names that the node must be able to resolve, such as the rendezvous host.
+        meeting: File with rank 0's address, for the connection test (`launchers/doctor/on_node.py`); None skips the test.
+        num_nodes: Number of nodes that take part in the connection test.
     """
 
     folder: str
@@ -47,20 +47,20 @@ class NodeFacts:
     """Facts about one node; None means unknown.
 
     Attributes:
-        node: Name that the scheduler uses.
+        node: The scheduler's name of the node.
         clock: Unix seconds at the time of the answer.
         versions: Versions of Python and of packages; None for a package that is not installed.
         apex: 'nvidia', 'other' (an unrelated package named apex), or 'none'.
         gpus: Number of GPUs that NVML finds; None without NVML.
         driver: Version of NVIDIA's driver, or the error of NVML.
         shm_bytes: Size of /dev/shm.
-        open_files, locked_memory: Soft limits on open files (a number) and locked memory (bytes); or NO_LIMIT.
-        folder_problem: The reason why a file cannot be written to run.root and read back; empty without a problem.
-        free_bytes: Free bytes in run.root for this user.
-        sees_token: True if the node can read `Questions.token_file`; None if no token file is given.
-        unresolved: Host names that do not resolve, with the resolver's error.
-        unreachable: Error on connecting to rank 0's node; empty after success or without the connection test.
-        cores: Cores that a process may use on this node; in a probe, all cores of the node.
+        open_files, locked_memory: Soft limits on the number of open files and on bytes of locked memory, or NO_LIMIT.
+        folder_problem: The reason why a file cannot be written to run.root and read back; empty if it can.
+        free_bytes: Number of free bytes in run.root for this user.
+        sees_token: True if the node can read `Questions.token_file`; None if no such file is given.
+        unresolved: Host names that do not resolve, each with the resolver's error.
+        unreachable: Error of the connection to rank 0's node; empty if it succeeded or was not tested.
+        cores: Number of cores that a process may use on this node. In a probe, these are all its cores.
     """
 
     node: str
@@ -107,20 +107,20 @@ def look(questions: Questions, *, env: Mapping[str, str] = os.environ) -> NodeFa
 
 
 def node_name(env: Mapping[str, str]) -> str:
-    """Returns the scheduler's name of this node; without a scheduler its host name."""
+    """Returns the scheduler's name of this node, or its host name if there is no scheduler."""
     return env.get("SLURMD_NODENAME") or env.get("MOE_DIST_NODE_NAME") or socket.gethostname()
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of Python and of packages that must be equal on all nodes. NCCL is None if torch was installed
-    without NVIDIA's NCCL package."""
+    """Returns the versions of Python and of packages that must be equal on all nodes. NCCL's version is None if torch was
+    installed without NVIDIA's NCCL package."""
     found = {name: _version(name) for name in ("torch", "moe_dist")}
     nccl = next((v for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12") if (v := _version(name)) is not None), None)
     return {"python": platform.python_version(), **found, "nccl": nccl}
 
 
 def apex_kind() -> str:
-    """Finds out which package `import apex` would import: 'nvidia', 'other' or 'none'."""
+    """Returns which package `import apex` would import: 'nvidia', 'other' or 'none'."""
     try:
         spec = importlib.util.find_spec("apex")  # does not run the package's code
     except (ImportError, ValueError):
@@ -132,8 +132,8 @@ def apex_kind() -> str:
 
 
 def write_problem(folder: Path) -> str:
-    """Writes a file to the folder, or to its nearest existing parent, and reads it back. Returns the problem; empty without
-    a problem."""
+    """Writes a file to the folder, or to its nearest existing parent, and reads it back. Returns a text with the problem;
+    empty if there is none."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         return f"{existing}: {os.strerror(errno.ENOTDIR)}"
@@ -168,7 +168,7 @@ def unresolved(hosts: Iterable[str]) -> dict[str, str]:
 
 
 def unreachable(host: str, port: int) -> str:
-    """Returns the error on connecting to host:port; empty after success."""
+    """Returns the error of a connection to host:port; empty if it succeeded."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -200,7 +200,7 @@ def _version(package: str) -> str | None:
 
 
 def nvml() -> tuple[int | None, str]:
-    """Returns the number of GPUs and the driver's version; or None and NVML's error."""
+    """Returns the number of GPUs and the driver's version. If NVML fails, returns None and NVML's error."""
     try:
         import pynvml
 
@@ -214,7 +214,7 @@ def nvml() -> tuple[int | None, str]:
 
 
 def _space(folder: Path) -> tuple[int | None, int | None]:
-    """Returns the size of a file system, and its free bytes for this user; None if unknown."""
+    """Returns the size of a file system and its number of free bytes for this user; None for unknown values."""
     try:
         found = os.statvfs(folder)
     except OSError:
@@ -231,5 +231,5 @@ def _sees(token_file: tuple[str, str] | None) -> bool | None:
     if token_file is None:
         return None
     with contextlib.suppress(OSError):
-        return Path(token_file[0]).read_text() == token_file[1]  # equal content: the node sees the doctor's folder
+        return Path(token_file[0]).read_text() == token_file[1]  # if equal, the node sees the doctor's folder
     return False
