@@ -1,1 +1,1 @@
-"""Checks and estimates a run before its start: preflight, placement, nodes, FLOPs and memory. Imports no torch."""
+"""Checks and estimates a run before it starts: preflight, placement, nodes, FLOPs and memory. Imports no torch."""

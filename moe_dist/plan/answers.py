@@ -24,7 +24,7 @@ WORDS = {
 
 
 def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[Any]:
-    """Returns, for each value of `key`, the first layout in `ranked` that has the value."""
+    """Returns, for each value of `key`, the first layout in `ranked` for which `key` has this value."""
     best: dict[object, Any] = {}
     for each in ranked:
         best.setdefault(key(each), each)
@@ -32,7 +32,7 @@ def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[An
 
 
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
-    """Yields sentences that compare the best layout with the best layouts of other choices on equally many GPUs."""
+    """Yields sentences that compare the best layout with the best layout of each other choice on equally many GPUs."""
     same = sorted((each for each in fitting if each.gpus == best.gpus), key=lambda each: each.seconds)
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
@@ -63,8 +63,8 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
 
 
 def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> str:
-    """Returns a sentence that says for which token shares of the second group's modality the best pinned layout is faster
-    than the same layout with interleaved experts; empty if there are no pinned layouts of two groups."""
+    """Returns a sentence with the token shares of the second group's modality at which the best pinned layout is faster
+    than the same layout with interleaved experts. It is empty if there are no pinned layouts of two groups."""
     pinned = [each for each in fitting if each.config.placement.policy == "pinned" and not is_interleaved(each.placement)]
     if not pinned or len(pinned[0].placement.groups) != 2:
         return ""
@@ -72,7 +72,7 @@ def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> st
     groups = expert_groups(config.model.moe)
     name, other, gains = groups[1].modalities[0], groups[0].modalities[0], []
     shares = np.arange(0.05, 1.0, 0.05).round(2)
-    # A pinned placement is made once, for the data's token mix, because a run cannot change it when the mix drifts.
+    # A pinned placement is made once, for the data's token mix, because a run cannot change it if the mix drifts.
     sections = Placements(config, planner.token_mix).of(config.parallel.ep)
     for share in shares:
         mix = {name: round(1e6 * share), other: round(1e6 * (1 - share))}
@@ -96,12 +96,12 @@ def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> st
 
 
 def is_interleaved(placement: ExpertPlacement) -> bool:
-    """Returns whether a placement equals the interleaved placement. Other policies can give the same placement."""
+    """Returns whether a placement equals the interleaved placement, which other policies can also produce."""
     return placement.slots == ExpertPlacement.interleaved(placement.groups, placement.num_ranks).slots
 
 
 def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlacement) -> str:
-    """Names the expert and layer whose measured load above the mean adds most to the busiest ranks' work."""
+    """Returns a sentence about the expert and layer whose load above the mean adds most to the busiest ranks' work."""
     rank_E, ranks = np.array(placement.rank_of_expert), placement.num_ranks
     work_LR = rank_loads(load_LE, rank_E, ranks)
     pace, worst = work_LR.max(1).sum(), (0.0, 0, 0)
@@ -119,7 +119,7 @@ def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlac
 
 
 def picture(shown: Sequence[Estimate], title: str) -> str:
-    """Returns an SVG with the parts of the step of each layout, as bars of seconds."""
+    """Returns an SVG in which a bar for each layout shows the seconds of the parts of its step."""
     width, left, top, row = 1260, 640, 64, 24
     longest = max(each.seconds for each in shown)
     parts = [f'<text x="8" y="20" font-weight="bold">{escape(title)}</text>']

@@ -1,9 +1,9 @@
-"""Computes the seconds of each part of a micro-batch on one rank, from FLOPs, bytes and the rates of a machine. Imports no
-torch.
+"""Computes how many seconds each part of a micro-batch takes on one rank, from FLOPs, bytes and a machine's rates. Imports
+no torch.
 
-Seconds of compute are FLOPs (`moe_dist.plan.flops`) at the rate of a matrix product, plus bytes at the copy rate. On a GPU
-the host launches operations while the GPU computes, so the longer of compute and launch time counts. On a CPU compute and
-launch time are added.
+The seconds of compute are FLOPs (`moe_dist.plan.flops`) divided by the rate of a matrix product, plus bytes divided by the
+copy rate. On a GPU the host launches operations while the GPU computes, so the longer of compute time and launch time
+counts. On a CPU the two times are added.
 """
 
 from collections.abc import Mapping
@@ -20,26 +20,26 @@ from moe_dist.plan.rates import Rates
 from moe_dist.plan.rows import Load
 from moe_dist.plan.step_model import BACKWARD, LayerCost, Order, exchange_seconds
 
-COUNTS_BYTES = 16  # bytes of counts and pair indices per row
-PASSES_OF_A_ROW = 6  # reads and writes of a sent row, from packing to the sum (docs/gpu.md: bytes of an MoE layer)
+COUNTS_BYTES = 16  # number of bytes of counts and pair indices per row
+PASSES_OF_A_ROW = 6  # reads and writes of each sent row, from packing to the sum (docs/gpu.md: bytes of an MoE layer)
 
 
 @dataclass(frozen=True)
 class Launches:
-    """Numbers of operations that the host launches in forward."""
+    """The number of operations that the host launches in forward, for each part of a layer."""
 
-    attention: int  # in an attention layer
-    router: int  # in norm, router and plan of an MoE layer
-    pack: int  # for copying rows into the order in which dispatch sends them, or combine sends them back
-    experts: int  # for the experts of one piece: rows that are computed at once
-    expert: int  # in addition, for each expert of a piece
+    attention: int  # for attention and its norms
+    router: int  # for norm, router and dispatch plan of an MoE layer
+    pack: int  # for copying rows into the order in which dispatch or combine sends them
+    experts: int  # for the experts of one piece, which is a set of rows computed at once
+    expert: int  # for each expert of a piece, in addition
 
 
-LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # a CPU loops over experts
+LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # a CPU runs a loop over experts
 
 
 class Costs:
-    """Seconds of the parts of a layer for one rank's micro-batch."""
+    """The seconds that each part of a layer takes for one rank's micro-batch."""
 
     def __init__(self, config: Config, placement: ExpertPlacement, rates: Rates, token_mix: Mapping[str, int]) -> None:
         self.config, self.placement, self.rates, self.model = config, placement, rates, config.model
@@ -53,20 +53,20 @@ class Costs:
         self.launches = LAUNCHES["cpu" if rates.cores else "cuda"]
 
     def _seconds(self, scale: float, flop: Any, rate: Any, num_bytes: Any, launches: Any = 0) -> Any:
-        """Returns seconds of compute, multiplied by the fitted factor `scale`, combined with the seconds of launches."""
+        """Combines the seconds of compute, multiplied by the fitted factor `scale`, with the seconds of launches."""
         compute = scale * (flop / rate + num_bytes / self.rates.copy_rate)
         host = self.rates.scale.launch * launches * self.rates.launch
         return compute + host if self.rates.cores else np.maximum(compute, host)
 
     @property
     def backward(self) -> float:
-        """Ratio of the seconds of backward to the seconds of forward. For each matrix product of forward, backward computes
-        one product if the weight is frozen, else two."""
+        """Returns the ratio of backward's seconds to forward's. For each matrix product in forward, backward computes one
+        product if the weight is frozen, and two otherwise."""
         return BACKWARD - flops.flops_left_out(self.config, self.parts) / self.parts.total
 
     @cached_property
     def _attention(self) -> float:
-        """Seconds of attention with its norms. The matrix products of attention scores run at the rate
+        """Returns the seconds of attention and its norms. The matrix products of attention scores run at the rate
         `Rates.attention`."""
         model, layers = self.model, self.model.num_layers
         widths = model.attention_widths
@@ -79,7 +79,7 @@ class Costs:
         return float(self._seconds(self.rates.scale.dense, flop, rate, self.tokens * passes, self.launches.attention))
 
     def head(self) -> float:
-        """Seconds of output layer and loss of one micro-batch in forward."""
+        """Returns the seconds of the output layer and the loss in the forward of one micro-batch."""
         product = self.tokens * self.parts.output / float(self.rates.gemm.at(self.tokens))
         logits = self.tokens * self.model.vocab_size * memory.FP32
         return self.rates.scale.dense * (product + logits / self.rates.loss)
@@ -91,7 +91,7 @@ class Costs:
         return LayerCost(dense=self._attention, shared=float(seconds))
 
     def moe_layer(self, load: Load, layer: int, order: Order) -> LayerCost:
-        """Returns the costs of the MoE layer at index `layer` of the load."""
+        """Returns the costs of an MoE layer. `layer` is its index in `load`."""
         model, rates, count, scale = self.model, self.rates, len(self.model.moe_layers), self.rates.scale
         rate = rates.gemm.at(self.tokens)
         router = self._seconds(scale.dense, self.tokens * self.parts.router / count, rate, 0.0, self.launches.router)
@@ -125,8 +125,8 @@ class Costs:
 
         hops: tuple[Any, ...] = (exchange(row),)
         if node is not None:
-            # If several nodes of the dispatcher are on one machine, both exchanges of the hierarchical dispatcher stay
-            # inside the machine.
+            # If one machine contains several nodes of the hierarchical dispatcher, both of its exchanges stay inside the
+            # machine.
             far = ranks > rates.ranks_per_node
             first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
             hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)

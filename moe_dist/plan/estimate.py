@@ -1,7 +1,8 @@
-"""Estimates step time, bytes and memory of a layout. Imports no torch.
+"""Estimates the step time, exchanged bytes and memory of a layout. Imports no torch.
 
-Gradient sums and parameter gathers over data-parallel ranks run while dispatch and combine leave the network free. If they
-need more time, they prolong the step. The estimate assumes that EP groups wait for each other in each micro-batch.
+Sums of gradients and gathers of parameters over data-parallel ranks run while dispatch and combine leave the network free.
+If they need more time than that, they prolong the step. The estimate assumes that EP groups wait for each other in each
+micro-batch.
 """
 
 import math
@@ -20,9 +21,9 @@ from moe_dist.plan.rates import GUIDE, Mark, Rates, weakest
 from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire
 from moe_dist.plan.step_model import Order, Played, collective_seconds, expected_longest, micro_batch, play
 
-LIBRARIES = 1.5e9  # bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
-SLACK = 0.05  # share of tensors that the allocator loses between blocks
-SLOWED = 20 / 132  # share of a GPU that a collective takes from simultaneous compute (DeepSeek-V3 report, section 3.2.2)
+LIBRARIES = 1.5e9  # number of bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
+SLACK = 0.05  # fraction of the tensors' memory that the allocator loses in addition, between blocks
+SLOWED = 20 / 132  # fraction of a GPU that a collective takes from compute (DeepSeek-V3 report, section 3.2.2)
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,15 @@ class Estimate:
     """The planner's estimates of one layout.
 
     Attributes:
-        seconds: Seconds of a step, the sum of four parts. `busy`: compute and host syncs of the mean rank. `imbalance`: the
-            wait for the busiest rank. `exchange`: the part of exchanges that no compute covers. `tail`: sums, gathers,
-            optimizer.
-        wire: Seconds of a step in which the rank with the most sent rows exchanges rows, even if it computes at the same
-            time.
-        bytes_inside, bytes_between: Payload bytes that all ranks exchange in a step inside nodes and between nodes.
-        memory: Bytes of the rank that needs most memory, at the quantiles 0.5, 0.95 and 0.99 of the micro-batches.
-        out_of_memory: Probability that a step runs out of memory on some rank.
-        mark, rows_mark: Certainty (`moe_dist.plan.rates.MARKS`) of the time, and of bytes and memory.
+        seconds: Seconds of a step, the sum of four parts. `busy`: compute and host syncs of the average rank. `imbalance`:
+            the wait for the busiest rank. `exchange`: the time of exchanges during which nothing is computed. `tail`: sums,
+            gathers and optimizer.
+        wire: Seconds per step in which the rank that sends the most rows exchanges rows, even if it also computes then.
+        bytes_inside, bytes_between: Payload bytes that all ranks together exchange per step, inside nodes and between
+            nodes.
+        memory: Bytes on the rank that needs the most memory, at the quantiles 0.5, 0.95 and 0.99 over micro-batches.
+        out_of_memory: Probability that any rank runs out of memory in a step.
+        mark, rows_mark: Certainty (`moe_dist.plan.rates.MARKS`) of the times, and of bytes and memory.
     """
 
     config: Config
@@ -76,8 +77,8 @@ class Estimate:
 
 
 class LayoutEstimator:
-    """Estimates layouts; loads, times and memory that several layouts share are computed once. The `source` of loads is
-    expected loads, or a trace."""
+    """Estimates layouts. Loads, times and memory that several layouts share are computed only once. Loads come from
+    `source`, as expected loads or from a trace."""
 
     def __init__(self, rates: Rates, source: Expected | Traced, token_mix: Mapping[str, int], most_bytes: float) -> None:
         self.rates, self.source, self.token_mix, self.most_bytes = rates, source, token_mix, most_bytes
@@ -86,7 +87,7 @@ class LayoutEstimator:
         self._memory: dict[Any, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def take(self, rates: Rates) -> None:
-        """Uses other rates of the same machine from now on; computed rows and memory stay valid."""
+        """Replaces the rates by other rates of the same machine. Rows and memory that were already computed stay valid."""
         self.rates = rates
         self._played.clear()
 
@@ -139,7 +140,7 @@ class LayoutEstimator:
 
     def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
         parallel, dispatch = config.parallel, config.parallel.dispatch
-        # All ranks of a node share its cores. The simulated ranks are one EP group; they get a part of the cores.
+        # All ranks of a node share its cores. Only one EP group is simulated, so it gets a proportional part of the cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
@@ -164,8 +165,8 @@ class LayoutEstimator:
         return self._played[key]
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
-        """Returns the seconds that gradient sums, parameter gathers and the optimizer add to a step: seconds that no
-        compute covers, and seconds by which sums and gathers slow simultaneous compute."""
+        """Returns the seconds that gradient sums, parameter gathers and the optimizer add to a step. These are the seconds
+        in which nothing is computed, and those by which sums and gathers slow down simultaneous compute."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
@@ -180,16 +181,15 @@ class LayoutEstimator:
             ring, item = (ranks - 1) / ranks, memory.ITEMSIZE[parallel.precision]
             gathered += collective_seconds(rates, ring * number * item, ranks, of_node)
             summed += collective_seconds(rates, ring * with_gradient * memory.FP32, ranks, of_node)
-        # With shared cores no collective is hidden: while a collective runs beside one rank's compute, another rank lacks a
-        # core.
+        # If ranks share cores, no collective is hidden, because it takes a core from another rank's compute.
         free = 0.0 if rates.cores else max(0.0, float((played.seconds_S - played.wire_S).mean()))
         if parallel.data != "fsdp2":
-            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends its bytes twice, during the last backward
+            pairs = [(2 * summed, free * 2 / 3)]  # an all-reduce sends each byte twice, during the last backward
         elif parallel.fsdp_gather == "step":
             pairs = [(gathered, free / 3), (summed, free * 2 / 3)]
         else:
             pairs = [(2 * gathered + summed, free)] * times  # FSDP2 gathers in forward and again in backward
-        # No compute runs during the first parameter gather and the last gradient sum.
+        # Nothing is computed during the first parameter gather and the last gradient sum.
         uncovered = sum(max(each - beside, each / config.model.num_layers) for each, beside in pairs)
         slowed = SLOWED * sum(min(each, beside) for each, beside in pairs)
         state = max(memory.trained_parameters(config, placement, rank=rank) for rank in range(parallel.ep))
@@ -199,16 +199,16 @@ class LayoutEstimator:
     def _memory_of(
         self, config: Config, placement: ExpertPlacement, load: Load, times: int
     ) -> tuple[tuple[float, float, float], float]:
-        """Returns the bytes of the rank that needs most memory, at three quantiles, and the chance that a step runs out of
-        memory."""
+        """Returns the bytes on the rank that needs the most memory, at three quantiles, and the probability that a step
+        runs out of memory."""
         parallel, tokens = config.parallel, config.train.micro_batch * config.data.seq_len
         key = (placement.slots, parallel, config.train.micro_batch)
         rows_R, pairs_R = load.rows.mean((0, 1)) / tokens, load.pairs.mean((0, 1)) / tokens
         if key not in self._memory:
             self._memory[key] = _linear_memory(config, placement, rows_R, pairs_R)
         base_R, row_R, pair_R = self._memory[key]
-        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md). The layer with the
-        # most rows counts.
+        # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md). Only the layer with
+        # the most rows matters.
         buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
         buffers_R = buffer * ((load.rows + load.sent_inside + load.sent_between).max(1).mean(0) + tokens)
         mean_R = (1 + SLACK) * (base_R + rows_R * row_R + pairs_R * pair_R + buffers_R) + LIBRARIES
@@ -224,10 +224,10 @@ class LayoutEstimator:
 def _linear_memory(
     config: Config, placement: ExpertPlacement, rows_R: np.ndarray, pairs_R: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns three arrays [R] from which `_memory_of` adds up the memory of each rank: bytes without rows and pairs, bytes
-    for one row per token, and bytes for one pair per token. The sum is exact for the means `rows_R` rows and `pairs_R`
-    pairs per token, and for a tenth of a row or pair more. For all other numbers it is approximate, because some terms of
-    the memory are maxima. Ranks with equally many experts, rows and pairs share a result."""
+    """Returns three arrays [R] from which `_memory_of` computes each rank's memory: bytes that depend on neither rows nor
+    pairs, bytes for one row per token, and bytes for one pair per token. The sum is exact for the means `rows_R` and
+    `pairs_R` per token, and for up to a tenth of a row or pair more. For other numbers it is approximate, because some
+    terms of the memory are maxima. Ranks with equal numbers of experts, rows and pairs share one result."""
     made: dict[Any, tuple[float, float, float]] = {}
     found = []
     for rank, (rows, pairs) in enumerate(zip(rows_R.tolist(), pairs_R.tolist(), strict=True)):

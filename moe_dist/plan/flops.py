@@ -1,9 +1,9 @@
-"""Counts parameters and FLOPs of the transformer from its configuration. Imports no torch.
+"""Counts the parameters and FLOPs of the transformer from its configuration. Imports no torch.
 
-A multiplication and an addition are two FLOPs. Matrix products are counted. Norms, softmax, SwiGLU's product and the
-weighting of expert outputs are not counted, because together they take below 1 % of the FLOPs. Attention scores are counted
-for all positions of the sequence, like PaLM's model FLOPs; kernels that skip masked positions compute fewer scores. Shape
-letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's hidden width, V vocabulary.
+A multiplication and an addition count as two FLOPs. Only matrix products are counted. Norms, softmax, SwiGLU's product and
+the weighting of expert outputs are left out: together they take below 1 % of the FLOPs. Attention scores are counted for
+all positions of the sequence, as in PaLM's model FLOPs; kernels that skip masked positions compute fewer scores. Shape
+letters: S sequence length, D hidden size, H query heads, d head width, F an FFN's width, V vocabulary.
 """
 
 import math
@@ -17,17 +17,17 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.policies import expert_groups
 
 Recompute = Literal["none", "experts", "block"]
-ROUTER_BUFFERS = ("threshold", "statistics")  # tensors of routers that are no parameters
+ROUTER_BUFFERS = ("threshold", "statistics")  # tensors of routers that are not parameters
 
 
 def adapter_parameters(section: Any, widths: Mapping[str, tuple[int, int]]) -> int:
-    """Returns the number of parameters of a LoRA section's adapters; 0 if `section` is None. `widths` has the numbers of
-    inputs and outputs of each projection."""
+    """Returns the number of parameters in the adapters of a LoRA section; 0 if `section` is None. `widths` maps each
+    projection to its numbers of inputs and outputs."""
     return 0 if section is None else sum(section.rank * sum(widths[target]) for target in section.targets)
 
 
 def expert_parameters(model: ModelSection) -> dict[str, int]:
-    """Returns, for each group, the number of parameters of one true expert."""
+    """Returns, for each group, the number of parameters in one true expert."""
     dim, experts = model.hidden_dim, model.moe.experts
     if not experts.over_frozen_ffn:
         groups = model.moe.groups.items()
@@ -39,29 +39,29 @@ def expert_parameters(model: ModelSection) -> dict[str, int]:
 
 
 def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns the number of parameters of the adapters on `experts` experts of each group, over all MoE layers, without the
-    adapters of the shared expert. An adapter that experts share counts once for each of these experts."""
+    """Returns the number of parameters in the adapters on `experts` experts of each group, over all MoE layers. Adapters of
+    the shared expert are left out. An adapter that experts share counts once for each of these experts."""
     section, dim = model.moe.experts, model.hidden_dim
     groups = model.moe.groups.items()
     return len(model.moe_layers) * sum(section.adapter_parameters(dim, g.ffn_dim) * experts[name] for name, g in groups)
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns the number of parameters in `expert_adapters` that only the ranks of the adapters' experts hold. An adapter
-    that all experts share is on every rank and is left out."""
+    """Returns the number of those parameters in `expert_adapters` that exist only on the ranks of the adapters' experts. An
+    adapter that all experts share is on every rank, so it is left out."""
     return 0 if model.moe.experts.adapter_is_shared else expert_adapters(model, experts)
 
 
 def _replicated_adapters(model: ModelSection) -> float:
-    """Returns the number of parameters of adapters on attention and on the shared expert, and of adapters that experts
-    share."""
+    """Returns the number of parameters in adapters that every rank has: on attention, on the shared expert, and those that
+    experts share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
     found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.adapter_is_shared else 0
     return found + len(model.moe_layers) * 3 * section.shared_expert_rank * (model.hidden_dim + model.moe.shared_ffn_dim)
 
 
 def ffn_dim_for_all(model: ModelSection) -> int:
-    """Returns the width of an MoE layer's FFN for all tokens: the shared expert, or the FFN under LoRA experts."""
+    """Returns the width of an MoE layer's FFN for all tokens: of the shared expert, or of the FFN under LoRA experts."""
     moe = model.moe
     return next(iter(moe.groups.values())).ffn_dim if moe.experts.over_frozen_ffn else moe.shared_ffn_dim
 
@@ -80,7 +80,7 @@ def layers_passed_by(model: ModelSection) -> float:
 
 
 def depth_router(model: ModelSection) -> int:
-    """Returns the parameters of all mixture-of-depths routers; every token uses all of them."""
+    """Returns the number of parameters in all mixture-of-depths routers. Every token uses all of them."""
     depths, dim = model.mixture_of_depths, model.hidden_dim
     auxiliary = max(1, dim // 2) * (dim + 1) if depths is not None and depths.causal == "auxiliary" else 0
     return len(model.depth_layers) * (dim + auxiliary)
@@ -88,18 +88,18 @@ def depth_router(model: ModelSection) -> int:
 
 @dataclass(frozen=True)
 class Parts:
-    """Parameters or FLOPs of each part of the model, over all layers."""
+    """The number of parameters or FLOPs of each part of the model, over all layers."""
 
-    embedding: float = 0  # embedding table; if tied, it is also the output projection
-    attention: float = 0  # projections with biases and norms; its FLOPs include queries x keys and scores x values
+    embedding: float = 0  # embedding table; if tied, it also serves as the output projection
+    attention: float = 0  # projections with biases and norms; FLOPs also include queries x keys and scores x values
     router: float = 0
     experts: float = 0
     free: float = 0  # vectors and gates of constant experts
-    shared: float = 0  # shared expert; with LoRA experts the frozen FFN
+    shared: float = 0  # the shared expert or, with LoRA experts, the frozen FFN
     dense_ffn: float = 0
     norms: float = 0
-    output: float = 0  # output projection; if tied, it has FLOPs but no parameters of its own
-    adapters: float = 0  # LoRA experts, and LoRA on attention and experts
+    output: float = 0  # output projection; if tied, it has FLOPs, but its parameters count as `embedding`
+    adapters: float = 0  # LoRA experts, and LoRA adapters on attention and on experts
 
     @property
     def total(self) -> float:
@@ -107,14 +107,14 @@ class Parts:
 
 
 def expected_experts(groups: Sequence[ExpertGroup]) -> dict[str, float]:
-    """Returns the mean number of true experts of a token of each group if routing is uniform (see `ExpertGroup`)."""
+    """Returns the mean number of true experts per token, for each group, under uniform routing (see `ExpertGroup`)."""
     return {group.name: group.expected_experts_per_token for group in groups}
 
 
 def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None = None) -> Parts:
-    """Returns the number of parameters of each part of the model. The part of routers includes the rows of zero-computation
-    experts. `experts_held` is the number of experts per layer to count, by group. It may be fractional; by default all
-    experts count."""
+    """Returns the number of parameters of each part of the model. The routers' part includes rows of zero-computation
+    experts. `experts_held` gives, for each group, the number of experts per layer that are counted. It may be fractional.
+    By default all experts are counted."""
     dim, moe, groups, num_moe_layers = model.hidden_dim, model.moe, expert_groups(model.moe), len(model.moe_layers)
     held = experts_held if experts_held is not None else {group.name: group.num_experts for group in groups}
     attention = sum(i * o for i, o in model.attention_widths.values()) + model.attention.num_vectors(model)
@@ -140,11 +140,11 @@ def parameters(model: ModelSection, *, experts_held: Mapping[str, float] | None 
 def active_parameters(
     model: ModelSection, *, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Returns the mean number of parameters that a token uses, without the experts and layers that it does not use.
+    """Returns the mean number of parameters that a token uses. Experts and layers that it does not use are left out.
 
     Args:
-        experts_per_token: Mean number of true experts that a token takes, by group.
-        token_share: Share of all tokens that belong to each group.
+        experts_per_token: Mean number of true experts per token, by group.
+        token_share: Fraction of all tokens that belong to each group.
     """
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
     met, passed_by, depths = parameters(model, experts_held=taken), layers_passed_by(model), depth_router(model)
@@ -165,19 +165,19 @@ def active_parameters(
 def forward_flops(
     model: ModelSection, *, seq_len: int, experts_per_token: Mapping[str, float], token_share: Mapping[str, float]
 ) -> Parts:
-    """Returns forward FLOPs per token in each part of the model. `active_parameters` describes `experts_per_token` and
+    """Returns the forward FLOPs per token in each part of the model. `active_parameters` explains `experts_per_token` and
     `token_share`.
 
-    A product with a weight of n elements takes 2 n FLOPs per token. Attention adds 2 H d S FLOPs per token for the scores
-    and 2 H d S for the values. Every token uses the router rows and the constant experts of all groups.
+    A product with a weight of n elements takes 2 n FLOPs per token. Attention takes another 2 H d S FLOPs per token for the
+    scores and 2 H d S for the values. Every token uses the router rows and constant experts of all groups.
     """
     weights = active_parameters(model, experts_per_token=experts_per_token, token_share=token_share)
     taken = {name: experts * token_share[name] for name, experts in experts_per_token.items()}
-    # A token multiplies by the shared adapter once for each expert that it takes, but `weights` counts the adapter once.
+    # A token multiplies by the shared adapter once for each expert that it takes, but `weights` contains the adapter once.
     beyond_one = {name: each - 1 for name, each in taken.items()}
     repeated = expert_adapters(model, beyond_one) - own_adapters(model, beyond_one)
     projections = sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    # In a mixture-of-depths layer a share c of the tokens attends to a share c of the positions: c^2 of all scores.
+    # In a mixture-of-depths layer, a fraction c of the tokens attends to a fraction c of the positions: c^2 of all scores.
     share = model.mixture_of_depths.capacity if model.mixture_of_depths is not None else 1.0
     attending = model.num_layers - len(model.depth_layers) * (1 - share**2)
     return Parts(
@@ -193,8 +193,8 @@ def forward_flops(
 
 
 def _score_flops(model: ModelSection, seq_len: int) -> float:
-    """Returns FLOPs per token of the two products in attention, queries with keys and softmax with values. The result is
-    the mean over layers, because a layer with a sliding window multiplies at most as many keys as the window has."""
+    """Returns the FLOPs per token of the two products in attention: queries with keys, and softmax with values. The result
+    is a mean over layers, because a sliding window limits the number of keys in its layer."""
     keys = sum(min(seq_len, window or seq_len) for window in model.windows) / model.num_layers
     return 2 * model.attention.score_width(model) * keys
 
@@ -208,15 +208,15 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
 
 
 def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: Sequence[int]) -> float:
-    """Returns the FLOPs per token that training of all parameters computes, but router tuning does not.
+    """Returns the FLOPs per token that training all parameters would compute, but router tuning does not.
 
-    Backward ends at the first tuned layer, which is nearest to the input. In the first tuned layer, the router computes its
-    weights' gradient, and the experts compute their input's gradient, because one autograd node exchanges rows and weights
-    together. In the layers after the first tuned layer, a product with a frozen weight computes only its input's gradient,
-    which costs as much as forward. Attention scores are products of two activations, and backward computes both gradients.
+    Backward ends at the first tuned layer, the one nearest to the input. There the router computes its weights' gradient,
+    and the experts compute their input's gradient, because one autograd node exchanges rows and weights together. In later
+    layers, a product with a frozen weight computes only its input's gradient, which costs as much as forward. Attention
+    scores are products of two activations, for which backward computes both gradients.
 
     Args:
-        forward: Result of `forward_flops` for a model without mixture of depths.
+        forward: Result of `forward_flops` for a model that has no mixture of depths.
         tuned: Indices of the layers whose routers are trained.
     """
     lowest, num_moe_layers = min(tuned), len(model.moe_layers)
@@ -231,18 +231,18 @@ def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: S
 
 
 def tuned_layers(config: Config) -> tuple[int, ...] | None:
-    """Returns the indices of the layers whose routers are trained, if the run trains only routers; else None."""
+    """Returns the indices of the layers whose routers are trained if the run trains only routers; else None."""
     return None if config.router_tuning is None else config.router_tuning.chosen_layers(config.model.moe_layers)
 
 
 def flops_left_out(config: Config, forward: Parts) -> float:
-    """Returns the FLOPs per token that a run saves by training only adapters or routers instead of all parameters."""
+    """Returns the FLOPs per token that a run saves if it trains only adapters or routers instead of all parameters."""
     model, seq_len, tuned = config.model, config.data.seq_len, tuned_layers(config)
     if tuned is None:
         return frozen_flops(model, forward, seq_len=seq_len)
     untuned = untuned_flops(model, forward, seq_len=seq_len, tuned=tuned)
     assert config.router_tuning is not None, "it has the tuned layers"
-    # Forward and backward of the output layer then compute only a few rows of the vocabulary.
+    # In this case forward and backward of the output layer compute only a few rows of the vocabulary.
     return untuned if config.router_tuning.over_vocabulary else untuned + 2 * forward.output
 
 
@@ -257,15 +257,15 @@ def model_flops_per_token(
 
 
 def training_flops(forward: Parts, *, recompute: Recompute = "none", frozen: float = 0.0) -> float:
-    """Returns FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus recomputation.
-    The FLOPs of recomputation are an upper bound: these FLOPs include the last product of a recomputed module, which
-    backward does not repeat.
+    """Returns the FLOPs per token of forward and backward: three times the forward FLOPs, minus `frozen`, plus
+    recomputation. The FLOPs of recomputation are an upper bound, because they include the last product of a recomputed
+    module, which backward does not repeat.
 
-    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation: use `recompute="none"`.
-    `frozen` is the result of `frozen_flops` or `untuned_flops`."""
+    Model FLOPs utilisation (Chowdhery et al. 2022, appendix B) does not count recomputation, so use `recompute="none"` for
+    it. `frozen` is the result of `frozen_flops` or `untuned_flops`."""
     repeated = {
         "none": 0.0,
-        # LoRA experts are counted as `adapters`. With LoRA experts, `experts` is 0, and `shared` is the frozen FFN.
+        # LoRA experts are counted as `adapters`. `experts` is then 0, and `shared` is the frozen FFN.
         "experts": forward.experts or forward.shared + forward.adapters,
         "block": forward.attention + forward.router + forward.experts + forward.free + forward.shared + forward.adapters,
     }[recompute]

@@ -1,4 +1,4 @@
-"""Checks packages, the group of `run.group`, and secrets of this machine for a configuration. Imports no torch."""
+"""Checks that this machine fits a configuration: packages, the group `run.group`, and secrets. Imports no torch."""
 
 import grp
 import importlib.util
@@ -13,7 +13,7 @@ from moe_dist.runtime.secrets import secrets_of
 
 
 def host_violations(config: Config) -> list[Violation]:
-    """Returns the rules that the configuration violates on this machine."""
+    """Returns the rules that a configuration violates on this machine."""
     return [
         *_device_violations(config),
         *_package_violations(config),
@@ -23,7 +23,7 @@ def host_violations(config: Config) -> list[Violation]:
 
 
 def _device_violations(config: Config) -> Iterator[Violation]:
-    """Finds kernels that do not run on the configured device, or not on sharded parameters."""
+    """Yields violations for kernels that cannot run on the configured device, or cannot handle sharded parameters."""
     on_cpu = config.parallel.device == "cpu"
     apex, device = config.optimizer.needs_apex, "parallel.device"
     if apex and config.parallel.data == "fsdp2":
@@ -47,8 +47,8 @@ def _device_violations(config: Config) -> Iterator[Violation]:
 
 
 def _package_violations(config: Config) -> Iterator[Violation]:
-    """Yields the packages that the run needs and this machine lacks. Imports none of them. Yields nothing on a machine
-    without torch, because the ranks then run on other machines."""
+    """Yields violations for packages that the run needs but this machine lacks. Imports none of them. Yields nothing on a
+    machine without torch, because then the ranks run on other machines."""
     if importlib.util.find_spec("torch") is None:
         return
     dispatch, engine, kernels = config.parallel.dispatch, config.engine, config.parallel.kernels.kind
@@ -80,7 +80,7 @@ def installed(module: str) -> bool:
 
 
 def group_violations(config: Config) -> list[Violation]:
-    """Checks that the Unix group `run.group` exists, and that this user may set it as the group of files."""
+    """Checks that the Unix group `run.group` exists, and that this user may assign files to it."""
     name = config.run.group
     if name is None:
         return []
@@ -95,7 +95,7 @@ def group_violations(config: Config) -> list[Violation]:
 
 
 def _secret_violations(config: Config) -> list[Violation]:
-    """Finds values of secret environment variables in the configuration, which run folder and checkpoints save."""
+    """Finds values of secret environment variables in the configuration, which is saved in run folder and checkpoints."""
     found = secrets_of(os.environ)
     return [
         Violation(
@@ -110,7 +110,7 @@ def _secret_violations(config: Config) -> list[Violation]:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, text) for each text of a configuration. Keys of mappings count as texts too."""
+    """Yields (dotted key, text) for each text in a configuration. Keys of mappings also count as texts."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):

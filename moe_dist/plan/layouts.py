@@ -1,4 +1,4 @@
-"""Lists the layouts of a configuration on a number of GPUs. Imports no torch."""
+"""Lists the possible layouts of a configuration on a given number of GPUs. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from moe_dist.plan.rates import GUIDE, Rates
 
 
 def gpu_counts(low: int, high: int) -> list[int]:
-    """Returns `low`, its doublings up to `high`, and `high`."""
+    """Returns the numbers of GPUs to plan for: `low`, its doublings up to `high`, and `high`."""
     if low < 1:
         given = str(low) if low == high else f"{low}..{high}"
         raise ConfigError(f"--gpus {given}: must be 1 or more; write a number (8) or a range (8..64)", see=GUIDE)
@@ -28,7 +28,7 @@ def gpu_counts(low: int, high: int) -> list[int]:
 
 
 def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -> Iterator[tuple[Config, ExpertPlacement]]:
-    """Yields the layouts on `gpus` GPUs that the rules of the configuration may allow."""
+    """Yields the layouts on `gpus` GPUs that the configuration's rules may allow."""
     experts = sum(group.num_experts for group in expert_groups(config.model.moe))
     sizes = [1] if config.model.moe.experts.replicated else [n for n in range(1, min(gpus, experts) + 1) if gpus % n == 0]
     per_rank = config.train.global_batch // gpus
@@ -48,7 +48,7 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
                                 "fsdp_gather": gather,
                                 "recompute": recompute,
                                 "dispatch": dispatch,
-                                # two_batch_overlap needs all_to_all, and the planner does not time it
+                                # two_batch_overlap works only with all_to_all, and the planner does not model its time
                                 "two_batch_overlap": False,
                             }
                         )
@@ -72,15 +72,15 @@ def _dispatchers(config: Config, ep: int, rates: Rates) -> list[DispatchSection]
 
 
 class Placements:
-    """The placements for each EP size: interleaved, pinned (with several groups), and one for measured loads. Each is made
-    once. `solved` returns the slots of a placement for measured loads at an EP size; None without a trace."""
+    """The placements for each EP size: interleaved, pinned (if there are several groups), and one for measured loads. Each
+    is made once. `solved` returns the slots for measured loads at an EP size; it is None without a trace."""
 
     def __init__(self, config: Config, token_mix: Mapping[str, int], solved: Any = None) -> None:
         self._config, self._mix, self._solved = config, token_mix, solved
         self._made: dict[int, list[tuple[PlacementSection, ExpertPlacement]]] = {}
 
     def of(self, ep: int) -> list[tuple[PlacementSection, ExpertPlacement]]:
-        """Returns pairs of a section `placement` and the placement made from it, for an EP size."""
+        """Returns, for an EP size, pairs of a section `placement` and the placement that is made from it."""
         if ep not in self._made:
             self._made[ep] = list(self._make(ep))
         return self._made[ep]
@@ -100,4 +100,4 @@ class Placements:
             try:
                 yield section, make_placement(section, groups, num_ranks=ep, token_mix=self._mix)
             except ConfigError:
-                continue  # a pinned placement needs a rank for each group
+                continue  # a pinned placement is impossible if there are fewer ranks than groups

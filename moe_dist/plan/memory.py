@@ -1,9 +1,9 @@
 """Estimates the memory of a training rank from the configuration. Imports no torch.
 
-The memory of weights, gradients and optimizer is exact: fp32 master weights, fp32 gradients and AdamW's two moments of the
-rank's parameters. Muon keeps one moment of the matrices of attention, FFNs and experts. Frozen parameters have only
-weights. The memory of activations is an estimate of the tensors that autograd keeps for one micro-batch. The table has
-elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
+The memory of weights, gradients and optimizer is exact: a rank has fp32 master weights, fp32 gradients and AdamW's two
+moments of its parameters. Muon has only one moment for each matrix of attention, FFNs and experts. Frozen parameters have
+only weights. The memory of activations is an estimate: it counts the tensors that autograd keeps for one micro-batch. The
+table gives the number of elements per token, each of `a` bytes (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
                 2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same of latent attention
@@ -18,27 +18,27 @@ elements per token, of `a` bytes each (2 in bf16, 4 in fp32):
                                                                 sequence v, and 8 v bytes in fp32
 
 With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less, as the next table shows. With
-`parallel.compile` only its line MoE applies, because torch fuses attention and output itself:
+`parallel.compile` only the table's line MoE applies, because torch itself fuses attention and output:
 
     attention   D + 2 (H + H_kv) d (3, not 2, with qk_norm)     neither the norm, if there are no biases (else 2 D), nor
                                                                 the projections before the rotation
     MoE         2 D + 4 D bytes in fp32 + pairs (D + 3 F)       neither rows nor the pairs' outputs
     output      D + 2 V                                         no fp32 logits
 
-With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` autograd
-keeps only the inputs of a layer's attention and of its MoE layer or FFN, and the returned rows. Recomputed tensors exist
-only for one layer at a time. They never exist together with the output layer's tensors, which backward frees first. If only
-routers are trained, autograd keeps no inputs of frozen weights, and no tensors of layers before the first trained router.
-`recompute: block` cannot recompute the layer of the first trained router, since the layer's input has no gradient:
+With `recompute: experts` autograd does not keep the tensors of (token, expert) pairs. With `recompute: block` it keeps only
+the inputs of each layer's attention and of its MoE layer or FFN, and the returned rows. Recomputed tensors exist only for
+one layer at a time, and never together with the output layer's tensors, which backward frees first. If only routers are
+trained, autograd keeps neither inputs of frozen weights nor tensors of layers before the first trained router. `recompute:
+block` cannot recompute the layer of the first trained router, since its input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the first such layer
                 D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the first
     dense FFN   D + 3 F
 
-With `device: cpu` torch keeps more, except in router tuning: each of the layers' 2 L norms keeps its output before the
-weight (D), and each attention keeps the document mask in the dtype of its inputs (S elements per token). Allocator slack,
-kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
+With `device: cpu` torch keeps more, except in router tuning: each of the 2 L norms in layers keeps its output before the
+multiplication by the weight (D), and each attention keeps the document mask in its inputs' dtype (S elements per token).
+Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
 """
 
 from collections.abc import Mapping
@@ -57,19 +57,19 @@ ITEMSIZE: dict[Literal["fp32", "bf16"], int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of memory on one rank by their use; the bytes of activations are an estimate."""
+    """Numbers of bytes that one rank uses for each purpose. The bytes of activations are an estimate."""
 
     parameters: float  # fp32 master weights
-    gradients: float  # fp32 gradients; with fsdp_gather=step also gradients of gathered parameters
+    gradients: float  # fp32 gradients; with fsdp_gather=step also the gradients of gathered parameters
     optimizer: float
-    # Weights in the compute dtype during a micro-batch. DDP: in bf16 copies of all weights, in fp32 no copies. FSDP2: the
-    # weights of two units, or of all units with fsdp_gather=step; in bf16 with edp=1 also all experts, because FSDP2 does
+    # Weights in the compute dtype during a micro-batch. DDP: copies of all weights in bf16, no copies in fp32. FSDP2: the
+    # weights of two units, or of all units with fsdp_gather=step; with edp=1 in bf16 also all experts, because FSDP2 does
     # not shard them. The weights of replicas are included.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
-    exchange_bound: float  # send and receive buffers of one layer, if every token goes to one rank; not part of `total`
-    # Bytes that `total` leaves out. In a step of a single micro-batch, backward frees activations while it makes gradients,
-    # so not all of both exist at once. Gradients in DDP's buckets count in full, because the buckets always exist.
+    exchange_bound: float  # bytes of one layer's send and receive buffers if every token goes to one rank; not in `total`
+    # Bytes that `total` leaves out. In a step with one micro-batch, backward frees activations while it makes gradients, so
+    # not all of both exist at once. Gradients in DDP's buckets count in full, because the buckets always exist.
     in_turn: float = 0.0
 
     @property
@@ -78,8 +78,8 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Estimates the memory of the rank at position `rank` of an EP group. `rows` and `pairs` are expected numbers, per own
-    token, of rows that the rank receives and of (token, expert) pairs that it computes."""
+    """Estimates the memory of the rank at position `rank` of an EP group. `rows` is the expected number of rows that it
+    receives, and `pairs` of (token, expert) pairs that it computes, both divided by the number of its own tokens."""
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
     held, trained = (each(config, placement, rank=rank) for each in (held_parameters, trained_parameters))
@@ -105,8 +105,8 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
-    over all ranks, and experts with adapters of their own over the edp ranks, which hold the same experts. Routers are not
-    sharded."""
+    over all ranks. It shards experts, with those adapters that belong to single experts, over the edp ranks, which have the
+    same experts. Routers are not sharded."""
     parts = parameters(config.model, experts_held=held_experts(placement, rank))
     experts = parts.experts + own_adapters(config.model, held_experts(placement, rank))
     return parts.router + _sharded(config, parts.total - parts.router - experts, experts)
@@ -120,12 +120,12 @@ def _sharded(config: Config, dense: float, experts: float) -> float:
 
 
 def _with_one_moment(config: Config, experts_held: dict[str, float] | None = None) -> tuple[float, float]:
-    """Returns the numbers of dense and of expert parameters for which the optimizer keeps one moment instead of two."""
+    """Returns how many dense and how many expert parameters have one moment instead of two in the optimizer."""
     if not config.optimizer.orthogonal:
         return 0.0, 0.0
     model, parts = config.model, parameters(config.model, experts_held=experts_held)
     attention = model.num_layers * sum(inputs * outputs for inputs, outputs in model.attention_widths.values())
-    # the gate of a shared expert is a vector
+    # the gate of a shared expert is a vector, so it has two moments
     shared = parts.shared - len(model.moe_layers) * model.hidden_dim * model.moe.shared_gate
     held = experts_held or {name: group.num_experts for name, group in model.moe.groups.items()}
     groups, each = model.moe.groups.items(), model.moe.experts.num_biases
@@ -134,7 +134,7 @@ def _with_one_moment(config: Config, experts_held: dict[str, float] | None = Non
 
 
 class Trained(NamedTuple):
-    """Numbers of trained parameters before FSDP2 shards them: routers, other parts that all ranks have, and experts."""
+    """Numbers of trained parameters before FSDP2 shards them: in routers, other parts that all ranks have, and experts."""
 
     router: float
     dense: float
@@ -142,8 +142,8 @@ class Trained(NamedTuple):
 
 
 def trained_parts(config: Config, experts_held: Mapping[str, float]) -> Trained:
-    """Returns the trained parameters of a rank with `experts_held` experts of each group, and their adapters: all
-    parameters, only adapters and routers, or some routers."""
+    """Returns the trained parameters of a rank that has `experts_held` experts of each group and their adapters. A run
+    trains all parameters, only adapters and routers, or only some routers."""
     if config.router_tuning is not None:
         return Trained(tuned_parameters(config), 0.0, 0.0)
     parts, own = parameters(config.model, experts_held=experts_held), own_adapters(config.model, experts_held)
@@ -153,19 +153,19 @@ def trained_parts(config: Config, experts_held: Mapping[str, float]) -> Trained:
 
 
 def trained_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
-    """Returns the number of trained parameters on a rank, as `held_parameters` counts them."""
+    """Returns the number of trained parameters on a rank. They are counted as in `held_parameters`."""
     trained = trained_parts(config, held_experts(placement, rank))
     return trained.router + _sharded(config, trained.dense, trained.experts)
 
 
 def tuned_parameters(config: Config) -> float:
-    """Returns the number of parameters that router tuning trains, on every rank. All layers' routers are equally large."""
+    """Returns the number of parameters that router tuning trains on every rank. All layers' routers are equally large."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 
 def checkpoint_bytes(config: Config) -> float:
-    """Returns the size of one checkpoint over all ranks: weights in fp32, and moments. A run that trains adapters saves no
-    frozen weights. Router tuning saves all weights, and the moments of the trained routers."""
+    """Returns the size in bytes of one checkpoint of all ranks: fp32 weights, and moments. A run that trains adapters saves
+    no frozen weights. Router tuning saves all weights, and the moments of the trained routers."""
     parts, moment = parameters(config.model), ITEMSIZE[config.optimizer.moments]
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * 2 * moment
@@ -175,7 +175,7 @@ def checkpoint_bytes(config: Config) -> float:
 
 
 def folder_bytes(config: Config) -> int:
-    """Returns the largest size of a run's checkpoints: `checkpoint.keep` checkpoints, and one that is being written."""
+    """Returns the largest total size of a run's checkpoints: `checkpoint.keep` of them, and one that is being written."""
     return (config.checkpoint.keep + 1) * round(checkpoint_bytes(config))
 
 
@@ -189,7 +189,7 @@ def _gathers_once(config: Config) -> bool:
 
 
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
-    """Returns the number of trained parameters that the rank computes with and FSDP2 shards."""
+    """Returns how many trained parameters that FSDP2 shards are gathered on a rank, because it computes with them."""
     model, held = config.model, held_experts(placement, rank)
     parts, alone = parameters(model, experts_held=held), config.parallel.edp == 1  # with edp=1 FSDP2 does not shard experts
     if model.has_adapters or config.router_tuning:
@@ -201,7 +201,7 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     model, held = config.model, held_experts(placement, rank)
     parts = parameters(model, experts_held=held)
     experts = parts.experts + own_adapters(model, held)
-    plain = experts if config.parallel.edp == 1 else 0.0  # FSDP2 does not shard these
+    plain = experts if config.parallel.edp == 1 else 0.0  # parameters that FSDP2 does not shard
     kept = plain if ITEMSIZE[config.parallel.precision] < FP32 else 0.0
     if _gathers_once(config):
         return parts.total - parts.router - plain + kept
@@ -210,14 +210,14 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     attention = parts.attention / model.num_layers
     moe = (parts.experts + parts.adapters - plain + parts.free + parts.shared) / len(model.moe_layers)
     ffn = parts.dense_ffn / max(1, model.num_dense_layers)
-    # FSDP2 keeps the weights of the root unit (embedding, output) gathered, and gathers the next layer's weights during a
-    # layer.
+    # FSDP2 keeps the weights of the root unit (embedding, output) gathered. During a layer it gathers the next layer's
+    # weights.
     return parts.embedding + parts.output + attention + max(moe, ffn) + kept
 
 
 def _replicas(config: Config) -> float:
-    """Returns the largest number of parameters of replicas that a rank keeps until backward, plus the gradients of one
-    layer's replicas."""
+    """Returns the largest number of parameters in replicas that a rank keeps until backward, plus the number of gradients
+    of one layer's replicas."""
     section, model = config.rank_balance.replicating, config.model
     if section is None or config.parallel.ep == 1:
         return 0.0
@@ -228,7 +228,7 @@ def _replicas(config: Config) -> float:
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:
     layers = layer_bytes_per_token(config, rows, pairs)
-    return layers.kept + max(layers.once, output_bytes_per_token(config))  # backward first frees the output layer's tensors
+    return layers.kept + max(layers.once, output_bytes_per_token(config))  # backward frees the output layer's tensors first
 
 
 class LayerBytes(NamedTuple):
@@ -239,7 +239,7 @@ class LayerBytes(NamedTuple):
 
 
 def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerBytes:
-    """Returns the bytes per token of the tensors that autograd keeps, and of the tensors that it recomputes."""
+    """Returns the bytes per token of the tensors that autograd keeps, and of those that it recomputes."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0
@@ -282,19 +282,19 @@ def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerByt
 
 
 def _has_triton(config: Config) -> bool:
-    """Returns whether the run uses Triton kernels. A run in bf16 that states no device is assumed to have GPUs."""
+    """Returns whether the run uses Triton kernels. A run in bf16 without a configured device is assumed to have GPUs."""
     parallel = config.parallel
     on_gpu = parallel.device == "cuda" or (parallel.device == "auto" and parallel.precision == "bf16")
     return config.engine.own_kernels and on_gpu and parallel.kernels.kind != "torch"
 
 
 def _has_dense_kernels(config: Config) -> bool:
-    """Whether norms, rotary embedding and loss run Triton kernels; they do not if the model is compiled."""
+    """Returns whether Triton kernels compute norms, rotary embedding and loss. They do not if the model is compiled."""
     return _has_triton(config) and not config.parallel.compile
 
 
 def output_bytes_per_token(config: Config) -> float:
-    """Returns the bytes per token that the output projection and the cross entropy keep."""
+    """Returns the bytes per token that autograd keeps for the output projection and the cross entropy."""
     model, a = config.model, ITEMSIZE[config.parallel.precision]
     if config.router_tuning is not None and not config.router_tuning.over_vocabulary:
         return a * model.hidden_dim  # and a few logits
@@ -307,7 +307,7 @@ def output_bytes_per_token(config: Config) -> float:
 
 
 def _mean_ffn(model: ModelSection) -> float:
-    """Returns the mean FFN width over (token, expert) pairs, if routing is uniform and groups get equally many tokens."""
+    """Returns the mean FFN width over (token, expert) pairs, if routing is uniform and groups have equal token numbers."""
     groups = expert_groups(model.moe)
     pairs = [group.expected_experts_per_token for group in groups]
     return sum(p * group.ffn_dim for p, group in zip(pairs, groups, strict=True)) / sum(pairs)

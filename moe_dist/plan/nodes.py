@@ -1,5 +1,5 @@
-"""Assigns ranks to nodes that meet the requirements of the ranks' expert groups. All ranks of an EP group stay in one
-domain of fast interconnect. Pure functions."""
+"""Assigns ranks to nodes that have the properties which the ranks' expert groups require. All ranks of an EP group stay in
+one domain of fast interconnect. All functions are pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +15,18 @@ class Demand:
 
     feature: str | None = None  # Slurm feature
     labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
-    owner: str = ""  # expert group that needs the node for itself; '' if none does
+    owner: str = ""  # expert group whose ranks share the node with no other group; '' if there is none
 
 
 def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
-    """Returns the names of the expert groups that have experts on the global rank `rank`."""
+    """Returns the names of the groups that have experts on the rank with the global index `rank`."""
     position = rank % placement.num_ranks
     return tuple(group.name for group in placement.groups if placement.local_experts(position, group))
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """Returns the demand of each position in an EP group. Only one group can make demands on a rank's node, because only
-    pinned groups make demands, and pinned groups share no rank."""
+    """Returns the demand of each position in an EP group. Only one group can make demands on a rank's node: only pinned
+    groups make demands, and they share no ranks."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }
@@ -46,17 +46,17 @@ def pack(
     domain_nodes: int | None,
     stage: int | None = None,
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Assigns ranks to nodes, one block of EP groups after the other. A block has as many EP groups as fit into a domain of
-    fast interconnect; without domains, all EP groups are one block. If a domain has room for a whole pipeline stage, no
-    stage is split between two blocks of EP groups. Raises ConfigError if one EP group needs more nodes than a domain has.
+    """Assigns ranks to nodes, one block of EP groups after another. A block has as many EP groups as fit into a domain of
+    fast interconnect. Without domains, all EP groups are one block. If a whole pipeline stage fits into a domain, no stage
+    is split between two blocks. Raises ConfigError if one EP group needs more nodes than a domain has.
 
     Args:
-        domain_nodes: Number of nodes in a domain of fast interconnect; None if no domain is declared.
-        stage: Number of EP groups in a pipeline stage, a divisor of `edp`; `edp` or None without a pipeline.
+        domain_nodes: Number of nodes in a domain of fast interconnect; None if no domains are declared.
+        stage: Number of EP groups in a pipeline stage, a divisor of `edp`. Without a pipeline, `edp` or None.
 
     Returns:
-        Demand and ranks of each node. A node's ranks are in the order of local ranks; a block's nodes are in the order of
-            their first ranks.
+        The demand and the ranks of each node. A node's ranks are in the order of local ranks. The nodes of a block are in
+            the order of their first ranks.
     """
     ep = len(demand_of_position)
     if domain_nodes is None:
@@ -81,8 +81,8 @@ def pack(
 def _pack_block(
     demand_of_position: Sequence[Demand], ep_groups: range, ranks_per_node: int
 ) -> list[tuple[Demand, tuple[int, ...]]]:
-    """Places ranks with a demand first; different demands get different nodes. Ranks without a demand then fill the free
-    places: first on nodes with ranks of the same EP group, then on all other used nodes, and last on new nodes."""
+    """Places ranks with a demand first, and ranks with different demands on different nodes. Then places ranks without a
+    demand: first on nodes with ranks of the same EP group, then on all other used nodes, and last on new nodes."""
     ep = len(demand_of_position)
     nodes: list[tuple[Demand, list[int]]] = []
     ranks = [(group * ep + position, demand) for group in ep_groups for position, demand in enumerate(demand_of_position)]

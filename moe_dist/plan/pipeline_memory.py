@@ -1,4 +1,4 @@
-"""Estimates the memory of a rank with tensor, pipeline and context parallelism (engine.kind=megatron). Imports no torch.
+"""Estimates a rank's memory under tensor, pipeline and context parallelism (engine.kind=megatron). Imports no torch.
 
     weights      experts / pp, and (attention, dense and shared FFNs) / (tp pp); routers and norms / pp; embedding or
                  output / tp
@@ -8,7 +8,7 @@
     activations  as in `moe_dist.plan.memory`, for the layers of a stage and the tokens of a rank, times the micro-batches
                  that the first stage holds at once: pp, or pp + (pp - 1) / vpp if interleaved
 
-All pipeline stages are assumed to have equally many MoE layers.
+The estimate assumes that all pipeline stages have equally many MoE layers.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ from moe_dist.plan.memory import FP32, ITEMSIZE, RankMemory, held_experts, layer
 
 
 def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Returns the memory of the rank at position `rank` of an EP group. The arguments are as in `rank_memory`."""
+    """Returns the memory of the rank at position `rank` of an EP group. For the arguments see `rank_memory`."""
     engine: Any = config.engine
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     parts = parameters(config.model, experts_held=held_experts(placement, rank))
@@ -32,12 +32,12 @@ def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows:
     shards = (ranks * engine.cp, parallel.edp // engine.pp) if engine.distributed_optimizer else (1, 1)
     updated = dense / shards[0] + experts / shards[1]
     held = dense + experts
-    half = itemsize < FP32  # if true, the optimizer has fp32 weights besides the bf16 weights of the computation
+    half = itemsize < FP32  # if True, the optimizer has fp32 copies of the bf16 weights that the computation uses
     micro_batches = config.train.global_batch // (config.train.micro_batch * ranks)
     at_once = min(micro_batches, engine.pp + (engine.pp - 1) / engine.vpp if engine.vpp > 1 else engine.pp)
     tokens = config.train.micro_batch * config.data.seq_len / (engine.tp * engine.cp)
     layers = sum(layer_bytes_per_token(config, rows, pairs)) / engine.pp
-    # The first stage holds the most micro-batches, but the last stage has the output.
+    # The first stage has the most micro-batches at once, but only the last stage has the output layer.
     output = output_bytes_per_token(config) if engine.pp == 1 else 0.0
     return RankMemory(
         parameters=(updated if half else held) * FP32,

@@ -1,9 +1,9 @@
-"""Estimates the costs of pinned placement (expert groups on ranks of their own) and interleaved placement (every group on
-all ranks) for the token mix of the training data (the number of tokens of each modality).
+"""Estimates the costs of pinned placement (each expert group has separate ranks) and interleaved placement (all ranks have
+experts of every group) for the token mix of the training data (the number of tokens of each modality).
 
-All figures are expectations under uniform routing: a token's k choices are a random subset of its expert group's n + m
-router columns (n true experts, m others). Every rank has the same token mix. Shape letters: R ranks of an EP group, D
-hidden size, F an expert's width."""
+All figures are expected values under uniform routing: the k choices of a token are a random subset of its expert group's n
++ m router columns (n for true experts, m for others). Every rank has the same token mix. Shape letters: R ranks of an EP
+group, D hidden size, F width of an expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,44 +18,44 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import make_placement
 from moe_dist.plan.rows import Expected, Wire
 
-_SAME = 1e-9  # relative difference below which two plans are equal
+_SAME = 1e-9  # relative difference below which two plans count as equal
 
 
 @dataclass(frozen=True)
 class PlacementCosts:
-    """One placement and its expected costs per token."""
+    """A placement and its expected costs per token."""
 
-    name: str  # placement policy
+    name: str  # name of the placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # sum of ffn_dim over each rank's (token, expert) pairs; times 6 D: forward FLOPs
-    remote_R: tuple[float, ...]  # rows that each rank receives from other ranks, one per (token, rank)
+    load_R: tuple[float, ...]  # each rank's sum of ffn_dim over its (token, expert) pairs; forward FLOPs are 6 D times this
+    remote_R: tuple[float, ...]  # number of rows from other ranks that each rank receives, one row per (token, rank)
 
     @property
     def efficiency(self) -> float:
-        """Returns the ranks' mean / maximum load: an upper bound of throughput / throughput under equal loads."""
+        """Returns mean / largest load of the ranks: an upper bound of throughput / throughput under equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property
     def remote_rows_per_token(self) -> float:
-        """Returns the rows per token that ranks send to other ranks. A row has D x itemsize bytes, and is sent four times:
-        in dispatch, in combine, and in the backward of both."""
+        """Returns the number of rows per token that ranks send to other ranks. A row has D x itemsize bytes, and is sent
+        four times: in dispatch, in combine, and in the backward of both."""
         return sum(self.remote_R)
 
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """The costs of pinned and of interleaved placement of the same groups."""
+    """The costs of pinned and interleaved placement of the same groups."""
 
-    plans: tuple[PlacementCosts, ...]  # one plan for each of the two policies, if it is possible
-    missing: Mapping[str, str]  # impossible policy -> reason
+    plans: tuple[PlacementCosts, ...]  # one plan for each of the two policies that is possible
+    missing: Mapping[str, str]  # maps each impossible policy to the reason
 
 
 def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, name: str) -> PlacementCosts:
     """Returns the expected load and traffic of a placement.
 
     A token with k of n + m choices takes at least one of a rank's e experts with probability 1 - C(n + m - e, k) / C(n + m,
-    k), or 1 - (1 - c)^e if each expert takes a share c of the tokens. The token comes from another rank with probability (R
-    - 1) / R.
+    k), or 1 - (1 - c)^e if each expert takes a fraction c of the tokens. With probability (R - 1) / R the token comes from
+    another rank.
     """
     ranks = placement.num_ranks
     expected = Expected(token_mix).load(placement, Wire(ranks), tokens=1, layers=1)
@@ -64,8 +64,8 @@ def expected_plan(placement: ExpertPlacement, token_mix: Mapping[str, int], *, n
 
 
 def compare(groups: Sequence[ExpertGroup], num_ranks: int, token_mix: Mapping[str, int]) -> PlanComparison:
-    """Compares pinned and interleaved placement for the same groups, ranks and token mix. This function chooses the pinned
-    ranks, and does not read them from the configuration."""
+    """Compares pinned and interleaved placement for given groups, ranks and token mix. The pinned ranks are chosen here,
+    not read from the configuration."""
     plans, missing = [], {}
     for section in (PinnedSection(), InterleavedSection()):
         try:
@@ -87,7 +87,7 @@ def render(
     itemsize: int = 2,
 ) -> str:
     """Returns, as plain text, the chosen placement rank by rank, and the costs of pinned and interleaved placement.
-    `itemsize` is the bytes of an element of a sent row."""
+    `itemsize` is the number of bytes of an element in a sent row."""
     plan = expected_plan(chosen, token_mix, name=f"{policy} (chosen)")
     ranks = Table(title=f"Placement: {policy}, {chosen.num_ranks} ranks an EP group", title_justify="left")
     for column in ("rank", "experts", "work", "rows received a token"):
@@ -113,12 +113,12 @@ def render(
 def verdict(
     chosen: PlacementCosts, others: Sequence[PlacementCosts], missing: Mapping[str, str], *, itemsize: int = 2
 ) -> str:
-    """Returns sentences that compare the rows and the work of the chosen placement with each other placement.
+    """Returns sentences that compare the rows and work of the chosen placement with those of each other placement.
 
     Args:
-        others: Plans of other placements. A plan of the same name as the chosen plan gives the groups different ranks.
-        missing: Impossible policy -> reason.
-        itemsize: Bytes of an element of a sent row.
+        others: Plans of other placements. If one has the name of the chosen plan, it gives the groups different ranks.
+        missing: Maps each impossible policy to the reason.
+        itemsize: Number of bytes of an element in a sent row.
     """
     uses, found = f"This run uses {chosen.name} placement", list[str]()
     for other in others:
@@ -133,11 +133,11 @@ def verdict(
 
 
 def experts_text(placement: ExpertPlacement, rank: int) -> str:
-    """Returns the experts of a rank as ranges: 'text/0-3 image/2'."""
+    """Returns the experts on a rank as ranges, such as 'text/0-3 image/2'."""
     parts = []
     for group in placement.groups:
         local = [expert - group.first_expert for expert in placement.local_experts(rank, group)]
-        # In a run of consecutive experts, the expert's number minus its place in the list is constant.
+        # In a run of consecutive experts, the expert's index minus its position in the list is constant.
         runs = [[index for _, index in run] for _, run in groupby(enumerate(local), lambda pair: pair[1] - pair[0])]
         spans = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
         parts += [f"{group.name}/{','.join(spans)}"] if spans else []
@@ -145,17 +145,17 @@ def experts_text(placement: ExpertPlacement, rank: int) -> str:
 
 
 def _more_or_less(own: float, other: float, less: str, unit: str) -> str:
-    """Returns by how much `own` differs from `other`, such as `9.5% fewer rows`."""
+    """Returns a phrase that says by how much `own` differs from `other`, such as `9.5% fewer rows`."""
     if abs(own - other) <= _SAME * max(own, other) + 1e-12:
         return f"no more {unit}"
     return f"more {unit}" if not other else f"{abs(own / other - 1):.1%} {'more' if own > other else less} {unit}"
 
 
 def _trade(chosen: PlacementCosts, other: PlacementCosts, name: str, itemsize: int) -> str:
-    """Returns the condition under which the chosen placement is faster; empty unless one of the two plans has both less
-    work and more rows.
+    """Returns the condition under which the chosen placement is faster. It is empty unless one of the two plans has less
+    work but more rows than the other.
 
-    Per token, the busiest rank takes 6 D max(load) FLOPs and 2 D itemsize max(remote) bytes in forward, so D cancels.
+    Per token, the busiest rank computes 6 D max(load) FLOPs and moves 2 D itemsize max(remote) bytes in forward. D cancels.
     """
     flops = 6 * (max(chosen.load_R) - max(other.load_R))
     data = 2 * itemsize * (max(other.remote_R) - max(chosen.remote_R))

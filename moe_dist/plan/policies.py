@@ -1,4 +1,4 @@
-"""Makes the placement of experts from the section `placement` of a configuration. A rank is a position in an EP group."""
+"""Makes the placement of experts from a configuration's section `placement`. A rank is a position in an EP group."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Mix = Mapping[str, int]
 
 
 def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
-    """Returns the expert groups of a configuration, with the logical ids of their experts."""
+    """Returns the expert groups of a configuration. Each group has the logical ids of its experts."""
     groups: list[ExpertGroup] = []
     first, (node_groups, topk_node_groups) = 0, moe.router.node_limit
     for name, section in moe.groups.items():
@@ -40,8 +40,8 @@ def expert_groups(moe: MoESection) -> tuple[ExpertGroup, ...]:
 
 
 def make_placement(section: PlacementSection, groups: Groups, *, num_ranks: int, token_mix: Mix) -> ExpertPlacement:
-    """Places every expert by the section's policy. Raises ConfigError, which lists every fault of the section. The tokens
-    of each modality (`token_mix`) decide how many ranks a pinned group gets; an empty mix means equal numbers."""
+    """Places every expert with the section's policy. Raises one ConfigError with all faults of the section. The number of
+    tokens of each modality (`token_mix`) decides how many ranks a pinned group gets; an empty mix means equal numbers."""
     return POLICIES[section.policy](section, groups, num_ranks, token_mix)
 
 
@@ -57,13 +57,14 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
 
 
 def replicated_placement(groups: Groups) -> ExpertPlacement:
-    """Returns the placement of all experts on one rank: for a whole model, or LoRA experts, which every rank holds."""
+    """Returns the placement of all experts on one rank, for a whole model, or for LoRA experts, which are on every rank."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
-    """Returns the work of an expert group: tokens x expected true experts per token x `ffn_dim`. `token_mix` gives the
-    tokens of the group's modalities; a mix without tokens counts as 1 token."""
+    """Returns the work of an expert group: number of tokens x expected number of true experts per token x `ffn_dim`.
+    `token_mix` gives the number of tokens of each modality. If the mix has no tokens, the group counts as having 1
+    token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 
@@ -71,8 +72,8 @@ def group_load(group: ExpertGroup, token_mix: Mix) -> float:
 def pinned_ranks(
     section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the ranks of each group: the ranks that the section names, else a part of the remaining ranks. Raises
-    ConfigError, which lists every fault."""
+    """Returns the ranks of each group: those that the section names, otherwise some of the remaining ranks. Raises one
+    ConfigError with all faults."""
     given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
     problems = _pinned_problems(section, given, groups, num_ranks)
     if problems:
@@ -118,11 +119,11 @@ def _pinned_problems(
 
 
 def _shares(groups: Groups, num_ranks: int, token_mix: Mix) -> list[int]:
-    """Returns the number of ranks of each group. Each group gets one rank; then the group whose busiest rank has most work
-    gets one more, and so on.
+    """Returns the number of ranks of each group. Each group first gets one rank. Then, repeatedly, the group with the
+    busiest rank gets one more.
 
-    The rule minimises the work of the busiest rank of all groups. Once every group has as many ranks as experts, further
-    ranks get no experts.
+    This rule minimises the work of the busiest of all ranks. If every group has as many ranks as experts, any further ranks
+    get no experts.
     """
     loads = [group_load(group, token_mix) for group in groups]
     shares = [1] * len(groups)
@@ -179,7 +180,7 @@ def _explicit_slots(section: ExplicitSection, groups: Groups, num_ranks: int) ->
 
 
 def _expert_id(name: str, groups: Mapping[str, ExpertGroup]) -> int | str:
-    """Returns the logical id of the expert named 'group/index', or an error text."""
+    """Returns the logical id of the expert with the name 'group/index', or an error text."""
     group_name, _, index = name.rpartition("/")
     group = groups.get(group_name)
     if group is None:

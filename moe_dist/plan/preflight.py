@@ -1,7 +1,7 @@
-"""Checks configuration, data set and placement against each other before a run, and reports all faults at once.
+"""Checks a run's configuration, data set and placement against each other before the run, and reports all faults together.
 
-The checks take a second or two, because they read the documents' lengths in the .idx files and up to 256 MiB of token ids
-per split. Imports no torch."""
+The checks take a second or two. They read the lengths of documents from the .idx files, and up to 256 MiB of token ids per
+split. They import no torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ from moe_dist.plan.planner import PlanComparison, compare
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.plan.tuning_rules import check_tuning_data
 
-_LOOKED_AT = 256 << 20  # most bytes of token ids that are read per split
-_MIX_SCALE = 1_000_000  # tokens in the token mix of a run with data.weights
+_LOOKED_AT = 256 << 20  # largest number of bytes of token ids that are read per split
+_MIX_SCALE = 1_000_000  # total number of tokens in the token mix if a run has data.weights
 
 
 @dataclass(frozen=True)
 class PlannedLayout:
-    """A configuration, and the placement of its experts."""
+    """A configuration, its expert groups, and the placement of their experts."""
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    # result of `token_mix`; empty without data, which counts as equally many tokens of all modalities
+    # result of `token_mix`; empty if there are no data, which means equally many tokens of all modalities
     token_mix: Mapping[str, int]
     config: Config
 
 
 @dataclass(frozen=True)
 class Preflight(PlannedLayout):
-    """A run that passed the checks."""
+    """A run that has passed all checks."""
 
     manifest: Manifest
     comparison: PlanComparison  # costs of pinned and interleaved placement for this token mix
@@ -48,25 +48,25 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
     """Checks a configuration against its data set and its ranks.
 
     Args:
-        manifest: Manifest of the data set; by default read from `data.path`.
-        world_size: Number of started ranks, compared with parallel.ep x parallel.edp.
+        manifest: Manifest of the data set. By default it is read from `data.path`.
+        world_size: Number of ranks that were started. It must be parallel.ep x parallel.edp.
 
     Raises:
-        ConfigError: the configuration has faults. The error lists all faults of configuration and data.
-        DataError: only the data has faults. The error lists these faults.
+        ConfigError: the configuration has faults. The error lists all faults of the configuration and the data.
+        DataError: only the data have faults. The error lists all of them.
     """
     return _check(PartialConfig(config, ()), manifest, world_size)
 
 
 def check_file(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Preflight:
-    """Does the same as `check` for a configuration file, and reports the file's misspelt keys and wrong types together with
-    all other faults. Raises ConfigError or DataError: see `check`."""
+    """Does the same as `check` for a configuration file. Misspelt keys and wrong types in the file are reported together
+    with all other faults. Raises ConfigError or DataError: see `check`."""
     return _check(read_draft(path, overrides), None, world_size)
 
 
 def layout_without_data(config: Config) -> PlannedLayout:
-    """Checks, for a dry run, everything that needs no data. If the data set's manifest exists, checks the manifest too.
-    Raises ConfigError or DataError: see `check`."""
+    """Checks, for a dry run, everything that needs no data. If the data set has a manifest, it is checked too. Raises
+    ConfigError or DataError: see `check`."""
     groups = expert_groups(config.model.moe)
     violations = [*model_violations(config), *rule_violations(config)]
     data_problems: list[str] = []
@@ -84,7 +84,7 @@ def layout_without_data(config: Config) -> PlannedLayout:
 
 
 def layout_of_file(path: str | Path, overrides: Sequence[str] = ()) -> PlannedLayout:
-    """Does the same as `layout_without_data`, for a configuration file."""
+    """Does the same as `layout_without_data` for a configuration file."""
     return layout_without_data(load_config(path, overrides))
 
 
@@ -114,7 +114,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
     mix = token_mix(config, manifest) if sound and manifest else {}
     placement = _placement_or_problem(config, groups, mix, violations)
 
-    if not read.broken([Violation(("data.path",), "")]):  # a broken data.path was replaced, so ignore the data's problems
+    if not read.broken([Violation(("data.path",), "")]):  # a broken data.path was replaced, so ignore the data's faults
         data_problems = []
     pages = "docs/data.md" if config.router_tuning is None else "docs/data.md, docs/router-tuning.md"
     _raise_if_any([*read.problems, *read.broken(violations)], data_problems, pages=pages)
@@ -124,7 +124,7 @@ def _check(read: PartialConfig[Config], manifest: Manifest | None, world_size: i
 
 
 def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest: Manifest) -> Iterator[Violation]:
-    """Checks vocabulary, modalities, sources and ranks against the data set."""
+    """Checks that vocabulary, modalities, sources and number of ranks fit the data set."""
     size, sources, weights = config.model.vocab_size, manifest.sources, config.data.weights
     if size < manifest.vocab_size:
         ranges = [(name, first, end) for name, each in manifest.modalities.items() for first, end in each if end > size]
@@ -158,7 +158,7 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
 
 
 def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
-    """Finds files of a data set that are missing, truncated, or do not match the manifest's counts or vocabulary."""
+    """Finds files of a data set that are missing, truncated, or contradict the manifest's counts or vocabulary."""
     problems: list[str] = []
     for key, split in manifest.splits():
         try:
@@ -177,7 +177,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Returns each modality's number of training tokens; with `data.weights`, its number in a million drawn tokens."""
+    """Returns the number of training tokens of each modality. With `data.weights`, the number in a million drawn tokens."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

@@ -1,4 +1,4 @@
-"""Estimates the memory of a rank, by the engine's function, from the expected rows of its placement. Imports no torch."""
+"""Estimates a rank's memory from the expected rows of its placement, with the engine's function. Imports no torch."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from moe_dist.plan.rows import Expected, Wire
 def fullest_rank(
     config: Config, placement: ExpertPlacement, token_mix: Mapping[str, int]
 ) -> tuple[int, memory.RankMemory, PlacementCosts]:
-    """Returns the position in an EP group that needs most memory, its memory, and the plan of `placement`."""
+    """Returns the position in an EP group that needs the most memory, its memory, and the costs of `placement`."""
     ranks, estimate = placement.num_ranks, named(config.engine.memory)
     load = Expected(token_mix).load(placement, Wire(ranks), tokens=1, layers=1)
     memories: list[memory.RankMemory] = []

@@ -1,7 +1,7 @@
-"""The rates of a machine that the step model needs: products, copies, launches and exchanges. Imports no torch.
+"""Defines the rates of a machine that the step model needs: of products, copies, launches and exchanges. Imports no torch.
 
-`moe-dist calibrate` measures the rates and writes them to a file. `docs/planning.md` lists the fields, and the sources of
-published rates.
+`moe-dist calibrate` measures the rates and writes them to a file. `docs/planning.md` explains the fields and lists the
+sources of published rates.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,12 @@ MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the mos
 
 
 def weakest(*marks: Mark) -> Mark:
-    """Returns the least certain of the marks, which is the mark of a number computed from all marked numbers."""
+    """Returns the least certain of the marks. A number that is computed from several marked numbers gets this mark."""
     return max(marks, key=MARKS.index)
 
 
 class CurveSection(Section):
-    """A rate as a function of size: interpolated in logarithms between the given sizes, and constant beyond them."""
+    """A rate as a function of size: interpolated logarithmically between the given sizes, and constant beyond them."""
 
     sizes: tuple[PositiveFloat, ...] = Field(description="Rows of a product, rising.")
     rates: tuple[PositiveFloat, ...] = Field(description="FLOP/s at each size.")
@@ -38,13 +38,14 @@ class CurveSection(Section):
             yield Violation(("sizes", "rates"), f"{problem}; measure again with moe-dist calibrate")
 
     def at(self, size: np.ndarray | float) -> np.ndarray:
-        """Returns the rate at each size in an array of any shape; a size below 1 counts as 1."""
+        """Returns the rate at each size in an array of any shape. A size below 1 counts as 1."""
         logs = np.interp(np.log(np.maximum(size, 1.0)), np.log(self.sizes), np.log(self.rates))
         return np.exp(logs)
 
 
 class LinkSection(Section):
-    """An exchange of `ranks` ranks takes latency + (bytes of the busiest rank) / bytes_per_second (alpha-beta model)."""
+    """The time of an exchange of `ranks` ranks: latency + bytes of the busiest rank / bytes_per_second (alpha-beta
+    model)."""
 
     ranks: PositiveInt = Field(description="Number of ranks that exchange at the same time.")
     latency: NonNegative = Field(description="Seconds of an exchange without rows.")
@@ -52,7 +53,7 @@ class LinkSection(Section):
 
 
 class ScaleSection(Section):
-    """Factors (1 without a fit) and constant seconds (0 without a fit), fitted to measured steps."""
+    """Factors and constant seconds that are fitted to measured steps. Without a fit, factors are 1 and seconds are 0."""
 
     dense: PositiveFloat = Field(default=1.0, description="Measured seconds of all but experts, over those by the rates.")
     experts: PositiveFloat = Field(default=1.0, description="Measured seconds of experts, over those by the rates.")
@@ -89,13 +90,13 @@ class Rates(Section):
             yield Violation(("inside",), problem)
 
     def link(self, ranks: int) -> LinkSection:
-        """Returns the link inside a node for `ranks` ranks: the smallest sufficient entry, or the last."""
+        """Returns the entry for exchanges of `ranks` ranks in a node: the smallest that has enough ranks, else the last."""
         return next((link for link in self.inside if link.ranks >= ranks), self.inside[-1])
 
 
 def read_rates(path: Path) -> Rates:
-    """Reads a rates file, which `moe-dist calibrate` wrote. Raises ConfigError if the file cannot be read, or has faults;
-    the error lists all faults."""
+    """Reads a rates file that `moe-dist calibrate` wrote. If it cannot be read or has faults, raises a ConfigError that
+    lists all of them."""
     try:
         values, problems = read_mapping(path, "keys (machine, gemm, inside, ...)")
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +113,7 @@ def rates_text(rates: Rates) -> str:
     return dump_yaml(rates.model_dump(mode="json"))
 
 
-# Bytes/s of memory, bytes/s to the other GPUs of a node in one direction, and bytes of memory, from NVIDIA's data sheets.
+# From NVIDIA's data sheets: bytes/s of memory, bytes/s to other GPUs of a node in one direction, and bytes of memory.
 PUBLISHED: dict[str, tuple[float, float, float]] = {
     "GB200": (8.0e12, 900e9, 186e9),
     "B200": (8.0e12, 900e9, 180e9),
@@ -126,13 +127,13 @@ PUBLISHED: dict[str, tuple[float, float, float]] = {
 
 
 def published_rates(card: str, peak: float | None, *, ranks_per_node: int, between: float | None) -> Rates:
-    """Returns rates from data sheets. The shares of a GPU's peak rates that programs reach are assumed, not measured: 0.71
-    of the FLOP/s for large products, 0.56 for the experts' products, 0.4 for attention, 0.8 of the memory's rate, and 0.73
-    of the links' rate.
+    """Returns rates from data sheets. The fractions of a GPU's peak rates that programs reach are assumptions, not
+    measured: 0.71 of the FLOP/s for large products, 0.56 for experts' products, 0.4 for attention, 0.8 of the memory's
+    rate, and 0.73 of the links' rate.
 
     Args:
-        peak: Dense FLOP/s in bf16; None if it is not known.
-        between: Bytes/s that a GPU sends to other nodes; None if it is not known.
+        peak: FLOP/s of dense products in bf16; None if it is not known.
+        between: Number of bytes/s that a GPU sends to other nodes; None if it is not known.
     """
     if card.upper() not in PUBLISHED or peak is None:
         raise ConfigError(
@@ -143,7 +144,7 @@ def published_rates(card: str, peak: float | None, *, ranks_per_node: int, betwe
     memory_rate, link, memory = PUBLISHED[card.upper()]
     copy, sizes, shares = 0.8 * memory_rate, (1.0, 64.0, 256.0, 1024.0, 4096.0), (1.0, 1.0, 0.7, 0.9, 1.0)
 
-    def curve(share: float) -> CurveSection:  # with few rows, reading the weights limits the rate
+    def curve(share: float) -> CurveSection:  # if there are few rows, the time of reading the weights limits the rate
         rates = (min(size * copy, part * share * peak) for size, part in zip(sizes, shares, strict=True))
         return CurveSection(sizes=sizes, rates=tuple(rates))
 

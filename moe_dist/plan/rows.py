@@ -1,9 +1,9 @@
-"""Rows and (token, expert) pairs of each rank in a micro-batch: expected by the configuration, or drawn from a trace.
-Imports no torch.
+"""Computes the rows and (token, expert) pairs of each rank in a micro-batch, either expected from the configuration or
+drawn from a trace. Imports no torch.
 
-A row is a distinct pair of a token and a rank that computes at least one expert for the token. Shape letters: S draws of a
-micro-batch, L MoE layers (1 if all are alike), R ranks of an EP group, Q traced sequences, T traced tokens, E true experts,
-K choices, G groups.
+A row is a distinct pair of a token and a rank that computes at least one of the token's experts. Shape letters: S draws of
+a micro-batch, L MoE layers (1 if all are alike), R ranks of an EP group, Q traced sequences, T traced tokens, E true
+experts, K choices, G groups.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,26 +15,26 @@ import numpy as np
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement, group_shares
 from moe_dist.plan.rates import Mark
 
-# Exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and repeated exchanges of
-# recomputation.
+# The number of exchanges of a row in forward and backward: dispatch, combine, the gradients of both, and exchanges that
+# recomputation repeats.
 EXCHANGES = {"none": 4, "experts": 4, "block": 5}
-DRAWS = 16  # micro-batches that are drawn from a trace
+DRAWS = 16  # number of micro-batches that are drawn from a trace
 
 
 @dataclass(frozen=True)
 class Load:
-    """The rows that each rank sends and computes, and the (token, expert) pairs that each rank computes. All arrays but
-    `spread` are [S, L, R], for one micro-batch.
+    """The rows that each rank sends and computes, and the (token, expert) pairs that it computes, for one micro-batch. All
+    arrays except `spread` are [S, L, R].
 
     Attributes:
-        inside, between: Rows that a rank sends in one dispatch, or rows that it receives if these are more: inside its
-            node, and between nodes. With the dispatcher `hierarchical`: in the hop inside nodes, and in the hop between
-            nodes.
-        sent_inside, sent_between: Rows that a rank sends inside its node and to other nodes, for the sum of bytes.
-        rows: Rows that the rank computes, including rows of its own tokens.
-        pairs, own: Numbers of (token, expert) pairs that the rank computes: of all tokens, and of the rank's own tokens.
+        inside, between: Number of rows that a rank sends in one dispatch, or receives if this is more: inside its node, and
+            between nodes. For the dispatcher `hierarchical`: in the hop inside nodes, and in the hop between nodes.
+        sent_inside, sent_between: Number of rows that a rank sends inside its node, and to other nodes. Their sums give the
+            bytes.
+        rows: Number of rows that the rank computes, including those of its own tokens.
+        pairs, own: Number of (token, expert) pairs that the rank computes, for all tokens and for its own tokens.
         work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
-        spread: Standard deviation over micro-batches of a rank's mean rows and mean pairs per layer, [2, R].
+        spread: Standard deviation over micro-batches of a rank's mean number of rows, and of pairs, per layer, [2, R].
     """
 
     inside: np.ndarray
@@ -51,8 +51,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Wire:
-    """Says which rows a dispatcher sends. `node` ranks share a node; `hops` is 2 if each token is sent once to a node;
-    `each_pair` is True if each (token, expert) pair is sent as a row of its own."""
+    """Determines which rows a dispatcher sends. `node` is the number of ranks in a node. `hops` is 2 if each token is sent
+    only once to a node. `each_pair` is True if each (token, expert) pair is sent as a separate row."""
 
     node: int
     hops: int = 1
@@ -60,7 +60,7 @@ class Wire:
 
 
 class Expected:
-    """Loads under uniform routing, which `moe_dist.plan.planner` compares by placement."""
+    """Computes loads under uniform routing, with which `moe_dist.plan.planner` compares placements."""
 
     mark: Mark = "extrapolated"
 
@@ -68,13 +68,13 @@ class Expected:
         self.token_mix = token_mix
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently. The more `layers`,
-        the smaller is the spread of the mean over layers."""
+        """Returns the expected load. For `spread`, tokens are assumed to choose experts independently. With more `layers`,
+        the spread of the mean over layers is smaller."""
         groups, ranks = placement.groups, placement.num_ranks
         share_G = np.array(group_shares(groups, self.token_mix))
         here_RG = np.array([[len(placement.local_experts(rank, group)) for group in groups] for rank in range(ranks)])
         taken_G = np.array([g.expected_experts_per_token / g.num_experts for g in groups])
-        pair_RG = share_G * taken_G * here_RG  # mean pairs per token, by group and by the rank that has the experts
+        pair_RG = share_G * taken_G * here_RG  # mean number of pairs per token, by group and by the experts' rank
         row_R = pair_RG.sum(1) if wire.each_pair else _reached(groups, share_G, here_RG)
         nodes = np.arange(ranks) // wire.node
         node_N = _reached(groups, share_G, np.stack([here_RG[nodes == node].sum(0) for node in range(nodes[-1] + 1)]))
@@ -97,13 +97,13 @@ class Expected:
 
 
 def _reached(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_XG: np.ndarray) -> np.ndarray:
-    """Probability that a token takes one of the experts in each row of `here_XG`."""
+    """Returns, for each row of `here_XG`, the probability that a token takes at least one of its experts."""
     return np.array([sum(s * g.reached(int(n)) for g, s, n in zip(groups, share_G, here, strict=True)) for here in here_XG])
 
 
 def _pair_variance(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_G: np.ndarray) -> float:
-    """Variance of the number of the experts in `here_G` that one token takes: hypergeometric; 0 in expert choice, whose
-    experts take fixed numbers of tokens."""
+    """Returns the variance of the number of experts in `here_G` that one token takes. The distribution is hypergeometric.
+    In expert choice the variance is 0, because experts take fixed numbers of tokens."""
     mean = square = 0.0
     for group, share, here in zip(groups, share_G, here_G, strict=True):
         if group.token_share is not None:
@@ -116,11 +116,11 @@ def _pair_variance(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_G: n
 
 
 def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np.ndarray, ...]:
-    """Returns `inside`, `between`, `sent_inside` and `sent_between` of a `Load`, each [R].
+    """Returns the fields `inside`, `between`, `sent_inside` and `sent_between` of a `Load`, each [R].
 
     Args:
-        rows_RR: Rows from each rank (first axis) to each rank.
-        nodes_RN: Tokens of each rank that take an expert on each node.
+        rows_RR: Number of rows from each rank (first axis) to each rank (second axis).
+        nodes_RN: Number of tokens of each rank that take an expert on each node.
     """
     ranks = len(rows_RR)
     node_R = np.arange(ranks) // wire.node
@@ -146,10 +146,10 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
 
 
 class Traced:
-    """Loads drawn from the tokens of a trace: each rank of a draw gets whole traced sequences at random, with repetition.
+    """Draws loads from the tokens of a trace. In each draw, each rank gets random whole sequences of it, with repetition.
 
     Args:
-        ids_TLK: Columns as in `moe_dist.monitor.trace.format`; sequence_T: number of each token's sequence.
+        ids_TLK, sequence_T: Columns as in `moe_dist.monitor.trace.format`, and the index of each token's sequence.
     """
 
     mark: Mark = "fitted"
@@ -165,14 +165,14 @@ class Traced:
         return np.repeat(np.arange(len(self.first_Q)), self.tokens_Q)
 
     def pairs_of_experts(self, num_experts: int) -> np.ndarray:
-        """Number of each sequence's tokens that chose each true expert, [Q, L, E], without dropped and null choices."""
+        """Returns how many tokens of each sequence chose each true expert, [Q, L, E], without dropped and null choices."""
         found = np.zeros((len(self.first_Q), self.ids_TLK.shape[1], num_experts))
         token, layer, place = np.nonzero((self.ids_TLK >= 0) & (self.ids_TLK < num_experts))
         np.add.at(found, (self._sequence_of_token[token], layer, self.ids_TLK[token, layer, place]), 1)
         return found
 
     def rows(self, part_E: np.ndarray) -> np.ndarray:
-        """Tokens of each sequence that take an expert of each part (rank or node), [Q, L, parts]."""
+        """Returns how many tokens of each sequence take an expert of each part (rank or node), [Q, L, parts]."""
         parts, layers = int(part_E.max()) + 1, self.ids_TLK.shape[1]
         found = np.zeros((len(self.first_Q), layers, parts))
         part_C = np.append(part_E, parts)  # the last column stands for null, dropped and missing choices
@@ -185,7 +185,7 @@ class Traced:
         return found
 
     def load(self, placement: ExpertPlacement, wire: Wire, *, tokens: int, layers: int) -> Load:
-        """Returns the loads of `DRAWS` micro-batches. The arguments are as in `Expected.load`."""
+        """Returns the loads of `DRAWS` micro-batches. For the arguments see `Expected.load`."""
         del layers
         ranks = placement.num_ranks
         rank_E = np.array(placement.rank_of_expert)
@@ -197,7 +197,7 @@ class Traced:
         rows_QLR = pairs_QLR if wire.each_pair else reach_QLR
         rng = np.random.default_rng(self.seed)
         found: list[list[np.ndarray]] = [[] for _ in range(8)]
-        sequences = max(1, round(tokens / self.tokens_Q.mean()))  # number of sequences in a micro-batch of a rank
+        sequences = max(1, round(tokens / self.tokens_Q.mean()))  # number of sequences in a rank's micro-batch
         for _ in range(DRAWS):
             drawn_RM = rng.integers(0, len(self.first_Q), (ranks, sequences))
             scale_R11 = (tokens / self.tokens_Q[drawn_RM].sum(1))[:, None, None]

@@ -1,8 +1,8 @@
-"""Simulates a micro-batch on the ranks of an EP group, as a queue of events. Imports no torch.
+"""Simulates a micro-batch on the ranks of an EP group with a queue of events. Imports no torch.
 
 A rank has two streams, COMPUTE and WIRE. Each stream runs its events in the order of the queue. An event starts when its
-stream is free and the events that it waits for have ended. An exchange starts when all ranks have reached it, so the
-slowest rank sets the pace. Seconds of an event differ between ranks and between draws of the routing.
+stream is free and all events that it waits for have ended. An exchange starts only when all ranks have reached it, so the
+slowest rank sets the pace. The seconds of an event differ between ranks and between draws of the routing.
 
 Shape letters: S draws of the routing, R ranks of an EP group.
 """
@@ -16,11 +16,11 @@ import numpy as np
 from moe_dist.plan.rates import LinkSection, Rates
 
 COMPUTE, WIRE = 0, 1
-Seconds = Any  # np.ndarray [S, R], or a number that holds for all draws and ranks
+Seconds = Any  # np.ndarray [S, R], or one number for all draws and ranks
 
 
 class Event(NamedTuple):
-    """One entry of the queue. `after` are indices of earlier events that must have ended on the same rank."""
+    """One entry of the queue. `after` has the indices of earlier events on the same rank that must have ended first."""
 
     part: str
     stream: int
@@ -30,7 +30,7 @@ class Event(NamedTuple):
 
 @dataclass
 class Queue:
-    """Events in the order in which a rank issues them."""
+    """The events of a rank, in the order in which it issues them."""
 
     events: list[Event] = field(default_factory=list)
 
@@ -45,9 +45,9 @@ class Played:
     """The result of `play`.
 
     Attributes:
-        seconds_S: Seconds until the last rank has finished.
+        seconds_S: Seconds until all ranks have finished.
         busy_SR: Seconds in which each rank computes, or waits for a host sync.
-        wire_S: Seconds in which the rank with the most sent rows exchanges rows.
+        wire_S: Seconds in which the rank that sends the most rows exchanges rows.
     """
 
     seconds_S: np.ndarray
@@ -56,8 +56,8 @@ class Played:
 
 
 def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None = None) -> Played:
-    """Simulates the events of a queue. The ranks share `cores` cores; the number may be below 1 if further ranks use the
-    cores. None means that each rank has a device of its own."""
+    """Simulates the events of a queue. The ranks share `cores` cores. This number may be below 1 if other ranks use the
+    same cores. None means that each rank has a separate device."""
     clock, busy = np.zeros((2, draws, ranks)), np.zeros((2, draws, ranks))
     ended: list[np.ndarray] = []
     for event in events:
@@ -77,8 +77,8 @@ def play(events: Sequence[Event], draws: int, ranks: int, *, cores: float | None
 
 
 def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.ndarray:
-    """Returns the time when each rank ends its work. Running ranks share the cores evenly, but a rank uses at most one
-    core."""
+    """Returns the time at which each rank ends its work. Running ranks share the cores evenly, but a rank uses at most
+    one."""
     end_SR = start_SR + work_SR
     for start_R, work_R, end_R in zip(start_SR, work_SR, end_SR, strict=True):
         left_R, now = work_R.copy(), start_R.min()
@@ -96,7 +96,7 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
                 left_R[runs_R] -= (nearest - now) * speed
                 now = nearest
                 continue
-            # compares the times, since a rounded difference of times may never become 0
+            # compared by time, because a rounded difference of times may never become 0
             done_R = runs_R & (left_R == least)
             left_R[runs_R] -= least
             now += least / speed
@@ -107,16 +107,16 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
 
 def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
     """Returns the mean time until the slowest of `groups` EP groups is done: the mean of the longest of `groups`
-    independent draws. The probability that the k-th smallest of S values is the longest draw is (k / S)^groups - ((k - 1) /
+    independent draws. The longest draw is the k-th smallest of S values with probability (k / S)^groups - ((k - 1) /
     S)^groups."""
     share = (np.arange(len(seconds_S) + 1) / len(seconds_S)) ** groups
     return float(np.sort(seconds_S) @ np.diff(share))
 
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
-    """Returns the seconds of one exchange. `inside` and `between` are the bytes that a rank sends inside its node and
-    between nodes, or the bytes that it receives if these are more. Both are sent at the same time. `ranks` ranks of a node
-    take part."""
+    """Returns the seconds of one exchange in which `ranks` ranks of a node take part. `inside` and `between` are the
+    numbers of bytes that a rank sends, or receives if these are more, inside its node and between nodes. Both are sent at
+    the same time."""
     near, far = rates.link(ranks), rates.between
     seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)
     if far is not None and np.any(between):
@@ -125,8 +125,8 @@ def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds
 
 
 def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node: int) -> float:
-    """Returns the seconds in which each of `ranks` ranks sends `num_bytes` along a ring. `ranks_of_node` of the ranks are
-    on one node, and share its links to other nodes."""
+    """Returns the seconds in which each of `ranks` ranks sends `num_bytes` along a ring. `ranks_of_node` of them are on one
+    node and share its links to other nodes."""
     if ranks == 1:
         return 0.0
     here = min(ranks, ranks_of_node)
@@ -140,18 +140,18 @@ def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Seconds of the parts of one layer in forward; arrays [S, R] or numbers. In backward, attention and experts take
-    `Order.backward` times as long.
+    """Seconds that the parts of one layer take in forward, as arrays [S, R] or numbers. In backward, attention and experts
+    take `Order.backward` times as long.
 
     Attributes:
-        dense: Attention, norms and the router.
-        shared: The FFN that computes all tokens: shared expert, or a dense FFN.
-        own, others: Experts for the rank's own tokens, and for tokens of other ranks.
-        pack: Packing of rows before an exchange, and summing of rows after the exchange.
-        counts: Exchange of row counts and indices; 0 if there is no such exchange.
-        sync: Host sync that reads the split sizes.
-        weights: Exchange of a chunk's pair weights before its rows, and of their gradients; 0 if sent with rows.
-        hops: The exchanges of one chunk's dispatch, one after the other; combine takes the same time. Empty with one rank.
+        dense: Attention, norms and router.
+        shared: The FFN that computes all tokens: the shared expert, or a dense FFN.
+        own, others: Experts for the rank's own tokens, and for the tokens of other ranks.
+        pack: Packing rows before an exchange, and summing rows after it.
+        counts: Exchange of row counts and indices; 0 if it is not needed.
+        sync: Host sync in which the host reads the split sizes.
+        weights: Exchange of a chunk's pair weights before its rows, and of their gradients; 0 if rows include the weights.
+        hops: The exchanges in one chunk's dispatch, one after another; combine takes as long. Empty for a single rank.
     """
 
     dense: Seconds = 0.0
@@ -165,7 +165,7 @@ class LayerCost:
     hops: tuple[Seconds, ...] = ()
 
 
-BACKWARD = 2.0  # seconds of backward / forward: for each product, backward has two if the weight has a gradient
+BACKWARD = 2.0  # seconds of backward / seconds of forward: for a product with a trained weight, backward has two products
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ class Order:
     """The order of exchanges and products in a layer, from parallel.dispatch and parallel.recompute.
 
     Attributes:
-        backward: Seconds of backward / seconds of forward.
-        again: Seconds of a recomputed forward / seconds of the first forward.
+        backward: Ratio of backward's seconds to forward's.
+        again: Ratio of the seconds of a recomputed forward to those of the first forward.
     """
 
     overlap: bool = False
@@ -187,28 +187,29 @@ class Order:
 def micro_batch(
     layers: Sequence[LayerCost], head: Seconds, order: Order, backward: Sequence[LayerCost] | None = None
 ) -> list[Event]:
-    """Returns the queue of one micro-batch: forward of all layers, output layer with loss, backward. `backward` has the
-    layers' costs in backward, not yet multiplied by `order.backward`; None takes the costs of forward."""
+    """Returns the queue of one micro-batch: the forward of all layers, the output layer with the loss, and backward.
+    `backward` has the layers' costs in backward, not yet multiplied by `order.backward`; None means the costs of
+    forward."""
     queue = Queue()
     last: tuple[int, ...] = ()
     for layer in layers:
         last = (_forward(queue, layer, order, last),)
     last = (queue.add("head", COMPUTE, head * (1 + order.backward), *last),)
     for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
-        if order.recompute == "block":  # recomputes attention, dispatch and experts, but not combine
+        if order.recompute == "block":  # attention, dispatch and experts are recomputed, but not combine
             last = (_forward(queue, _times(layer, order.again), order, last, repeated=True),)
         last = (_backward(queue, costs, order, last),)
     return queue.events
 
 
 def _times(layer: LayerCost, factor: float) -> LayerCost:
-    """Returns the layer's costs with the seconds of compute multiplied by `factor`."""
+    """Returns a layer's costs in which the seconds of compute are multiplied by `factor`."""
     names = ("dense", "shared", "own", "others", "pack")
     return replace(layer, **{name: factor * getattr(layer, name) for name in names})
 
 
 def send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seconds = 0.0) -> int:
-    """Adds the hops of one chunk's exchange to the queue, and before the hops the exchange of weights."""
+    """Adds the exchange of weights, if there is one, and then the hops of one chunk's exchange to the queue."""
     if np.any(weights):
         after = (queue.add("exchange", WIRE, weights, *after),)
     for number, hop in enumerate(layer.hops):
@@ -219,8 +220,8 @@ def send(queue: Queue, layer: LayerCost, chunks: int, *after: int, weights: Seco
 
 
 def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...], *, repeated: bool = False) -> int:
-    """Adds the events of a layer's forward to the queue, and returns the last event. Exchanges of chunks have the order
-    dispatch 0, dispatch 1, combine 0, dispatch 2, ..."""
+    """Adds the events of a layer's forward to the queue, and returns the last event's index. The chunks' exchanges have the
+    order dispatch 0, dispatch 1, combine 0, dispatch 2, ..."""
     start = queue.add("dense", COMPUTE, layer.dense, *after)
     if not layer.hops:
         return queue.add("experts", COMPUTE, layer.shared + layer.own + layer.others + layer.pack, start)
@@ -247,7 +248,7 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds a layer's backward to the queue: output gradients go to the experts' ranks, row gradients come back."""
+    """Adds a layer's backward to the queue. Output gradients go to the experts' ranks, and row gradients come back."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

@@ -1,4 +1,4 @@
-"""Describes a run in a few lines: model, ranks, data, and commands that show the run. Imports no torch."""
+"""Describes a run in a few lines: its model, ranks and data, and commands that show its progress. Imports no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from moe_dist.plan.preflight import PlannedLayout
 
 
 def start_text(layout: PlannedLayout, path: str, root: str) -> str:
-    """Returns the lines at the start of a run in the folder `path`: model, ranks, data, and commands that show the run."""
+    """Returns the text printed at the start of a run in the folder `path`: model, ranks, data, and commands."""
     config = layout.config
     model, train, data = config.model, config.train, config.data
     experts = per_token(layout.groups, layout.token_mix)
@@ -32,7 +32,7 @@ def start_text(layout: PlannedLayout, path: str, root: str) -> str:
 
 
 def _kinds(group: ExpertGroup) -> str:
-    """Returns the numbers of experts by kind: '8 + 24 null'."""
+    """Returns the number of experts of each kind, such as '8 + 24 null'."""
     free = group.num_identity + group.num_constant
     null = group.num_columns - group.num_experts - free
     counts = ((group.num_experts, ""), (null, " null"), (free, " identity or constant"))
@@ -40,14 +40,14 @@ def _kinds(group: ExpertGroup) -> str:
 
 
 def per_token(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> dict[str, Any]:
-    """Returns arguments for `moe_dist.plan.flops`: each group's expected true experts per token and token share."""
+    """Returns arguments for `moe_dist.plan.flops`: each group's mean number of true experts per token, and token share."""
     names = [group.name for group in groups]
     shares = dict(zip(names, group_shares(groups, token_mix), strict=True))
     return {"experts_per_token": flops.expected_experts(groups), "token_share": shares}
 
 
 def count_text(number: float) -> str:
-    """Returns a number as text: three digits and a space, and from 1000 on the unit K, M, G, T, P or E."""
+    """Returns a number with three digits as text, followed by a space and, from 1000 on, by the unit K, M, G, T, P or E."""
     number = float(f"{number:.3g}")  # rounded before the unit is chosen, so that 999.9 becomes 1 K
     if number < 1000:
         return f"{number:.3g} "

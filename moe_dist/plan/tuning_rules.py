@@ -1,4 +1,4 @@
-"""Checks the folder of samples for router tuning against a configuration. Imports no torch."""
+"""Checks that the folder of samples for router tuning fits a configuration. Imports no torch."""
 
 import hashlib
 from pathlib import Path
@@ -12,13 +12,13 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.tuning_manifest import TuningManifest, file_problems, load_tuning_manifest
 
-# Keys of `model` that change neither the output nor the routing of the run that answered the questions.
+# Keys of `model` that change neither the output nor the routing of the run that answered the questions of the samples.
 _NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance")
 
 
 def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:
-    """Returns the rules that the folder of samples and the configuration violate together. Adds faults of the folder's
-    files to `data_problems`. `data` is the manifest of `data.path`; None if it could not be read."""
+    """Returns the rules that the folder of samples and the configuration together violate. Faults in the folder's files are
+    added to `data_problems`. `data` is the manifest of `data.path`, or None if it could not be read."""
     section = config.router_tuning
     if section is None:
         return []
@@ -58,7 +58,8 @@ def check_tuning_data(config: Config, data: Manifest | None, data_problems: list
 
 
 def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
-    """Returns an error text for each key of `model` that differs from the run that answered the questions."""
+    """Returns an error text for each key of `model` that differs between this run and the run that answered the
+    questions."""
     here, there = leaves(config.model.model_dump(mode="json")), leaves(manifest.model)
     return [
         f"made from a run with model.{key}={value!r}, here it is {here.get(key)!r}; take that run's section model"
@@ -68,7 +69,7 @@ def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
 
 
 def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
-    """Returns the SHA-256 of a data set's tokenizer; '' without a tokenizer. Raises OSError."""
+    """Returns the SHA-256 of a data set's tokenizer; '' if it has none. Raises OSError if the file cannot be read."""
     if data.tokenizer is None:
         return ""
     with open_regular(Path(folder) / data.tokenizer) as stream:
@@ -78,9 +79,9 @@ def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
 def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest) -> list[str]:
     try:
         found = tokenizer_digest(config.data.path, data)
-    except OSError:  # another check reports a data set that lacks its tokenizer
+    except OSError:  # a different check reports that the tokenizer is missing
         return []
-    if found in ("", manifest.tokenizer):  # a data set without tokenizer cannot be compared
+    if found in ("", manifest.tokenizer):  # '' means that the data set has no tokenizer to compare
         return []
     return [
         f"its samples were written with another tokenizer than that of data.path={config.data.path!r}; set data.path to "
@@ -89,7 +90,7 @@ def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest
 
 
 def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
-    """Checks that each sample can have k neighbours, which are other samples."""
+    """Checks that there are enough samples, so that each sample can have k others as neighbours."""
     if section.regulariser == "l2" or section.weight == 0.0:
         return []
     members = manifest.right if section.filter_by_success else manifest.samples
@@ -107,7 +108,7 @@ def _member_problems(section: RouterTuningSection, manifest: TuningManifest) -> 
 
 
 def _choice_problems(section: RouterTuningSection, manifest: TuningManifest) -> list[str]:
-    """Checks that the samples have the choices over which the objective's cross entropy is computed."""
+    """Checks that the samples have the choices over which the objective computes its cross entropy."""
     if section.over_vocabulary:
         return []
     objective = f"{KEY}.objective={section.objective}"
