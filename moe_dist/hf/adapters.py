@@ -49,8 +49,8 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 
     Args:
         checkpoint: Folder of a checkpoint of adapters, or of a run with such a checkpoint.
-        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. If None, the folder
-            that was imported, provided that the import did not change the model.
+        base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. If None, the
+            folder that was imported is used, unless the import changed the model.
 
     Raises:
         ConfigError: `out` exists, PEFT cannot express the adapters, or transformers cannot express the base. The message

@@ -78,12 +78,12 @@ def export_model(
         checkpoint: Folder of a checkpoint, or of a run or an import with a checkpoint.
         dtype: Dtype of all tensors, a key of `source.DTYPES`. If None, each tensor gets the dtype that it had before the
             import, or else its dtype in the checkpoint.
-        family: `model_type` to write. If None, the family before the import is kept; else the first plain family that fits
-            the model is taken; else `moe_dist`, with its modelling code beside the weights.
-        like: Folder whose config.json and tokenizer files are used. If None, the folder `huggingface`, if it exists, of the
-            import that contains the checkpoint, or of `run.init_from`.
+        family: `model_type` to write. If None, the family before the import. If there was no import, the first plain family
+            that fits the model. If none fits, `moe_dist`, with its modelling code beside the weights.
+        like: Folder whose config.json and tokenizer files are used. If None, the folder `huggingface` of the import that
+            contains the checkpoint, or of `run.init_from`, is used if it exists.
         data: Folder of the run's data set, which knows each modality's token ids. It is needed for several expert groups.
-            If None, `data.path` of the run.
+            If None, the run's `data.path` is used.
 
     Raises:
         ConfigError: `out` exists, no form fits the model, or the data set is missing. The message gives the reasons.
@@ -223,7 +223,7 @@ def _fields(
     section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the fields of config.json. If the fields of `like` describe the model, these are returned. Otherwise returns
-    the fields that follow from the section `model`, and those fields of `like` that they leave open."""
+    the fields that follow from the section `model`, and those fields of `like` that they do not set."""
     base = read_configuration(like, CONFIG_FILE) if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")

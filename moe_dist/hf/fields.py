@@ -72,7 +72,7 @@ class Fields:
         return self._fitting(name, default, null, rule, lambda v: type(v) is int and 0 < v <= limit)
 
     def count(self, name: str, default: Any = _MISSING, *, least: int = 0) -> int:
-        """Returns the value of a field that must be an integer of at least `least`, or the default."""
+        """Returns the value of a field that must be an integer of at least `least`; the default if it is absent."""
         rule = "a whole number" if least == 0 else f"a whole number of at least {least}"
         return self._fitting(name, default, _MISSING, rule, lambda v: type(v) is int and v >= least)
 
@@ -84,7 +84,7 @@ class Fields:
         return next(iter(found.values())) if found else self.whole(names[0])
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
-        """Returns the value of a field that must be a number above 0, or the default."""
+        """Returns the value of a field that must be a number above 0; the default if it is absent."""
         rule = "a number above 0"
         return float(self._fitting(name, default, _MISSING, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
 

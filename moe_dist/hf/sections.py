@@ -149,7 +149,7 @@ def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
 def meaning(section: ModelSection) -> dict[str, Any]:
     """Returns the settings that determine a model's function. Equivalent sections give equal results."""
     moe, dense = section.moe, len(section.moe_layers) < section.num_layers
-    adapted = {"kind": "ffn"} if moe.experts.adapts_ffns or moe.experts.over_frozen_ffn else None  # adapters are merged
+    adapted = {"kind": "ffn"} if moe.experts.adapts_ffns or moe.experts.over_frozen_ffn else None  # an export merges them
     groups = {}
     for number, group in enumerate(moe.groups.values()):
         values = group.model_dump(exclude={"modalities"})

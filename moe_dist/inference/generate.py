@@ -18,7 +18,7 @@ _BATCH = 64  # number of prompts per batch; guidance adds a copy of each prompt 
 
 @dataclass(frozen=True)
 class Request:
-    """Settings of a generation."""
+    """Settings for generating tokens."""
 
     max_new_tokens: int  # largest number per prompt; a picture starts only if all its tokens fit
     sampling: Sampling = field(default_factory=Sampling)

@@ -1,4 +1,4 @@
-"""Creates all process groups of the package, numbered as follows.
+"""Creates all process groups. No other file creates process groups. Ranks are numbered as follows:
 
     world = edp x ep;  rank = edp_rank * ep + ep_rank
 

@@ -77,7 +77,7 @@ def _stays_slow(
 
 
 def names_of_nodes(own: str, ranks: NodeRanks, device: torch.device) -> list[str]:
-    """Returns the names of all nodes, in order; `own` is this node's name. Collective over all ranks."""
+    """Returns the names of all nodes, in order; `own` is this node's name. All ranks must call it."""
     text = torch.tensor(list(own.encode()[:NAME_BYTES].ljust(NAME_BYTES, b"\0")), dtype=torch.uint8, device=device)
     everywhere = [torch.empty_like(text) for _ in range(ranks.nodes * ranks.per_node)]
     dist.all_gather(everywhere, text)  # sent as bytes, because object collectives use pickle

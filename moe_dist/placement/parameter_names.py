@@ -14,7 +14,7 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # a login node has no torch
+if TYPE_CHECKING:  # not imported at run time, because a login node may lack torch
     from torch import nn
 
 

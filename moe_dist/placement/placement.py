@@ -28,7 +28,7 @@ class ExpertGroup:
         top_k: Number of choices per token (k).
         ffn_dim: Hidden width of each expert (F).
         first_expert: Logical id of the group's first true expert.
-        modalities: Modalities whose tokens are routed in the group.
+        modalities: Modalities whose tokens choose among the group's experts.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
         token_share: In expert choice, the fraction c of the group's tokens that each expert takes. With an adaptive router
             and a target, the mean of this fraction over experts. None where each token has top_k choices.

@@ -1,4 +1,4 @@
-"""Describes the result of `moe-dist plan` in sentences, and draws its picture. Imports no torch."""
+"""Describes the layouts that `moe-dist plan` has estimated, in sentences and as a picture. Imports no torch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from html import escape

@@ -6,7 +6,7 @@ only weights. The memory of activations is an estimate: it counts the tensors th
 table gives the number of elements per token, each of `a` bytes (2 in bf16, 4 in fp32):
 
     attention   2 D + 3 (H + H_kv) d (4, not 3, with qk_norm)   input, norm, projections, rotated, output
-                2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same of latent attention
+                2 D + 3 (q_rank + kv_rank) + 2 H (d + value_dim) the same for latent attention
     MoE         3 D + rows D + 4 F of the shared expert         rows that this rank computes per own token
                 + pairs (2 D + 4 F)                             pairs per own token: inputs, SwiGLU and outputs
                 + pairs (2 D + F) of LoRA experts               inputs of their adapters; the frozen FFN counts as shared
@@ -14,8 +14,8 @@ table gives the number of elements per token, each of `a` bytes (2 in bf16, 4 in
                 + 4 D bytes in fp32 where a < 4                 router input; the same for zero-computation experts
     dense FFN   2 D + 4 F
     output      D + V, and 8 V bytes in fp32                    logits, their fp32 copy and its gradient
-                or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; and once for one
-                                                                sequence v, and 8 v bytes in fp32
+                or D, and 4 D bytes in fp32                     if the loss computes v < V words at once; one sequence at a
+                                                                time also has v, and 8 v bytes in fp32
 
 With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less, as the next table shows. With
 `parallel.compile` only the table's line MoE applies, because torch itself fuses attention and output:
@@ -32,7 +32,7 @@ trained, autograd keeps neither inputs of frozen weights nor tensors of layers b
 block` cannot recompute the layer of the first trained router, since its input has no gradient:
 
     attention   D + 2 H d + 2 H_kv d                            not in the first such layer
-                D + q_rank + kv_rank + 2 H (d + value_dim)      the same of latent attention
+                D + q_rank + kv_rank + 2 H (d + value_dim)      the same for latent attention
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the first
     dense FFN   D + 3 F
 
@@ -189,7 +189,7 @@ def _gathers_once(config: Config) -> bool:
 
 
 def _gathered(config: Config, placement: ExpertPlacement, rank: int) -> float:
-    """Returns how many trained parameters that FSDP2 shards are gathered on a rank, because it computes with them."""
+    """Returns the number of trained parameters that FSDP2 shards, and gathers on this rank for the computation."""
     model, held = config.model, held_experts(placement, rank)
     parts, alone = parameters(model, experts_held=held), config.parallel.edp == 1  # with edp=1 FSDP2 does not shard experts
     if model.has_adapters or config.router_tuning:
@@ -297,7 +297,7 @@ def output_bytes_per_token(config: Config) -> float:
     """Returns the bytes per token that autograd keeps for the output projection and the cross entropy."""
     model, a = config.model, ITEMSIZE[config.parallel.precision]
     if config.router_tuning is not None and not config.router_tuning.over_vocabulary:
-        return a * model.hidden_dim  # and a few logits
+        return a * model.hidden_dim  # the few logits are not counted
     words = config.parallel.loss_words_of(model.vocab_size)
     if words is None and _has_dense_kernels(config):
         return a * (model.hidden_dim + 2 * model.vocab_size)

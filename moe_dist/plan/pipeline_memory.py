@@ -3,10 +3,10 @@
     weights      experts / pp, and (attention, dense and shared FFNs) / (tp pp); routers and norms / pp; embedding or
                  output / tp
     gradients    fp32, of all these weights
-    optimizer    two moments in fp32; with engine.distributed_optimizer a share of them and of the fp32 weights: of experts
-                 1 / (edp / pp), of all others 1 / (dp cp)
+    optimizer    two moments in fp32; with engine.distributed_optimizer a rank has only a fraction of them and of the fp32
+                 weights: 1 / (edp / pp) for experts, and 1 / (dp cp) for all other parameters
     activations  as in `moe_dist.plan.memory`, for the layers of a stage and the tokens of a rank, times the micro-batches
-                 that the first stage holds at once: pp, or pp + (pp - 1) / vpp if interleaved
+                 that the first stage has at once: pp, or pp + (pp - 1) / vpp if interleaved
 
 The estimate assumes that all pipeline stages have equally many MoE layers.
 """

@@ -49,7 +49,7 @@ def check(config: Config, *, manifest: Manifest | None = None, world_size: int |
 
     Args:
         manifest: Manifest of the data set. By default it is read from `data.path`.
-        world_size: Number of ranks that were started. It must be parallel.ep x parallel.edp.
+        world_size: Number of ranks that were started, which must be parallel.ep x parallel.edp; None skips this check.
 
     Raises:
         ConfigError: the configuration has faults. The error lists all faults of the configuration and the data.

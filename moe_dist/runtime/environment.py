@@ -80,7 +80,7 @@ class RankEnv:
             if local_world_size > world_size:
                 problems.append(f"LOCAL_WORLD_SIZE={local_world_size} is larger than WORLD_SIZE={world_size}")
         step_id = step_id if world_size > 1 else ""  # one srun step may start several one-rank runs one after another
-        init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # `find` compares steps
+        init_method = _init_method(env, world_size) or (PUBLISHED if step_id else "")  # `find` compares step ids
         if not init_method:
             problems.append(
                 "no rendezvous for the ranks: set MASTER_ADDR and MASTER_PORT to a port of rank 0's node, or "

@@ -214,7 +214,7 @@ class RunFolder:
             self.prepare()
             with in_words(self.path):
                 self.checkpoints.mkdir(exist_ok=True)
-                record_provenance(self.path, env.attempt_id)  # costs a few git commands
+                record_provenance(self.path, env.attempt_id)  # runs a few git commands
                 self._begin(env, lease)
         except BaseException:
             lease.release()
