@@ -80,7 +80,7 @@ class LayerWatch:
         self._number, self._share, self.request = number, share, request
 
     def __call__(self, layer: int, y_TD: Tensor, report: LayerReport) -> Tensor:
-        """Returns `y_TD` in a form whose backward also adds the gradients of the auxiliary terms. In training costs one
+        """Returns `y_TD` in a form whose backward also adds the gradients of the auxiliary terms. In training it costs one
         all-reduce, unless both coefficients are 0."""
         self._reports[layer].append(_detached(report))
         if report.chosen is not None:

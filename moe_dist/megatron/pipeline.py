@@ -24,7 +24,7 @@ NO_LABEL = -100  # a label below 0 means that the position adds no loss
 
 
 class MicroBatch(NamedTuple):
-    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. Only `share` is not [B, S]."""
+    """A micro-batch of whole sequences, equal on all ranks of a TP x CP x PP block. Tensors are [B, S], except `share`."""
 
     tokens_BS: Tensor
     documents_BS: Tensor
