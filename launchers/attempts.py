@@ -14,7 +14,7 @@ from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
 
-RunAttempt = Callable[[int, str], Outcome]  # runs an attempt: takes the restarts before the attempt and the attempt_id
+RunAttempt = Callable[[int, str], Outcome]  # runs one attempt, given the number of earlier restarts and attempt_id
 
 
 def inspect_folder(folder: RunFolder, config: Config, *, overwrite: bool) -> Start:
@@ -37,8 +37,8 @@ def run_attempts(
     max_restarts: int,
     blame: Callable[[int], None] = lambda rank: None,
 ) -> int:
-    """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
-    Calls `blame` with the rank at fault after each failed attempt."""
+    """Runs attempts until one succeeds, or until its failure allows no restart. Returns the last attempt's exit code.
+    After each failed attempt, calls `blame` with the rank at fault."""
     attempts: list[AttemptEnd] = []
     while True:
         begin = committed_step(folder.checkpoints)  # newest committed step before the attempt
@@ -72,8 +72,8 @@ def begin_logs(folder: RunFolder, num_ranks: int, attempt_id: str) -> None:
 
 
 def _other_writer(folder: RunFolder, attempt_id: str) -> str | None:
-    """Describes another live attempt that holds the run's lease (the right to write to its folder), because a restart would
-    only wait for the end of that attempt. Returns None if no other attempt is alive."""
+    """Returns a message if another live attempt holds the run's lease (the right to write to the run folder); None
+    otherwise. A restart would only wait for the end of that attempt."""
     holder = read_holder(folder.lease_json)
     if holder is None or holder.attempt_id == attempt_id or holder.is_dead():  # a restart takes over an abandoned lease
         return None

@@ -18,7 +18,7 @@ from moe_dist.runtime.place import PLACE, RunPlace
 from moe_dist.runtime.signals import DEFAULT_GRACE_SECONDS
 
 TRAIN: tuple[str, ...] = ("-m", "moe_dist.train")
-ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # `check_file`, or in a dry run `layout_of_file` (without data)
+ReadRun = Callable[[Path, Sequence[str]], PlannedLayout]  # `check_file`; in a dry run `layout_of_file`, which needs no data
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class JobPlan:
     """The nodes of a job and the ranks on each node.
 
     Attributes:
-        nodes: Ordered by index.
-        gpus_per_node: GPUs that each node must have; 0 for a run on CPUs.
+        nodes: The planned nodes, ordered by index.
+        gpus_per_node: Number of GPUs that each node must have; 0 for a run on CPUs.
         groups: For each rank, the names of the expert groups that have experts on it.
         block: Number of consecutive ranks that must share a node (parallel.dispatch.ranks_per_node).
     """
@@ -112,7 +112,7 @@ def one_node(world_size: int) -> JobPlan:
 
 
 def plan_job(layout: PlannedLayout, cluster: Cluster) -> JobPlan:
-    """Assigns ranks to nodes by the configuration, the expert placement and the cluster file.
+    """Assigns ranks to nodes according to the configuration, the expert placement and the cluster file.
 
     Raises:
         ConfigError: an EP group is larger than a fast-interconnect domain of the cluster, or
@@ -200,8 +200,8 @@ class LaunchPlan:
         config: Path of the YAML file, readable on every node.
         rendezvous: Environment variables for torch's rendezvous: PUBLISHED_RENDEZVOUS or the result of `file_rendezvous`.
         grace_seconds: Time from a stop signal until a rank that has not ended is killed.
-        loopback: True if all ranks are on this machine; gloo then binds to the loopback interface.
-        threads: OMP_NUM_THREADS of each rank; None lets each rank take its share of the cores (`environment.share_cores`).
+        loopback: True if all ranks are on this machine. Gloo then binds to the loopback interface.
+        threads: OMP_NUM_THREADS of each rank. With None, the ranks of a node share its cores (`environment.share_cores`).
         program: Arguments of the Python interpreter that precede the configuration's path, such as `-m moe_dist.train`.
         hosts: Host names ordered by node index; empty if the launcher does not know the host names.
     """
@@ -225,7 +225,7 @@ PUBLISHED_RENDEZVOUS: Mapping[str, str] = {"MOE_DIST_INIT_METHOD": PUBLISHED}
 
 
 def file_rendezvous(path: Path) -> dict[str, str]:
-    """Returns the environment variables with which the ranks meet through a new file at `path`, which all ranks share."""
+    """Returns the environment variables for a rendezvous through a new file at `path`, which all ranks can access."""
     return {"MOE_DIST_INIT_METHOD": f"file://{path.absolute()}"}
 
 
@@ -254,7 +254,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def commands_text(commands: Sequence[RankCommand]) -> str:
-    """Returns the text of a dry run: the node of each rank, and the shell line that starts the rank."""
+    """Returns the text of a dry run. A line per rank has the rank's node, and the shell command that starts the rank."""
     lines = []
     for command in commands:
         variables = [f"{name}={value}" for name, value in sorted(command.env.items())]
@@ -263,19 +263,20 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 
 def paths_of(config: Config) -> dict[str, str]:
-    """Returns the paths in a configuration by their keys; omits keys whose value is null."""
+    """Returns the paths in a configuration by their keys, without keys whose value is null."""
     paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
     return {key: path for key, path in paths.items() if path is not None}
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides with absolute paths, which are valid in every working directory. Relative paths start at `base`."""
+    """Returns overrides with absolute paths, which are valid in every working directory. `base` is the folder from which
+    relative paths start."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 
 def relative_paths(config: Config) -> list[str]:
-    """Returns an error message for each relative path of the configuration, because such a path would lead to different
-    folders on nodes with different working directories."""
+    """Returns an error message for each relative path in the configuration. Nodes with different working directories
+    would resolve such a path to different folders."""
     relative = [(key, path) for key, path in paths_of(config).items() if not Path(path).is_absolute()]
     return [f"{key}={path!r}: must be absolute on a cluster, and the same folder on all nodes" for key, path in relative]
 

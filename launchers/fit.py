@@ -1,4 +1,4 @@
-"""Finds out, for all schedulers, why nodes do not fit the planned nodes, and whether a stop leaves time for a save."""
+"""Explains why a cluster's nodes do not match the planned nodes, and checks whether a stop leaves time for a save."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ class Offer:
     """A node of the cluster.
 
     Attributes:
-        traits: Features, or labels in the form 'name=value'.
-        down: The reason why no job can run on the node; empty if jobs can, now or after other jobs end.
+        traits: The node's Slurm features, or its labels in the form 'name=value'.
+        down: The reason why no job can run on the node. Empty if jobs can run there, now or after other jobs end.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Want:
-    """A planned node, with the traits and the amounts of resources that its node must have."""
+    """A planned node, with the traits and the amounts of resources that the assigned node must have."""
 
     node: NodePlan
     traits: frozenset[str] = frozenset()
@@ -38,19 +38,20 @@ class Want:
 
 
 def unmet(wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> list[str]:
-    """Returns a problem for each planned node to which no node can be assigned. See `problem` for the arguments."""
+    """Returns an error message for each planned node to which no node can be assigned. `problem` explains the
+    arguments."""
     up = [offer for offer in offers if not offer.down]
     found = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
     return [problem(w, wants, offers, word=word, where=where) for w, at in zip(wants, found, strict=True) if at is None]
 
 
 def problem(want: Want, wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> str:
-    """Returns why no node can be assigned to a planned node: no node has its traits, or the nodes with its traits are
-    too small or too few.
+    """Returns the reason why no node can be assigned to a planned node: no node has its traits, or the nodes with its
+    traits are too small or too few.
 
     Args:
         word: The scheduler's word for a trait: 'feature' or 'label'.
-        where: Part of the cluster, such as "partition 'gpu'".
+        where: Name of the part of the cluster, such as "partition 'gpu'".
     """
     groups = want.node.groups
     who = ranks_of(want.node.ranks) + (f" (experts of {', '.join(groups)})" if groups else "")

@@ -61,11 +61,11 @@ def launch(
     code. Raises MoeDistError before any process is started if the run is invalid.
 
     Args:
-        nproc: Number of ranks; None takes parallel.ep x parallel.edp. If `nproc` is another multiple of parallel.ep,
+        nproc: Number of ranks; by default parallel.ep x parallel.edp. If `nproc` is another multiple of parallel.ep,
             parallel.edp is changed to match.
         overwrite: Rename the folder of an old run of this name before the first attempt; restarts keep the new folder.
         program: Arguments of each rank's Python interpreter that precede the configuration's path.
-        dry_run: Print the ranks' commands and variables, and start nothing; needs no data.
+        dry_run: Print the commands and variables of the ranks, and start nothing. A dry run needs no data.
     """
     read = read_draft(config_path, overrides)
     if read.value is not None:  # an invalid configuration is reported by `check_file` below
@@ -111,8 +111,8 @@ def launch(
 
 @contextlib.contextmanager
 def store_folder() -> Iterator[str]:
-    """Makes a folder of mode 0700 for the rendezvous, so that no other user can join. Also deletes the folders of killed
-    launchers, which are no longer locked, because the kernel frees the locks of a dead process."""
+    """Makes a folder of mode 0700 for the rendezvous, so that no other user can join. Also deletes the rendezvous folders
+    of killed launchers. They are no longer locked, because the kernel releases the locks of a dead process."""
     for old in Path(tempfile.gettempdir()).glob(f"{STORE_PREFIX}*"):
         with contextlib.suppress(OSError):  # raised if the folder's launcher still runs and holds the lock
             found = old.lstat()
@@ -160,7 +160,7 @@ def main(
 
 
 class LocalLauncher(Launcher):
-    """This machine, with one process per rank."""
+    """Starts a run on this machine, with one process per rank."""
 
     main = staticmethod(main)
 

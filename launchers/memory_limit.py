@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# Maps the controllers in a line of /proc/self/cgroup to the folders of their hierarchy below CGROUPS, and to the file with
-# the count. The first entry is for version 2 of cgroups, the second for version 1.
+# Maps the controllers in a line of /proc/self/cgroup to the folders of their hierarchy below CGROUPS, and to the name of
+# the file with the number of kills. The first entry is for version 2 of cgroups, the second entry for version 1.
 _FILES = {"": (("", "unified"), "memory.events"), "memory": (("memory",), "memory.oom_control")}
 
 
@@ -18,7 +18,7 @@ class MemoryLimit:
         self._seen = self._kills()
 
     def words(self) -> str:
-        """Returns a text if the kernel has killed a process since the last call for lack of memory; otherwise ''."""
+        """Returns a message if the kernel has killed a process for lack of memory since the last call; otherwise ''."""
         before, self._seen = self._seen, self._kills()
         return f"memory limit reached: oom_kill {self._seen} in {self._file}" if self._seen > before else ""
 
@@ -31,7 +31,8 @@ class MemoryLimit:
 
 
 def _files() -> list[Path]:
-    """Returns the files that may hold the count. A line of /proc/self/cgroup is `number:controllers:path`."""
+    """Returns the possible paths of the file with the number of kills. A line of /proc/self/cgroup is
+    `number:controllers:path`."""
     found = []
     with contextlib.suppress(OSError):
         for line in OWN.read_text().splitlines():

@@ -23,11 +23,12 @@ LINGER_SECONDS = 300.0  # seconds from the first success of a rank until ranks t
 
 @dataclass(frozen=True)
 class ShutdownTimeouts:
-    """Time limits in seconds.
+    """Time limits for the end of the ranks, in seconds.
 
     Attributes:
         stop: Time from a stop signal until ranks that still run are killed.
-        peers: Time from the first failure until the other ranks get SIGTERM. They log their own errors in this time.
+        peers: Time from the first failure until the other ranks get SIGTERM. Meanwhile the other ranks log their own
+            errors.
         kill: Time from this SIGTERM until ranks that still run are killed.
     """
 
@@ -38,18 +39,18 @@ class ShutdownTimeouts:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The ends of the ranks, as their launcher saw them.
+    """How the ranks of an attempt ended, as their launcher observed it.
 
     Attributes:
         codes: Exit code of each rank; a negative code is the signal that killed the rank.
-        failed: Ranks in the order in which they failed, without ranks that the launcher killed.
+        failed: Ranks in the order in which they failed, except ranks that the launcher killed.
         stop: The first stop signal that the launcher got, or SIGTERM if a rank stopped on a signal that the launcher did
             not send.
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed.
         lost: A description for each rank that died with its node or its Ray worker; such a rank gets the exit code of a
             rank that SIGKILL killed.
-        words: The system's message about a rank's end, such as the memory limit that killed the rank.
+        words: For a rank, the system's message about its end, such as that a memory limit killed the rank.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
         launched: Exit code of the program that started the ranks; used only if no rank failed.
     """
@@ -65,19 +66,19 @@ class Outcome:
     launched: int = EXIT_DONE
 
     def cause(self, told: Collection[int] = (), record: AttemptRecord | None = None) -> int | None:
-        """Returns the rank at fault; None if there is none, or if it is unknown. All launchers blame
+        """Returns the rank at fault; None if no rank is at fault, or if the rank at fault is unknown. All launchers blame
         the node of this rank. The first of these rules that names a rank decides:
 
         1. A rank lost with its node.
         2. A rank killed by a signal, unless the record, or a rank that failed earlier, has an error that would repeat.
         3. A rank that SIGSTOP suspended.
         4. A rank that failed without printing an error; the errors of its peers only report a lost connection.
-        5. The recorded rank: its error is the reason, or it did not enter a collective.
+        5. The rank in the record. Its error is the recorded reason, or it did not enter a collective.
         6. If the record names no rank: a rank that printed no error, and that aborted or ended with 0. Without a record:
            the rank that failed first.
 
         Args:
-            told: Ranks that ended by themselves: done, stopped, or with an error that they printed.
+            told: Ranks that reported their own end: they were done, stopped on request, or printed an error.
         """
         repeats = record is not None and is_final(record.verdict or 0)
         before = takewhile(lambda rank: not is_final(self.codes[rank]), self.failed)

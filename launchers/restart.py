@@ -1,5 +1,5 @@
-"""Decides whether a run is restarted from the last checkpoint after an attempt, by one rule for local, Slurm and Ray. The
-functions are pure and get the earlier attempts as arguments."""
+"""Decides whether a run is restarted from the last checkpoint after an attempt. The local, Slurm and Ray launchers share
+this rule. The functions are pure and get the earlier attempts as arguments."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, DivergedError, ResourceError, StoppedError
 
-WITHOUT_GAIN = 2  # number of consecutive fruitless failures (`AttemptEnd.fruitless`) after which there is no restart
+WITHOUT_GAIN = 2  # there is no restart after this many consecutive failures without progress (`AttemptEnd.fruitless`)
 STOPPED = StoppedError.exit_code
 # Exit codes after which a run is not restarted: errors that would only repeat, success, and a stop on request.
 FINAL = {kind.exit_code for kind in (ConfigError, DataError, DivergedError, ResourceError, StoppedError)} | {EXIT_DONE}
@@ -56,7 +56,7 @@ def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, opti
     `option`, which sets the limit; the default is the key in the cluster file."""
     if len(attempts) > max_restarts:  # the first attempt is no restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
-    # A requested stop that follows no new checkpoint is not counted, because the run may just have started.
+    # A requested stop without a new checkpoint does not count as a failure, because the attempt may just have started.
     failures = [each for each in attempts if not (each.fruitless and (each.asked or each.code == STOPPED))]
     last = failures[-WITHOUT_GAIN:]
     if len(last) == WITHOUT_GAIN and all(each.fruitless for each in last):

@@ -66,7 +66,7 @@ _RECORD = TypeAdapter(_StepRecord)
 
 @dataclass(frozen=True)
 class RunProgress:
-    """A run at one moment.
+    """The state and progress of a run at one moment.
 
     Attributes:
         why: Reason for the end of the latest attempt, or the error in reading the run folder.
@@ -97,7 +97,8 @@ class RunProgress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Seconds to the last step at the current throughput; None if the run is not running or has no throughput yet."""
+        """Seconds until the last step at the current throughput. None if the run is not running, or has no throughput
+        yet."""
         if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
@@ -146,7 +147,8 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
 
 
 def is_run(path: Path) -> bool:
-    """Returns whether a folder is a run folder. The snapshot of a Slurm job also has a config.yaml, beside its code."""
+    """Returns whether a folder is a run folder. A Slurm job's snapshot has a config.yaml, too, but also a folder
+    `code`."""
     return (path / "status.json").is_file() or ((path / "config.yaml").is_file() and not (path / "code").is_dir())
 
 
@@ -176,7 +178,7 @@ def _time_of_beat(lease_json: Path) -> float | None:
 
 
 def _last_records(path: Path) -> list[_StepRecord]:
-    """Returns up to RATE_STEPS last records of steps, newest first; skips lines that are not valid records."""
+    """Returns the last records of steps, newest first, at most RATE_STEPS; skips lines that are not valid records."""
     found: list[_StepRecord] = []
     with contextlib.suppress(OSError):
         for line in lines_from_end(path, most_bytes=RECORDS_READ):

@@ -20,7 +20,8 @@ from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import StopSignals, child_of
 
 TICK_SECONDS = 0.1
-# Delay with which rank 0's standard error is shown, to hide rank 0's follow-up errors if another rank fails meanwhile.
+# Rank 0's standard error is shown with this delay. If another rank fails meanwhile, rank 0's follow-up errors are not
+# shown.
 HELD_SECONDS = 0.5
 
 
@@ -146,8 +147,8 @@ class Ranks:
 def _start(
     command: RankCommand, log: IO[bytes] | None, base_env: Mapping[str, str], prepare: Callable[[], None]
 ) -> subprocess.Popen[bytes]:
-    """Starts a rank. Rank 0 keeps the launcher's standard output, where it draws its progress bar, and writes
-    standard error to a pipe. Every other rank writes both to its log file. Without a log file, a rank keeps both."""
+    """Starts a rank. Rank 0 keeps the launcher's standard output, where it draws its progress bar, and writes standard
+    error to a pipe. Every other rank writes both to its log file. Without log files, all ranks keep both streams."""
     first = command.rank == 0
     return subprocess.Popen(
         command.argv,

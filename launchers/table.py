@@ -1,4 +1,4 @@
-"""The table of all launchers. Imports none of them.
+"""The table of all launchers. This module imports no launcher.
 
 The commands `moe-dist launch NAME`, `moe-dist doctor --on NAME`, `moe-dist explain launch.NAME` and `moe-dist status` read
 the table. An installed package adds a launcher by an entry point of the group `moe_dist.launchers`:
@@ -17,7 +17,7 @@ from moe_dist.errors import ConfigError
 if TYPE_CHECKING:
     from launchers.launcher import Launcher
 
-GROUP = "moe_dist.launchers"  # of entry points
+GROUP = "moe_dist.launchers"  # group of the entry points
 # Maps the name of a launcher to its class, and to its line in the help of `moe-dist launch`.
 LAUNCHERS: Mapping[str, tuple[str, str]] = {
     "local": ("launchers.local:LocalLauncher", "Run on this machine, with one process per rank."),

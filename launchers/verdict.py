@@ -1,4 +1,4 @@
-"""Concludes an attempt (start of the run): rank at fault, reason and exit code, by one rule for all launchers."""
+"""Finds the rank at fault, the reason and the exit code of an attempt (start of the run). All launchers use this rule."""
 
 import contextlib
 import os
@@ -114,8 +114,8 @@ def write(
 
 
 def last_output(log: Path, attempt_id: str, *, most_lines: int = 200) -> str:
-    """Returns an attempt's last traceback in a rank's log, with the exceptions that caused it. Returns the last 20 lines if
-    there is no traceback, and '' if there is no log."""
+    """Returns an attempt's last traceback in a rank's log, with the exceptions that caused it. Without a traceback,
+    returns the last 20 lines; without a log, ''."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - MOST_BYTES))

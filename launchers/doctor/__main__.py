@@ -1,6 +1,6 @@
 """Checks a machine or cluster for a run: moe-dist doctor CONFIG [key=value ...] [--on LAUNCHER] [--probe]
 
-The checks run in order: configuration, plan, then the checks of the launcher. Each result is printed as it is known.
+The command checks the configuration, then the plan, then runs the checks of the launcher. It prints each result at once.
 """
 
 import os

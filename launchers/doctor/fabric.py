@@ -18,15 +18,15 @@ from moe_dist.runtime.rendezvous import StartWait
 
 CHECK = "fabric"
 MARK = "moe_dist fabric: "  # begins the line with the result
-CPU_BYTES, CUDA_BYTES = 4 << 20, 64 << 20  # bytes that each node of a pair sends in an all-to-all
+CPU_BYTES, CUDA_BYTES = 4 << 20, 64 << 20  # number of bytes that each node of a pair sends in an all-to-all
 TIMEOUT_SECONDS = 120.0
 
 
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Finds the causes of slow pairs: a node that is slow with every other node, or a single pair. Returns a check result
-    for each cause of slow pairs.
+    """Returns a check result for each cause of slow pairs. A cause is a node that is slow with every other node, or a
+    single pair of nodes.
 
     Args:
         measured: For each pair of nodes, the shortest measured time of each collective.

@@ -30,8 +30,8 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         unknown, error = (listen(path, questions.num_nodes, env), "") if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **unknown}, unreachable=error)
-    # A scheduler may bind this task to some cores; `os.cpu_count` counts all cores. The clock is read last: the receiver
-    # compares it with the arrival time.
+    # `os.cpu_count` counts all cores of the node, also if the scheduler has bound this task to some of them. The clock is
+    # read last, because the receiver compares its time with the arrival time of the line.
     return replace(facts, cores=os.cpu_count(), clock=time.time())
 
 
@@ -57,9 +57,9 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
 
 
 def connect(path: Path) -> tuple[dict[str, str], str]:
-    """Runs on all nodes except rank 0's: resolves the name of rank 0's node and connects to that node. Returns {name:
-    resolver's error} and the error of the connection, both empty without an error. If `path` never appears, the folder is
-    not shared, which another check reports."""
+    """Runs on all nodes except rank 0's: resolves the name of rank 0's node and connects to that node. Returns a mapping
+    from the name to the resolver's error, and the connection's error. Both are empty without an error. If `path` never
+    appears, the folder is not shared; another check reports this."""
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, ValueError):  # the file does not exist yet or is not readable

@@ -73,7 +73,8 @@ def probe_nodes(asked: Examination, run: RunOnNodes) -> list[CheckResult]:
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:
-    """Measures all-reduce and all-to-all between every pair of nodes, with one task per GPU, or per node on CPUs."""
+    """Measures all-reduce and all-to-all between every pair of nodes. Runs one task per GPU; without GPUs, one per
+    node."""
     if len(plan.nodes) < 2:
         return fabric.judge({}, [], ["here"], payload_bytes=0)
     tasks = plan.gpus_per_node or 1
@@ -94,7 +95,7 @@ def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[Check
 def _token_folder(config: Config) -> Iterator[tuple[tuple[str, str] | None, Path | None]]:
     """Makes a temporary folder in run.root. Yields (path, content) of a file that every node should see, and the path at
     which rank 0's node writes its address for the connection test. Yields (None, None) if this node cannot create
-    the folder, which another check reports."""
+    the folder; another check reports this."""
     token = secrets.token_hex(16)
     folder = nearest(Path(config.run.root)) / f".doctor-{token[:8]}"
     try:

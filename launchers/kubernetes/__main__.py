@@ -34,7 +34,7 @@ class Kind(StrEnum):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as blocks, and repeated values in full."""
+    """A YAML dumper that writes texts of several lines as blocks, and writes repeated values in full."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -47,13 +47,13 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def text_of(found: Sequence[Manifest]) -> str:
-    """Returns the YAML text of the manifests, one document for each."""
+    """Returns the YAML text of the manifests, with one document for each manifest."""
     return yaml.dump_all(found, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def manifests(config_path: Path, overrides: Sequence[str], *, cluster: str | None, kind: Kind) -> list[Manifest]:
-    """Plans a run and returns its Kubernetes objects. Needs neither data nor a cluster. Raises ConfigError if configuration
-    or cluster file is invalid, or the pods could not reach a folder of the run."""
+    """Plans a run and returns its Kubernetes objects. Needs neither data nor a cluster. Raises ConfigError if the
+    configuration or the cluster file is invalid, or if the pods could not reach a folder of the run."""
     site, file = load_cluster(cluster, os.environ), cluster_file(cluster, os.environ)
     if file is None:
         raise ConfigError(f"--cluster is missing; give --cluster FILE, a YAML file with `{EXAMPLE}`", see=GUIDE)
@@ -105,7 +105,7 @@ def main(
 
 
 class KubernetesLauncher(Launcher):
-    """Kubernetes: prints the objects of a run."""
+    """The launcher for Kubernetes, which only prints the objects of a run."""
 
     main = staticmethod(main)
 

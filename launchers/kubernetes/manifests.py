@@ -1,8 +1,8 @@
-"""The Kubernetes objects of a run: a RayJob of KubeRay, or one indexed Job for each kind of node. Pure functions.
+"""Makes the Kubernetes objects of a run: a RayJob of KubeRay, or one indexed Job for each kind of node.
 
-The nodes come from `launchers.command.plan_job`, like the nodes of all other launchers. Each pod stands for one planned
-node, and requests all GPUs of that node. The objects are of batch/v1 and ray.io/v1, which needs KubeRay 1.5 or later for
-the labels of worker groups.
+As in all other launchers, `launchers.command.plan_job` plans the nodes. Each pod stands for one planned node, and
+requests all GPUs of that node. The objects belong to the APIs batch/v1 and ray.io/v1. The labels of worker groups need
+KubeRay 1.5 or later.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from moe_dist.errors import EXIT_DONE
 Manifest = dict[str, Any]
 FILES = "/etc/moe_dist"  # folder of the configuration and the cluster file in every pod
 RUN, PART, SET = "moe-dist/run", "moe-dist/part", "moe-dist/domain"  # labels of pods
-_MOST_NAME = 40  # largest number of characters of a run's name in an object's name, before the number of a pod
+_MOST_NAME = 40  # largest number of characters that an object's name takes from the run's name; a pod's name is longer
 
 
 @dataclass(frozen=True)
 class Part:
-    """Planned nodes whose pods are equal. `domain` is the number of the set of nodes that must share an interconnect
-    domain; None allows any nodes."""
+    """Planned nodes whose pods are equal. Parts with the same number `domain` must run in one interconnect domain. With
+    None, any nodes may run the part."""
 
     name: str
     nodes: tuple[NodePlan, ...]
@@ -37,7 +37,7 @@ class Part:
 
 
 def parts_of(plan: JobPlan, *, ep: int, domains: bool) -> tuple[Part, ...]:
-    """Partitions the planned nodes into sets with equal pods. With `domains`, each EP group must stay in one domain."""
+    """Divides the planned nodes into sets with equal pods. With `domains`, each EP group must stay in one domain."""
     domain_of: dict[int, int] = {}
     for number, indexes in enumerate(nodes_sharing_ep_groups(plan, ep) if domains else []):
         if len(indexes) > 1:  # a single node is in one domain anyway
@@ -67,7 +67,8 @@ class Manifests:
     """Makes the objects of one run.
 
     Attributes:
-        files: Names and texts of the files at `FILES`: the configuration, and the cluster file if there is one.
+        files: The texts of the files in the folder `FILES`, by name: the configuration, and the cluster file if there is
+            one.
         arguments: Configuration, overrides and options for the launcher inside the pods.
     """
 

@@ -20,7 +20,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.signals import StopSignals
 
 INDEX = "JOB_COMPLETION_INDEX"  # variable that Kubernetes sets in the pods of an indexed Job
-PEER_SECONDS = 60.0  # seconds from a rank's failure until the pod's other ranks, which log their errors, get SIGTERM
+PEER_SECONDS = 60.0  # seconds from a rank's failure until the pod's other ranks get SIGTERM; until then they log errors
 END_SECONDS = 5.0  # last seconds of the grace period, in which this process ends after its ranks
 
 

@@ -34,10 +34,10 @@ DASHBOARD = "http://127.0.0.1:8265"  # Ray's own default
 
 
 def launch(config_path: Path, overrides: Sequence[str] = (), **options: Any) -> int:
-    """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the run's
-    exit code. Must be called in the main thread, because the function installs signal handlers. `options` go to
-    `check_job`. Raises MoeDistError if the run is invalid, or the cluster lacks the nodes of the plan; no rank was
-    started."""
+    """Runs the driver: checks a run, starts its ranks on this process's Ray cluster, waits for them, and returns the
+    run's exit code. Must be called in the main thread, because the function installs signal handlers. `options` are the
+    keyword arguments of `check_job`. Raises MoeDistError before any rank is started if the run is invalid, or if the
+    cluster lacks the nodes of the plan."""
     with StopSignals() as signals:  # also handles signals that come before the first attempt
         if (job := check_job(config_path, overrides, **options)) is None:
             return EXIT_DONE
@@ -61,7 +61,7 @@ def driver_line(config_path: Path, overrides: Sequence[str], *, options: Sequenc
 
 
 def _print_dry_run(config: Path, overrides: Sequence[str], cluster: str | None) -> None:
-    """Prints the plan, the resources of an actor and the command of each rank; needs no data and no cluster."""
+    """Prints the plan, the Ray resources of each rank and the command of each rank. Needs no data and no cluster."""
     job = check_job(config, overrides, cluster=cluster, read=layout_of_file)  # prints the plan
     if job is None:  # the run is finished
         return
@@ -126,15 +126,15 @@ def main(
                 code = launch(config, own, **driver, cluster=cluster, forwarded=forwarded)
             raise typer.Exit(code)
     except typer.Exit as end:
-        # Only the driver's log ends with the verdict. Outside a job, the message about an invalid run needs no verdict
-        # after it.
+        # Only the driver's log ends with the verdict. Outside a job, an invalid run ends with an error message, which
+        # needs no verdict.
         if drives and (ray_submit.IN_JOB in os.environ or end.exit_code != ConfigError.exit_code):
             print(ray_submit.verdict_line(end.exit_code), flush=True)
         raise
 
 
 class RayLauncher(Launcher):
-    """A Ray cluster, with one actor per rank."""
+    """Starts a run on a Ray cluster, with one actor per rank."""
 
     main = staticmethod(main)
 

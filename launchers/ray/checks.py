@@ -95,14 +95,14 @@ def _run(command: Sequence[str], variables: Mapping[str, str], seconds: float) -
 
 
 def _chosen(plan: JobPlan, cluster: Cluster, nodes: Sequence[RayNode]) -> Any:
-    """Returns the Ray node of each planned node, as if no other job used the nodes."""
+    """Assigns a Ray node to each planned node, as if no other job used the nodes."""
     idle = [replace(node, free=node.total) for node in nodes]
     return assign(plan, idle, bundle_of_rank(plan, cluster.cpus_per_rank))
 
 
 def stop_grace(env: Mapping[str, str]) -> float | None:
-    """Returns the seconds from `ray job stop` until Ray kills the driver; None outside a job, where Ray does not kill the
-    driver."""
+    """Returns the seconds from `ray job stop` until Ray kills the driver. Returns None outside a job, because Ray does
+    not kill the driver there."""
     if IN_JOB not in env:
         return None
     try:
@@ -122,8 +122,8 @@ def check_stop_grace(grace: float | None, save_seconds: float | None) -> CheckRe
 
 
 def check_exposure(parts: Mapping[str, str]) -> CheckResult:
-    """Checks whether other machines can reach Ray without a token, because Ray runs any code that a client sends. `parts`
-    maps each part of Ray to its announced host:port."""
+    """Checks whether other machines can reach Ray without a token. This would be dangerous, because Ray runs any code
+    that a client sends. `parts` maps each part of Ray to its announced host:port."""
     found = listening(parts)
     beyond = [f"{part} at {each}" for part, listens in found.items() for each in listens if not _is_loopback(each)]
     if asks_for_token() or not beyond:

@@ -36,8 +36,8 @@ REPLACE_SECONDS = 300.0  # time limit for missing nodes before a restart
 
 
 def drive(job: RayJob, signals: StopSignals) -> int:
-    """Runs an attempt, and another one after each failure that allows a restart; returns the last attempt's exit code.
-    Raises ResourceError if there is no cluster, and the errors of `gather_gang`."""
+    """Connects to Ray and runs attempts as `run_attempts` does; returns the last attempt's exit code. Raises
+    ResourceError if there is no cluster, and the errors of `gather_gang`."""
     grace = stop_grace(os.environ)
     with connected(os.environ) as parts:
         signals.renew()  # ray.init has replaced the signal handlers
@@ -63,7 +63,8 @@ def drive(job: RayJob, signals: StopSignals) -> int:
 def _attempt(
     job: RayJob, restarts: int, attempt_id: str, signals: StopSignals, grace_seconds: float, faulty: Collection[str]
 ) -> tuple[Outcome, list[str]]:
-    """Runs one attempt, on `faulty` nodes only if needed. Returns its outcome, and Ray's id of each rank's node."""
+    """Runs one attempt. Uses the nodes in `faulty` only if the other nodes do not suffice. Returns the attempt's outcome,
+    and Ray's id of each rank's node."""
     wait = REPLACE_SECONDS if restarts else SETTLE_SECONDS
     gang = gather_gang(
         job.launch.job,
@@ -93,8 +94,8 @@ def _attempt(
 
 
 def worker_variables(plan: JobPlan, workers: Sequence[WorkerInfo]) -> list[dict[str, str]]:
-    """Returns the environment variables of each rank: the labels of its node, and the GPUs of all ranks on the node. A rank
-    sees the GPUs of all ranks on its node, ordered by local rank, so that peer-to-peer access between these GPUs works."""
+    """Returns the environment variables of each rank: the labels of its node, and the GPUs of all ranks on the node. A
+    rank must see all these GPUs, ordered by local rank, so that peer-to-peer access between them works."""
     variables = []
     for rank, worker in enumerate(workers):
         variables.append({LABELS: json.dumps(dict(worker.labels), sort_keys=True)})

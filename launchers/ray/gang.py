@@ -1,4 +1,4 @@
-"""Makes a placement group with one bundle and one actor per rank for an attempt, and waits for the ranks."""
+"""Makes a placement group with a bundle and an actor per rank for each attempt, starts the ranks, waits for their end."""
 
 import contextlib
 import re
@@ -33,14 +33,14 @@ TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # a node is left out after this many failed starts of actors; after the wait for nodes is over, after one
+START_TRIES = 3  # a node is left out after this many failed starts of actors; after the wait for nodes, after one
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 
 
 class LostError(Exception):
-    """An actor or a node was lost before the attempt began. `faults` has the reasons why the actors of a node did not
-    start, by Ray's id of the node."""
+    """An actor or a node was lost before the attempt began. `faults` maps Ray's id of a node to the reason why an actor
+    did not start on the node."""
 
     def __init__(self, text: str, faults: Mapping[str, str] | None = None) -> None:
         super().__init__(text)
@@ -133,7 +133,7 @@ class Gang:
         return replace(tracker.outcome(signals.first), hosts=hosts)
 
     def close(self) -> None:
-        """Kills the actors, and with them all ranks that still run."""
+        """Kills the actors, which also ends all ranks that still run."""
         for actor in self._actors:
             ray.kill(actor)
         remove_placement_group(self._group)  # frees the bundles for the next attempt
@@ -216,16 +216,16 @@ def gather_gang(
     signals: StopSignals,
     say: Callable[[str], None],
 ) -> Gang:
-    """Chooses nodes and starts an actor for each rank, again and again until all actors have answered. While nodes are
+    """Chooses nodes and starts an actor for each rank. Repeats this until all actors have answered. While nodes are
     missing, requests the planned nodes from an autoscaler.
 
     Args:
-        paths, data: New files and folders, and the data, which must exist on every node.
+        paths, data: Paths that must exist on every node: of new files and folders, and of the data.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the other nodes do not suffice.
-        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Before this time is over, a node is left out
-            only after START_TRIES failed starts of actors. The wait for nodes that other jobs use has no limit.
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks. Before this limit, a node is left out only
+            after START_TRIES failed starts of actors. The wait for nodes that other jobs use has no limit.
         say: Prints a message about waiting; no message is printed twice.
 
     Raises:
@@ -234,7 +234,7 @@ def gather_gang(
         StoppedError: a stop signal came during the wait.
     """
     began, printed = time.monotonic(), set[str]()
-    faults: dict[str, list[str]] = {}  # by Ray's id of a node, a message for each failed start there
+    faults: dict[str, list[str]] = {}  # Ray's id of a node -> a message for each failed start on this node
 
     def say_once(text: str) -> None:
         if text not in printed and time.monotonic() - began >= PATIENT_SECONDS:

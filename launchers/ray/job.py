@@ -28,10 +28,11 @@ class RayJob:
     """A checked and planned run.
 
     Attributes:
-        launch: The first attempt; the driver replaces plan, hosts, attempt and grace period in each attempt.
+        launch: The plan of the first attempt. For each attempt, the driver replaces plan, hosts, attempt and grace
+            period.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
-        wait_seconds: Time limit of the wait for nodes that the cluster lacks; None means the default limits in driver.py.
+        wait_seconds: Time limit of the wait for nodes that the cluster lacks; with None, driver.py's limits apply.
         variables: Environment variables for the ranks; the values may be secrets.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain. Empty without domains.
     """

@@ -1,4 +1,4 @@
-"""Assigns each planned node to a node of a Ray cluster, again for each attempt. Pure functions; does not import Ray.
+"""Assigns each planned node to a node of a Ray cluster. Each attempt makes a new assignment. Does not import Ray.
 
 The driver pins each bundle (Ray resources of a rank) to a node, because no strategy of Ray keeps a node's ranks together.
 """
@@ -43,7 +43,7 @@ class Assignment:
     """The result of `assign`. Exactly one of `nodes`, `problems` and `waits_for` is not empty.
 
     Attributes:
-        job: The plan. If the Ray nodes differ in size, `assign` may have distributed the ranks again by each node's size.
+        job: The plan. If the Ray nodes differ in size, `assign` may have changed how many ranks each node has.
         nodes: A free Ray node for each planned node.
         problems: Requirements that no node of this cluster meets, even when idle.
         waits_for: Planned nodes whose Ray nodes other jobs are using.
@@ -153,9 +153,9 @@ def _fill(job: JobPlan, nodes: Sequence[RayNode], rooms: Sequence[int]) -> JobPl
 def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
-    """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Greedily gives
-    each set, the largest first, the smallest domain with enough nodes for the set. A node without the label DOMAIN is a
-    domain by itself."""
+    """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Handles the
+    largest set first, and gives each set the smallest domain that has enough nodes for it. A node without the label
+    DOMAIN is a domain by itself."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):

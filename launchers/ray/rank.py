@@ -1,7 +1,7 @@
 """The actor of one rank, on a node of Ray: starts the rank through `rank_supervisor`, and returns the rank's exit code.
 
-The rank runs in another process than the actor. The rank therefore gets signals in its main thread, can exit at any time,
-and shares no interpreter with Ray's threads.
+The rank and the actor run in different processes. The rank therefore gets signals in its main thread, can exit at any
+time, and shares no interpreter with Ray's threads.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """The node and GPUs of an actor. Other nodes reach this node at the address `host`."""
+    """The node and GPUs of an actor. Other nodes reach the actor's node at the address `host`."""
 
     node_id: str
     host: str
@@ -75,10 +75,10 @@ class RankActor:
 
         Args:
             argv: Program and arguments; an empty program means this interpreter.
-            shown: True for rank 0: its output goes to the driver and its metrics to Ray.
+            shown: True for rank 0. Its output goes to the driver, and its metrics go to Ray.
         """
         variables = {**os.environ, **env}
-        scratch = tempfile.mkdtemp(prefix="moe_dist_") if shown else ""  # the supervisor, which lives longer, deletes it
+        scratch = tempfile.mkdtemp(prefix="moe_dist_") if shown else ""  # the supervisor outlives the actor and deletes it
         if shown:
             variables[RAY_METRICS] = str(Path(scratch) / "metrics")
             serve_metrics(Path(variables[RAY_METRICS]))  # runs in the actor, because only the actor can use Ray's API

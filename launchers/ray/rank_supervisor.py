@@ -34,11 +34,12 @@ ADOPTED_SECONDS = 10.0  # seconds to wait until killed processes have disappeare
 
 
 class RankSupervisor:
-    """Runs one rank, and waits until every process that it started has ended.
+    """Runs one rank, and waits until all processes that the rank started have ended.
 
     Args:
         log: File to which the output is appended.
-        shown: True for rank 0: standard output and standard error go to the driver, and standard error also into the log.
+        shown: True for rank 0. Standard output and standard error then go to the driver, and standard error also to the
+            log.
         scratch: Folder that is deleted at the end; '' for none.
     """
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray's job API in the driver's environment
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # seconds from `ray job stop` until Ray kills the driver
 POLL_SECONDS = 1.0
-LOST_SECONDS = 10.0  # time without an answer after which Ray's head counts as lost
+LOST_SECONDS = 10.0  # Ray's head counts as lost after this many seconds without an answer
 _VERDICT = re.compile(r"^moe_dist ends with verdict (\d+)$", re.MULTILINE)
 
 
 def verdict_line(code: int) -> str:
-    """Returns the last line of a job's log. Ray's API gives no exit code for a stopped job; `verdict` reads the code from
-    the log's last line."""
+    """Returns the last line of a job's log, from which `verdict` reads the exit code. Ray's API gives no exit code for a
+    stopped job."""
     return f"moe_dist ends with verdict {code}"
 
 
@@ -96,8 +96,8 @@ def hand_over(names: Sequence[str], folder: RunFolder) -> Path:
 
 
 def take_over(path: Path) -> tuple[str, ...]:
-    """Moves the variables of `hand_over` into this process's environment, and deletes the file; returns their names. Raises
-    ConfigError if the file cannot be read."""
+    """Reads the variables that `hand_over` wrote into this process's environment, and deletes the file. Returns the names
+    of the variables. Raises ConfigError if the file cannot be read."""
     try:
         variables = json.loads(read_regular(path, most_bytes=1 << 20, links=False))
         path.unlink()
@@ -170,7 +170,7 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
 
 
 def verdict(details: "JobDetails", log: str) -> int:
-    """Returns the verdict of an ended job: its exit code, or the code in its log's last line if Ray gives none."""
+    """Returns the verdict of an ended job: its exit code, or if Ray has no exit code, the code in the log's last line."""
     code = details.driver_exit_code
     if code is not None and 0 <= code < 128:
         return code
@@ -194,7 +194,7 @@ class _Shown:
 
 
 async def _show(client: Any, job_id: str, shown: _Shown) -> None:
-    """Prints the new part of the log; each connection sends the log from the beginning."""
+    """Prints the part of the log that was not printed yet; each connection sends the log from the beginning."""
     seen = 0
     async for text in client.tail_job_logs(job_id):
         new = text[max(0, shown.characters - seen) :]

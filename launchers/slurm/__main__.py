@@ -135,7 +135,7 @@ def _tasks(
     plan: JobPlan,
     read: ReadRun,
 ) -> tuple[tuple[str, ...], ...]:
-    """Returns each array task's overrides, which also set its run name. All tasks must need the same nodes."""
+    """Returns the overrides of each array task, which also set the run's name. All tasks must need the same nodes."""
     if not sweep:
         return ()
     if len(parts(plan)) > 1:
@@ -211,8 +211,8 @@ def main(
 
 
 def _commands_text(job: Submission, options: Sequence[str]) -> str:
-    """Returns the sbatch command, and the srun command and rank table of the first attempt. JOB stands for the job's id,
-    and NODE0 for the name of the first node."""
+    """Returns the sbatch command, and the first attempt's srun command and rank table. JOB stands for the job's id, and
+    NODE0 for the name of the first node."""
     hosts = tuple(f"NODE{node.index}" for node in job.plan.nodes)
     snapshot, first = CodeSnapshot(job.snapshot), SlurmJob("JOB", 0, None, Path.cwd())
     table, text, command = rank_step(first, snapshot, job.config, job.cluster, job.plan, hosts, program=job.program)
@@ -221,7 +221,7 @@ def _commands_text(job: Submission, options: Sequence[str]) -> str:
 
 
 def _submit(job: Submission, options: Sequence[str], *, overwrite: bool) -> None:
-    """Submits the job and prints its id and paths; for a finished run prints its summary instead."""
+    """Submits the job, and prints its id and paths. For a finished run, only prints the run's summary."""
     folder, old = RunFolder.of(job.config), None
     if not job.sweep:
         old = folder.move_aside() if overwrite else None
@@ -257,7 +257,7 @@ def _options(limit: str | None, dependency: str | None) -> list[str]:
 
 
 class SlurmLauncher(Launcher):
-    """A Slurm cluster; slurm/train.sbatch starts the ranks."""
+    """Submits a run to a Slurm cluster, where slurm/train.sbatch starts the ranks."""
 
     main = staticmethod(main)
 

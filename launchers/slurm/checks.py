@@ -27,7 +27,8 @@ Ask = Callable[..., str]  # takes the words of a Slurm command; returns the outp
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Checks that Slurm answers and has the plan's nodes. Checks the time limit, and whether a stop leaves time to save."""
+    """Checks that Slurm answers and has the plan's nodes, that the time limit is allowed, and that a stop leaves time to
+    save."""
     try:
         offers = [offer for offer in read_offers(cluster.partition, ask) if offer.name not in cluster.exclude]
         limit = _partition_limit(cluster.partition, ask)
@@ -159,9 +160,9 @@ def srun_command(
     minutes: int,
     visible: Sequence[str] = (),
 ) -> list[str]:
-    """Returns an srun command that requests the plan's resources, GPUs included, so that Slurm chooses nodes as for the
-    run. Each kind of node is one component of a heterogeneous job, as in the job of the run. Task 0 runs on node 0 of the
-    plan.
+    """Returns an srun command that requests the plan's resources including GPUs, so that Slurm chooses the same kinds of
+    nodes as for the run. Each kind of node is one component of a heterogeneous job, as in the run's own job. Task 0 runs
+    on node 0 of the plan.
 
     Args:
         module, argument: A task runs `python -m MODULE ARGUMENT` with RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.

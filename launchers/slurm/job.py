@@ -39,12 +39,12 @@ from moe_dist.runtime.signals import StopSignals
 
 
 def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
-    """Runs one attempt of a job; returns the job's exit code. Raises MoeDistError if the run or its allocation is invalid;
-    no task was started.
+    """Runs one attempt of a job; returns the job's exit code. Raises MoeDistError before any task is started if the run
+    or its allocation is invalid.
 
     Args:
-        arguments: Configuration and overrides on the first attempt of `sbatch slurm/train.sbatch`; otherwise the snapshot
-            in MOE_DIST_SNAPSHOT replaces these arguments.
+        arguments: Configuration and overrides of `sbatch slurm/train.sbatch`, used only in the job's first attempt. If
+            MOE_DIST_SNAPSHOT is set, the snapshot in that folder replaces them.
         env: Environment of the batch script, as `inside_job` returns it.
     """
     snapshot = CodeSnapshot(Path(env["MOE_DIST_SNAPSHOT"])) if env.get("MOE_DIST_SNAPSHOT") else None
@@ -107,8 +107,8 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 
 def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> tuple[Cluster, Config]:
-    """Reads the cluster file and the configuration for `sbatch slurm/train.sbatch`. Makes paths absolute; relative paths
-    are relative to the folder in which sbatch was called."""
+    """Reads the cluster file and the configuration for `sbatch slurm/train.sbatch`. Makes paths absolute; a relative path
+    starts at the folder in which sbatch was called."""
     if not arguments:
         raise ConfigError("sbatch slurm/train.sbatch CONFIG [key=value ...]: CONFIG is missing")
     if job.task is not None:
@@ -125,8 +125,8 @@ def _read_clone(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
 
 
 def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: JobPlan, env: dict[str, str]) -> CodeSnapshot:
-    """Copies code and configuration for all attempts of this job. Records the copy's path in the folder in which sbatch was
-    called; slurm/train.sbatch finds the path there after a requeue."""
+    """Copies code and configuration for all attempts of this job. Records the path of the copy in the folder in which
+    sbatch was called, because slurm/train.sbatch looks there after a requeue."""
     place = RunFolder.of(config).path / "slurm" / f"job_{job.id}_{os.urandom(3).hex()}"
     place.parent.mkdir(exist_ok=True)
     snapshot = take_snapshot(place, config, cluster, clone=Path.cwd())
@@ -145,7 +145,8 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
 
 
 def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
-    """Reads the ended attempts of this job from the file at `path`; adds the attempt that begins at `step` to the file."""
+    """Reads the ended attempts of this job from the file at `path`, and adds the attempt that begins at `step` to the
+    file."""
     ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
     if ends and ends[-1].code is None:  # Slurm killed the last attempt's batch script before the script called `conclude`
         before = replace(job, restarts=job.restarts - 1)
@@ -159,7 +160,7 @@ def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[Atte
 
 
 def _ranks_file(path: Path, restarts: int) -> Path:
-    """Returns the path of the JSON file with the ranks on each host in one attempt; `path` is the job's file of
+    """Returns the path of the JSON file with the ranks on each host in one attempt. `path` is the file with the job's
     attempts."""
     return path.with_name(f"{path.stem}_{restarts}_ranks.json")
 
@@ -175,7 +176,7 @@ def _limit_seconds(env: Mapping[str, str]) -> float:
 
 
 def visible_folders(config: Config, snapshot: CodeSnapshot) -> list[str]:
-    """Returns the folders of the node that the ranks use, each of which a container must mount at the same path."""
+    """Returns the folders of the node that the ranks use. A container must mount each of them at the same path."""
     weights = config.run.init_from
     begin = [weights] if weights is not None and Path(weights).exists() else []  # only the first attempt needs this folder
     return list(dict.fromkeys([str(RunFolder.of(config).path), str(snapshot.folder), config.data.path, *begin]))
@@ -193,7 +194,8 @@ def rank_step(
     program: tuple[str, ...] = TRAIN,
     restarts: int = 0,
 ) -> tuple[Path, str, list[str]]:
-    """Returns the path and text of a rank table for these hosts, and the srun command that uses it. Writes no file."""
+    """Returns the path and text of a rank table for these hosts, and the srun command that uses this table. Writes no
+    file."""
     launch = LaunchPlan(
         config=snapshot.config_yaml,
         overrides=snapshot.overrides_of(job.task),

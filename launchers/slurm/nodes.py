@@ -23,7 +23,7 @@ _OF_EVERY_JOB = re.compile(
     r"SLURM_(?:JOB_\w+|JOBID|NODELIST|NNODES|NPROCS|NTASKS|NTASKS_PER_NODE|TASKS_PER_NODE|CPUS_ON_NODE|GPUS_ON_NODE|"
     r"CLUSTER_NAME|SUBMIT_\w+)(?:_HET_GROUP_\d+)?"
 )
-# The state of a node that does not serve its job; POWERED_DOWN and POWERING_DOWN only save power.
+# The state of a node that does not work for its job. POWERED_DOWN and POWERING_DOWN do not match: they only save power.
 _DOWN = re.compile(r"\b(?:DOWN|NOT_RESPONDING)\b|\*")
 
 
@@ -33,11 +33,11 @@ class SlurmError(MoeDistError):
 
 @dataclass(frozen=True)
 class GivenPart:
-    """The nodes allocated to a job, or to one component of a heterogeneous job. `gpus` is the number of GPUs of a node; -1
-    if unknown."""
+    """The nodes allocated to a job, or to one component of a heterogeneous job. `gpus` is the number of GPUs per node; -1
+    if the number is unknown."""
 
     hosts: tuple[str, ...]  # in Slurm's order
-    tasks: tuple[int, ...]  # of each node
+    tasks: tuple[int, ...]  # number of tasks of each node
     gpus: int
 
 
@@ -50,9 +50,9 @@ class Allocation:
 
     @classmethod
     def read(cls, env: Mapping[str, str]) -> "Allocation":
-        """Reads the job's environment, and queries host names and features from Slurm."""
-        # Each component of a heterogeneous job costs two queries of slurmctld. Only the batch script makes these
-        # queries, because queries of every rank would overload slurmctld.
+        """Reads the job's environment, and asks Slurm for the host names and features of the nodes."""
+        # Each component of a heterogeneous job costs two queries of slurmctld. Only the batch script runs this code,
+        # because slurmctld would be overloaded if every rank sent these queries.
         size = int(env.get("SLURM_HET_SIZE", "0"))
         suffixes = [f"_HET_GROUP_{index}" for index in range(size)] if size else [""]
         given, features = [], {}
@@ -70,8 +70,8 @@ class Allocation:
 
 
 def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment with which a job is submitted. Omits the variables of a surrounding job, because sbatch would
-    pass them on and Slurm does not overwrite all of them."""
+    """Returns the environment with which a job is submitted. Omits the Slurm variables of a surrounding job: sbatch would
+    pass them on, and Slurm does not overwrite all of them in the new job."""
     of_slurm = ("SLURM", "SRUN_")
     own = {name: value for name, value in env.items() if not name.startswith(of_slurm) or name.startswith(_CLIENT)}
     return own if "SLURM_JOB_ID" in env else dict(env)
@@ -79,7 +79,7 @@ def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a batch script without the variables of an outer job. If a plain sbatch inside another
-    job submitted this job, Slurm does not overwrite all variables of the outer job; most variables that remain are
+    job submitted this job, Slurm does not overwrite all variables of the outer job. Most of the remaining variables are
     options of srun. Keeps only `_OF_EVERY_JOB`, and the variables of array task, restarts, components and CPUs of a
     task if slurmctld's record confirms them."""
     if "SLURM_JOB_ID" not in env:
@@ -106,7 +106,7 @@ def _is_own(name: str) -> bool:
 def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Runs a Slurm command and returns its output. Raises SlurmError, with a message of one line, if the command fails, is
     not installed, or does not answer within a minute."""
-    ours = child_of(os.getpid(), ignore_stop=True)  # Slurm sends stop signals to all processes of a job that it requeues
+    ours = child_of(os.getpid(), ignore_stop=True)  # when Slurm requeues a job, it sends stop signals to all its processes
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_SECONDS, check=False, cwd=cwd, env=env, preexec_fn=ours
@@ -120,8 +120,8 @@ def ask(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = 
 
 
 def _record(job_id: str) -> str:
-    """Returns slurmctld's record of a job. `job_id` is the id or, for a task of an array, ARRAY_TASK. For an array or a
-    heterogeneous job, scontrol prints one line for each part."""
+    """Returns slurmctld's record of a job. `job_id` is the job's id or, for a task of an array, ARRAY_TASK. scontrol
+    prints one line for each part of an array or of a heterogeneous job."""
     shown = ask("scontrol", "--oneliner", "show", "job", job_id)
     return next((line for line in shown.splitlines() if line.startswith(f"JobId={job_id} ")), shown)
 
@@ -165,7 +165,8 @@ def expand_counts(text: str) -> tuple[int, ...]:
 
 
 def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[str]:
-    """Describes each difference between an allocation and the plan with its `spare` nodes; empty if the two match."""
+    """Describes each difference between an allocation and the plan plus `spare` nodes; empty if there is no
+    difference."""
     wanted, given = parts(job), allocation.parts
     if len(wanted) != len(given):
         return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'component')}"]
@@ -188,8 +189,8 @@ def hosts_of(job: JobPlan, allocation: Allocation, faulty: Sequence[str] = ()) -
 
 
 def ranks_by_task(job: JobPlan, hosts: Sequence[str], allocated: Sequence[str]) -> dict[str, dict[int, int]]:
-    """Returns the tasks of each host, with the rank of each task. Slurm numbers the tasks of a component node by node.
-    `allocated` are the job's hosts in Slurm's order. The plan's order differs from Slurm's order if a node was at fault."""
+    """Returns the rank of each task on each host. Slurm numbers the tasks of a component node by node. `allocated` are
+    the job's hosts in Slurm's order. The plan's order of hosts differs from Slurm's order if a node was at fault."""
     found = {}
     for part in parts(job):
         in_order = sorted(part.nodes, key=lambda node: allocated.index(hosts[node.index]))

@@ -1,4 +1,4 @@
-"""Renders sbatch options, the batch script, the srun command and the rank table. Pure functions."""
+"""Renders sbatch options, the batch script, the srun command and the rank table. The functions are pure."""
 
 import shlex
 import sys
@@ -13,16 +13,16 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.place import FEATURES
 
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
-PROGRAM = "MOE_DIST_PROGRAM"  # arguments of the ranks' interpreter, instead of the training
+PROGRAM = "MOE_DIST_PROGRAM"  # variable with arguments of the ranks' interpreter that replace those of the training
 STOP_SIGNAL = "USR2"  # not USR1, which NCCL may use
-LINGER_SECONDS = 60  # from the first rank's end until srun kills the other ranks, which log their errors in this time
+LINGER_SECONDS = 60  # from the first rank's end until srun kills the other ranks; until then these ranks log errors
 # Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).
 HOLD_SIGNALS = ("env", "--block-signal=TERM,USR2,INT")
 
 
 @dataclass(frozen=True)
 class ScriptPart:
-    """Planned nodes of one kind, in order: a whole job, or one component of a heterogeneous job."""
+    """Planned nodes of one kind, in order. They form a whole job, or one component of a heterogeneous job."""
 
     nodes: tuple[NodePlan, ...]
 
@@ -44,15 +44,15 @@ def parts(job: JobPlan) -> tuple[ScriptPart, ...]:
 
 
 def part_options(part: ScriptPart, job: JobPlan, cluster: Cluster) -> list[str]:
-    """Returns sbatch's options for the nodes of one part, without the site's. Raises ConfigError for spare nodes in a
-    heterogeneous job."""
+    """Returns sbatch's options for the nodes of one part, without the options of `site_options`. Raises ConfigError for
+    spare nodes in a heterogeneous job."""
     if cluster.spare_nodes and len(parts(job)) > 1:
         raise ConfigError(
             f"spare_nodes={cluster.spare_nodes}: must be 0, because the groups of this run need several kinds of nodes "
             "(placement.groups.<group>.node); set it to 0 in the cluster file"
         )
     size, count = part.ranks_per_node, len(part.nodes) + cluster.spare_nodes
-    # Without --ntasks the second component of a heterogeneous job starts a single task.
+    # Without --ntasks, Slurm starts only one task in the second component of a heterogeneous job.
     options = [f"--nodes={count}", f"--ntasks={count * size}", f"--ntasks-per-node={size}"]
     if cluster.cpus_per_rank is not None:
         options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
@@ -152,7 +152,7 @@ def rank_table(
         lines.append(f"{hosts[command.node]}/{local}) {_export(own)}; log={log} ;;")
     lines += ["*) misplaced ;;", "esac", "prelude() {", ":"]
     for line in cluster.prelude:
-        # With eval, a line that is no complete shell command fails alone and does not break the whole text.
+        # With eval, an incomplete shell command in the prelude fails alone and does not break the whole text.
         lines.append(f"eval {shlex.quote(line)} || {{ failed={shlex.quote(line)}; return 1; }}")
     lines += ["}", f"container=({shlex.join(container_prefix(cluster, visible, code))})"]
     return "\n".join([*lines, f"command=({shlex.join(first.argv)})", ""])

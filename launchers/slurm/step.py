@@ -36,7 +36,7 @@ _ENDED = re.compile(
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
 _MEMORY = re.compile(r"slurmstepd\S*: error: (.*(?:memory limit|oom.?kill).*)", re.IGNORECASE)
 _CODES = {signal.strsignal(each): -each for each in signal.Signals} | {"Out Of Memory": -signal.SIGKILL}  # srun's words
-Places = Mapping[str, Mapping[int, int]]  # rank of each task on each host
+Places = Mapping[str, Mapping[int, int]]  # maps each host, and each task on it, to a rank
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 
 
 def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool) -> Outcome:
-    """Returns how the ranks ended. `code` and `lines` are results of `run_step`; srun has no line about a task that ended
-    with 0."""
+    """Returns how the ranks ended. `code` and `lines` are results of `run_step`. A task without a line counts as ended
+    with 0, because srun reports only failed tasks."""
     host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
     codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
     memory, killed = "", False  # Slurm's message about a memory limit; whether srun has begun to kill tasks
@@ -169,9 +169,9 @@ def _tasks(text: str) -> list[int]:
 def name_unconcluded(
     folder: RunFolder, attempt_id: str, on_host: Mapping[str, Sequence[int]], *, asked: bool, restarts: int
 ) -> int:
-    """Records and returns the verdict of an attempt whose batch script Slurm killed before it concluded. The reason names
-    the nodes of this attempt that are down now. `on_host` has the ranks on each host of the attempt; the first host ran the
-    batch script, which had got a stop signal if `asked`."""
+    """Records and returns the verdict of an attempt whose batch script was killed by Slurm before the script recorded a
+    verdict. The reason names the nodes of this attempt that are down now. `on_host` has the ranks on each host. With
+    `asked`, the batch script, which ran on the first host, had received a stop signal."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict not in (None, EXIT_FAILED):
         return record.verdict
