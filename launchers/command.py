@@ -269,8 +269,7 @@ def paths_of(config: Config) -> dict[str, str]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides with absolute paths, which are valid in every working directory. `base` is the folder from which
-    relative paths start."""
+    """Returns overrides with absolute paths, which are valid in every working directory. Relative paths start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 

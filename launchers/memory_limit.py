@@ -31,8 +31,7 @@ class MemoryLimit:
 
 
 def _files() -> list[Path]:
-    """Returns the possible paths of the file with the number of kills. A line of /proc/self/cgroup is
-    `number:controllers:path`."""
+    """Returns the possible paths of the file with the count. A line of /proc/self/cgroup is `number:controllers:path`."""
     found = []
     with contextlib.suppress(OSError):
         for line in OWN.read_text().splitlines():

@@ -27,8 +27,7 @@ class ShutdownTimeouts:
 
     Attributes:
         stop: Time from a stop signal until ranks that still run are killed.
-        peers: Time from the first failure until the other ranks get SIGTERM. Meanwhile the other ranks log their own
-            errors.
+        peers: Time from the first failure until the other ranks get SIGTERM. Meanwhile these ranks log their errors.
         kill: Time from this SIGTERM until ranks that still run are killed.
     """
 

@@ -97,8 +97,7 @@ class RunProgress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Seconds until the last step at the current throughput. None if the run is not running, or has no throughput
-        yet."""
+        """Seconds to the last step at the current throughput; None if the run is not running, or has no throughput yet."""
         if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds
@@ -147,8 +146,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
 
 
 def is_run(path: Path) -> bool:
-    """Returns whether a folder is a run folder. A Slurm job's snapshot has a config.yaml, too, but also a folder
-    `code`."""
+    """Returns whether a folder is a run folder. A Slurm job's snapshot has a config.yaml, too, but also a folder `code`."""
     return (path / "status.json").is_file() or ((path / "config.yaml").is_file() and not (path / "code").is_dir())
 
 

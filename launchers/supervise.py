@@ -20,8 +20,7 @@ from launchers.rank_tracker import Outcome, RankTracker, ShutdownTimeouts
 from moe_dist.runtime.signals import StopSignals, child_of
 
 TICK_SECONDS = 0.1
-# Rank 0's standard error is shown with this delay. If another rank fails meanwhile, rank 0's follow-up errors are not
-# shown.
+# Delay with which rank 0's standard error is shown. If another rank fails meanwhile, rank 0's follow-up errors are hidden.
 HELD_SECONDS = 0.5
 
 

@@ -26,10 +26,10 @@ RANK_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
 }
-QUIET = 0.25  # rates use this quantile of all repeats' seconds, because other load of the machine slows repeats
+QUIET = 0.25  # rates use this quantile of the repeats' seconds, because other processes on the machine slow some repeats
 ROWS, EXPERTS = (16, 64, 256, 1024, 4096), 8
-LAUNCHED = 64  # operations of a chain whose forward and backward are timed
-EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # bytes that a rank sends to each other rank
+LAUNCHED = 64  # number of operations in the chain whose forward and backward are timed
+EXCHANGED = (1 << 12, 1 << 18, 1 << 22)  # number of bytes that a rank sends to each other rank
 TIMEOUT = 300.0
 
 
@@ -66,7 +66,7 @@ def main(options: CalibrateOptions) -> None:
 
 
 def measure(options: CalibrateOptions, device: str) -> Rates:
-    """Measures all rates: matrix products, copies and launches in this process, and exchanges between child processes."""
+    """Measures all rates. Products, copies and launches run in this process, exchanges run between child processes."""
     import torch
     from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -139,8 +139,8 @@ def _seconds(run: Callable[[], Any], least: float) -> float:
 
 
 def exchange(ranks: int, device: str, least: float) -> LinkSection:
-    """Starts `ranks` processes on this machine, which send each other messages of each size in `EXCHANGED`. Fits latency
-    and bytes per second to the quantile `QUIET` of the seconds of each size.
+    """Starts `ranks` processes on this machine, which send each other messages of each size in `EXCHANGED`. For each
+    size, takes the quantile `QUIET` of the measured seconds, and fits latency and bytes per second to these values.
 
     Raises:
         ResourceError: a rank failed; the rank's traceback is on standard error.
@@ -162,7 +162,7 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
-    """Fits latency and rate in seconds = latency + (bytes sent by a rank) / rate; minimises relative errors."""
+    """Fits latency and rate in seconds = latency + (bytes sent by a rank) / rate. Minimises the relative errors."""
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
@@ -172,8 +172,8 @@ def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> 
 
 
 def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
-    """Exchanges messages of each size for `least` seconds, at least six times. Rank 0 writes the quantile `QUIET` of the
-    seconds of all exchanges but the first."""
+    """Exchanges messages of each size for at least `least` seconds and at least six times. Rank 0 writes the quantile
+    `QUIET` of the seconds of each size; the first exchange of a size is not counted."""
     child_of(parent, ignore_stop=False)()
     import torch
     import torch.distributed as dist

@@ -1,5 +1,5 @@
-"""Shows the first step at which the metrics.jsonl of two runs differ; times and measurements of the device are not
-compared."""
+"""Shows the first step at which the metrics.jsonl of two runs differ. Measured times and measurements of the device are
+not compared."""
 
 from pathlib import Path
 from typing import Annotated

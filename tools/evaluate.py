@@ -150,7 +150,7 @@ def _harness(
 
 
 def _folder(options: EvaluateOptions, trained: LoadedRun) -> Path:
-    """Makes the folder of the results before the evaluation, so that an unwritable folder is an error at once."""
+    """Makes the folder of the results before the evaluation, so that an unwritable folder is reported at once."""
     folder = options.out or trained.run_folder / "evaluations"
     make_writable(folder, option=f"--out {folder}")
     return folder

@@ -22,12 +22,12 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 _SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # sizes in pixels; _LINES is the largest number of lines of a caption
-_WIDTH = 16  # characters per line of a caption, for each picture of its entry
+_WIDTH = 16  # a line of a caption has at most this many characters for each picture of its entry
 
 
 @dataclass(frozen=True)
 class Task:
-    """Arguments of a `Generator` call: prompts, settings, and, for guidance, the prompts without captions (`plain`)."""
+    """The arguments of a `Generator` call. `plain` has the prompts without captions, which only guidance needs."""
 
     prompts: list[list[int]]
     request: Request
@@ -100,7 +100,7 @@ def main(options: GenerateOptions) -> None:
 
 
 def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[str]]:
-    """Returns the task, and the text or caption of each of its prompts."""
+    """Returns the task, and for each prompt of the task its text or caption."""
     sampling, text = Sampling(options.temperature, options.top_p), options.prompt or ""
     if options.sheet is not None or options.draw:
         captions = [text]
@@ -119,8 +119,8 @@ def _task(options: GenerateOptions, vocabulary: Vocabulary) -> tuple[Task, list[
 def _draw_captions(
     vocabulary: Vocabulary, captions: Sequence[str], *, sampling: Sampling, seed: int, guidance: float
 ) -> Task:
-    """Makes the task of drawing a picture of each caption. Raises ConfigError or DataError if the data set's tokenizer or
-    codebook is missing or damaged, or `guidance` is below 0."""
+    """Makes the task of drawing one picture for each caption. Raises ConfigError or DataError if the tokenizer or the
+    codebook of the data set is missing or damaged, or if `guidance` is below 0."""
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
     cells = len(vocabulary.codebook) and vocabulary.grammar.cells
@@ -195,8 +195,8 @@ def _first_number(folder: Path) -> int:
 def _write_sheet(
     options: GenerateOptions, path: Path, labels: list[str], samples: list[GeneratedSample], vocabulary: Vocabulary
 ) -> None:
-    """Writes a sheet with a row for each caption: the decoded held-out picture, if requested, then the generated
-    pictures."""
+    """Writes a sheet with one row per caption. A row shows the decoded held-out picture, if requested, and then the
+    generated pictures."""
     each, rows = options.samples, []
     originals = {found.caption: found.codes for found in reversed(vocabulary.heldout())} if options.originals else {}
     for first in range(0, len(samples), each):
@@ -210,8 +210,8 @@ def _write_sheet(
 
 
 def _make_sheet(rows: Sequence[tuple[str, Sequence[Image.Image]]], *, columns: int) -> bytes:
-    """Returns a PNG of entries, `columns` in a row. An entry shows its pictures side by side, and its caption below them.
-    All entries have equally many pictures. The font has only Latin letters."""
+    """Returns a PNG of entries, with `columns` entries in a row. An entry shows its pictures side by side, and its
+    caption below them. All entries have the same number of pictures. The font has only Latin letters."""
     each = len(rows[0][1])
     width, height = each * _SIDE + (each - 1) * 2 + _GAP, _SIDE + _LINES * _LINE + _GAP
     lines = -(-len(rows) // columns)

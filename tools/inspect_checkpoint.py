@@ -59,9 +59,9 @@ def main(
 
 
 def _families(index: Index) -> Iterator[tuple[str, ...]]:
-    """Yields a row for each kind of tensor: the kind, the numbers of tensors and of values, the bytes and, for experts,
-    the numbers of layers and experts. Parameters are `dense`, `routers`, `adapters` or `experts of GROUP`. The
-    optimizer's moments follow them, such as `exp_avg of dense`."""
+    """Yields a row for each kind of tensor: the kind, the number of tensors, the number of values, the bytes and, for
+    experts, the numbers of layers and of experts. The kinds of parameters are `dense`, `routers`, `adapters` and `experts
+    of GROUP`. The kinds of the optimizer's moments, such as `exp_avg of dense`, come after the parameters."""
     members: dict[str, list[str]] = defaultdict(list)
     for name in index.tensors:
         moment = _MOMENT.fullmatch(name)

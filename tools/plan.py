@@ -34,7 +34,7 @@ from moe_dist.plan.solver import slots_of, solve
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
 
-LIKELY = 0.01  # a layout is ranked if its probability of running out of memory is at most this
+LIKELY = 0.01  # a layout is ranked only if it runs out of memory with at most this probability
 SHOWN = 10
 
 
@@ -128,7 +128,8 @@ def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
 
 
 def refuse_unused(options: PlanOptions, engine: EngineSection) -> None:
-    """Refuses options about step times for engines without simulated step times, and engines whose layouts are unknown."""
+    """Raises ConfigError for options about step times if no step times are simulated for the engine. Also raises
+    ConfigError if the layouts of the engine are unknown."""
     values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
     given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
     if given:
@@ -157,14 +158,14 @@ def write_plan(config: Config, path: Path) -> None:
 
 
 def problems_of(each: Estimate) -> list[str]:
-    """Returns the rules that the configuration of a layout breaks."""
+    """Returns a message for each rule that the configuration of a layout breaks."""
     return [found.problem for found in (*rule_violations(each.config), *model_violations(each.config))]
 
 
 def left_out(
     config: Config, counts: Sequence[int], every: Sequence[Estimate], fitting: Sequence[Estimate]
 ) -> Iterator[str]:
-    """Yields sentences about numbers of GPUs that are not ranked, with the reasons."""
+    """Yields a sentence for each reason why layouts on some numbers of GPUs are not ranked."""
     batch, listed, ranked = config.train.global_batch, {each.gpus for each in every}, {each.gpus for each in fitting}
     if odd := [count for count in counts if count not in listed]:
         numbers = ", ".join(map(str, odd))
@@ -189,8 +190,8 @@ def gpu_range(text: str) -> tuple[int, int]:
 
 
 def rates_of(options: PlanOptions, gpus: int) -> Rates:
-    """Returns the rates in the file `--rates`, else published rates of the card in the cluster file `--cluster` or
-    $MOE_DIST_CLUSTER, else of H100 nodes."""
+    """Returns the rates in the file `--rates`. Without it, returns published rates of the card in the cluster file
+    `--cluster` or $MOE_DIST_CLUSTER; without a cluster file, of H100 nodes."""
     if options.rates is not None:
         rates = read_rates(options.rates)
         if rates.machine != options.machine:
@@ -253,8 +254,8 @@ def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing
 
 
 def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:
-    """Prints for each EP size the rows and bytes that the traced choices send under this size's placement, and the step
-    time of its best layout."""
+    """Prints one line per EP size: the rows and bytes that the traced choices send under the placement of this EP size,
+    and the step time of the best layout with this EP size."""
     tokens = routing.tokens
     assert tokens is not None
     table = Table(title=f"Replay of {routing.name}: {len(tokens.token_T):,} tokens", title_justify="left")
@@ -287,7 +288,7 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
 
 
 def solved_slots(load_LE: np.ndarray, ep: int) -> tuple[tuple[int, ...], ...]:
-    """Returns the experts that the placement solver assigns to each rank; all ranks get equally many."""
+    """Returns the experts that the placement solver assigns to each rank. All ranks get the same number of experts."""
     slots_R = np.full(ep, -(-load_LE.shape[1] // ep))
     return slots_of(solve(load_LE, slots_R), ep)
 
@@ -298,15 +299,15 @@ def cost(each: Estimate, price: float | None) -> float:
 
 
 def shown_of(ranked: Sequence[Estimate], one: Sequence[Estimate]) -> list[Estimate]:
-    """Returns the best layout of each number of GPUs; if there is only one number of GPUs, the first `SHOWN` layouts of
-    `one`."""
+    """Returns the best layout of each number of GPUs. If there is only one number of GPUs, returns the first `SHOWN`
+    layouts of `one`."""
     each_number = best_of_each(ranked, lambda each: each.gpus)
     return sorted(each_number, key=lambda each: each.gpus) if len(each_number) > 1 else list(one[:SHOWN])
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
-    """Returns the error for the case that no layout can be ranked; the error names the nearest layout or size that would
-    fit."""
+    """Returns the error for the case that no layout can be ranked. Its message names the closest number of GPUs, or the
+    closest layout, that would fit."""
     if not every:
         batch, least = config.train.global_batch, min(counts)
         near = max((n for n in range(1, batch + 1) if batch % n == 0 and n <= least), default=1)
@@ -341,8 +342,8 @@ WIDE = 120  # terminal width from which on all table columns fit
 
 
 def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Rates, options: PlanOptions) -> None:
-    """Prints the best layouts (for a range of GPUs, the best layout of each number of GPUs), and the sources of the
-    figures."""
+    """Prints the best layouts, and the sources of the figures. For a range of GPUs, prints the best layout of each number
+    of GPUs."""
     where = "the trace" if options.trace is not None else "expectations of the configuration under uniform routing"
     table = Table(
         title=f"{best.config.run.name}: {count} layouts, {len(ranked)} fit", title_justify="left", caption_justify="left"

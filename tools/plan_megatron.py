@@ -35,7 +35,7 @@ IDLE = 0.1
 
 @dataclass(frozen=True)
 class PipelineLayout:
-    """A layout, and parameters and memory of its fullest rank."""
+    """A layout, with the parameters and the memory of its fullest rank: the rank that needs the most memory."""
 
     config: Config
     parameters: float  # parameters of the fullest rank
@@ -62,9 +62,9 @@ class PipelineLayout:
 def plan_layouts(
     config: Config, counts: Sequence[int], token_mix: Mapping[str, int], *, node: int, most: float
 ) -> PipelineLayout:
-    """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory per GPU, and returns the first layout.
-    `node`, the number of ranks of a node, is the largest `engine.tp`. Raises ConfigError if no layout keeps the rules of
-    the configuration, or no layout fits into memory."""
+    """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory per GPU, and returns the first of
+    them. `node` is the number of ranks of a node, and the largest `engine.tp`. Raises ConfigError if no layout keeps the
+    rules of the configuration, or if no layout fits into memory."""
     every = [each for count in counts for each in _layouts(config, count, token_mix, node=node)]
     if not every:
         engine: Any = config.engine

@@ -74,8 +74,8 @@ class PrepareOptions:
 @takes(PrepareOptions)
 def main(options: PrepareOptions) -> None:
     """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
-    # Numeric libraries read the variables below when `prepare` imports the libraries. More threads would only delay the
-    # start.
+    # Numeric libraries read the variables below when they are imported, which `prepare` does. More threads would only
+    # delay the start.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()
@@ -123,7 +123,7 @@ def _named(option: str, entry: str) -> tuple[str, str]:
 
 
 def _end(error: DataError) -> None:
-    """The `Skip` function of the option --strict."""
+    """Ends the command at a file that cannot be read. This is the `Skip` function of the option --strict."""
     raise DataError(f"{error}, or leave out --strict")
 
 

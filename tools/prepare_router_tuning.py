@@ -71,8 +71,8 @@ def main(options: PrepareOptions) -> None:
         embedded_text(question, listed=options.rotations)  # raises if a question has no text to embed
     prompts = Prompts(vocabulary, listed=options.rotations)
     written = write(questions, prompts, rotations=options.rotations, max_seq_len=model.max_seq_len)
-    # Embeds one text, so that a damaged embedder fails before the scoring; on the CPU, because no rank has chosen a device
-    # yet.
+    # Embeds one text, so that a damaged embedder causes an error before the slow scoring. The embedder runs on the CPU,
+    # because no rank has chosen a device yet.
     Embedder(options.embedder, "cpu")(["a text"])
     with one_group(env, device) as (mesh, device):
         likelihood = trained.likelihood(device, mesh)
@@ -120,7 +120,7 @@ def _layers(wanted: str, config: Config) -> tuple[int, ...]:
 
 
 def _manifest(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
-    """Makes the manifest of the samples; `write_samples` fills in the manifest's counts."""
+    """Makes the manifest of the samples without its counts, which `write_samples` fills in."""
     return TuningManifest(
         checkpoint=content_hash(open_checkpoint(trained.folder).index),
         run=str(trained.folder),

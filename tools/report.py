@@ -107,9 +107,9 @@ def _out(options: ReportOptions) -> Path:
 
 
 def page_of(subject: Subject) -> bytes:
-    """Renders the report. A page of more than MOST_BYTES is rendered again, with one range of steps instead of twelve
-    ranges. If the second page is still too large, a third page also omits the co-activation matrices, and is returned even
-    if it is larger than MOST_BYTES."""
+    """Renders the report. If the page has more than MOST_BYTES, renders it again with one range of steps instead of
+    twelve. If this page is still too large, a third page also omits the co-activation matrices. The third page is
+    returned even if it is larger than MOST_BYTES."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
         page = render(replace(subject, **fewer)).encode()
@@ -153,7 +153,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0, *, opti
     path = run_path(path, "a run folder (runs/<name>) or a trace folder", option=option)
     if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
         return _of_run(path, data)
-    # Records beside a trace belong to a model that another trainer trains, see `moe_dist.monitor.attach`.
+    # If a trace has records beside it, another trainer trains the model; see `moe_dist.monitor.attach`.
     counted = not experts and RunFolder(path).metrics_jsonl.is_file()
     if experts:
         trace = read_foreign(path, experts)
@@ -226,8 +226,8 @@ def _of_run(path: Path, data: Path | None) -> Routing:
 
 
 def _open_trace(path: Path, *, counted: bool = False) -> tuple[Trace, Manifest]:
-    """Returns a trace, and its last attempt's manifest. Raises DataError if attempts have different models, or the
-    trace has no step. With `counted` (metrics.jsonl counts the expert choices) the trace may have no step."""
+    """Returns a trace, and the manifest of the trace's last attempt. Raises DataError if the attempts have different
+    models, or if the trace has no step. With `counted` (metrics.jsonl has the counts), the trace may have no step."""
     trace = read_trace(path)
     if not trace.steps and not counted:
         raise DataError(f"{path}: the trace has no step that all ranks wrote; train on, or give another trace")
@@ -266,8 +266,8 @@ def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> E
 
 
 def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
-    """Yields the run's own placement, and the possible pinned and interleaved placements at EP sizes 2, 4, ... and
-    `sizes`."""
+    """Yields the run's own placement. Then yields the possible pinned and interleaved placements at the EP sizes 2, 4,
+    ... and at the EP sizes `sizes`."""
     own, tokens = routing.placement, routing.tokens
     known = {1, *(2**i for i in range(1, 20) if 2**i <= min(own.num_experts, LARGEST_EP))}
     counts = np.zeros(0) if tokens is None else tokens.modality_T
@@ -296,7 +296,7 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
             `name_of`.
 
     Returns:
-        No fields if the data set cannot be read, so that the report shows token ids.
+        No fields if the data set cannot be read. The report then shows token ids.
 
     Raises:
         ConfigError: `data` cannot be read.

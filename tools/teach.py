@@ -1,5 +1,5 @@
-"""Writes a teacher model's most likely next tokens at all positions of a run's training sequences. A run with
-`loss.distillation.top_logits` reads the written tokens instead of running the teacher. See docs/adapt.md."""
+"""Writes the most likely next tokens of a teacher model at all positions of a run's training sequences. A run with
+`loss.distillation.top_logits` reads these tokens and does not run the teacher. See docs/adapt.md."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -45,7 +45,7 @@ def main(
 
 
 def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
-    """Finds the base checkpoint (the frozen weights) of a checkpoint of adapters; returns None for other checkpoints."""
+    """Returns the base checkpoint (the frozen weights) of a checkpoint of adapters; None for other checkpoints."""
     from moe_dist.checkpoint.base import KEY, Base, find_base
 
     if state is None or KEY not in state.values:
@@ -54,8 +54,8 @@ def _look_at_base(state: StateFile | None, folder: Path) -> Path | None:
 
 
 def _expected(state: StateFile | None) -> tuple[Mapping[str, TensorSpec] | None, str]:
-    """Returns the tensors that a checkpoint must have by its configuration. Returns None and a remark if the checkpoint has
-    no readable configuration."""
+    """Returns the tensors that a checkpoint must have according to its configuration. If the checkpoint has no readable
+    configuration, returns None and a remark."""
     from moe_dist.config.partial import read_stored
     from moe_dist.config.schema import Config
     from moe_dist.train.build.training import state_specs

@@ -73,8 +73,7 @@ def probe_nodes(asked: Examination, run: RunOnNodes) -> list[CheckResult]:
 
 
 def measure_fabric(config: Config, plan: JobPlan, run: RunOnNodes) -> list[CheckResult]:
-    """Measures all-reduce and all-to-all between every pair of nodes. Runs one task per GPU; without GPUs, one per
-    node."""
+    """Measures all-reduce and all-to-all between every pair of nodes. Runs one task per GPU; without GPUs, one per node."""
     if len(plan.nodes) < 2:
         return fabric.judge({}, [], ["here"], payload_bytes=0)
     tasks = plan.gpus_per_node or 1

@@ -67,8 +67,7 @@ class Manifests:
     """Makes the objects of one run.
 
     Attributes:
-        files: The texts of the files in the folder `FILES`, by name: the configuration, and the cluster file if there is
-            one.
+        files: Names and texts of the files in the folder `FILES`: the configuration and, if there is one, the cluster file.
         arguments: Configuration, overrides and options for the launcher inside the pods.
     """
 

@@ -28,8 +28,7 @@ class RayJob:
     """A checked and planned run.
 
     Attributes:
-        launch: The plan of the first attempt. For each attempt, the driver replaces plan, hosts, attempt and grace
-            period.
+        launch: The plan of the first attempt. For each attempt, the driver replaces plan, hosts, attempt and grace period.
         folder, data: Run folder and data folder, on a file system that all nodes share.
         max_restarts: Limit for the restarts of the job; by default the number in the cluster file.
         wait_seconds: Time limit of the wait for nodes that the cluster lacks; with None, driver.py's limits apply.

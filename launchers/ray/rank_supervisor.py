@@ -38,8 +38,7 @@ class RankSupervisor:
 
     Args:
         log: File to which the output is appended.
-        shown: True for rank 0. Standard output and standard error then go to the driver, and standard error also to the
-            log.
+        shown: True for rank 0. Its standard output and standard error go to the driver; standard error also to the log.
         scratch: Folder that is deleted at the end; '' for none.
     """
 

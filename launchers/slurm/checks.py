@@ -27,8 +27,7 @@ Ask = Callable[..., str]  # takes the words of a Slurm command; returns the outp
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Checks that Slurm answers and has the plan's nodes, that the time limit is allowed, and that a stop leaves time to
-    save."""
+    """Checks that Slurm answers, has the plan's nodes, allows the time limit, and that a stop leaves time to save."""
     try:
         offers = [offer for offer in read_offers(cluster.partition, ask) if offer.name not in cluster.exclude]
         limit = _partition_limit(cluster.partition, ask)

@@ -145,8 +145,7 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
 
 
 def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
-    """Reads the ended attempts of this job from the file at `path`, and adds the attempt that begins at `step` to the
-    file."""
+    """Reads the ended attempts of this job from the file `path`, and adds the attempt that begins at `step` to the file."""
     ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
     if ends and ends[-1].code is None:  # Slurm killed the last attempt's batch script before the script called `conclude`
         before = replace(job, restarts=job.restarts - 1)
@@ -194,8 +193,7 @@ def rank_step(
     program: tuple[str, ...] = TRAIN,
     restarts: int = 0,
 ) -> tuple[Path, str, list[str]]:
-    """Returns the path and text of a rank table for these hosts, and the srun command that uses this table. Writes no
-    file."""
+    """Returns the path and text of a rank table for these hosts, and the srun command with this table. Writes no file."""
     launch = LaunchPlan(
         config=snapshot.config_yaml,
         overrides=snapshot.overrides_of(job.task),

@@ -165,8 +165,7 @@ def expand_counts(text: str) -> tuple[int, ...]:
 
 
 def differences(job: JobPlan, allocation: Allocation, spare: int = 0) -> list[str]:
-    """Describes each difference between an allocation and the plan plus `spare` nodes; empty if there is no
-    difference."""
+    """Describes each difference between an allocation and the plan plus `spare` nodes; empty if there is no difference."""
     wanted, given = parts(job), allocation.parts
     if len(wanted) != len(given):
         return [f"the plan needs {_count(len(wanted), 'kind')} of nodes, the job has {_count(len(given), 'component')}"]

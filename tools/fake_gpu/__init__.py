@@ -1,1 +1,1 @@
-"""Fake CUDA tensors and the counts of a training step on them, without a GPU."""
+"""Simulates CUDA tensors without a GPU, and counts the operations of a training step on these tensors."""

@@ -1,4 +1,4 @@
-"""Counts kernels, bytes, FLOPs, syncs, collectives and memory of a step by part of the model, without a GPU."""
+"""Counts the kernels, bytes, FLOPs, syncs, collectives and memory of each part of the model in one step, without a GPU."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ def count(path: str | Path, ranks: int, overrides: Sequence[str] = (), *, rank: 
     """Counts one step of a configuration on one of `ranks` ranks. Counting takes some seconds, in a separate process.
 
     Raises:
-        ConfigError: the configuration is refused, or the step failed; with the reason or the last output.
+        ConfigError: the configuration is invalid, or the step failed. The message has the reason, or the end of the output.
         ResourceError: from `fake_cuda.preloaded`.
     """
     done = child("tools.fake_gpu.fake_step", [str(find_config(path).resolve()), str(rank), str(ranks), *overrides])

@@ -1,4 +1,4 @@
-"""Fake CUDA tensors on a machine without a GPU: fake tensors have shapes, dtypes and devices, but no values and no memory.
+"""Simulates CUDA tensors without a GPU. Fake tensors have shapes, dtypes and devices, but no values and no memory.
 
 `preloaded` returns the environment of a process in which autograd accepts fake CUDA tensors; `preloaded` needs a C++
 compiler. In this process, `stand_ins` replaces calls of the CUDA driver, and `Recorder` counts each operation on a fake
@@ -32,7 +32,7 @@ from moe_dist.megatron.cpu_trial import Idle
 from tools.fake_gpu.live_memory import LiveMemory
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
-# Operations that launch no kernel, besides views and queries of a tensor: allocations, and changes of metadata.
+# Operations that launch no kernel: allocations, and changes of metadata. Views and queries of a tensor launch none, either.
 FREE = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("detach_", "record_stream", "resize_", "set_", "squeeze_", "unsqueeze_"),
@@ -43,15 +43,15 @@ COPIES = ("_to_copy", "copy_")
 # with `_foreach_`.
 WRITE_ONLY = {"copy_", "fill_", "index_copy_", "zero_"}
 PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "_grouped_mm": 0}  # index of the argument that is the first factor
-# (operation, argument that it does not write, although the schema says so): AdamW writes gradients only with a gradient
-# scale.
+# Pairs (operation, argument) in which the schema says that the operation writes the argument, although it does not. AdamW
+# writes gradients only if there is a gradient scale.
 UNCHANGED = {("_fused_adamw_", "grads")}
 WAIT_SECONDS = 1e-3  # seconds between any two fake CUDA events
 
 
 def preloaded() -> dict[str, str]:
-    """Returns the environment of a process that simulates a CUDA device. The first call compiles a library (5 s of CPU
-    time). Raises ResourceError if the C++ compiler is missing or failed."""
+    """Returns the environment variables of a process that simulates a CUDA device. The first call compiles a library,
+    which takes 5 s of CPU time. Raises ResourceError if the C++ compiler is missing, or if the compilation fails."""
     spec = find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -64,8 +64,8 @@ def preloaded() -> dict[str, str]:
         partial = library.with_suffix(f".{os.getpid()}")
         includes = [f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}"]
         libraries = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
-        # The ABI of torch's wheels, because with another ABI the library needs symbols with another mangling of
-        # std::string.
+        # The library must have the ABI of torch's wheels. With another ABI, std::string has other names in the symbols
+        # that the library needs.
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
         command = ["-std=c++20", "-O0", "-shared", "-fPIC", abi, *includes, str(SOURCE), "-o", str(partial), *libraries]
         compiler = os.environ.get("CXX", "c++")
@@ -82,16 +82,16 @@ def preloaded() -> dict[str, str]:
 
 
 def enter() -> None:
-    """Makes this process, started with `preloaded`, ready for backward passes over fake CUDA tensors."""
+    """Prepares this process, which must have been started with `preloaded`, for backward passes over fake CUDA tensors."""
     ctypes.CDLL(None).stand_in()
     torch.autograd.set_multithreading_enabled(False)  # a dispatch mode acts in one thread only
 
 
 class Work(NamedTuple):
-    """One operation. `kind` is "copy" for an operation without matrix products, else "gemm", "grouped" or "attention", with
-    "fp32" appended for products of fp32 numbers. `rows` is an expert's number of rows in a grouped product, else the
-    median of a product's three sizes, because the time of a narrow product depends on its bytes. `num_bytes` is the
-    number of bytes read or written."""
+    """One operation. `kind` is "gemm", "grouped" or "attention" for matrix products, else "copy". For products of fp32
+    numbers, "fp32" is appended to the kind. `rows` is the number of rows of an expert in a grouped product. In other
+    products it is the median of the three sizes, because the time of a narrow product depends on its bytes. `num_bytes`
+    is the number of bytes read or written."""
 
     part: str
     phase: str
@@ -102,9 +102,9 @@ class Work(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """One collective. `num_bytes` is the number of bytes that this rank sends to or receives from other ranks, whichever is
-    larger; for sums along a ring, sent bytes. `ranks` is 0 if the tensors do not show the number of ranks. `whole` is true
-    for integer tensors."""
+    """One collective. `num_bytes` is the number of bytes that this rank sends to other ranks, or receives from them, if
+    that number is larger. For sums along a ring, it is the number of sent bytes. `ranks` is 0 if the tensors do not show
+    the number of ranks. `whole` is true for integer tensors."""
 
     part: str
     phase: str
@@ -115,16 +115,16 @@ class Sent(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts operations on fake CUDA tensors by `part` and `phase`, which the caller sets.
+    """Counts operations on fake CUDA tensors for each `part` and `phase`. The caller sets these two attributes.
 
     Attributes:
-        work, sent: Operations and collectives, and how often each occurred.
-        kernels, num_bytes: Number of launched kernels, and bytes that the kernels read and write, by (part, phase).
+        work, sent: How often each operation, and each collective, occurred.
+        kernels, num_bytes: Number of launched kernels, and number of bytes that they read and write, by (part, phase).
         collectives: Number of collectives by (part, phase, name).
-        syncs: Number of times that the host waits for the device, by (phase, name or source line).
-        copies: Number of copies between host and device for which the host waits, by (phase, source line).
+        syncs: How often the host waits for the device, by (phase, name or source line).
+        copies: Number of copies between host and device on which the host waits, by (phase, source line).
         mixed: Source lines of operations with both CPU and CUDA tensors.
-        sorted_sums: Backward passes of indexing, by part; on CUDA each of them sorts, to add without atomics.
+        sorted_sums: Number of backward passes of indexing, by part. On CUDA each of them sorts, to add without atomics.
         memory: Bytes of live tensors, by (part, phase).
     """
 
@@ -179,7 +179,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def computing(self, kind: str, flops: int) -> Iterator[None]:
-        """Sets kind and FLOPs of each operation inside the context, because those operations simulate other kernels."""
+        """Gives all operations inside the context this kind and these FLOPs, because they simulate another kernel."""
         self.inside = (kind, 0, flops)
         try:
             yield
@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):
             self.inside = None
 
     def read(self, name: str) -> None:
-        """Counts that the host waits for a value."""
+        """Counts one wait of the host for a value."""
         self.syncs[self.phase, name] += 1
 
 
@@ -204,7 +204,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """Returns the tensors on the device that an operation both reads and writes."""
+    """Returns the tensors on the device that an operation both reads and changes."""
     name = func.overloadpacket.__name__
     if name.removeprefix("_foreach_") in WRITE_ONLY:
         return []
@@ -231,8 +231,8 @@ def _product(name: str, args: Any) -> tuple[str, int, int]:
 
 
 def _sent(name: str, args: Any) -> tuple[int, int, bool]:
-    """Returns the number of ranks, the bytes and `whole` (see `Sent`) of a collective whose first arguments are output
-    and input."""
+    """Returns the number of ranks, the bytes and `whole` (see `Sent`) of a collective. The first arguments of the
+    collective must be its output and its input."""
     tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
     sizes = [each.nbytes for each in tensors]
     whole = not tensors[0].is_floating_point()
@@ -247,8 +247,8 @@ class _Event(Idle):
 
 
 class _OneKernel(torch.autograd.Function):
-    """An operation that counts as one kernel in forward, and in backward as one kernel per input, as on CUDA. On the host,
-    torch would divide the operation into several operations."""
+    """An operation that counts as one kernel in forward and, as on CUDA, as one kernel per input in backward. On the
+    host, torch would split the operation into several operations."""
 
     @staticmethod
     def forward(ctx: Any, like: Tensor, *inputs: Tensor) -> Tensor:
@@ -304,8 +304,8 @@ def _reads(recorder: Recorder) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def stand_ins(recorder: Recorder) -> Iterator[None]:
-    """Removes calls of the CUDA driver, and replaces reads of fake values by zeros, counted by `recorder`. Norm and
-    attention become one kernel each, as on a GPU."""
+    """Removes calls of the CUDA driver. Replaces reads of fake values by zeros, and lets `recorder` count these reads.
+    Norm and attention become one kernel each, as on a GPU."""
     from moe_dist.model import attention, transformer
     from moe_dist.moe import kernel_choice
 
@@ -358,7 +358,7 @@ def stand_ins(recorder: Recorder) -> Iterator[None]:
 
 
 def child(module: str, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m module` in a process with fake CUDA; the caller reads the process's output and exit code."""
+    """Runs `python -m module` in a process with fake CUDA. The result has the output and the exit code."""
     root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-m", module, *arguments], env=preloaded(), cwd=root, capture_output=True, text=True, check=False

@@ -1,10 +1,10 @@
 """Takes training steps of a configuration as one rank of many, on fake CUDA tensors and with collectives that do nothing.
 
 Runs in a process with the environment of `fake_cuda.preloaded`: python -m tools.fake_gpu.fake_step CONFIG RANK RANKS
-[key=value ...]. Prints one JSON line with the fields of `Counted`. Routing is uniform: each expert gets equally many tokens
-of each rank.
+[key=value ...]. Prints one JSON line with the fields of `Counted`. Routing is uniform: each rank sends each expert the
+same number of tokens.
 
-DDP's wrapper is left out, because DDP's reducer reads memory. torch.compile is left out; attention counts as one kernel.
+DDP's wrapper is not used, because DDP's reducer reads memory. torch.compile is not used; attention counts as one kernel.
 """
 
 import json
@@ -45,22 +45,22 @@ TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Counted:
-    """The counts of one step with `MICRO_BATCHES` micro-batches, after a first step.
+    """The counts of one step with `MICRO_BATCHES` micro-batches. The counted step is the second step.
 
     Attributes:
-        layers: Number of layers with the part "attention", "moe" or "ffn"; counts of these parts are sums over all layers.
-            The other parts are "model", "loss" and "step".
+        layers: Number of layers with the part "attention", "moe" or "ffn". The counts of these parts are sums over all
+            layers. The other parts are "model", "loss" and "step".
         kernels, num_bytes: Numbers of kernels and bytes, by "part phase"; phases are forward, backward and step.
         collectives: Number of collectives, by "part phase name".
-        syncs, copies: Numbers of the host's waits for values and for copies, by "phase name".
+        syncs, copies: Number of times that the host waits for values, and for copies, by "phase name".
         mixed: Operations with both CPU and CUDA tensors.
         sorted_sums: Number of backward passes of indexing, which sort on CUDA, by part.
         order: The names of all collectives of the two steps, in call order; equal on all ranks.
         tracked: Number of collectives that the tracker still listed as running at the end of the step.
-        exchange_seconds: Seconds in exchanges that the busy clock subtracts, if each wait takes `fake_cuda.WAIT_SECONDS`.
-        work, sent: Fields of `fake_cuda.Work` and `fake_cuda.Sent`, each followed by the number of such items.
+        exchange_seconds: Seconds in exchanges that the busy clock subtracts if each wait takes `fake_cuda.WAIT_SECONDS`.
+        work, sent: Lists of the fields of `fake_cuda.Work` and `fake_cuda.Sent`, each followed by how often it occurred.
         more_work, more_sent: The operations and collectives that one more micro-batch adds.
-        memory: By "part phase": allocated minus freed bytes, the most bytes of all tensors, and the layer of this maximum.
+        memory: For each "part phase": allocated minus freed bytes, the largest number of live bytes, and its layer.
     """
 
     config: str
@@ -85,7 +85,7 @@ class Counted:
 
 
 def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
-    """Returns the configuration on `ranks` ranks, with EP groups of the configured size, or of `ranks` if smaller."""
+    """Returns the configuration on `ranks` ranks. EP groups have the configured size, but at most `ranks` ranks."""
     config = load_config(path, overrides)
     ep = min(config.parallel.ep, ranks)
     if ranks % ep:
@@ -102,9 +102,9 @@ def scaled(overrides: Sequence[str], path: str, ranks: int) -> Config:
 
 
 class Uniform:
-    """Replaces the counts that the host reads by the counts of a uniform router; the name of each read selects the
-    counts. Until `route` sets another number of tokens, layers route half a micro-batch with two-batch overlap, else
-    (or with `whole`) a whole micro-batch."""
+    """Replaces the counts that the host reads by the counts of a uniform router. The name of a read selects the counts.
+    Until `route` sets another number of tokens, a layer routes half a micro-batch with two-batch overlap. Without
+    two-batch overlap, or with `whole`, it routes a whole micro-batch."""
 
     def __init__(self, config: Config, layout: PlannedLayout, rank: int, *, whole: bool = False) -> None:
         self.config, self.placement, self.own = config, layout.placement, rank % config.parallel.ep
@@ -123,13 +123,13 @@ class Uniform:
         ]
 
     def entry(self, ep_rank: int, chunks: int = 1) -> list[int]:
-        """Returns the number of token rows sent to a rank, and the number of (token, expert) pairs of each expert of
-        that rank."""
+        """Returns the number of token rows sent to a rank, and for each expert of that rank the number of its (token,
+        expert) pairs."""
         pairs = [int(self.pairs_E[expert] / chunks) for expert in self.placement.slots[ep_rank]]
         return [min(sum(pairs), int(self.rows([ep_rank]) / chunks)), *pairs]
 
     def rows(self, ep_ranks: Sequence[int]) -> float:
-        """Returns the number of tokens with an expert on at least one of the ranks `ep_ranks`."""
+        """Returns the number of tokens that chose an expert on at least one of the ranks `ep_ranks`."""
         return sum(
             tokens * group.reached(sum(len(self.placement.local_experts(rank, group)) for rank in ep_ranks))
             for group, tokens in self.tokens_of_groups
@@ -173,7 +173,7 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
             recorder.phase = "forward"
 
     def leave(name: str, layer: int, output: Any) -> None:
-        """Marks the end of a part in forward; a hook on the output's gradient marks the part's beginning in backward."""
+        """Marks the end of a part in forward. In backward, a hook on the output's gradient marks the part's beginning."""
         out = output[0] if isinstance(output, tuple) else output
         if out.requires_grad:
             out.register_hook(lambda _: at(name, layer))
@@ -234,7 +234,7 @@ def batch_of(config: Config) -> Batch:
 
 
 class _NoMeta:
-    """Replaces torch in `build`, to build on the fake device, because fake tensors cannot leave the meta device."""
+    """Replaces torch in `build`, so that models are built on the fake device. Fake tensors cannot leave the meta device."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -245,8 +245,8 @@ class _NoMeta:
 
 @dataclass(frozen=True)
 class Built:
-    """One rank's model on fake CUDA tensors, with its training step. `told` has the seconds of exchanges that the busy
-    clock subtracted in each step."""
+    """One rank's model on fake CUDA tensors, with its training step. For each step, `told` has the seconds of exchanges
+    that the busy clock subtracted."""
 
     config: Config
     layout: PlannedLayout
@@ -263,7 +263,7 @@ class Built:
 
 @contextmanager
 def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterator[Built]:
-    """Builds the model as rank `rank` of `ranks`. The replacements of `stand_ins` last until the end of the block."""
+    """Builds the model of rank `rank` of `ranks`. The replacements of `stand_ins` last until the end of the block."""
     config = scaled(overrides, path, ranks)
     layout, recorder = layout_without_data(config), fake_cuda.Recorder()
     uniform = Uniform(config, layout, rank)

@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors on a fake device, by part of the model and phase."""
+"""Counts the bytes of live tensors on a fake device, for each part of the model and each phase."""
 
 import weakref
 from collections import Counter
@@ -14,14 +14,14 @@ Place = tuple[str, str]
 
 
 class LiveMemory:
-    """Counts the bytes of storages, from the first `note` of a tensor until Python frees the storage. A freed storage is
-    subtracted at `place`, the (part, phase) of the last `note`.
+    """Counts the bytes of each storage, from the first `note` of a tensor with this storage until Python frees the
+    storage. Freed bytes are subtracted at `place`, the (part, phase) of the last `note`.
 
     Attributes:
         grown: Bytes allocated minus bytes freed, by (part, phase).
-        most: The largest number of live bytes, by (part, phase).
-        layer: Index of the running layer, which the caller sets; outside the layers, the index of the last layer that ran.
-        layer_of_most: The value of `layer` when `most` was reached, by (part, phase).
+        most: The largest number of live bytes in each (part, phase).
+        layer: Index of the running layer, which the caller sets. Outside the layers, the index of the last layer that ran.
+        layer_of_most: For each (part, phase), the value of `layer` when `most` was reached.
     """
 
     def __init__(self) -> None:

@@ -24,8 +24,8 @@ from tools.gpu_check.rates import BF16, drawn, seconds_of
 from tools.gpu_check.training import RandomRun, configure
 
 WIDTH = 2048
-HIDDEN, TOKENS = 512, 256  # sizes of the layers that use other libraries
-TIMES = 20  # number of exchanges, equal on all ranks
+HIDDEN, TOKENS = 512, 256  # sizes of the layers that run kernels of other libraries
+TIMES = 20  # number of exchanges; all ranks must run the same number
 KINDS = {
     "plain": "parallel.dispatch={kind: all_to_all}",
     "overlap": "parallel.dispatch={kind: all_to_all, overlap: true}",
@@ -34,8 +34,8 @@ KINDS = {
 
 
 def exchanges(job: CheckJob) -> list[Reading]:
-    """Measures the bytes per second that a rank sends in small and in large exchanges. Also measures the time that a
-    training step waits for exchanges, and the fraction of this time that each kind of overlap hides."""
+    """Measures the bytes per second that a rank sends in small exchanges and in large exchanges. Also measures how long a
+    training step waits for exchanges, and which fraction of this time each kind of overlap hides."""
     if not job.rehearse and job.gpus < 2:
         raise NotPossibleError("an exchange needs two GPUs")
     found = on_ranks(_sent, job)
@@ -75,8 +75,8 @@ def _waited(job: CheckJob, mesh: Mesh) -> dict[str, float]:
 
 
 def contexts(job: CheckJob) -> list[Reading]:
-    """Counts the processes with a CUDA context on GPU 0, after each rank has used its own GPU and queried the oldest
-    collective in a thread, as the watchdog does."""
+    """Counts the processes with a CUDA context on GPU 0. Before the count, each rank uses its own GPU and, like the
+    watchdog, queries the oldest collective in a thread."""
     if job.rehearse or job.gpus < 2:
         raise NotPossibleError("contexts of other ranks need two GPUs")
     before, (after, *_) = _processes(), on_ranks(_counted, job)
@@ -133,8 +133,8 @@ def _check(job: CheckJob, kind: str) -> list[Reading]:
 
 
 def _compare(job: CheckJob, mesh: Mesh, kind: str) -> dict[str, float]:
-    """Returns the relative differences between a layer in bf16 with the library's dispatch and a layer in float64 with
-    `all_to_all`: of the output, and of the gradients of input and weights. A quarter of the choices are null."""
+    """Compares a layer in bf16 with the library's dispatch, and a layer in float64 with `all_to_all`. Returns the
+    relative differences of the output, and of the gradients of input and weights. A quarter of the choices are null."""
     groups = single_group(3 * mesh.world_size, mesh.world_size, 4, 256)
     placement = ExpertPlacement.interleaved(groups, mesh.world_size)
     generator = torch.Generator().manual_seed(mesh.rank)

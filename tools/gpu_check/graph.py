@@ -1,5 +1,5 @@
-"""Checks an MoE layer in a CUDA graph on each rank: forward and backward with exchanges of fixed sizes are captured once,
-and replayed for other tokens with other expert choices. With `rehearse` (a trial on the CPU) no graph is used.
+"""Checks an MoE layer in a CUDA graph on each rank. The graph captures forward and backward with exchanges of fixed sizes
+once, and is replayed for other tokens with other expert choices. With `rehearse` (a trial on the CPU) no graph is used.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tools.gpu_check.process import on_ranks
 from tools.gpu_check.rates import seconds_of
 
 REPLAYS = 3
-TIMES = 20  # timed passes; a fixed number, because all ranks must run equally many
+TIMES = 20  # number of timed passes; fixed, because all ranks must run the same number
 
 
 def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], list[Tensor]]:
@@ -42,8 +42,8 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
 
 
 def graph(job: CheckJob) -> list[Reading]:
-    """Compares the replayed layer with the layer that reads split sizes on the host. Measures the largest relative
-    difference over ranks and replays, and the times of both layers."""
+    """Compares the replayed layer with a layer that reads the split sizes on the host. Measures the largest relative
+    difference over all ranks and replays, and the times of both layers."""
     found = on_ranks(_replayed, job)
     worst, read, replayed = (max(each[place] for each in found) for place in range(3))
     return [

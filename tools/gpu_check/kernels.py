@@ -1,5 +1,5 @@
-"""Compares values and gradients of each Triton kernel with torch's operations in float64, and runs the trial of kernels
-with which each run starts.
+"""Compares the values and gradients of each Triton kernel with those of torch's operations in float64. Also runs the
+trial of the kernels that each training run makes at its start.
 
 Shape letters: Q (token, expert) pairs, R rows, D hidden size.
 """
@@ -15,7 +15,7 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 
 SHAPES = ((13, 5, 24), (3, 40, 7), (4, 2, 2056), (1, 1, 1), (0, 3, 8), (0, 0, 8))  # (pairs, rows, width)
-LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # in float64 the CPU takes minutes for these
+LARGE_SHAPES = ((16_384, 4096, 2048), (30_011, 4099, 1000))  # the CPU would take minutes for these in float64
 MOST = {torch.float32: 3e-6, torch.bfloat16: 0.01}  # relative differences; a bf16 store rounds (the interpreter truncates)
 
 
@@ -47,7 +47,7 @@ def kernels(job: CheckJob) -> list[Reading]:
 
 
 def _against_torch(triton: RowKernels, run: Any, shape: tuple[int, int, int], device: Any, dtype: torch.dtype) -> float:
-    """Returns the largest relative difference, in results and gradients of `run`, from torch in float64."""
+    """Returns the largest relative difference between the results and gradients of `run` and those of torch in float64."""
     num_pairs, num_rows, width = shape
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, max(1, num_rows), (num_pairs,), generator=generator)

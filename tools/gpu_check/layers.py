@@ -71,8 +71,8 @@ def make_layer(
     mesh: Mesh | None = None,
     made_on: str | torch.device = "cpu",
 ) -> MoELayer:
-    """Makes a layer with all experts, or with a rank's experts. The layer's weights do not depend on the kernels. Weights
-    are drawn on `made_on`: on the CPU they are equal for all GPU models; on a GPU large weights take less time."""
+    """Makes a layer with all experts or, with `mesh`, with the experts of a rank. The weights do not depend on the kernels.
+    They are drawn on `made_on`: on the CPU they are equal for all GPU models, on a GPU drawing large weights is faster."""
     rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
     placement = ExpertPlacement.interleaved(groups, ranks)
     local = [len(placement.local_experts(rank, group)) for group in groups]
@@ -93,7 +93,7 @@ def make_layer(
 
 def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | None = None) -> list[Tensor]:
     """Returns the output [T, D], and the gradients of the input and of all weights. `direction_TD` is the gradient of the
-    output; the default gradient is equal on any device."""
+    output; by default a gradient that is equal on any device."""
     x_TD = x_TD.detach().requires_grad_()
     layer.zero_grad(set_to_none=True)
     y_TD, _ = layer(x_TD, group_T)
@@ -103,12 +103,12 @@ def passes(layer: Any, x_TD: Tensor, group_T: Tensor, direction_TD: Tensor | Non
 
 
 def same_direction(y_TD: Tensor) -> Tensor:
-    """Returns a gradient for an output [T, D], which is equal on any device."""
+    """Returns a gradient for an output [T, D]. The gradient is equal on any device."""
     return torch.cos(torch.arange(y_TD.numel())).view(y_TD.shape).to(y_TD)  # CUDA's cos differs in the last bits
 
 
 def layer(job: CheckJob) -> list[Reading]:
-    """Measures the largest difference of an MoE layer from float64 on the CPU, by dtype, kernels and experts' product."""
+    """Measures how far an MoE layer differs from a float64 layer on the CPU, for each dtype, kernels and expert product."""
     device, (tokens, hidden, ffn) = torch.device(job.device), (48, 32, 24) if job.rehearse else (4096, 512, 768)
     groups, readings = single_group(8, 4, 3, ffn), []
     for precision, dtype in DTYPES.items():
@@ -127,17 +127,17 @@ def layer(job: CheckJob) -> list[Reading]:
 
 
 def dispatch(job: CheckJob) -> list[Reading]:
-    """Measures, by dispatcher, the largest relative difference between an MoE layer on 2, 4, 8 and `job.gpus` ranks and the
-    layer on one rank; with `rehearse`, only on two ranks. Ranks share GPUs if there are fewer GPUs than ranks, and then
-    communicate over gloo."""
+    """Compares an MoE layer on 2, 4, 8 and `job.gpus` ranks with the layer on one rank, for each dispatcher. Measures the
+    largest relative difference. With `rehearse`, only two ranks are used. If there are fewer GPUs than ranks, ranks share
+    GPUs and communicate over gloo."""
     worlds = [2] if job.rehearse else sorted({2, 4, 8, max(2, job.gpus)})
     found = [each for world in worlds for each in on_ranks(_dispatched, job, world=world)]
     return [Reading(f"{name}: difference", max(each[name] for each in found), most=1e-9) for name in found[0]]
 
 
 def _dispatched(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    """Returns, by dispatcher, the largest float64 difference of outputs and gradients from a layer with all tokens on one
-    rank."""
+    """Compares each dispatcher in float64 with a layer that has all tokens on one rank. Returns the largest difference of
+    outputs and gradients for each dispatcher."""
     hidden, groups = 16, single_group(2 * mesh.world_size, 2, 2, 24)
     worst: dict[str, float] = {}
     for kind in DISPATCH:
@@ -182,7 +182,7 @@ def _groups(tokens: int, device: Any = "cpu") -> Tensor:
 
 @torch.no_grad()
 def _steer(layer: MoELayer, case: str) -> None:
-    """Makes positive inputs choose only null experts, or null experts and the first expert."""
+    """Changes the router so that all positive inputs choose only null experts, or null experts and the first expert."""
     if case in CASES[2:]:
         for name, rows in layer.router.named_parameters():
             rows.fill_(1.0 if name.endswith("null") else -1.0)
@@ -191,7 +191,7 @@ def _steer(layer: MoELayer, case: str) -> None:
 
 
 def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequence[int]) -> dict[str, Tensor]:
-    """Returns the right output and gradients of rank `rank`; experts' gradients are sums over all ranks' tokens."""
+    """Returns the right output and gradients of rank `rank`. Gradients of experts are sums over the tokens of all ranks."""
     sums: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     for other, x_TD in enumerate(inputs):
@@ -205,7 +205,7 @@ def _exact(alone: MoELayer, inputs: Sequence[Tensor], rank: int, experts: Sequen
 
 
 def attention(job: CheckJob) -> list[Reading]:
-    """Checks grouped-query attention in packed documents, with and without a window; compiled flex attention on CUDA."""
+    """Checks grouped-query attention in packed documents, with and without a window. On CUDA flex attention is compiled."""
     device, readings = torch.device(job.device), []
     length, width = (48, 16) if job.rehearse else (1024, 64)
     generator = torch.Generator().manual_seed(3)
@@ -231,9 +231,9 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
 
 
 def syncs(job: CheckJob) -> list[Reading]:
-    """Counts how often the host waits for the device, by torch's warnings, in a training step and in forward and
-    backward of a layer with and without exchanges of fixed sizes. Counts nothing with `rehearse`, because the host
-    waits only for CUDA devices."""
+    """Counts how often the host waits for the device, as reported by torch's warnings. Counts the waits in a training step,
+    and in forward and backward of a layer, with and without exchanges of fixed sizes. Counts nothing with `rehearse`,
+    because the host waits only for CUDA devices."""
     tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
     device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
     # With `rehearse` no kernels are used, because Triton's interpreter is slow and other checks try the kernels.
@@ -253,7 +253,7 @@ def syncs(job: CheckJob) -> list[Reading]:
 
 
 def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
-    """Returns the host's waits in a step, and their limit: one per MoE layer and micro-batch, and two at the end."""
+    """Returns how often the host waits in a step, and the limit: one per MoE layer and micro-batch, and two at the end."""
     config = configure(job, mesh, MODES["FSDP2, bf16"], sequences=2)
     run, batches = RandomRun(mesh, config), config.train.global_batch // config.train.micro_batch
     run.take(2)
@@ -265,7 +265,7 @@ def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
 
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[list[str]]:
-    """Collects torch's warnings of the host's waits inside the block; none on a CPU."""
+    """Collects the warnings of torch about waits of the host inside the block. Without a GPU there are none."""
     waits: list[str] = []
     on_gpu = device.type == "cuda"
     with warnings.catch_warnings(record=True) as caught:

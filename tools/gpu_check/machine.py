@@ -26,8 +26,8 @@ POWER_SECONDS = 2.0
 
 
 def card(job: CheckJob) -> list[Reading]:
-    """Returns the number of GPUs, with the name of the first GPU as `unit`. All further readings have the value 0, and a
-    fact about GPU or software as `unit`."""
+    """Returns facts as readings. The first reading has the number of GPUs as `value`, and the name of the first GPU as
+    `unit`. All other readings have the value 0, and a fact about the GPU or the software as `unit`."""
     if not torch.cuda.is_available():
         raise NotPossibleError(f"torch {torch.__version__} sees no GPU (built for CUDA {torch.version.cuda or 'none'})")
     properties = torch.cuda.get_device_properties(0)

@@ -1,13 +1,13 @@
-"""Runs Megatron-Core's alltoall dispatcher and experts on our routing. megatron-core has no CPU path, so `cpu_trial`
-replaces the CUDA devices and streams; the dispatcher's code is unchanged. The dispatcher has two branches:
+"""Runs Megatron-Core's alltoall dispatcher and experts with our routing. megatron-core has no CPU path, so `cpu_trial`
+replaces the CUDA devices and streams. The code of the dispatcher is unchanged. The dispatcher has two branches:
 
     default     expects K experts for each token
     capacity    counts the rows to send; the capacity factor is so large that nothing is dropped
 
-The default branch announces T x K rows, although a null choice that is not in the routing map has no row. In
-megatron-core 0.19 the permutation then makes rows for null choices, too, and the exchange fails; in 0.16 the
-permutation ignores the announced number. So the benchmark announces the rows of the routing map, and neither branch
-sends a row for such a null choice.
+The default branch announces T x K rows, but a null choice that is not in the routing map has no row. In megatron-core
+0.19 the permutation then makes rows for null choices, too, and the exchange fails. In 0.16 the permutation ignores the
+announced number. The benchmark therefore announces the number of rows in the routing map, and neither branch sends a
+row for such a null choice.
 
 Shape letters: T tokens, D hidden size, E experts, K choices per token.
 """
@@ -55,8 +55,8 @@ def configuration(*, hidden: int, experts: int, top_k: int, ffn: int, ep: int, c
 
 
 def column_of_expert(placement: ExpertPlacement) -> Tensor:
-    """Returns the column of each logical expert in Megatron's routing tables, int64 [E]. Megatron numbers experts rank by
-    rank and needs equally many experts on each rank."""
+    """Returns for each logical expert its column in Megatron's routing tables, int64 [E]. Megatron numbers the experts of
+    rank 0 first, then those of rank 1, and so on. It needs the same number of experts on each rank."""
     order = [expert for rank_slots in placement.slots for expert in rank_slots]
     if len({len(rank_slots) for rank_slots in placement.slots}) > 1:
         raise ValueError("megatron-core needs the same number of experts on each rank")
@@ -76,8 +76,8 @@ def dispatcher_of(config: Any, ep_rank: int) -> Any:
 
 
 def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns weights [T, E] and the boolean map of sent (token, expert) pairs [T, E], as Megatron's router does. The
-    weights are differentiable. Takes O(T x E) memory."""
+    """Returns the weights [T, E] and the boolean map [T, E] of the (token, expert) pairs to send, as Megatron's router
+    does. The weights are differentiable. Takes O(T x E) memory."""
     present_TK = expert_TK != ABSENT
     column_TK = torch.where(present_TK, column_E[expert_TK.clamp_min(0)], column_E.shape[0])
     shape = (expert_TK.shape[0], column_E.shape[0] + 1)  # absent choices go to an extra last column
@@ -87,7 +87,7 @@ def routing_tables(expert_TK: Tensor, weight_TK: Tensor, column_E: Tensor) -> tu
 
 
 class MegatronMoE(nn.Module):
-    """Puts our norm and router before Megatron-Core's dispatcher and experts; replaces one of our `MoELayer`s."""
+    """Our norm and router, followed by Megatron-Core's dispatcher and experts. Replaces one of our `MoELayer`s."""
 
     _column_E: Tensor
 
@@ -150,8 +150,8 @@ class MegatronMoE(nn.Module):
 
 
 def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, map_TE: Tensor, pairs: int) -> Tensor:
-    """Runs Megatron's forward from router to output, in the order of Megatron's MoELayer. `pairs` is the number of (token,
-    expert) pairs in the routing map."""
+    """Runs Megatron's forward from the router's result to the output, in the same order as Megatron's MoELayer. `pairs`
+    is the number of (token, expert) pairs in the routing map."""
 
     def preprocess(map_TE: Tensor) -> Tensor:
         tokens_per_expert = type(dispatcher).preprocess(dispatcher, map_TE)
@@ -168,8 +168,8 @@ def run_experts(dispatcher: Any, experts: Any, h_TD: Tensor, probs_TE: Tensor, m
 
 @torch.no_grad()
 def copy_experts(ours: nn.Module, theirs: Any) -> None:
-    """Copies this rank's expert weights, in slot order, into Megatron's experts; fc1 holds the gate rows, then the up
-    rows."""
+    """Copies this rank's expert weights, in slot order, into Megatron's experts. Their matrix fc1 has the gate rows, then
+    the up rows."""
     stacks = [module for module in ours.children() if hasattr(module, "gate")]
     gate, up, down = (torch.cat([getattr(stack, name) for stack in stacks]) for name in ("gate", "up", "down"))
     for index, expert in enumerate(theirs.local_experts):

@@ -1,5 +1,5 @@
-"""Compares training steps of the small model with our MoE layers and with Megatron-Core's dispatcher and experts, in fp32.
-Attention, router, loss, sums of gradients and optimizer are the same in both steps."""
+"""Compares training steps of the small model in fp32, once with our MoE layers and once with Megatron-Core's dispatcher
+and experts. Both steps have the same attention, router, loss, sums of gradients and optimizer."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -27,12 +27,12 @@ from tools.gpu_check.rates import seconds_of
 from tools.gpu_check.training import MODES, MOST, configure, losses_and_norms
 
 LEARNING_RATE = 1e-3
-TIMES = 5  # number of timed steps, equal on all ranks
+TIMES = 5  # number of timed steps; all ranks must take the same number
 
 
 def megatron_step(job: CheckJob) -> list[Reading]:
-    """Measures the largest difference between the two steps in the first loss and gradient norm, and the ratio of their
-    times."""
+    """Measures the largest difference between the two kinds of steps in the first loss and gradient norm. Also measures
+    the ratio of their times."""
     found = on_ranks(_steps, job)[0]
     return [
         Reading("difference of loss and gradient norm", found["apart"], most=10 * MOST["fp32"]),
@@ -58,7 +58,7 @@ def _steps(job: CheckJob, mesh: Mesh) -> dict[str, float]:
 
 
 def random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
-    """Draws this rank's micro-batches of one step: half of the documents are random text tokens, half picture codes."""
+    """Draws this rank's micro-batches of one step. Half of the documents are random text tokens, half are picture codes."""
     vocabulary = config.model.vocab_size
     boundary = vocabulary * 8 // 9
     maker = BatchMaker(seq_len=config.data.seq_len, pad_id=0, modalities=[[(0, boundary)], [(boundary, vocabulary)]])
@@ -73,7 +73,7 @@ def random_batches(config: Config, mesh: Mesh, seed: int) -> list[Batch]:
 
 
 def training_step(config: Config, mesh: Mesh, variant: Variant | None) -> TrainingStep:
-    """Makes a training step over a new model, whose MoE layers are ours if `variant` is None, else Megatron-Core's."""
+    """Makes a training step of a new model. Its MoE layers are ours if `variant` is None, otherwise Megatron-Core's."""
     groups, comm_stats = expert_groups(config.model.moe), CommStats()
     placement = make_placement(config.placement, groups, num_ranks=mesh.ep_size, token_mix={})
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The input of a check (`CheckJob`), its readings with their limits (called bars), and its outcome."""
+"""Defines the input of a check (`CheckJob`), its readings with their limits (called bars), and its outcome."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ class CheckJob:
 
     Attributes:
         gpus: Number of ranks, which on CUDA is also the number of GPUs.
-        rehearse: True for tiny shapes on the CPU, with Triton's interpreter, and no bars (limits) of times.
-        rates: Rates that the check `ceilings` measured, per second: `copy` (bytes read and written), `gemm` (FLOPs).
+        rehearse: True for a trial on the CPU with tiny shapes and Triton's interpreter. Times then have no bars (limits).
+        rates: Rates per second that the check `ceilings` measured: `copy` (bytes read and written) and `gemm` (FLOPs).
     """
 
     gpus: int
@@ -47,7 +47,7 @@ class CheckJob:
     def timed(
         self, what: str, value: float, unit: str = "", *, least: float = -math.inf, most: float = math.inf
     ) -> "Reading":
-        """Makes a reading that depends on times; `least` and `most` apply only on a GPU."""
+        """Makes a reading that depends on times. Its limits `least` and `most` apply only on a GPU."""
         return Reading(what, value, unit) if self.rehearse else Reading(what, value, unit, least, most)
 
 
@@ -78,7 +78,7 @@ class Outcome:
 
     Attributes:
         verdict: "pass", "fail", "not possible" or "not run", see docs/gpu.md.
-        reason: The readings outside their bars (limits), the error, or what the machine lacks; empty if the check passed.
+        reason: The readings outside their bars (limits), the error, or the missing part of the machine; empty after a pass.
     """
 
     verdict: Verdict
@@ -101,5 +101,5 @@ class Outcome:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Outcome":
-        """Reads what `as_json` returned; text such as "inf" becomes a number again."""
+        """Makes an outcome from the result of `as_json`. Text such as "inf" becomes a number again."""
         return TypeAdapter(cls).validate_python(values)

@@ -28,7 +28,7 @@ from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 
 # Importing the modules in PRELOADED does not query a GPU.
 PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "tools.gpu_check.rates", "moe_dist.moe.kernels.triton_kernels"]
-GRACE = 10.0  # seconds that a check or rank has, after its time limit, to write the place at which it hangs
+GRACE = 10.0  # seconds that a check or rank has, after its time limit, to log the place at which it hangs
 TAIL = 400  # largest number of characters of a log that a reason quotes
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)  # each check starts a server for its ranks, with the check's environment
@@ -60,8 +60,8 @@ def run_check(name: str, target: str, job: CheckJob) -> Outcome:
 
 
 def _quoted(text: str) -> str:
-    """Returns the beginning of faulthandler's output, which has the innermost call; without such output, returns the end of
-    `text`."""
+    """Returns the beginning of faulthandler's output in `text`, which has the innermost call. Without such output,
+    returns the end of `text`."""
     found = max(text.rfind(mark) for mark in ("Timeout (", "Fatal Python error"))
     return text[found : found + TAIL] if found >= 0 else text[-TAIL:].strip()
 
@@ -108,11 +108,11 @@ def on_ranks(body: Callable[..., Any], job: CheckJob, *arguments: Any, world: in
 
     Args:
         world: Number of ranks; by default `job.gpus`.
-        device: Device of the ranks, by default the job's. With fewer GPUs than ranks, ranks share GPUs and use gloo.
+        device: Device of the ranks, by default the job's. If GPUs are fewer than ranks, ranks share GPUs and use gloo.
 
     Raises:
         NotPossibleError: a rank raised this error.
-        RuntimeError: a rank failed. The error has the rank's error, or the place at which the rank hung.
+        RuntimeError: a rank failed. The message has the error of the rank, or the place at which the rank hung.
     """
     world, device = world or job.gpus, device or job.device
     ends = psutil.Process().create_time() + job.seconds - GRACE  # so that a hanging rank ends before the check's limit

@@ -1,4 +1,4 @@
-"""Reads from torch's profiler how many kernels a function launches, and the share of time without a kernel."""
+"""Counts with torch's profiler the kernels that a function launches, and computes the share of time without a kernel."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ class Profiled(NamedTuple):
 
 
 def profiled(job: CheckJob, run: Callable[[], Any], trace: Path | None = None) -> Profiled:
-    """Calls `run` once. With `rehearse`, counts CPU operations. `trace` is a file to write in Chrome's trace format."""
+    """Profiles one call of `run`. With `rehearse`, counts CPU operations. Writes a trace in Chrome's format to `trace`."""
     activities = [ProfilerActivity.CPU, *([] if job.rehearse else [ProfilerActivity.CUDA])]
     with profile(activities=activities) as found:
         run()

@@ -1,8 +1,8 @@
-"""Takes training steps and watches each operation of torch, because no operation may touch rows that an exchange has in
-flight.
+"""Takes training steps and watches every operation of torch, to find operations that touch rows while an exchange is
+sending or receiving these rows.
 
-On CUDA torch's own stream sanitizer watches, too. That sanitizer knows the streams that Python sees, but not NCCL's
-streams, in which exchanges run.
+On CUDA, torch's stream sanitizer watches the operations, too. The sanitizer knows the streams that Python uses, but not
+NCCL's streams, in which exchanges run.
 """
 
 import traceback
@@ -34,14 +34,14 @@ STEPS = 2
 
 
 def extent(tensor: Tensor) -> tuple[int, int]:
-    """Returns the addresses of the tensor's first byte, and of the byte after its last byte."""
+    """Returns the address of the tensor's first byte, and the address after its last byte."""
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size() * bool(tensor.numel())
 
 
 class InFlight(TorchDispatchMode):
-    """Raises AssertionError if an operation reads or writes rows that arrive, or writes rows that are being sent.
-    `exchanges` counts the exchanges started so far."""
+    """Raises AssertionError if an operation reads or writes rows that are being received, or writes rows that are being
+    sent. `exchanges` counts the exchanges that were started."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class InFlight(TorchDispatchMode):
 
 
 def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
-    """Returns the argument at index `place` of the schema if the operation writes it."""
+    """Returns the argument at index `place` of the schema if the operation writes it, else None."""
     argument = func._schema.arguments[place]
     if argument.alias_info is None or not argument.alias_info.is_write:
         return None
@@ -100,9 +100,9 @@ def _written(func: Any, place: int, args: Any, kwargs: Any) -> Any:
 
 
 def races(job: CheckJob) -> list[Reading]:
-    """Counts the watched exchanges of each kind of overlap. Measures the largest relative difference of losses and
-    gradient norms from training with the plain exchange. If an operation touches rows in flight, the check fails and
-    names operation and source line."""
+    """Counts the watched exchanges of each kind of overlap. Measures the largest relative difference between the losses
+    and gradient norms with overlap and those with the plain exchange. If an operation touches rows that are being
+    exchanged, the check fails and names the operation and the source line."""
     found = on_ranks(_watched, job, world=max(2, job.gpus))[0]
     exact, readings = torch.tensor(found[PLAIN]["values"]), []
     for kind, each in found.items():

@@ -1,5 +1,5 @@
-"""Measures the GPU's rates, and the times of kernels, matrix products and layers, compared with the least times that these
-rates allow.
+"""Measures the GPU's rates. Also measures the times of kernels, matrix products and layers, and compares them with the
+least times that the rates allow.
 
 Shape letters: T tokens, Q = T K (token, expert) pairs, N (token, expert) pairs plus null choices, D hidden size, F hidden
 width of experts, E experts, K choices of a token.
@@ -47,8 +47,8 @@ H100 = {"copy": 2.7e12, "gemm": 700e12}  # limits: about 0.8 and 0.7 of the data
 
 def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> float:
     """Returns the median seconds of a call of `run`. On CUDA torch's timer queues many calls between two syncs, so that
-    launches overlap with kernels. With `rehearse`, times one call. If `run` has collectives, all ranks call it `times`
-    times; the result is then the mean."""
+    launches overlap with kernels. With `rehearse`, times one call. If `run` has collectives, `times` must be set: all
+    ranks then call it `times` times, and the result is the mean."""
     timer = Timer("run()", globals={"run": run})
     if job.rehearse:
         return timer.timeit(1).median
@@ -57,7 +57,7 @@ def seconds_of(job: CheckJob, run: Callable[[], Any], *, times: int = 0) -> floa
 
 
 def sizes(job: CheckJob) -> tuple[int, ...]:
-    """Returns T, D, F, E and K of OLMoE, or tiny numbers with `rehearse`."""
+    """Returns T, D, F, E and K of OLMoE. With `rehearse`, returns tiny numbers."""
     return tuple((TINY if job.rehearse else SHAPE).values())
 
 
@@ -67,7 +67,7 @@ def drawn(job: CheckJob, *shape: int, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 def ceilings(job: CheckJob) -> list[Reading]:
-    """Measures the rates that other checks divide by: bytes per second of a copy (read and written), bf16 FLOP/s."""
+    """Measures the rates with which other checks compare: bytes/s of a copy (read and written), and bf16 FLOP/s."""
     count, width = (1 << 10, 32) if job.rehearse else (1 << 29, 8192)
     source = drawn(job, count)
     target, x = torch.empty_like(source), drawn(job, width, width)
@@ -90,8 +90,8 @@ def ceilings(job: CheckJob) -> list[Reading]:
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
-    """Measures the kernels' rates from the bytes that they must read and write; a row counts as read once for each of
-    its pairs."""
+    """Measures the rates of kernels. A rate counts the bytes that the kernel must read and write; a row counts as read
+    once for each of its (token, expert) pairs."""
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
@@ -151,7 +151,7 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
 
 
 def grouped(job: CheckJob) -> list[Reading]:
-    """Measures (FLOP/s of the grouped matrix product of 8 experts) / (FLOP/s of a dense matrix product)."""
+    """Divides the FLOP/s of the grouped matrix product of 8 experts by the FLOP/s of a dense matrix product."""
     gemm, (_, D, F, _, _), device, experts = job.rate("gemm"), sizes(job), torch.device(job.device), 8
     if reason := why_not_grouped(torch.bfloat16, device, (D, F)):
         raise NotPossibleError(reason)
@@ -166,9 +166,9 @@ def grouped(job: CheckJob) -> list[Reading]:
 
 
 def layer_rate(job: CheckJob) -> list[Reading]:
-    """Times forward and backward of one layer on one rank, in the shapes of four models. The least time is the time of
-    the matrix products at the dense rate, plus the time of reading and writing the bytes of gathers, SwiGLU and sums at
-    the copy rate.
+    """Times forward and backward of one layer on one rank, in the shapes of four models. The least time has two parts:
+    the time of the matrix products at the rate of dense products, and the time of reading and writing the bytes of
+    gathers, SwiGLU and sums at the rate of copies.
     """
     gemm, copy, readings = job.rate("gemm"), job.rate("copy"), []
     found = on_ranks(_layer_seconds, job, world=1)[0]
@@ -193,12 +193,12 @@ def layer_rate(job: CheckJob) -> list[Reading]:
 
 
 def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
-    """Returns T, D, F, E and K of each model; T tokens reach this rank's experts if E is one rank's number of experts."""
+    """Returns T, D, F, E and K of each model. If E counts the experts of one rank, T counts the tokens that reach them."""
     return {OLMOE: sizes(job)} if job.rehearse else {OLMOE: sizes(job), **SHAPES}
 
 
 def _bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
-    """Makes a layer with bf16 experts, as in a step that keeps bf16 copies of the weights."""
+    """Makes a layer with bf16 experts, like a training step that keeps bf16 copies of the weights."""
     made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH, made_on=device)
     made.experts.to(torch.bfloat16)
     return made
@@ -242,7 +242,7 @@ def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: tor
 
 
 def null_fraction(job: CheckJob) -> list[Reading]:
-    """Measures the milliseconds of forward and backward with 8 true experts, at null fractions of 0 to about 0.9."""
+    """Measures the milliseconds of forward and backward with 8 true experts, at null fractions from 0 to about 0.9."""
     T, D, F, _, K = sizes(job)
     device, experts = torch.device(job.device), 8
     torch.manual_seed(0)
@@ -260,8 +260,8 @@ def null_fraction(job: CheckJob) -> list[Reading]:
 
 def attention_rate(job: CheckJob) -> list[Reading]:
     """Measures the rate of attention inside packed documents, divided by the rate of torch's causal attention, in
-    forward and backward. Both rates count the scores of a whole sequence. Also counts, for several lengths, compiled
-    graphs and warnings of uncompiled attention."""
+    forward and backward. Both rates count the scores of a whole sequence. For several lengths, also counts compiled
+    graphs, and warnings about attention that was not compiled."""
     device, heads, width = torch.device(job.device), 2 if job.rehearse else 16, 16 if job.rehearse else 128
     lengths = (8, 16) if job.rehearse else (4096, 2048, 1024, 512)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -1,7 +1,7 @@
-"""Compares the time of our MoE layer with the times of other layers, in OLMoE's size. Two layers consist of torch's
-operations: the first sorts a row for each (token, expert) pair by expert, as torchtitan's layer does on one rank; the
-second computes one expert after the other. If the packages are installed, layers with the experts of Hugging Face and
-of ScatterMoE follow.
+"""Compares the time of our MoE layer with the times of other layers, in OLMoE's size. Two of these layers consist of
+torch's operations. The first makes a row for each (token, expert) pair and sorts the rows by expert, as torchtitan's
+layer does on one rank. The second computes one expert after the other. If their packages are installed, layers with the
+experts of Hugging Face and of ScatterMoE are compared, too.
 
 Shape letters: T tokens, N (token, expert) pairs, D hidden size, E experts, K choices of a token.
 """
@@ -27,8 +27,8 @@ MOST = 2e-2  # largest relative difference of outputs and of input gradients bet
 
 
 class SortedPairs(nn.Module):
-    """A layer that sorts a row for each (token, expert) pair by expert, with the router and the weights of `like`, a layer
-    with one group and without null experts."""
+    """A layer that makes a row for each (token, expert) pair and sorts the rows by expert. It has the router and the
+    weights of `like`, which must have one group and no null experts."""
 
     def __init__(self, like: MoELayer) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class SortedPairs(nn.Module):
 
 
 class OtherExperts(nn.Module):
-    """A layer with the router of `like`. `make` turns the experts of `like` into a function of tokens [T, D], and indices
-    and weights of chosen experts [T, K]."""
+    """A layer with the router of `like` and other experts. `make` turns the experts of `like` into a function of the
+    tokens [T, D], and of the indices and weights of the chosen experts [T, K]."""
 
     def __init__(self, like: MoELayer, make: Callable[[ExpertStack], Callable[..., Tensor]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs the checks in order within a time budget, writes the results after each check, and continues an interrupted run."""
+"""Runs the checks in order within a time limit, writes the results after each check, and continues an interrupted run."""
 
 import json
 import platform
@@ -33,8 +33,8 @@ class Check:
 
 
 def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts that all results in one file share: the card's facts `found`, the code, the machine and the
-    versions."""
+    """Returns the facts that all results in one file share: the card's facts in `found`, the hash of the code, the
+    machine and the versions of packages."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -64,8 +64,8 @@ def run_checks(
     fresh: bool = False,
     show: Callable[[str, Outcome], None] = lambda name, outcome: None,
 ) -> dict[str, Outcome]:
-    """Runs each check that has no result in the file `path`, and returns all outcomes. Drops results with another header
-    (code, machine, versions). A check without remaining time gets the verdict `not run`, and runs in a later call."""
+    """Runs each check that has no result in the file `path`, and returns all outcomes. Ignores results with another
+    header (code, machine, versions). A check for which no time is left gets the verdict `not run`; a later call runs it."""
     head, end = header(job, found), time.monotonic() + 60 * minutes
     outcomes = {} if fresh else read_outcomes(path, head)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def run_checks(
 
 
 def read_outcomes(path: Path, head: Mapping[str, Any]) -> dict[str, Outcome]:
-    """Returns the results of an interrupted run with the same header, by check; empty without such results."""
+    """Returns the results by check if an interrupted run with the same header wrote them; empty otherwise."""
     try:
         read = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

@@ -1,12 +1,12 @@
-"""Eight token-imbalance workloads, W0 to W7. Only (workload, seed, step) determine which token goes to which expert.
+"""Defines eight token-imbalance workloads, W0 to W7. Only (workload, seed, step) determine each token's experts.
 
-A workload is the same for any dispatcher, layout and number of ranks, because choices are drawn for all tokens of the step
-at once, and each rank takes a slice of them. Every token has exactly K distinct experts. The names and purposes of the
-workloads follow Megatron-LM pull request 7488. This module imports no torch, so that a tool without torch can draw a
-workload.
+The choices of all tokens of a step are drawn at once, and each rank takes a slice of them. A workload is therefore the
+same for any dispatcher, layout and number of ranks. Every token has exactly K distinct experts. The names and purposes
+of the workloads follow Megatron-LM pull request 7488. This module imports no torch, so that a tool without torch can
+draw a workload.
 
-Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards (in a contiguous layout, the
-experts of a shard are on one rank).
+Shape letters: T tokens of the step over all ranks, E experts, K choices per token, W shards. In a contiguous layout, the
+experts of a shard are on one rank.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ class WorkloadShape:
 
     @property
     def num_hot(self) -> int:
-        """Returns the number of hot experts in W1, W2, W3, W6 and W7: half of a shard's experts, at least one."""
+        """The number of hot experts in W1, W2, W3, W6 and W7: half of the experts of a shard, but at least one."""
         return max(1, self.num_experts // (2 * self.num_shards))
 
 
@@ -103,7 +103,7 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
 
 
 def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.random.Generator) -> np.ndarray:
-    """Returns the hot experts of a step; none if the step's load is balanced."""
+    """Returns the hot experts of a step; an empty array if the step's load is balanced."""
     if workload == "W1":
         return fixed.permutation(shape.num_experts)[: shape.num_hot]
     if workload == "W3":
@@ -117,15 +117,15 @@ def _hot_experts(workload: str, step: int, shape: WorkloadShape, fixed: np.rando
 
 
 def _balanced(shape: WorkloadShape, alive: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gives each token K consecutive experts of a shuffled ring, so that experts' token counts differ by at most one."""
+    """Gives each token K consecutive experts of a shuffled ring, so that token counts of experts differ by at most one."""
     ring = rng.permutation(alive)
     place_TK = np.arange(shape.num_tokens * shape.top_k).reshape(-1, shape.top_k) % len(ring)
     return rng.permutation(ring[place_TK].astype(np.int64), axis=0)
 
 
 def _weighted(shape: WorkloadShape, hot: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws K distinct experts per token, as the K largest of log weight + Gumbel noise; hot experts have HEAT times
-    the weight."""
+    """Draws K distinct experts for each token: the experts with the K largest values of log weight + Gumbel noise. A hot
+    expert has HEAT times the weight of another expert."""
     weight_E = np.ones(shape.num_experts)
     weight_E[hot] = HEAT
     score_TE = np.log(weight_E) + rng.gumbel(size=(shape.num_tokens, shape.num_experts))

@@ -1,5 +1,5 @@
-"""Checks training steps, checkpoints and generation on the GPU, and measures the speed of a preset with as many layers as
-fit.
+"""Checks training steps, checkpoints and generation on the GPU, and measures the speed of a preset. The preset gets as
+many layers as fit into the memory.
 
 Tokens are random. The tokens of a sequence depend only on the step and the sequence's number, so that any number of ranks
 trains on the same sequences. Shape letter: M modalities.
@@ -70,7 +70,7 @@ LEARNING_RATE = 1e-3
 
 
 def configure(job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, name: str = SMALL, sequences: int = 2) -> Config:
-    """Makes a configuration for `mesh`. A step has `sequences` sequences per GPU of the job, even on a single rank."""
+    """Makes a configuration for `mesh`. A step has `sequences` sequences for each GPU of the job, also on a single rank."""
     scale = [f"parallel.ep={mesh.ep_size}", f"parallel.edp={mesh.edp_size}", f"parallel.device={mesh.device.type}"]
     sizes = [*SMALL_SIZES, *(TINY_SIZES if job.rehearse else ())] if name == SMALL else []
     no_data = f"data.path={job.folder / 'none'}"  # a data set at the configured path would be checked
@@ -79,7 +79,7 @@ def configure(job: CheckJob, mesh: Mesh, overrides: Sequence[str], *, name: str 
 
 
 class RandomRun:
-    """A training of a configuration on random tokens, without data on disk."""
+    """Trains a configuration on random tokens, without data on disk."""
 
     def __init__(self, mesh: Mesh, config: Config) -> None:
         self.config, self.mesh, self.layout = config, mesh, layout_without_data(config)
@@ -101,7 +101,7 @@ class RandomRun:
         self.step = 0
 
     def take(self, steps: int) -> list[StepResult]:
-        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # no balance term, because it depends on the micro-batches
+        aux = AuxSettings(kind="vanilla", balance=0.0, z=1e-3)  # no balance loss, because it depends on the micro-batches
         results = []
         for _ in range(steps):
             results.append(self.training.step(self._batches(), lr=LEARNING_RATE, aux=aux, number=self.step))
@@ -122,7 +122,7 @@ class RandomRun:
         return [Segment(tokens, np.zeros(len(tokens), bool), len(tokens)) for tokens in drawn]
 
     def bits(self) -> dict[str, int]:
-        """Returns the fingerprints of this rank's weights and moments, under DDP."""
+        """Returns the fingerprints of this rank's weights and moments. Valid only under DDP."""
         return {name: fingerprint(tensor) for name, tensor in self._state().tensors().items()}
 
     def _state(self) -> Any:
@@ -146,7 +146,7 @@ class RandomRun:
 
 
 def steps(job: CheckJob) -> list[Reading]:
-    """Measures the largest difference of losses and gradient norms from one CPU rank, for each of `MODES`."""
+    """Measures the largest difference of losses and gradient norms from those of one CPU rank, for each of `MODES`."""
     (exact,) = on_ranks(_losses, job, ["DDP, fp32"], world=1, device="cpu")
     found = on_ranks(_losses, job, list(MODES))[0]
     readings = []
@@ -164,13 +164,13 @@ def _losses(job: CheckJob, mesh: Mesh, modes: list[str]) -> dict[str, list[float
 
 
 def losses_and_norms(results: Sequence[StepResult]) -> list[float]:
-    """Returns loss and gradient norm of each step."""
+    """Returns the loss and the gradient norm of each step, in one list."""
     return [x for each in results for x in (float(each.nll_M.sum() / each.labels_M.sum()), each.grad_norm)]
 
 
 def repeat(job: CheckJob) -> list[Reading]:
-    """Counts the ranks whose weights and moments are bit-equal in a second run, and in new processes that resume from
-    an asynchronously saved checkpoint of ended processes. Also measures the time that determinism costs."""
+    """Counts the ranks whose weights and moments are bit-equal in two cases: in a second run, and in new processes that
+    resume from an asynchronously saved checkpoint of ended processes. Also measures the time that determinism costs."""
     usual = on_ranks(_paced, job, False)[0]
     make_deterministic()  # called here too, because NCCL reads its environment variables before `_repeated` begins
     with tempfile.TemporaryDirectory(dir=job.folder) as folder:
@@ -191,7 +191,7 @@ def _deterministic(job: CheckJob, mesh: Mesh) -> RandomRun:
 
 
 def _repeated(job: CheckJob, mesh: Mesh, folder: str) -> dict[str, dict[str, int]]:
-    """Returns the final fingerprints of two runs of three steps. The first saves step 2 while it computes step 3."""
+    """Returns the final fingerprints of two runs of three steps. The first run saves step 2 while it computes step 3."""
     first = _deterministic(job, mesh)
     first.take(2)
     writer = first.save(folder)
@@ -219,8 +219,8 @@ def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
 
 
 def long_run(job: CheckJob) -> list[Reading]:
-    """Trains the small preset in bf16 for 100 steps on the tokens of one step. The loss must fall, and memory of device and
-    host must hardly grow after step 20."""
+    """Trains the small preset in bf16 for 100 steps, each on the same tokens. The loss must fall. After step 20, the
+    memory of device and host must hardly grow."""
     found = on_ranks(_long, job)
     losses = found[0]["losses"]
     return [
@@ -249,7 +249,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
 
 
 def generation(job: CheckJob) -> list[Reading]:
-    """Generates the likeliest tokens in fp32 with the key-value cache, and compares them with the CPU's tokens."""
+    """Generates the likeliest tokens in fp32 with the key-value cache, on the device and on the CPU, and compares them."""
     made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
     same = np.mean(np.array(made[job.device]) == np.array(made["cpu"]))
     return [Reading("share of equal tokens", float(same), least=1.0)]
@@ -266,7 +266,7 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
 
 
 def preset(job: CheckJob) -> list[Reading]:
-    """Trains OLMoE, with as many layers as fit into memory by the dry run, on full sequences of random tokens."""
+    """Trains OLMoE on full sequences of random tokens, with as many layers as fit into memory according to a dry run."""
     name, sequences, layers, timed = (SMALL, 2, 1, 1) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
     found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
     tokens, seconds = found["tokens"], found["seconds"]
@@ -278,7 +278,7 @@ def preset(job: CheckJob) -> list[Reading]:
     ]
     if (peak := peak_tflops(job.card)) is not None:
         readings.append(job.timed("MFU", rate / 1e12 / peak, least=0.4))
-    # The trace of the profiled step is in the folder of logs.
+    # The folder of logs has the trace of the profiled step.
     readings.append(job.timed("share of a step in which the GPU waits", found["idle"], most=0.05))
     if "gemm" in job.rates:
         readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))

@@ -19,13 +19,13 @@ from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.rates import seconds_of, sizes
 from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, WorkloadStep, workload_step
 
-STEPS = {"W6": (0, 1), "W7": (3, 4)}  # checked steps, between which the hot experts change; other workloads use step 0
+STEPS = {"W6": (0, 1), "W7": (3, 4)}  # steps to check, between which the hot experts change; other workloads use step 0
 
 
 def workloads(job: CheckJob) -> list[Reading]:
-    """Measures the largest relative difference of bf16 outputs and gradients from float64 on the CPU, and the time at
-    the size of an OLMoE layer. Also measures reserved / allocated memory of the allocator at the peak over all
-    workloads."""
+    """Compares bf16 outputs and gradients under each workload with float64 on the CPU, and measures the largest relative
+    difference. Measures the time at the size of an OLMoE layer. Also measures the allocator's reserved / allocated memory
+    at the peak over all workloads."""
     tokens, experts, widths = (32, 8, (16, 8)) if job.rehearse else (4096, 64, (256, 128))
     shape, device = WorkloadShape(tokens, experts, top_k=4, num_shards=4), torch.device(job.device)
     kernels, readings = triton_or_none(device, torch.bfloat16) or TORCH, []
@@ -57,8 +57,8 @@ def _passes(
     where: tuple[torch.device, torch.dtype],
     made_on: str | torch.device = "cpu",
 ) -> Callable[[], list[Tensor]]:
-    """Makes a function that plans and runs dispatch, experts and combine for the expert choices `drawn`, and returns the
-    output, and the gradients of tokens, weights and experts."""
+    """Makes a function that plans and runs dispatch, experts and combine for the expert choices `drawn`. The function
+    returns the output, and the gradients of tokens, weights and experts."""
     (hidden, ffn), (device, dtype), tokens, top_k = widths, where, shape.num_tokens, shape.top_k
     groups = single_group(shape.num_experts, 0, top_k, ffn)
     layer = make_layer(hidden, groups, kernels=kernels, made_on=made_on).to(device, dtype)
@@ -80,8 +80,8 @@ def _passes(
 
 
 def sanitizer(job: CheckJob) -> list[Reading]:
-    """Checks with NVIDIA's compute-sanitizer that no kernel trial has an invalid memory access; with `rehearse`, only
-    runs the trials."""
+    """Checks with NVIDIA's compute-sanitizer that no kernel trial makes an invalid memory access. With `rehearse`, only
+    runs the trials, without the sanitizer."""
     tool = [] if job.rehearse else ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     if tool and shutil.which(tool[0]) is None:
         raise NotPossibleError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
@@ -96,7 +96,7 @@ def sanitizer(job: CheckJob) -> list[Reading]:
 
 
 def trials(device: torch.device) -> str | None:
-    """Runs the trials of all kernels. Returns None, or a text about a difference from torch."""
+    """Runs the trials of all kernels. Returns None, or a message if a kernel differs from torch."""
     from moe_dist.model.kernels.choice import why_not as why_not_dense
     from moe_dist.model.kernels.triton_kernels import TRITON as DENSE
     from moe_dist.moe.kernel_choice import why_not
