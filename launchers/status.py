@@ -79,7 +79,7 @@ def find_runs(names: Sequence[str], root: Path) -> list[Path]:
 
 
 def many_runs(runs: Sequence[RunProgress], *, width: int = WIDTH) -> RenderableType:
-    """Returns a table of `width` characters with one line per run. The last column, the reason, gets the rest of the width."""
+    """Returns a table of `width` characters with one line per run. The last column, the reason, gets the rest."""
     table = Table(box=None, pad_edge=False, header_style="bold", width=width)
     for column, name in enumerate(("run", "state", "step", "tokens/s", "left", "checkpoint", "starts")):
         table.add_column(name, no_wrap=True, justify="left" if column < 2 else "right")

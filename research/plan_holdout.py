@@ -1,5 +1,5 @@
-"""Compares the step model of `moe-dist plan` with measured layouts: fits the model on half of the layouts, and predicts the
-other half.
+"""Compares the step model of `moe-dist plan` with measured layouts. Fits the model to half of the layouts, and predicts
+the other half.
 
     python -m research.plan_holdout FOLDER --rates rates.yaml           # measures what FOLDER lacks, then judges
     python -m research.plan_holdout FOLDER --rates rates.yaml --judge   # judges what is there
@@ -45,9 +45,9 @@ def _choices(top_k: int, num_null: int) -> tuple[str, ...]:
     )
 
 
-# Neighbours in the list differ in one factor, so that the layouts at even places vary every factor, and so do the layouts
-# at odd places. The workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks of a
-# training step.
+# Each layout differs from the next one in one factor. The layouts at even places therefore vary every factor, and so do the
+# layouts at odd places. The workload W4 is left out, because its ranks have different numbers of tokens, unlike the ranks
+# of a training step.
 LAYOUTS: tuple[MeasuredLayout, ...] = (
     *(_layout(f"parallel.ep={n}", f"parallel.recompute={each}") for n in (1, 2, 4) for each in RECOMPUTE),
     *(_layout(f"parallel.ep={ep}", *_choices(4, number)) for number in (0, 8, 72) for ep in (2, 4)),
@@ -71,11 +71,11 @@ class Observed:
     """The measurements of one layout.
 
     Attributes:
-        seconds: Seconds of a step, by clock. `cpu`: CPU seconds, as the mean over ranks and the lower quartile over steps.
-            `wall`: wall time of the shortest step, because further load of the machine only makes steps longer.
+        seconds: Seconds of a step, by clock. `cpu` is CPU time: the mean over ranks and the lower quartile over steps.
+            `wall` is the wall time of the shortest step, because other load of the machine only makes steps longer.
         spread: Relative difference between the median over steps and `seconds`, by clock.
-        sent, replayed: Bytes that the traced step sent, and bytes that `replay` counts for the traced expert choices.
-        memory: Peak bytes of all tensors of the fullest rank in a step.
+        sent, replayed: Number of bytes that the traced step sent, and that `replay` counts for the traced expert choices.
+        memory: Peak bytes of all tensors in a step, on the fullest rank.
     """
 
     name: str
@@ -107,7 +107,7 @@ def main(
 
 
 def observed(folder: Path) -> list[Observed]:
-    """Reads the measurements that `measure` stored, in the order of `LAYOUTS`."""
+    """Reads the measurements that `measure` stored. Returns them in the order of `LAYOUTS`."""
     of_layout: dict[int, list[dict]] = {}
     for visit in visits(folder / "visits.jsonl"):
         of_layout.setdefault(visit["layout"], []).append(visit)
@@ -153,7 +153,7 @@ def observed(folder: Path) -> list[Observed]:
 
 
 class Predicted:
-    """Estimates step times and memory of runs. Values that do not depend on the fitted factors are computed once."""
+    """Estimates the step times and the memory of runs. Computes values that do not depend on the fitted factors once."""
 
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
         self._runs = [(run, LayoutEstimator(rates, run.source, run.mix, rates.memory)) for run in runs]
@@ -167,13 +167,13 @@ class Predicted:
 
 
 def seconds_of(estimates: Sequence[Estimate], clock: Clock) -> np.ndarray:
-    """Returns predicted seconds of a step. For the clock `cpu` these are the seconds in which the average rank computes,
-    exchanges rows or sums gradients."""
+    """Returns the predicted seconds of a step. For the clock `cpu`, these are the seconds in which an average rank
+    computes, exchanges rows or sums gradients."""
     return np.array([e.seconds if clock == "wall" else e.busy + e.wire + e.tail for e in estimates])
 
 
 def peak_of(estimate: Estimate) -> float:
-    """Returns the predicted bytes of tensors, without the bytes assumed for allocator and libraries."""
+    """Returns the predicted bytes of tensors. Leaves out the bytes that the estimate adds for allocator and libraries."""
     return (estimate.memory[0] - LIBRARIES) / (1 + SLACK)
 
 
@@ -181,8 +181,8 @@ FACTORS = ("dense", "experts", "launch", "recompute", "exchange")
 
 
 def fitted(rates: Rates, seconds: Callable[[Rates], np.ndarray], measured: np.ndarray, rounds: int = 8) -> Rates:
-    """Fits the factors of `ScaleSection` to measured seconds, by Gauss-Newton steps on the logarithms of seconds. A small
-    penalty keeps a factor at 1 if no run depends on it."""
+    """Fits the factors of `ScaleSection` to measured seconds by Gauss-Newton steps on the logarithms of seconds. A small
+    penalty keeps a factor at 1 if no run depends on the factor."""
     count = len(FACTORS) + 1  # the last value is 1 + ScaleSection.step / (the shortest measured step)
     logs, shortest = np.zeros(count), float(measured.min())
 
@@ -213,7 +213,7 @@ def judged(
     rates: Rates,
     predict: Callable[[Sequence[Observed], Rates], Callable[[Rates], Sequence[Estimate]]] = Predicted,
 ) -> tuple[bool, list[str]]:
-    """Fits the step model, for each clock, on the runs at even places, and predicts the runs at odd places. Returns whether
+    """For each clock, fits the step model to the runs at even places, and predicts the runs at odd places. Returns whether
     all rules hold, and the lines to print, with failed rules first."""
     if len(runs) < 4:
         raise DataError(f"{len(runs)} layouts: a fit and its test need at least four; run the command without --judge")

@@ -1,11 +1,11 @@
-"""Computes the time of a training step from the step's counted operations and a GPU's rates. The time is not measured.
+"""Computes the time of a training step from counts of the step's operations and from a GPU's rates. Nothing is timed.
 
 An operation takes FLOPs / (rate of this kind of operation), or bytes / (rate of a copy), whichever is longer. Operations
-run one after the other. A part of the model takes the time of its operations or of the host's kernel launches, whichever is
-longer. An exchange takes latency + bytes / rate, and does not slow simultaneous computation. Exchanges have the order of
-the dispatcher or of two-batch overlap (`moe_dist.plan.step_model`). While no exchange runs, parameter all-gathers overlap
-with forward, and gradient sums overlap with backward; with two-batch overlap they overlap with no computation. All ranks
-take equal times.
+run one after the other. A part of the model takes the time of its operations, or the time in which the host launches its
+kernels, whichever is longer. An exchange takes latency + bytes / rate, and does not slow simultaneous computation. The
+order of exchanges is the order of the dispatcher or of two-batch overlap (`moe_dist.plan.step_model`). While no exchange
+runs, gathers of parameters overlap with forward, and sums of gradients overlap with backward. With two-batch overlap,
+gathers and sums overlap with no computation. All ranks take equal times.
 """
 
 from collections import defaultdict
@@ -44,19 +44,19 @@ GATHERS, SUMS = "_allgather_base_", "_reduce_scatter_base_"
 
 @dataclass(frozen=True)
 class CardTime:
-    """Seconds of one rank.
+    """The times of one rank, in seconds.
 
     Attributes:
-        parts, launches: Seconds of a micro-batch by part and phase: of the operations on the device (`parts`), and of the
-            host's launches (`launches`).
+        parts, launches: Seconds of a micro-batch by part and phase. `parts` has the seconds of the operations on the
+            device, `launches` the seconds in which the host launches them.
         kinds: Seconds of a micro-batch on the device, by kind of operation.
         exchange, sync: Seconds of a micro-batch in exchanges, and seconds in which the device is idle after host syncs.
         micro_batch: Seconds of a micro-batch.
-        once: Seconds of the work that a step does once and not per micro-batch, such as the optimizer's update.
+        once: Seconds of the work that a step does once, not in each micro-batch, such as the optimizer's update.
         gathers, sums, uncovered: Seconds of a step in gathers of parameters, in sums of gradients, and in gathers and sums
             that overlap with no computation.
-        model_flops, masked: FLOPs (not seconds) of a step: without recomputation and masked attention scores
-            (`model_flops`), and of masked scores alone (`masked`).
+        model_flops, masked: FLOPs (not seconds) of a step. `masked` has the FLOPs of masked attention scores. `model_flops`
+            leaves these out, and leaves out recomputation.
     """
 
     rates: Rates
@@ -81,13 +81,13 @@ class CardTime:
         return self.micro_batches * self.micro_batch + self.once + self.uncovered
 
     def mfu(self, *, all_scores: bool = False) -> float:
-        """Returns the model's FLOPs/s / the card's peak FLOPs/s. With `all_scores`, also counts attention scores for
-        positions after a token's own, as perf/mfu does."""
+        """Returns the model's FLOPs/s divided by the card's peak FLOPs/s. With `all_scores`, also counts the attention
+        scores for positions after a token's own position, as perf/mfu does."""
         return (self.model_flops + all_scores * self.masked) / self.seconds / self.peak
 
 
 def card_rates(card: str) -> Rates:
-    """Returns a GPU's rates from its data sheet, and the rates of the nodes in the cluster file `CLUSTER`.
+    """Returns rates from a GPU's data sheet, and the rate between nodes from the cluster file `CLUSTER`.
 
     Raises:
         ConfigError: from `published_rates`.
@@ -107,8 +107,8 @@ def operation_seconds(work: Work, rates: Rates) -> float:
 
 
 def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rates) -> CardTime:
-    """Returns the time of a step with all micro-batches of the configuration; `counted` has only `MICRO_BATCHES`
-    micro-batches."""
+    """Returns the time of a step with all micro-batches of the configuration. `counted` has the counts of a step with only
+    `MICRO_BATCHES` micro-batches."""
     whole, config = load_config(path, overrides), scaled(overrides, path, counted.ranks)
     times = max(1, whole.train.global_batch // (whole.train.micro_batch * counted.ranks))
     more, two = _works(counted.more_work), _works(counted.work)

@@ -1,4 +1,4 @@
-"""Measures one row of the dispatch benchmark's table: all contenders on the routing of one point, on this rank."""
+"""Measures one row of the dispatch benchmark's table on this rank: all contenders, with the routing of one point."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,8 +24,8 @@ from research.bench.points import Point
 
 @torch.no_grad()
 def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Checks the results of all contenders, then times the contenders and counts the rows that each contender sends. All
-    ranks return the same table row."""
+    """Checks the results of all contenders, times the contenders, and counts the rows that each contender sends. All ranks
+    return the same table row."""
     case = make_case(point, mesh, seed=effort.seed)
     at_rank_alone: dict[str, Run] = {
         "floor": floor(case, own_rows=False),
@@ -44,7 +44,7 @@ def measure_point(point: Point, mesh: Mesh, effort: Effort) -> dict[str, Any]:
 
 
 def _by_expert(case: Case) -> dict[str, Run]:
-    """Makes the contenders that sort rows by expert, and bring weighted sums back to the tokens."""
+    """Makes the contenders that sort rows by expert and return weighted sums to the tokens."""
     runs: dict[str, Run] = {
         "ours": ours(case, case.taken),
         **{name: megatron_dispatch(case, each) for name, each in variants(nulls=case.point.null > 0.0).items()},
@@ -60,7 +60,7 @@ def _by_expert(case: Case) -> dict[str, Run]:
 def measure_scaling(points: Mapping[str, Point], mesh: Mesh, effort: Effort, *, by: str, planned: bool) -> dict[str, Any]:
     """Measures the cost of dispatch and combine per sent row, at points that differ in the field named `by`.
 
-    All points are timed in the same rounds. With `planned` the plan is made before the timing.
+    All points are timed in the same rounds. With `planned`, the timing does not include the making of the plan.
     """
     cases = {label: make_case(point, mesh, seed=effort.seed) for label, point in points.items()}
     runs = {label: at_rank(case, planned=planned) for label, case in cases.items()}

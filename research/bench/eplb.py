@@ -1,9 +1,9 @@
 """Compares the placement solver with DeepSeek's EPLB with equal numbers of slots: python -m research.bench.eplb EPLB_FILE
 [TRACE.npz ...]
 
-EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads both
-solvers find one placement for all layers, as in moe_dist, and one placement per layer, as in EPLB. Both solvers run without
-and with a spare slot on each rank.
+EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads, both
+solvers make one placement for all layers, as moe_dist does, and one placement per layer, as EPLB does. Both solvers run
+once without spare slots, and once with a spare slot on each rank.
 """
 
 import time
@@ -63,7 +63,7 @@ def main(
 
 
 def eplb_solver(module: Any) -> Solver:
-    """Returns EPLB's policy without node groups, as a solver that makes one map from experts to slots for all layers."""
+    """Returns EPLB's policy without node groups, as a solver that assigns the experts to slots once for all layers."""
     import torch
 
     def solver(load_LE: np.ndarray, slots_R: np.ndarray) -> Copied:

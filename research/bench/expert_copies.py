@@ -1,4 +1,4 @@
-"""Fills free slots of ranks with copies of hot experts, as DeepSeek's EPLB does; the planner itself makes no copies.
+"""Fills the free slots of ranks with copies of hot experts, as DeepSeek's EPLB does. The planner itself makes no copies.
 
 Shape letters are as in `moe_dist.plan.solver`.
 """
@@ -11,18 +11,19 @@ import numpy as np
 from moe_dist.errors import ConfigError
 from moe_dist.plan.solver import STEPS, pace, placed, solve
 
-PARTS, SWAPPED = 4, 2  # how many numbers of copies are tried, and how many of these trials are improved by swaps
+PARTS, SWAPPED = 4, 2  # how many different numbers of copies are tried, and how many of the results are improved by swaps
 
 
 class Copied(NamedTuple):
-    """Slots of all ranks with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its work
-    evenly. A rank that would get two copies of an expert has one copy with twice the share, and a free slot."""
+    """The slots of all ranks, with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its
+    load evenly. If two copies of an expert would be on one rank, the rank gets one copy with twice the share of the load,
+    and a free slot."""
 
     expert_P: np.ndarray
     rank_P: np.ndarray
 
     def pace(self, load_LE: np.ndarray, ranks: int) -> float:
-        """Returns the sum over layers of the busiest rank's load."""
+        """Returns the load of the busiest rank, summed over layers."""
         return pace(_shared(load_LE, self.expert_P), self.rank_P, ranks)
 
 
@@ -31,8 +32,8 @@ def solve_with_copies(
 ) -> Copied:
     """Fills free slots with copies of experts, if the copies lower `pace`. Arguments and errors are as in `solve`.
 
-    The next copy goes to the expert with the largest work per copy (the rule of highest averages, which DeepSeek's EPLB
-    also uses).
+    The next copy always goes to the expert with the largest load per copy. This is the rule of highest averages, which
+    DeepSeek's EPLB also uses.
     """
     experts, ranks = load_LE.shape[1], len(slots_R)
     once = Copied(np.arange(experts), solve(load_LE, slots_R, allowed_ER=allowed_ER, steps=steps))
@@ -44,8 +45,8 @@ def solve_with_copies(
     def filled(expert_P: np.ndarray, steps: int) -> Copied:
         return Copied(expert_P, placed(_shared(load_LE, expert_P), slots_R, allowed_ER[expert_P], steps))
 
-    # Orders the copies by the experts' work summed over layers, and by their work in the heaviest layer. Tries each order
-    # with all free slots, and with only some of the free slots.
+    # Two orders of copies are tried: by the experts' load summed over layers, and by their load in the heaviest layer. Each
+    # order is tried with all free slots, and with only some of the free slots.
     tried: list[Copied] = []
     for load_E in (load_LE.sum(0), load_LE.max(0)):
         order = _copied(load_E, free)
@@ -57,7 +58,7 @@ def solve_with_copies(
 
 
 def _copied(load_E: np.ndarray, free: int) -> np.ndarray:
-    """Returns the experts that get one more slot each, in the order of these slots."""
+    """Returns the experts that get one more slot each, in the order in which they get it."""
     copies_E, order = np.ones(len(load_E), np.int64), np.zeros(free, np.int64)
     for place in range(free):
         order[place] = (load_E / copies_E).argmax()

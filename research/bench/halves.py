@@ -1,4 +1,4 @@
-"""The queue of a micro-batch with `parallel.two_batch_overlap`, which `moe_dist.plan.step_model.play` simulates."""
+"""Makes the queue of a micro-batch with `parallel.two_batch_overlap`, for simulation by `moe_dist.plan.step_model.play`."""
 
 from collections.abc import Generator, Iterator, Sequence
 
@@ -6,9 +6,9 @@ from moe_dist.plan.step_model import BACKWARD, COMPUTE, WIRE, Event, LayerCost, 
 
 
 def micro_batch_in_halves(layers: Sequence[LayerCost], head: Seconds, backward: Sequence[LayerCost]) -> list[Event]:
-    """Returns the queue of one micro-batch with `parallel.two_batch_overlap`, in the order of `moe.dispatch.two_batches`:
-    each half of the micro-batch runs up to its next exchange, and then the other half runs. All costs are of one half of
-    the micro-batch."""
+    """Returns the queue of one micro-batch with `parallel.two_batch_overlap`. As in `moe.dispatch.two_batches`, one half of
+    the micro-batch runs up to its next exchange, then the other half runs up to its next exchange, and so on. All costs
+    are those of one half of the micro-batch."""
     queue = Queue()
     last = _in_turns([_half_forward(queue, layers) for _ in range(2)])
     last = (queue.add("head", COMPUTE, head * (1 + BACKWARD), *last),)

@@ -1,7 +1,7 @@
-"""Compares our MoE layer with Megatron-Core's: forward and backward of a single layer, and training steps of the default
-model.
+"""Compares our MoE layer with Megatron-Core's. Times forward and backward of a single layer, and training steps of the
+default model.
 
-Our layer and Megatron-Core's have equal weights and routing. Before the timing, outputs, gradients and losses are compared.
+Both layers have equal weights and routing. Before the timing, their outputs, gradients and losses are compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,7 +42,7 @@ class LayerSize:
     ffn: int
     experts: int
     top_k: int
-    null: bool  # if true, there are as many null as true experts, and top_k is doubled: about half of the choices are null
+    null: bool  # true: as many null as true experts, and twice the top_k, so that about half of the choices are null
 
 
 LAYERS: Mapping[str, LayerSize] = {
@@ -57,10 +57,10 @@ QUICK_LAYERS: Mapping[str, LayerSize] = {
 
 
 def measure_layer(size: LayerSize, mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures forward and backward of our layer and of each variant of Megatron-Core's layer."""
+    """Times forward and backward of our layer, and of each variant of Megatron-Core's layer."""
     group = ExpertGroup("all", size.experts, size.experts * size.null, size.top_k * (1 + size.null), size.ffn, 0, ("text",))
     placement = ExpertPlacement((group,), slots(Point(experts=size.experts), mesh.ep_size))
-    generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks, so that they draw the same router
+    generator = torch.Generator().manual_seed(effort.seed)  # the same seed on all ranks, so that all draw the same router
     ours = _our_layer(group, placement, size.hidden, mesh, generator)
     rivals = {
         name: MegatronMoE(nn.Identity(), ours.router, placement, variant, hidden=size.hidden, ep_rank=mesh.ep_rank)
@@ -112,9 +112,9 @@ def _pass(module: nn.Module, x_TD: Tensor, direction_TD: Tensor) -> Callable[[],
 
 
 def measure_step(mesh: Mesh, effort: Effort) -> dict[str, Any]:
-    """Measures training steps of the default job's model with 8 null experts per group, on random tokens, once with our MoE
-    layers and once with Megatron-Core's MoE layers. All steps use the same attention, router, loss, gradient reduction and
-    optimizer."""
+    """Times training steps of the default job's model with 8 null experts per group on random tokens, once with our MoE
+    layers, and once with Megatron-Core's MoE layers. Both kinds of steps use the same attention, router, loss, gradient
+    reduction and optimizer."""
     half = mesh.ep_size // 2  # the default job pins text to the first half of the ranks and image to the second half
     text, image = list(range(half)), list(range(half, mesh.ep_size))
     groups = f"placement.groups={{text: {{ranks: {text}}}, image: {{ranks: {image}}}}}"

@@ -1,10 +1,10 @@
-"""Takes training steps of several layouts in turn on this machine, and stores the steps' seconds, sent bytes, memory and
-expert choices.
+"""Takes training steps of several layouts in turn on this machine. Stores the seconds, sent bytes, memory and expert
+choices of the steps.
 
-The processes of each number of ranks stay alive, and wait on a pipe while other processes compute. A round therefore visits
-(times) all layouts within minutes, and further load of the machine affects all layouts alike. Each visit is one line of
-`visits.jsonl`; visits in this file are not repeated. A step is timed as in `Trainer`, without record and sinks. The
-learning rate is 0, so that routing is equal in all rounds.
+For each number of ranks, a set of processes stays alive, and waits on a pipe while another set computes. A round can
+therefore visit (time) all layouts within minutes, and other load of the machine affects all layouts alike. Each visit is
+one line of `visits.jsonl`. Visits in this file are not repeated. A step is timed as in `Trainer`, but without records and
+sinks. The learning rate is 0, so that routing is equal in all rounds.
 """
 
 import json
@@ -28,12 +28,12 @@ from tools.calibrate import RANK_ENV
 from tools.gpu_check.token_imbalance import WorkloadShape, workload_step
 
 TIMEOUT = 900.0
-FIRST, STEPS = 1, 7  # numbers of untimed and of timed steps of a visit
+FIRST, STEPS = 1, 7  # numbers of untimed steps and of timed steps in a visit
 
 
 @dataclass(frozen=True)
 class MeasuredLayout:
-    """A configuration, and the workload whose expert choices replace the routers' choices. With None the routers choose."""
+    """A configuration. The expert choices of `workload`, if it is given, replace the choices of the routers."""
 
     config: str
     overrides: tuple[str, ...]
@@ -53,8 +53,8 @@ def ranks_of(config: Config) -> int:
 
 
 def measure(layouts: Sequence[MeasuredLayout], folder: Path, rounds: int) -> None:
-    """Visits each layout `rounds` times. Raises ResourceError if a rank fails; the rank's traceback is on standard
-    error."""
+    """Visits each layout `rounds` times. Raises ResourceError if a rank fails; standard error has the traceback of this
+    rank."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "visits.jsonl"
     done = {(line["layout"], line["round"]) for line in visits(path)}
@@ -112,12 +112,12 @@ class _Ranks:
 
 @dataclass(frozen=True)
 class Visit:
-    """The measurements of one rank in a visit.
+    """The measurements that one rank makes in one visit.
 
     Attributes:
         seconds, cpu: Wall time and CPU time of each timed step.
-        sent: Payload bytes of all ranks in the traced step, in total and between nodes; empty after round 0.
-        memory: Peak bytes of all tensors in the layout's second step; 0 after the layout's first visit.
+        sent: Payload bytes that all ranks sent in the traced step: in total, and between nodes. Empty after round 0.
+        memory: Peak bytes of all tensors in the layout's second step. It is 0 after the layout's first visit.
     """
 
     seconds: list[float]
@@ -153,8 +153,8 @@ def _rank(
 
 
 def counted_memory(make: Callable[[], "_Job"]) -> tuple["_Job", float]:
-    """Makes a job and takes two steps. Returns the job, and the peak bytes of all tensors in the second step, from the
-    allocator's record of allocations and frees since `make` began."""
+    """Makes a job and takes two steps. Returns the job, and the peak bytes of all tensors in the second step. The bytes are
+    computed from the allocator's record of allocations and frees since the beginning of `make`."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -200,7 +200,8 @@ class _Job:
         return Visit([wall for wall, _, _ in taken], [cpu for _, cpu, _ in taken], sent)
 
     def _traced(self, path: Path) -> list[int]:
-        """Writes a step's expert choices into a file."""
+        """Writes the expert choices of a step into a file, and returns the step's payload bytes: in total, and between
+        nodes."""
         seen = _Choices(self._sequences())
         _, _, result = self.take(seen)
         np.savez_compressed(path, **seen.arrays())  # pyright: ignore[reportArgumentType]
@@ -249,7 +250,7 @@ class _Job:
 
 
 class _Choices:
-    """A `moe_dist.train.step.tracing.StepWatcher` that keeps the choices of a step."""
+    """A `moe_dist.train.step.tracing.StepWatcher` that stores the expert choices of a step in memory."""
 
     def __init__(self, sequences: Sequence[range]) -> None:
         self._sequences, self._parts = sequences, []

@@ -1,10 +1,10 @@
-"""Computes the fewest FLOPs of a training step, and the fewest bytes that the parts of the step can read and write.
+"""Computes the smallest possible FLOPs of a training step, and the fewest bytes that each part of it can read and write.
 
 All tensors between operations have the compute dtype. Each matrix product reads its factors once and writes its result
-once; products with the same input count as one product. Norms, rotary embeddings, SwiGLU and residuals are fused with
-neighbouring matrix products. Logits are never in memory, and attention keeps no scores. One kernel packs token rows to
-send, one kernel sums each row's (token, expert) pairs, and one kernel sums each token's rows. Nothing is recomputed. Shape
-letters: T tokens of the rank, D hidden size, F hidden width of an expert.
+once. Products with the same input count as one product. Norms, rotary embeddings, SwiGLU and residuals are fused with
+neighbouring matrix products. Logits are never in memory, and attention stores no scores. One kernel packs token rows to
+send, one kernel sums each row's (token, expert) pairs, and one kernel sums each token's rows. Nothing is recomputed.
+Shape letters: T tokens of the rank, D hidden size, F hidden width of an expert.
 """
 
 from moe_dist.config.schema import Config
@@ -14,12 +14,12 @@ from moe_dist.plan.preflight import PlannedLayout
 from tools.fake_gpu.fake_step import Uniform
 
 Key = tuple[str, str]  # part and phase
-OPTIMIZER = 32  # bytes per fp32 parameter: reads of weight, gradient and 2 moments, 3 writes, and a read for the norm
+OPTIMIZER = 32  # bytes per fp32 parameter: reads of weight, gradient and 2 moments, 3 writes, and 1 read for the norm
 
 
 def least_flops(config: Config, layout: PlannedLayout) -> dict[Key, float]:
-    """Returns the fewest FLOPs of one micro-batch on an average rank, over all layers, by part and phase. Attention skips
-    the positions after the token's own position."""
+    """Returns the smallest possible FLOPs of one micro-batch on an average rank, summed over layers, by part and phase.
+    Attention skips the positions after a token's own position."""
     model, tokens = config.model, config.train.micro_batch * config.data.seq_len
     shares = dict(zip((group.name for group in layout.groups), group_shares(layout.groups, {}), strict=True))
     taken = flops.expected_experts(layout.groups)
@@ -35,14 +35,15 @@ def least_flops(config: Config, layout: PlannedLayout) -> dict[Key, float]:
 
 
 def masked_scores(config: Config) -> float:
-    """Returns the forward FLOPs of a token's attention scores for positions after the token's own, which
-    `moe_dist.plan.flops` counts and a kernel for causal attention skips."""
+    """Returns the forward FLOPs of a token's attention scores for positions after the token's own position.
+    `moe_dist.plan.flops` counts these FLOPs, but a kernel for causal attention skips them."""
     return config.model.num_layers * config.model.attention.score_width(config.model) * config.data.seq_len
 
 
 def least_bytes(config: Config, layout: PlannedLayout, rank: int) -> dict[Key, float]:
-    """Returns the fewest bytes that a rank reads and writes in memory, by part and phase: in one micro-batch over all
-    layers, and in a step's optimizer update. Valid only for models without LoRA, shared experts and mixture of depths."""
+    """Returns the fewest bytes that a rank reads and writes in memory, by part and phase. They are the bytes of one
+    micro-batch summed over layers, and of a step's optimizer update. Valid only for models without LoRA, shared experts and
+    mixture of depths."""
     model, item = config.model, memory.ITEMSIZE[config.parallel.precision]
     tokens, dim = config.train.micro_batch * config.data.seq_len, model.hidden_dim
     widths, ffn = model.attention_widths, model.dense_ffn_dim or 0
@@ -66,15 +67,15 @@ def least_bytes(config: Config, layout: PlannedLayout, rank: int) -> dict[Key, f
 
 
 def experts(config: Config, layout: PlannedLayout, rank: int) -> dict[str, float]:
-    """Returns the number of elements that the experts of one MoE layer read and write, by phase: in matrix products, and in
-    packing and summing token rows."""
+    """Returns the number of elements that the experts of one MoE layer read and write, by phase. It includes matrix
+    products, and the packing and summing of token rows."""
     uniform, dim, ranks = Uniform(config, layout, rank, whole=True), config.model.hidden_dim, config.parallel.ep
     width_E = [group.ffn_dim for group in layout.groups for _ in group.experts]
     slots = layout.placement.slots[uniform.own]
     own, *pairs = uniform.entry(uniform.own)
     sent = sum(uniform.entry(each)[0] for each in range(ranks)) - own
-    # Summing pairs writes the rows of all ranks' tokens. Packing reads and writes the rows to send. Summing rows reads and
-    # writes rows.
+    # The kernel that sums pairs writes the rows of all ranks' tokens. The kernel that packs rows reads and writes the rows
+    # to send. The kernel that sums rows reads and writes rows.
     rows = (ranks * own + 2 * sent + sent + own + config.train.micro_batch * config.data.seq_len) * dim
     wide = sum(number * width_E[slot] for number, slot in zip(pairs, slots, strict=True)) * ranks
     weights, pairs = 3 * dim * sum(width_E[slot] for slot in slots), ranks * sum(pairs) * dim

@@ -1,4 +1,4 @@
-"""Times contenders alternately on all ranks, and counts the data that each rank passes to collectives."""
+"""Times the contenders in turn on all ranks, and counts the data that each rank passes to collectives."""
 
 import gc
 import math
@@ -20,7 +20,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Effort:
-    """The numbers of repeats of a measurement, and its seed."""
+    """The numbers of rounds of a measurement, and its seed."""
 
     rounds: int = 20  # timed rounds; each runs every contender once
     warmup: int = 3  # untimed rounds before the timed rounds
@@ -39,7 +39,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Interval:
-    """A median, and an interval that contains the true median with probability CONFIDENCE or more."""
+    """A median, and an interval that contains the true median with a probability of at least CONFIDENCE."""
 
     median: float
     low: float
@@ -48,12 +48,12 @@ class Interval:
 
 
 def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median of independent values, and its interval by the sign test, whose ends are two of the values.
+    """Returns the median of independent values, and its interval by the sign test. Two of the values are its ends.
 
     The interval assumes nothing about the distribution of times. The true median lies below the l-th smallest value only if
     fewer than l of n values are below the median, which has probability P(Binomial(n, 1/2) < l). The true median lies above
-    the l-th largest value with the same probability. The interval lies between the l-th smallest and the l-th largest
-    value, with the largest l for which both probabilities sum to at most 1 - CONFIDENCE. With fewer than 6 values there is
+    the l-th largest value with the same probability. The interval goes from the l-th smallest to the l-th largest value. l
+    is the largest number for which the two probabilities sum to at most 1 - CONFIDENCE. With fewer than 6 values there is
     no such l, and the interval spans all values.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64))
@@ -69,8 +69,8 @@ def median_interval(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def paired_ratio(ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray) -> Interval:
-    """Returns the median ratio of our times to their times, with the interval of the median. The two times of a ratio are
-    from one round, so a disturbance of the machine slows both and mostly cancels in the ratio."""
+    """Returns the median of the ratios (our time / their time), with its interval. The two times of a ratio are from the
+    same round. A disturbance of the machine slows both times and therefore mostly cancels in their ratio."""
     ours_n, theirs_n = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if ours_n.shape != theirs_n.shape:
         raise ValueError(f"{ours_n.size} values cannot be paired with {theirs_n.size}")
@@ -83,10 +83,10 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, effort: Effort) -> dict[str, np.ndarray]:
-    """Returns the seconds of each contender in each timed round, on the slowest rank.
+    """Returns the seconds that each contender takes on the slowest rank, in each timed round.
 
     Each round runs every contender once, with a barrier before each run. The order of contenders is random in each round,
-    and equal on all ranks, so that a periodic disturbance of the machine does not always affect the same contender.
+    so that a periodic disturbance of the machine does not always affect the same contender. It is equal on all ranks.
     """
     names = list(contenders)
     rng = np.random.default_rng(effort.seed)
@@ -105,13 +105,13 @@ def time_interleaved(contenders: Mapping[str, Callable[[], Any]], mesh: Mesh, ef
                     seconds[number, index] = taken
     finally:
         gc.enable()
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # one untimed collective after all rounds
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=mesh.world)  # a single collective, after all timed rounds
     return {name: seconds[:, index].numpy() for index, name in enumerate(names)}
 
 
 def count_sent(run: Callable[[], Any], mesh: Mesh, *, hidden: int) -> Sent:
-    """Runs a contender once and counts the data that it passes to all_to_all_single, except data that a rank sends to
-    itself."""
+    """Runs a contender once, and counts the data that it passes to all_to_all_single. Data that a rank sends to itself are
+    not counted."""
     counts = np.zeros(4, dtype=np.int64)
     original = dist.all_to_all_single
 
@@ -143,8 +143,8 @@ def measured_row(
     point: Mapping[str, Any],
     pairs: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Times all contenders at a point, counts the data that they send, and compares the times of the two contenders of each
-    entry in `pairs`. The result is equal on all ranks."""
+    """Times all contenders at a point, counts the data that they send, and compares the times of the two contenders in each
+    of `pairs`. The result is equal on all ranks."""
     sent = {name: asdict(count_sent(run, mesh, hidden=hidden)) for name, run in contenders.items()}
     seconds = time_interleaved(contenders, mesh, effort)
     return {

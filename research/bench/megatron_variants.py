@@ -1,4 +1,4 @@
-"""Variants of Megatron-Core's dispatch as contenders of the dispatch benchmark.
+"""Defines variants of Megatron-Core's dispatch as contenders of the dispatch benchmark.
 
 default     expects K experts for each token
 capacity    counts the rows to send; the capacity factor is so large that nothing is dropped
@@ -29,13 +29,13 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def variants(*, nulls: bool) -> Mapping[str, Variant]:
-    """Returns the variants for a routing with or without null choices. Only null choices can be remapped."""
+    """Returns the variants for a routing with or without null choices. Without null choices, nothing can be remapped."""
     return {name: variant for name, variant in VARIANTS.items() if nulls or not variant.remapped}
 
 
 def megatron_dispatch(case: Case, variant: Variant) -> Run:
-    """Makes the contender with Megatron's dispatch, which sorts rows by expert, and combine. A remapped null choice goes to
-    the expert that was drawn before the choice became null."""
+    """Makes a contender with Megatron's dispatch, which sorts rows by expert, and with Megatron's combine. A remapped null
+    choice goes to the expert that was drawn before the choice became null."""
     point = case.point
     config = configuration(
         hidden=point.hidden,

@@ -1,7 +1,7 @@
-"""Lists the measured points (a base point, and points that change one factor of it), and draws the routing (expert choices)
-at each point.
+"""Lists the measured points, and draws the routing (expert choices) at each point. There is a base point; every other
+point changes one factor of it.
 
-Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. (seed, rank, point) determines the choices.
+Shape letters: T tokens of a rank, E experts, K choices per token, W ranks. The choices depend only on (seed, rank, point).
 """
 
 import zlib
@@ -14,7 +14,7 @@ import numpy as np
 from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 ABSENT = -1
-HOT_EXPERTS = 4  # experts that get most choices in a skewed routing; "95%:4" means that 4 experts get 95 % of the choices
+HOT_EXPERTS = 4  # number of experts that get most choices in a skewed routing; "95%:4": 4 experts get 95 % of the choices
 Policy = Literal["contiguous", "pinned", "interleaved"]
 
 
@@ -22,7 +22,7 @@ Policy = Literal["contiguous", "pinned", "interleaved"]
 class Point:
     """The sizes and the routing of one measurement."""
 
-    tokens: int = 4096  # tokens of each rank
+    tokens: int = 4096  # number of tokens of each rank
     hidden: int = 512
     experts: int = 32
     top_k: int = 2  # number of distinct experts that are drawn for each token
@@ -39,7 +39,7 @@ class Choices:
 
     drawn_TK: np.ndarray  # int64, K distinct experts of each token, before choices become null
     taken_TK: np.ndarray  # drawn_TK with ABSENT for null choices
-    equal_active_TK: np.ndarray  # as many expert choices in total as in taken_TK, spread evenly over the tokens
+    equal_active_TK: np.ndarray  # has as many expert choices as taken_TK in total, but spreads them evenly over the tokens
     weight_TK: np.ndarray  # float32 routing weights
 
 
@@ -58,7 +58,7 @@ IMAGE = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns the points of each sweep: maps a sweep to (label, point) pairs."""
+    """Returns the points of each sweep. Maps the name of a sweep to (label, point) pairs."""
     made: dict[str, list[tuple[str, Point]]] = {}
     for suffix, base in (("", BASE), (", no nulls", DROPLESS)):
         for field, values in SIZES.items():
@@ -74,7 +74,7 @@ def sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
 
 
 def quick_sweeps() -> Mapping[str, Sequence[tuple[str, Point]]]:
-    """Returns very small points, to test all code paths; measured times mean nothing."""
+    """Returns very small points that test all code paths. Times measured at these points mean nothing."""
     small = Point(tokens=64, hidden=16, experts=8)
     return {
         "tokens": [(f"{tokens}", replace(small, tokens=tokens)) for tokens in (32, 64)],
@@ -117,8 +117,8 @@ def draw(point: Point, *, rank: int, world_size: int, seed: int) -> Choices:
 
 
 def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
-    """Returns the log probability of each expert for each token, plus Gumbel noise, float64 [T, E]. The experts of a
-    token's K largest scores are a random draw without replacement."""
+    """Returns for each token and expert the log probability of the expert, plus Gumbel noise, float64 [T, E]. The experts
+    with a token's K largest scores are a random draw without replacement."""
     weight = np.ones(point.experts)
     if point.hot is not None:
         weight[:HOT_EXPERTS] = point.hot / HOT_EXPERTS
@@ -132,7 +132,7 @@ def _scores(point: Point, rng: np.random.Generator) -> np.ndarray:
 
 
 def _distinct(scores: np.ndarray, top_k: int) -> np.ndarray:
-    """Returns each token's K experts of highest score, by falling score."""
+    """Returns for each token the K experts with the highest scores, highest first."""
     best = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]  # O(E) per token, faster than a full sort
     order = np.argsort(-np.take_along_axis(scores, best, axis=1), axis=1)
     return np.take_along_axis(best, order, axis=1).astype(np.int64)

@@ -1,7 +1,7 @@
 """Compares throughputs that the step model predicts from data sheets with published throughputs: python -m
 research.bench.published
 
-Predictions for rows without a `note` use the published layout. Predictions assume uniform routing; NVIDIA's measurements
+Rows without a `note` are predicted for the published layout. All predictions assume uniform routing; NVIDIA's measurements
 force balanced routing.
 """
 
@@ -19,8 +19,8 @@ from moe_dist.plan.rows import Expected
 
 
 class Row(NamedTuple):
-    """A published measurement. `measured`: tokens/s of a GPU. `between`: bytes/s of a GPU to other nodes. `node`: GPUs of a
-    node."""
+    """A published measurement. `measured` is in tokens/s of a GPU, and `between` in bytes/s from a GPU to other nodes.
+    `node` is the number of GPUs of a node."""
 
     model: str
     source: str
@@ -73,7 +73,8 @@ ROWS = (
 
 
 def tokens_per_second(row: Row) -> tuple[float, float]:
-    """Returns predicted tokens/s of a GPU, and the fraction of the step's time in uncovered communication."""
+    """Returns the predicted tokens/s of a GPU, and the fraction of the step's time in communication that is not
+    overlapped."""
     batch = row.batch // (row.gpus * row.micro) * row.gpus * row.micro or row.gpus * row.micro
     overrides = [
         *MODELS[row.model].split(" "),

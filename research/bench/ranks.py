@@ -1,4 +1,4 @@
-"""Starts one single-threaded process per rank on this machine; rank 0 writes each result as soon as the result is
+"""Starts one single-threaded process per rank on this machine. Rank 0 writes each result into the file as soon as it is
 measured."""
 
 import json
@@ -19,7 +19,7 @@ from moe_dist.runtime.signals import child_of
 from tools.calibrate import RANK_ENV
 
 TIMEOUT_SECONDS = 900.0
-SCALING_TOKENS = 2048  # the slope of time is computed without points of fewer tokens, whose fixed costs dominate
+SCALING_TOKENS = 2048  # the slope of time leaves out points of fewer tokens, because fixed costs dominate their times
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,23 @@ class BenchJob:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Returns the settings that all rows of a file share, because rows with different settings cannot be compared."""
+        """Returns the settings that all rows of a file must share. Rows with different settings cannot be compared."""
         versions = {package: version(package) for package in ("torch", "megatron-core")}
         return {"world": self.world_size, "quick": self.quick, "rounds": self.rounds, "seed": self.seed, **versions}
 
     def wants(self, key: str) -> bool:
-        """Returns true if the row '<sweep>/<label>' belongs to a chosen sweep."""
+        """Returns true if the row '<sweep>/<label>' belongs to a sweep that was chosen."""
         return not self.only or key.partition("/")[0] in self.only
 
 
 def measure(job: BenchJob, *, fresh: bool = False) -> None:
-    """Measures all chosen table rows into `job.path`, and blocks until all ranks have ended.
+    """Measures all rows of the chosen sweeps, writes them into `job.path`, and blocks until all ranks have ended.
 
     Args:
-        fresh: Whether to measure again chosen rows that the file contains.
+        fresh: Whether to measure chosen rows again if the file already has them.
 
     Raises:
-        ConfigError: the file has rows whose settings differ from `job`; nothing was measured.
+        ConfigError: the file has rows with other settings than those of `job`; nothing was measured.
         RuntimeError: a rank failed; the rank's traceback is on standard error.
     """
     results = read_results(job.path)
@@ -106,8 +106,8 @@ def _rank(rank: int, job: BenchJob, folder: str, parent: int) -> None:
 
 
 def _measure_all(job: BenchJob, mesh: Any) -> None:
-    """Measures all table rows that the results file lacks. All ranks choose the same rows, because each rank reads the file
-    before its first row, and rank 0 writes a row only after all ranks have measured the row."""
+    """Measures all rows that the results file lacks. All ranks find the same rows to measure: each rank reads the file
+    before its first row, and rank 0 writes a row only after all ranks have measured this row."""
     from research.bench.measure import Effort
 
     results = read_results(job.path)

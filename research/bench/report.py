@@ -1,4 +1,4 @@
-"""Judges the benchmark's table rows by rules, explains why rules do not hold, and writes text, Markdown and a picture.
+"""Judges the rows of the benchmark's table by rules, explains broken rules, and writes text, Markdown and a picture.
 
 A table row is lost if the whole 95 % interval of a ratio (our time / a rival's time) is above 1.05.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 Table = list[list[str]]
-# The ratios of times, in the order of the tables, with each ratio's colour in the picture; None for a ratio that is not
+# The ratios of times in the order of the tables, and the colour of each ratio in the picture. A ratio with None is not
 # drawn.
 RATIOS: Mapping[str, tuple[int, int, int] | None] = {
     "dispatch, combine / floor": None,
@@ -34,10 +34,10 @@ MIN_TOKENS, MIN_HIDDEN = 4096, 512
 SLOPE = FLATNESS = (0.9, 1.1)
 RIVALS = ("ours / megatron", "ours / megatron, capacity")
 FLOORS = ("dispatch, combine / floor", "dispatch, combine / floor, all")
-# Sweeps that time whole layers and steps, in which `megatron, remapped` is also a rival.
+# Sweeps that time whole layers and steps. In these sweeps, `megatron, remapped` is also a rival.
 WHOLE = ("layer", "step")
 NOT_EXPLAINED = "not explained yet"
-# Maps comparison and sweep ("" for all sweeps not listed) to the reason why the rule does not hold, and attempted remedies.
+# Maps comparison and sweep ("" for all sweeps not listed) to the reason why the rule does not hold, and tried remedies.
 EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
     "dispatch, combine / floor": {
         "": "this floor leaves out the rows for experts on the own rank, half of all rows at two ranks; 'floor, all' has "
@@ -68,7 +68,7 @@ EXPLANATIONS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One judged comparison."""
+    """The result of judging one comparison by its rule."""
 
     row: str  # key of the row, '<sweep>/<label>'
     comparison: str  # for example 'ours / megatron'
@@ -81,7 +81,7 @@ class BenchResult:
 
 
 def judge(rows: Mapping[str, Any]) -> list[BenchResult]:
-    """Judges the comparisons in all rows of a file; comparisons whose rule does not hold come first."""
+    """Judges the comparisons in all rows of a file. Comparisons whose rule does not hold come first."""
     return sorted((each for key, row in rows.items() for each in _judge_row(key, row)), key=lambda each: each.met)
 
 
@@ -123,7 +123,7 @@ def _result(key: str, comparison: str, rule: str, ratio: Mapping[str, float], me
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """Returns the text for a terminal: first the rules that do not hold, then the rules that hold, then all rows."""
+    """Returns the text for a terminal. Rules that do not hold come first, then rules that hold, then all rows."""
     comparisons = judge(results["rows"])
     held = [["holds", each.row, each.comparison, each.rule, _range(each)] for each in comparisons if each.met]
     parts = [*_failures(comparisons), _plain([["", "row", "comparison", "rule", "ratio"], *held]), ""]
@@ -145,8 +145,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _failures(comparisons: Sequence[BenchResult]) -> list[str]:
-    """Returns a paragraph for each reason why a rule does not hold: the number of rows that fail for this reason, and the
-    rows with the lowest and the highest ratio. The tables have all ratios."""
+    """Returns a paragraph for each reason why a rule does not hold. It has the number of rows that fail for this reason,
+    and the rows with the lowest and the highest ratio. The tables have all ratios."""
     alike: dict[tuple[str, str, str], list[BenchResult]] = {}
     for each in comparisons:
         if not each.met:
@@ -168,8 +168,8 @@ def _range(comparison: BenchResult) -> str:
 
 
 def tables(results: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
-    """Yields title and table for each sweep, in the order of the results file: our milliseconds, then paired ratios with
-    intervals."""
+    """Yields title and table of each sweep, in the order of the results file. A table has our times in milliseconds, then
+    paired ratios of times with their intervals."""
     sweeps: dict[str, dict[str, Any]] = {}
     for key, row in results["rows"].items():
         sweep, _, label = key.partition("/")
@@ -241,7 +241,7 @@ COLOURS = {name: colour for name, colour in RATIOS.items() if colour is not None
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Writes a PNG. A ratio left of 1 means that our time is shorter. A row is lost if an interval is wholly right of the
+    """Writes a PNG. A ratio left of 1 means that our time is shorter. A row is lost if a whole interval is right of the
     dotted line at LOST_ABOVE."""
     rows = [(key, row["ratio"]) for key, row in results["rows"].items() if COLOURS.keys() & row.get("ratio", {}).keys()]
     length = -(-len(rows) // COLUMNS)  # table rows in each column of the picture, rounded up

@@ -1,5 +1,5 @@
-"""Compares the time of a router-tuning step with the time of a step that trains all parameters, on the same samples. See
-docs/router-tuning.md."""
+"""Compares the time of a router-tuning step with the time of a step that trains all parameters. Both steps have the same
+samples. See docs/router-tuning.md."""
 
 import tempfile
 from collections.abc import Callable
@@ -53,8 +53,8 @@ def main(
 
 
 def _steps(config: Config, plan: Preflight, training: Training, mesh: Mesh) -> Callable[[], object]:
-    """Makes a function that takes the next training step at each call. Step n reads the same samples, whether routers or
-    all parameters are trained."""
+    """Makes a function that takes the next training step at each call. Step n reads the same samples in router tuning and
+    in the training of all parameters."""
     loader = build_loader(config, plan.manifest, rank=mesh.rank, world_size=mesh.world_size)
     aux, batch, numbers = AuxSettings(kind="null_averaged", balance=0.0, z=0.0), config.train.global_batch, count()
 
