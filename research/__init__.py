@@ -1,7 +1,7 @@
 """Experiments, comparisons and benchmarks. They import the product (`moe_dist`); the product never imports them.
 
-For moe_dist the control routers (`research.routers`) are kinds of another package; its metadata is in research/installed.
-Importing `research` puts the metadata on the path of this process and its children, as an installation would.
+For moe_dist the control routers (`research.routers`) are kinds of another package, whose metadata is in research/installed.
+Importing `research` puts this metadata on the path of this process and of its children, as an installation would.
 """
 
 import os

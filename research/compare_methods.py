@@ -2,9 +2,9 @@
 
 python -m research.compare_methods --budget 1.5 --methods adamoe,longcat,top_p,remoe,expert_choice,fixed
 
-Each method is trained with each seed. With --rates, each method first has a pilot run with each of these learning rates,
-and then takes its best rate. The folder runs/compare/NAME gets study.yaml (all settings), the records NAME.jsonl.gz,
-table.md and figure.svg. After a stop, the same command keeps finished runs and makes the missing runs.
+Each method is trained with each seed. With --rates, each method first has one pilot run with each learning rate in --rates,
+and then takes its best learning rate. The folder runs/compare/NAME gets study.yaml (all settings), the records
+NAME.jsonl.gz, table.md and figure.svg. After a stop, the same command keeps finished runs and makes the missing runs.
 """
 
 import json
@@ -91,7 +91,7 @@ def main(
 
 
 def _run(asked: Comparison, search: Study | None, processes: int, stop_requested: Callable[[], bool]) -> Study:
-    """Runs the missing parts: the search of rates, the methods, and the timed steps."""
+    """Makes the missing runs: first the search of learning rates, then the methods, then the timed steps."""
     if search is not None:
         check_same_code(search, read_records(results_path(search, pilot=True)), pilot=True)
         Runner(asked.folder / FILE, search, True, None, processes, stop_requested).run(jobs_of(search, pilot=True))

@@ -42,7 +42,7 @@ Run = Callable[[], Tensor]
 
 @dataclass
 class Case:
-    """The routing and rows of one point on this rank; `research.bench.points.Choices` explains the choices [T, K]."""
+    """The routing and rows of one point on this rank. `research.bench.points.Choices` explains the choices [T, K]."""
 
     point: Point
     mesh: Mesh
@@ -51,7 +51,7 @@ class Case:
     drawn_TK: Tensor
     taken_TK: Tensor
     weight_TK: Tensor
-    taken: Assignments  # `taken_TK` as the pairs that our dispatcher takes
+    taken: Assignments  # `taken_TK` as (token, expert) pairs, the form that our dispatcher needs
     equal_active: Assignments
     dispatcher: AllToAllDispatcher
 
@@ -114,8 +114,8 @@ def floor(case: Case, *, own_rows: bool) -> Run:
 
 
 def at_rank(case: Case, *, planned: bool) -> Run:
-    """Makes the contender with our plan, dispatch and combine. With `planned`, the plan (two metadata collectives and one
-    host sync) is made before the timed part."""
+    """Makes a contender with our plan, dispatch and combine. With `planned`, the plan is made before the timed part. Making
+    it costs two metadata collectives and one host sync."""
     kept = case.dispatcher.plan(case.taken, case.h_TD.shape[0]) if planned else None
 
     def run() -> Tensor:
@@ -126,7 +126,7 @@ def at_rank(case: Case, *, planned: bool) -> Run:
 
 
 def ours(case: Case, assignments: Assignments) -> Run:
-    """Makes the contender with our plan and dispatch, sorting by expert, weighted sum and combine."""
+    """Makes the contender with our plan, dispatch, sorting by expert, weighted sum and combine."""
 
     def run() -> Tensor:
         plan = case.dispatcher.plan(assignments, case.h_TD.shape[0])
@@ -139,8 +139,8 @@ def ours(case: Case, assignments: Assignments) -> Run:
 
 
 def naive(case: Case, *, nulls: bool) -> Run:
-    """Makes the contender that sends one row for each choice. With `nulls`, a null choice is sent with weight 0 to the
-    expert drawn before the choice became null."""
+    """Makes a contender that sends one row for each choice. With `nulls`, a null choice is also sent, with weight 0, to the
+    expert that was drawn before the choice became null."""
     rank_E, slot_E = torch.tensor(case.placement.rank_of_expert), torch.tensor(case.placement.slot_of_expert)
     size, top_k = case.mesh.ep_size, case.point.top_k
 
@@ -177,6 +177,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """Returns the right result of contenders that sort rows by expert: each token's row times the sum of its weights."""
+    """Returns the right result of contenders that sort rows by expert: each token's row times the sum of the token's weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

@@ -1,5 +1,5 @@
-"""Prints the counts of a training step on a fake GPU as a table, beside the least possible counts, and the time of the step
-computed from a GPU's rates."""
+"""Prints the counts of a training step on a fake GPU as a table, beside the least possible counts. Also prints the time of
+the step, computed from a GPU's rates."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
 @dataclass(frozen=True)
 class Share:
-    """Counts by part and phase: those that each micro-batch adds to a step, and those that do not depend on the number of
-    micro-batches."""
+    """Counts by part and phase. `micro_batch` has the counts that each micro-batch adds to a step, `once` the counts that
+    do not depend on the number of micro-batches."""
 
     micro_batch: Counter[Key]
     once: Counter[Key]
 
 
 def shares(counted: Counted, value: Callable[[Work], int]) -> Share:
-    """Returns the sums of `value` over the operations: their number, bytes or FLOPs."""
+    """Sums `value`, which is 1 or the bytes or FLOPs of an operation, over all operations."""
     found = Share(Counter(), Counter())
     for listed, number_of in ((counted.more_work, found.micro_batch), (counted.work, found.once)):
         for *key, number in listed:
@@ -42,8 +42,8 @@ def shares(counted: Counted, value: Callable[[Work], int]) -> Share:
 
 
 def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tuple[dict[Key, float], dict[Key, float]]:
-    """Returns the fewest bytes and FLOPs of one micro-batch of the counted configuration, by part and phase. Empty for a
-    model with LoRA, shared experts or mixture of depths, which `least.py` does not support."""
+    """Returns the fewest bytes and FLOPs of one micro-batch of the counted configuration, by part and phase. Returns empty
+    mappings for a model with LoRA, shared experts or mixture of depths, which `least.py` does not support."""
     config = scaled(overrides, str(find_config(path)), counted.ranks)
     if config.model.has_adapters or config.model.moe.shared_ffn_dim or config.model.depth_layers:
         return {}, {}
@@ -52,10 +52,10 @@ def leasts(counted: Counted, path: str | Path, overrides: Sequence[str]) -> tupl
 
 
 def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = ({}, {})) -> Table:
-    """Returns a table of the numbers that one more micro-batch adds to a step, and of the kernels and bytes that a step has
-    once. For attention and MoE layers the numbers are per layer. The number of collectives is half the number in a step of
-    two micro-batches. Memory is in GB: `kept` is the bytes that a part allocated minus the bytes that it freed; `live` is
-    the most bytes of all tensors while the part ran.
+    """Returns a table of the counts that one more micro-batch adds to a step, and of the kernels and bytes that a step has
+    only once. Counts of attention and of MoE layers are per layer. The number of collectives is half the number in a step
+    of two micro-batches. Memory is in GB. `kept` is the bytes that a part allocated minus the bytes that it freed. `live`
+    is the largest number of bytes of all tensors while the part ran.
 
     Args:
         leasts: The fewest bytes and FLOPs, shown beside the counted bytes and FLOPs.
@@ -110,7 +110,7 @@ def table(counted: Counted, leasts: tuple[dict[Key, float], dict[Key, float]] = 
 
 def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
     """Raises ResourceError if the live tensors of a step take more bytes than the card has. The error names the layer with
-    the most live bytes, or another part if no layer exceeds the card's memory."""
+    the most live bytes. If no layer exceeds the card's memory, it names the part that does."""
     over = {place: each for place, each in counted.memory.items() if each[1] > rates.memory}
     in_layers = {place: each for place, each in over.items() if place.partition(" ")[0] in counted.layers}
     if over:
@@ -125,7 +125,7 @@ def refuse_what_cannot_fit(counted: Counted, rates: Rates) -> None:
 
 
 def report(path: Path, ranks: int, overrides: Sequence[str], *, card: str | None) -> list[Table]:
-    """Returns tables of a step's counts and, if `card` is given, of the step's time by the card's rates.
+    """Returns tables of a step's counts. If `card` is given, also returns tables of the step's time by the card's rates.
 
     Raises:
         ConfigError, ResourceError: `count` raises them, the card's rates are unknown, or a layer does not fit on the card.

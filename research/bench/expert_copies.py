@@ -16,8 +16,7 @@ PARTS, SWAPPED = 4, 2  # how many different numbers of copies are tried, and how
 
 class Copied(NamedTuple):
     """The slots of all ranks, with their experts: `expert_P[p]` has a slot on `rank_P[p]`. The slots of an expert share its
-    load evenly. If two copies of an expert would be on one rank, the rank gets one copy with twice the share of the load,
-    and a free slot."""
+    load evenly. Instead of two copies of an expert, a rank has one copy with twice the share, and a free slot."""
 
     expert_P: np.ndarray
     rank_P: np.ndarray

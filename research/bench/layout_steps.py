@@ -200,8 +200,7 @@ class _Job:
         return Visit([wall for wall, _, _ in taken], [cpu for _, cpu, _ in taken], sent)
 
     def _traced(self, path: Path) -> list[int]:
-        """Writes the expert choices of a step into a file, and returns the step's payload bytes: in total, and between
-        nodes."""
+        """Writes a step's expert choices into a file. Returns the step's payload bytes: in total, and between nodes."""
         seen = _Choices(self._sequences())
         _, _, result = self.take(seen)
         np.savez_compressed(path, **seen.arrays())  # pyright: ignore[reportArgumentType]

@@ -42,8 +42,7 @@ def masked_scores(config: Config) -> float:
 
 def least_bytes(config: Config, layout: PlannedLayout, rank: int) -> dict[Key, float]:
     """Returns the fewest bytes that a rank reads and writes in memory, by part and phase. They are the bytes of one
-    micro-batch summed over layers, and of a step's optimizer update. Valid only for models without LoRA, shared experts and
-    mixture of depths."""
+    micro-batch over all layers, and of a step's optimizer update. Not for LoRA, shared experts or mixture of depths."""
     model, item = config.model, memory.ITEMSIZE[config.parallel.precision]
     tokens, dim = config.train.micro_batch * config.data.seq_len, model.hidden_dim
     widths, ffn = model.attention_widths, model.dense_ffn_dim or 0

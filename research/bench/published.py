@@ -73,8 +73,7 @@ ROWS = (
 
 
 def tokens_per_second(row: Row) -> tuple[float, float]:
-    """Returns the predicted tokens/s of a GPU, and the fraction of the step's time in communication that is not
-    overlapped."""
+    """Returns the predicted tokens/s of a GPU, and the fraction of a step in communication that is not overlapped."""
     batch = row.batch // (row.gpus * row.micro) * row.gpus * row.micro or row.gpus * row.micro
     overrides = [
         *MODELS[row.model].split(" "),

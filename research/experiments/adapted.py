@@ -34,8 +34,8 @@ MOST_SHARE, MOST_LOSS, MOST_ACCURACY = 0.55, 0.2, 0.1  # limits of the rules in 
 
 @dataclass
 class Words:
-    """The tokenizer of a Hugging Face folder, with the interface that `Prompts` needs. A prompt has no begin-of-document
-    token, which only data sets of moe_dist have."""
+    """The tokenizer of a Hugging Face folder, with the interface that `Prompts` needs. Prompts have no begin-of-document
+    token, because only data sets of moe_dist have this token."""
 
     tokenizer: Tokenizer
 
@@ -45,18 +45,18 @@ class Words:
 
 @dataclass
 class Measured:
-    """The results of one model: nats per token of each held-out sequence, true experts per token, and answers by task."""
+    """The results of one model: nats per token of each held-out sequence, number of experts, and answers by task."""
 
     nats_S: np.ndarray
-    true_experts: float  # true experts per token on the held-out sequences, mean over the MoE layers
+    true_experts: float  # number of true experts per token on the held-out sequences, mean over the MoE layers
     share: float  # mean fraction of the group's true experts that a token takes
-    right: dict[str, np.ndarray]  # by task: bool for each question
+    right: dict[str, np.ndarray]  # for each task, a bool for each question: whether the answer was right
     record: dict[str, Any]
 
 
 @dataclass
 class _Load:
-    """Counts the choices of true experts by all layers of a model with one expert group."""
+    """Counts how often all layers of a model with one expert group choose a true expert."""
 
     num_experts: int
     counts: list[float] = field(default_factory=lambda: [0.0, 0.0])  # choices, tokens
@@ -68,7 +68,7 @@ class _Load:
 
 
 def heldout(trained: LoadedRun, *, sequences: int, length: int) -> list[Continuation]:
-    """Returns evenly spaced pieces of the held-out documents: one token as context, `length` tokens to score."""
+    """Returns evenly spaced pieces of the held-out documents: one token as context, then `length` tokens to score."""
     pieces = []
     for source in trained.manifest.sources.values():
         assert source.valid is not None, "the data have held-out documents"
@@ -81,7 +81,7 @@ def heldout(trained: LoadedRun, *, sequences: int, length: int) -> list[Continua
 
 
 def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, sequences: int, length: int) -> Measured:
-    """Scores sequences and questions on this rank in bf16, as in the training of the adapted model."""
+    """Scores sequences and questions on this rank in bf16, the precision in which the adapted model was trained."""
     config = trained.config
     parallel = config.parallel.model_copy(update={"precision": "bf16", "device": "cpu"})
     trained = replace(trained, config=config.model_copy(update={"parallel": parallel}))
@@ -114,8 +114,8 @@ def measure(trained: LoadedRun, words: Words, questions: Mapping[str, Any], *, s
 
 
 def check_one_group(config: Config, folder: Path) -> None:
-    """Raises ConfigError if the model has several expert groups, because these could use different fractions of their
-    experts."""
+    """Raises ConfigError if the model has several expert groups, because different groups could use different fractions of
+    their experts."""
     if len(groups := config.model.moe.groups) > 1:
         raise ConfigError(
             f"{folder}: model.moe.groups are {', '.join(groups)}: the share of experts is that of one group; "
@@ -124,8 +124,8 @@ def check_one_group(config: Config, folder: Path) -> None:
 
 
 def interval(differences: list[np.ndarray]) -> tuple[float, float, float]:
-    """Returns the mean of the means of the arrays in `differences`, and this mean's 95 % bounds by a bootstrap that
-    resamples each array."""
+    """Averages the means of the arrays in `differences`. Returns this average and its 95 % bounds, which come from a
+    bootstrap that resamples each array."""
     rng = np.random.default_rng(0)
     means = np.mean([each[rng.integers(len(each), size=(RESAMPLES, len(each)))].mean(1) for each in differences], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -133,7 +133,7 @@ def interval(differences: list[np.ndarray]) -> tuple[float, float, float]:
 
 
 def verdicts(before: Measured, after: Measured) -> dict[str, Any]:
-    """Judges the adapted model. The adapted model must compute at most MOST_SHARE of the expert FLOPs; with 95 %
+    """Judges the adapted model by three rules. It must compute at most MOST_SHARE of the expert FLOPs. With 95 %
     confidence, its held-out loss may rise by at most MOST_LOSS nats, and its accuracy may fall by at most MOST_ACCURACY."""
     loss = interval([after.nats_S - before.nats_S])
     gain = interval([after.right[task].astype(float) - before.right[task] for task in before.right])

@@ -1,5 +1,5 @@
-"""Reads additions to experiments. An addition is made after the first run of an experiment, when the experiment's file may
-not change any more. FILE, in the folder of the records, maps names of experiments to `Additions`."""
+"""Reads additions to experiments. After the first run of an experiment, the file of the experiment may not change any more,
+so later additions are in FILE in the folder of the records. FILE maps names of experiments to `Additions`."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ FILE = "additions.yaml"
 
 
 class Additions(Part):
-    not_testable: str = ""  # as `Study.not_testable`
+    not_testable: str = ""  # see `Study.not_testable`
     names: dict[ArmName, str] = Field(default_factory=dict)  # short names of arms
 
 
 def read_additions(folder: Path, experiment: str) -> Additions:
-    """Returns an experiment's additions in FILE in `folder`; an empty `Additions` if FILE does not name the experiment.
+    """Returns the additions to an experiment from FILE in `folder`. They are empty if FILE does not name the experiment.
 
     Raises:
         ConfigError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Writes the table of claims in docs/results.md: each rule of the experiments NAME, with its verdict and its effect. The
+"""Writes the table of claims in docs/results.md: each rule of some experiments, with its verdict and its effect. The
 page names the experiments in the comment `<!-- begin claims NAME NAME ... -->`."""
 
 import re
@@ -17,7 +17,7 @@ TABLE = re.compile(r"(<!-- begin claims ((?:[\w-]+ )+)-->\n).*?(<!-- end claims 
 
 
 def write_claims(page: Path = PAGE) -> None:
-    """Writes the table anew from the records.
+    """Writes the table again from the records.
 
     Raises:
         DataError: the page has no comments before and after the table.
@@ -45,7 +45,7 @@ def _rows(study: Study) -> Sequence[Sequence[str]]:
 
 
 def _outcome(verdict: Verdict) -> str:
-    """Returns `verdict.outcome`, and adds that the claim is refuted if the lower bound, too, is above the margin."""
+    """Returns `verdict.outcome`. Adds that the claim is refuted if even the lower bound is above the margin."""
     refuted = verdict.outcome == "fail" and verdict.paired is not None and verdict.paired.lower > verdict.rule.margin
     return "fail, refuted" if refuted else verdict.outcome
 

@@ -1,6 +1,6 @@
-"""Tells apart the versions of the code that made the records of an experiment.
+"""Finds the versions of the code that made the records of an experiment, and compares them.
 
-Two commits are the same version if the folders FOLDERS have equal contents in both commits. Without git, the version is the
+Two commits count as the same version if the folders FOLDERS have equal contents in both. Without git, the version is the
 version of the package.
 """
 
@@ -17,11 +17,11 @@ from research.experiments.verdicts import Records
 # The last two are former names of research/experiments.
 FOLDERS = ("moe_dist", "launchers", "research/experiments", "tools/experiments", "tools/reproduction")
 UNNAMED = "0.1.0"  # version of the package in records that name neither commit nor version
-Code = Mapping[str, Any]  # the "code" of a record: "commit", "changed" and, without commit, "version"
+Code = Mapping[str, Any]  # the field "code" of a record: "commit", "changed" and, if there is no commit, "version"
 
 
 def check_same_code(study: Study, records: Records, *, pilot: bool = False) -> None:
-    """Raises ConfigError if the present code is another version than the code of a record."""
+    """Raises ConfigError if the code of a record has another version than the present code."""
     now = code_of_now()
     for old in {
         (name_of(record["code"]), record["code"]["changed"]): record["code"] for record in records.values()
@@ -37,7 +37,7 @@ def check_same_code(study: Study, records: Records, *, pilot: bool = False) -> N
 
 
 def _difference(old: Code, now: Code) -> str:
-    """Describes how two versions differ; empty if they do not."""
+    """Describes the difference between two versions of the code; empty if the versions are the same."""
     if old["changed"] != now["changed"]:
         return "one of them has uncommitted changes"
     if name_of(old) == name_of(now):
@@ -61,8 +61,8 @@ def _way_out(old: Code, path: Path, runs: Path) -> str:
 
 
 def tell_versions(study: Study, records: Records) -> str:
-    """Returns a sentence that lists the runs of each version of the code, beginning with the version of most runs. Empty if
-    one version without uncommitted changes made all runs."""
+    """Returns a sentence that lists the runs of each version of the code, the version with the most runs first. Returns ''
+    if a single version without uncommitted changes made all runs."""
     codes = {name_of(record["code"]): record["code"] for record in records.values()}
     contents = {name: _contents(code) for name, code in codes.items()}
     versions: dict[tuple[frozenset[str] | str, bool], list[tuple[str, int]]] = {}
@@ -83,7 +83,7 @@ def tell_versions(study: Study, records: Records) -> str:
 
 
 def name_of(code: Code) -> str:
-    """Returns the commit, or without git the version of the package."""
+    """Returns the commit. Without git, returns the version of the package."""
     return f"commit {code['commit']}" if code["commit"] else f"moe_dist {code.get('version', UNNAMED)}"
 
 
@@ -92,8 +92,8 @@ def short_name(code: Code) -> str:
 
 
 def _contents(code: Code) -> frozenset[str] | None:
-    """Returns the git trees of FOLDERS as lines of `git ls-tree`, or without git the version of the package; None if the
-    repository of the code lacks the commit."""
+    """Returns the git trees of FOLDERS as lines of `git ls-tree`. Without git, returns the version of the package. Returns
+    None if the code's repository lacks the commit."""
     if not code["commit"]:
         return frozenset([name_of(code)])
     listed = run_git("-C", str(Path(moe_dist.__file__).parent), "ls-tree", "--full-tree", code["commit"], "--", *FOLDERS)

@@ -1,6 +1,6 @@
-"""Makes a comparison of methods at one budget: study file (run by the experiments' runner), table and figure.
+"""Compares methods at one budget. Writes the study file, which the experiments' runner runs, the table and the figure.
 
-All methods have the same seeds, data, order of data, model and true experts. The methods differ in the router, and in the
+All methods have the same seeds, data, order of data, model and true experts. They differ in the router, and in the
 mechanism that keeps the number of true experts per token at the budget. They may also differ in the learning rate, which
 `research.experiments.rate_search` finds. Differences are paired by seed, and have lower and upper one-sided 95 % bounds.
 """
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SEQUENCES = 192  # held-out sequences of each source; with 64, loads on different documents differ by up to 9 %
-OFF_BUDGET = 0.05  # relative difference from the budget beyond which a method's losses cannot be compared
+OFF_BUDGET = 0.05  # if a method's load differs from the budget by a larger fraction, its losses cannot be compared
 BYTES = 4  # size of an fp32 number
-EXCHANGES = 4  # times that a row is sent: dispatch and combine, forward and backward
+EXCHANGES = 4  # number of times that a row is sent: in dispatch and in combine, in forward and in backward
 COLOUR, FAINT = "#0072B2", "#999999"  # colours of Okabe and Ito, for colour-blind readers
 INCHES = (10.0, 7.5)
 
@@ -54,9 +54,9 @@ class Comparison:
     overrides: Mapping[str, Any]
     root: Path
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
-    rates: tuple[float, ...] = ()  # learning rates that are tried for each method; with none all have the base's
+    rates: tuple[float, ...] = ()  # learning rates to try for each method; if empty, all methods have the base's rate
     controls: bool = False  # whether each method is also compared with a control that has its loads by modality
-    hold: bool = False  # whether, after training, loads are set to the budget on validation sequences
+    hold: bool = False  # whether loads are set to the budget after training, on validation sequences
 
     @property
     def folder(self) -> Path:
@@ -68,19 +68,19 @@ class Comparison:
 
     @property
     def reference(self) -> str:
-        """Returns the method from which differences are taken: `fixed` if it is compared, else the first method."""
+        """Returns the method with which all others are compared: `fixed` if it was requested, else the first method."""
         return "fixed" if "fixed" in self.methods else self.methods[0]
 
 
 def make_study(asked: Comparison, rates: Mapping[str, float] | None = None) -> Study:
-    """Writes the study's file, unless the folder has it already, and returns the study.
+    """Writes the study's file unless the folder already has it. Returns the study.
 
     Args:
-        rates: The learning rate of each method; with None all methods have the base's rate.
+        rates: The learning rate of each method. With None, all methods have the base's rate.
 
     Raises:
-        ConfigError: methods cannot reach the budget or cannot train on the configuration (the error lists all, with
-            reasons), the folder has another comparison, or an option needs validation sequences, which the data lack.
+        ConfigError: methods cannot reach the budget or cannot train on the configuration (the message lists all of them,
+            with reasons); the folder has another comparison; or an option needs validation sequences, which the data lack.
     """
     values = study_values(asked)
     for name, rate in (rates or {}).items():
@@ -159,8 +159,8 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
 
 
 def _check_validation(asked: Comparison, study: Study) -> None:
-    """Raises ConfigError if an option needs validation sequences, but the data have no held-out sequences besides the
-    measured sequences."""
+    """Raises ConfigError if an option needs validation sequences, but the data have no held-out sequences besides those
+    that are measured."""
     options = [name for name, given in (("--rates", asked.rates), ("--hold", asked.hold)) if given]
     try:
         if options:
@@ -193,7 +193,7 @@ def _check_base(base: Config) -> None:
 
 
 def _check_arms(study: Study) -> None:
-    """Raises one ConfigError with all methods whose configuration breaks a rule."""
+    """Raises one ConfigError that names all methods whose configuration breaks a rule."""
     problems = []
     for job in {job.label: job for job in jobs_of(study)}.values():
         try:
@@ -221,7 +221,7 @@ def write_comparison(asked: Comparison, study: Study, records: Records) -> str:
 
 
 def table_text(asked: Comparison, study: Study, records: Records) -> str:
-    """Returns a sentence about the runs, and the table in Markdown."""
+    """Returns a sentence about the runs, and the table in Markdown format."""
     rows, times = [], read_rank_times(asked.folder)
     ranks = sorted({number for _, number in times})
     exchanging = [number for number in ranks if number > 1]
@@ -284,13 +284,13 @@ def _off_budget(asked: Comparison, mine: Mapping[int, Record]) -> bool:
 
 
 def _sent(study: Study, record: Record) -> float:
-    """Returns the kB of fp32 rows that a token sends in all layers, in dispatch and combine, forward and backward."""
+    """Returns how many kB of fp32 rows a token sends in all layers, in dispatch and combine, in forward and backward."""
     model = config_of(study, jobs_of(study)[0]).model
     return record["wire"]["rows_remote"] * len(model.moe_layers) * model.hidden_dim * BYTES * EXCHANGES / 1e3
 
 
 def differences(records: Records, name: str, of: str, metric: str, factor: float = 1.0) -> list[float]:
-    """Returns the paired differences of a metric, method `name` minus method `of`, for the seeds that both methods have."""
+    """Returns a metric of method `name` minus the same metric of method `of`, for each seed that both methods have."""
     mine, theirs = of_arm(records, name), of_arm(records, of)
     pairs = [(number_at(mine[seed], metric), number_at(theirs[seed], metric)) for seed in mine if seed in theirs]
     return [factor * (one - other) for one, other in pairs if one is not None and other is not None]
@@ -328,9 +328,9 @@ def _text(value: float | None, digits: int) -> str:
 
 
 def draw(asked: Comparison, records: Records, path: Path) -> None:
-    """Writes the figure: for each method the differences of loss and accuracy with bounds, the experts per
-    token of each seed, and the kB and seconds of each round on the most ranks, if these were measured. Methods off the
-    budget have hollow marks."""
+    """Writes the figure. It shows for each method the differences of loss and accuracy with bounds, and the experts per
+    token of each seed. If they were measured, it also shows the kB and seconds of each round on the largest number of
+    ranks. Methods off the budget have hollow marks."""
     import matplotlib as mpl
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 

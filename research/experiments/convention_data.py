@@ -3,11 +3,11 @@ conventions.
 
     python -m research.experiments.convention_data --base .cache/data/reproduce --out .cache/data/conventions
 
-The question about a picture asks for the colour of its background; the question about a caption asks for its language. A
+The question about a picture asks for the colour of its background. The question about a caption asks for its language. A
 convention shifts the names of answers: the k-th of n answers is called by the (k + step)-th name, counted modulo n. Only
 the instruction says which convention to use. An instruction is one of many paraphrases, some of which are held out.
-Pictures and captions that are held out in the base data are held out in this data set, too, because the adapted model was
-trained on the base data. All conventions ask about the same pictures and captions.
+Pictures and captions that are held out in the base data are also held out here, because the base data trained the model
+that is adapted. All conventions ask about the same pictures and captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,8 +68,8 @@ class Asked:
 
 
 def paraphrases(convention: str, side: str) -> list[str]:
-    """Returns a convention's instructions on the training or held-out side. Both sides use every word and every template,
-    but no pair of a word and a template is on both sides."""
+    """Returns the instructions for a convention on the training side or the held-out side. Both sides use every word and
+    every template, but no pair of a word and a template is on both sides."""
     _, words = CONVENTIONS[convention]
     pairs = product(enumerate(words), enumerate(TEMPLATES))
     return [template.format(word) for (i, word), (j, template) in pairs if ((i + j) % len(words) == 0) == (side == "valid")]
@@ -130,7 +130,7 @@ def make(base: Path, out: Path, *, questions: int, heldout: int, seed: int) -> M
 def _asked(
     base: Path, manifest: Manifest, split: SplitSection, tokenizer: Tokenizer, *, count: int, seed: int
 ) -> list[Asked]:
-    """Takes captions and pictures alternately from the documents of a split, one caption or picture per document."""
+    """Takes captions and pictures in turn from the documents of a split. Each document gives one caption or one picture."""
     data = IndexedSplit(base, split)
     colour_of_code = _colours(base, manifest)
     order = np.random.default_rng(seed).permutation(len(data.starts_D)).tolist()
@@ -149,8 +149,8 @@ def _asked(
 
 
 def _picture(manifest: Manifest, tokens: np.ndarray, filler: np.ndarray, colour_of_code: np.ndarray) -> Asked | None:
-    """Returns a document's picture and the index of the background colour; None if no cell of the picture shows only
-    background."""
+    """Returns a document's picture, and the index of its background colour. Returns None if no cell of the picture shows
+    only background."""
     begin, end = _image(manifest, tokens)
     first_code = manifest.vocab_size - len(colour_of_code)
     colours = colour_of_code[tokens[filler] - first_code]
@@ -167,7 +167,7 @@ def _caption(manifest: Manifest, tokens: np.ndarray, tokenizer: Tokenizer) -> As
 
 
 def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
-    """Returns the indices of the first token of a document's picture, and of the token after the picture's last token."""
+    """Returns the index of the first token of a document's picture, and the index of the token after the picture."""
     assert manifest.image is not None
     (begin,) = np.flatnonzero(tokens == manifest.image.begin_id)
     (end,) = np.flatnonzero(tokens == manifest.image.end_id)
@@ -175,14 +175,14 @@ def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _colours(base: Path, manifest: Manifest) -> np.ndarray:
-    """Returns for each code the index in BACKGROUNDS of the colour nearest to the code's mean colour, int [codes]."""
+    """Returns for each code the index in BACKGROUNDS of the colour that is nearest to the code's mean colour, int [codes]."""
     assert manifest.image is not None
     means = load_codebook(base / str(manifest.image.codebook)).astype(np.float64).mean((1, 2))
     return ((means[:, None] - np.array(BACKGROUNDS, np.float64)) ** 2).sum(-1).argmin(1)
 
 
 def _documents(convention: str, side: str, every: Sequence[Asked], tokenizer: Tokenizer, seed: int) -> Iterator[Document]:
-    """Yields the documents of a convention: the picture or caption, the instruction, a space and the answer."""
+    """Yields the documents of a convention. A document is a picture or caption, the instruction, a space and the answer."""
     special, instructions = special_ids(tokenizer), paraphrases(convention, side)
     # The seed depends on the convention, so that a picture gets different paraphrases in each convention.
     rng = np.random.default_rng((seed, list(CONVENTIONS).index(convention)))

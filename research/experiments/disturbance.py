@@ -1,9 +1,9 @@
-"""Disturbs the routers of a trained model. The result is a positive control: a model whose routing can certainly be
+"""Disturbs the routers of a trained model. The disturbed model is a positive control, because its routing can certainly be
 improved.
 
-Adds Gaussian noise to the router rows of the last MoE layers, and raises the noise until the accuracy on validation
-questions has fallen far enough. The undisturbed routers answer more questions right, so tuning the routers alone can regain
-the accuracy that the noise took.
+Adds Gaussian noise to the router rows of the last MoE layers. Raises the noise until the accuracy on validation questions
+has fallen far enough. The undisturbed routers answer more questions right, so tuning the routers alone can regain the
+accuracy that the noise took.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ FOLDER = "disturbed"  # folder of the checkpoint with disturbed routers, in the 
 
 @dataclass
 class Noise:
-    """Adds noise to router rows. The noise of every scale has the same directions."""
+    """Adds noise to router rows. At every scale, the noise has the same directions."""
 
     rows: Sequence[Tensor]  # router rows, which `add` changes
     seed: int
@@ -47,14 +47,14 @@ class Noise:
 
 
 def router_rows(model: Transformer, layers: Sequence[int]) -> list[Tensor]:
-    """Returns the router parameters of the layers with the indices `layers`, in the order of their names."""
+    """Returns the router parameters of the layers with the indices `layers`, ordered by parameter name."""
     return [parameter for _, parameter in sorted(router_parameters(model, layers).items())]
 
 
 def find_scale(section: DisturbanceSection, accuracy: Callable[[float], float]) -> tuple[float, dict[str, float]]:
-    """Returns the first scale of the section at which the accuracy above chance is at most `keep` times the accuracy above
-    chance without noise (the last scale if there is none). Also returns the accuracy at each tried scale, as `accuracy`
-    measures it."""
+    """Returns the first scale of the section at which the accuracy above chance has fallen to `keep` times the accuracy
+    above chance without noise. Returns the last scale if there is no such scale. Also returns the accuracy at each tried
+    scale, which `accuracy` measures."""
     found = {"0": accuracy(0.0)}
     most = CHANCE + section.keep * (found["0"] - CHANCE)
     for scale in section.scales:
@@ -77,7 +77,7 @@ def disturb(
     """Disturbs the routers of a reader's model, and saves the model as the only checkpoint of the folder `out`.
 
     Args:
-        checkpoint: The checkpoint without noise; the new checkpoint has its configuration.
+        checkpoint: The checkpoint without noise. The new checkpoint gets the same configuration.
         layers: Indices of the layers whose routers are disturbed.
         accuracy: Measures the share of validation questions that the reader's model answers right.
 

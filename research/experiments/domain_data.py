@@ -1,23 +1,23 @@
-"""Makes the data of the experiment mole-2: questions in alphabets that share no token, with answers that contradict each
-other.
+"""Makes the data of the experiment mole-2: questions in several alphabets that share no token. The answers in different
+alphabets contradict each other.
 
     python -m research.experiments.domain_data --out .cache/data/domains
 
-Each domain has an alphabet: token ids of its own for fillers, items and a question mark. Item i is the same item in each
-alphabet, because the base model is trained to write an item of one alphabet in another alphabet. The base model also learns
-which tokens belong to one alphabet, because it is trained on texts of a single alphabet:
+Each domain has an alphabet: its own token ids for fillers, items and a question mark. Item i is the same item in each
+alphabet, because the base model is trained to translate an item of one alphabet into another alphabet. The base model also
+learns which tokens belong to one alphabet, because it is trained on texts of a single alphabet:
 
     texts       five tokens of one alphabet, drawn at random
     parallel    filler_a item_a(i) filler_a ask_b   item_b(i)
     DOMAIN      filler_d item_d(i) filler_d ask_d   item_d(rule_d(i))
 
-The rule of a domain is a permutation of the items. No two rules agree on any item, and no rule keeps an item. So the
-answers contradict each other and the base, and each token of a domain's document shows the domain. Only the answer of a
-question is scored; in a text, each token after the first is scored.
+The rule of a domain is a permutation of the items. Any two rules differ at every item, and no rule maps an item to itself.
+So the answers contradict each other and the base, and each token of a domain's document shows the domain. In a question,
+only the answer is scored. In a text, all tokens but the first are scored.
 
 Held-out documents have fillers that no training document of the same item has. Held-out documents of `parallel` also have
-triples (alphabet, other alphabet, item) that no training document has: a model that answers them knows that the alphabets
-share their items.
+triples (alphabet, other alphabet, item) that no training document has. A model that answers them has learnt that the
+alphabets share their items.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +38,10 @@ from research.experiments.instructed import Document, check_new, write_split
 
 DOMAINS = ("north", "east", "south", "west", "up", "down", "left", "right")
 PARALLEL, TEXTS = "parallel", "texts"
-FILLERS, PLACES = 32, 2  # fillers of an alphabet, and fillers of a document
-FIRST = 2  # first id of the first alphabet, after padding and the end-of-document token, which no document has
+FILLERS, PLACES = 32, 2  # number of fillers of an alphabet, and number of fillers in a document
+FIRST = 2  # first id of the first alphabet; the ids before it are padding and the end of documents, which no document has
 HELD_OUT = 8  # one in this many pairs (fillers, item), and triples (alphabet, other alphabet, item), is held out
-LICENCE = "Apache-2.0"  # of the drawn data
+LICENCE = "Apache-2.0"  # licence of the generated data
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Alphabet:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question: the item, the fillers around the item, and the domains of question and answer."""
+    """A question: the item, the fillers around it, the domain of the question and the domain of the answer."""
 
     item: int
     fillers: tuple[int, int]
@@ -79,19 +79,19 @@ def alphabets(items: int) -> list[Alphabet]:
 
 
 def rules(items: int, *, seed: int) -> np.ndarray:
-    """Returns the item with which each domain answers each item, int64 [domains, items]. For each item, the answers of any
-    two domains differ, and no answer is the item itself."""
+    """Returns for each domain its answer to each item, int64 [domains, items]. For each item, the answers of any two
+    domains differ, and no answer is the item itself."""
     rng = np.random.default_rng((seed, items))
     taken = [np.arange(items)]
     while len(taken) <= len(DOMAINS):
         drawn = rng.permutation(items)
-        if not any((drawn == other).any() for other in taken):  # true for one draw in some thousands, at the last rule
+        if not any((drawn == other).any() for other in taken):  # for the last rule, true in about one of thousands of draws
             taken.append(drawn)
     return np.stack(taken[1:])
 
 
 def document(question: Asked, answer: int, every: Sequence[Alphabet]) -> Document:
-    """Writes a question and its answer, an item's number, in the alphabets of their domains."""
+    """Writes a question in the alphabet of its domain, and the answer, an item's number, in the alphabet of its domain."""
     of, to = every[question.asked], every[question.answered]
     before, after = (of.filler(number) for number in question.fillers)
     tokens = np.array([before, of.item(question.item), after, to.ask, to.item(answer)], np.int64)
@@ -99,7 +99,7 @@ def document(question: Asked, answer: int, every: Sequence[Alphabet]) -> Documen
 
 
 def text(alphabet: Alphabet, rng: np.random.Generator) -> Document:
-    """Draws a text of one alphabet."""
+    """Draws random tokens of one alphabet as a text."""
     tokens = rng.integers(alphabet.ask, alphabet.end, PLACES + 3)
     return tokens, np.arange(len(tokens)) < 1
 
@@ -156,8 +156,8 @@ def make(out: Path, *, items: int, questions: int, parallel: int, heldout: int, 
 def _drawn(
     pairs: Sequence[tuple[int, int]], items: int, side: str, *, count: int, rng: np.random.Generator
 ) -> Iterator[Asked]:
-    """Draws `count` different questions of one side, in random order. Each round of questions asks once for each item of
-    each pair of domains."""
+    """Draws `count` different questions of one side, in random order. In each round, every pair of domains gets one
+    question about each item."""
     places = [(*pair, item) for pair in pairs for item in range(items) if _may_ask(*pair, item, side)]
     every = list(product(range(FILLERS), repeat=PLACES))
     texts = [[text for text in every if _on_side((item, *text), side)] for item in range(items)]
@@ -171,8 +171,8 @@ def _drawn(
 
 
 def _may_ask(asked: int, answered: int, item: int, side: str) -> bool:
-    """Returns whether a side (training or held-out) asks for an item of one domain in the alphabet of another. Questions
-    within one domain are on both sides of the domains' sources, and on the training side of `parallel`."""
+    """Returns whether a side (training or held-out) may ask for an item of one domain in the alphabet of another domain.
+    Questions within one domain are on both sides of the domains' sources, and on the training side of `parallel`."""
     return asked == answered or _on_side((asked, answered, item), side)
 
 
@@ -182,7 +182,7 @@ def _on_side(numbers: Sequence[int], side: str) -> bool:
 
 def _written(out: Path, documents: Mapping[str, Mapping[str, Sequence[Document]]], every: Sequence[Alphabet]) -> Manifest:
     """Writes the documents of each source and side, and the manifest. Each alphabet is a modality, so that a configuration
-    can give the tokens of a domain an expert of their own."""
+    can assign an expert to the tokens of a domain."""
     starts = [0, *(each.ask for each in every[1:])]  # padding and the end-of-document token count as the first domain's
     modalities = {name: ((start, each.end),) for name, start, each in zip(DOMAINS, starts, every, strict=True)}
     layout = Manifest.model_construct(vocab_size=every[-1].end, modalities=modalities)

@@ -1,10 +1,10 @@
-"""Measures how well a model's router inputs, and its routers' choices, reveal the domain of a token. A domain is a data
+"""Measures how much the inputs and the choices of a model's routers tell about the domain of a token. A domain is a data
 source.
 
-A linear probe (softmax regression) predicts the domain of a token from the router's input, layer by layer. It is fitted on
-the tokens of every other held-out sequence, and its accuracy is measured on the remaining sequences. The bits of a choice
-are the mutual information between the domain and the expert with the largest weight, over the tokens that predict a scored
-label.
+A linear probe (softmax regression) predicts the domain of a token from the router's input in each layer. It is fitted to
+the tokens of every other held-out sequence, and its accuracy is measured on the remaining sequences. The bits of the
+choices are the mutual information between the domain and the expert with the largest weight. Both are measured on the
+tokens that predict a scored label.
 
 Shape letters: T tokens of a batch, N tokens of all batches, D hidden, C domains, E experts.
 """
@@ -22,16 +22,16 @@ from moe_dist.moe.routing.types import ABSENT
 from moe_dist.train.objective.loss import forward
 from research.experiments.tokens import TokenPairs, recorded_routers
 
-PENALTY = 1e-4  # penalty on the squares of the probe's weights, so that separable domains have a finite fit
-STEPS = 50  # of L-BFGS
+PENALTY = 1e-4  # factor of the squares of the probe's weights, so that a fit to separable domains is finite
+STEPS = 50  # largest number of steps of L-BFGS
 
 
 @torch.no_grad()
 def domains(
     model: Transformer, by_source: Mapping[str, Sequence[Batch]], group_of_modality: Tensor
 ) -> dict[str, float | list[float]]:
-    """Returns the accuracy of the probe in each MoE layer and its minimum over layers, and the bits of the choices in each
-    layer and on average."""
+    """Returns the accuracy of the probe in each MoE layer, and the minimum over layers. Also returns the bits of the
+    choices in each layer, and their mean over layers."""
     layers: list[list[tuple[Tensor, ...]]] = [[] for _ in model.moe_modules()]
     with recorded_inputs(model) as inputs, recorded_routers(model) as seen:
         for domain, batches in enumerate(by_source.values()):
@@ -84,8 +84,8 @@ def _rows(h_TD: Tensor, seen: TokenPairs, batch: Batch, domain: int) -> tuple[Te
 
 
 def first_choice(seen: TokenPairs, num_tokens: int) -> Tensor:
-    """Returns the expert with the largest weight of each routed token [T] (of experts with equal weights the last); ABSENT
-    for a token without a true expert."""
+    """Returns for each routed token the expert with the largest weight, [T]. Of experts with equal weights, the last one
+    counts. A token without a true expert gets ABSENT."""
     pairs = seen.routing.assignments.taken()
     weight_N = pairs.weight_N.detach()
     largest_T = torch.zeros(num_tokens, dtype=weight_N.dtype).scatter_reduce_(0, pairs.token_N, weight_N, "amax")
@@ -96,7 +96,7 @@ def first_choice(seen: TokenPairs, num_tokens: int) -> Tensor:
 
 @torch.enable_grad()
 def probe(x_ND: Tensor, domain_N: Tensor, other_ND: Tensor, other_domain_N: Tensor, num_domains: int) -> float:
-    """Fits softmax regression to the domains of `x_ND`, and returns its accuracy on `other_ND`."""
+    """Fits a softmax regression from `x_ND` to `domain_N`, and returns its accuracy on `other_ND`."""
     mean_D, scale_D = x_ND.mean(0), x_ND.std(0).clamp_min(1e-6)
     weight_CD = torch.zeros(num_domains, x_ND.shape[1], requires_grad=True)
     bias_C = torch.zeros(num_domains, requires_grad=True)
@@ -116,7 +116,7 @@ def probe(x_ND: Tensor, domain_N: Tensor, other_ND: Tensor, other_domain_N: Tens
 
 
 def mutual_information(expert_N: Tensor, domain_N: Tensor) -> float:
-    """Returns the mutual information of expert and domain in bits, from the shares of the tokens."""
+    """Returns the mutual information of expert and domain in bits, computed from the numbers of tokens."""
     column_N = expert_N - ABSENT  # 0 for tokens without an expert
     joint_EC = torch.zeros(int(column_N.max()) + 1, int(domain_N.max()) + 1, dtype=torch.float64)
     joint_EC.index_put_((column_N, domain_N), joint_EC.new_ones(len(column_N)), accumulate=True)

@@ -2,10 +2,10 @@
 
     python -m research.experiments.fact_data --out .cache/data/facts
 
-The source `facts` has definitions of WordNet, one document each ("guitar: a stringed instrument ..."). The source
-`openmoji` has one picture of each OpenMoji family, always rendered the same way, with its English name. The held-out split
-of a source is its training split, so a model's score there shows how many of the facts it has stored. The held-out split
-packs the documents into different sequences than the training split.
+The source `facts` has definitions of WordNet, one per document ("guitar: a stringed instrument ..."). The source `openmoji`
+has one picture of each OpenMoji family with its English name, always rendered in the same way. The held-out split of a
+source is its training split, so the score of a model there shows how many facts the model has stored. The held-out split
+packs the documents into other sequences than the training split.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def main(
 
 
 def defined_words(wordnet: Path) -> Source[Text]:
-    """Returns a text for each common noun of WordNet: the noun and its definition."""
+    """Returns a text for each common noun of WordNet. The text has the noun and its definition."""
     before, after = ASKED
     facts = WordNet(wordnet).definitions()
     contents = [f"{fact.answer}: {str(fact.asked).removeprefix(before).removesuffix(after)}" for fact in facts]
@@ -60,7 +60,7 @@ def defined_words(wordnet: Path) -> Source[Text]:
 
 
 def one_of_each_family(source: Source[Picture]) -> Source[Picture]:
-    """Returns the first picture of each family. Variants of skin tone and gender are left out: they are nearly copies."""
+    """Returns the first picture of each family. The other pictures are nearly copies: variants of skin tone and gender."""
     firsts: dict[str, Picture] = {}
     for picture in source.items:
         firsts.setdefault(picture.family, picture)
@@ -68,7 +68,7 @@ def one_of_each_family(source: Source[Picture]) -> Source[Picture]:
 
 
 def drawn(source: Source, count: int, seed: int) -> Source:
-    """Returns `count` items of a source, drawn at random, in their order.
+    """Draws `count` items of a source at random, and returns them in the order of the source.
 
     Raises:
         ConfigError: the source has fewer items.

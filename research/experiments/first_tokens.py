@@ -1,8 +1,8 @@
-"""Answers multiple-choice questions by the first tokens of the choices: the model takes the choice whose first token has
-the highest logit after the question. `router_tuning.objective: choices` trains the same logits.
+"""Answers multiple-choice questions by the first tokens of the choices. The model's answer is the choice whose first token
+has the highest logit after the question. `router_tuning.objective: choices` trains the same logits.
 
-A question can be answered only if no wrong choice has the same first token as the right choice. An answer costs one forward
-of the prompt.
+A question can be answered in this way only if no wrong choice has the same first token as the right choice. An answer costs
+one forward of the prompt.
 
 Shape letters: B questions of a batch, S positions, V vocabulary, K choices.
 """
@@ -25,18 +25,18 @@ _BATCH_TOKENS = 4096  # tokens per batch, padding included
 
 
 def has_own_first_token(choices: Sequence[Continuation], answer: int) -> bool:
-    """Returns whether no wrong choice has the first token of the right choice `answer`."""
+    """Returns whether the first token of the right choice `answer` differs from the first tokens of all wrong choices."""
     return int(first_tokens(choices, answer)[0]) >= 0
 
 
 def shortened(choices: Sequence[Continuation]) -> list[Continuation]:
-    """Returns the choices without the tokens behind their first token."""
+    """Returns the choices with only their first token."""
     return [Continuation(each.context, each.tokens[:1]) for each in choices]
 
 
 @dataclass
 class FirstTokens:
-    """Answers questions of equally many choices."""
+    """Answers questions that have the same number of choices."""
 
     model: Transformer  # in evaluation mode
     maker: SampleMaker  # makes batches of prompts
@@ -45,7 +45,7 @@ class FirstTokens:
     @torch.no_grad()
     def __call__(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
         """Returns, for each question, the index of the choice whose first token has the highest logit. If several choices
-        have this token, returns the first of them.
+        have the same first token, the first of these choices counts.
 
         Args:
             written: The choices of each question, as tokens.
@@ -59,7 +59,7 @@ class FirstTokens:
         return taken
 
     def _answers(self, written: Sequence[Sequence[Continuation]]) -> list[int]:
-        # A sample must have an answer, which is not an input; the first token of the first choice serves as answer.
+        # A sample needs an answer, which is not an input. The first token of the first choice serves as this answer.
         samples = [TuningSample(np.array(c[0].context, np.int64), np.array(c[0].tokens[:1], np.int64)) for c in written]
         batch = self.maker.make(samples)
         logits_BSV, _ = forward(self.model, batch, self.group_of_modality)
