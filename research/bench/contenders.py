@@ -177,6 +177,6 @@ def _swap(items: Tensor, receive: list[int], send: list[int], group: dist.Proces
 
 
 def expected(case: Case, assignments: Assignments) -> Tensor:
-    """Returns the right result of contenders that sort rows by expert: each token's row times the sum of the token's weights."""
+    """Returns the right result for contenders that sort rows by expert: each token's row times the sum of its weights."""
     scale_T = torch.zeros(case.h_TD.shape[0]).index_add_(0, assignments.token_N, assignments.weight_N)
     return case.h_TD * scale_T[:, None]

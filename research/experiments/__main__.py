@@ -1,6 +1,6 @@
 """Runs an experiment and reports its results: python -m research.experiments NAME [--pilot | --status | --report]
 
-research/configs/reproduce/NAME.yaml has the question, the arms (compared configurations) and the rules. See
+research/configs/reproduce/NAME.yaml has the question, the arms (configurations that are compared) and the rules. See
 research/README.md.
 """
 
@@ -60,7 +60,7 @@ def main(
 
 
 def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:
-    """Returns a line for each arm with the state of each seed's run."""
+    """Returns a line for each arm. It has the state of the run with each seed."""
     records = read_records(results_path(study, pilot=pilot))
     by_arm: dict[str, list[str]] = {}
     for job in jobs:

@@ -175,7 +175,7 @@ def _image(manifest: Manifest, tokens: np.ndarray) -> tuple[int, int]:
 
 
 def _colours(base: Path, manifest: Manifest) -> np.ndarray:
-    """Returns for each code the index in BACKGROUNDS of the colour that is nearest to the code's mean colour, int [codes]."""
+    """Returns for each code the index in BACKGROUNDS of the colour nearest to the code's mean colour, int [codes]."""
     assert manifest.image is not None
     means = load_codebook(base / str(manifest.image.codebook)).astype(np.float64).mean((1, 2))
     return ((means[:, None] - np.array(BACKGROUNDS, np.float64)) ** 2).sum(-1).argmin(1)

@@ -1,11 +1,11 @@
-"""Sets a trained model's load to a budget, on held-out sequences that no table measures.
+"""Changes a trained model so that its load equals a budget on held-out sequences, which no table measures.
 
-In training a method keeps the mean number of true experts per token at the budget. On held-out tokens the trained model may
-take more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So in
-each layer one number is added to the selection biases of all true experts of a group, or subtracted from the thresholds of
-experts that choose tokens. Bisection finds the number with which the group's tokens take the budget; only tokens with a
-label count, as in the tables. Layers are set in order, because a layer changes the inputs of later layers. Routers with a
-given number of experts per token are left unchanged.
+In training, a method keeps the mean number of true experts per token at the budget. On held-out tokens, the trained model
+may use more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So
+    in each layer, one number is added to the selection biases of all true experts of a group. For experts that choose
+    tokens, this number is subtracted from their thresholds. Bisection finds the number with which the group's tokens use
+    the budget. As in the tables, only tokens with a label count. Layers are changed in order, because a layer changes the
+    inputs of later layers. Routers with a fixed number of experts per token are left unchanged.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from moe_dist.moe.routers.selection import ChoosingRouter
 from moe_dist.moe.routing.types import Routing, RoutingCache
 from moe_dist.train.objective.loss import forward
 
-FARTHEST = 64.0  # largest shift; beyond any logit or probability
-HALVINGS = 24  # number of bisections; they end at a width of 1e-5
+FARTHEST = 64.0  # largest shift; no logit or probability is as large
+HALVINGS = 24  # number of bisection steps, after which the interval has a width of 1e-5
 
 
 class Lever(NamedTuple):
-    """The selection biases or thresholds of a group's true experts, as a view of a buffer, and whether a larger value gives
-    tokens more experts (1.0) or fewer (-1.0)."""
+    """The selection biases or thresholds of a group's true experts, as a view of a buffer. `sign` is 1.0 if larger values
+    give tokens more experts, and -1.0 if larger values give tokens fewer experts."""
 
     value_n: Tensor
     sign: float
@@ -44,8 +44,7 @@ class Call(NamedTuple):
 
 @torch.no_grad()
 def hold_loads(model: Transformer, batches: Sequence[Batch], budget: float, group_of_modality: Tensor) -> None:
-    """Shifts biases and thresholds in place, for one rank that holds all experts. Groups without a token are left
-    unchanged."""
+    """Shifts biases and thresholds in place. All experts must be on one rank. Groups without a token are left unchanged."""
     for layer in model.moe_modules():
         router: Any = layer.router
         calls = _calls(model, router, batches, group_of_modality)
@@ -56,7 +55,7 @@ def hold_loads(model: Transformer, batches: Sequence[Batch], budget: float, grou
 
 
 def _calls(model: Transformer, router: Any, batches: Sequence[Batch], group_of_modality: Tensor) -> list[Call]:
-    """Returns the arguments of the router in a forward of each batch."""
+    """Returns the router's arguments in a forward of each batch."""
     seen: list[tuple[Tensor, Tensor, RoutingCache]] = []
     calls: list[Call] = []
 
@@ -73,7 +72,7 @@ def _calls(model: Transformer, router: Any, batches: Sequence[Batch], group_of_m
 
 
 def _lever(router: Any, index: int) -> Lever | None:
-    """Returns None if tokens take a given number of true experts."""
+    """Returns what can be shifted in a group; None if its tokens have a fixed number of true experts."""
     group = router.groups[index]
     if isinstance(router, ChoosingRouter):
         return Lever(router.gates()[index].running_mean()[0], -1.0)
@@ -99,7 +98,7 @@ def _shift(router: Any, calls: Sequence[Call], index: int, lever: Lever, budget:
 
 
 def _taken(router: Any, call: Call, index: int) -> int:
-    """Returns the number of (token, true expert) pairs of a group's tokens that have a label."""
+    """Returns the number of (token, true expert) pairs, over the tokens of a group that have a label."""
     routing: Routing = router(call.h_TD, call.group_T, replace(call.cache))
     token_N = routing.assignments.taken().token_N
     return int((call.scored_T & (call.group_T == index))[token_N].sum())

@@ -1,4 +1,4 @@
-"""Reads the held-out sequences on which experiments are measured. A pilot has sequences of its own (`validation`)."""
+"""Reads the held-out sequences on which experiments are measured. Pilots are measured on `validation` sequences."""
 
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
@@ -9,7 +9,7 @@ from research.experiments.study import MeasureSection
 
 
 def check_validation(section: MeasureSection, config: Config) -> None:
-    """Checks, before a pilot trains, that each source has held-out sequences besides the test sequences.
+    """Checks, before a pilot trains, that each source has more held-out sequences than the test sequences.
 
     Raises:
         ConfigError: a source has no such sequences.
@@ -23,7 +23,7 @@ def check_validation(section: MeasureSection, config: Config) -> None:
 
 
 def heldout_sequences(config: Config, manifest: Manifest, source: str, sequences: int, *, validation: bool) -> list[Batch]:
-    """Returns batches of held-out sequences of a source, for one rank."""
+    """Returns batches of a source's held-out sequences for one rank."""
     return heldout_batches(
         config.data.path,
         manifest,

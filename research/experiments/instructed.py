@@ -1,4 +1,4 @@
-"""Writes a data set whose documents have a prompt, which is not scored, and an answer, which is scored."""
+"""Writes a data set of documents with a prompt and an answer. Only the answer is scored."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.formats.split_files import count_by_modality
 
-Document = tuple[np.ndarray, np.ndarray]  # token ids, and the mask of the prompt's tokens
+Document = tuple[np.ndarray, np.ndarray]  # token ids, and a mask that is true for tokens of the prompt
 
 
 def check_new(out: Path) -> None:
@@ -24,8 +24,8 @@ def check_new(out: Path) -> None:
 
 @contextmanager
 def data_folder(out: Path, base: Path, manifest: Manifest, files: Iterable[str | None] = ()) -> Iterator[Path]:
-    """Makes a folder with the base data set's tokenizer, codebook and `files`. Renames the folder to `out` if the `with`
-    block succeeds."""
+    """Makes a folder that contains the tokenizer, codebook and `files` of the base data set. If the `with` block succeeds,
+    renames the folder to `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     codebook = manifest.image.codebook if manifest.image is not None else None
     with renamed_when_complete(out) as folder:
@@ -56,8 +56,8 @@ def write_split(folder: Path, name: str, documents: Iterable[Document], manifest
 
 
 def write_sources(folder: Path, base: Manifest, name: str, sources: Mapping[str, SourceSection]) -> Manifest:
-    """Writes the manifest of a new data set: the base's manifest with `sources`, and with baselines counted from the
-    sources."""
+    """Writes the manifest of a new data set. It is the base's manifest with the sources `sources`, and with baselines that
+    are counted from these sources."""
     manifest = base.model_copy(update={"name": name, "sources": dict(sources), "baselines": {}})
     manifest = manifest.model_copy(update={"baselines": count_baselines(folder, manifest)})
     write_manifest(manifest, folder)

@@ -1,8 +1,8 @@
-"""Adds a control to each method of a comparison. The control has the method's loads, but does not choose by token.
+"""Adds a control to each method of a comparison. The control has the same loads, but does not choose for each token.
 
-In each layer a token of the control takes as many experts as the method's tokens of the same modality take on average. If
-this average is not a whole number, a random draw rounds it. A method that is no better than its control gains by moving
-experts between modalities and layers, and not by its choice for each token.
+In each layer, a token of the control gets the mean number of experts that the method's tokens of the same modality take. If
+this mean is not a whole number, a random draw rounds it. If a method is no better than its control, the method gains by
+moving experts between modalities and layers, and not by choosing for each token.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 
 SUFFIX = "_loads"
-FIXED = ("fixed", "top_k")  # methods in which all tokens have one load
+FIXED = ("fixed", "top_k")  # methods in which all tokens take the same number of experts
 MODALITIES = {"text", "image"}
 
 
 def check_modalities(manifest: Manifest) -> None:
-    """Raises ConfigError for data without the two modalities whose loads the controls take."""
+    """Raises ConfigError if the data do not have exactly the two modalities for which controls are defined."""
     if set(manifest.modalities) != MODALITIES:
         there = ", ".join(manifest.modalities)
         raise ConfigError(f"--controls: loads are taken by text and image, and the data have {there}; leave it out")
@@ -26,10 +26,10 @@ def check_modalities(manifest: Manifest) -> None:
 def with_controls(
     arms: Mapping[str, dict[str, Any]], router: Mapping[str, Any], top_k: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Returns a study's arms with a control behind each method.
+    """Returns a study's arms. After each method comes its control.
 
     Args:
-        router: Settings of the controls' weights.
+        router: Settings of the routing weights of the controls.
         top_k: Largest number of experts of a token, by the configuration key of each group.
     """
     found: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Measures a finished run on one process: python -m research.experiments.measure STUDY.yaml RUN PROBES BEFORE [--asks ...]
 
-Writes measured.json into the run's folder. It contains held-out and training losses, true (not null) experts per token,
-rows that an EP group would send, the curve of loss over FLOPs and seconds, and results of the probes that the study's arm
-requests. Then removes all checkpoints but the last, because only the curve needs earlier checkpoints.
+Writes measured.json into the run's folder. It contains held-out and training losses, the number of true (not null) experts
+per token, the number of rows that an EP group would send, the curve of loss over FLOPs and seconds, and the results of the
+probes that the study's arm requests. Then removes all checkpoints but the last: only the curve needs earlier checkpoints.
 """
 
 import json
@@ -60,21 +60,21 @@ from research.experiments.tokens import (
 )
 from research.experiments.training_loss import training_between
 
-TABLE_STEPS = 50  # training steps whose tokens are counted in tables of loads
+TABLE_STEPS = 50  # number of training steps whose tokens are counted in tables of loads
 
 
 @dataclass(frozen=True)
 class Spent:
     """The cost of training up to a step."""
 
-    tokens: int = 0  # tokens without padding
+    tokens: int = 0  # number of tokens without padding
     flops: float = 0.0  # forward and backward FLOPs, by moe_dist.plan.flops from the measured true experts per token
     seconds: float = 0.0  # seconds of training steps, without evaluations, checkpoints and starts
-    bytes: float = 0.0  # bytes that all ranks sent to other ranks, by the ledger
+    bytes: float = 0.0  # number of bytes that all ranks sent to other ranks, by the ledger
 
 
 def spent_by_step(metrics: Path, plan: LoopSettings, before: Spent) -> dict[int, Spent]:
-    """Maps each step to the cost of training up to and including this step, plus the cost `before` the run."""
+    """Maps each step to the cost of training up to the end of this step. All costs include `before`, an earlier cost."""
     spent, sums, groups = {}, before, plan.placement.groups
     for record in read_lines(metrics):
         if record["kind"] != "step":
@@ -100,9 +100,9 @@ class Measurement:
 
     Args:
         folder: Folder of the run.
-        section: The section of the study that says what is measured.
-        before: Cost of training before the run, which the costs in the record include.
-        side: Side (validation or test) of held-out sequences and of multiple-choice questions. A pilot takes validation.
+        section: The section of the study that tells what is measured.
+        before: Cost of training before the run. The costs in the record include this cost.
+        side: Side (validation or test) of held-out sequences and of multiple-choice questions. A pilot uses validation.
     """
 
     def __init__(self, folder: Path, section: MeasureSection, before: Spent, *, side: Side = Side.TEST) -> None:
@@ -119,8 +119,8 @@ class Measurement:
         self._image = modalities.index("image") if "image" in modalities else -1
 
     def record(self, wanted: Sequence[str], asks: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns the run's record, with all measurements. `wanted` names the probes; `asks` may name `oracle`,
-        `samples`, `disturbed` and `load_tables`."""
+        """Returns the record with all measurements of the run. `wanted` names the probes. `asks` may name the further
+        measurements `oracle`, `samples`, `disturbed` and `load_tables`."""
         last = max(self._directory.steps())
         plan = loop_settings(self._config, self._manifest, self._placement)
         spent = spent_by_step(self._folder.metrics_jsonl, plan, self._before)
@@ -168,7 +168,7 @@ class Measurement:
         return found
 
     def _disturbed(self, section: QuestionsSection) -> dict[str, Any]:
-        """Disturbs the model's routers, and returns the disturbed model's results of questions, oracle and samples."""
+        """Disturbs the model's routers. Returns the disturbed model's results of questions, oracle and samples."""
         of_model = (self._model, self._config, self._manifest, self._groups, section)
         valid, question_round = QuestionRound(*of_model, Side.VALID), QuestionRound(*of_model, self._side)
         out = self._folder.path / FOLDER
@@ -185,8 +185,8 @@ class Measurement:
         return {**made, **asked, "samples": make_samples(out, section)}
 
     def _batches_by_source(self, sequences: int, *, validation: bool = False) -> dict[str, list[Batch]]:
-        """Maps each source of the training data to batches of held-out sequences: test sequences or, in a pilot and with
-        `validation`, validation sequences."""
+        """Maps each source of the training data to batches of held-out sequences. They are validation sequences in a pilot
+        or with `validation`, and test sequences otherwise."""
         config, validation = self._config, validation or self._side is Side.VALID
         return {
             source: heldout_sequences(config, self._manifest, source, sequences, validation=validation)
@@ -194,9 +194,9 @@ class Measurement:
         }
 
     def _model_at(self, step: int) -> Transformer:
-        """Returns the model of a step, with weights averaged over checkpoints. Router thresholds are calibrated again on
-        training sequences that the run has seen, because averaged thresholds would not fit the averaged weights. With
-        `hold` the loads are set on validation sequences."""
+        """Returns the model of a step, with weights averaged over checkpoints. Averaged router thresholds would not fit the
+        averaged weights. They are therefore calibrated again on training sequences that the run has seen. With `hold`, the
+        loads are set to the budget on validation sequences."""
         model = self._load(self._averaged(step))
         if by_threshold(model):
             config = self._config
@@ -215,9 +215,9 @@ class Measurement:
 
     @torch.no_grad()
     def _load(self, steps: Sequence[int]) -> Transformer:
-        """Loads the mean of the weights of the checkpoints at `steps` into the model. Computes the mean in float64.
+        """Averages the weights of the checkpoints at `steps` in float64, and loads the means into the model.
 
-        Router thresholds are averaged, too; integer tensors are taken from the last checkpoint.
+        Router thresholds are averaged, too. Integer tensors are taken from the last checkpoint.
 
         Raises:
             DataError: a checkpoint is damaged, or the base checkpoint of its adapters is missing.
@@ -239,8 +239,8 @@ class Measurement:
         return build_loader(self._config, self._manifest, rank=0, world_size=1)
 
     def _averaged(self, step: int) -> list[int]:
-        """Returns the steps of the checkpoints whose mean is the model of step `step`: only `step` or, with a curve, all
-        checkpoints in the last fraction `average` of the steps up to `step`."""
+        """Returns the steps of the checkpoints whose weights are averaged for the model of step `step`. With a curve, these
+        are all checkpoints in the last fraction `average` of the steps up to `step`; otherwise only `step`."""
         curve = self._section.curve
         if curve is None:
             return [step]
@@ -263,10 +263,10 @@ class Measurement:
         return points
 
     def _load_tables(self, model: Transformer) -> dict[str, str]:
-        """Writes the mean true experts per token of each MoE layer, by token id and by the id's modality, as tables
-        [MoE layers, V] for the router top_k_by_id. Returns the paths of the tables. The means are over the last TABLE_STEPS
-        training steps, or with `hold` over validation sequences, on which the loads are set. An id that does not occur in
-        these has the mean of its modality."""
+        """Writes two tables [MoE layers, V] for the router `top_k_by_id`: the mean number of true experts per token, over
+        the tokens with this id, and over all tokens of the id's modality. Returns the paths of the tables. The means are
+        over the last TABLE_STEPS training steps or, with `hold`, over the validation sequences on which the loads are set.
+        An id that does not occur in these sequences gets the mean of its modality."""
         batches = self._trained_last() if self._section.hold is None else self._validation
         tokens = evaluate(model, batches, self._groups, image=self._image)
         paths = {}
@@ -285,14 +285,14 @@ class Measurement:
         return [each for step in steps for each in self._loader.batches(begin + step * batch)]
 
     def _first_position(self) -> int:
-        """Returns the position in the training stream at which the run began; above 0 only with run.keep_position."""
+        """Returns the run's first position in the training stream. It is above 0 only with run.keep_position."""
         state = open_checkpoint(self._directory.path_of(max(self._directory.steps()))).state
         progress = state.values["progress"]
         assert isinstance(progress, dict), "a checkpoint of training has counters"
         return int(str(progress.get("first_position", 0)))
 
     def _frequency(self) -> np.ndarray:
-        """Returns ln(1 + number of occurrences in the training data) of each token id, float64 [V]."""
+        """Returns ln(1 + n) for each token id, float64 [V]. The id occurs n times in the training data."""
         counts = np.zeros(self._manifest.vocab_size, np.int64)
         for source in self._manifest.sources.values():
             split = IndexedSplit(self._config.data.path, source.train)
@@ -315,8 +315,8 @@ class Measurement:
 
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss with fewer experts per token, by dropping second experts of low weight. For each number of
-        experts, a first pass over all batches finds the weight up to which second experts are dropped."""
+        """Measures the loss with fewer experts per token, which drops second experts of low weight. For each number of
+        experts, a first pass over all batches finds the bound; second experts with a lower weight are dropped."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:
@@ -333,8 +333,8 @@ class Measurement:
         return points
 
     def _probe_flip(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss after some tokens that experts (or mixture-of-depths layers) chose are swapped for tokens that
-        they did not choose."""
+        """Measures the loss after some of the tokens that experts (or mixture-of-depths layers) chose are replaced by
+        tokens that they did not choose."""
         modules: Sequence[nn.Module] = self._model.depth_routers()
         flip = probes.flip_depths
         if not modules:
@@ -342,8 +342,8 @@ class Measurement:
         return [self._changed(batches, modules, flip(percent, seed=0), at=percent) for percent in self._section.flips]
 
     def _probe_hindsight(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss if routers select as in training, with a selection that sees later tokens. If this loss is
-        lower than the loss with the usual selection, later tokens leak into the prediction."""
+        """Measures the loss if routers select with the selection of training, which sees later tokens. If this loss is
+        lower than the loss with the usual selection, information about later tokens leaks into the prediction."""
         with choice_of_training(probes.routers(self._model), max(self._directory.steps())):
             return [self._point(batches, at=0.0)]
 
@@ -359,8 +359,8 @@ class Measurement:
 
 
 def planned(steps: Sequence[int], *, every: int, last: int) -> list[int]:
-    """Returns the `steps` at which every run of this configuration has a checkpoint. A stopped and resumed run has an
-    additional checkpoint, which must not count in means of weights, because all other runs lack it."""
+    """Returns the `steps` at which every run of this configuration has a checkpoint. A run that was stopped and resumed has
+    one more checkpoint. It must not count in means of weights, because the other runs lack it."""
     return [step for step in steps if step % every == 0 or step == last]
 
 

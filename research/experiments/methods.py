@@ -1,12 +1,12 @@
-"""The methods of `moe-dist compare-methods`. A method changes a configuration so that tokens take a given mean number of
-true (not null) experts, called the budget.
+"""Defines the methods of `moe-dist compare-methods`. A method changes a configuration so that the mean number of true (not
+null) experts per token has a given value, called the budget.
 
 The following rules apply to all methods. Groups keep their numbers of true experts. Softmax weights that are not normalised
-are scaled so that the weights sum to 1 for a token that takes the budget's number of experts under a uniform router. The
-positive logits of `remoe` are scaled likewise, although they are not probabilities. Sigmoid weights of methods in which
-experts choose tokens are not scaled. In methods with null experts, a group has as many null as true experts (except
-`single_null`). A controller has the rate RATE if its biases are added to probabilities, and LOGIT_RATE, ten times RATE, if
-its biases are added to logits.
+are scaled: with a uniform router, the weights of a token with the budget's number of experts sum to 1. The positive logits
+of `remoe` are scaled in the same way, although they are not probabilities. Sigmoid weights of methods in which experts
+choose tokens are not scaled. In methods with null experts, a group has as many null experts as true experts (except in
+`single_null`). A controller has the rate RATE if its biases are added to probabilities. If its biases are added to logits,
+it has the rate LOGIT_RATE, which is ten times RATE.
 """
 
 import math
@@ -20,8 +20,8 @@ from moe_dist.config.schema import Config
 Settings = dict[str, Any]
 RATE = 1.0  # rate of controllers whose biases are added to probabilities
 LOGIT_RATE = 10.0
-DECAY_SHARE = 1.0  # after this fraction of the steps a controller's rate has halved; with 0.25 loads lag behind the routers
-WARMUP_SHARE = 0.1  # fraction of the steps in which experts compete before thresholds replace the competition
+DECAY_SHARE = 1.0  # fraction of the steps after which a controller's rate has halved; with 0.25 loads lag behind routers
+WARMUP_SHARE = 0.1  # fraction of the steps in which experts compete for tokens, before thresholds replace the competition
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Method:
     """A method of the comparison.
 
     Attributes:
-        about: The method in a few words, for the table.
-        settings: Function of a base configuration and a budget that returns the overrides of the base.
-        refused: Function of a group and a budget that returns why the method cannot reach the budget; empty if the method
-            can. The function may ignore cases that the rules of a configuration refuse.
+        about: Short description of the method, for the table.
+        settings: Function of a base configuration and a budget. It returns the overrides of the base.
+        refused: Function of a group and a budget. It returns the reason why the method cannot reach the budget; empty if
+            the method can. The function may ignore cases that the rules of a configuration refuse.
     """
 
     about: str
@@ -41,7 +41,7 @@ class Method:
 
 
 def _groups(base: Config, **changes: Callable[[GroupSection], Any]) -> Settings:
-    """Returns overrides that set keys of each group."""
+    """Returns overrides that set some keys of each group."""
     return {
         f"model.moe.groups.{name}.{key}": value(group)
         for name, group in base.model.moe.groups.items()
@@ -50,7 +50,7 @@ def _groups(base: Config, **changes: Callable[[GroupSection], Any]) -> Settings:
 
 
 def _held(base: Config, budget: float, rate: float, per: str = "group") -> Settings:
-    """Returns the override with the controller that keeps each group's true experts per token at the budget."""
+    """Returns the override with a controller that keeps each group's number of true experts per token at the budget."""
     target = dict.fromkeys(base.model.moe.groups, budget)
     decay = max(1, round(DECAY_SHARE * base.train.steps))
     controller = {"kind": "active_experts", "target": target, "rate": rate, "decay_steps": decay, "per": per}
@@ -58,14 +58,14 @@ def _held(base: Config, budget: float, rate: float, per: str = "group") -> Setti
 
 
 def _choices(budget: float) -> int:
-    """Returns twice the budget, for top_k: with as many null as true experts, about half of a token's choices are true
-    experts."""
+    """Returns twice the budget, rounded up, for top_k. With as many null experts as true experts, about half of a token's
+    choices are true experts."""
     return math.ceil(2.0 * budget)
 
 
 def _null_weights(base: Config, budget: float) -> Settings:
-    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), with top_k = k,
-    and n true and m = n null experts."""
+    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), where k is top_k,
+    n the number of true experts, and m = n the number of null experts."""
     weight = (_choices(budget) - budget) / budget
     return {"loss.balance.null_weight": dict.fromkeys(base.model.moe.groups, weight)}
 
@@ -121,8 +121,8 @@ def _experts(**router: Any) -> Callable[[Config, float], Settings]:
 
 
 def unnormalised(base: Config, budget: float) -> Settings:
-    """Returns the keys of a router whose weights are a softmax over all experts. A softmax over the chosen experts would
-    give a single expert the weight 1, and the router no gradient."""
+    """Returns the settings of a router whose weights are a softmax over all experts. With a softmax over the chosen
+    experts, a single expert would have the weight 1, and the router would get no gradient."""
     return {"normalise": "none", "scale": max(group.num_experts for group in base.model.moe.groups.values()) / budget}
 
 

@@ -1,9 +1,9 @@
-"""Estimates the accuracy of a router that knows the label: fits router logits to the right answer of each question.
+"""Estimates the accuracy of a router that knows the label, by fitting router logits to the right answer of each question.
 
     r_i* = argmin_r CE(f(x_i, r), y_i),   by gradient descent from the model's own routing (RoMA, arXiv 2511.07419)
 
 The fitted r is an offset of the router logits in the chosen layers, at the last token of the prompt and at the answer's
-tokens. The accuracy is only an estimate: a longer fit may reach a higher accuracy. No router knows the label at inference.
+tokens. The accuracy is only an estimate: more steps may reach a higher accuracy. No router knows the label at inference.
 
 Shape letters: B questions of a batch, S positions, L chosen layers, C columns of a router, D hidden, T = B x S.
 """
@@ -28,15 +28,15 @@ from moe_dist.train.router_tuning.loader import SampleBatch, SampleMaker
 from moe_dist.train.router_tuning.samples import TuningSample
 
 STEPS, RATE = 10, 0.3  # number of Adam steps, and Adam's learning rate in logits
-# The gradient of the logit of an expert that is not chosen is rounding noise of 1e-8 or less. With Adam's default epsilon
-# of 1e-8, Adam would take full steps in the direction of that noise.
+# The gradient of the logit of an expert that was not chosen is rounding noise of at most 1e-8. With Adam's default epsilon
+# of 1e-8, Adam would make full steps in the direction of this noise.
 EPSILON = 1e-4
 _BATCH = 16  # questions per batch
 
 
 @dataclass
 class Oracle:
-    """Answers questions after fitting the routing to the right answers."""
+    """Fits the routing to the right answers, and then answers the questions."""
 
     model: Transformer  # in evaluation mode; `check_routers` accepts the model
     maker: SampleMaker  # makes batches from prompts and answers
@@ -46,8 +46,8 @@ class Oracle:
     def __post_init__(self) -> None:
         routers = [layer.router for layer in self.model.moe_modules()]
         self._routers: list[nn.Module] = [routers[place] for place in self.places]
-        # Because logits = h W^T and W has full row rank, the input h + offset pinv(W)^T adds the offset to a router's
-        # logits.
+        # A router computes logits = h W^T, and W has full row rank. The input h + offset pinv(W)^T therefore adds the
+        # offset to the logits.
         rows = [next(router.parameters()).detach() for router in self._routers]
         self._inverse_LCD = torch.stack([torch.linalg.pinv(rows_CD).T for rows_CD in rows])
 
@@ -58,7 +58,7 @@ class Oracle:
             written: The answer choices of each question, as tokens to score.
             answers: Index of the right answer choice of each question.
         """
-        # The longest questions come first, so that a batch has questions of similar length and little padding.
+        # Questions are sorted by length, longest first, so that the batches have little padding.
         order = sorted(range(len(written)), key=lambda place: -max(len(c.context) + len(c.tokens) for c in written[place]))
         taken = [0] * len(written)
         for begin in range(0, len(order), _BATCH):
@@ -73,8 +73,8 @@ class Oracle:
         return taken
 
     def _fitted(self, right: Sequence[Continuation]) -> Tensor:
-        """Fits the offsets of the logits, float32 [B, L, C]. Questions do not influence each other, because the loss is the
-        sum over questions, and Adam scales each offset separately."""
+        """Fits the offsets of the logits, float32 [B, L, C]. The questions do not influence each other: the loss is a sum
+        over questions, and Adam scales each offset separately."""
         batch = self._batch(right)
         offset_BLC = torch.zeros(len(right), *self._inverse_LCD.shape[:2], requires_grad=True)
         optimizer = torch.optim.Adam([offset_BLC], lr=RATE, eps=EPSILON)
@@ -85,11 +85,11 @@ class Oracle:
 
     @torch.no_grad()
     def _nats(self, choices: Sequence[Continuation], offset_BLC: Tensor) -> Tensor:
-        """Returns the log-likelihood per token of one answer choice per question [B]."""
+        """Returns the log-likelihood per token of one answer choice of each question [B]."""
         return -self._losses(self._batch(choices), offset_BLC)
 
     def _losses(self, batch: SampleBatch, offset_BLC: Tensor) -> Tensor:
-        """Returns the mean cross entropy of each answer's tokens [B]."""
+        """Returns for each question the mean cross entropy of the answer's tokens [B]."""
         scored_BS = batch.labels_BS != IGNORED
         with self._moved(scored_BS, offset_BLC):
             losses_BS, _ = forward(self.model, batch, self.group_of_modality, losses=True)
@@ -97,8 +97,8 @@ class Oracle:
 
     @contextmanager
     def _moved(self, scored_BS: Tensor, offset_BLC: Tensor) -> Iterator[None]:
-        """Inside the context, routers add the fitted offset to the logits of tokens with a scored label, which predict the
-        answer."""
+        """Inside the context, routers add the fitted offset to the logits of tokens with a scored label. These tokens
+        predict the answer."""
 
         def hook(place: int) -> Any:
             def change(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -121,7 +121,7 @@ class Oracle:
 
 
 def check_routers(section: MoESection) -> None:
-    """Checks that an oracle can fit the router: tokens must choose among the experts of a single group, all true.
+    """Checks that an oracle can fit the router. Tokens must choose among the experts of one group, all true.
 
     Raises:
         ConfigError: the configuration has a router or experts of a different kind.

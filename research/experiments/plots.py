@@ -1,5 +1,5 @@
-"""Plots an experiment with matplotlib: loss over true (not null) experts per token, true experts per token over the token's
-loss, loss over FLOPs, seconds and bytes, and the accuracy of each arm."""
+"""Plots the results of an experiment with matplotlib: loss over true (not null) experts per token, true experts per token
+over the token's loss, loss over FLOPs, seconds and bytes, and the accuracy of each arm."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 INCHES = (9.5, 4.2)
 BOTH_INCHES = (13.5, 4.6)
 LABEL_CHARACTERS = 44
-# Colours of Okabe and Ito, for colour-blind readers. There are seven colours. Markers distinguish further arms, and all
-# arms in a print without colour.
+# The seven colours of Okabe and Ito, for colour-blind readers. Markers distinguish the arms if there are more than seven
+# arms, or if a print has no colours.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s-", "^-", "D-", "v-", "P-", "X-", "<--", ">--", "*--", "h--")
 ROW_INCHES = 0.28  # height of an arm's row of accuracies
@@ -28,12 +28,12 @@ COSTS = {
     "seconds": "seconds of training steps",
     "bytes": "bytes that all ranks send to other ranks",
 }
-LEAST_LOADS = 3  # a picture of loss over load needs this many loads that differ by a tenth
-IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms above this height are only in the legend
+LEAST_LOADS = 3  # smallest number of loads, rounded to a tenth, for which a picture of loss over load is drawn
+IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms with higher losses are only in the legend
 
 
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
-    """Writes each picture for which `records` has data."""
+    """Writes each picture for which `records` has data, and returns the paths of the pictures."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
     heights: dict[str, float] = {}  # in inches, for pictures whose height depends on the number of arms
     loads = {round(record["load"]["all"], 1) for (arm, _), record in records.items() if arm in study.arms}
@@ -54,7 +54,7 @@ def draw(study: Study, records: Records, folder: Path) -> list[Path]:
 
 
 def _figure(path: Path, *fill: Callable[["Axes"], None], height: float | None) -> Path:
-    """Draws one panel, or two panels side by side, with the functions `fill`; returns the path."""
+    """Draws one panel, or two panels side by side. Each function in `fill` draws a panel. Returns the path."""
     import matplotlib as mpl
     from cycler import cycler
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
@@ -68,7 +68,7 @@ def _figure(path: Path, *fill: Callable[["Axes"], None], height: float | None) -
 
 
 def _loss_over_load(axes: "Axes", study: Study, records: Records) -> None:
-    """Draws a dot for each run, and a grey line through the runs with the same seed, because arms are compared by seed."""
+    """Draws a dot for each run. A grey line connects the runs with the same seed, because arms are compared by seed."""
     judged = {arm for rule in study.rules for arm in rule.arms}
     starts = {arm.after for arm in study.arms.values()} - judged  # arms that only provide initial weights
     shown = [name for name in study.arms if name not in starts]
@@ -114,7 +114,7 @@ def _name(study: Study, arm: str) -> str:
 
 
 def _adaptive(record: Mapping[str, Any]) -> bool:
-    """Returns true if different tokens of this run take different numbers of experts."""
+    """Returns whether different tokens of this run take different numbers of experts."""
     return bool(record["load"]["all"] % 1 and record.get("load_by_loss"))
 
 
@@ -130,8 +130,8 @@ def _load_over_loss(axes: "Axes", study: Study, records: Records) -> None:
 
 
 def _curves(study: Study, records: Records, cost: str, label: str) -> list[Callable[["Axes"], None]]:
-    """Returns functions that draw one panel each: loss over cost and, if there is a reference arm, each arm's loss minus
-    the reference arm's loss at equal cost."""
+    """Returns functions that each draw one panel. The first draws loss over cost. If there is a reference arm, the second
+    draws each arm's loss minus the loss of the reference arm at equal cost."""
     reference = study.reference or ""
     of = _points(records, reference, cost)
     found = {name: curves for name in study.with_whole_cost() if (curves := _points(records, name, cost))}
@@ -158,8 +158,8 @@ def _curves(study: Study, records: Records, cost: str, label: str) -> list[Calla
 
 
 def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
-    """Returns each seed's curve, [2, points]: cost and loss. Curves with a single point, and runs that have no such cost
-    (one rank sends no bytes), are left out."""
+    """Returns the curve of each seed, [2, points]: cost and loss. Leaves out curves with a single point, and runs without
+    this cost (for example, a single rank sends no bytes)."""
     return {
         seed: np.array([[point[cost], point["loss"]["all"]] for point in record["curve"]]).T
         for (name, seed), record in sorted(records.items())
@@ -168,7 +168,7 @@ def _points(records: Records, arm: str, cost: str) -> dict[int, np.ndarray]:
 
 
 def _averaged(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """Returns the mean of the seeds' curves, at the points that the curves of all seeds have."""
+    """Returns the mean of the curves of all seeds, at the points that all curves have."""
     every = list(curves)
     points = min(curve.shape[1] for curve in every)
     mean = np.mean([curve[:, :points] for curve in every], axis=0)
@@ -185,12 +185,12 @@ def _logarithmic(axes: "Axes") -> None:
 
 
 def _style(place: int) -> str:
-    """Returns matplotlib's marker and line style of the arm number `place`."""
+    """Returns matplotlib's marker and line style for arm number `place`."""
     return STYLES[place % len(STYLES)]
 
 
 def _accuracies(axes: "Axes", study: Study, records: Records, key: str, label: str) -> None:
-    """Draws a row for each arm: a dot for each seed's accuracy, and a line at the mean."""
+    """Draws a row for each arm. The row has a dot for the accuracy of each seed, and a line at the mean."""
     found = {name: [each[key]["accuracy"] for each in of_arm(records, name).values() if key in each] for name in study.arms}
     names = [name for name, values in found.items() if values]
     for place, name in enumerate(names):

@@ -1,8 +1,8 @@
-"""Changes the choices of a trained model's routers by hooks, to measure the effect on the loss; weights stay unchanged.
+"""Changes the choices of a trained model's routers by hooks, to measure how the loss changes. Weights stay unchanged.
 
-threshold    A token keeps its second expert only if the second weight exceeds a bound. This probe is a simple way to use
-             fewer experts in a top-2 model, and the baseline for adaptive routers.
-flip         p % of each expert's tokens are swapped with as many tokens that the expert had not chosen. This probe measures
+threshold    A token keeps its second expert only if the weight of this expert exceeds a bound. The probe is a simple way
+             to use fewer experts in a top-2 model, and the baseline for adaptive routers.
+flip         p % of each expert's tokens are replaced by as many tokens that the expert did not choose. This probe measures
              the cost of occasional wrong choices.
 """
 
@@ -23,7 +23,7 @@ Change = Callable[[int, nn.Module, tuple[Any, ...], Any], Any]  # (index, module
 
 @contextmanager
 def changed_routing(modules: Sequence[nn.Module], change: Change) -> Iterator[None]:
-    """Inside the context, `change` changes the result of each router in `modules`, given the router's index."""
+    """Inside the context, `change` changes the result of each router in `modules`. It also gets the index of the router."""
     with ExitStack() as stack:
         for place, module in enumerate(modules):
             # The hook runs before all other hooks, so that `recorded_routers` records the changed routing.
@@ -39,14 +39,14 @@ def routers(model: Transformer) -> list[nn.Module]:
 def second_weights(routing: Routing, num_tokens: int) -> Tensor:
     """Returns the weight of each token's second expert [T]; 0 for a token without a second expert.
 
-    Tokens must choose experts in this router, and the two weights of a token must sum to 1.
+    The router must be one in which tokens choose experts, and the two weights of a token must sum to 1.
     """
     weight_TK = torch.where(routing.assignments.expert_N != ABSENT, routing.assignments.weight_N.detach(), 0.0)
     return weight_TK.view(num_tokens, -1).sort(dim=1, descending=True).values[:, 1]
 
 
 def threshold(bound: float) -> Change:
-    """Drops second experts with a weight of at most `bound`; the weight of the first expert becomes 1."""
+    """Drops second experts with a weight of at most `bound`. The first expert of such a token gets the weight 1."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], routing: Routing) -> Routing:
         del place, module
@@ -63,8 +63,8 @@ def threshold(bound: float) -> Change:
 
 
 def bound_for_load(second_N: Tensor, load: float) -> float:
-    """Returns the bound on the second expert's weight with which tokens keep, on average, `load` experts (from 1 to 2).
-    `second_N` has the second weight of each token."""
+    """Returns a bound on the weight of second experts. With this bound, tokens keep `load` experts on average (from 1 to
+    2). `second_N` has the weight of each token's second expert."""
     if not 1.0 <= load <= 2.0:
         raise ValueError(f"a threshold on the second expert gives loads of 1 to 2, not {load:g}")
     dropped = round((2.0 - load) * len(second_N))
@@ -72,7 +72,7 @@ def bound_for_load(second_N: Tensor, load: float) -> float:
 
 
 def flip(percent: float, *, seed: int) -> Change:
-    """Swaps `percent` % of each expert's tokens with random tokens of the expert's group that the expert has not chosen.
+    """Replaces `percent` % of each expert's tokens by random tokens of the expert's group that the expert did not choose.
 
     A newly chosen token gets the weight that the router would give this token: its score for the expert.
     """
@@ -90,7 +90,7 @@ def flip(percent: float, *, seed: int) -> Change:
 
 
 def flip_depths(percent: float, *, seed: int) -> Change:
-    """Swaps `percent` % of the tokens that a mixture-of-depths layer computes with random tokens that the layer skips."""
+    """Replaces `percent` % of the tokens that a mixture-of-depths layer computes by random tokens that the layer skips."""
 
     def change(place: int, module: nn.Module, arguments: tuple[Any, ...], chosen: Any) -> Any:
         x_TD, real_T = arguments
@@ -109,9 +109,9 @@ def flip_depths(percent: float, *, seed: int) -> Change:
 
 
 def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Generator) -> Tensor:
-    """Returns `taken_T` after about `percent` % of its tokens are swapped for as many other tokens of `may_T`."""
+    """Returns `taken_T` after about `percent` % of its tokens are replaced by as many other tokens of `may_T`."""
     inside, outside = taken_T.nonzero().flatten(), (may_T & ~taken_T).nonzero().flatten()
-    # The number of swaps is a binomial draw, because `percent` % of few tokens would be rounded to 0.
+    # The number of replaced tokens is a binomial draw, because `percent` % of few tokens would be rounded to 0.
     drawn = torch.binomial(torch.tensor(float(len(inside))), torch.tensor(percent / 100), generator=generator)
     count = min(int(drawn), len(inside), len(outside))
     result_T = taken_T.clone()
@@ -121,15 +121,15 @@ def swapped(taken_T: Tensor, may_T: Tensor, percent: float, generator: torch.Gen
 
 
 def _generator(seed: int, place: int, taken: Tensor) -> torch.Generator:
-    """Makes the random generator for a layer and batch. The generator's seed depends on the choices, but not on the
+    """Makes the random generator for a layer and a batch. The seed of the generator depends on the choices, but not on the
     percentage."""
     return torch.Generator().manual_seed(hash((seed, place, *taken.shape, int(taken.sum()))) & 0x7FFFFFFF)
 
 
 def _table(module: nn.Module, h_TD: Tensor, group_T: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns three tensors over all (token, expert) pairs [T, E]: whether the pair was chosen; the weight that the pair
-    has, or would have if it were chosen; and whether token and expert are in the same expert group. Takes O(T x E)
-    memory."""
+    """Returns three tensors over all (token, expert) pairs [T, E]. The first tells whether the pair was chosen. The second
+    has the weight of the pair, or the weight that it would have if it were chosen. The third tells whether token and expert
+    are in the same expert group. Takes O(T x E) memory."""
     assert isinstance(module, ExpertChoiceRouter), "routers whose tokens choose have other weights"
     logits_TE = module._logits(h_TD.float())  # their sigmoids are the scores
     groups = [i for i, group in enumerate(module.groups) for _ in group.experts]  # pyright: ignore

@@ -1,13 +1,13 @@
-"""Makes the data of the experiment roma, on which a model is trained before its routers are tuned.
+"""Makes the data of the experiment roma. A model is trained on these data before its routers are tuned.
 
     python -m research.experiments.question_data --base .cache/data/reproduce --out .cache/data/questions
 
-The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, in the form
-of `tools.evaluate`. Only training questions are used (see `moe_dist.inference.questions.split`). The first questions of
-each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from those. A question is left out,
-too, if it has the same numbers, or asks about the same pair of antonyms, as a left-out question. A question about the same
-noun as a left-out question is kept. More seeds of reasoning-gym give more questions. Because only the numbers in a question
-determine whether it is a training or held-out question, no seed adds a held-out question to the training data.
+The data are the sources of the base data, and questions of WordNet and reasoning-gym with their right answers, written as
+by `tools.evaluate`. Only training questions are used (see `moe_dist.inference.questions.split`). The first questions of
+each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from these questions. A question is
+also left out if it has the same numbers, or asks about the same pair of antonyms, as one of the first questions. A question
+about the same noun as one of them is kept. More seeds of reasoning-gym give more questions. No seed adds a held-out
+question to the training data, because only the numbers in a question decide on which side it is.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ from research.experiments.study import LEFT
 from research.questions.reasoning import SIZE, key_of, reasoning
 from research.questions.sources import FAMILIES, WORDNET, make_facts
 
-SLOW = ("reasoning-number_sequence",)  # making 2,000 questions takes half a minute; other tasks take a second or less
+SLOW = ("reasoning-number_sequence",)  # makes 2,000 questions in half a minute; other tasks take at most a second
 TASKS = {name: [task for task in FAMILIES[name] if task not in SLOW] for name in ("wordnet", "reasoning")}
 LICENCES = {"wordnet": ("WordNet licence", "WordNet, Princeton University"), "reasoning": ("Apache-2.0", "reasoning-gym")}
 
@@ -85,8 +85,8 @@ def make(base: Path, out: Path, *, wordnet: Path, left: int, seeds: int, seed: i
 
 
 def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> Iterator[Question]:
-    """Yields training questions of all tasks of a family. Omits the first `left` questions of each task, and questions that
-    reveal the answer to one of these first questions."""
+    """Yields training questions of all tasks of a family. Leaves out the first `left` questions of each task, and questions
+    that give away the answer to one of these first questions."""
     for task in TASKS[family]:
         of_task = catalogue.questions(task, Side.TRAIN, limit=None)
         left_out = {_matter(question) for question in of_task[:left]}
@@ -96,9 +96,9 @@ def _trained_on(family: str, catalogue: Catalogue, *, left: int, seeds: int) -> 
 
 
 def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
-    """Yields the distinct training questions of a task that seeds other than `seed` give."""
+    """Yields the distinct training questions of a task that come from other seeds than `seed`."""
     seen: set[Part] = set()
-    # Question i of a seed is made from seed + i, so that seeds less than SIZE apart would share questions.
+    # Question i of a seed is made from seed + i, so two seeds with a difference below SIZE would share questions.
     for further in range(seed + SIZE, seed + (1 + seeds) * SIZE, SIZE):
         for question in make_questions(task, reasoning(task.partition("-")[2], seed=further), Side.TRAIN, seed=seed):
             if question.asked not in seen:
@@ -107,7 +107,7 @@ def _made_up(task: str, *, seeds: int, seed: int) -> Iterator[Question]:
 
 
 def _matter(question: Question) -> object:
-    """Returns a value that is equal for two questions of a task if one reveals the other's answer."""
+    """Returns a value that two questions of a task have in common if one gives away the answer to the other."""
     family, _, name = question.task.partition("-")
     if family == "reasoning":
         return key_of(name, str(question.asked))
@@ -122,7 +122,7 @@ def _document(question: Question, prompts: Prompts, eos_id: int) -> Document:
 
 
 def _split_files(manifest: Manifest) -> Iterator[str | None]:
-    """Yields the names of all files of a data set's splits; None for a file that a split does not have."""
+    """Yields the names of all files of a data set's splits. Yields None in place of a file that a split does not have."""
     for _, split in manifest.splits():
         yield from (path.name for path in index_paths(Path(split.path)))
         yield from (getattr(split, bits) for bits in BITS)

@@ -1,4 +1,4 @@
-"""Asks a finished run's model multiple-choice questions, and makes the model's samples for router tuning."""
+"""Asks the model of a finished run multiple-choice questions, and makes samples for tuning the model's routers."""
 
 import os
 import subprocess
@@ -41,8 +41,8 @@ SAMPLES = "samples"
 
 @dataclass
 class QuestionRound:
-    """Asks a model validation or test questions. The model's answer is the answer choice with the highest log-likelihood
-    per token, or the answer choice whose first token has the highest logit."""
+    """Asks a model validation or test questions. The model's answer is the choice with the highest log-likelihood per token
+    or, with `first_token`, the choice whose first token has the highest logit."""
 
     model: Transformer  # all experts of the model are on this process
     config: Config
@@ -59,13 +59,13 @@ class QuestionRound:
         self._likelihood = Likelihood(self.model, self.manifest, group_of_modality=groups, max_seq_len=max_seq_len)
 
     def record(self) -> dict[str, Any]:
-        """Returns the accuracy in each task, and the mean over tasks."""
+        """Returns the accuracy in each task, and the mean accuracy over tasks."""
         by_task = {task: _counted(self._answered(questions)) for task, questions in self._questions.items()}
         return {"side": str(self.side), **_mean(by_task)}
 
     def oracle(self) -> dict[str, Any]:
-        """Returns the accuracy on the first questions of each task with the routing of the last layers fitted to the right
-        answers; the key `before` has the accuracy without the fit."""
+        """Returns the accuracy on the first questions of each task, after the routing of the last layers was fitted to the
+        right answers. The key `before` has the accuracy without the fit."""
         layers = len(self.config.model.moe_layers)
         oracle = Oracle(
             self.model,
@@ -125,8 +125,8 @@ def facts_of(section: QuestionsSection) -> dict[str, list[Fact]]:
 
 
 def asked(section: QuestionsSection, catalogue: Catalogue, task: str, side: Side) -> list[Question]:
-    """Returns the questions of a task that are asked: all or, with `first_token`, those in which no wrong choice has the
-    first token of the right choice."""
+    """Returns the questions of a task that are asked. With `first_token`, these are only the questions in which no wrong
+    choice has the same first token as the right choice."""
     questions = catalogue.questions(task, side, limit=section.limit)
     if not section.first_token:
         return questions
@@ -135,7 +135,7 @@ def asked(section: QuestionsSection, catalogue: Catalogue, task: str, side: Side
 
 
 def check_questions(section: QuestionsSection, config: Config, *, samples: bool) -> None:
-    """Checks, before training starts, that the measurement will find the files and enough questions.
+    """Checks, before training starts, that the files for the measurement exist and that there are enough questions.
 
     Raises:
         ConfigError: files are missing (`make wordnet embedder` fetches them), or there are too few test questions.
@@ -155,7 +155,7 @@ def check_questions(section: QuestionsSection, config: Config, *, samples: bool)
 
 
 def make_samples(run: Path, section: QuestionsSection) -> dict[str, Any]:
-    """Makes the router-tuning samples of a run with `tools.prepare_router_tuning`; keeps existing samples.
+    """Makes samples for router tuning from a run, by `tools.prepare_router_tuning`. Keeps existing samples.
 
     Raises:
         DataError: the tool failed and printed the reason, or the existing samples were made with different options.

@@ -1,8 +1,8 @@
 """Times the training steps of a comparison's methods on several ranks, with one thread each.
 
-The run of each method's first seed continues for STEPS steps in a copy of its folder, because a trained router has
-different expert loads than a new router. A round times each method once on each number of ranks, in random order. All
-rounds take the same steps. A time is the median over a round's steps, without the first WARM_UP steps.
+A trained router has other expert loads than a new router. For each method, the run with the first seed is therefore copied,
+and the copy continues for STEPS steps. A round times each method once on each number of ranks, in random order. All rounds
+take the same steps. A time is the median over the steps of a round, without the first WARM_UP steps.
 """
 
 import json
@@ -38,9 +38,9 @@ class RankTime:
     """The measurements of one method on one number of ranks.
 
     Attributes:
-        seconds: Seconds of a step, by round.
-        kilobytes: Kilobytes per token that all ranks send to other ranks in a step: hidden rows and metadata, forward and
-            backward.
+        seconds: Seconds of a step in each round.
+        kilobytes: Kilobytes per token that all ranks send to other ranks in a step, in forward and backward: hidden rows
+            and metadata.
     """
 
     seconds: tuple[float, ...]
@@ -48,7 +48,7 @@ class RankTime:
 
 
 def first_jobs(study: Study) -> dict[str, StudyJob]:
-    """Maps each method, without controls, to its run with the first seed."""
+    """Maps each method (controls are left out) to its run with the first seed."""
     jobs: dict[str, StudyJob] = {}
     for job in jobs_of(study):
         if not job.arm.measured:
@@ -57,7 +57,7 @@ def first_jobs(study: Study) -> dict[str, StudyJob]:
 
 
 def check_ranks(study: Study, ranks: Sequence[int]) -> None:
-    """Raises one ConfigError that names all numbers of ranks on which some method cannot train."""
+    """Raises one ConfigError that names all numbers of ranks on which at least one method cannot train."""
     problems = []
     for name, job in first_jobs(study).items():
         for number in ranks:
@@ -73,7 +73,7 @@ def check_ranks(study: Study, ranks: Sequence[int]) -> None:
 
 
 def measure(study: Study, ranks: Sequence[int], folder: Path, stop_requested: Callable[[], bool]) -> None:
-    """Measures each (round, method, number of ranks) that `folder` has no record of, and appends the record.
+    """Measures each (round, method, number of ranks) without a record in `folder`, and appends its record.
 
     Raises:
         StoppedError: a stop was requested; finished rounds are kept.
@@ -97,7 +97,7 @@ def measure(study: Study, ranks: Sequence[int], folder: Path, stop_requested: Ca
 
 
 def read_rank_times(folder: Path) -> dict[Key, RankTime]:
-    """Returns the times of all rounds measured so far."""
+    """Returns the times of all rounds that were measured so far."""
     lines: dict[Key, list[Mapping[str, Any]]] = {}
     for line in _lines(folder / RECORDS):
         lines.setdefault((line["method"], line["ranks"]), []).append(line)
@@ -112,7 +112,7 @@ def _layout(study: Study, job: StudyJob, ranks: int) -> list[str]:
 
 
 def _run(study: Study, job: StudyJob, ranks: int, place: Path) -> dict[str, float]:
-    """Continues a copy of the run for STEPS steps, and returns the seconds of a step and the kilobytes sent per token."""
+    """Continues a copy of the run for STEPS steps. Returns the seconds of a step, and the kilobytes sent per token."""
     finished = RunFolder(run_folder(study, job.label, job.seed, pilot=False))
     copy = RunFolder(place / finished.path.name)
     shutil.copytree(finished.path, copy.path)

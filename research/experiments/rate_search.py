@@ -1,7 +1,7 @@
-"""Searches the learning rate of each method of a comparison.
+"""Searches for the best learning rate of each method of a comparison.
 
-Each method has one pilot run with each rate. All pilot runs share a seed that no other run has. A method gets the rate of
-its pilot run with the lowest loss on validation sequences, on which no other run is measured.
+Each method has one pilot run with each learning rate. All pilot runs have the same seed, which no other run has. A method
+gets the rate of its pilot run with the lowest loss on validation sequences. Other runs are not measured on them.
 """
 
 from moe_dist.errors import ConfigError
@@ -13,7 +13,7 @@ FILE = "rates.yaml"
 
 
 def make_search(asked: Comparison) -> Study:
-    """Writes the study whose pilot runs are the search.
+    """Writes the study whose pilot runs are the search, and returns the study.
 
     Raises:
         ConfigError: see `make_study`.
@@ -26,7 +26,7 @@ def make_search(asked: Comparison) -> Study:
 
 
 def best_rates(asked: Comparison, records: Records) -> dict[str, float]:
-    """Returns the rate of each method.
+    """Returns the best learning rate of each method.
 
     Raises:
         ConfigError: a pilot run is missing.

@@ -1,7 +1,7 @@
-"""Writes the results of an experiment into a page beside its records: verdicts, tables and plots.
+"""Writes the results of an experiment (verdicts, tables and plots) into a page beside the experiment's records.
 
-The page has a section between two comments, which each report rewrites. Results of an earlier attempt under different rules
-have a section of their own, which no report rewrites. Text that people write behind a section stays.
+The page has a section between two comments, which each report rewrites. Results of an earlier attempt under other rules
+have their own section, which no report rewrites. Text that people write behind a section is kept.
 """
 
 import math
@@ -21,9 +21,9 @@ from research.experiments.study import Study, jobs_of
 from research.experiments.verdict_figure import draw_verdicts
 from research.experiments.verdicts import Record, Records, Verdict, judge, judge_gates, number_at, numbers, of_arm, value_of
 
-CONSTANT = 0.05  # an arm's bins are not shown if their loads differ by no more than this
-SAME_ROWS = 0.02  # arms count as alike if their rows per token differ by no more than this
-TWICE = "-twice"  # end of the name of a source with twice as many documents of the same kind
+CONSTANT = 0.05  # the bins of an arm are not shown if the loads in the bins differ by at most this
+SAME_ROWS = 0.02  # arms count as alike if their numbers of rows per token differ by at most this
+TWICE = "-twice"  # end of the name of a source that has twice as many documents of the same kind
 LOSSES = ("all", "text", "image", "image_no_filler")
 ROWS = {
     "rows_remote": "one row a (token, rank)",
@@ -105,7 +105,7 @@ def _section(
 
 
 def _per_arm(study: Study, records: Records) -> list[tuple[str, dict[int, Record]]]:
-    """Maps each arm that has records to the arm's records by seed."""
+    """Returns each arm that has records, with the arm's records by seed."""
     return [(name, mine) for name in study.arms if (mine := of_arm(records, name))]
 
 
@@ -144,7 +144,7 @@ def _arms(study: Study, records: Records) -> list[str]:
 
 
 def _compact(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Returns heads and rows without the columns that have no value in any row or repeat the previous column."""
+    """Returns heads and rows without the columns that have no value in any row, or equal the column before them."""
     columns = [[head, *cells] for head, *cells in zip(heads, *rows, strict=True)]
     kept = [
         column
@@ -156,8 +156,8 @@ def _compact(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[
 
 
 def _answers(study: Study, records: Records) -> list[str]:
-    """Returns a table of the fraction of held-out documents with a right answer: the mean over sources, and each source.
-    Records since mole-2 also have the nats of an answer."""
+    """Returns a table of the fraction of held-out documents with a right answer: the mean over sources, and the fraction
+    for each source. If the records have them (since mole-2), also returns the nats of an answer."""
     sources = _parts(records, "answers", "by_source")
     metrics = {"accuracy": "answers.accuracy"}
     if any("nats" in each.get("answers", {}) for each in records.values()):
@@ -172,7 +172,7 @@ def _answers(study: Study, records: Records) -> list[str]:
 
 
 def _domains(study: Study, records: Records) -> list[str]:
-    """Returns a table of the domain probe's accuracies, and of the bits by which choices reveal the domain."""
+    """Returns a table of the accuracies of the domain probe, and of the bits that the choices tell about the domain."""
     rows = []
     for name, every in _per_arm(study, records):
         if mine := {seed: record for seed, record in every.items() if "domains" in record}:
@@ -190,8 +190,8 @@ def _domains(study: Study, records: Records) -> list[str]:
 
 
 def _questions(study: Study, records: Records) -> list[str]:
-    """Returns a table of the fraction of right answers; for arms with an oracle also the fraction with routing fitted to
-    the labels."""
+    """Returns a table of the fraction of right answers. For arms with an oracle, it also has the fraction after the routing
+    was fitted to the labels."""
     tasks = _parts(records, "questions", "by_task")
     shown = (
         ("questions", "accuracy", "{}"),
@@ -225,7 +225,7 @@ def _parts(records: Mapping[Any, Record], kind: str, by: str) -> list[str]:
 
 
 def _wire(study: Study, records: Records) -> list[str]:
-    """Returns a table of the rows sent, without columns in which all arms are alike; empty if no column is left."""
+    """Returns a table of the sent rows, without columns in which all arms are alike. It is empty if no column is left."""
     wire = study.measure.wire
     means = {
         _label(study, name): [_mean(each["wire"][key] for each in mine.values()) for key in ROWS]
@@ -254,7 +254,7 @@ def _loads(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
         if not any(value % 1 for each in mine.values() for value in [*each["load"]["by_layer"], each["load"]["idle"]]):
-            continue  # all tokens take the same number of experts in a layer; the table of arms has it
+            continue  # in each layer, all tokens take the same number of experts, which the table of arms has
         metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
         cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))
@@ -266,7 +266,7 @@ def _loads(study: Study, records: Records) -> list[str]:
 def _probes(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
-        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # maps (probe, setting) to each seed's (rise, load)
+        found: dict[tuple[str, float], list[tuple[float, float]]] = {}  # (probe, setting) -> (rise, load) of each seed
         for each in mine.values():
             for kind, points in each.get("probes", {}).items():
                 for point in points:
@@ -280,8 +280,8 @@ def _probes(study: Study, records: Records) -> list[str]:
 
 
 def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) -> list[str]:
-    """Returns a table of eta (see `EtaValue`) for all labels and by modality: geometric mean, smallest and largest value
-    over seeds. Empty if no record has the losses."""
+    """Returns a table of eta (see `EtaValue`) for all labels and for each modality: its geometric mean, and its smallest
+    and largest value over seeds. The table is empty if no record has the losses."""
     if (dense := study.reference) is None:
         return []
     costs: dict[str, Literal["flops", "seconds", "bytes"]] = {"FLOPs": "flops", "seconds": "seconds"}
@@ -295,7 +295,7 @@ def _etas(study: Study, records: Records, loss: Literal["heldout", "training"]) 
                 value = EtaValue(eta=name, of=dense, part=part, cost=cost, loss=loss)
                 seeds = sorted({seed for arm, seed in records if arm == name} & {s for arm, s in records if arm == dense})
                 logs = [value_of(value, records, seed) for seed in seeds]
-                # No mean is shown if the eta of any seed is unknown, because omitting this seed would bias the mean.
+                # If the eta of any seed is unknown, no mean is shown: leaving out this seed would bias the mean.
                 cells.append(_eta([log for log in logs if log is not None] if None not in logs else []))
         if name != dense and any(cell != "-" for cell in cells):
             rows.append([_label(study, name), *cells])
@@ -317,7 +317,7 @@ def _eta(logs: Sequence[float]) -> str:
 
 
 def _bins(study: Study, records: Records, key: str) -> list[str]:
-    """Returns a table of mean true experts per token by bin of tokens, for arms whose bins differ in this number."""
+    """Returns a table of the mean number of true experts per token in each bin, for arms in which this number varies."""
     rows = []
     for name, mine in _per_arm(study, records):
         tables = [each[key] for each in mine.values() if each.get(key) and each["load"]["all"] % 1]

@@ -1,7 +1,7 @@
-"""Reads and writes the records of an experiment: a gzip file with a JSON line that identifies the rules, then a JSON line
-for each run.
+"""Reads and writes the records of an experiment. The file is a gzip file of JSON lines: the first line identifies the
+rules, and each further line is the record of a run.
 
-The file is committed. A record takes a few kilobytes and has all data for tables, plots and verdicts.
+The file is committed. A record has a few kilobytes, and contains all data for tables, plots and verdicts.
 """
 
 import gzip
@@ -34,7 +34,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
     Raises:
         ConfigError: the study lacks the values that the pilot fixes, a file with rules has uncommitted changes, or the
-            results at `path` were made under different rules.
+            results at `path` were made under other rules.
     """
     if not study.pilot.found:
         raise ConfigError(
@@ -64,7 +64,7 @@ def check_rules(path: Path, study_path: Path, study: Study) -> str:
 
 
 def check_code(study: Study) -> None:
-    """Raises ConfigError if `committed_code` is set and the code differs from its commit."""
+    """Raises ConfigError if `committed_code` is set and the code differs from the current commit."""
     if study.committed_code and code_of_now()["changed"]:
         raise ConfigError(
             "the code differs from what is committed, and committed_code asks that a record's code can be rebuilt; commit "
@@ -73,7 +73,7 @@ def check_code(study: Study) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any] | None:
-    """Reads the records' first line; None without file."""
+    """Returns the first line of the records; None if there is no file."""
     lines = _lines(path)
     if lines and "fingerprint" not in lines[0]:
         raise DataError(f"{path}: its first line must say by which rules it was made; it is damaged: take it from git")
@@ -96,8 +96,8 @@ def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def add_record(path: Path, header: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Adds or replaces the record of a run. The whole file is rewritten, so that a crash leaves either the old or the new
-    file."""
+    """Adds the record of a run, or replaces it. The whole file is written anew, so that a crash leaves either the old file
+    or the new file."""
     lines = _lines(path) or [dict(header)]
     kept = [line for line in lines[1:] if (line["arm"], line["seed"]) != (record["arm"], record["seed"])]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +111,8 @@ def make_header(study_path: Path, study: Study, rules: str | None) -> dict[str, 
 
 
 def code_of_now() -> dict[str, Any]:
-    """Returns the current commit, and "changed": true if the code differs from this commit or has new .py or .yaml files.
-    Files in docs/ and research/records/ do not count as code, because records are written there. Without git also returns
+    """Returns the current commit. "changed" is true if the code differs from this commit, or has new .py or .yaml files.
+    Files in docs/ and research/records/ do not count as code, because records are written there. Without git, also returns
     the "version" of the package."""
     commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
     headers = re.findall(rb"^diff --git .*$", diff, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The rules of an experiment, and the values that they compare: numbers from the records of arms."""
+"""Defines the rules of an experiment, and the values that rules compare. A value is computed from the records of arms."""
 
 from typing import Annotated, Literal
 
@@ -26,7 +26,7 @@ class InterpolatedValue(Part):
     """Interpolates linearly between the points (`x`, `y`) of the arms `through`, at the `x` of the arm `at`. `x` and `y`
     are dotted paths of numbers in a record.
 
-    The outermost lines extend by `reach` beyond the outermost arms. Farther outside there is no value.
+    The first and the last line extend by `reach` beyond the outermost arms. Farther outside there is no value.
     """
 
     through: tuple[ArmName, ...] = Field(min_length=2)
@@ -39,7 +39,7 @@ class InterpolatedValue(Part):
 class EtaValue(Part):
     """ln eta, where eta = (training cost of the arm `of`) / (cost at which the arm `eta` reaches the last loss of `of`).
 
-    The loss is the held-out loss or the training loss. In the training loss, experts that choose tokens see later tokens.
+    The loss is the held-out loss or the training loss. In training, experts that choose tokens see later tokens.
     """
 
     eta: ArmName
@@ -54,7 +54,7 @@ class ConstantValue(Part):
 
 
 class Term(ArmValue):
-    """A number in an arm's record, times a factor."""
+    """A number in an arm's record, multiplied by a factor."""
 
     times: float = 1.0
 
@@ -66,8 +66,8 @@ class SumValue(Part):
 
 
 class RatioValue(Part):
-    """`factor` times the rise of the loss that a probe with the setting `at` causes: loss with the probe - loss without the
-    probe."""
+    """`factor` times the rise of the loss that a probe with the setting `at` causes. The rise is the loss with the probe
+    minus the loss without the probe."""
 
     arm: ArmName
     probe: str
@@ -80,11 +80,11 @@ Value = ArmValue | InterpolatedValue | EtaValue | ConstantValue | SumValue | Rat
 
 
 class ValueRule(Part):
-    """A rule: the value `lower` must be below `higher` + `margin`.
+    """A rule. It holds if the value `lower` is below `higher` + `margin`, in the sense of `by`.
 
-    With by=bound, the upper one-sided t-bound of the mean paired difference lower - higher must be below the margin. The
-    bound's confidence is `Study.confidence`.
-    With by=mean, the mean paired difference itself must be at most the margin.
+    With by=bound, the upper one-sided t-bound of the mean paired difference (lower - higher) must be below the margin.
+    `Study.confidence` is the confidence of the bound. With by=mean, the mean paired difference itself must be at most the
+    margin.
     """
 
     claim: str

@@ -1,10 +1,10 @@
-"""Runs the jobs of an experiment, up to `side_by_side` ranks at the same time, each with one thread.
+"""Runs the jobs of an experiment. At most `side_by_side` ranks run at the same time, each with one thread.
 
-Most jobs have one rank. A job of n ranks counts as n jobs, so that its seconds are not measured on a crowded machine. A job
-of more ranks than `side_by_side` runs alone.
+Most jobs have one rank. A job of n ranks counts as n jobs, so that its seconds are not measured on an overloaded machine.
+A job with more than `side_by_side` ranks runs alone.
 
-A job is a training by launchers.local, followed by its measurement. A later call skips jobs that have a record; an
-unfinished training resumes from its last checkpoint. Child processes end when this process ends, even if it is killed.
+A job is a training by launchers.local, followed by the measurement of its run. A later call skips jobs that have a record.
+An unfinished training resumes from its last checkpoint. Child processes end when this process ends, even if it is killed.
 """
 
 import json
@@ -28,7 +28,7 @@ MEASURED = "measured.json"
 SPENT = ("tokens", "flops", "seconds", "bytes")
 TICK_SECONDS = 0.2
 STOP_SECONDS = 300.0  # a stopped run is killed after this many seconds
-# Each process has one thread, because the runs are small and several runs share the cores.
+# Each process has one thread, because the runs are small, and several runs share the cores.
 ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 
@@ -40,7 +40,7 @@ class JobFailedError(MoeDistError):
 class _Running:
     job: StudyJob
     process: subprocess.Popen[bytes]
-    training: bool  # true: the process trains; false: the process measures a finished run
+    training: bool  # true if the process trains, false if it measures a finished run
 
     @property
     def ranks(self) -> int:
@@ -49,13 +49,13 @@ class _Running:
 
 @dataclass
 class Runner:
-    """Runs jobs until each has a record."""
+    """Runs jobs until each job has a record."""
 
     study_path: Path  # the experiment's file, for the measuring process
     study: Study
-    pilot: bool  # a pilot writes its runs and records to separate folders
-    rules: str | None  # commit of the rules, for the first line of the records
-    side_by_side: int  # number of simultaneous ranks
+    pilot: bool  # whether the runs are a pilot, whose runs and records are in separate folders
+    rules: str | None  # commit of the rules, which goes into the first line of the records
+    side_by_side: int  # largest number of ranks that run at the same time
     stop_requested: Callable[[], bool]
     same_code: bool = False  # whether all records need the same version of the code
     _running: list[_Running] = field(default_factory=list, init=False)
@@ -66,7 +66,7 @@ class Runner:
         self._records = read_records(self._path)
 
     def run(self, jobs: Sequence[StudyJob]) -> None:
-        """Runs all jobs that have no record yet, ordered by seed, so that runs that will be compared are close in time.
+        """Runs all jobs without a record, ordered by seed, so that runs to compare are close in time.
 
         Raises:
             StoppedError: a stop was requested; the running trainings have saved checkpoints.
@@ -96,7 +96,7 @@ class Runner:
         return not self._running or sum(each.ranks for each in self._running) + job.ranks <= self.side_by_side
 
     def _lacking(self, job: StudyJob) -> list[str]:
-        """Returns the arms that a job needs and that have no record yet."""
+        """Returns the arms that the job needs but that have no record yet."""
         return [name for name in job.arm.needs if (name, job.seed) not in self._records]
 
     def _train(self, job: StudyJob) -> None:
@@ -121,8 +121,8 @@ class Runner:
         self._launch(job, ["research.experiments.measure", *arguments], training=False)
 
     def _launch(self, job: StudyJob, arguments: Sequence[str], *, training: bool) -> None:
-        """Starts a module and its arguments as a child process; the process's output goes to a file beside the run's
-        folder."""
+        """Starts a module with arguments as a child process. The output of the process goes to a file beside the folder of
+        the run."""
         folder = self._folder(job)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with Path(f"{folder}.out").open("ab") as out:
@@ -164,7 +164,7 @@ class Runner:
         print(f"done {job.label} seed {job.seed}: held-out {measured['loss']['all']:.4f} nats", flush=True)
 
     def _stop(self) -> None:
-        """Lets running jobs save and end; kills jobs that still run after STOP_SECONDS."""
+        """Makes running jobs save and end. Kills jobs that still run after STOP_SECONDS."""
         for each in self._running:
             each.process.terminate()
         deadline = time.monotonic() + STOP_SECONDS

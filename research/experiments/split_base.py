@@ -1,10 +1,10 @@
-"""Makes a mixture of experts from an imported dense model without training: a real model whose routing can be improved.
+"""Makes a mixture of experts from an imported dense model, without training. Its routing can be improved.
 
     python -m research.experiments.split_base .cache/hf/smollm2-import --data .cache/data/smollm2-words --out FOLDER
 
-Each FFN is cut into experts, and a token takes only some of them. Neurons that are active on the same tokens share an
-expert (as in MoEfication, arXiv 2110.01786). A router row predicts, by a linear regression on the FFN's inputs, the
-logarithm of the norm of the expert's output. Weights of experts are near 1, because the logits are small.
+Each FFN is divided into experts, and a token takes only some of them. Neurons that are active on the same tokens are in the
+same expert (as in MoEfication, arXiv 2110.01786). A router row predicts the logarithm of the norm of the expert's output.
+It is a linear regression on the FFN's inputs. The weights of experts are near 1, because the logits are small.
 
 Shape letters: T tokens, D hidden size, F width of the FFN, n experts, N = F / n neurons of an expert.
 """
@@ -33,14 +33,14 @@ from research.experiments.domain_probe import recorded_inputs
 from research.experiments.instructed import check_new
 
 GROUP = "all"  # the expert group of an import
-ROUNDS = 10  # rounds of the clustering of neurons
+ROUNDS = 10  # number of rounds of the clustering of neurons
 RIDGE = 1e-2  # penalty of the ridge regression, as a fraction of the inputs' mean square
 SPREAD = 0.25  # standard deviation of the logits: small, so that the experts of a token have nearly equal weights
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How an FFN becomes experts."""
+    """The division of an FFN into experts."""
 
     neurons_nN: Tensor  # int64, the neurons of each expert
     rows_nD: Tensor  # router rows
@@ -48,7 +48,7 @@ class Cut:
 
 @torch.no_grad()
 def cut(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, experts: int) -> Cut:
-    """Divides the neurons of an FFN among experts and fits router rows. Both use the FFN's inputs `x_TD`."""
+    """Divides the neurons of an FFN among experts, and fits router rows. Both steps use the FFN's inputs `x_TD`."""
     hidden_TF = F.silu(x_TD @ gate_FD.T) * (x_TD @ up_FD.T)
     neurons_nN = cluster((hidden_TF * down_DF.norm(dim=0)).abs().T, experts=experts)
     outputs = [hidden_TF[:, neurons] @ down_DF[:, neurons].T for neurons in neurons_nN]
@@ -57,10 +57,10 @@ def cut(x_TD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor, *, expert
 
 
 def cluster(activity_FT: Tensor, *, experts: int) -> Tensor:
-    """Returns the neurons of each expert, int64 [n, N]: clusters of equal size, by the neurons' activities.
+    """Returns the neurons of each expert, int64 [n, N]. The experts are clusters of equal size of the neurons' activities.
 
-    Each round gives a neuron to the expert whose mean activity is most similar (by cosine), unless that expert is full.
-    Neurons with a clearly best expert choose first.
+    In each round, a neuron goes to the expert with the most similar mean activity (by cosine) that is not full. Neurons for
+    which one expert is clearly the best choose first.
     """
     activity_FT = F.normalize(activity_FT.float(), dim=1)
     size = len(activity_FT) // experts
@@ -79,8 +79,8 @@ def cluster(activity_FT: Tensor, *, experts: int) -> Tensor:
 
 
 def regression(x_TD: Tensor, wanted_Tn: Tensor) -> Tensor:
-    """Returns router rows [n, D] whose logits predict `wanted_Tn` minus its mean over all tokens and experts. The rows are
-    scaled so that the logits have the standard deviation SPREAD."""
+    """Returns router rows [n, D]. Their logits predict `wanted_Tn` minus its mean over all tokens and experts, but are
+    scaled to the standard deviation SPREAD."""
     x_TD, wanted_Tn = x_TD.double(), wanted_Tn.double()
     square_DD = x_TD.T @ x_TD
     ridge_DD = RIDGE * square_DD.diagonal().mean() * torch.eye(len(square_DD), dtype=torch.float64)
@@ -90,7 +90,7 @@ def regression(x_TD: Tensor, wanted_Tn: Tensor) -> Tensor:
 
 
 def split_config(config: Config, *, experts: int, top_k: int) -> Config:
-    """Returns the configuration of the mixture, in which the weights of a token's experts sum to `top_k`.
+    """Returns the configuration of the mixture. The weights of a token's experts sum to `top_k`.
 
     Raises:
         ConfigError: the model is no dense import, or its FFN's width is no multiple of `experts`.
@@ -112,7 +112,7 @@ def split_config(config: Config, *, experts: int, top_k: int) -> Config:
 
 
 def inputs_of_ffns(model: Transformer, batches: Sequence[Batch], groups: Tensor) -> list[Tensor]:
-    """Returns, for each layer, the inputs of the FFN at all tokens of the batches that are no padding [T, D]."""
+    """Returns, for each layer, the inputs of the FFN [T, D], at all tokens of the batches except padding."""
     found: list[list[Tensor]] = [[] for _ in model.moe_modules()]
     with torch.no_grad(), recorded_inputs(model) as inputs:
         for batch in batches:
@@ -124,7 +124,7 @@ def inputs_of_ffns(model: Transformer, batches: Sequence[Batch], groups: Tensor)
 
 
 def split(trained: LoadedRun, out: Path, *, experts: int, top_k: int, sequences: int, length: int) -> None:
-    """Makes the mixture with held-out sequences of the data, and writes it as the checkpoint of the folder `out`."""
+    """Makes the mixture from held-out sequences of the data, and writes it as the checkpoint of the folder `out`."""
     config = split_config(trained.config, experts=experts, top_k=top_k)
     device = torch.device("cpu")
     dense = CheckpointReader(trained.folder.parent, trained.config, device)

@@ -1,8 +1,8 @@
-"""The schema of an experiment, research/configs/reproduce/NAME.yaml: its classes are frozen and strict, like the
-configuration of a run.
+"""Defines the schema of an experiment, research/configs/reproduce/NAME.yaml. Like the configuration of a run, its classes
+are frozen and strict.
 
 An arm is a configuration that is trained once with each seed. Runs with the same seed see the same data in the same order,
-so that the differences between arms are paired. `after` starts a run from the weights of another arm's run with the same
+so that differences between arms are paired. With `after`, a run starts from the weights of another arm's run with the same
 seed.
 """
 
@@ -31,10 +31,10 @@ RESULTS = Path("research/records/reproductions")
 PILOT = "pilot"
 SHAPE = ("model.num_layers", "model.moe.every", "model.moe.first")  # keys that determine the number of MoE layers
 VARIANT = "~"  # separates arm and variant in the run names of a pilot; not allowed in names of arms
-LEFT = 500  # number of training questions per task that only tune routers, and never train a base model
+LEFT = 500  # number of training questions of each task that are used only to tune routers, not to train a base model
 
 Settings = dict[str, Any]
-# A default of the schema when the base configurations in FOLDER were written. These configurations may not change.
+# The default that the schema had when the base configurations in FOLDER were written. These configurations may not change.
 EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
@@ -42,12 +42,12 @@ EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
 class CurveSection(Part):
-    """Measures the held-out loss during a run, at each checkpoint. The model measured at a checkpoint has the mean weights
-    of the checkpoints in the last fraction `average` of the steps up to this checkpoint."""
+    """Measures the held-out loss during a run, at each checkpoint. The weights of the measured model are a mean: over the
+    checkpoints in the last fraction `average` of the steps up to this checkpoint."""
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm with which all other arms' curves are compared
+    of: ArmName | None = None  # the arm with whose curve the curves of all other arms are compared
 
 
 class WireSection(Part):
@@ -61,11 +61,11 @@ class DisturbanceSection(Part):
     """Noise on the router rows of the last `oracle_layers` MoE layers; its scale is in standard deviations of the rows."""
 
     scales: tuple[PositiveFloat, ...] = Field(default=(0.5, 1.0, 2.0, 4.0), min_length=1)  # tried in this order
-    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # largest share that may remain of the accuracy above chance
+    keep: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5  # largest fraction of the accuracy above chance that may remain
 
 
 class QuestionsSection(Part):
-    """Asks multiple-choice questions, scored by log-likelihood per token; a pilot asks the validation questions."""
+    """Multiple-choice questions, scored by log-likelihood per token. A pilot asks the validation questions."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
     limit: PositiveInt | None = None  # largest number of questions per task; None for no limit
@@ -73,11 +73,11 @@ class QuestionsSection(Part):
     embedder: str | None = None  # folder of the embedder; by default the folder of `make embedder`
     least: NonNegativeInt = 0  # smallest allowed number of test questions of all tasks together
     left: Annotated[int, Field(ge=1, le=LEFT)] = LEFT  # number of training questions per task in `samples`
-    first_token: bool = False  # whether choices are scored by first tokens; questions for which this fails are left out
-    sizes: tuple[PositiveInt, ...] = ()  # sizes of the subsets of `samples` that are made
-    disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # for arms with `disturbed`
-    listed: bool = False  # whether questions list their choices, and are right only if each rotation of the choices is
-    oracle_questions: PositiveInt = 100  # the oracle answers this many first questions of each task
+    first_token: bool = False  # whether choices are scored by first tokens; if this is impossible, the question is left out
+    sizes: tuple[PositiveInt, ...] = ()  # sizes of the subsets of `samples` to make
+    disturbance: DisturbanceSection = Field(default_factory=DisturbanceSection)  # used by arms that ask for `disturbed`
+    listed: bool = False  # whether questions list their choices; an answer is right if it is right in each rotation of them
+    oracle_questions: PositiveInt = 100  # number of first questions of each task that the oracle answers
     oracle_layers: PositiveInt = 5  # number of last MoE layers whose routing the oracle fits
 
 
@@ -98,16 +98,16 @@ class MeasureSection(Part):
 
 
 class MeasuredSetting(ArmValue):
-    """Sets a key of the configuration to a number in another arm's record with the same seed."""
+    """Sets a key of the configuration to a number in the record of another arm's run with the same seed."""
 
 
 class Arm(Part):
-    """One configuration, with one run for each of its seeds."""
+    """One configuration, which is trained once with each of its seeds."""
 
     about: str
     set: Settings = Field(default_factory=dict)
     after: ArmName | None = None
-    carry: bool = False  # whether the record's costs include the costs of the arm `after`
+    carry: bool = False  # whether the costs in the record include the costs of the arm `after`
     measured: dict[str, MeasuredSetting] = Field(default_factory=dict)
     seeds: Literal["decisive", "other"] = "other"
     probes: tuple[Literal["threshold", "flip", "hindsight"], ...] = ()
@@ -116,7 +116,7 @@ class Arm(Part):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Returns the arms whose records with the same seed must exist before a run of this arm starts."""
+        """Returns the arms that must have records with the same seed before a run of this arm starts."""
         arms = [self.after, *(each.arm for each in self.measured.values())]
         return tuple(dict.fromkeys(arm for arm in arms if arm))
 
@@ -127,7 +127,7 @@ class Seeds(Part):
 
 
 class PilotSection(Part):
-    """Pilot runs determine learning rate, steps and coefficients. They have seeds of their own, and are never reported."""
+    """Pilot runs determine learning rate, steps and coefficients. They have their own seeds, and are never reported."""
 
     seeds: tuple[int, ...] = Field(min_length=1)
     arms: tuple[ArmName, ...] = ()
@@ -150,14 +150,14 @@ class Study(Part):
     names: dict[ArmName, str] = Field(default_factory=dict)  # short names of arms, for tables
     not_testable: str = ""  # why no rule can be judged on the study's runs; empty if rules can be judged
     arms: dict[ArmName, Arm] = Field(min_length=1)
-    gates: tuple[ValueRule, ...] = ()  # if one of these rules fails, no rule of `rules` is judged; their arms run first
+    gates: tuple[ValueRule, ...] = ()  # if a gate fails, no rule of `rules` is judged; the arms of gates run first
     rules: tuple[ValueRule, ...] = ()
     corrected: bool = False  # whether the upper bounds of all rules together (not each alone) hold with 95 % (Bonferroni)
     committed_code: bool = False  # whether runs that count need code without uncommitted changes
 
     @property
     def confidence(self) -> float:
-        """Confidence of the one-sided bound of each rule and gate."""
+        """The confidence of the one-sided bound of each rule and of each gate."""
         return 1.0 - (1.0 - CONFIDENCE) / (max(1, len(self.rules)) if self.corrected else 1)
 
     @property
@@ -166,7 +166,7 @@ class Study(Part):
 
     @property
     def gate_arms(self) -> frozenset[str]:
-        """Returns the arms that gates compare, and the arms that these arms need."""
+        """Returns the arms that gates compare, and all arms that these arms need."""
         found: list[str] = []
         for name in reversed(self.arms):  # backwards, because an arm comes after the arms that it needs
             if any(name in rule.arms for rule in self.gates) or any(name in self.arms[each].needs for each in found):
@@ -214,8 +214,8 @@ class Study(Part):
         return self.seeds.decisive if arm.seeds == "decisive" else self.seeds.other
 
     def with_whole_cost(self) -> list[str]:
-        """Returns the arms whose records include the whole training cost: arms from initial weights, and arms with
-        `carry`."""
+        """Returns the arms whose records include the whole training cost: arms that start from initial weights, and arms
+        with `carry`."""
 
         def whole(arm: Arm) -> bool:
             return arm.after is None or (arm.carry and whole(self.arms[arm.after]))
@@ -227,7 +227,7 @@ class Study(Part):
 class StudyJob:
     """One run and its measurement."""
 
-    label: str  # name of the arm; in a pilot also VARIANT and the name of a variant
+    label: str  # name of the arm; in a pilot, VARIANT and the name of a variant may follow
     arm: Arm
     seed: int
     settings: Mapping[str, Any]  # overrides of the base configuration, except settings from other arms' records
@@ -239,8 +239,8 @@ class StudyJob:
 
 
 def find_file(path: str | Path) -> Path:
-    """Finds a study or a base configuration by its path below `RESEARCH`, or as `find_config` does. Studies name their base
-    by its path below `RESEARCH`, because a study's fingerprint includes the text of the path."""
+    """Finds a study or a base configuration by its path below `RESEARCH`, or in the way of `find_config`. A study gives the
+    path of its base below `RESEARCH`, because the fingerprint of the study includes the text of this path."""
     inside = RESEARCH / path
     return inside if inside.is_file() else find_config(path)
 
@@ -249,7 +249,7 @@ def load_study(path: Path) -> Study:
     """Reads an experiment.
 
     Raises:
-        ConfigError: lists every fault.
+        ConfigError: the study is invalid. The error lists every fault.
     """
     try:
         text = path.read_text()
@@ -260,7 +260,7 @@ def load_study(path: Path) -> Study:
     if problems:
         raise ConfigError([f"{path}: {problem}" for problem in problems])
     try:
-        # Validated as JSON, in which a list is accepted for a tuple.
+        # The study is validated as JSON, because in JSON a list is accepted for a tuple.
         study = Study.model_validate_json(json.dumps(values))
     except ValidationError as error:
         problems = [f"{path}: {'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
@@ -282,7 +282,7 @@ def fingerprint(study_path: Path, study: Study) -> str:
 
 
 def jobs_of(study: Study, *, pilot: bool = False) -> list[StudyJob]:
-    """Returns the job of every run, ordered by arm as in the study's file. An arm comes after the arms that it needs."""
+    """Returns a job for every run, in the file's order of arms. In the file, an arm comes after the arms that it needs."""
     if pilot:
         return _pilot_jobs(study)
     return [_job(study, name, arm, seed, {}) for name, arm in study.arms.items() for seed in study.seeds_of(arm)]
@@ -317,8 +317,8 @@ def run_folder(study: Study, label: str, seed: int, *, pilot: bool) -> Path:
 
 
 def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pilot: bool) -> list[str]:
-    """Returns a run's overrides of the base configuration for the launcher: key=value, with the value as JSON (which is
-    YAML)."""
+    """Returns the overrides with which the launcher changes the base configuration for a run: key=value, with the value as
+    JSON (which is YAML)."""
     folder = run_folder(study, job.label, job.seed, pilot=pilot)
     settings: dict[str, Any] = {"run.name": folder.name, "run.root": str(folder.parent), "run.seed": job.seed}
     if job.arm.after is not None:
@@ -328,8 +328,8 @@ def overrides_of(study: Study, job: StudyJob, measured: Mapping[str, Any], *, pi
 
 
 def config_of(study: Study, job: StudyJob, *, pilot: bool = False) -> Config:
-    """Returns the configuration of a run. A setting that is not measured yet gets a substitute: 1.5 for a number of
-    experts, the name of a missing folder for a folder.
+    """Returns the configuration of a run. A setting that another arm has not measured yet gets a substitute: 1.5 for a
+    number of experts, or the name of a missing folder for a folder.
 
     Raises:
         ConfigError: the arm's settings are not valid.

@@ -1,5 +1,5 @@
-"""Writes subsets of a folder of router-tuning samples. All arms get the same subsets. Each subset is part of all larger
-subsets."""
+"""Writes subsets of a folder of router-tuning samples. The subsets are the same for all arms. Each subset is contained in
+all larger subsets."""
 
 import json
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from moe_dist.train.router_tuning.samples import Samples, Scored, write_samples
 
 
 def make_subsets(folder: Path, sizes: Sequence[int], *, labelled: bool = False) -> dict[str, dict[str, Any]]:
-    """Writes a folder FOLDER-SIZE for each size, beside the folder of all samples; keeps existing folders. Maps each size
-    to the folder's path, number of samples and number of right answers.
+    """Writes a folder FOLDER-SIZE for each size, beside the folder of all samples. Keeps existing folders. Returns for each
+    size the folder's path, number of samples and number of right answers.
 
     Args:
-        labelled: Takes only samples with a label for `router_tuning.objective: choices`.
+        labelled: Whether to use only samples with a label for `router_tuning.objective: choices`.
 
     Raises:
         ConfigError: the folder has fewer samples than a size.
@@ -48,8 +48,8 @@ def _questions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _dealt(questions: Sequence[dict[str, Any]]) -> list[int]:
-    """Returns the indices of all samples in an order in which each prefix has about equally many samples of each task.
-    Within a task the order depends only on the ids of the questions, not on the answers of the model."""
+    """Returns the indices of all samples. The order is such that each prefix has about equally many samples of each task.
+    Within a task, the order depends only on the ids of the questions, not on the answers of the model."""
     by_task: dict[str, list[int]] = {}
     for number in sorted(range(len(questions)), key=lambda number: uniform("subset", questions[number]["id"])):
         by_task.setdefault(questions[number]["task"], []).append(number)

@@ -1,10 +1,10 @@
-"""Evaluates a model token by token: loss and true (not null) experts of each held-out token, right answers of instruction
-data, and the rows that an EP group would send.
+"""Evaluates a model token by token. Measures the loss and the number of true (not null) experts of each held-out token, the
+right answers of instruction data, and the rows that an EP group would send.
 
-The evaluation has one rank and sends no token rows. It can count the rows that an EP group would send, because their number
-depends only on the expert choices. Sequences are assigned to the group's ranks in turn, as in the loader. Rows are counted
-in forward, per token and layer; `moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would send for
-the same choices.
+The evaluation runs on one rank and sends no token rows. It can count the rows that an EP group would send, because their
+number depends only on the expert choices. Sequences are assigned to the group's ranks in turn, as in the loader. Rows are
+counted in forward, per token and layer. `moe_dist.moe.dispatch.ledger` counts the rows that other dispatch methods would
+send for the same choices.
 
 Shape letters: B sequences, S positions of a sequence, T = B x S, N scored tokens, L MoE layers, V vocabulary, R ranks.
 """
@@ -34,10 +34,10 @@ ROWS = ("rows_remote", "rows_per_pair", "rows_topk", "rows_same_active", "rows_n
 
 @dataclass(frozen=True)
 class Tokens:
-    """All scored tokens of an evaluation. `input` is the token that the experts compute; `label` is the next token."""
+    """All scored tokens of an evaluation. `input` is the token that the experts process, and `label` is the next token."""
 
     loss_N: np.ndarray  # loss in nats
-    load_NL: np.ndarray  # number of true experts in each layer; 0 where the token skips a mixture-of-depths layer
+    load_NL: np.ndarray  # number of true experts in each layer; 0 if the token skips a mixture-of-depths layer
     input_N: np.ndarray  # token ids
     label_N: np.ndarray
     input_filler_N: np.ndarray  # true for an empty cell of a picture: a code that shows only background
@@ -48,7 +48,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """The routing of a batch in one layer."""
+    """The routing of a batch's tokens in one layer."""
 
     routing: Routing
     index_T: Tensor  # index of each routed token in the batch; a mixture-of-depths layer routes only some tokens
@@ -56,7 +56,7 @@ class TokenPairs:
 
 @contextmanager
 def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
-    """Inside the context, each forward of a router appends its routing to the yielded list, layer by layer."""
+    """Inside the context, each forward of a router appends its routing to the yielded list, in the order of the layers."""
     seen: list[TokenPairs] = []
     chosen: list[Tensor] = []  # indices of the tokens of a mixture-of-depths layer
 
@@ -80,7 +80,7 @@ def recorded_routers(model: Transformer) -> Iterator[list[TokenPairs]]:
 
 @torch.no_grad()
 def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor, *, image: int = 1) -> Tokens:
-    """Evaluates batches, and returns loss and numbers of true experts of each scored token. `image` is the index of the
+    """Evaluates batches. Returns the loss and the numbers of true experts of each scored token. `image` is the index of the
     modality of picture codes; no token has the index -1."""
     rows: list[tuple[np.ndarray, ...]] = []
     with recorded_routers(model) as seen:
@@ -104,8 +104,8 @@ def evaluate(model: Transformer, batches: Sequence[Batch], group_of_modality: Te
 
 
 def input_filler(batch: Batch) -> Tensor:
-    """Returns whether each token is an empty cell of a picture, bool [B, S]. `Batch.filler_BS` tells whether the next token
-    is such a cell. The first token of a document does not count as an empty cell."""
+    """Returns whether each token is an empty cell of a picture, bool [B, S]. (`Batch.filler_BS` tells this about the next
+    token.) The first token of a document does not count as an empty cell."""
     before = torch.zeros_like(batch.filler_BS)
     before[:, 1:] = batch.filler_BS[:, :-1] & (batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1])
     return before
@@ -119,7 +119,7 @@ def _load(seen: TokenPairs, num_tokens: int) -> Tensor:
 
 
 def losses(tokens: Tokens) -> dict[str, float]:
-    """Returns the mean held-out nats of all labels, of text, of picture codes, and of codes of cells that are not empty."""
+    """Returns the mean held-out nats of all labels, text labels, picture codes, and codes of cells that are not empty."""
     image_N = tokens.label_image_N
     parts = {
         "all": np.ones_like(image_N),
@@ -131,8 +131,8 @@ def losses(tokens: Tokens) -> dict[str, float]:
 
 
 def loads(tokens: Tokens) -> dict[str, Any]:
-    """Returns the mean true experts per token and layer: over all scored tokens, by layer, and by kind of token or label.
-    `idle` is the fraction of (token, layer) pairs without any expert."""
+    """Returns the mean number of true experts per token and layer: over all scored tokens, by layer, and by kind of token
+    or label. `idle` is the fraction of (token, layer) pairs in which the token has no expert."""
     load_N = tokens.load_NL.mean(1)
     kinds = {
         "text": (~tokens.input_image_N, ~tokens.label_image_N),
@@ -150,9 +150,9 @@ def loads(tokens: Tokens) -> dict[str, Any]:
 
 
 def tables_of(tokens: Tokens, image_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns two tables [L, V] of mean true experts per token in each layer: by token id, and by the modality of the id.
-    `image_V` is true for picture codes. An id that has no token has the mean of its modality. A modality without a token
-    has mean 0."""
+    """Returns two tables [L, V] with the mean number of true experts per token in each layer: over the tokens with this id,
+    and over the tokens of the id's modality. `image_V` is true for picture codes. An id without a token gets the mean of
+    its modality. A modality without a token has the mean 0."""
     vocab_size, layers = len(image_V), tokens.load_NL.shape[1]
     by_id_LV, by_modality_LV = np.zeros((layers, vocab_size)), np.zeros((layers, vocab_size))
     count_V = np.bincount(tokens.input_N, minlength=vocab_size)
@@ -165,8 +165,8 @@ def tables_of(tokens: Tokens, image_V: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[str, Any]]:
-    """Sorts tokens by a value into bins with equally many tokens, and returns each bin's mean number of true experts of
-    text and of image tokens. If text and image tokens differ in a bin, the value alone does not determine the number of
+    """Sorts tokens by a value into bins with equally many tokens. Returns for each bin the mean number of true experts of
+    text tokens and of image tokens. If these two differ in a bin, the value alone does not determine the number of
     experts."""
     load_N = tokens.load_NL.mean(1)
     edges = np.unique(np.quantile(value_N, np.linspace(0, 1, bins + 1)))  # merges bins with equal edges
@@ -185,8 +185,8 @@ def binned(tokens: Tokens, value_N: np.ndarray, *, bins: int = 10) -> list[dict[
 def accuracy(
     model: Transformer, batches: Sequence[Batch], group_of_modality: Tensor, *, image: int = 1
 ) -> dict[str, float]:
-    """Returns the fraction of labels that are the model's most likely token: of all labels, of text labels, and of picture
-    codes. `image` is the index of the picture codes' modality."""
+    """Returns the fraction of labels that are the model's most likely token, for all labels, for text labels, and for
+    picture codes. `image` is the index of the modality of picture codes."""
     right, kinds = [], []
     for batch in batches:
         logits_BSV, _ = forward(model, batch, group_of_modality)
@@ -200,8 +200,8 @@ def accuracy(
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts, in each source, the scored documents and the documents with a right answer, and sums the nats of the
-    documents' answers. Averages accuracy and nats over sources.
+    """Counts, in each source, the documents with scored tokens and those with a right answer, and sums the nats of the
+    answers. Then averages accuracy and nats over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """
@@ -221,7 +221,7 @@ def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of
 
 
 def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
-    """Returns the number of a batch's documents with scored tokens, and of documents whose scored tokens are all right."""
+    """Returns how many documents of a batch have scored tokens, and how many have only right scored tokens."""
     scored_BS = batch.labels_BS != IGNORED
     wrong_BS = scored_BS & (likeliest_BS != batch.labels_BS)
     row_BS = torch.arange(len(scored_BS))[:, None].expand_as(scored_BS)
@@ -231,12 +231,12 @@ def right_documents(likeliest_BS: Tensor, batch: Batch) -> tuple[int, int]:
 
 
 def spread(placement: ExpertPlacement, ep: int) -> ExpertPlacement:
-    """Returns a placement that interleaves a run's experts over `ep` ranks."""
+    """Returns a placement in which the experts of a run are interleaved over `ep` ranks."""
     return make_placement(InterleavedSection(), placement.groups, num_ranks=ep, token_mix={})
 
 
 class SentRows:
-    """Sums the token rows that each rank of the placement's EP group would send."""
+    """Sums the numbers of token rows that the ranks of the placement's EP group would send."""
 
     def __init__(self, placement: ExpertPlacement) -> None:
         self._placement = placement
@@ -245,15 +245,15 @@ class SentRows:
         self._tokens = 0
 
     def add(self, routing: Routing, rank_T: np.ndarray) -> None:
-        """Adds one layer's routing of T tokens; token t is on rank rank_T[t]. Takes O(T x ranks) memory."""
+        """Adds the routing of T tokens in one layer. Token t is on rank rank_T[t]. Takes O(T x ranks) memory."""
         pairs, num_tokens = routing.assignments.taken(), len(rank_T)
         ranks, own_T = self._placement.num_ranks, torch.from_numpy(rank_T)
         goes_TR = torch.zeros(num_tokens, ranks, dtype=torch.bool)
         goes_TR[pairs.token_N, self._rank_of_expert[pairs.expert_N]] = True
         goes_TR[torch.arange(num_tokens), own_T] = False  # rows for experts on the token's own rank are not sent
         remote_N = self._rank_of_expert[pairs.expert_N] != own_T[pairs.token_N]
-        # `Routing` does not tell which token made a null choice. Therefore null choices, and the tokens of each expert
-        # group, are divided among the ranks in proportion to the ranks' numbers of tokens.
+        # `Routing` does not tell which token made a null choice. So the null choices, and the tokens of each expert group,
+        # are divided among the ranks in proportion to the numbers of tokens of the ranks.
         groups, counts = self._placement.groups, routing.counts
         experts = [group.num_experts for group in groups]
         nulls = [group.num_null for group in groups]
@@ -277,10 +277,10 @@ class SentRows:
         self._tokens += int(counts.tokens_LG.sum())
 
     def per_token(self) -> Mapping[str, float]:
-        """Returns the mean number of sent token rows per token and layer, by dispatch method."""
+        """Returns the mean number of token rows that are sent per token and layer, for each dispatch method."""
         return {key: value / max(1, self._tokens) for key, value in self._sums.items()}
 
 
 def rank_of_tokens(num_sequences: int, seq_len: int, ranks: int) -> np.ndarray:
-    """Returns the rank of each token of a batch [T]; ranks take sequences in turn."""
+    """Returns the rank of each token of a batch [T]. Sequences are assigned to ranks in turn."""
     return np.repeat(np.arange(num_sequences) % ranks, seq_len)

@@ -8,9 +8,9 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 
 
 def training_between(metrics: Path, steps: Sequence[int]) -> dict[int, dict[str, float]]:
-    """Maps each of the rising `steps` to means over the training steps since the previous one of `steps`: nats per label of
-    all labels (`all`) and of each modality. If experts choose, also the mean over layers of the fraction of tokens that no
-    expert takes (`idle`)."""
+    """Maps each of the rising `steps` to means over the training steps since the previous one of `steps`. `all` is the mean
+    number of nats per label, and each modality has its own mean. If experts choose tokens, `idle` is the fraction of tokens
+    that no expert takes, as the mean over layers."""
     means: dict[int, dict[str, float]] = {}
     since: list[Mapping[str, Any]] = []
     wanted = set(steps)

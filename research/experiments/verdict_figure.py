@@ -1,5 +1,5 @@
-"""Draws the verdicts of an experiment: for each rule each seed's paired difference, the mean of the differences with its
-one-sided bounds, and the margin that the upper bound must not reach. Rules with the same unit share a panel."""
+"""Draws the verdicts of an experiment. For each rule, it shows the paired difference of each seed, the mean
+difference with its one-sided bounds, and the margin for the upper bound. Rules with the same unit share a panel."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 # Colours of Okabe and Ito, for colour-blind readers.
 COLOURS = {"pass": "#0072B2", "fail": "#D55E00", "not testable here": "#000000"}
-MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # they also distinguish verdicts in a print without colours
+MARKERS = {"pass": "o", "fail": "X", "not testable here": "d"}  # distinguish the verdicts in a print without colours, too
 FAINT = "#999999"
 WIDTH, ROW_INCHES, LABEL_CHARACTERS = 8.0, 0.42, 46
-UNITS = {  # key: the metric, or its first part
+UNITS = {  # the keys are metrics, or the first parts of metrics
     "loss": "nats",
     "accuracy": "share of tokens",
     "answers": "share of answers",

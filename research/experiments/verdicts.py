@@ -1,8 +1,8 @@
-"""Judges the rules of an experiment (pass, fail, or not testable with the reason) by the statistics of paired runs.
+"""Judges the rules of an experiment by the statistics of paired runs: pass, fail, or not testable with the reason.
 
-Because runs of all arms with the same seed share data, order of data and base weights, the difference d_i between two arms
-is taken between runs with seed i. The one-sided bounds of the mean difference over n seeds (Student's t), with the
-confidence c (by default 0.95), are
+Runs of all arms with the same seed share data, order of data and base weights. The difference d_i between two arms is
+therefore taken between runs with seed i. The one-sided bounds of the mean difference over n seeds (Student's t) with the
+confidence c (by default 0.95) are
 
     mean d +- t(c, n - 1) s / sqrt(n),   s^2 = sum (d_i - mean d)^2 / (n - 1)
 """
@@ -28,7 +28,7 @@ from research.experiments.rules import (
 )
 from research.experiments.study import Study
 
-LARGE = 1e4  # larger differences, such as FLOPs, are written with four significant digits
+LARGE = 1e4  # larger differences, such as differences in FLOPs, are written with four significant digits
 Record = Mapping[str, Any]
 Records = Mapping[tuple[str, int], Record]  # records by (arm, seed)
 Outcome = Literal["pass", "fail", "not testable here"]
@@ -36,7 +36,7 @@ Outcome = Literal["pass", "fail", "not testable here"]
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean and standard deviation of n paired differences, and two one-sided bounds of the mean."""
+    """The mean and the standard deviation of n paired differences, and two one-sided bounds of the mean."""
 
     n: int
     mean: float
@@ -62,8 +62,8 @@ def paired(differences: Sequence[float], confidence: float = CONFIDENCE) -> Pair
 
 
 def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -> float | None:
-    """Interpolates linearly at x between points; the outermost lines extend by `reach`. Returns None for x beyond these
-    extensions, or if two points have the same x."""
+    """Interpolates linearly between points at x. The first and the last line extend by `reach`. Returns None if x is beyond
+    these extensions, or if two points have the same x."""
     ordered = sorted(points)
     xs = [each[0] for each in ordered]
     if len(ordered) < 2 or any(a == b for a, b in pairwise(xs)):
@@ -76,9 +76,9 @@ def on_lines(points: Sequence[tuple[float, float]], x: float, *, reach: float) -
 
 
 def cost_to_reach(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
-    """Returns the cost at which the loss of a curve of (cost, loss) first falls to `loss`, interpolated in ln cost.
+    """Returns the cost at which the loss of a curve of (cost, loss) first falls to `loss`. Interpolates in ln cost.
 
-    Returns None if the curve never reaches the loss, or starts below the loss, so that the cost is unknown.
+    Returns None if the curve never reaches the loss, or if it starts below the loss, so that the cost is unknown.
     """
     ordered = sorted(curve)
     for place, (cost, here) in enumerate(ordered):
@@ -96,8 +96,8 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
     """Returns ln eta, a ratio of costs, from two curves of (cost, loss).
 
     eta is the whole cost of `of` divided by the cost at which `arm` reaches the last loss of `of`. If `arm` never reaches
-    that loss, eta is below 1: the cost at which `of` reaches the last loss of `arm`, divided by the whole cost of `arm`.
-    Returns None for a curve without points, or if the curve that must reach a loss starts below this loss.
+    this loss, eta is below 1. It is then the cost at which `of` reaches the last loss of `arm`, divided by the whole cost
+    of `arm`. Returns None for a curve without points, or if the curve that must reach a loss starts below this loss.
     """
     if not arm or not of:
         return None
@@ -110,7 +110,7 @@ def log_eta(arm: Sequence[tuple[float, float]], of: Sequence[tuple[float, float]
 
 
 def at_equal_cost(curve: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Returns the costs of `curve`, and the nats by which `curve` is above `of` at each cost, [2, points].
+    """Returns two rows [2, points]: the costs of `curve`, and by how many nats `curve` is above `of` at each cost.
 
     Args:
         curve, of: [2, points] of (cost, loss), by rising cost. `of` is interpolated in ln cost, and is constant up to 1 %
@@ -132,7 +132,7 @@ class Verdict:
 
 def judge(study: Study, records: Records) -> list[Verdict]:
     """Judges each rule by the seeds that its arms have in common. A rule is not testable until all records of its arms
-    exist. If a gate fails, no rule is testable; the statistics of existing records stay in the verdicts."""
+    exist. If a gate fails, no rule is testable, but the verdicts still have the statistics of existing records."""
     verdicts = [_judge(study, rule, records) for rule in study.rules]
     if reason := study.not_testable or failed_gates(judge_gates(study, records)):
         return [replace(verdict, outcome="not testable here", reason=reason) for verdict in verdicts]
@@ -145,13 +145,13 @@ def judge_gates(study: Study, records: Records) -> list[Verdict]:
 
 
 def failed_gates(gates: Sequence[Verdict]) -> str:
-    """Describes the gates that fail, with the measured figures, or are not judged yet; empty if all gates hold."""
+    """Describes gates that fail, with the measured figures, and gates that are not judged yet; empty if all gates hold."""
     words = {"fail": "gate not held", "not testable here": "gate not judged"}
     return "; ".join(f"{words[each.outcome]}: {each.rule.claim} {numbers(each)}" for each in gates if each.outcome in words)
 
 
 def numbers(verdict: Verdict) -> str:
-    """Describes a verdict's mean difference, its bounds and the rule, or why the rule is not testable."""
+    """Describes a verdict's mean difference, its bounds and its rule. If the rule is not testable, gives the reason."""
     if verdict.paired is None:
         return f"({verdict.reason})"
     found = verdict.paired
@@ -178,7 +178,7 @@ def _judge(study: Study, rule: ValueRule, records: Records) -> Verdict:
 
 
 def differences(study: Study, rule: ValueRule, records: Records) -> list[float]:
-    """Returns lower - higher of each seed for which `records` has both values."""
+    """Returns the difference (lower - higher) of each seed for which `records` has both values."""
     found = (_difference(rule, records, seed) for seed in _seeds(study, rule))
     return [each for each in found if each is not None]
 
@@ -193,7 +193,7 @@ def _difference(rule: ValueRule, records: Records, seed: int) -> float | None:
 
 
 def value_of(value: Value, records: Records, seed: int) -> float | None:
-    """Returns the number that a rule's `value` has for one seed; None if records lack the number."""
+    """Returns the number that a rule's `value` has for one seed; None if the records lack this number."""
     match value:
         case ConstantValue():
             return value.constant
@@ -235,8 +235,8 @@ def of_arm(records: Records, arm: str) -> dict[int, Record]:
 
 
 def curve_of(record: Record, cost: str, part: str, loss: str = "heldout") -> Sequence[tuple[float, float]]:
-    """Returns the points (cost, held-out or training loss of `part`) of a run's curve, by rising cost. Records made before
-    training losses were kept have no point of a training loss."""
+    """Returns the points (cost, loss) of a run's curve, by rising cost. The loss is the held-out or training loss of
+    `part`. Records that were made before training losses were kept have no point of a training loss."""
     key = "training" if loss == "training" else "loss"
     return [(point[cost], point[key][part]) for point in record.get("curve", []) if part in point.get(key, ())]
 

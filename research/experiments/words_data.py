@@ -1,11 +1,11 @@
-"""Makes a data set for asking questions, with the tokenizer of a Hugging Face folder.
+"""Makes a data set from which questions can be asked, with the tokenizer of a Hugging Face folder.
 
     python -m research.experiments.words_data .cache/hf/smollm2 --out .cache/data/smollm2-words
 
-The texts are WordNet's verbs with their glosses and examples. No task of the family wordnet asks about verbs. `prepare_data
---tokenizer` writes no tokenizer into a data set, because the marks of a Hugging Face tokenizer have different names. This
-module renames five marks in a copy: the mark between documents becomes <bos>, the end of a turn becomes <eos>, and three
-marks of source code, which no question contains, become <pad>, <boi> and <eoi>.
+The texts are WordNet's verbs with their glosses and examples. No task of the family wordnet asks about verbs. With
+`prepare_data --tokenizer`, a data set would have no tokenizer, because the marks of a Hugging Face tokenizer have other
+names. This module renames five marks in a copy. The mark between documents becomes <bos>, and the end of a turn becomes
+<eos>. Three marks of source code, which no question contains, become <pad>, <boi> and <eoi>.
 """
 
 import json
@@ -39,7 +39,7 @@ def verbs(wordnet: Path) -> list[str]:
 
 
 def renamed(tokenizer: Mapping[str, Any], marks: Mapping[str, str] = MARKS) -> dict[str, Any]:
-    """Returns the content of a tokenizer.json whose marks have the names of moe_dist; ids stay.
+    """Returns the content of a tokenizer.json in which the marks have the names of moe_dist. The ids stay the same.
 
     Raises:
         DataError: the tokenizer lacks a mark.

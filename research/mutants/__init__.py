@@ -1,2 +1,2 @@
-"""Seeds faults into the product and finds the tests that detect them, to show that CI's tests detect every fault that any
-test detects."""
+"""Seeds faults into the product, and finds the tests that detect them. This shows whether CI's tests detect every fault
+that any test detects."""

@@ -1,8 +1,8 @@
-"""`python -m research.mutants reach`, then `run`, for both also with `--tests clusters` and `--tests rest`, and `table`.
+"""`python -m research.mutants reach`, then `run`; both also with `--tests clusters` and `--tests rest`; then `table`.
 
-`reach` runs tests in a copy of the tree with a probe at the place of each fault. `run` puts one fault after the other into
-a copy. For each fault it runs the tests that passed and reach the fault, until a test fails. All results are lines of JSON
-in the folder OUT; an interrupted `run` continues where it stopped.
+`reach` runs tests in a copy of the tree that has a probe at the place of each fault. `run` applies one fault after the
+other to a copy. For each fault, it runs the tests that passed and that reach the fault, until a test fails. All results are
+lines of JSON in the folder OUT. An interrupted `run` continues where it stopped.
 """
 
 import itertools
@@ -27,8 +27,8 @@ SETS: dict[str, list[tuple[str, str]]] = {
     "clusters": [("tests/faults tests/browser", "not exhaustive"), ("tests/clusters", "not exhaustive")],
     "rest": [("tests/unit", "full or exhaustive"), ("tests/integration tests/distributed", "full or exhaustive")],
 }
-FIRST = 60  # number of a fault's first tests, which run in a process of their own, since they detect most faults
-LIMIT_SECONDS = 3600.0  # limit for all tests of one fault
+FIRST = 60  # number of tests of a fault that run first, in their own process, because they detect most faults
+LIMIT_SECONDS = 3600.0  # time limit for all tests of one fault
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Folder of results.")]
@@ -37,7 +37,7 @@ OUT = Path(".cache/mutants")
 
 
 def copy_of_tree(out: Path, name: str) -> Path:
-    """Returns a git worktree of HEAD below `out`, with this checkout's environment and caches."""
+    """Returns the path of a git worktree of HEAD below `out`. It has the environment and the caches of this checkout."""
     tree = (out / name).absolute()
     if not tree.exists():
         subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), "HEAD"], check=True, cwd=ROOT)
@@ -48,7 +48,7 @@ def copy_of_tree(out: Path, name: str) -> Path:
 
 
 def pytest_in(tree: Path, *arguments: str, **variables: str) -> tuple[int, str]:
-    """Runs pytest in a copy. Returns its exit code, 1 if it takes longer than LIMIT_SECONDS, and its output."""
+    """Runs pytest in a copy. Returns the exit code and the output. The exit code is 1 if pytest exceeds LIMIT_SECONDS."""
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "research.mutants.reach", *arguments]
     try:
@@ -110,14 +110,14 @@ def run(
 
 
 def _order(fault: Fault, test: str, seconds: dict[str, float]) -> tuple[bool, bool, float]:
-    """Returns a sort key: tests of the fault's module first, then tests of its folder; quick tests before slow tests."""
+    """Returns a sort key. Tests of the fault's module come first, then tests of its folder, quick tests before slow."""
     path = Path(fault.path)
     return path.stem not in test, f"/{path.parent.name}/" not in test, seconds[test]
 
 
 def _first_failed(tree: Path, candidates: list[str]) -> str | None:
-    """Runs these tests in order until a test fails; returns the failed test. If they hang, the first test counts as the
-    failed one."""
+    """Runs these tests in order until a test fails, and returns the failed test. If the tests hang, the first test counts
+    as failed."""
     order = tree.with_suffix(".order")
     order.write_text("\n".join(candidates))
     files = dict.fromkeys(test.partition("::")[0] for test in candidates)

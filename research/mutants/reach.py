@@ -1,9 +1,9 @@
-"""Finds the tests that execute the place of each fault: all tests run once in a copy of the tree with a probe before each
-place.
+"""Finds the tests that execute the place of each fault. All tests run once in a copy of the tree, in which a probe stands
+before each place.
 
-A probe writes (fault, test) to a file. Tests start ranks and launchers as separate processes. So the running test's name is
-in a file, whose folder an environment variable tells to all child processes. Ranks that stay alive between tests inherit
-the variable from their pytest.
+A probe writes (fault, test) to a file. Tests start ranks and launchers as separate processes, which must know the name of
+the running test. So this name is in a file, and an environment variable tells all child processes the folder of the file.
+Ranks that stay alive between tests inherit the variable from the pytest process that started them.
 """
 
 import ast
@@ -16,11 +16,11 @@ import pytest
 
 from research.mutants.seeds import Fault
 
-FOLDER = "MUTANTS_REACH"  # variable: folder of one pytest process
-REACH_BASE = "MUTANTS_REACH_BASE"  # variable: folder of the folders of all pytest processes
-ORDER = "MUTANTS_ORDER"  # variable: file with the names of the tests to run, in order
+FOLDER = "MUTANTS_REACH"  # environment variable with the folder of one pytest process
+REACH_BASE = "MUTANTS_REACH_BASE"  # environment variable with the folder that contains the folders of all pytest processes
+ORDER = "MUTANTS_ORDER"  # environment variable with a file that names the tests to run, in order
 NO_TEST = "between tests"
-# Written into the copy. It must import in processes without torch, and cost little in loops.
+# This text is written into the copy. It must run in processes without torch, and must cost little in loops.
 PROBE = f'''import os
 _seen = set()
 def reached(fault):
@@ -40,7 +40,7 @@ def reached(fault):
 
 
 def add_probes(root: Path, faults: Iterable[Fault]) -> None:
-    """Writes probes into the copy of the product in `root`."""
+    """Writes the probes into the copy of the product in the folder `root`."""
     (root / "moe_dist" / "_probe.py").write_text(PROBE)
     by_path: dict[str, list[Fault]] = {}
     for fault in faults:
@@ -59,7 +59,7 @@ def add_probes(root: Path, faults: Iterable[Fault]) -> None:
 
 
 def _statement(source: str, line: int) -> int:
-    """Returns the first line of the innermost statement that contains `line` and may have a call before it."""
+    """Returns the first line of the innermost statement that contains `line` and before which a call may stand."""
     found = 1
     for node in ast.walk(ast.parse(source)):
         for body in (getattr(node, name, None) for name in ("body", "orelse", "finalbody")):
@@ -71,7 +71,7 @@ def _statement(source: str, line: int) -> int:
 
 
 def read_reached(folder: Path) -> dict[str, set[str]]:
-    """Returns the tests that reach each fault, from the folders of all pytest processes below `folder`."""
+    """Returns the tests that reach each fault, as recorded in the folders of all pytest processes below `folder`."""
     tests: dict[str, set[str]] = {}
     for path in folder.glob("*/reached"):
         for line in path.read_text().splitlines():
@@ -82,7 +82,7 @@ def read_reached(folder: Path) -> dict[str, set[str]]:
 
 
 def read_durations(out: Path, tests: str) -> dict[str, float]:
-    """Returns the seconds of each test of a set that passed, from pytest's reports in `out`."""
+    """Returns the seconds of each passed test of a set, from pytest's reports in `out`."""
     seconds: dict[str, float] = {}
     for path in out.glob(f"durations_{tests}_*.xml"):
         for case in ElementTree.parse(path).iter("testcase"):
@@ -93,11 +93,11 @@ def read_durations(out: Path, tests: str) -> dict[str, float]:
     return seconds
 
 
-# --- the plugin, given to pytest as -p research.mutants.reach
+# --- the plugin, which pytest loads with the option -p research.mutants.reach
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives this pytest process (a worker of xdist, or the only process) a folder of its own."""
+    """Makes a folder for this pytest process (a worker of xdist, or the only process)."""
     if base := os.environ.get(REACH_BASE):
         folder = Path(base) / str(os.getpid())
         folder.mkdir(parents=True)
@@ -107,7 +107,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keeps the tests that the file ORDER names, in its order."""
+    """Keeps the tests that are listed in the file ORDER, in the order of the list."""
     if path := os.environ.get(ORDER):
         place = {name: number for number, name in enumerate(Path(path).read_text().splitlines())}
         items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])

@@ -1,4 +1,4 @@
-"""The seeded faults. A fault is a text of the product, and the faulty text that replaces it.
+"""Reads the seeded faults. A fault is a text of the product, together with the faulty text that replaces it.
 
 A file of faults is YAML, a list of mappings:
 
@@ -9,11 +9,11 @@ A file of faults is YAML, a list of mappings:
       new: "loss = -z * z"
       at: "return z.mean()"                   # optional: line of the probe, inside a function
 
-A fault needs `at` if no probe can stand before `old`: in a Triton kernel, in an `elif`, or at the level of a module, where
-a probe would run only at import.
+A fault needs `at` if no probe can stand before `old`: in a Triton kernel, or in an `elif`. It also needs `at` if `old` is
+at the level of a module, where a probe would run only at import.
 
-CI's tests were chosen by the faults in `seeded.yaml`. `held_out.yaml` was written later by another author, and serves only
-to judge these tests.
+CI's tests were chosen with the faults in `seeded.yaml`. `held_out.yaml` was written later by another author, and is used
+only to judge these tests.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Fault:
         return source.replace(self._once(self.old, source), self.new)
 
     def line(self, source: str) -> int:
-        """Returns the number, from 1, of the line before which the probe goes."""
+        """Returns the number (from 1) of the line before which the probe is written."""
         text = self.at or self.old
         return source[: source.index(self._once(text, source))].count("\n") + 1
 
@@ -56,7 +56,7 @@ class Fault:
 
 
 def load_faults(path: Path, root: Path = ROOT) -> list[Fault]:
-    """Reads a file of faults. Raises ConfigError for an id that occurs twice, or a fault that does not apply to `root`."""
+    """Reads a file of faults. Raises ConfigError if an id occurs twice, or if a fault does not apply to `root`."""
     faults = [Fault(**each) for each in yaml.safe_load(path.read_text())]
     if len({fault.id for fault in faults}) < len(faults):
         raise ConfigError(f"{path}: two faults have the same id")

@@ -1,1 +1,1 @@
-"""Makes facts (questions with answers) from WordNet, from the quiz files of bsdgames, and by reasoning-gym."""
+"""Makes facts (questions with answers) from WordNet, from the quiz files of bsdgames, and with reasoning-gym."""

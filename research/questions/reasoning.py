@@ -1,10 +1,10 @@
-"""Makes facts with short answers by the optional package reasoning-gym."""
+"""Makes facts with short answers. Uses the optional package reasoning-gym."""
 
 import re
 
 from moe_dist.inference.fact import Fact
 
-# Generators of short questions with one short text as answer. Each generator makes thousands of questions within seconds.
+# These generators make short questions that have one short text as the answer. Each makes thousands within seconds.
 GENERATORS = (
     "basic_arithmetic",
     "chain_sum",
@@ -21,7 +21,7 @@ SIZE = 2000
 
 
 def reasoning(name: str, *, seed: int) -> list[Fact]:
-    """Returns facts from the distinct questions among the first `SIZE` questions of the generator `name`.
+    """Makes the first `SIZE` questions of the generator `name`, and returns the distinct questions among them as facts.
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
@@ -38,7 +38,7 @@ def reasoning(name: str, *, seed: int) -> list[Fact]:
 
 
 def key_of(name: str, asked: str) -> str:
-    """Returns the key that decides whether a fact is for training or held out: the numbers in the question `asked`, sorted
-    and without signs. So 6 * 7 and 7 * 6 are on the same side. The key of a question without numbers is the question."""
+    """Returns the key that decides whether a fact is for training or held out. It has the numbers in the question `asked`,
+    sorted and without signs, so that 6 * 7 and 7 * 6 are on the same side. Without numbers, the key is the question."""
     numbers = sorted(re.findall(r"\d+", asked), key=int)
     return f"{name}:{' '.join(numbers) or asked}"

@@ -1,4 +1,4 @@
-"""Makes the facts of named tasks, and checks that the packages that they need are installed."""
+"""Makes the facts of named tasks, after checking that the packages that these tasks need are installed."""
 
 import importlib.util
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
 
 
 def text_tasks(names: Sequence[str]) -> list[str]:
-    """Returns the named tasks, and the tasks of named families, without tasks about pictures. Raises ConfigError for an
+    """Returns the named tasks and the tasks of named families, except tasks about pictures. Raises ConfigError for an
     unknown name."""
     facts: dict[str, list[Fact]] = {task: [] for tasks in FAMILIES.values() for task in tasks}
     return [task for task in task_names(",".join(names), facts) if task in facts]

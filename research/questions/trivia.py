@@ -1,5 +1,5 @@
-"""Makes facts from the quiz files of Debian's bsdgames (format: quiz(6)). Each line has fields separated by colons. In a
-field `{}` marks optional parts and `|` separates alternatives."""
+"""Makes facts from the quiz files of Debian's bsdgames (format: quiz(6)). Colons separate the fields of a line. Inside a
+field, `{}` marks optional parts and `|` separates alternatives."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ _INNERMOST = re.compile(r"\{([^{}\[\]]*)\}|\[([^{}\[\]]*)\]")
 
 @dataclass(frozen=True)
 class Quiz:
-    """Quiz files, and the question that is asked about each line."""
+    """Some quiz files, and the question that is asked about each of their lines."""
 
     files: tuple[str, ...]
     question: Callable[[str], str]  # makes the question's text from the first alternative in the field `asked`
@@ -22,7 +22,7 @@ class Quiz:
     answer: int  # index of the field with the answer
 
 
-# A task has several quizzes if one quiz has too few training or held-out facts.
+# A task has several quizzes if a single quiz would give too few training facts or too few held-out facts.
 QUIZZES = {
     "capitals": (
         Quiz(("africa", "america", "asia", "europe"), "What is the capital of {}?".format, 0, 1),
@@ -39,8 +39,8 @@ QUIZZES = {
 
 
 def trivia(folder: Path, name: str) -> list[Fact]:
-    """Returns the facts of one task: one fact for each line without typesetting marks. All answers of a quiz form one pool
-    of choices.
+    """Returns the facts of one task: one fact for each line that has no typesetting marks. The choices of a question come
+    from all answers of its quiz.
 
     Raises:
         DataError: a file is missing or has no facts.
@@ -72,7 +72,7 @@ def _facts(path: Path, quiz: Quiz) -> Iterator[Fact]:
 
 
 def alternatives(field: str) -> list[str]:
-    """Returns the alternatives in a field. Optional parts become their first alternative: 'forget{-| }me' gives
+    """Returns the alternatives in a field. Each optional part is replaced by its first alternative: 'forget{-| }me' gives
     'forget-me'."""
     while (replaced := _INNERMOST.sub(lambda found: (found[1] or found[2] or "").split("|")[0], field)) != field:
         field = replaced

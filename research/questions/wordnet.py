@@ -1,7 +1,7 @@
 """Makes facts from WordNet's files `data.noun`, `data.adj` and `index.noun` (format: wndb(5WN)).
 
-Facts about nouns use only noun synsets that are the first sense of their first word, and only if this word occurs in
-WordNet's tagged text. Other noun synsets would make questions that nobody can answer.
+Facts about nouns use only some of the noun synsets, because the others would make questions that nobody can answer. A
+synset must be the first sense of its first word, and this word must occur in WordNet's tagged text.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +13,10 @@ from typing import TypeVar
 from moe_dist.errors import DataError
 from moe_dist.inference.fact import Fact, lemma_keys
 
-LONGEST_GLOSS = 120  # largest number of characters of a definition in a question
+LONGEST_GLOSS = 120  # largest length of a definition in a question, in characters
 _Parsed = TypeVar("_Parsed")
 _HYPERNYM, _ANTONYM = "@", "!"
-# WordNet's lexicographer files of nouns (lexnames(5WN)), from number 04 on. Number 03, "Tops", is no category.
+# WordNet's lexicographer files of nouns (lexnames(5WN)), from number 04 on. Number 03, "Tops", is not a category.
 _CATEGORY_NAMES = """
 act animal artifact attribute body cognition communication event feeling food group location motive object person
 phenomenon plant possession process quantity relation shape state substance time
@@ -30,14 +30,14 @@ class Synset:
 
     lexicographer: int  # number of the lexicographer file; for a noun it is a key of CATEGORIES, or 3
     words: tuple[str, ...]  # with spaces instead of underscores
-    # (symbol, offset of the target synset, its part of speech, source word, target word); a word is given by its number
-    # from 1, or 0 for all words
+    # (symbol, offset of the target synset, its part of speech, source word, target word). A word is given by its number,
+    # which begins with 1; the number 0 stands for all words.
     pointers: tuple[tuple[str, str, str, int, int], ...]
     gloss: str  # the definition, without examples
 
 
 class WordNet:
-    """Makes facts from the WordNet files in one folder. Reads a file when it is first needed; the nouns take a second.
+    """Makes facts from the WordNet files in one folder. Reads a file when it is first needed; reading nouns takes a second.
 
     Raises:
         DataError: raised by any method if a file is missing or not in WordNet's format.
@@ -63,7 +63,7 @@ class WordNet:
         ]
 
     def hypernyms(self) -> list[Fact]:
-        """Returns facts that ask for a noun's nearest hypernym. Other hypernyms of the noun must not be wrong choices."""
+        """Returns facts that ask for a noun's nearest hypernym. Its other hypernyms do not occur as wrong choices."""
         facts = []
         for offset, synset in self._common.items():
             parent = next(iter(self._parents(synset)), None)
@@ -82,8 +82,8 @@ class WordNet:
         return facts
 
     def antonyms(self) -> list[Fact]:
-        """Returns facts that ask for the opposite of an adjective. The answer is the first opposite in the file. Opposites
-        of any sense of the adjective must not be wrong choices."""
+        """Returns facts that ask for the opposite of an adjective. The answer is the first opposite in the file. Other
+        opposites, of any sense of the adjective, do not occur as wrong choices."""
         pairs = [
             (synset, synset.words[source - 1], self._find(self._adjectives, other, "data.adj"), target)
             for synset in self._adjectives.values()
@@ -190,14 +190,14 @@ def _synset(line: str) -> tuple[str, Synset]:
 
 
 def _first_sense(line: str) -> tuple[str, str | None]:
-    """Returns the lemma in a line of index.*, and the offset of its first sense; None if the lemma is not in tagged
-    text."""
+    """Returns the lemma in a line of index.*, and the offset of the lemma's first sense. The offset is None if the lemma is
+    not in tagged text."""
     lemma, *fields = line.split()
     pointers = int(fields[2])
     return lemma, fields[5 + pointers] if int(fields[4 + pointers]) else None
 
 
 def _says(text: str, words: tuple[str, ...]) -> bool:
-    """Returns whether a text contains one of the words, and thereby gives the answer away."""
+    """Returns whether a text contains one of the words. Such a text gives the answer away."""
     padded = f" {''.join(c if c.isalnum() else ' ' for c in text.lower())} "
     return any(f" {word.lower()} " in padded for word in words)

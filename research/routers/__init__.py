@@ -1,1 +1,1 @@
-"""Routers that serve only as controls of experiments. They are kinds of the package moe-dist-research."""
+"""Routers that are used only as controls in experiments. They are kinds of the package moe-dist-research."""

@@ -1,14 +1,14 @@
-"""Top-k with a fixed number of active experts in each layer: the baseline for adaptive routers.
+"""Top-k with a fixed mean number of active experts in each layer. This router is the baseline for adaptive routers.
 
-Each layer and group has a fixed mean number L of active experts per token. A token takes its floor(L) best experts, and
-with probability L - floor(L) the next best expert. The random number for the next best expert does not depend on the
-token's content. With an integer L the router is plain top-k.
+Each layer and group has a fixed mean number L of active experts per token. A token takes its floor(L) best experts and,
+with the probability L - floor(L), also the next best expert. The random number that decides this does not depend on the
+token's content. If L is an integer, the router is plain top-k.
 
     T(x) = the top floor(L) + [u < L - floor(L)] of x W^T,   u uniform in (0, 1) by (seed, step, layer, token)
     y    = sum over T of w_i E_i(x)
 
-Evaluation draws random numbers, too, so that the mean number of experts is L as in training. Evaluation has no step, and
-numbers tokens inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
+Evaluation draws random numbers, too, so that the mean number of experts is L as in training. Because evaluation has no
+step, it numbers the tokens inside their batch. Shape letters: T tokens, D hidden size, C columns, K choices, G groups.
 """
 
 import math
@@ -23,7 +23,7 @@ from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import RoutingCache
 
-HELD_OUT = -1  # replaces the step in the names of the random numbers of evaluation
+HELD_OUT = -1  # in evaluation, replaces the step from which random numbers are drawn
 
 
 class ScheduledTopKRouter(TopKRouter):
@@ -31,7 +31,7 @@ class ScheduledTopKRouter(TopKRouter):
     zero-computation experts.
 
     Args:
-        active_experts: For each group's name, a list of the mean numbers L, one for each MoE layer. L is at most the
+        active_experts: For the name of each group, a list of the mean numbers L, one for each MoE layer. L is at most the
             group's top_k.
         options: See `TopKRouter`.
     """
@@ -59,8 +59,8 @@ class ScheduledTopKRouter(TopKRouter):
         return chosen._replace(valid_TK=kept_TK, true_TK=chosen.true_TK & kept_TK, null_TK=chosen.null_TK & kept_TK)
 
     def _kept(self, group_T: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns a bool [T, K] that marks each token's first floor(L) or floor(L) + 1 choices; recomputation marks the
-        same choices."""
+        """Returns a bool [T, K] that marks the choices that each token keeps: its first floor(L) or floor(L) + 1 choices.
+        Recomputation marks the same choices."""
         batch_info = cache.batch_info
         step, first = (HELD_OUT, 0) if batch_info is None else (batch_info.step, batch_info.first_token_of(batch_info.rank))
         place_T = torch.arange(group_T.shape[0], device=group_T.device) if cache.token_T is None else cache.token_T

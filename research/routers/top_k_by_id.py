@@ -1,8 +1,8 @@
-"""Top-k with a fixed mean number of active experts for each token id in each layer. This baseline shows whether a router
-chooses by the token's context, or only by the token's id or modality.
+"""Top-k with a fixed mean number of active experts for each token id in each layer. Comparing a router with this baseline
+shows whether the router uses the token's context, or only the token's id or modality.
 
-The equations are as in `research.routers.scheduled_top_k`, with L(v) of the token id v in place of L. The table of L(v) is
-a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
+The equations are those of `research.routers.scheduled_top_k`, with L(v) of the token id v in place of L. The table of L(v)
+is a file, because it has a number for each MoE layer and token id. Shape letters: T tokens, V token ids.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ class TopKByIdRouter(ScheduledTopKRouter):
 
     def reset_buffers(self) -> None:
         super().reset_buffers()
-        load_V = torch.zeros(0, dtype=torch.float64)  # on the meta device, as in a dry run, which may lack the file
+        load_V = torch.zeros(0, dtype=torch.float64)  # is on the meta device in a dry run, which may lack the file
         if self._table and load_V.device.type != "meta":
             try:
                 load_V = torch.tensor(np.load(self._table, allow_pickle=False)[self.place], dtype=torch.float64)
