@@ -42,7 +42,7 @@ class NodePlan:
 
     @property
     def ray_labels(self) -> Mapping[str, str]:
-        """Returns `labels`, or if there are none, the Slurm feature as a label called `feature`."""
+        """Returns `labels`. If there are none, returns the Slurm feature as a label with the name `feature`."""
         return self.labels or ({"feature": self.feature} if self.feature is not None else {})
 
 
@@ -237,7 +237,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
         "MOE_DIST_ATTEMPT": str(plan.attempt),
         "MOE_DIST_ATTEMPT_ID": plan.attempt_id,
         "MOE_DIST_GRACE_SECONDS": f"{plan.grace_seconds:g}",
-        "PYTHONUNBUFFERED": "1",  # unbuffered, so that the log has the last output of a killed rank
+        "PYTHONUNBUFFERED": "1",  # without buffers, the log has the last output of a killed rank
         "PYTHONFAULTHANDLER": "1",  # prints a traceback on SIGSEGV and similar signals
     }
     if plan.loopback:

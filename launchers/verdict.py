@@ -63,8 +63,8 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, *, restarts: 
     if cause is not None and cause not in outcome.lost:
         _report(folder, attempt_id, outcome, cause)
     if record is None or verdict != Verdict(record.verdict or EXIT_FAILED, record.reason, record.rank):
-        # A killed rank 0 still holds the lease. The record therefore waits until the lease can be taken over, except
-        # after the loss of a node, because Slurm then soon kills this process.
+        # A killed rank 0 has not released the lease, so `write` waits until the lease can be taken over. After the loss
+        # of a node, it waits only briefly, because Slurm then soon kills this process.
         wait = WAIT_SECONDS if outcome.codes[0] < 0 and not outcome.lost else LEASE_SECONDS
         write(folder, attempt_id, verdict, restarts=restarts, lasted=lasted, wait_seconds=wait)
     return verdict

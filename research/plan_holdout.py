@@ -1,8 +1,8 @@
 """Compares the step model of `moe-dist plan` with measured layouts. Fits the model to half of the layouts, and predicts
 the other half.
 
-    python -m research.plan_holdout FOLDER --rates rates.yaml           # measures what FOLDER lacks, then judges
-    python -m research.plan_holdout FOLDER --rates rates.yaml --judge   # judges what is there
+    python -m research.plan_holdout FOLDER --rates rates.yaml           # measures the missing layouts, then judges
+    python -m research.plan_holdout FOLDER --rates rates.yaml --judge   # judges the existing measurements
 
 The command needs the prepared data of the default job. docs/planning.md has the pass rule.
 """

@@ -134,7 +134,7 @@ class Manifests:
         words = [self._python, "-m", "launchers.kubernetes.pod", "--nodes", nodes, *self.arguments]
         template = self._pod("ranks", labels=self._selector(part), resources=self._resources(part), part=part)
         (container,) = template["spec"]["containers"]
-        # `exec` replaces the shell that runs the site's lines, so that `launchers.kubernetes.pod` gets the signals of
+        # `exec` replaces the shell that has run the prelude. `launchers.kubernetes.pod` therefore gets the signals of
         # Kubernetes.
         lines = [*self.cluster.prelude, f"exec {shlex.join(words)}"]
         container["command"] = ["bash", "-c", "\n".join(lines)] if self.cluster.prelude else words

@@ -220,7 +220,7 @@ def gather_gang(
     missing, requests the planned nodes from an autoscaler.
 
     Args:
-        paths, data: Paths that must exist on every node: of new files and folders, and of the data.
+        paths, data: Paths of new files and folders, and path of the data. All of them must exist on every node.
         together: Sets of planned nodes; the nodes of a set must share a fast-interconnect domain.
         exclude: Host names or addresses of nodes that must not be used.
         avoid: Ray's ids of nodes that are used only if the other nodes do not suffice.

@@ -118,7 +118,7 @@ def srun_command(
         visible: Folders to mount in a container under the same path.
     """
     (first, *others) = parts(job)
-    # --kill-on-bad-exit=0, so that the other ranks log their own errors before srun kills them.
+    # With --kill-on-bad-exit=0, the other ranks can log their own errors before srun kills them.
     command = ["srun", "--kill-on-bad-exit=0", f"--wait={LINGER_SECONDS}", "--input=none", "--export=ALL"]
     if others:
         command.append(f"--het-group={','.join(str(index) for index in range(1 + len(others)))}")

@@ -26,8 +26,8 @@ from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
 # Slurm kills this process KillWait (30 s by default) after a node failure, and srun may need longer than KillWait to end.
-NODE_SECONDS = 5.0  # from a node failure until this process kills srun, to have time left to record the cause
-PEER_SECONDS = 6.0  # from a task's failure until srun kills the other tasks, which log their own errors meanwhile
+NODE_SECONDS = 5.0  # seconds from a node failure until this process kills srun; some time must remain to record the cause
+PEER_SECONDS = 6.0  # seconds from a task's failure until srun kills the other tasks; until then they log their errors
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
     r"(?P<node>\S+): tasks? (?P<tasks>[\d,-]+): "
@@ -133,7 +133,7 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 
 def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool) -> Outcome:
     """Returns how the ranks ended. `code` and `lines` are results of `run_step`. A task without a line counts as ended
-    with 0, because srun reports only failed tasks."""
+    with 0, because srun prints no line about a task that ended with 0."""
     host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
     codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
     memory, killed = "", False  # Slurm's message about a memory limit; whether srun has begun to kill tasks

@@ -133,7 +133,7 @@ def card_time(counted: Counted, path: str, overrides: Sequence[str], rates: Rate
         events = micro_batch(layers["forward"], head, order, layers["backward"])
     played = play(events, 1, 1)
     seconds, free = float(played.seconds_S[0]), float((played.seconds_S - played.wire_S)[0])
-    if config.parallel.two_batch_overlap:  # all gathers before the first layer, all sums after the last
+    if config.parallel.two_batch_overlap:  # all gathers run before the first layer, all sums after the last layer
         free = 0.0
     covers = {GATHERS: free / (1 + BACKWARD), SUMS: free * BACKWARD / (1 + BACKWARD)}
     tokens, layout = times * config.train.micro_batch * config.data.seq_len, layout_without_data(config)
@@ -175,8 +175,8 @@ def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
 
 
 def _exchanges(counted: Counted, config: Config, rates: Rates, phase: str) -> Iterator[tuple[float, bool]]:
-    """Yields the seconds of each exchange of a micro-batch's phase, and whether the exchange sends integers (counts), which
-    the host sync waits for. All ranks of the EP group get equally many token rows."""
+    """Yields the seconds of each exchange in a phase of a micro-batch, and whether it sends integers: counts, for which the
+    host waits. All ranks of the EP group get the same number of token rows."""
     ep = config.parallel.ep
     ranks = min(ep, rates.ranks_per_node)
     inside = (ranks - 1) / max(1, ep - 1)
@@ -217,7 +217,7 @@ def _layers(
 
 
 def _half(layer: LayerCost) -> LayerCost:
-    """Returns a layer's costs for half a micro-batch from `layer`, the costs for the whole micro-batch."""
+    """Returns the costs of a layer for half a micro-batch. `layer` has the costs for the whole micro-batch."""
     each = {field.name: getattr(layer, field.name) for field in fields(layer)}
     return LayerCost(
         **{name: tuple(hop / 2 for hop in cost) if name == "hops" else cost / 2 for name, cost in each.items()}
@@ -239,7 +239,7 @@ def _ring_seconds(counted: Counted, config: Config, rates: Rates, name: str, tim
 
 
 def table(time: CardTime) -> Table:
-    """Returns a table of the seconds of a step's parts, with the assumed rates."""
+    """Returns a table of the seconds of each part of a step, with the assumed rates."""
     rates = time.rates
     made = Table(title=f"A step of {time.micro_batches} micro-batches on {rates.card}, on paper", title_justify="left")
     for column in ("part", "phase", "ms", "ms of launches"):
@@ -265,7 +265,7 @@ def table(time: CardTime) -> Table:
 
 
 def assumptions(rates: Rates) -> str:
-    """Returns a sentence with the rates by which a time was computed."""
+    """Returns a sentence with the rates from which a time was computed."""
     sizes = (512, 1024, 2048, 4096)
     dense, grouped = (
         ", ".join(f"{float(curve.at(size)) / 1e12:.0f}" for size in sizes) for curve in (rates.gemm, rates.grouped)

@@ -224,7 +224,7 @@ class _Job:
         return taken
 
     def _forced(self, position: int) -> Any:
-        """Returns a context in which the routers take the workload's expert choices."""
+        """Returns a context in which the workload's expert choices replace the choices of the routers."""
         from contextlib import nullcontext
 
         from moe_dist.moe.replayed_routers import Replay

@@ -34,7 +34,7 @@ from research.experiments.verdicts import Paired, Record, Records, number_at, of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SEQUENCES = 192  # held-out sequences of each source; with 64, loads on different documents differ by up to 9 %
+SEQUENCES = 192  # number of held-out sequences of each source; with 64, loads on different documents differ by up to 9 %
 OFF_BUDGET = 0.05  # if a method's load differs from the budget by a larger fraction, its losses cannot be compared
 BYTES = 4  # size of an fp32 number
 EXCHANGES = 4  # number of times that a row is sent: in dispatch and in combine, in forward and in backward

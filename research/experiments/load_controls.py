@@ -12,7 +12,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 
 SUFFIX = "_loads"
-FIXED = ("fixed", "top_k")  # methods in which all tokens take the same number of experts
+FIXED = ("fixed", "top_k")  # methods in which all tokens have the same mean number of experts
 MODALITIES = {"text", "image"}
 
 

@@ -74,7 +74,7 @@ class Spent:
 
 
 def spent_by_step(metrics: Path, plan: LoopSettings, before: Spent) -> dict[int, Spent]:
-    """Maps each step to the cost of training up to the end of this step. All costs include `before`, an earlier cost."""
+    """Maps each step to the cost of training up to the end of this step. All costs include the cost `before` the run."""
     spent, sums, groups = {}, before, plan.placement.groups
     for record in read_lines(metrics):
         if record["kind"] != "step":

@@ -64,8 +64,8 @@ def _choices(budget: float) -> int:
 
 
 def _null_weights(base: Config, budget: float) -> Settings:
-    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget), where k is top_k,
-    n the number of true experts, and m = n the number of null experts."""
+    """Returns the override of the null weight w that leads to the budget: w = n (k - budget) / (m budget). Here k is
+    top_k, n is the number of true experts, and m = n is the number of null experts."""
     weight = (_choices(budget) - budget) / budget
     return {"loss.balance.null_weight": dict.fromkeys(base.model.moe.groups, weight)}
 

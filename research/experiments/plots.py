@@ -28,7 +28,7 @@ COSTS = {
     "seconds": "seconds of training steps",
     "bytes": "bytes that all ranks send to other ranks",
 }
-LEAST_LOADS = 3  # smallest number of loads, rounded to a tenth, for which a picture of loss over load is drawn
+LEAST_LOADS = 3  # a picture of loss over load is drawn only if at least this many loads differ by a tenth
 IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms with higher losses are only in the legend
 
 

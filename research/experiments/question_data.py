@@ -7,7 +7,7 @@ by `tools.evaluate`. Only training questions are used (see `moe_dist.inference.q
 each task are left out, because `tools.prepare_router_tuning --limit` makes its samples from these questions. A question is
 also left out if it has the same numbers, or asks about the same pair of antonyms, as one of the first questions. A question
 about the same noun as one of them is kept. More seeds of reasoning-gym give more questions. No seed adds a held-out
-question to the training data, because only the numbers in a question decide on which side it is.
+question to the training data, because only the numbers in a question decide on which side (training or held-out) it is.
 """
 
 from collections.abc import Iterator

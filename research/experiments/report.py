@@ -249,7 +249,7 @@ def _wire(study: Study, records: Records) -> list[str]:
 
 
 def _loads(study: Study, records: Records) -> list[str]:
-    """Returns a table of the loads of the arms whose tokens take different numbers of experts."""
+    """Returns a table of loads, for the arms in which different tokens take different numbers of experts."""
     kinds = ("text", "image", "image_drawn", "image_filler")
     rows = []
     for name, mine in _per_arm(study, records):

@@ -152,7 +152,7 @@ class Study(Part):
     arms: dict[ArmName, Arm] = Field(min_length=1)
     gates: tuple[ValueRule, ...] = ()  # if a gate fails, no rule of `rules` is judged; the arms of gates run first
     rules: tuple[ValueRule, ...] = ()
-    corrected: bool = False  # whether the upper bounds of all rules together (not each alone) hold with 95 % (Bonferroni)
+    corrected: bool = False  # whether all upper bounds together, not each alone, hold with 95 % confidence (Bonferroni)
     committed_code: bool = False  # whether runs that count need code without uncommitted changes
 
     @property

@@ -48,7 +48,7 @@ def make_facts(tasks: Sequence[str], *, wordnet: Path = WORDNET, quiz: Path = QU
         problems.append("the package reasoning-gym is not installed; install moe_dist[reproduce]")
     if problems:
         raise ConfigError(problems, see="research/README.md")
-    words = WordNet(wordnet)  # reads files when facts are asked for
+    words = WordNet(wordnet)  # reads each file only when its facts are needed
     of_words = {"definition": words.definitions, "hypernym": words.hypernyms, "antonym": words.antonyms,
                 "category": words.categories}  # fmt: skip
     facts = {}

@@ -217,7 +217,7 @@ def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def _product(name: str, args: Any) -> tuple[str, int, int]:
-    """Returns kind, rows and FLOPs of an operation, as in `Work`."""
+    """Returns the values of `Work.kind`, `Work.rows` and `Work.flops` for an operation."""
     if name not in PRODUCTS:
         return "copy", 0, 0
     first, second = args[PRODUCTS[name] :][:2]

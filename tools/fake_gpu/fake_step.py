@@ -113,7 +113,7 @@ class Uniform:
         self.route(tokens)
 
     def route(self, tokens: int) -> None:
-        """Sets the number of tokens that a layer routes on this rank; all modalities have equally many tokens."""
+        """Sets the number of tokens that a layer routes on this rank. Each modality has the same number of tokens."""
         tokens_G = [tokens * share for share in group_shares(self.groups, {})]
         self.tokens_of_groups = list(zip(self.groups, tokens_G, strict=True))
         self.pairs_E = [

@@ -39,7 +39,7 @@ class LiveMemory:
         self.most.clear()
 
     def note(self, tensors: Iterable[Tensor], place: Place) -> None:
-        """Counts the storages of an operation's tensors; new storages count as allocated at `place` (part, phase)."""
+        """Counts the storages of an operation's tensors. New storages count as allocated at `place` (part, phase)."""
         self.place = place
         for tensor in tensors:
             storage = tensor.untyped_storage()

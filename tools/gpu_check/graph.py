@@ -30,7 +30,7 @@ def captured(run: Callable[[], list[Tensor]], job: CheckJob) -> Callable[[], lis
             run()
     torch.cuda.current_stream().wait_stream(side)
     recorded = torch.cuda.CUDAGraph()
-    # Calls that a capture forbids are errors only in this thread, because NCCL's own thread queries events.
+    # During the capture, forbidden calls are errors only in this thread: NCCL's thread queries events, and may do so.
     with torch.cuda.graph(recorded, capture_error_mode="thread_local"):
         out = run()
 

@@ -66,7 +66,7 @@ def column_of_expert(placement: ExpertPlacement) -> Tensor:
 
 
 def dispatcher_of(config: Any, ep_rank: int) -> Any:
-    """Makes Megatron's alltoall dispatcher; each rank holds a contiguous range of experts."""
+    """Makes Megatron's alltoall dispatcher. Each rank has a contiguous range of experts."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 

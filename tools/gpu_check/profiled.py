@@ -11,7 +11,7 @@ from tools.gpu_check.outcome import CheckJob
 
 
 class Profiled(NamedTuple):
-    """Number of launched kernels, and the share of the time from the first to the last kernel in which none runs."""
+    """Number of launched kernels, and fraction of the time from the first to the last kernel in which no kernel runs."""
 
     launches: int
     idle: float

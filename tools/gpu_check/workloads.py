@@ -86,7 +86,7 @@ def sanitizer(job: CheckJob) -> list[Reading]:
     if tool and shutil.which(tool[0]) is None:
         raise NotPossibleError("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
     command = [*tool, sys.executable, "-m", "tools.gpu_check.workloads", job.device]
-    # Each tensor gets an allocation of its own, because compute-sanitizer checks the bounds of allocations only.
+    # Each tensor gets its own allocation, because compute-sanitizer checks only the bounds of allocations.
     alone, root = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=alone, capture_output=True, text=True, timeout=job.seconds)
     print(done.stdout, done.stderr)
