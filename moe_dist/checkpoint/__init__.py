@@ -1,1 +1,1 @@
-"""Saves and loads the state of a run. Tensors have logical names, which are equal in all layouts of ranks."""
+"""Saves and loads the state of a run. A tensor's logical name does not depend on the layout of ranks."""

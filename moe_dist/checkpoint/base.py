@@ -1,10 +1,9 @@
-"""Finds the frozen base model of LoRA adapters. A checkpoint of adapters has the path and hash of the base model, but not
-the base model's weights.
+"""Finds the frozen base model of LoRA adapters. A checkpoint of adapters has the base's path and hash, but not its weights.
 
-Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. Every parameter of
-the base except its routers must be used. A layer's FFN comes from the base's dense FFN in that layer. If the base has no
-dense FFN in that layer, the FFN comes from the base's only expert in that layer: an imported dense Hugging Face model has
-one expert per layer.
+Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. The model must use
+every parameter of the base except the routers. A layer's FFN is loaded from the base's dense FFN in that layer. If the base
+has no dense FFN there, the layer's FFN is loaded from the base's only expert in that layer; an imported dense Hugging Face
+model has one expert per layer.
 """
 
 import hashlib
@@ -32,8 +31,8 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.(moe|ffn)\.norm\.weight")
 
 
 def content_hash(index: Index) -> str:
-    """Returns the SHA-256 over name, dtype, shape and fingerprint of every parameter and buffer in a checkpoint. The hash
-    does not depend on the layout of ranks, the optimizer's moments or the step count."""
+    """Returns a SHA-256 hash over the name, dtype, shape and fingerprint of every parameter and buffer in a checkpoint. The
+    hash does not depend on the layout of ranks, the optimizer's moments or the step count."""
     lines = [
         f"{name} {entry.dtype} {list(entry.shape)} {entry.fingerprint}\n"
         for name, entry in sorted(index.tensors.items())
@@ -44,7 +43,7 @@ def content_hash(index: Index) -> str:
 
 @dataclass(frozen=True)
 class Base:
-    """Folder and content hash of the base model of a checkpoint of adapters."""
+    """Identifies the base model of a checkpoint of adapters by folder and content hash."""
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of that checkpoint
@@ -52,14 +51,14 @@ class Base:
 
     @classmethod
     def of(cls, contents: Contents, checkpoints: Path) -> "Base":
-        """Names an opened base for adapters whose checkpoints are in the folder `checkpoints`. Reads no tensor."""
+        """Returns the `Base` of an opened base checkpoint. The adapters' checkpoints are in the folder `checkpoints`."""
         path = contents.folder.absolute()
         return cls(str(path), content_hash(contents.index), os.path.relpath(path, checkpoints.absolute()))
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
-        """Reads path and content hash of the base from `values` of the checkpoint of adapters in `folder`. Raises DataError
-        if `values` has no path or no content hash of a base."""
+        """Reads the base's path and content hash from the JSON values of the adapters' checkpoint in `folder`. Raises
+        DataError if one of the two is missing."""
         found = values.get(KEY)
         path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
         if not isinstance(path, str) or not isinstance(content, str):
@@ -68,8 +67,8 @@ class Base:
         return cls(path, content, beside if isinstance(beside, str) else "")
 
     def places(self, adapters: Path) -> list[Path]:
-        """Returns the folders where the base may be. The first is its path. The second is its path relative to the
-        adapters' checkpoints, which stays valid if both are moved together. If the path is relative, the last are this path
+        """Returns the folders where the base may be. The first folder is `path`. The second folder is found by `beside`,
+        which stays valid if base and adapters are moved together. If `path` is relative, the remaining folders are `path`
         below each folder that contains the adapters."""
         folder = adapters.absolute()
         places = [Path(self.path)]
@@ -83,7 +82,7 @@ class Base:
         """Checks that `contents` is the base on which the adapters in the folder `adapters` were trained. Raises DataError
         if the content hash of `contents` is not `content`."""
         found = content_hash(contents.index)
-        if found != self.content:  # the folder at `path` may hold another model by now
+        if found != self.content:  # the folder at `path` may contain another model by now
             raise DataError(
                 f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
                 f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",
@@ -92,8 +91,8 @@ class Base:
 
 
 def find_base(base: Base, adapters: Path) -> Contents:
-    """Opens the base's checkpoint for the adapters in the folder `adapters`. Takes the first of the base's possible folders
-    that has the base's content hash. Raises DataError if the base is missing or damaged, or has another content hash."""
+    """Opens the base's checkpoint for the adapters in the folder `adapters`. Opens the first of `Base.places` whose
+    checkpoint has the base's content hash. Raises DataError if there is none, or if one is damaged."""
     others = []
     for place in base.places(adapters):
         try:
@@ -115,9 +114,9 @@ def find_base(base: Base, adapters: Path) -> Contents:
 
 
 def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps the name of each of the model's tensors in `specs` to the name of the tensor in the base's checkpoint. Raises
-    ConfigError if the base lacks a tensor, has it in another shape or dtype, or has a parameter that the model does not
-    use."""
+    """Maps the name of each model tensor in `specs` to the name of the base's tensor that is loaded into it. Raises
+    ConfigError if the base lacks such a tensor, its shape or dtype differs, or the model does not use a parameter of the
+    base."""
     index = contents.index
     only = _only_experts(index)
     sources, problems = {}, []
@@ -146,7 +145,7 @@ def base_sources(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[st
 
 
 def base_names(index: Index) -> dict[str, str]:
-    """Maps each FFN matrix of a base, by name, to its name in a model with LoRA experts: `layers.0.moe.ffn.gate`."""
+    """Maps the names of a base's FFN matrices to names in a model with LoRA experts, such as `layers.0.moe.ffn.gate`."""
     found = {}
     for name in index.tensors:
         if match := _FFN.fullmatch(name) or EXPERT_NAME.fullmatch(name):
@@ -155,8 +154,8 @@ def base_names(index: Index) -> dict[str, str]:
 
 
 def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
-    """Yields the names that the model's tensor `name` may have in the base's checkpoint, in order of preference. `only`
-    comes from `_only_experts`."""
+    """Yields the names that the model's tensor `name` may have in the base's checkpoint, in order of preference. `only` is
+    the result of `_only_experts`."""
     yield name
     if match := _NORM.fullmatch(name):
         yield f"{match['layer']}.ffn.norm.weight"
@@ -169,7 +168,7 @@ def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
 
 
 def _only_experts(index: Index) -> dict[str, str]:
-    """Maps each layer that has only one expert to the name of that expert's group."""
+    """Maps the name of each layer with exactly one expert to the name of that expert's group."""
     experts: dict[str, set[tuple[str, str]]] = {}
     for name in index.tensors:
         if match := EXPERT_NAME.fullmatch(name):

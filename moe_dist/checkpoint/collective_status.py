@@ -1,4 +1,4 @@
-"""Makes each phase of a save or load fail on all ranks or on none: an all-reduce tells every rank which ranks failed."""
+"""Makes each phase of a save or load fail on all ranks or on none. An all-reduce tells all ranks which ranks failed."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,18 +11,18 @@ from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError, MoeDistError
 
-_UNWRITABLE = 2  # status of a rank that raised CheckpointError; for another error, 1000 + the error's exit code
+_UNWRITABLE = 2  # status of a rank after CheckpointError; after any other error it is 1000 + the exit code
 
 T = TypeVar("T")
 
 
 class CollectiveStatus:
-    """Exchanges one status per rank, 0 or an error code, between the ranks that save or load together.
+    """Gives every rank the status of all ranks that save or load together. A status is 0 or an error code.
 
     Args:
-        place: Folder of the checkpoints, named in error messages.
+        place: Folder of the checkpoints, for error messages.
         process_group: Gloo group of the ranks that save or load together; None for a single rank.
-        tracker: The watchdog's tracker, which records the all-reduces; None records no all-reduces.
+        tracker: The watchdog's tracker, which records the all-reduces. With None, nothing records them.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class CollectiveStatus:
         self.world_size = dist.get_world_size(process_group) if process_group else 1
 
     def add(self, numbers: list[int], name: str = "checkpoint numbers") -> list[int]:
-        """Sums each of `numbers` over all ranks by one all-reduce; the sums are int64 and wrap modulo 2^64."""
+        """Sums each of `numbers` over all ranks in one all-reduce. The sums are int64 and wrap modulo 2^64."""
         summed = sum_over(torch.tensor(numbers, dtype=torch.int64), self._group, name=name, tracker=self._watch)
         return summed.tolist()
 
     def first(self, name: str, action: Callable[[], T], *, kind: type[MoeDistError] = DataError) -> T | None:
-        """Like `phase`, but runs `action` on rank 0 only, and returns None on the other ranks."""
+        """Works like `phase`, but runs `action` on rank 0 only, and returns None on the other ranks."""
         return self.phase(name, lambda: action() if self.rank == 0 else None, kind=kind)
 
     def broadcast(self, name: str, action: Callable[[], int]) -> int:
-        """Like `first`, but returns the result on all ranks. Costs two all-reduces."""
+        """Works like `first`, but returns rank 0's result on all ranks. Costs two all-reduces."""
         (number,) = self.add([self.first(name, action) or 0])
         return number
 
@@ -62,7 +62,7 @@ class CollectiveStatus:
         # Every error must reach the all-reduce below, because a rank that raised at once would leave other ranks waiting.
         except Exception as cause:
             error = cause
-        reports = [0] * self.world_size  # a rank sets only its own entry; the sum has every rank's status
+        reports = [0] * self.world_size  # each rank sets only its own entry; the sum over ranks has all statuses
         if error is not None:
             reports[self.rank] = _report(error)
         codes = self.add(reports, f"checkpoint vote to {name}")  # the only collective of a phase, also after an error
@@ -80,8 +80,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that a rank without a failure raises. Its class is the error class of the lowest failed rank if
-    the table below has that class, else MoeDistError."""
+    """Returns the error that the ranks without a failure raise. It has the class of the lowest failed rank's error if the
+    table below contains that class, else the class MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]

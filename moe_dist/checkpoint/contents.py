@@ -1,8 +1,8 @@
-"""Reads and checks index, state and shard headers of a checkpoint; reads no tensor and does not import torch.
+"""Reads and checks the index, state file and shard headers of a checkpoint. Reads no tensor and does not import torch.
 
-Every file of a checkpoint but SHA256SUMS can be checked. SHA256SUMS (a file for `sha256sum -c`) has the digests of
-index.json and state.json. index.json has the digests of the shards' headers (ShardEntry). Each header has a fingerprint
-of each tensor part in its file.
+Every file of a checkpoint except SHA256SUMS can be checked. SHA256SUMS, a file for `sha256sum -c`, contains the digests of
+index.json and state.json. index.json contains the digest of each shard's header (ShardEntry). A shard's header contains the
+fingerprint of each tensor part in the shard.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ CHECKSUMS_FILE = "SHA256SUMS"
 CHECKED_FILES = (INDEX_FILE, STATE_FILE)
 T = TypeVar("T")
 
-_MAX_BYTES = 4096  # bytes of SHA256SUMS that are read at most; a valid file has about 200 bytes
+_MAX_BYTES = 4096  # largest number of bytes that are read from SHA256SUMS; a valid file has about 200 bytes
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of index.json and state.json in a checkpoint, both intact and written by the same save."""
+    """The content of a checkpoint's index.json and state.json. Both files are intact and were written by the same save."""
 
     folder: Path
     index: Index
@@ -47,7 +47,7 @@ class Contents:
 
 @dataclass
 class Examined:
-    """The parts of a checkpoint that could be read, and the problems of the checkpoint's files."""
+    """The parts of a checkpoint that were readable, and the problems of the checkpoint's files."""
 
     index: Index | None = None
     state: StateFile | None = None
@@ -56,9 +56,9 @@ class Examined:
 
 
 def open_checkpoint(folder: Path) -> Contents:
-    """Reads index.json and state.json of a checkpoint; checks their digests, and that both files have the same save and
-    step. Raises DamagedError if files are missing or damaged, or belong to different saves. The error names each faulty
-    file."""
+    """Reads index.json and state.json of a checkpoint. Checks their digests, and that both files belong to the same save
+    and step. Raises DamagedError if a file is missing or damaged, or if the files belong to different saves. The error
+    names each faulty file."""
     examined = examine_files(folder)
     if examined.file_problems or examined.index is None or examined.state is None:
         raise DamagedError(f"checkpoint {folder} differs from what was saved", examined.file_problems)
@@ -66,8 +66,8 @@ def open_checkpoint(folder: Path) -> Contents:
 
 
 def open_shard(contents: Contents, number: int) -> ShardHeader:
-    """Reads the header of a shard, and checks it against the index. Raises DamagedError if the shard is missing or damaged,
-    belongs to another save, or its header differs from the index."""
+    """Reads the header of shard `number`, and compares the header with the index. Raises DamagedError if the shard is
+    missing or damaged, belongs to another save, or has a header that differs from the index."""
     header = read_shard_header(contents.folder, number)
     if problem := shard_problem(contents.index, number, header):
         raise DamagedError(f"checkpoint {contents.folder} differs from what was saved", [problem])
@@ -75,7 +75,7 @@ def open_shard(contents: Contents, number: int) -> ShardHeader:
 
 
 def examine(folder: Path) -> Examined:
-    """Checks everything in a checkpoint except the tensors, and collects all problems."""
+    """Checks all files of a checkpoint except the tensors in them, and collects all problems."""
     examined = examine_files(folder)
     if examined.index is None:
         return examined
@@ -97,7 +97,7 @@ def examine(folder: Path) -> Examined:
 
 
 def examine_files(folder: Path) -> Examined:
-    """Checks the JSON files and SHA256SUMS, but no shard."""
+    """Checks index.json, state.json and SHA256SUMS, but no shard."""
     examined = Examined()
     problems = examined.file_problems
 
@@ -121,9 +121,9 @@ def examine_files(folder: Path) -> Examined:
 
 
 def shard_problem(index: Index, number: int, header: ShardHeader) -> CheckpointProblem | None:
-    """Compares the header of shard `number` with the index. Returns the first difference, or None."""
+    """Compares the header of shard `number` with the index. Returns the first difference; None if they agree."""
     name = shard_file(number)
-    if header.save_id != index.save_id:  # checked first, because a shard of another save also fails the later checks
+    if header.save_id != index.save_id:  # comes first, because a shard of another save also fails the later checks
         whose = f"of save {header.save_id} at step {header.step}; the checkpoint is {index.save_id} at step {index.step}"
         if all(part in index.tensors and index.tensors[part].dtype == dtype for part, (dtype, _) in header.parts.items()):
             return CheckpointProblem("mixed up", name, whose)
@@ -145,7 +145,7 @@ def _examine_saves(folder: Path, examined: Examined, checksums: tuple[str, dict[
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # files of several saves also differ in their digests
+    if len(set(said.values())) > 1:  # returns early, because files of different saves also have wrong digests
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())
@@ -165,7 +165,8 @@ def _examine_saves(folder: Path, examined: Examined, checksums: tuple[str, dict[
 
 
 def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
-    """Returns the content of SHA256SUMS: the save id in a comment line, and the digest of each of CHECKED_FILES."""
+    """Returns the content of SHA256SUMS: a comment line with the save id, then a line with the digest of each checked
+    file."""
     lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
     return "".join([f"# save {save_id}\n", *lines]).encode()
 

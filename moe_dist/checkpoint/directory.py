@@ -1,5 +1,4 @@
-"""The folder of a run's checkpoints: lists them, reads its file `latest`, deletes old checkpoints. Does not import
-torch."""
+"""Lists a run's checkpoints, reads the file `latest`, and deletes old checkpoints. Does not import torch."""
 
 import contextlib
 import difflib
@@ -25,13 +24,13 @@ _LEFTOVER = re.compile(r"(step_\d+|latest)\.[0-9a-f]+\.(tmp|removed)")
 
 
 def step_of(folder: Path) -> int | None:
-    """Returns the N of a folder named step_N; None for any other name."""
+    """Returns N if the folder is named step_N, else None."""
     match = _COMMITTED.fullmatch(folder.absolute().name)
     return int(match[1]) if match else None
 
 
 class CheckpointDirectory:
-    """The checkpoints in a folder, which need not exist yet."""
+    """Lists and deletes the checkpoints in a folder. The folder need not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +39,7 @@ class CheckpointDirectory:
         return self.folder / f"step_{step}"
 
     def steps(self) -> list[int]:
-        """Returns the steps of all committed checkpoints, oldest first."""
+        """Returns the step of each committed checkpoint, in ascending order."""
         if not self.folder.is_dir():
             return []
         found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # None for temporary folders
@@ -48,10 +47,10 @@ class CheckpointDirectory:
 
     def latest_step(self) -> int:
         """Returns the step of the checkpoint that the file `latest` names; -1 before the first save. Raises DataError if
-        the file names no checkpoint in this folder, is no regular file, or is missing although there are checkpoints."""
+        `latest` names no checkpoint in this folder, is not a regular file, or is missing although there are checkpoints."""
         path = self.folder / LATEST_FILE
         try:
-            content = read_regular(path, most_bytes=64, links=False)  # one read: another process may replace the file
+            content = read_regular(path, most_bytes=64, links=False)  # only one read, as another process may replace it
         except IrregularFileError as error:
             raise DataError(f"{path}: {error.strerror}, so it was not read; delete it first. {self.fix()}") from error
         except FileNotFoundError:
@@ -77,7 +76,7 @@ class CheckpointDirectory:
         return f"There are {', '.join(others)}: to resume from the newest, `echo {others[-1]} > {pointer}` and start again."
 
     def remove_beyond(self, keep: int, step: int) -> None:
-        """Deletes the committed checkpoints up to step `step`, except the `keep` newest of them. Logs errors instead of
+        """Deletes the checkpoints whose step is at most `step`, except the `keep` newest of these. Logs errors instead of
         raising them, because the save of `step` has already succeeded."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
@@ -88,25 +87,25 @@ class CheckpointDirectory:
             logger.warning("cannot remove old checkpoints in %s: %s", self.folder, error)
 
     def remove_leftovers(self) -> None:
-        """Deletes temporary files and folders that a crash or `remove_beyond` left. Only the holder of the run's lease may
-        call this method, because the temporary files of another process's unfinished save have the same names."""
+        """Deletes temporary files and folders that a crash or `remove_beyond` left. Only the process that holds the run's
+        lease may call this method, because the temporary files of another process's unfinished save look like leftovers."""
         for path in self.folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
-                # A process that has lost the lease may delete its own files at the same time.
+                # A process that has lost the lease may be deleting its own files at the same time.
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run_path(path: Path, wanted: str = "", *, option: str = "") -> Path:
-    """Returns `path`, or `runs/<path>` if only this folder exists, because `runs` is the default place of runs.
+    """Returns `path`, or `runs/<path>` if only the latter exists. By default runs are stored in `runs`.
 
     Args:
-        wanted: The folders that the command takes, for the error text. Without `wanted`, a missing `path` that resembles no
-            folder's name is returned.
-        option: Option of the command line that names `path`; empty for an argument.
+        wanted: Text for the error that says which folders the command accepts. Without `wanted`, a missing `path` is
+            returned unless its name resembles a folder's name.
+        option: Command-line option whose value is `path`; empty if `path` is a positional argument.
 
     Raises:
-        ConfigError: neither folder exists, and either a folder has a similar name or `wanted` is given.
+        ConfigError: neither `path` nor `runs/<path>` exists, and either a folder has a similar name or `wanted` is given.
     """
     named = Path("runs") / path
     if path.exists() or named.is_dir():
@@ -119,9 +118,10 @@ def run_path(path: Path, wanted: str = "", *, option: str = "") -> Path:
 
 
 def _near_folder(path: Path) -> Path | None:
-    """Returns the folder with the most similar name in `runs` or beside `path`; None without one."""
+    """Returns the folder in `runs` or beside `path` with the name most similar to that of `path`; None if none is
+    similar."""
     for parent in dict.fromkeys(((Path("runs") / path).parent, path.parent)):
-        with contextlib.suppress(OSError):  # the parent is missing, or may not be listed
+        with contextlib.suppress(OSError):  # the parent is missing, or this user may not list it
             names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
             if near := difflib.get_close_matches(path.name, names, 1, NEAR):
                 return parent / near[0]
@@ -129,8 +129,8 @@ def _near_folder(path: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Returns the folder of a checkpoint: `path`, or the newest checkpoint of a run folder or a folder of checkpoints.
-    `path` may omit the leading `runs/`, as in `run_path`.
+    """Returns the folder of a checkpoint. This is `path` itself, or the newest checkpoint if `path` is a run folder or a
+    folder of checkpoints. `path` may omit the leading `runs/`, as in `run_path`.
 
     Raises:
         ConfigError: there is no checkpoint.

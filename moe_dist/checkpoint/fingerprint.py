@@ -1,16 +1,18 @@
-"""A fingerprint of a tensor, which does not depend on its sharding: a sum of hashes, each of an element and its position.
+"""Computes a tensor's fingerprint, which does not depend on the tensor's sharding. It is a sum of one hash per element,
+over the element's bits and position.
 
     fingerprint = sum over elements i of mix(bits_i + (i + 1) * G)  mod 2^64
 
 where i counts the elements of the whole tensor in row-major order, bits_i is the element's bit pattern (sign extended to 64
 bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. Because the hashes are only
-added, the fingerprints of disjoint pieces add up to the fingerprint of the whole tensor, in any order, for any division
-into pieces, and on any device.
+added, the fingerprints of disjoint pieces add up to the fingerprint of the whole tensor. The sum depends neither on how the
+tensor is divided, nor on the order of the pieces, nor on the device.
 
-A change of one element always changes the fingerprint; a change of several elements keeps it with probability 2^-64. The
-fingerprint detects accidents but no attacks: an attacker can construct another tensor with the same fingerprint.
+A change of one element always changes the fingerprint. A change of several elements leaves the fingerprint unchanged with
+probability 2^-64. The fingerprint detects accidental damage, but no attacks: a tensor with a given fingerprint can be
+constructed.
 
-Cost: one pass over the tensor, at about 1 GB of fp32 per second on one CPU core.
+A fingerprint costs one pass over the tensor. One CPU core processes about 1 GB of fp32 per second.
 """
 
 import math
@@ -21,29 +23,29 @@ from torch import Tensor
 
 _G, _M1, _M2 = 0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
 _MASK33 = (1 << 31) - 1  # clears the sign bits that `>>` of an int64 by 33 shifts in
-_BLOCK = 1 << 15  # elements per block: 256 KiB of int64 fit into a CPU core's cache
+_BLOCK = 1 << 15  # elements per block; a block of int64 has 256 KiB, which fit into a CPU core's cache
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[int] | None = None) -> int:
-    """Returns the fingerprint (0 to 2^64 - 1) of a box of a tensor. A box is a contiguous range in each dim. Costs one
-    device sync.
+    """Returns the fingerprint (0 to 2^64 - 1) of a box of a tensor. A box is a contiguous range of indices in each dim.
+    Costs one device sync.
 
     Args:
-        piece: The elements of the box: a plain tensor with 1, 2, 4 or 8 bytes per element.
-        offsets: Index of the box's first element in each dim of the whole tensor; default zeros.
-        shape: Shape of the whole tensor; default the shape of the piece.
+        piece: The elements of the box, as a plain tensor with 1, 2, 4 or 8 bytes per element.
+        offsets: Index of the box's first element in each dim of the whole tensor; by default zeros.
+        shape: Shape of the whole tensor; by default the shape of `piece`.
     """
     whole = tuple(piece.shape if shape is None else shape)
     total = torch.zeros((), dtype=torch.int64, device=piece.device)  # on the device, so that the loop does not sync
-    # i * G for i in one block, computed once; the loop adds (start + 1) * G for the block that begins at position start.
+    # `keys` has i * G for the positions i inside a block. To each block, the loop adds (position of the block + 1) * G.
     keys = torch.arange(min(_BLOCK, max(1, piece.numel())), dtype=torch.int64, device=piece.device).mul_(signed(_G))
     flat = piece.detach().contiguous().reshape(-1)  # copies only a non-contiguous piece
     bits = flat.view(_BITS[flat.element_size()])  # bit patterns: -0.0 differs from 0.0, and NaN equals itself
     for begin, place, length in _runs(tuple(piece.shape), tuple(offsets) or (0,) * piece.ndim, whole):
         for at in range(0, length, _BLOCK):
             part = bits[begin + at : begin + min(at + _BLOCK, length)]
-            x = part.to(torch.int64, copy=True)  # copies also if the dtype is int64, because the next lines work in place
+            x = part.to(torch.int64, copy=True)  # always copies, because the next lines change `x` in place
             x.add_(keys[: x.numel()]).add_(signed((place + at + 1) * _G))
             x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).mul_(signed(_M1))
             x.bitwise_xor_((x >> 33).bitwise_and_(_MASK33)).mul_(signed(_M2))
@@ -52,7 +54,7 @@ def fingerprint(piece: Tensor, *, offsets: Sequence[int] = (), shape: Sequence[i
 
 
 def hexadecimal(value: int) -> str:
-    """Formats a fingerprint as 16 hex digits, the form in which checkpoints store it."""
+    """Formats a fingerprint as 16 hex digits, as it is stored in checkpoints."""
     return f"{value % (1 << 64):016x}"
 
 
@@ -74,5 +76,6 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
 
 
 def signed(value: int) -> int:
-    """Returns the int64 with a fingerprint's bits. A sum of int64 wraps modulo 2^64, as a sum of fingerprints must."""
+    """Returns the int64 with the bits of the unsigned `value`. Sums of int64 wrap modulo 2^64, as sums of fingerprints
+    must."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

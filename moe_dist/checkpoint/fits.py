@@ -1,5 +1,4 @@
-"""Compares a checkpoint's tensors with a model's: checks that all can be loaded, or selects and reports loadable
-tensors."""
+"""Compares a checkpoint's tensors with a model's. Checks that all can be loaded, or selects and reports those that can."""
 
 import math
 import re
@@ -35,21 +34,22 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> str:
-    """Returns why a stored tensor, named `source` in the text, cannot be loaded into a tensor of the model; an empty text
-    if the tensor fits."""
+    """Returns the reason why a stored tensor cannot be loaded into a tensor of the model; an empty text if it can. The text
+    calls the stored tensor `source`."""
     if entry.shape != spec.shape:
         return f"shape {spec.shape} in the model, {entry.shape} in {source}"
     return "" if DTYPES.get(entry.dtype) == spec.dtype else f"{spec.dtype} in the model, {entry.dtype} in {source}"
 
 
 def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> dict[str, str]:
-    """Maps each tensor that checkpoint or model lacks, or that differs in shape or dtype, to a text with the difference."""
+    """Maps the name of each tensor that differs between checkpoint and model to a text that states the difference. A tensor
+    differs if one of the two lacks it, or in its shape or dtype."""
     problems = {
         name: ABSENT if (entry := index.tensors.get(name)) is None else misfit(entry, spec)
         for name, spec in specs.items()
         if math.prod(spec.shape)  # a tensor without elements, such as the null rows of 0 null experts, is not saved
     }
-    surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, so that the order of messages does not change
+    surplus = sorted(index.tensors.keys() - specs.keys())  # sorted, so that messages always have the same order
     problems |= {
         name: "in the checkpoint, but not in the model"
         for name in surplus
@@ -59,8 +59,8 @@ def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix:
 
 
 def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> None:
-    """Checks that a checkpoint has exactly the tensors of this model, in names, shapes and dtypes. Raises ConfigError if a
-    tensor differs. The error lists all differences."""
+    """Raises ConfigError, which lists all differences, unless the tensors of checkpoint and model have equal names, shapes
+    and dtypes."""
     problems = differences(index, specs, ignore_prefix=ignore_prefix)
     if problems:
         here = sizes({name: spec.shape for name, spec in specs.items()})
@@ -80,15 +80,16 @@ def check_fits(folder: Path, index: Index, specs: Mapping[str, TensorSpec], *, i
 
 
 def check_complete(index: Index, specs: Mapping[str, TensorSpec]) -> None:
-    """Asserts, before a checkpoint is committed, that its index contains every element of every tensor of the model exactly
-    once. A failure is a bug of moe_dist."""
+    """Asserts that a checkpoint's index contains every element of every tensor of the model exactly once. A save calls this
+    function before its commit. A failure is a bug of moe_dist."""
     problems = index_problems(index) + _lines(differences(index, specs))  # also finds elements that no shard contains
     if problems:
         raise AssertionError(listed("the written shards are incomplete", problems))
 
 
 def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
-    """Finds the number of layers, experts per group, hidden width and vocabulary size from tensors' names and shapes."""
+    """Finds four kinds of sizes from the tensors' names and shapes: number of layers, number of experts per group, hidden
+    width and vocabulary size."""
     found: dict[str, int] = {}
     layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
     if layers:
@@ -106,15 +107,15 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Taken:
-    """The parameters of a checkpoint that were loaded, and the parameters that were not loaded.
+    """Says which parameters were loaded from a checkpoint and which were not.
 
     Attributes:
         folder: Folder of the checkpoint.
         taken: Parameters that were loaded.
-        elements: Total elements of the loaded parameters.
-        kept: Parameters of the model that keep their initial values, each with the reason.
+        elements: Total number of elements of the loaded parameters.
+        kept: Maps each parameter of the model that keeps its initial values to the reason.
         left: Parameters of the checkpoint that were not loaded.
-        made_of: Maps each loaded parameter that has another name in the checkpoint to that name.
+        made_of: Maps each loaded parameter whose name in the checkpoint differs to its name in the checkpoint.
     """
 
     folder: Path
@@ -125,7 +126,7 @@ class Taken:
     made_of: Mapping[str, str]
 
     def report(self) -> str:
-        """Returns a report of the load for the user. Parameters whose names differ only in numbers share a line."""
+        """Returns a report of the load for the user. Parameters whose names differ only in numbers share one line."""
         lines = [f"weights from {self.folder}; optimizer, step and position in the data start anew"]
         lines.append(f"loaded {len(self.taken)} tensors, {self.elements:,} numbers:")
         lines += _families(name for name in self.taken if name not in self.made_of)
@@ -138,15 +139,15 @@ class Taken:
 
 
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Returns the names of all parameters with the same name, shape and dtype in checkpoint and model, each mapped to
-    itself. The result is equal on all ranks."""
+    """Maps each parameter whose shape and dtype are equal in checkpoint and model to itself. The result is equal on all
+    ranks."""
     parameters = _parameters(specs)
     differ = differences(contents.index, parameters)
     return {name: name for name in parameters if name in contents.index.tensors and name not in differ}
 
 
 def taken_from(contents: Contents, specs: Mapping[str, TensorSpec], sources: Mapping[str, Source]) -> Taken:
-    """Makes the `Taken` of a load in which `sources` maps each loaded parameter to its source in the checkpoint."""
+    """Returns the `Taken` of a load. `sources` maps each loaded parameter to its source in the checkpoint."""
     index, parameters = contents.index, _parameters(specs)
     there = {name: stored_name(source) for name, source in sources.items()}
     reasons, used = differences(index, parameters), set(there.values())

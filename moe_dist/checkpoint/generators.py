@@ -1,5 +1,5 @@
-"""Saves and restores the random number generators of one rank (torch on host and device, numpy, Python) as JSON values. The
-data order and the initial weights do not depend on these generators, but only on the run's seed."""
+"""Saves and restores the states of one rank's random number generators as JSON values. These are the generators of torch
+(host and device), numpy and Python. Data order and initial weights depend only on the run's seed."""
 
 import random
 from collections.abc import Mapping
@@ -27,8 +27,8 @@ def generator_states(device: torch.device) -> dict[str, JsonValue]:
 
 
 def restore_generators(states: Mapping[str, JsonValue], device: torch.device) -> None:
-    """Sets the generators to `states`, made by `generator_states`. If `states` has no state of the CUDA generator, the CUDA
-    generator is not changed. Raises DataError if a state is invalid."""
+    """Sets the generators to the result `states` of `generator_states`. If `states` lacks the CUDA generator's state, the
+    CUDA generator is not changed. Raises DataError if a state is invalid."""
     try:
         torch.set_rng_state(_bytes(states["torch"]))
         version, numbers, gauss = states["python"]  # pyright: ignore
@@ -41,7 +41,7 @@ def restore_generators(states: Mapping[str, JsonValue], device: torch.device) ->
 
 
 def _text(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()  # JSON has no bytes
+    return bytes(state.tolist()).hex()  # JSON has no type for bytes
 
 
 def _bytes(text: JsonValue) -> torch.Tensor:

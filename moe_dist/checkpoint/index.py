@@ -1,5 +1,6 @@
-"""The JSON files of a checkpoint: index.json lists the shard files that contain the parts of each logical tensor,
-state.json holds everything except tensors. Does not import torch, so that a login node can inspect a checkpoint."""
+"""Defines, reads and checks the JSON files of a checkpoint. index.json lists the shard files that contain the parts of each
+logical tensor. state.json contains everything except tensors. Imports no torch, so that login nodes can inspect
+checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -29,9 +30,9 @@ from moe_dist.errors import DataError, printable
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # version of the checkpoint format; version 1 had no fingerprints
-MAX_FAULTS = 20  # a message lists at most this many problems
+MAX_FAULTS = 20  # largest number of problems that a message lists
 MAX_JSON_BYTES = 1 << 27
-SHOWN_BOXES = 3  # a message shows this many parts of a tensor
+SHOWN_BOXES = 3  # largest number of a tensor's parts that a message shows
 
 # Bytes per element of each dtype that a checkpoint can contain, by the dtype's name in safetensors files.
 ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
@@ -46,12 +47,12 @@ class StoredModel(BaseModel):
 
 M = TypeVar("M", bound=StoredModel)
 Length = Annotated[int, Field(ge=0, lt=1 << 63)]
-Steps = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number of steps, which float64 represents exactly
-Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # strict=False also takes a list
+Steps = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number of steps; the bound keeps it exact in float64
+Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # strict=False also accepts a list
 
 
 class Chunk(StoredModel):
-    """A part of a tensor in the shard file with the number `shard`: a box with an offset and a length in each dim."""
+    """A part of a tensor, which shard file `shard` contains. The part is a box with an offset and a length in each dim."""
 
     shard: NonNegativeInt
     offsets: Shape
@@ -59,7 +60,7 @@ class Chunk(StoredModel):
 
 
 class Entry(StoredModel):
-    """One logical tensor, with the shape and the fingerprint of the whole tensor."""
+    """One logical tensor. `dtype`, `shape` and `fingerprint` are those of the whole tensor."""
 
     dtype: str  # a key of ITEMSIZE
     shape: Shape
@@ -70,8 +71,8 @@ class Entry(StoredModel):
 
 @dataclass(frozen=True)
 class Cut:
-    """The part of the stored tensor `name` that begins at index `start` of dim `dim`; the part is as long in `dim` as the
-    loaded tensor."""
+    """A part of the stored tensor `name`. The part begins at index `start` of dim `dim`. In `dim` it is as long as the
+    tensor into which it is loaded."""
 
     name: str
     dim: int
@@ -83,7 +84,7 @@ class Cut:
         return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
 
 
-Source = str | Cut  # the stored tensor (by name), or the part of a stored tensor, that is loaded into a tensor
+Source = str | Cut  # name of the stored tensor, or part of a stored tensor, that is loaded into a tensor of the model
 
 
 def stored_name(source: Source) -> str:
@@ -91,8 +92,7 @@ def stored_name(source: Source) -> str:
 
 
 class ShardEntry(StoredModel):
-    """Size in bytes and header digest of one shard file. The tensors after the header have fingerprints instead of
-    digests."""
+    """Size in bytes and header digest of one shard file. The digest does not cover the tensors; fingerprints do."""
 
     size: NonNegativeInt
     header_sha256: str
@@ -102,15 +102,15 @@ class Index(StoredModel):
     """Content of index.json."""
 
     format: Literal[2] = FORMAT
-    save_id: str  # random id of the save, in all of its files: shows if a folder mixes files of different saves
+    save_id: str  # random id of the save; each of its files has the id, so that mixed files of several saves are detected
     step: NonNegativeInt
-    shards: Annotated[tuple[ShardEntry, ...], FailFast()]  # by shard number; each rank of the save wrote one shard
+    shards: Annotated[tuple[ShardEntry, ...], FailFast()]  # indexed by shard number; each rank of the save wrote one shard
     tensors: dict[str, Entry]
 
     @field_validator("tensors", mode="wrap")
     @classmethod
     def _in_batches(cls, tensors: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-        """Validates some thousand entries at a time, because pydantic would collect the faults of millions of entries."""
+        """Validates 10,000 entries at a time; otherwise pydantic would collect the faults of millions of entries."""
         if not isinstance(tensors, dict):
             return validate(tensors)
         entries, found = iter(tensors.items()), {}
@@ -145,12 +145,13 @@ class StateFile(StoredModel):
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
-        """Returns the content of state.json. A NaN or infinity raises ValueError, because JSON has no such numbers."""
+        """Returns the content of state.json. Raises ValueError for NaN and infinity, because JSON has no such numbers."""
         return json.dumps(self.model_dump(mode="json"), indent=1, allow_nan=False).encode()
 
 
 def few_values(value: JsonValue, *, most: int) -> bool:
-    """Returns whether a JSON value consists of at most `most` values; lists, mappings and the values in them all count."""
+    """Returns whether a JSON value consists of at most `most` values. Each list, each mapping and each value inside them
+    counts as one."""
     count, waiting = 0, [value]
     while waiting and count <= most:
         count, each = count + 1, waiting.pop()
@@ -159,13 +160,13 @@ def few_values(value: JsonValue, *, most: int) -> bool:
 
 
 def shard_file(number: int) -> str:
-    """Returns the name of shard file `number`. Because an index has numbers, not names, it cannot name a file elsewhere."""
+    """Returns the name of shard file `number`. An index stores numbers, not names, so it cannot name other files."""
     return f"shard_{number:05d}.safetensors"
 
 
 def read_stored(path: Path, model: type[M]) -> M:
     """Reads the JSON file `path` of a checkpoint and validates it as `model`. Raises DataError if the file is missing, too
-    large, of another format version or damaged."""
+    large or damaged, or has another format version."""
     try:
         return model.model_validate_json(bounded(read_regular(path, most_bytes=MAX_JSON_BYTES), model.most_lists))
     except OSError as error:
@@ -192,7 +193,8 @@ def read_index(folder: Path) -> Index:
 
 
 def index_problems(index: Index) -> list[str]:
-    """Returns one line per problem: an unknown dtype or shard, or parts that do not contain each element exactly once."""
+    """Returns one line of text per problem. A problem is an unknown dtype, an unknown shard number, or parts that do not
+    contain each element exactly once."""
     problems = []
     for name, entry in index.tensors.items():
         if entry.dtype not in ITEMSIZE:
@@ -208,9 +210,9 @@ def index_problems(index: Index) -> list[str]:
 
 
 def _filled_once(entry: Entry) -> bool:
-    """Returns whether the parts contain each element exactly once. Returns False for parts that divide two dims, because no
-    layout divides two dims of a tensor."""
-    if 0 in entry.shape:  # a tensor without elements is not stored
+    """Returns whether the parts contain each element exactly once. Returns False if the parts divide more than one dim,
+    because no layout of ranks divides a tensor in two dims."""
+    if 0 in entry.shape:  # a tensor without elements has no stored part
         return not entry.chunks
     rank = len(entry.shape)
     if not entry.chunks or any(len(c.shape) != rank or len(c.offsets) != rank for c in entry.chunks):

@@ -1,4 +1,4 @@
-"""Saves, commits, deletes and loads the checkpoints of a run.
+"""Saves, commits, loads and deletes the checkpoints of a run.
 
     <folder>/step_N/shard_R.safetensors   tensors of rank R                    (storage.py)
                     index.json            which file contains which tensor     (index.py)
@@ -6,8 +6,8 @@
                     SHA256SUMS            digests of the two JSON files        (contents.py)
     <folder>/latest                       name of the newest committed folder
 
-A checkpoint is committed when `latest` names it. A checkpoint's files are written to `step_N.<id>.tmp` with a random id, so
-that two processes that save the same step cannot mix their files.
+A checkpoint is committed when `latest` names it. A save writes its files to a folder `step_N.<id>.tmp`. The id is random,
+so that two processes that save the same step cannot mix their files.
 """
 
 import secrets
@@ -56,7 +56,7 @@ from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedErr
 from moe_dist.optim.optimizer import set_step_count
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
-SLACK = 1 << 20  # bytes that must be free on the disk besides 1.01 x the bytes of the tensors
+SLACK = 1 << 20  # the disk must have this many free bytes, plus 1.01 x the bytes of the tensors
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Restored:
 
     step: int
     values: dict[str, JsonValue]
-    rank_values: dict[str, JsonValue]  # like `CheckpointState.rank_values`; empty if the number of ranks has changed
+    rank_values: dict[str, JsonValue]  # see `CheckpointState.rank_values`; empty if the number of ranks has changed
     optimizer_steps: int | None = None  # None without an optimizer
 
 
@@ -73,24 +73,23 @@ class CheckpointManager:
     """Saves and loads the checkpoints of one run.
 
     `save`, `snapshot`, `write`, `clear`, `latest`, `load` and `load_fitting` are collective over `process_group`: every
-    rank calls these methods in the same order and gets the same result. The methods use small all-reduces on the host: one
-    before writing, and one after each phase, which tells every rank whether any rank failed. `write` may run in a thread
-    during training, if no other thread uses `process_group` meanwhile.
+    rank calls these methods in the same order and gets the same result. The methods use small all-reduces on the host.
+    There is one before a write, and one after each phase, which tells every rank whether any rank failed. A thread may run
+    `write` during training if no other thread uses `process_group` at that time.
 
     Args:
         folder: Folder of the run's checkpoints, on a file system that all ranks share.
         keep: Number of committed checkpoints to keep.
-        lease_check: Function that rank 0 calls before anything is written, and before each rename. `lease_check` raises if
-            this process has lost the run's lease, the right to write to the run.
+        lease_check: Function that rank 0 calls before it writes anything, and before each rename. The function raises if
+            this process has lost the run's lease, which is the right to write to the run's folder.
         process_group: Gloo group of all ranks; None for a single rank.
-        tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked, because a thread may run
-            `write`, and then the order of its collectives among the training's collectives differs between ranks.
+        tracker: The watchdog's tracker of collectives. The collectives of `write` are not tracked: if a thread runs
+            `write`, they interleave with the training's collectives in a different order on each rank.
 
     Attributes:
-        folder: As given.
-        newest: The newest checkpoint that this manager has loaded or committed, equal on all ranks; None before the first
-            load or commit.
-        status: Runs further phases that fail on all ranks or on none.
+        folder: The argument `folder`.
+        newest: The checkpoint that this manager loaded or committed last, or None; equal on all ranks.
+        status: Lets callers run their own phases, which fail either on all ranks or on none.
     """
 
     def __init__(
@@ -113,20 +112,20 @@ class CheckpointManager:
         return self.status.rank
 
     def save(self, step: int, state: CheckpointState) -> Path:
-        """Saves `state` without making a copy of it, and returns when the checkpoint is committed."""
+        """Saves `state` without copying it first. Returns after the checkpoint is committed."""
         return self.write(self.snapshot(step, state))
 
     def snapshot(self, step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-        """Takes a snapshot, as `take_snapshot` does. Every save begins here, so that no checkpoint contains nan or inf.
+        """Calls `take_snapshot`, which also checks for nan and inf. Every save begins here, so no checkpoint has any.
 
         Raises:
-            DivergedError: on all ranks, if tensors that a rank writes contain nan or inf.
+            DivergedError: on all ranks, if a tensor that any rank writes contains nan or inf.
         """
         self._check_layout(state.layout)  # a wrong layout would write tensors twice or not at all
         return self.status.phase(f"save step_{step}", lambda: take_snapshot(step, state, buffers))
 
     def check_finite(self, folder: Path, state: CheckpointState) -> None:
-        """Checks the state that was loaded from `folder`, because earlier versions saved states that are not finite.
+        """Checks the tensors loaded from `folder` for nan and inf, because earlier versions could save such tensors.
 
         Raises:
             DivergedError: on all ranks, if the tensors contain nan or inf.
@@ -142,11 +141,11 @@ class CheckpointManager:
         self.status.phase("resume", check)
 
     def write(self, snapshot: Snapshot) -> Path:
-        """Writes the folder `step_N`, commits it, and deletes all but the newest `keep` checkpoints. Does nothing if
+        """Writes and commits the folder `step_N`, then deletes all but the newest `keep` checkpoints. Does nothing if
         `latest` already names `step_N`.
 
         Raises:
-            CheckpointError: on all ranks, if a rank could not write or the disk is full. `latest` is unchanged, and the
+            CheckpointError: on all ranks, if any rank cannot write or the disk is full. `latest` is left unchanged. The
                 files of this save are deleted, so that a later save may succeed.
             MoeDistError: the lease check failed on rank 0, which raises that error; the other ranks raise a MoeDistError.
         """
@@ -172,8 +171,8 @@ class CheckpointManager:
         return target
 
     def clear(self) -> None:
-        """Deletes temporary files that crashed or suspended processes left. A new holder of the run's lease must call this
-        method before it loads anything. If a suspended process wakes up later, it cannot commit its deleted folder.
+        """Deletes the temporary files of crashed or suspended processes. A process that has just acquired the run's lease
+        must call this method before it loads anything. A suspended process that wakes up later has no folder to commit.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -188,22 +187,21 @@ class CheckpointManager:
         self.status.first("remove leftovers", remove, kind=CheckpointError)
 
     def latest(self) -> Path | None:
-        """Returns the folder of the newest committed checkpoint, which rank 0 reads from `latest`; None if there is no
-        committed checkpoint. Raises DataError if `latest` names no checkpoint, or is missing although there are
-        checkpoints."""
+        """Returns the folder of the newest committed checkpoint, or None if there is none. Rank 0 reads `latest` for all
+        ranks. Raises DataError if `latest` names no checkpoint, or is missing although there are checkpoints."""
         step = self.status.broadcast("find the latest", self._directory.latest_step)
         return None if step < 0 else self._directory.path_of(step)
 
     def load(self, folder: Path, state: CheckpointState) -> Restored:
-        """Loads a checkpoint from any layout of ranks into the tensors of `state`, and sets the step count of the optimizer
-        in `state`.
+        """Loads a checkpoint into the tensors of `state`, and sets the step count of its optimizer. The checkpoint may have
+        been saved under any layout of ranks.
 
-        Compares the loaded tensors with the saved fingerprints, which detects damage on disk and wrongly assembled tensors.
-        Without an optimizer in `state` loads no moments. After an error some tensors may be overwritten.
+        Compares the loaded tensors with the saved fingerprints, to detect damage on disk and wrongly assembled tensors.
+        Loads no moments if `state` has no optimizer. After an error some tensors of `state` may already be overwritten.
 
         Raises:
             ConfigError: the checkpoint is of another model. The error lists the differences in names, shapes and dtypes.
-            DataError: a file is missing, damaged or foreign. The error names the file, and other checkpoints of the run.
+            DataError: a file is missing, damaged or foreign. The error names that file and the run's other checkpoints.
         """
         self._check_layout(state.layout)
         try:
@@ -223,18 +221,18 @@ class CheckpointManager:
         sources: Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, Source]] = fitting,
         check: Callable[[Contents], None] | None = None,
     ) -> Taken:
-        """Loads only the parameters of the model that `sources` selects.
+        """Loads only those parameters of the model that `sources` selects.
 
         Args:
-            path: A path for `find_checkpoint`.
-            sources: Function that maps each parameter that is loaded to its source in the checkpoint, equally on all ranks.
-                By default `sources` selects the parameters with equal name, shape and dtype; `upcycle`, `split` and `base`
-                have other functions. The parts (`Cut`) of a stored tensor that one expert group loads must together make up
-                the whole stored tensor.
-            check: Function that is called before a tensor is read, and raises to refuse the checkpoint.
+            path: Path that `find_checkpoint` accepts.
+            sources: Function that maps each parameter to be loaded to its source in the checkpoint; must return the same on
+                all ranks. The default selects the parameters with equal name, shape and dtype. The modules `upcycle`,
+                `split` and `base` define other functions. If an expert group loads parts (`Cut`) of a stored tensor, these
+                parts together must make up the whole stored tensor.
+            check: Function that is called before any tensor is read. It raises an error to reject the checkpoint.
 
         Raises:
-            ConfigError: there is no checkpoint, `sources` selects nothing, or `sources` or `check` refuses the checkpoint.
+            ConfigError: there is no checkpoint, `sources` selects nothing, or `sources` or `check` rejects the checkpoint.
             DataError: a file is missing, damaged or foreign.
         """
         self._check_layout(state.layout)
@@ -261,10 +259,10 @@ class CheckpointManager:
         )
 
     def _announce(self, snapshot: Snapshot) -> tuple[int, str, bool]:
-        """Returns the bytes that all ranks write in total, the save's id, and whether the step is committed already. Costs
-        one all-reduce."""
+        """Returns the total number of bytes that the ranks will write, the save's id, and whether the step is already
+        committed. Costs one all-reduce."""
         first = self.status.rank == 0
-        # For the save's id and the flag all ranks but rank 0 add 0, so that both sums are rank 0's values.
+        # All ranks except rank 0 contribute 0 to the id and the flag, so that these two sums equal rank 0's values.
         mine = [snapshot.nbytes, secrets.randbits(48) if first else 0, int(first and self._is_latest(snapshot.step))]
         total, save_id, committed = self._untracked.add(mine)
         return total, f"{save_id:012x}", bool(committed)
@@ -286,8 +284,9 @@ class CheckpointManager:
         temporary.mkdir()  # raises if the folder exists
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
-        """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`; runs on rank 0. Each
-        file and each rename is on disk before the next action begins. Checks the lease right before each rename."""
+        """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`. Only rank 0 calls
+        this method. Syncs each file and each rename to disk before the next action. Checks the lease right before each
+        rename."""
         try:
             ranks = self.status.world_size
             index = build_index(temporary, snapshot.specs, step=snapshot.step, save_id=save_id, num_shards=ranks)
@@ -297,16 +296,16 @@ class CheckpointManager:
         files = {INDEX_FILE: index.model_dump_json().encode(), STATE_FILE: snapshot.state_file(save_id).to_json()}
         for name, content in {**files, CHECKSUMS_FILE: checksums_of(files, save_id)}.items():
             write_durably(temporary / name, content)
-        sync(temporary)  # the names of the files must be on disk before the rename
+        sync(temporary)  # the folder's list of names must be on disk before the rename
         self._lease_check()
-        if target.exists():  # a crash before `latest` was replaced left this complete folder
+        if target.exists():  # left by a crash of an earlier save before it replaced `latest`
             target.rename(self.folder / f"{target.name}.{save_id}.removed")
         temporary.rename(target)  # atomic on one file system
         sync(self.folder)
         self._point(f"{target.name}\n".encode())
 
     def _point(self, content: bytes) -> None:
-        """Replaces `latest` on disk. Checks the lease right before the rename, because the write may take long."""
+        """Replaces the file `latest`. Checks the lease right before the rename, because the write may take a long time."""
         pointer = self.folder / f"{LATEST_FILE}.{secrets.token_hex(6)}.tmp"
         try:
             write_durably(pointer, content)
@@ -318,23 +317,23 @@ class CheckpointManager:
         sync(self.folder)
 
     def _tidy(self, step: int) -> None:
-        """Deletes old checkpoints and leftovers. Checks the lease first, because files that another process is saving look
-        like leftovers."""
+        """Deletes old checkpoints and leftovers. Checks the lease first, because files of another process's unfinished save
+        look like leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # raised if the last metrics are not on disk yet; the next save deletes the old checkpoints
+        except CheckpointError:  # raised while the last metrics are not on disk; the next save deletes old checkpoints
             return
         self._directory.remove_beyond(self._keep, step)
 
     def _is_latest(self, step: int) -> bool:
-        """Returns whether `latest` names the checkpoint of this step, and the checkpoint's index has this step too."""
+        """Returns whether `latest` names the checkpoint of this step, and the checkpoint's index confirms the step."""
         try:
             return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
         except (OSError, DataError):  # `latest` names no readable checkpoint; the commit will replace it
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
-        """Reads a checkpoint into the tensors of `state`. Returns index, state, and the `rank_values` of `Restored`."""
+        """Reads a checkpoint into the tensors of `state`. Returns its contents, and `rank_values` for `Restored`."""
         contents = open_checkpoint(folder)
         check_fits(folder, contents.index, state.specs, ignore_prefix=None if state.optimizer else OPTIMIZER_PREFIX)
         headers = self._check_headers(contents)
@@ -352,17 +351,17 @@ class CheckpointManager:
         return {number: open_shard(contents, number) for number in numbers}
 
     def _check_loaded(self, contents: Contents, state: CheckpointState, sources: Mapping[str, Source]) -> None:
-        """Compares the loaded tensors with the saved fingerprints. Each rank compares the tensors that it has whole.
-        For sharded tensors, and for tensors that load parts of a stored tensor, the sum of the fingerprints is
-        compared. `sources` maps each loaded tensor to its source in the checkpoint. Costs two all-reduces: the first
-        sums a number per tensor, the second tells all ranks of an error."""
+        """Compares the loaded tensors with the saved fingerprints. Each rank compares those tensors that are whole on this
+        rank. For other tensors, the ranks sum the fingerprints of the pieces and compare the sum. `sources` maps each
+        loaded tensor to its source in the checkpoint. Costs two all-reduces: the first sums one number per tensor, the
+        second reports errors to all ranks."""
         entries = {name: contents.index.tensors[stored_name(there)] for name, there in sources.items()}
         written = state.written().keys()
-        # The parts of a stored tensor that one expert group loads are added up under the name of the first part.
+        # If an expert group loads the parts of a stored tensor, their fingerprints are added under the first part's name.
         cuts = {name: there for name, there in sources.items() if isinstance(there, Cut)}
         first = {(cut.name, _group_of(name)): name for name, cut in cuts.items() if cut.start == 0}
         whole = {name: first[cuts[name].name, _group_of(name)] if name in cuts else name for name in sources}
-        sums, wrong = dict.fromkeys(sorted(set(whole.values())), 0), []  # sorted: the order must be equal on all ranks
+        sums, wrong = dict.fromkeys(sorted(set(whole.values())), 0), []  # sorted, as all ranks need the same order
         held = {name: tensor for name, tensor in state.tensors().items() if name in sources}
         for name, piece in pieces_of(held).items():
             source, shape = sources[name], entries[name].shape

@@ -1,11 +1,11 @@
-"""Saves asynchronously: the training copies the state between two steps, and continues while a thread writes the copy.
+"""Saves checkpoints asynchronously. Training copies the state between two steps, and goes on while a thread writes it.
 
-- The thread's collectives use a Gloo process group of their own. Gloo matches the calls of different ranks by their order
-  in the group; on a shared group a call of the thread could therefore match a call of the training. All ranks run the same
-  phases of a save, and exchange a status after each phase, so that no rank waits for a failed rank.
+- The thread's collectives use a separate Gloo process group. Gloo matches the calls of different ranks by their order in
+  the group, so in a shared group a call of the thread could be matched with a call of the training. All ranks run the same
+  phases of a save. They exchange a status after each phase, so that no rank waits for a failed rank.
 - At most one save runs at a time; the next save waits until the previous one has ended.
-- A failed save is logged and leaves the file `latest` unchanged; the training saves again after the usual number of steps.
-  Before a run ends or stops, the training waits for the run's last save.
+- A failed save is logged and leaves the file `latest` unchanged. The training then saves again at the next regular
+  interval. Before a run ends, the training waits for the last save.
 - If the process dies during a save, the next start of the run deletes the unfinished folder.
 """
 
@@ -28,13 +28,13 @@ _HOST = torch.device("cpu")
 
 
 class CheckpointWriter:
-    """Saves this rank's states, one at a time. All methods except `poll` are collective.
+    """Saves this rank's part of the state, with one save in flight at a time. All methods except `poll` are collective.
 
     Args:
-        checkpoints: Manager of the run's checkpoints; nothing else may use its process group.
-        asynchronous: If True, a thread writes a copy of the state; the copy takes as much host memory as this rank writes.
-            If `asynchronous` is False, no copy is made, and the training waits for each save.
-        tracker: Tracker of the watchdog, which counts the wait for a save as a collective.
+        checkpoints: Manager of the run's checkpoints. No other code may use the manager's process group.
+        asynchronous: If True, a thread writes a copy of the state. The copy needs as much host memory as the tensors that
+            this rank writes. If False, no copy is made, and the training waits for each save.
+        tracker: The watchdog's tracker, which treats the wait for a save as a collective.
         report: Function that rank 0 calls after each save, with the seconds from the call of `write` to the commit.
     """
 
@@ -57,19 +57,19 @@ class CheckpointWriter:
         return self._in_flight is not None and self._in_flight.is_alive()
 
     def write(self, step: int, state: CheckpointState, *, durable: bool) -> None:
-        """Waits for the end of the previous save, then saves `state`.
+        """Waits until the previous save has ended, then saves `state`.
 
         Args:
-            durable: If True, `write` returns after the commit, and raises if the save fails. If `durable` is False, `write`
-                may return before the commit; if the disk fails, a later `poll` or `wait` logs the error.
+            durable: If True, `write` returns after the commit, and raises an error if the save fails. If False, `write` may
+                return before the commit. If the disk then fails, a later `poll` or `wait` logs the error.
 
         Raises:
-            CheckpointError: this save could not be written; only if `durable`.
+            CheckpointError: this save could not be written; raised only if `durable` is True.
             DivergedError: `state` contains nan or inf. Raised on all ranks, before anything is written.
-            MoeDistError: this save or the previous one failed, and a retry cannot help, as after a lost lease.
+            MoeDistError: this or the previous save failed, and a retry cannot help, for example because the lease was lost.
         """
         began = time.perf_counter()
-        self.wait()  # waits, because the previous save writes from the same buffers
+        self.wait()  # needed, because the previous save reads the same buffers
         if self._asynchronous:
             snapshot = self._checkpoints.snapshot(step, state, self._buffers)
             self._in_flight = threading.Thread(
@@ -90,14 +90,13 @@ class CheckpointWriter:
             self.poll()
 
     def wait(self) -> None:
-        """Waits for the end of the last save, and logs its CheckpointError. Raises MoeDistError if the save failed with an
-        error that is no CheckpointError."""
+        """Waits until the last save has ended. If it failed, logs a CheckpointError, but raises any other error."""
         self._join()
         self.poll()
 
     def poll(self) -> None:
-        """Logs or raises the last save's error like `wait`, but only if the save has ended. Called after each training
-        step."""
+        """Does not wait. If the last save has ended with an error, logs or raises it like `wait`. Called after each
+        training step."""
         if self._failure is None or self.in_flight:
             return
         try:
@@ -118,7 +117,7 @@ class CheckpointWriter:
 
     def _write_snapshot(self, snapshot: Snapshot, began: float) -> None:
         try:
-            path = self._checkpoints.write(snapshot)  # collectives in the process group of `checkpoints`
+            path = self._checkpoints.write(snapshot)  # issues collectives in the process group of `checkpoints`
         except Exception as error:  # raised by the next `poll` or `wait` in the training thread
             self._failure = error
             return

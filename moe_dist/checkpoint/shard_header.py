@@ -1,8 +1,8 @@
 """Reads and checks the header of a shard file. Reads no tensor and does not import torch.
 
 A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
-without gaps. The entry `__metadata__` of the header maps strings to strings. One string, the `DCP_SHARDING_INFO` of
-torch.distributed.checkpoint, has the offsets of each part within the whole tensor; the other entries are moe_dist's own.
+without gaps. The header's entry `__metadata__` maps strings to strings. Its key `DCP_SHARDING_INFO`, which
+torch.distributed.checkpoint defined, has the offsets of each part in the whole tensor. moe_dist defines the other keys.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from moe_dist.checkpoint.index import (
 from moe_dist.config.json_text import bounded
 from moe_dist.config.regular_file import open_regular
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors refuses a larger header
+MAX_HEADER_BYTES = 100_000_000  # safetensors rejects larger headers
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
@@ -48,7 +48,7 @@ class _Metadata(StoredModel):
     rank_values: str
 
 
-# Mappings of any values: each value is checked when it is used, because pydantic would collect the faults of all values.
+# Accepts any values. Each value is checked when it is used, because pydantic would collect the faults of all values.
 _VALUES = TypeAdapter(dict[str, JsonValue])
 _FINGERPRINT = re.compile("[0-9a-f]{16}")
 
@@ -59,9 +59,9 @@ class ShardHeader:
 
     save_id: str
     step: int
-    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) of the part in this file, and its box in the tensor
+    parts: dict[str, tuple[str, Chunk]]  # dtype (a key of ITEMSIZE) and box of the part that this file contains
     fingerprints: dict[str, int]
-    ends: dict[str, int]  # offset, in the file, of the byte after the part
+    ends: dict[str, int]  # offset of the part's end in the file
     rank_values: dict[str, JsonValue]  # the values of the rank that wrote the file
     size: int  # bytes of the file according to its header
     sha256: str  # digest of the header
@@ -70,7 +70,7 @@ class ShardHeader:
 def metadata_of(
     offsets: dict[str, list[int]], fingerprints: dict[str, str], *, save_id: str, step: int, rank_values: Any
 ) -> dict[str, str]:
-    """Makes a shard file's `__metadata__`. A NaN or infinity in `rank_values` raises ValueError, as JSON has neither."""
+    """Makes a shard file's `__metadata__`. Raises ValueError if `rank_values` has NaN or infinity, as JSON lacks both."""
     return {
         "format": "pt",
         SHARDING: json.dumps({name: {OFFSETS: each} for name, each in offsets.items()}),
@@ -82,8 +82,8 @@ def metadata_of(
 
 
 def read_shard_header(folder: Path, number: int) -> ShardHeader:
-    """Reads the header of shard file `number`. Raises DamagedError if the file is missing, has another size than its header
-    says, is no shard file, or has a damaged header."""
+    """Reads the header of shard file `number`. Raises DamagedError if the file is missing, is not a shard file, has a
+    damaged header, or has another size than the header says."""
     path = folder / shard_file(number)
 
     def problem(kind: Any, detail: str) -> DamagedError:
@@ -92,11 +92,11 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         )
 
     try:
-        size = path.stat().st_size  # size of the file, to compare with the size that the header implies
+        size = path.stat().st_size  # compared below with the size that the header implies
         with open_regular(path) as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            # The limit prevents a huge read if `length` is damaged.
+            # Without the limit, a damaged `length` could cause a huge read.
             raw = stream.read(length) if 0 < length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError as error:
         raise problem("missing", "does not exist") from error
@@ -114,7 +114,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
         lost = [name for name, end in shard.ends.items() if end > size]
         named = f"; lost: {', '.join(lost[:3])}" + (f" and {len(lost) - 3} more" if len(lost) > 3 else "") if lost else ""
         raise problem("truncated", f"{size:,} bytes of {shard.size:,}{named}")
-    if size > shard.size:  # checked, because safetensors does not notice bytes after the last tensor
+    if size > shard.size:  # safetensors does not notice extra bytes after the last tensor
         raise problem("damaged", f"{size:,} bytes, but its header announces {shard.size:,}")
     return shard
 
@@ -129,7 +129,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
         raise ValueError(f"{wrong[0]}: no fingerprint")
     end = 0
     for name, part in sorted(parts.items(), key=lambda item: item[1].data_offsets):
-        # A gap between parts is refused, because no fingerprint would cover its bytes.
+        # A gap between two parts is an error, because no fingerprint would cover its bytes.
         if part.data_offsets != (end, end + math.prod(part.shape) * ITEMSIZE[part.dtype]):
             raise ValueError(f"{name}: its byte range {part.data_offsets} does not match {part.dtype} {part.shape}")
         end = part.data_offsets[1]
@@ -150,8 +150,7 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Returns the kind (damaged if moe_dist wrote the file, else foreign) and the details of an invalid header's
-    problem."""
+    """Returns kind and details of an invalid header's problem. The kind is damaged if moe_dist wrote it, else foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

@@ -1,10 +1,11 @@
 """Splits FFNs into finer experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive neurons). The
-hidden values of an FFN are divided into equal parts. The expert of a part has the rows of gate and up and the columns of
-down that belong to the part's hidden values. The sum of these experts' outputs is the output of the FFN.
+hidden neurons of an FFN are divided into equal parts, and each part becomes one expert. This expert has those rows of gate
+and up and those columns of down that belong to the part's neurons. The sum of the experts' outputs is the FFN's output.
 
-`split` cuts the dense FFN that upcycling would copy (`upcycle.py`) into all n experts of a group; router rows start at 0,
-see `config/init_rules.py`. `split_experts` cuts each expert e of a trained mixture into m parts, the experts m e to
-m e + m - 1; their router rows are copies of expert e's row, see `config/split_experts_rule.py`.
+The rule `split` divides the dense FFN that upcycling would copy (`upcycle.py`) among all n experts of a group. The router
+rows start at 0, see `config/init_rules.py`. The rule `split_experts` divides each expert e of a trained mixture into m
+experts with the indices m e to m e + m - 1. Their router rows are copies of expert e's row, see
+`config/split_experts_rule.py`.
 """
 
 import re
@@ -23,12 +24,13 @@ from moe_dist.checkpoint.upcycle import experts_by_layer, norms, nothing, source
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
-HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that runs over the hidden values
+HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that indexes the hidden neurons
 
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of the checkpoint's FFN; equal on all
-    ranks. Raises ConfigError if a layer has no FFN to split, or the experts' widths do not add up to the FFN's width."""
+    """Maps each parameter to be loaded to its name in the checkpoint, or to its part of an FFN in the checkpoint. The
+    result is equal on all ranks. Raises ConfigError if a layer has no FFN to split, or its width is not the sum of the
+    experts' widths."""
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
 
@@ -44,9 +46,9 @@ def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dic
 
 
 def fitting_or_split_experts(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
-    """Maps each parameter that is loaded to its name in the checkpoint, or to a part of a stored expert; equal on all
-    ranks. Raises ConfigError if the checkpoint has no experts to split, or the widths of the parts do not add up to an
-    expert's width."""
+    """Maps each parameter to be loaded to its name in the checkpoint, or to its part of a stored expert. Equal on all
+    ranks. Raises ConfigError if the checkpoint has no experts to split, or the parts' widths do not add up to an expert's
+    width."""
     there, here = experts_by_layer(contents.index.tensors), experts_by_layer(specs)
 
     def part_of(expert: re.Match[str]) -> tuple[str, int, int] | str:
@@ -66,8 +68,8 @@ def _parts(
     rule: str,
     part_of: Callable[[re.Match[str]], tuple[str, int, int] | str],
 ) -> dict[str, Source]:
-    """Maps each tensor of an expert to its part of a stored tensor. `part_of` returns the stored tensor, the index of
-    the part in it and the number of parts; or an error text."""
+    """Maps each tensor of an expert to its part of a stored tensor. `part_of` returns either an error text, or the stored
+    tensor's name, the index of the part and the number of parts."""
     sources: dict[str, Source] = {}
     problems: dict[str, None] = {}  # the keys serve as an ordered set
     for name, spec in specs.items():
@@ -98,8 +100,8 @@ def _parts(
 
 
 def stored_tensors(contents: Contents, names: list[str]) -> dict[str, Tensor]:
-    """Returns whole tensors of a checkpoint, by name. Omits names that the checkpoint lacks. Raises DataError if a file or
-    a tensor is damaged."""
+    """Reads the tensors `names` of a checkpoint, each as a whole. Omits names that the checkpoint lacks. Raises DataError
+    if a file or tensor is damaged."""
     entries = {name: entry for name in names if (entry := contents.index.tensors.get(name)) is not None}
     found = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype]) for name, entry in entries.items()}
     read_tensors(contents, found)

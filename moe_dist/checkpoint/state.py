@@ -1,11 +1,11 @@
-"""The part of a run's state that this rank has: JSON values, and tensors by logical names, which are the same in all
-layouts of ranks.
+"""Collects the part of a run's state that this rank has. It consists of JSON values and of tensors with logical names,
+which do not depend on the layout of ranks.
 
     embedding.weight                                    dense and router parameters: the name in the model
     layers.{i}.moe.experts.{group}.{index}.{tensor}     each expert's own tensors; index of the expert in its group
     optimizer.{exp_avg,exp_avg_sq}.{any of the above}   AdamW's moments; Muon's matrices have only exp_avg
 
-Because every tensor shares the memory of its parameter or moment, a load into the tensors changes model and optimizer.
+Every tensor shares the memory of its parameter or moment, so loading into the tensors changes the model and optimizer.
 """
 
 import zlib
@@ -37,7 +37,7 @@ class RankLayout:
     rank: int = 0
     world_size: int = 1
     ep_rank: int = 0  # rank in the EP (expert-parallel) group
-    edp_rank: int = 0  # rank in the EDP group, the ranks with the same experts
+    edp_rank: int = 0  # rank in the EDP (expert-data-parallel) group, whose ranks have the same experts
     edp_size: int = 1
 
 
@@ -51,7 +51,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A logical tensor on this rank, whole or as a shard."""
+    """This rank's data of a logical tensor: the whole tensor or a shard of it."""
 
     tensor: Tensor  # a DTensor if it is sharded, else a plain tensor
     copies: int  # number of ranks with the same data, this rank included
@@ -60,13 +60,13 @@ class LocalShard:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """One rank's part of the state that a checkpoint saves and loads.
+    """One rank's part of the state that is saved in a checkpoint or loaded from it.
 
     Attributes:
-        held: This rank's tensors by logical name.
-        specs: Shape and dtype of every logical tensor of the model and optimizer on any rank; equal on all ranks.
+        held: Maps logical names to this rank's tensors.
+        specs: Shape and dtype of all logical tensors of model and optimizer, also of those that only other ranks have.
         optimizer: The optimizer whose moments `held` contains; None if `held` contains no moments.
-        values: JSON values, equal on all ranks: progress, resolved configuration, controllers.
+        values: JSON values that are equal on all ranks: progress, resolved configuration, states of controllers.
         rank_values: JSON values of this rank, such as RNG states; restored only if the number of ranks is the same.
     """
 
@@ -78,12 +78,12 @@ class CheckpointState:
     rank_values: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns all tensors of this rank by logical name; a load writes into these tensors."""
+        """Returns this rank's tensors by logical name. Loading a checkpoint writes directly into these tensors."""
         return {name: held.tensor for name, held in self.held.items()}
 
     def written(self) -> dict[str, Tensor]:
-        """Returns the tensors that this rank writes. A hash of the tensor's name chooses the writer among the ranks with
-        the same data, so that all ranks write about equally many bytes."""
+        """Returns the tensors that this rank saves. If several ranks have the same data, a hash of the tensor's name
+        decides which of them saves it. All ranks therefore save about equally many bytes."""
         return {
             name: held.tensor
             for name, held in self.held.items()
@@ -100,15 +100,15 @@ def capture(
     values: Mapping[str, JsonValue] | None = None,
     rank_values: Mapping[str, JsonValue] | None = None,
 ) -> CheckpointState:
-    """Returns the state of this rank's model and optimizer. The state shares their memory. Calls no collective. Creates
-    AdamW's moments if they do not exist yet.
+    """Returns the state of this rank's model and optimizer. The state's tensors share memory with both. Calls no
+    collective. Creates the optimizer's moments if they do not exist yet.
 
     Args:
-        model: Not wrapped in DDP. With FSDP2, parameters are DTensors on a mesh over all ranks, and experts on a mesh over
-            the ranks with the same experts (edp). FSDP2 shards a stack of experts in dim 0 or inside each expert. `capture`
-            reshards parameters that FSDP2 has gathered.
+        model: The model, not wrapped in DDP. With FSDP2, experts are DTensors on a mesh over the ranks with the same
+            experts (EDP), and other parameters are DTensors on a mesh over all ranks. FSDP2 shards a stack of experts in
+            dim 0 or inside each expert. `capture` reshards parameters that FSDP2 has gathered.
         optimizer: Optimizer of the model's parameters; None for a state without moments.
-        part: `trained` omits frozen parameters; `frozen` takes only frozen parameters.
+        part: `trained` omits frozen parameters. `frozen` includes only frozen parameters.
     """
     stacks = _expert_stacks(model)
     tensors = _distinct_tensors(model)
@@ -117,7 +117,7 @@ def capture(
         tensors = {name: tensor for name, tensor in tensors.items() if (name in frozen) == (part == "frozen")}
     held, specs = _logical(tensors, tensors, layout, stacks)
     if optimizer is not None:
-        materialise_moments(optimizer)  # creates zero moments before the first step, so that any state has all moments
+        materialise_moments(optimizer)  # before the first step creates zeros, so that every state has all moments
         parameters = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter) and t.requires_grad}
         # A parameter without elements on this rank has no moments on this rank, but may have moments on other ranks.
         trained = {name: p for name, p in parameters.items() if p in optimizer.state or is_empty_here(p)}
@@ -134,7 +134,7 @@ def capture(
 def moment_specs(
     model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
 ) -> dict[str, TensorSpec]:
-    """Returns shape and dtype of the optimizer's moments of all parameters that are not frozen, by logical name.
+    """Maps the logical name of each optimizer moment to its shape and dtype. Frozen parameters have no moments.
     `orthogonal` is passed to `moments_of`; `dtype` is a result of `moment_dtype`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
@@ -151,7 +151,8 @@ def _by_moment(model: nn.Module, *, orthogonal: bool) -> dict[str, set[str]]:
 
 
 def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and persistent buffers by logical name. A tied tensor appears once, under its first name."""
+    """Returns parameters and persistent buffers by logical name. A tensor with several names (tied weights) has only its
+    first name."""
     distinct: dict[int, tuple[str, Tensor]] = {}
     for path, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -161,7 +162,7 @@ def _distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _expert_stacks(model: nn.Module) -> set[str]:
-    """Returns the names of parameters that are stacks of experts [e, ...]; a checkpoint has a tensor per expert instead."""
+    """Returns the names of parameters that are stacks of experts [e, ...]. A checkpoint has one tensor per expert."""
     return {each.name for each in named_parameters(model) if each.role in EXPERTS}
 
 
@@ -172,9 +173,9 @@ def _logical(
     stacks: Collection[str],
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
-    """Returns this rank's part of each logical tensor in `tensors`, and the shape and dtype of every whole logical
-    tensor in `like`. `tensors` has only those names of `like` whose tensors are on this rank. `dtype` is the dtype of
-    all tensors; None for the dtypes of `like`."""
+    """Returns this rank's part of each logical tensor in `tensors`, and the shape and dtype of every whole logical tensor
+    in `like`. `tensors` has only those names of `like` whose tensors are on this rank. `dtype` replaces the dtypes of
+    `like` unless it is None."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -195,7 +196,7 @@ def _logical(
 
 
 def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -> Iterator[tuple[int, LocalShard]]:
-    """Yields, for each expert in this rank's stack [e, ...], the expert's global id and its tensor, a view of the stack."""
+    """Yields the global id and the tensor of each expert in this rank's stack [e, ...]. The tensors are views."""
     experts = layout.placement.local_experts(layout.ep_rank, group)
     assert stack.shape[0] == len(experts), f"{name} stacks {stack.shape[0]} experts, the placement says {len(experts)}"
     if not isinstance(stack, DTensor):
@@ -204,7 +205,7 @@ def _unstack(name: str, stack: Tensor, group: ExpertGroup, layout: RankLayout) -
         return
     shape, offset = compute_local_shape_and_global_offset(stack.shape, stack.device_mesh, stack.placements)
     local = stack.to_local()
-    if Shard(0) in stack.placements:  # each expert lies whole on one rank of the mesh
+    if Shard(0) in stack.placements:  # each expert is whole on one rank of the mesh
         assert sum(isinstance(p, Shard) for p in stack.placements) == 1, f"{name}: {stack.placements} cuts experts twice"
         copies, position = _replicas(stack)
         for slot in range(shape[0]):

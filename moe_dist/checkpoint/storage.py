@@ -1,9 +1,9 @@
-"""Writes tensors to shard files and reads them, without collectives and without pickle. Copies tensors to host memory, for
-a save that a thread writes.
+"""Writes tensors to shard files and reads them, without collectives and without pickle. For asynchronous saves, copies
+tensors to the host.
 
-Whatever layout of ranks saved the tensors, a rank reads only the stored parts that intersect its own parts. The `save` and
-`load` of torch.distributed.checkpoint (DCP) are not used, because they exchange pickled plans. The files are safetensors
-with the header entry `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
+A rank reads only the stored parts that intersect its own parts, whichever layout of ranks saved them. The `save` and `load`
+of torch.distributed.checkpoint (DCP) are not used, because they exchange pickled plans. The shard files are safetensors
+files with the metadata key `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
 """
 
 import json
@@ -44,14 +44,13 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """Returns this piece's share of the whole tensor's fingerprint; the shares of all pieces add up to the
-        fingerprint."""
+        """Returns the fingerprint of this piece. The fingerprints of all pieces add up to that of the whole tensor."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
 def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
-    """Returns this rank's piece of each tensor, plain or DTensor, by name. A piece is a view into the memory of its
-    tensor. Pieces without elements are left out."""
+    """Returns this rank's piece of each tensor, plain or DTensor, by name. A piece is a view into the memory of its tensor.
+    The result omits pieces without elements."""
     pieces: dict[str, Piece] = {}
     for name, tensor in tensors.items():
         local, offsets = tensor.detach(), (0,) * tensor.ndim
@@ -65,7 +64,7 @@ def pieces_of(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The data that this rank writes in the save of step `step`; `CheckpointState` explains `values` and `rank_values`."""
+    """The data that this rank saves at step `step`. For `specs`, `values` and `rank_values` see `CheckpointState`."""
 
     step: int
     pieces: Mapping[str, Piece]  # by logical name; exactly one rank writes each piece
@@ -100,8 +99,7 @@ class Snapshot:
 
 
 class HostBuffers:
-    """Host memory for copies of the tensors that this rank writes. Each call of `copy` overwrites the copies of the
-    previous call."""
+    """Host memory for copies of the tensors that this rank saves. Each call of `copy` overwrites the previous copies."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -112,12 +110,12 @@ class HostBuffers:
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
             buffer = self._buffer(name, piece.tensor)
-            buffer.copy_(piece.tensor, non_blocking=True)  # asynchronous on CUDA, because buffers are pinned; synced below
+            buffer.copy_(piece.tensor, non_blocking=True)  # asynchronous on CUDA (pinned buffers); synced below
             devices.add(piece.tensor.device)
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # waits for the copies, so that the training may then change the tensors
+                torch.cuda.synchronize(device)  # waits for the copies; afterwards the training may change the tensors
         return copies
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
@@ -129,13 +127,12 @@ class HostBuffers:
 
 
 def check_finite(pieces: Mapping[str, Piece]) -> None:
-    """Costs one pass over the pieces, which takes as long as copying them, and a device-to-host sync for each device.
-    Raises DivergedError if a piece contains nan or inf."""
+    """Raises DivergedError if a piece contains nan or inf. Costs one device-to-host sync per device, and one pass over the
+    pieces, which takes as long as copying them."""
     flags: dict[torch.device, dict[str, Tensor]] = defaultdict(dict)
     for name, piece in pieces.items():
         if piece.tensor.is_floating_point():
-            # A NaN makes both the minimum and the maximum NaN. `isfinite` of the whole tensor would allocate, and takes
-            # ten times as long.
+            # A NaN makes both the minimum and the maximum NaN. `isfinite` would allocate memory and take 10 x as long.
             flags[piece.tensor.device][name] = torch.stack(piece.tensor.aminmax()).isfinite().all()
     read = {
         name: flag
@@ -182,16 +179,16 @@ def write_shard(
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes a safetensors file with the permissions that the umask leaves, and syncs it to disk."""
+    """Writes a safetensors file and syncs it to disk. The file has the default permissions under the umask."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)  # makes a file that only its owner can read
+    save_file(tensors, path, metadata=metadata)  # leaves a file that only its owner can read
     path.chmod(stat.S_IMODE(mode))
     sync(path)
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has the content of a file, or the list of names in a folder."""
+    """Waits until the content of a file, or the list of names in a folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -206,14 +203,14 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, save_id: str, num_shards: int) -> Index:
-    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from their headers. Reads no tensor. Raises
-    DataError if a file is damaged, or is not of the save `save_id`."""
+    """Makes the index of the shard files 0 to `num_shards` - 1 in `folder` from the files' headers. Reads no tensor. Raises
+    DataError if a file is damaged or belongs to another save than `save_id`."""
     chunks: dict[str, list[Chunk]] = {name: [] for name, spec in specs.items() if 0 not in spec.shape}
     sums = dict.fromkeys(chunks, 0)
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        # The header is read from the disk, because in a save rank 0 calls this function without the other ranks' headers.
+        # The header is read from disk, because during a save rank 0 calls this function and lacks the other ranks' headers.
         header = read_shard_header(folder, number)
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")
@@ -232,12 +229,12 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
 
 
 def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, Source] | None = None) -> None:
-    """Loads plain tensors and this rank's shards of DTensors in place. Reads only the needed parts of the files.
+    """Loads stored data in place into plain tensors and into this rank's shards of DTensors. Reads only what is needed.
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).
-        sources: Maps each tensor that has another name in the checkpoint, or is a part of a stored tensor, to its source.
-            Several tensors may have the same source.
+        sources: Maps a tensor to its source if its name in the checkpoint differs, or if the source is a part of a stored
+            tensor. Several tensors may have the same source.
 
     Raises:
         DataError: a file is missing, truncated, damaged, foreign or of another save.
@@ -255,7 +252,7 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
             if all(common):
                 target = piece.tensor[_box(common, places)]  # a view
                 by_shard[chunk.shard].append((stored_name(source), chunk, target, common))
-    for number, reads in sorted(by_shard.items()):  # opens each file once
+    for number, reads in sorted(by_shard.items()):  # opens each file only once
         header = open_shard(contents, number)
         with open_tensors(contents.folder, number) as file:
             for name, chunk, target, common in reads:
@@ -267,8 +264,8 @@ def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Map
 def _common(
     one_at: Sequence[int], one_shape: Sequence[int], other_at: Sequence[int], other_shape: Sequence[int]
 ) -> list[range]:
-    """Returns the intersection of two boxes as a range of indices in each dim. One range is empty if the boxes do not
-    intersect."""
+    """Returns the intersection of two boxes as one range of indices per dim. If the boxes do not intersect, at least one
+    range is empty."""
     sides = zip(one_at, one_shape, other_at, other_shape, strict=True)
     return [range(max(a, b), min(a + length, b + other)) for a, length, b, other in sides]
 
@@ -280,8 +277,8 @@ def _box(indices: Sequence[range], offsets: Sequence[int]) -> tuple[slice, ...]:
 
 @contextmanager
 def open_tensors(folder: Path, number: int) -> Iterator[Any]:
-    """Opens the shard file `number` for reading; the caller must have checked its header (`open_shard`). Raises DataError
-    if the file cannot be opened, or a read in the `with` block fails."""
+    """Opens shard file `number` for reading. The caller must first check the file's header with `open_shard`. Raises
+    DataError if the file cannot be opened, or a read in the `with` block fails."""
     path = folder / shard_file(number)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -1,14 +1,14 @@
-"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): initialises the experts of a model as copies of a checkpoint's
-dense FFNs or, as in MoMa (arXiv 2407.21770), of the only experts of its groups (one per modality).
+"""Initialises the experts of a model as copies of a checkpoint's FFNs: sparse upcycling (Komatsuzaki et al., arXiv
+2212.05055). An FFN is dense or, as in MoMa (arXiv 2407.21770), the only expert in the group of a modality.
 
-In each layer all experts of a group become copies of one FFN of the checkpoint, the first FFN of this list that exists:
+In each layer all experts of a group become copies of one FFN of the checkpoint, namely the first in this list that exists:
 
-1. the only expert in the checkpoint's group of the same name,
+1. the only expert in the checkpoint's group with the same name as the model's group,
 2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
-3. the only expert in the checkpoint's layer, in a group of any name.
+3. the only expert in the checkpoint's layer, whatever the name of its group.
 
-If the group has as many experts in the checkpoint as in the model, each expert is loaded from the checkpoint's expert of
-the same name. Router rows are not copied, because a router with equal rows would score all copies of an FFN alike.
+If the group has as many experts in the checkpoint as in the model, each expert is loaded from the checkpoint's expert with
+the same name. Router rows are not copied, because equal rows would give all copies of an FFN the same score.
 """
 
 import re
@@ -27,19 +27,19 @@ _NORM = re.compile(r"(?P<layer>layers\.\d+)\.moe\.norm\.weight")
 
 
 def fitting_or_upcycled(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Merges the results of `fitting` and `upcycled`, which map each loaded parameter to its name in the checkpoint."""
+    """Maps each loaded parameter to its name in the checkpoint. Merges the results of `fitting` and `upcycled`."""
     return fitting(contents, specs) | upcycled(contents.folder, contents.index, specs)
 
 
 def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps each parameter that copies a checkpoint's tensor of another name to that name; equal on all ranks.
+    """Maps each parameter that copies a tensor with another name to that name. The result is equal on all ranks.
 
     Args:
         folder: Folder of the checkpoint, named in error messages.
         specs: The tensors of the model.
 
     Raises:
-        ConfigError: the checkpoint has nothing to copy for an expert or for the whole model, or a shape or dtype differs.
+        ConfigError: the checkpoint has no tensor to copy for an expert or for the whole model, or a shape or dtype differs.
     """
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources = norms(index, specs)
@@ -63,7 +63,7 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
             "(model.hidden_dim, model.moe.groups.*.ffn_dim) and groups"
         )
         raise ConfigError(listed(head, list(problems)))
-    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` maps equal names
+    sources = {name: source for name, source in sources.items() if source != name}  # `fitting` handles equal names
     if not sources:
         raise ConfigError(
             f"run.init_rules: upcycle finds nothing to copy in {folder}: its groups have as many experts as the model's; "
@@ -73,13 +73,14 @@ def upcycled(folder: Path, index: Index, specs: Mapping[str, TensorSpec]) -> dic
 
 
 def norms(index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps the norm of each MoE layer that the checkpoint lacks to the norm of the layer's dense FFN."""
+    """If the checkpoint lacks the norm of an MoE layer, maps this norm to the norm of the checkpoint's dense FFN in the
+    layer."""
     found = {name: f"{norm['layer']}.ffn.norm.weight" for name in specs if (norm := _NORM.fullmatch(name))}
     return {name: source for name, source in found.items() if name not in index.tensors and source in index.tensors}
 
 
 def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
-    """Maps (layer, group) to the indices of the group's experts in this layer; reads them from the names of tensors."""
+    """Maps layer and group to the indices of the group's experts in this layer, which are parsed from tensors' names."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         if not name.startswith(OPTIMIZER_PREFIX) and (match := EXPERT_NAME.fullmatch(name)):
@@ -89,8 +90,8 @@ def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str
 
 def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
     """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if the checkpoint has no such
-    tensor. `groups` has the checkpoint's experts in the expert's layer, `experts` the model's experts in the expert's
-    group."""
+    tensor. `groups` maps each group to the checkpoint's experts in this expert's layer. `experts` has the model's experts
+    in this expert's group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:
@@ -105,8 +106,8 @@ def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]
 
 
 def nothing(wanted: int, group: str, groups: Mapping[str, set[str]]) -> str:
-    """Returns why the checkpoint has nothing to copy into the `wanted` experts of a group in a layer. `groups` has the
-    checkpoint's experts in the same layer."""
+    """Returns the reason why the checkpoint has no FFN to copy into the `wanted` experts of a group in a layer. `groups`
+    has the checkpoint's experts in this layer."""
     if group in groups:
         return f"{wanted} experts in the model, {len(groups[group])} in the checkpoint; only a single expert can be copied"
     if groups:

@@ -1,4 +1,4 @@
-"""Checks a whole checkpoint: files, digests, fingerprints, finite values and completeness."""
+"""Checks that all files of a checkpoint are intact, digests and fingerprints match, and tensors are finite and complete."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from moe_dist.errors import DataError
 
 
 def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple[Examined, list[CheckpointProblem]]:
-    """Returns the readable parts of a checkpoint, and all problems of the checkpoint. Reads every byte, one tensor at a
-    time. `specs` are the tensors that the checkpoint must have; None checks the tensors in its index."""
+    """Returns the readable parts of a checkpoint and all its problems. Reads every byte, one tensor at a time. `specs` are
+    the tensors that the checkpoint must have; with None, the tensors in its index are checked."""
     examined = examine(folder)
     problems = list(examined.file_problems)
     index = examined.index
@@ -33,8 +33,8 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # `_check_shard` compares each part with its shard's header. The check below compares the sum over a tensor's parts
-        # with the index.
+        # `_check_shard` compares each part's fingerprint with the shard's header. Here their sum is compared with the
+        # index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:

@@ -1,1 +1,1 @@
-"""Collectives over process groups, and counts of the bytes that they send. `parallel/mesh.py` makes the process groups."""
+"""Calls collectives over process groups, and counts the bytes sent. `parallel/mesh.py` makes the process groups."""

@@ -1,4 +1,4 @@
-"""Asynchronous all-to-all with uneven splits over one process group, and reusable buffers for the exchanged rows."""
+"""Implements an asynchronous all-to-all with uneven splits over one process group, and reusable buffers for its rows."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -14,8 +14,8 @@ from moe_dist.comm.tracker import CollectiveTracker, track_collective
 
 @dataclass(frozen=True)
 class Splits:
-    """Numbers of items that this rank sends to, and receives from, each rank of the process group. The entry of this rank
-    itself is 0 for hidden rows (`split_sizes`), but may be above 0 for metadata."""
+    """Numbers of items that this rank sends to and receives from each rank of the process group. For hidden rows, the entry
+    of this rank itself is 0 (`split_sizes`); for metadata, it may be above 0."""
 
     send: tuple[int, ...]
     receive: tuple[int, ...]
@@ -26,11 +26,11 @@ class Splits:
 
 @dataclass(eq=False)
 class Pending:
-    """An all-to-all in flight. Until `wait` returns, the sent items must not be changed, and `received` is undefined.
+    """An all-to-all in flight. Until `wait` returns, `received` is undefined, and the sent items must not change.
 
     Attributes:
-        layer, name: Names of the layer and of the exchanged content, for statistics and for reports of a hang.
-        received: Buffer for the items that arrive, [sum(receive), ...].
+        layer, name: Name of the layer, and name of the exchange, for statistics and for reports of a hang.
+        received: Buffer for the received items, [sum(receive), ...].
     """
 
     wire: "AllToAll" = field(repr=False)
@@ -56,8 +56,8 @@ class Pending:
             )
 
     def wait(self) -> Tensor:
-        """Waits for the exchange, and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits,
-        with gloo the host waits. Call this method once."""
+        """Waits for the exchange, and returns the received items, [sum(receive), ...]. With NCCL the CUDA stream waits;
+        with gloo the host waits. May be called only once."""
         if self._waited:
             raise AssertionError(f"{self.name} of {self.layer or 'a layer'} has been waited for already")
         if self._work is not None:
@@ -68,9 +68,9 @@ class Pending:
         return self.received
 
     def _tracked(self) -> AbstractContextManager[None]:
-        """Shows the watchdog that this rank is inside the collective. Both `issue` and `wait` call this method, because
-        a group's first collective may wait for other ranks already in `issue`. Between `issue` and `wait` the watchdog
-        sees no collective."""
+        """Shows the watchdog that this rank is inside the collective. Both `issue` and `wait` use this context, because the
+        first collective of a process group may wait for other ranks already during `issue`. Between `issue` and `wait` the
+        watchdog sees no collective."""
         return track_collective(
             self.wire.tracker,
             self.name,
@@ -82,8 +82,8 @@ class Pending:
 
 
 class AllToAll:
-    """Exchanges items over one process group. If `group` is None, there is one rank, whose exchanges move nothing. With
-    `between_nodes`, all payload counts as inter-node bytes, too."""
+    """Exchanges items over one process group. If `group` is None, there is only one rank, and an exchange moves nothing.
+    With `between_nodes`, all payload bytes are also counted as inter-node bytes."""
 
     def __init__(
         self,
@@ -103,10 +103,10 @@ class AllToAll:
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Starts sending one slice of `items` [sum(send), ...] to each rank, in rank order, and returns without waiting.
+        """Starts to send one slice of `items` [sum(send), ...] to each rank, in rank order, and returns without waiting.
 
-        All ranks of the group must start their exchanges in the same order. An exchange without items is issued too,
-        because a peer may have something to send.
+        All ranks of the group must start their exchanges in the same order. A rank without items to send starts the
+        exchange, too, because other ranks may send items.
 
         Args:
             payload: True if the items are hidden states or their gradients, False if they are metadata.
@@ -122,24 +122,23 @@ class AllToAll:
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
-        """Exchanges items such as counts or ids, waits, and returns the received items [sum(receive), ...]."""
+        """Exchanges items, such as counts or ids. Waits, and returns the received items [sum(receive), ...]."""
         return self.start(items, splits, name=name, layer=layer).wait()
 
 
 class RowBuffers:
-    """A pool of buffers for hidden rows. An exchange takes a buffer and returns it to the pool, and the next layer uses the
-    same buffer.
+    """A pool of buffers for hidden rows. An exchange takes a buffer and gives it back, so that the next layer can use it.
 
-    A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to send, and
-    received rows that are added to a sum. The pool saves time on the host, where a new allocation costs one page fault per
-    4 KiB, which takes longer than copying the rows. Without `keep`, a buffer is freed when it is given back."""
+    A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to be sent,
+    and received rows that are only added to a sum. The pool saves time on CPU, where the page faults of a new allocation
+    (one per 4 KiB) take longer than copying the rows. If `keep` is False, a buffer that is given back is freed."""
 
     def __init__(self, *, keep: bool = True) -> None:
         self._keep = keep
         self._free: list[Tensor] = []
 
     def take(self, num_rows: int, like: Tensor) -> Tensor:
-        """Returns uninitialised rows [num_rows, D] with the width D, the dtype and the device of `like` [..., D]."""
+        """Returns uninitialised rows [num_rows, D]. Width D, dtype and device are those of `like` [..., D]."""
         width = like.shape[-1]
         num_bytes = num_rows * width * like.element_size()
         same_device = (index for index, storage in enumerate(self._free) if storage.device == like.device)
@@ -147,12 +146,12 @@ class RowBuffers:
         storage = None if index is None else self._free.pop(index)
         if storage is None or storage.shape[0] < num_bytes:
             storage = torch.empty(num_bytes, dtype=torch.uint8, device=like.device)
-        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # buffers are bytes, for rows of any dtype
+        return storage[:num_bytes].view(like.dtype).view(num_rows, width)  # a buffer of bytes serves any dtype
 
     def give(self, rows: Tensor) -> None:
-        """Returns the buffer of these rows to the pool; the next user of the buffer overwrites the rows."""
+        """Puts the buffer of these rows back into the pool. The next user of the buffer overwrites the rows."""
         if self._keep:
-            storage = rows.untyped_storage()  # the whole buffer, of which the rows may be a part
+            storage = rows.untyped_storage()  # the whole buffer; the rows may be only a part of it
             self._free.append(torch.empty(0, dtype=torch.uint8, device=rows.device).set_(storage, 0, (storage.nbytes(),)))  # pyright: ignore
 
 

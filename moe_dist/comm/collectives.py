@@ -1,7 +1,7 @@
-"""Reductions over a process group, and statistics (`CommStats`) of the bytes that all collectives send.
+"""Defines reductions over a process group, and statistics of the bytes that all collectives send (`CommStats`).
 
-If the process group is None (a single rank), a reduction returns its argument. With a `tracker`, the watchdog sees the
-`name` of the reduction that this rank is inside.
+If the process group is None (a single rank), a reduction returns its argument. If a `tracker` is given, the watchdog sees
+the `name` of a reduction while this rank is inside the reduction.
 """
 
 import math
@@ -23,17 +23,17 @@ R = TypeVar("R")
 
 @dataclass
 class CommStats:
-    """Counts the bytes and seconds of this rank's communication. All layers of a model share one CommStats object.
+    """Counts the bytes that this rank sends, and the seconds that communication takes. All layers share one object.
 
     Attributes:
-        payload_bytes: Bytes of hidden rows and of their gradients that left this rank.
-        inter_node_bytes: The payload bytes that left the node; 0 if the dispatcher does not distinguish nodes.
-        metadata_bytes: Bytes of counts, expert ids, weights and weight gradients that left this rank.
-        seconds: On CPU, the time that the host spent in calls of collectives and in waits for them; on CUDA, the time that
-            the stream waited for them, which `drain` adds. While a collective runs in parallel with computation, no time is
-            counted.
-        events: None, or a list that records events in order: the name of each collective at its call, "wait <name>" at its
-            wait, "sync <name>" where the host waits for the device, and the names given to `mark`.
+        payload_bytes: Number of bytes of hidden rows and of their gradients that left this rank.
+        inter_node_bytes: Number of payload bytes that left the node; 0 if the dispatcher does not distinguish nodes.
+        metadata_bytes: Number of bytes of counts, expert ids, routing weights and their gradients that left this rank.
+        seconds: On CPU, time that the host spent in calls of collectives and in waits for collectives. On CUDA, time that
+            the stream waited for collectives; `drain` adds this time. The time in which a collective overlaps with
+            computation is not counted.
+        events: None, or a list that records events in order. An event is the name of a collective (recorded at its call),
+            "wait <name>" (at its wait), "sync <name>" (where the host waits for the device), or a name given to `mark`.
     """
 
     payload_bytes: int = 0
@@ -44,7 +44,7 @@ class CommStats:
     _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list, repr=False)
 
     def count(self, name: str, num_bytes: int, *, payload: bool, between_nodes: bool = False) -> None:
-        """Adds `num_bytes`, which this rank sends in the collective `name`."""
+        """Counts the `num_bytes` that this rank sends in the collective `name`."""
         if payload:
             self.payload_bytes += num_bytes
             self.inter_node_bytes += num_bytes * between_nodes
@@ -57,7 +57,7 @@ class CommStats:
             self.events.append(name)
 
     def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Adds `name` to the events now, and "<name> backward" when the tensor's gradient has been computed.
+        """Adds the event `name` now, and the event "<name> backward" when the tensor's gradient has been computed.
 
         Returns the tensor. Tests use these events to prove that a computation overlaps an exchange.
         """
@@ -68,14 +68,13 @@ class CommStats:
         return tensor
 
     def to_host(self, name: str, counts: torch.Tensor) -> list[int]:
-        """Copies integers [n] to the host as a list. The host waits for the copy. Adds "sync <name>" to `events`."""
+        """Returns the integers `counts` [n] as a list. The host waits for the copy. Adds the event "sync <name>"."""
         self.event(f"sync {name}")
         return counts.tolist()  # host sync
 
     def start_to_host(self, counts: torch.Tensor) -> Callable[[], list[int]]:
-        """Starts to copy integers [n] to the host. Returns a function that returns the integers as a list, and waits only
-        if the copy has not ended. Call the returned function where the host has already waited for later work of the
-        device."""
+        """Starts to copy the integers `counts` [n] to the host. Returns a function that returns them as a list. This
+        function may wait for the copy, so call it where the host has already waited for later work of the device."""
         if counts.device.type != "cuda":
             return counts.tolist
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
@@ -91,8 +90,7 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed call to `seconds`, except on CUDA, where the call only queues the
-        collective."""
+        """Adds the time of the enclosed call to `seconds`. On CUDA does nothing, because the call only queues."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -100,7 +98,7 @@ class CommStats:
 
     @contextmanager
     def timed(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed wait to `seconds`. On CUDA records events, from which `drain` takes the time."""
+        """Adds the time of the enclosed wait to `seconds`. On CUDA, records events from which `drain` computes it."""
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()  # the event is queued on the stream, without a sync
@@ -113,14 +111,15 @@ class CommStats:
             self.seconds += time.perf_counter() - begin
 
     def drain(self) -> None:
-        """Adds the stream's waiting times on CUDA to `seconds`. Syncs, so call it only once per step, at the end."""
+        """Adds the stream's waiting times on CUDA to `seconds`. Causes a host sync, so call it only at the end of a
+        step."""
         for start, end in self._pending:
             end.synchronize()  # host sync
             self.seconds += start.elapsed_time(end) / 1e3
         self._pending.clear()
 
     def take(self) -> tuple[int, int, float]:
-        """Returns payload bytes, metadata bytes and seconds since the last `take`, and sets all numbers to 0."""
+        """Returns payload bytes, metadata bytes and seconds since the last call of `take`, and resets all counters to 0."""
         self.drain()  # host sync on CUDA
         taken = (self.payload_bytes, self.metadata_bytes, self.seconds)
         self.payload_bytes, self.metadata_bytes, self.seconds = 0, 0, 0.0
@@ -129,20 +128,21 @@ class CommStats:
 
 
 def from_host(values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns numbers of the host as a tensor [n] on the device. On CUDA the copy is queued, and the host does not wait."""
+    """Copies numbers from the host to a tensor [n] on the device. On CUDA the copy is only queued; the host does not
+    wait."""
     return queue_copy(torch.tensor(values, dtype=dtype), device)
 
 
 def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a tensor of the host to the device. On CUDA the copy is queued, and the host does not wait."""
+    """Copies a tensor from the host to the device. On CUDA the copy is only queued, so the host does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def pack(record: Any, device: torch.device | None = None) -> Tensor:
-    """Returns the leaves of a record, in order, as one float64 vector, which one all-reduce can sum.
+    """Concatenates the leaves of a record, in order, to one float64 vector, which a single all-reduce can sum.
 
-    A record is a tuple, NamedTuple or mapping of records, whose leaves are tensors on one device, numbers and arrays on
-    the host, and None, which adds no element. Leaves on the host need `device`, and cost one queued copy.
+    A record is a leaf, or a tuple, NamedTuple or mapping of records. A leaf is a tensor on the device, a number or array on
+    the host, or None, which adds no element. Leaves on the host need `device`, and cost one queued copy.
     """
     leaves = list(_leaves(record))
     host = [np.ravel(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
@@ -153,7 +153,7 @@ def pack(record: Any, device: torch.device | None = None) -> Tensor:
 
 
 def unpack(flat: Any, like: Any) -> Any:
-    """Undoes `pack`: cuts `flat`, a tensor or numpy array, into a record with the names and shapes of `like`."""
+    """Undoes `pack`. Cuts the vector `flat`, a tensor or numpy array, into a record with the names and shapes of `like`."""
     leaves, first = [], 0
     for leaf in _leaves(like):
         shape = tuple(getattr(leaf, "shape", ()))
@@ -163,13 +163,12 @@ def unpack(flat: Any, like: Any) -> Any:
 
 
 def added(records: Sequence[R]) -> R:
-    """Returns the sum of records of one kind, field by field."""
+    """Returns the sum of records with equal fields, field by field."""
     return _merged(records, lambda parts: torch.stack(list(parts)).sum(0))
 
 
 def joined(records: Sequence[R]) -> R:
-    """Joins records of one kind along their first axis, field by field. Records in which a field is None are left out
-    of that field."""
+    """Concatenates records with equal fields along the first axis, field by field. A field that is None adds nothing."""
     return _merged(records, lambda parts: torch.cat(list(parts)))
 
 
@@ -180,9 +179,9 @@ def _merged(records: Sequence[Any], merge: Callable[[Sequence[Tensor]], Tensor])
     return None if not known else merge(known) if isinstance(known[0], Tensor) else sum(known)
 
 
-# Not a nested function, because a recursive nested function would keep tensors alive until a garbage collection.
+# Not nested in `unpack`, because a recursive nested function would keep tensors alive until a garbage collection.
 def _filled(part: Any, leaves: Iterator[Any]) -> Any:
-    """Returns a record like `part` with other leaves."""
+    """Returns a record with the structure of `part` and the leaves `leaves`."""
     if isinstance(part, Mapping):
         return {key: _filled(each, leaves) for key, each in part.items()}
     if isinstance(part, tuple):
@@ -216,9 +215,8 @@ def sum_over(
 def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
-    """Starts `sum_over` and returns a function that waits for the sum and returns it, bit-identical to the result of
-    `sum_over`. Kernels queued on the device before this wait run in parallel with the sum. The tracker sees the start and
-    the wait."""
+    """Starts `sum_over`, and returns a function that waits for the sum and returns it. The result is bit-identical to that
+    of `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker sees both."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):
@@ -251,8 +249,8 @@ def sum_gradients(
     name: str = "gradients",
     tracker: CollectiveTracker | None = None,
 ) -> None:
-    """Sums the gradients of `parameters` over `group`, in place. With `flat` (for many small gradients), one all-reduce
-    sums a concatenated copy. Without `flat` (for few large gradients), one all-reduce per gradient makes no copy."""
+    """Sums the gradients of `parameters` over `group`, in place. If `flat` is True (for many small gradients), one
+    all-reduce sums a concatenated copy. If False (for few large gradients), each gradient is summed without a copy."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if len(gradients) != len(parameters):  # otherwise the ranks would sum different tensors
         raise AssertionError("a parameter has no gradient; an expert without rows must get zeros")

@@ -1,20 +1,20 @@
-"""An all-to-all for debugging. The exchange detects rows that were lost, doubled, swapped or changed between sender and
-receiver.
+"""Implements an all-to-all for debugging, which detects rows that were lost, doubled, swapped or changed on the way.
 
-With each exchange of rows, all ranks exchange metadata twice, in the same order on every rank:
+For each exchange of rows, all ranks exchange metadata twice, in the same order on every rank:
 
     before      each rank tells each rank the number of rows, the bytes per row, and a hash of the exchange's name. If
                 sender and receiver differ, the receiver raises an error instead of hanging in the exchange.
     after       each rank sends the checksums of its rows. The receiver compares these checksums with its own sums of the
                 arrived rows.
 
-A row's checksum is an integer, the sum of two terms mod 2^61 - 1. The content term is the sum of the row's 32-bit words,
-each times an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's position in
-its slice, its source rank and its destination rank, so that lost, doubled or swapped rows are found. Shape letters: N rows,
-B bytes of a row, W words.
+A row's checksum is an integer, namely the sum of two terms modulo 2^61 - 1. The content term is the sum of the row's 32-bit
+words, each multiplied by an odd 15-bit weight, so that a changed word changes the term. The place term depends on the row's
+position in its slice, on its source rank and on its destination rank, so that lost, doubled or swapped rows are detected.
+Shape
+letters: N rows, B bytes of a row, W words.
 
-The rank that finds an error raises, and enters no other collective. The rank's exit closes its connections, and the
-launcher ends the other ranks. The ranks do not vote on the error, because after a damaged exchange no collective can be
+A rank that finds an error raises it, and enters no further collective. When this rank exits, its connections close, and the
+launcher ends the other ranks. The ranks do not exchange the error, because after a damaged exchange no collective can be
 trusted.
 """
 
@@ -30,16 +30,16 @@ from moe_dist.comm.all_to_all import AllToAll, Pending, Splits
 from moe_dist.errors import IntegrityError
 
 MODULUS = (1 << 61) - 1
-# Large odd factors of the place term; their products with positions and ranks stay below 2^63.
+# Large odd factors of the place term. The products of these factors with positions and ranks stay below 2^63.
 POSITION, SOURCE, DESTINATION = 1_000_003, 1_000_000_007, 998_244_353
 WEIGHT_BITS = 15
 MAX_ROW_BYTES = 4 << 16  # with larger rows the content term, up to words x 2^31 x 2^15, could overflow int64
 
 
 def content_sums(rows: Tensor) -> Tensor:
-    """Returns each row's content term, int64 [N]. All devices compute the same integer. Rows may have any shape or dtype.
+    """Returns each row's content term, int64 [N]. The result is the same on all devices. Rows may have any shape and dtype.
 
-    The sums cost about two passes over the rows, and 8 bytes of memory per 32-bit word.
+    Costs about two passes over the rows, and 8 bytes of memory per 32-bit word.
     """
     num_rows = rows.shape[0]
     if rows.numel() == 0:
@@ -50,14 +50,13 @@ def content_sums(rows: Tensor) -> Tensor:
     bytes_NB = F.pad(bytes_NB, (0, -bytes_NB.shape[1] % 4))
     words_NW = bytes_NB.contiguous().view(torch.int32)
     index_W = torch.arange(words_NW.shape[1], device=rows.device)
-    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd, so never 0: a changed word changes the sum
+    weight_W = ((index_W * 40_503) & ((1 << WEIGHT_BITS) - 1)) | 1  # odd weights, so that a changed word changes the sum
     return (words_NW * weight_W).sum(1)
 
 
 def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: torch.device) -> Tensor:
     """Returns the place term of each row, int64 [N], from its index in its slice and from its source and destination ranks.
-    `splits` are the lengths of the slices that go to each rank if `sending`, else of the slices that come from each
-    rank."""
+    `splits` has the number of rows for each destination rank if `sending` is True, else for each source rank."""
     terms = []
     for peer, count in enumerate(splits):
         source, destination = (own, peer) if sending else (peer, own)
@@ -67,7 +66,7 @@ def position_terms(splits: tuple[int, ...], *, own: int, sending: bool, device: 
 
 
 class CheckedAllToAll(AllToAll):
-    """Has the interface of `AllToAll`. Sends the rows through another `AllToAll` (`transport`), and checks the rows.
+    """An all-to-all that sends its rows through another `AllToAll`, the `transport`, and checks the rows that arrive.
 
     Each exchange of rows costs two exchanges of metadata, two host syncs and some passes over the rows. The checks
     change neither the bits of the rows nor the order of their exchanges.
@@ -80,9 +79,9 @@ class CheckedAllToAll(AllToAll):
     def start(
         self, items: Tensor, splits: Splits, *, name: str, layer: str = "", payload: bool = False, out: Tensor | None = None
     ) -> Pending:
-        """Compares numbers and sizes of rows with all ranks, then starts the exchanges of rows and of checksums. See
-        `AllToAll.start`. Raises IntegrityError if sender and receiver disagree about the exchange or its sizes; no row has
-        been sent yet."""
+        """Works like `AllToAll.start`. First all ranks compare the numbers and sizes of their rows, then the exchanges of
+        rows and of checksums start. Raises IntegrityError before any row is sent if sender and receiver disagree about the
+        exchange or its sizes."""
         transport = self.transport
         if self.group is None:
             return transport.start(items, splits, name=name, layer=layer, payload=payload, out=out)
@@ -94,7 +93,7 @@ class CheckedAllToAll(AllToAll):
         return _Checked(self, rows, checks)
 
     def _announce(self, items: Tensor, splits: Splits, *, name: str, layer: str) -> None:
-        """Compares numbers of rows, bytes per row and the hash of the name with all ranks. Costs one host sync."""
+        """Compares numbers of rows, bytes per row and the hash of the exchange's name on all ranks. Costs one host sync."""
         tag, width = zlib.crc32(f"{layer}/{name}".encode()), math.prod(items.shape[1:]) * items.element_size()
         mine = torch.tensor([[count, width, tag] for count in splits.send], device=items.device)
         one_each = Splits((1,) * self.size, (1,) * self.size)
@@ -147,8 +146,8 @@ class _Checked(Pending):
 
 
 def _damage(wrong: Tensor, content: Tensor, sent: Tensor) -> str:
-    """Describes the damage to the rows from one rank, which `wrong` marks. `sent` and `content` are the rows' content
-    terms, computed by the sender and by the receiver."""
+    """Describes the damage to the rows that came from one rank; `wrong` marks the damaged rows. `sent` has the content
+    terms that the sender computed, `content` those that the receiver computed."""
     rows = wrong.nonzero().flatten().tolist()  # host sync, only if there is damage
     came_from = {value: index for index, value in enumerate(sent.tolist())}
     arrived = content.tolist()

@@ -1,7 +1,7 @@
-"""Names of collectives, for events, byte counts and reports of a hang.
+"""Defines the names of collectives, which appear in events, byte counts and reports of a hang.
 
-The dispatcher `hierarchical` puts `INTER` or `INTRA` before a name. In backward, `BACKWARD` follows the name. The number of
-a chunk of tokens comes last in a name.
+The dispatcher `hierarchical` puts `INTER` or `INTRA` before a name. In backward, `BACKWARD` is appended. If tokens are
+dispatched in chunks, the number of the chunk comes last.
 """
 
 COUNTS, PAIR_ROWS, EXPERT_IDS = "counts", "pair rows", "expert ids"  # metadata for dispatch plans
@@ -12,7 +12,7 @@ INTER, INTRA = "inter-node ", "intra-node "
 CHOICE_LOGITS = "choice logits"  # all-gathered by the expert-choice router
 DEPTH_SCORES = "depth scores"  # all-gathered by mixture-of-depths layers
 
-# Collectives that the training step and evaluation issue outside of the layers.
+# The training step and evaluation issue these collectives outside of the layers.
 LABEL_COUNTS, ROUTING_COUNTS = "label counts", "routing counts"
 STEP_SUMS, TRACED_CHOICES = "norm, vote and statistics", "traced choices"
 ROUTER_GRADIENTS, EXPERT_GRADIENTS = "router gradients", "expert gradients"

@@ -1,4 +1,4 @@
-"""Tracks the collectives that this rank has entered and not left, for the watchdog's thread. Imports no torch."""
+"""Tracks the collectives that this rank has entered but not left, for the watchdog's thread. Imports no torch."""
 
 import itertools
 import threading
@@ -17,10 +17,11 @@ class Position:
     """One collective that this rank has entered.
 
     Attributes:
-        entered: Number of collectives that this rank has entered so far, including this collective. All ranks issue the
-            same collectives in the same order, so a rank with a smaller number is behind the other ranks.
+        entered: Number of collectives that this rank has entered, including this one. All ranks issue the same collectives
+            in the same order, so the rank with the smallest number is behind.
         layer: Name of the layer that called the collective; empty outside the layers.
-        send, receive: Numbers of items to and from each rank of the process group; empty if all ranks send equally many.
+        send, receive: Numbers of items sent to and received from each rank of the group; empty if all ranks send equally
+            many.
         since: Time of entry, by time.monotonic.
     """
 
@@ -33,12 +34,12 @@ class Position:
 
 
 class CollectiveTracker:
-    """Records the collectives that one rank enters and leaves. For each collective the tracker costs two dictionary
-    operations and, on CUDA, one CUDA event and a query of the oldest event, but no sync.
+    """Records the collectives that one rank enters and leaves. A collective costs two dictionary operations. On CUDA it
+    also costs one CUDA event and a query of the oldest event, but no sync.
 
     Attributes:
         entered: Number of collectives entered so far.
-        waited: Seconds that the host has spent inside collectives; near 0 on CUDA, where a call only queues the collective.
+        waited: Seconds that the host has spent inside collectives; nearly 0 on CUDA, where calls only queue.
     """
 
     def __init__(self) -> None:
@@ -46,14 +47,14 @@ class CollectiveTracker:
         self._unfinished: dict[int, tuple[Position, Callable[[], bool] | None]] = {}
         self._lock = threading.Lock()  # the training, checkpoint and watchdog threads share the tracker
         self._among: str | None = None
-        self._moved = 0.0  # time when a collective was last entered or left
+        self._moved = 0.0  # last time at which a collective was entered or left
         self.entered = 0
         self.waited = 0.0
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses code that calls untracked collectives, such as FSDP2's. If in this code the rank neither enters nor
-        leaves a tracked collective for too long, the watchdog reports that the rank is inside one of `collectives`."""
+        """Encloses code that calls untracked collectives, such as those of FSDP2. If the rank neither enters nor leaves a
+        tracked collective for too long in this code, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()
         try:
@@ -74,8 +75,8 @@ class CollectiveTracker:
     ) -> Iterator[None]:
         """Encloses the call of a collective, or the wait for an asynchronous collective.
 
-        On CUDA the call of a collective returns before the GPU has run the collective. The tracker therefore counts the
-        collective as unfinished until an event behind it in the CUDA stream has occurred.
+        On CUDA the call returns before the GPU has run the collective. The tracker therefore records a CUDA event after the
+        collective, and counts the collective as unfinished until this event has occurred.
         """
         entered = self.entered = next(self._count)
         position = Position(entered, collective, layer, tuple(send), tuple(receive), time.monotonic())
@@ -86,7 +87,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._remove_finished(all=False)  # called because a run on one GPU has no watchdog
+                    self._remove_finished(all=False)  # a run on one GPU has no watchdog to call this
                     self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]
@@ -94,8 +95,8 @@ class CollectiveTracker:
                 self.waited += self._moved - position.since
 
     def oldest(self) -> Position | None:
-        """Returns the unfinished collective that was entered first. If all collectives are finished, returns the position
-        of the enclosing `among`, or None if there is no such block."""
+        """Returns the unfinished collective that was entered first. If all collectives are finished, returns a position for
+        the enclosing `among` block, or None without such a block."""
         with self._lock:
             self._remove_finished(all=True)
             for position, _ in self._unfinished.values():
@@ -103,8 +104,8 @@ class CollectiveTracker:
             return None if self._among is None else Position(self.entered, self._among, "", (), (), self._moved)
 
     def _remove_finished(self, *, all: bool) -> None:
-        """Removes the entries whose collectives the stream has passed: all such entries if `all`, else only entries before
-        the first collective that is still queued or running."""
+        """Removes the entries of collectives that the CUDA stream has finished. If `all` is False, stops at the first
+        collective that is not finished."""
         for entered, (_, finished) in list(self._unfinished.items()):  # a copy, because the loop deletes entries
             if finished is not None and finished():
                 del self._unfinished[entered]
@@ -129,15 +130,15 @@ def track_collective(
 
 
 def _passed(device: "torch.device") -> Callable[[], bool]:
-    """Returns a function that tells, without waiting, whether the CUDA device has finished all work queued so far."""
+    """Returns a function that says, without waiting, whether the CUDA stream has finished all work that is queued now."""
     import torch  # imported here, because login nodes without torch import this file
 
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
 
     def passed() -> bool:
-        # The current device of the watchdog's thread is GPU 0 at first. A query there opens a CUDA context, which takes
-        # 0.5 GB per rank of the node.
+        # At first, GPU 0 is the current device of the watchdog's thread. Without `set_device`, the query would open a CUDA
+        # context on GPU 0, which takes 0.5 GB of it for each rank of the node.
         torch.cuda.set_device(device)
         return event.query()
 

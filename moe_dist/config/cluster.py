@@ -1,12 +1,10 @@
-"""A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has no settings of a
-site, so a run may continue at another site.
+"""Reads cluster files. A cluster file has the settings of one site (a cluster and its scheduler). A run's configuration has
+no such settings, so a run may be continued at another site.
 
-    A cluster file is configs/clusters/<name>.yaml, chosen by `--cluster` or $MOE_DIST_CLUSTER; without both, the defaults
-    below apply.
+    `--cluster` or $MOE_DIST_CLUSTER chooses the file configs/clusters/<name>.yaml. Without both, the defaults below apply.
 
-Values of the cluster file become part of shell lines. Names must not have special characters of the shell, and other values
-are quoted. `prelude` is shell code, with which a cluster file can do everything that a script can: read the file before you
-use it."""
+Values of the cluster file become part of shell commands. Names must not contain special characters of the shell; other
+values are quoted. The key `prelude` is shell code, which can do anything, so read a cluster file before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,15 +26,15 @@ GUIDE = "docs/scaling.md"
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # allows no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_RESTARTS = 20  # default number of automatic restarts of one job, under every launcher
-TRAIN_SECONDS = 300.0  # `limit_warning` warns if an attempt of a job has less time until its stop signal
+TRAIN_SECONDS = 300.0  # `limit_warning` warns if a job's attempt has less time than this until its stop signal
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
 SiteName = Annotated[str, Field(pattern=SITE_PATTERN)]
 VariableName = Annotated[str, Field(pattern=VARIABLE_PATTERN)]
 Option = Annotated[str, Field(pattern=OPTION_PATTERN)]
-# Options of sbatch and srun that the Slurm launcher itself sets, from the run's configuration and from other keys of the
-# cluster file. The keys `options` and `srun_options` of a cluster file must not contain these options.
+# The Slurm launcher itself sets these options of sbatch and srun, from the run's configuration and from other keys of the
+# cluster file. The keys `options` and `srun_options` must therefore not contain them.
 LAUNCHERS_OPTIONS = frozenset(
     (
         *("account", "array", "chdir", "constraint", "cpus-per-task", "dependency", "error", "exclude", "export", "gpus"),
@@ -101,23 +99,23 @@ class Cluster(Section):
     partition: SiteName | None = Field(default=None, description="Slurm partition. null: the site's default.")
     qos: SiteName | None = Field(default=None, description="Slurm quality of service.")
     options: tuple[Option, ...] = ()
-    """More options of sbatch, such as --mem=0 or --reservation=x. These options apply to every part of a job."""
+    """Additional options of sbatch, such as --mem=0 or --reservation=x. They apply to every part of a job."""
     srun_options: tuple[Option, ...] = ()
-    """More options of the srun that starts the ranks, such as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
+    """Additional options of the srun that starts the ranks, such as --mpi=none, --cpu-bind=ldoms or --mem-bind=local."""
     exclude: tuple[SiteName, ...] = ()
-    """Nodes that no run uses: Slurm's names of nodes, or host names or addresses of Ray's nodes."""
+    """Nodes that no run may use, given by Slurm's node names, or by the host names or addresses of Ray's nodes."""
     spare_nodes: Count = 0
-    """Nodes that a Slurm job requests beyond its plan, to replace nodes that were at fault in an earlier attempt."""
+    """Number of nodes that a Slurm job requests in addition, to replace nodes that caused an earlier attempt to fail."""
     array_tasks: PositiveInt | None = None
-    """Largest number of tasks of a job array that run at the same time. null: no limit."""
+    """Largest number of a job array's tasks that run at the same time. null: no limit."""
     gpus: GpuSection = Field(default_factory=GpuSection, description="The GPUs of a node.")
     ranks_per_node: PositiveInt = Field(default=4, description="Ranks per node of a run that computes on CPUs.")
     cpus_per_rank: PositiveInt | None = None
-    """CPU cores that each rank requests. null: the site's default."""
+    """Number of CPU cores that each rank requests. null: the site's default."""
     between_gbytes: PositiveFloat | None = None
-    """Rate in GB/s at which each GPU can send to GPUs of other nodes, for `moe-dist plan`. null: not known."""
+    """Rate in GB/s at which each GPU can send to other nodes; `moe-dist plan` uses this rate. null: not known."""
     interface: SiteName | None = None
-    """Network interface that gloo and NCCL use. null: gloo and NCCL choose."""
+    """Network interface that gloo and NCCL use. null: gloo and NCCL choose an interface themselves."""
     nccl: dict[VariableName, NcclVariable] = Field(default_factory=dict)
     """Environment variables of NCCL, each with its value and reason."""
     prelude: tuple[Line, ...] = ()
@@ -141,14 +139,13 @@ class Cluster(Section):
 
     @property
     def network_variables(self) -> dict[str, str]:
-        """Environment variables for NCCL and gloo: the variables of the key `nccl`, and the network interface for NCCL and
-        gloo."""
+        """Environment variables for NCCL and gloo, from the keys `nccl` and `interface`."""
         interface = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {name: variable.value for name, variable in self.nccl.items()} | interface
 
     def limit_warning(self, seconds: float | None = None) -> str:
-        """Returns a warning if the time limit `seconds` (by default `time`) leaves an attempt little time until its
-        stop signal; else the empty text. The limit 0 means no limit."""
+        """Returns a warning if the time limit `seconds` (by default `time`) leaves an attempt little time until its stop
+        signal; else an empty text. A limit of 0 means no limit."""
         seconds = seconds_of(self.time) if seconds is None else seconds
         left = max(0.0, seconds - self.signal_seconds)
         if seconds == 0.0 or left >= TRAIN_SECONDS:
@@ -176,7 +173,7 @@ class Cluster(Section):
 
 
 def seconds_of(time: str) -> float:
-    """Converts a Slurm time to seconds: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    """Converts a Slurm time, minutes[:seconds], hours:minutes:seconds or days-hours[:minutes[:seconds]], to seconds."""
     if time.lower() in ("infinite", "unlimited", "n/a"):
         return float("inf")
     days, dash, rest = time.rpartition("-")
@@ -191,9 +188,9 @@ def seconds_of(time: str) -> float:
 
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
-    """Reads the cluster file that the argument or, without an argument, $MOE_DIST_CLUSTER names: a path, or a bare name
-    in configs/clusters. Without both, returns the defaults. Raises ConfigError, which lists all faults, if the file
-    cannot be read or has faults."""
+    """Reads the cluster file that the argument names or, without an argument, $MOE_DIST_CLUSTER. The name is a path, or a
+    bare name in configs/clusters. Without both, returns the defaults. Raises ConfigError, which lists all faults, if the
+    file is unreadable or faulty."""
     path = cluster_file(name_or_path, env)
     if path is None:
         return Cluster()

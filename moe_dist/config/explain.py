@@ -1,4 +1,4 @@
-"""Explains keys from the schema: type, default and meaning."""
+"""Explains the type, default and meaning of keys, as the schema states them."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from moe_dist.errors import ConfigError
 
 
 def explain(key: str = "") -> RenderableType:
-    """Returns the type, default and meaning of a key, or of each key of a section. For the key '' explains each
-    section. Raises ConfigError if the key does not exist; the message names the most similar key."""
+    """Returns the type, default and meaning of a key or, for a section, of each key in it. The empty key explains every
+    section. Raises ConfigError if the key does not exist; the message proposes the most similar key."""
     if not key:
         return _section(Key("", Config, None))
     found = find(Config, key)
@@ -35,7 +35,7 @@ def explain(key: str = "") -> RenderableType:
 
 
 def default_text(key: Key) -> str:
-    """Returns a key's default as YAML text; 'required' if the key has no default."""
+    """Returns a key's default as YAML text, or 'required' if the key has no default."""
     if key.field is None:
         return ""
     if key.field.is_required():
@@ -48,7 +48,7 @@ def default_text(key: Key) -> str:
 
 
 def _section(key: Key) -> RenderableType:
-    """Returns a table of the keys of a section, with a heading for each possible kind of the section."""
+    """Returns a table of a section's keys, with a heading for each kind that the section may have."""
     below = children(key.annotation)
     while set(below) in ({NAME}, {ITEM}) and children(inner := below.popitem()[1][0].annotation):
         key, below = Key(f"{key.path}.{NAME}", inner, None), children(inner)

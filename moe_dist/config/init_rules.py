@@ -1,5 +1,5 @@
-"""Checks `run.init_rules`, the changes to loaded weights. `source_problems` is called only when the checkpoint is loaded,
-because it needs the checkpoint's configuration. Imports no torch."""
+"""Checks `run.init_rules`, which lists the changes to loaded weights. `source_problems` needs the checkpoint's
+configuration, so it is called only when the checkpoint is loaded. Imports no torch."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,13 @@ ROUTER = "model.moe.router"
 
 def _split_violations(config: WholeConfig) -> Iterator[Violation]:
     """Yields the reasons why a split model would not compute the dense model's function at step 0, as far as the
-    configuration tells.
+    configuration shows them.
 
-    At step 0 the model computes the function of the dense model if a token takes all n experts of its group, each with the
-    weight 1. Every router row is therefore initialised to 0. All router columns then have the same score, true experts
-    precede all others on ties, and the weights of `top_k` choices are scale / N for a number N that follows from the
-    router. `scale` must be N. If N is a power of two, 1 / N and scale / N are exact in any floating-point format, so that
-    the weights are exactly 1.
+    At step 0 the model computes the function of the dense model if each token takes all n experts of its group with the
+    weight 1. Every router row is therefore initialised to 0. All router columns then have the same score, and of equal
+    scores, those of true experts are chosen first. The weight of each of the `top_k` choices is scale / N, where N follows
+    from the router, so `scale` must be N. If N is a power of two, 1 / N and scale / N are exact in any floating-point
+    format, and the weights are exactly 1.
     """
     router, rule = config.model.moe.router, "run.init_rules: split"
     for name, group in config.model.moe.groups.items():
@@ -57,7 +57,7 @@ def _split_violations(config: WholeConfig) -> Iterator[Violation]:
             yield Violation(("run.init_rules", f"{ROUTER}.scale", key), problem)
 
 
-# Maps each rule of `run.init_rules` that cannot be combined with others to the function that checks it, and the reason.
+# Maps each rule of `run.init_rules` that must be the only rule to the function that checks it, and the reason.
 _ALONE = {
     "split": (_split_violations, "split sets all router rows to 0 and takes whole FFNs"),
     "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),
@@ -65,26 +65,26 @@ _ALONE = {
 
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
-    """Returns the values of top_k for a router whose m null rows copy each of its n true rows m / n times. With these
-    values a token takes the same `true_choices` true experts as before the rows were copied.
+    """Returns the values of top_k with which a token takes the same `true_choices` true experts before and after the
+    router's m null rows become copies of its n true rows, m / n copies of each.
 
-    Sort a token's columns by logit, with true columns first among equal logits. Its best true expert comes first, then
-    the m / n copies of that expert's row, then its second best expert, and so on in blocks of m / n + 1 columns. The k
-    best columns contain the ceil(k / (m / n + 1)) best true experts. With k0 = `true_choices`, a token takes its k0
-    best true experts for
+    Sort a token's columns by logit, with true columns first among equal logits. The token's best true expert comes first,
+    then the m / n copies of that expert's row. The second best expert follows with its copies, and so on in blocks of m / n
+    + 1 columns. The k best columns contain the ceil(k / (m / n + 1)) best true experts. With k0 = `true_choices`, a token
+    takes its k0 best true experts if
 
         (k0 - 1) (m / n + 1) + 1  <=  k  <=  k0 (m / n + 1)
 
-    which for k0 = 2 is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 at most n. The range assumes
-    that a token's k0-th and (k0 + 1)-th best true experts have different logits. If the two logits are exactly equal, the
-    token takes both experts, unless k is the smallest value of the range.
+    For k0 = 2, the condition is m / n + 2 <= k <= 2 m / n + 2. m must be a multiple of n, and k0 must be at most n. The
+    range assumes that a token's k0-th and (k0 + 1)-th best true experts have different logits. If these two logits are
+    exactly equal, the token takes both experts unless k is the smallest value of the range.
     """
     block = num_null // num_experts + 1
     return range((true_choices - 1) * block + 1, true_choices * block + 1)
 
 
 def init_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Yields the faults of `run.init_rules` that can be found without the checkpoint."""
+    """Yields a violation for each fault of `run.init_rules` that can be found without the checkpoint."""
     rules = config.run.init_rules
     if rules and config.run.init_from is None:
         problem = f"{KEY}={list(rules)}: there are no weights to change; set run.init_from, or remove the rules"
@@ -142,7 +142,7 @@ def _copy_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 def _no_identity(kind: object) -> str:
-    """Says why a router of this `kind`, which is not top_k, chooses other experts once null rows copy true rows."""
+    """Returns why a router of this `kind`, which is not top_k, chooses other experts after null rows copy true rows."""
     return (
         f"with a router of kind {kind} copies of true rows change the choice: only in a plain top-k of one softmax does a "
         "copy rank directly behind its original; sigmoid scores, node groups and experts that choose treat a copy "
@@ -151,11 +151,11 @@ def _no_identity(kind: object) -> str:
 
 
 def source_problems(config: WholeConfig, source: ModelSection | None) -> list[str]:
-    """Returns the reasons why the outputs of the model of `config`, in which null rows copy the checkpoint's true rows,
-    would differ from the outputs of the checkpoint's model; empty if the outputs are equal. `source` is the
-    checkpoint's section `model`; None if it has none.
+    """Returns the reasons why the model of `config`, in which null rows copy the checkpoint's true rows, would have other
+    outputs than the checkpoint's model. The list is empty if the outputs are equal. `source` is the section `model` of the
+    checkpoint's configuration; None if the checkpoint has none.
 
-    Only outputs in evaluation must be equal, so capacity and auxiliary losses, which act only in training, do not count.
+    Only outputs in evaluation must be equal. Capacity and auxiliary losses act only in training, so they are not compared.
     """
     if source is None:
         return [UNKNOWN_ROUTER]

@@ -1,5 +1,5 @@
-"""Reads JSON that another user may have written. Checks the size of a file before it is read, and the number of values
-in a text before it is parsed."""
+"""Reads JSON that another user may have written. Checks a file's size before reading, and its number of values before
+parsing."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from moe_dist.config.regular_file import read_regular
 
-# The index of a checkpoint of 64 layers x 128 experts has 16 MB.
+# For comparison: the index of a checkpoint with 64 layers x 128 experts has 16 MB.
 MAX_LISTS, MAX_VALUES = 1 << 22, 1 << 24
 
 
 def bounded(raw: bytes, most_lists: int = MAX_LISTS, most_values: int = MAX_VALUES) -> bytes:
-    """Returns a JSON text. Raises ValueError, before the text is parsed, if it has more than `most_lists` lists and
-    mappings or more than `most_values` values, because parsing would take minutes and many GB."""
+    """Returns the JSON text `raw` unchanged. Raises ValueError if the text has more than `most_lists` lists and mappings or
+    more than `most_values` values, because parsing such a text would take minutes and many GB."""
     lists, values = raw.count(b"[") + raw.count(b"{"), raw.count(b",")
     if lists > most_lists or values > most_values:
         most = f"{most_lists:,} lists and mappings, and {most_values:,} values"
@@ -24,7 +24,7 @@ def bounded(raw: bytes, most_lists: int = MAX_LISTS, most_values: int = MAX_VALU
 
 
 def parse_json(raw: bytes, most_lists: int = MAX_LISTS, most_values: int = MAX_VALUES) -> Any:
-    """Returns the values of a JSON text. Raises ValueError for text that is no JSON, too large or too deeply nested."""
+    """Returns the values of a JSON text. Raises ValueError if the text is no JSON, too large or too deeply nested."""
     try:
         return json.loads(bounded(raw, most_lists, most_values))
     except RecursionError as error:
@@ -43,7 +43,7 @@ def read_json(path: Path, *, most_bytes: int, links: bool = True) -> Any:
 
 
 def first_fault(error: ValidationError) -> str:
-    """Returns the place of the first fault in the values of a JSON text, and the violated rule."""
+    """Returns a text with the place of the first fault in a JSON text's values, and the rule that is broken there."""
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}" if where else first["msg"]

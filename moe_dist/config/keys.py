@@ -1,5 +1,4 @@
-"""Lists a schema's keys as dotted paths, describes their permitted values in words, and proposes a key for an unknown
-one."""
+"""Lists a schema's keys as dotted paths, describes the permitted values in words, and proposes keys for unknown keys."""
 
 import difflib
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from pydantic.fields import FieldInfo
 from moe_dist.config.base.kinds import OtherKinds
 from moe_dist.config.base.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
 
-NAME = "<name>"  # stands for any key of a mapping in a dotted path
-ITEM = "<index>"  # stands for any item of a list in a dotted path
+NAME = "<name>"  # in a dotted path, stands for any key of a mapping
+ITEM = "<index>"  # in a dotted path, stands for any item of a list
 _PATTERNS = {
     NAME_PATTERN: "text of 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
     GROUP_PATTERN: "text of 1 to 32 letters, digits, '_' or '-', the first a letter",
@@ -27,21 +26,21 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class Key:
-    """One key, or section, of a schema."""
+    """One key of a schema; a section is a key, too."""
 
-    path: str  # dotted path, with NAME for keys of mappings and ITEM for list indices
+    path: str  # dotted path; has NAME in place of keys of mappings, and ITEM in place of list indices
     annotation: Any  # type of the value
     field: FieldInfo | None  # None for an element of a mapping or list
     variant: str = ""  # kind of the section that has the key, such as 'kind: wsd'; empty if the section has no kinds
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:
-        """The sections that the key's value can be, as in `variants_of`."""
+        """The section classes that the key's value may have, as `variants_of` returns them."""
         return variants_of(self.annotation)
 
 
 def bare(annotation: Any) -> Any:
-    """Returns the type without Annotated and without `| None`."""
+    """Returns the type `annotation` without Annotated and without `| None`."""
     if get_origin(annotation) is Annotated:
         return bare(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -52,8 +51,8 @@ def bare(annotation: Any) -> Any:
 
 
 def tag_key(section: type[BaseModel]) -> str | None:
-    """Returns the key that names a section's kind, such as `kind` or `policy`; the type of this key is a Literal of one
-    text. Returns None if the section has no such key."""
+    """Returns the name of the key that selects a section's kind, such as `kind` or `policy`. The type of this key is a
+    Literal of one text. Returns None if the section has no such key."""
     for name, field in section.model_fields.items():
         if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
             return name
@@ -61,8 +60,8 @@ def tag_key(section: type[BaseModel]) -> str | None:
 
 
 def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
-    """Returns the section classes of a type by the value of `tag_key`; {'': class} for a single class, {} for none. Imports
-    the kinds that other packages offer."""
+    """Maps each kind (value of `tag_key`) to the section class of that kind. Returns {'': class} for a type that is one
+    section class, and {} for a type that is no section. Imports the kinds that other packages offer."""
     kind = bare(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return {"": kind}
@@ -77,13 +76,13 @@ def variants_of(annotation: Any) -> dict[str, type[BaseModel]]:
 
 
 def other_kinds(annotation: Any) -> OtherKinds | None:
-    """Returns the member of a union that takes the kinds of other packages."""
+    """Returns the union member that accepts the kinds of other packages."""
     marks = [mark for member in get_args(bare(annotation)) for mark in getattr(member, "__metadata__", ())]
     return next((mark for mark in marks if isinstance(mark, OtherKinds)), None)
 
 
 def members_of(annotation: Any) -> dict[str, Any]:
-    """Returns the types in a tagged union of values, such as `ShareByGroup`, by their tags; {} for other types."""
+    """Maps the tags in a tagged union of values, such as `ShareByGroup`, to the types. Returns {} for other types."""
     if variants_of(annotation):
         return {}
     members = get_args(kind) if get_origin(kind := bare(annotation)) in (Union, UnionType) else ()
@@ -92,8 +91,8 @@ def members_of(annotation: Any) -> dict[str, Any]:
 
 
 def children(annotation: Any) -> dict[str, list[Key]]:
-    """Returns the keys directly below a value of this type, by name. A name has several keys if several kinds of the
-    section have this name."""
+    """Maps names to the keys directly below a value of this type. A name maps to several keys if several kinds of the
+    section have a key of this name."""
     kind, below = bare(annotation), {}
     for tag, section in variants_of(kind).items():
         for name, field in section.model_fields.items():
@@ -124,8 +123,8 @@ def walk(root: type[BaseModel]) -> Iterator[Key]:
 
 
 def find(root: type[BaseModel], path: str) -> list[Key]:
-    """Returns the keys that a dotted path can mean: none if the path is unknown, several if several kinds of a section have
-    the path."""
+    """Returns the keys that a dotted path may mean. There is none if the path is unknown; there may be several if a section
+    has several kinds."""
     found = [Key("", root, None)]
     for part in path.split("."):
         found = [
@@ -144,8 +143,8 @@ def _all_paths(root: type[BaseModel]) -> list[str]:
 
 
 def nearest(root: type[BaseModel], path: str) -> str | None:
-    """Returns the schema's key most similar to the unknown key `path`, or None. Prefers a similar key of the same
-    section, then a key of the same name in another section, then any similar key."""
+    """Returns the schema's key that is most similar to the unknown key `path`, or None. Prefers a similar key of the same
+    section; else a key of the same name in another section; else any similar key."""
     section, _, name = path.rpartition(".")
     holders = find(root, section) if section else [Key("", root, None)]
     siblings = {sibling for holder in holders for sibling in children(holder.annotation)} - {NAME, ITEM}
@@ -159,7 +158,7 @@ def nearest(root: type[BaseModel], path: str) -> str | None:
 
 
 def unknown_key(root: type[BaseModel], path: str) -> str:
-    """Returns an error text for a key that is unknown, or that only another kind of its section has."""
+    """Returns an error text for a key that does not exist, or that exists only in another kind of its section."""
     if elsewhere := [key.variant for key in find(root, path)]:
         return f"belongs to {' or '.join(elsewhere)}, but the section is of another kind"
     if near := nearest(root, path):
@@ -173,7 +172,7 @@ def unknown_key(root: type[BaseModel], path: str) -> str:
 
 
 def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
-    """Describes a type in words: 'whole number, 1 or more', \"one of 'ddp', 'fsdp2'\", 'list of ...'."""
+    """Describes a type in words, for example 'whole number, 1 or more', \"one of 'ddp', 'fsdp2'\" or 'list of ...'."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [m for extra in args[1:] for m in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
@@ -200,7 +199,7 @@ def type_text(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
 
 
 def pattern_text(pattern: str) -> str:
-    """Describes in words the texts that a pattern allows."""
+    """Describes in words which texts a pattern allows."""
     return _PATTERNS.get(pattern, f"text that matches {pattern}")
 
 

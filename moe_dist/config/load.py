@@ -21,7 +21,7 @@ GUIDE = "docs/configuration.md"
 
 
 class Change(NamedTuple):
-    """A key whose value differs between two configurations; the value is None if a configuration lacks the key."""
+    """A key whose value differs between two configurations. A configuration that lacks the key has the value None."""
 
     key: str
     old: Any
@@ -32,23 +32,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's configuration.
 
     Args:
-        path: A YAML file, or the file's name as in `find_config`.
-        overrides: `key=value` with a dotted key; the value is read as YAML. If a key is overridden twice, the later
-            override counts.
+        path: Path of a YAML file, or a name that `find_config` finds.
+        overrides: Texts `key=value` with a dotted key; the value is read as YAML. The last override of a key is used.
 
     Raises:
-        ConfigError: lists every fault of the file and the overrides.
+        ConfigError: the error lists every fault of the file and of the overrides.
     """
     return read_draft(path, overrides).checked(model_violations, _error)
 
 
 def load_stored_config(path: Path) -> Config:
-    """Reads the configuration in a run folder, in this or an earlier format.
+    """Reads the configuration that is stored in a run folder, in the present format or an earlier one.
 
     Raises:
-        ConfigError: lists every fault of the file.
+        ConfigError: the error lists every fault of the file.
     """
-    values, problems = _read_file(path, links=False)  # runs replace this file by renames, so the file is never a link
+    values, problems = _read_file(path, links=False)  # a run replaces this file by a rename, so it is never a link
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 
@@ -58,7 +57,7 @@ def _error(problems: list[str]) -> ConfigError:
 
 
 def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig[Config]:
-    """Like `load_config`, but returns the faults instead of raising them, for callers that add more faults."""
+    """Works like `load_config`, but returns the faults instead of raising them, so that callers can add further faults."""
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
@@ -69,7 +68,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values with the section `model` that the engine's section makes of what the file says of it."""
+    """Returns `values` with a complete section `model`: the engine's section completes the section `model` of the file."""
     engine, model = values.get("engine"), values.get("model")
     kind = engine.get("kind") if isinstance(engine, dict) else None
     section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
@@ -79,7 +78,7 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing_as_one(problems: Sequence[str]) -> list[str]:
-    """Returns the error texts; if several sections are missing, one text replaces their texts."""
+    """Returns the error texts. If several sections are missing, one text replaces the separate texts about them."""
     missing = [problem for problem in problems if re.match(r"\w+: missing; give section", problem)]
     if len(missing) < 2:
         return list(problems)
@@ -89,8 +88,8 @@ def _missing_as_one(problems: Sequence[str]) -> list[str]:
 
 
 def model_violations(config: Config) -> list[Violation]:
-    """Returns every violated rule between keys of the same section. The keys of a violation are dotted paths from the root
-    of the configuration."""
+    """Returns a violation for each broken rule between keys of one section. The keys of a violation are dotted paths from
+    the root of the configuration."""
     return [
         Violation(tuple(f"{prefix}.{key}" for key in violation.keys), f"{prefix}: {violation.problem}")
         for prefix, section in sections_in(config)
@@ -99,14 +98,14 @@ def model_violations(config: Config) -> list[Violation]:
 
 
 def rule_violations(config: Config) -> list[Violation]:
-    """Returns every violated rule between keys of different sections."""
+    """Returns a violation for each broken rule between keys of different sections."""
     return [violation for _, section in sections_in(config) for violation in section.violations_in(config)]
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Sets `key=value` pairs in `values`; returns one error text for each pair that cannot be set.
+    """Sets each `key=value` pair of `overrides` in `values`. Returns one error text for each pair that cannot be set.
 
-    A pair that selects another kind of a section (`placement.policy=pinned`) drops the keys that only the old kind has.
+    If a pair selects another kind of a section (`placement.policy=pinned`), keys that only the old kind has are dropped.
     """
     overrides, problems = _without_lone_equals(overrides)
     pairs: list[tuple[str, Any]] = []
@@ -124,7 +123,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
             problems += [f"{key}: {problem}" for problem in wrong]
         else:
             pairs.append((key, value))
-    # Pairs that select a kind come first, because they drop keys of the old kind that a later pair may set again.
+    # Pairs that select a kind are set first, because they drop keys of the old kind, which another pair may set again.
     for key, value in sorted(pairs, key=lambda pair: not _chooses_variant(pair[0])):
         if problem := _set(values, key, value):
             problems.append(problem)
@@ -132,30 +131,30 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[st
 
 
 def resolved_yaml(config: Config) -> str:
-    """Returns the configuration with all defaults, as YAML from which an equal configuration is read."""
+    """Returns the configuration with all defaults as YAML. Reading this YAML gives an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
 def difference(old: Config, new: Config) -> list[Change]:
-    """Returns the dotted keys whose values differ between two configurations, in the order of the schema. Lists are
-    compared as a whole."""
+    """Returns a `Change` for each dotted key whose values differ between two configurations, in the order of the schema.
+    Lists are compared whole."""
     before, after = (leaves(config.model_dump(mode="json")) for config in (old, new))
     found = [
         Change(key, before.get(key), after.get(key))
         for key in dict.fromkeys([*before, *after])
         if (key in before) != (key in after) or before.get(key) != after.get(key)  # null differs from a missing key
     ]
-    # Leaves out a key that is null in one configuration and a section in the other, because the section's keys are listed.
+    # If a key is null in one configuration and a section in the other, only the section's keys are listed.
     return [change for change in found if change.old is not None or change.new is not None] or found
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
-    """Returns the differences of keys that must not change; a run with any such difference cannot be resumed."""
+    """Returns the differences that prevent a run from being resumed, which are those of keys that must not change."""
     return [change for change in difference(old, new) if not may_change_on_resume(change.key)]
 
 
 def may_change_on_resume(key: str) -> bool:
-    """Returns whether a key or section may differ from the run that is resumed."""
+    """Returns whether a key or section may change when a run is resumed."""
     return any(f"{key}.".startswith(f"{allowed}.") for allowed in MAY_CHANGE_ON_RESUME)
 
 
@@ -168,8 +167,8 @@ def _read_file(path: Path, *, links: bool = True) -> tuple[dict[str, Any] | None
 
 
 def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
-    """Returns the value and the faults of an override's text. For a key of type str (`run.name=2024`) an unquoted text is
-    the value; any other text is read as YAML."""
+    """Returns the value and the faults of an override's text. If the key has the type str (`run.name=2024`), unquoted text
+    is the value itself. Any other text is read as YAML."""
     meant = find(Config, key)
     if not all(bare(each.annotation) is str for each in meant) or text.lstrip().startswith(("'", '"')):
         return load_yaml(text)
@@ -178,8 +177,8 @@ def _override_value(key: str, text: str) -> tuple[Any, list[str]]:
 
 
 def _without_lone_equals(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Finds overrides that a shell split at spaces (`key = value`). Returns all other overrides, and an error text for
-    each split one."""
+    """Finds overrides with spaces around = (`key = value`), which a shell splits into three. Returns the other overrides,
+    and an error text for each override that was split."""
     rest, problems = list(overrides), []
     while "=" in rest[1:-1]:
         at = rest.index("=", 1)
@@ -219,8 +218,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> str | None:
 
 
 def _default_list(key: str) -> Any:
-    """Returns the initial value of a key that the file lacks, if an override sets something inside the value: the
-    default of a list, or {} for a section, so that its other keys get their defaults."""
+    """Returns the initial value of a key that the file lacks, for an override that sets a part of this value. A list starts
+    with its default. A section starts as {}, so that its other keys get their defaults."""
     field = next((found.field for found in find(Config, key) if found.field is not None), None)
     default = None if field is None else field.get_default(call_default_factory=True, validated_data={})
     return to_jsonable_python(default) if isinstance(default, tuple) else {}
@@ -232,7 +231,7 @@ def _keep_keys_of(holder: dict[str, Any], variant: Any) -> None:
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns all values in nested mappings by dotted key; an empty mapping counts as a value."""
+    """Maps dotted keys to the values in nested mappings. An empty mapping counts as a value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         inner = isinstance(value, Mapping) and value

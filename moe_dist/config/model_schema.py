@@ -1,4 +1,4 @@
-"""The schema of the section `model`: transformer, expert groups, router, controllers, mixture of depths."""
+"""Defines the section `model`: the transformer, expert groups, router, controllers and mixture of depths."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
@@ -47,28 +47,28 @@ else:
     AnyAttention = kinds_in(attention, AttentionSection, default="grouped_query")
 
 
-MAX_EXPERTS = 1 << 19  # limit of the experts of all layers, null experts included
+MAX_EXPERTS = 1 << 19  # largest number of experts in all layers together, null experts included
 
 
 class GroupSection(Section):
-    """One group of experts. A token is routed to experts of its modality's group only."""
+    """One group of experts. A token is routed only to experts in the group of the token's modality."""
 
     num_experts: Experts = Field(description="True experts of the group (n).")
     num_null: NullExperts = 0
-    """Null experts of the group (m). Choosing one costs no computation and no communication. 0 gives plain top-k."""
+    """Number of null experts of the group (m). Choosing one costs no computation and no communication. 0: plain top-k."""
     num_identity: Count = 0
-    """Identity experts of the group. Each adds the token's normed input times the routing weight, on the token's own
-    rank."""
+    """Number of identity experts of the group. On the token's rank, each adds the token's normed input times the routing
+    weight."""
     num_constant: Count = 0
-    """Constant experts of the group (MoE++). Each mixes a learned vector with the token's input, on the token's own
-    rank."""
+    """Number of constant experts of the group (MoE++). On the token's rank, each mixes a learned vector with the token's
+    input."""
     top_k: PositiveInt
-    """Number of experts of its group that a token chooses, null experts included (k). With router.kind=expert_choice: the
-    mean number of experts that take a token, unless router.capacity is set."""
+    """Number of experts that a token chooses from its group, null experts included (k). With router.kind=expert_choice and
+    without router.capacity: mean number of experts that choose a token."""
     ffn_dim: Width
     """Hidden width of each expert's SwiGLU (F). With model.moe.experts.kind=lora: hidden width of the frozen FFN."""
     modalities: tuple[Name, ...] = ()
-    """Modalities whose tokens are routed to this group. Empty means the modality with the group's name."""
+    """Modalities whose tokens are routed to this group. If empty, the modality that has the group's name."""
 
     @property
     def num_zero_computation(self) -> int:
@@ -86,41 +86,42 @@ class GroupSection(Section):
 
 
 class CapacitySection(Section):
-    """Bound of the (token, expert) pairs of each expert in training; pairs beyond the bound are dropped."""
+    """Bound on the number of (token, expert) pairs of each expert in training. Pairs beyond the bound are dropped."""
 
     factor: PositiveFloat
-    """An expert takes at most ceil(factor x k x T / columns) pairs of its group's T tokens. factor=1 is the even share."""
+    """An expert computes at most ceil(factor x k x T / columns) pairs of its group's T tokens. 1: the number under even
+    loads."""
     drop: Literal["probability", "position"] = "probability"
-    """Pairs that are dropped first. probability: the pairs with the lowest probability. position: the pairs of the last
-    tokens. Of equal pairs, the later token's is dropped."""
+    """Pairs that are dropped first. probability: the pairs with the lowest probability; of equal pairs, the later token's.
+    position: the pairs of the last tokens."""
     scope: Literal["rank"] = "rank"
     """Ranks whose tokens compete for an expert's capacity: rank means the micro-batch of one rank."""
 
 
 class MoESection(Section):
-    """Expert groups, their router, and the layers that have experts."""
+    """The expert groups, their router, and the choice of the layers that have experts."""
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     experts: AnyExperts = Field(default_factory=FFNExpertsSection)
-    """Kind of the true experts: FFNs, or LoRA adapters over a frozen FFN."""
+    """Kind of the true experts, such as FFNs, or LoRA adapters over a frozen FFN."""
     router: AnyRouter = Field(
         default_factory=TopKRouterSection, description="Router: the rule by which tokens choose experts."
     )
     capacity: CapacitySection | None = None
-    """Bound of the (token, expert) pairs of each expert in training. null: no bound."""
+    """Bound on the number of (token, expert) pairs of each expert in training. null: no bound."""
     balance: tuple[AnyController, ...] = ()
-    """Controllers of the router's selection bias, at most one of each kind. The changes of all controllers are added up."""
+    """Controllers that change the router's selection bias, at most one of each kind. Their changes are added up."""
     every: PositiveInt = Field(default=1, description="Every n-th layer is an MoE layer; the others are dense.")
     first: Count = Field(default=0, description="Index of the first MoE layer.")
     layers: tuple[Count, ...] | None = None
-    """Indices of the MoE layers of a model of transformers, in place of every and first. null: every and first count."""
+    """Indices of the MoE layers, in place of every and first. Only with engine.kind=transformers. null: every and first."""
     shared_ffn_dim: Count = 0
-    """Hidden width of a shared expert, which computes every token. 0: no shared expert."""
+    """Hidden width of the shared expert, which computes every token. 0: no shared expert."""
     shared_gate: bool = False
-    """Multiply the shared expert's output by a learned sigmoid gate with one number per token (Qwen2-MoE)."""
+    """Multiply the shared expert's output by a learned sigmoid gate, which is one number per token (Qwen2-MoE)."""
     shortcut: bool = False
-    """Add the routed experts' output to the next layer's output instead of their own layer's output (LongCat-Flash).
-    The next layer must be dense. The output of the shared expert stays in its own layer."""
+    """Add the output of a layer's routed experts to the output of the next layer (LongCat-Flash). The next layer must be
+    dense. The shared expert's output is still added in its own layer."""
 
     def violations(self) -> Iterator[Violation]:
         if self.shared_gate and not self.shared_ffn_dim:
@@ -149,18 +150,18 @@ class MoESection(Section):
 
     @property
     def active_targets(self) -> dict[str, float]:
-        """The mean number of true experts per token at which controllers aim, by expert group."""
+        """Maps expert groups to the mean number of true experts per token at which controllers aim."""
         return {name: target for each in self.balance for name, target in each.targets.items()}
 
     @property
     def most_columns(self) -> int:
-        """Largest number of columns that a token takes; a trace has this many ids for each token and layer."""
+        """Largest number of router columns that a token chooses. A trace has this many ids for each token and layer."""
         return max(self.router.most_columns(group) for group in self.groups.values())
 
     @property
     def no_task_gradient(self) -> bool:
-        """Whether cross entropy gives no router a gradient, because each token chooses one expert, whose weight is
-        normalised to 1."""
+        """True if cross entropy gives routers no gradient, because a token chooses one expert, whose weight is normalised
+        to 1."""
         return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
 
 
@@ -177,34 +178,33 @@ def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterato
 
 
 class MixtureOfDepthsSection(Section):
-    """Mixture of depths: some layers compute only a share of the tokens. Tokens that a layer does not compute skip this
-    layer."""
+    """Mixture of depths: some layers compute only a fraction of the tokens. The other tokens skip the layer."""
 
     every: PositiveInt = Field(default=2, description="Every n-th layer is a mixture-of-depths layer.")
     first: Count = Field(default=0, description="Index of the first mixture-of-depths layer.")
     capacity: Share = 0.25
-    """Share of the tokens, in each `scope`, that a mixture-of-depths layer computes (c). MoMa uses 0.25."""
+    """Fraction of the tokens in each `scope` that a mixture-of-depths layer computes (c). MoMa uses 0.25."""
     scope: Literal["rank", "ep_group", "world"] = "rank"
     """Ranks whose tokens compete for a layer: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
     world exchange one score per token in each mixture-of-depths layer."""
     causal: Literal["threshold", "auxiliary"] = "auxiliary"
-    """Selection in evaluation and generation, which must not depend on later tokens. threshold: a layer computes tokens
-    whose score is above a running mean of the lowest score that it selected in training. auxiliary: an auxiliary router,
-    which is trained with the model, decides."""
+    """Rule by which evaluation and generation select tokens without using later tokens. threshold: a layer computes the
+    tokens whose score is above a running mean of the lowest score selected in training. auxiliary: an auxiliary router,
+    which is trained with the model, selects the tokens."""
     threshold_decay: Decay = 0.99
-    """Decay per step of the running mean that gives the threshold; the mean covers about 1 / (1 - decay) steps."""
+    """Decay per step of the running mean for causal=threshold. The mean covers about 1 / (1 - decay) steps."""
 
 
 class ModelSection(Section):
-    """Sizes and kinds of the transformer's parts. With engine.kind=transformers, all sizes follow from folder or family."""
+    """Sizes and kinds of the transformer's parts. With engine.kind=transformers, sizes follow from folder or family."""
 
     folder: PathText | None = None
-    """Hugging Face folder of the model to train. Only with engine.kind=transformers. null: the model is drawn at random."""
+    """Hugging Face folder of the model to train. Only with engine.kind=transformers. null: initial weights are random."""
     family: Name | None = None
-    """model_type of transformers. Only with engine.kind=transformers. null: that of the folder's config.json."""
+    """Model type (model_type of transformers). Only with engine.kind=transformers. null: the type in the folder's
+    config.json."""
     fields: dict[str, JsonValue] = Field(default_factory=dict)
-    """Fields of the family's configuration; fields that are not here have the family's defaults. Only with
-    engine.kind=transformers."""
+    """Fields of the family's configuration. Other fields have the family's defaults. Only with engine.kind=transformers."""
     hidden_dim: Width = Field(description="Width of the residual stream (D).")
     num_layers: Layers = Field(description="Number of transformer layers.")
     num_heads: Width = Field(description="Number of query heads.")
@@ -216,20 +216,20 @@ class ModelSection(Section):
     dense_ffn_dim: Width | None = Field(default=None, description="Hidden width of the FFN in layers without experts.")
     rope_base: PositiveFloat = Field(default=10000.0, description="Base of the rotary position embedding (RoPE).")
     rope_scaling: AnyRopeScaling | None = None
-    """Change of the rotary frequencies for sequences that are longer than in pretraining. null: no change."""
+    """Change of RoPE's frequencies for sequences that are longer than in pretraining. null: no change."""
     rope_dim: PositiveInt | None = None
-    """Number of values of a head that RoPE rotates: the first values, or with attention.kind=latent the last values. null:
-    all values."""
+    """Number of values per head that RoPE rotates. These are the head's first values, or its last values with
+    attention.kind=latent. null: all values."""
     rope_pairs: Literal["halves", "adjacent"] = "halves"
-    """Values of a head that rotate together. halves: i and i + rope_dim / 2 (Llama). adjacent: 2 i and 2 i + 1 (Ernie
-    4.5)."""
+    """Values of a head that RoPE rotates as a pair. halves: i and i + rope_dim / 2 (Llama). adjacent: 2 i and 2 i + 1
+    (Ernie 4.5)."""
     sliding_window: PositiveInt | None = None
-    """Number of tokens that a token sees in a layer with a sliding window, itself included. null: no window."""
+    """Number of tokens to which a token attends in a layer with a sliding window, itself included. null: no window."""
     sliding_layers: tuple[Count, ...] | None = None
     """Indices of the layers with the sliding window. null: all layers."""
     norm_eps: PositiveFloat = Field(default=1e-5, description="Epsilon of RMSNorm.")
     qk_norm: Literal["none", "head", "full"] = "none"
-    """RMSNorm of queries and keys. head: over each head (Qwen3). full: over the whole projection (OLMoE)."""
+    """RMSNorm of queries and keys. head: normalises each head (Qwen3). full: normalises the whole projection (OLMoE)."""
     attention_bias: Literal["none", "qkv", "qkvo"] = "none"
     """Attention projections that have a bias. qkv: queries, keys and values (Qwen2). qkvo: also the output."""
     tie_embeddings: bool = Field(default=False, description="Use the embedding as output projection.")
@@ -238,7 +238,7 @@ class ModelSection(Section):
     attention_lora: AttentionLoRASection | None = None
     """LoRA adapters on the attention, trained by train.only=adapters. null: no such adapters."""
     mixture_of_depths: MixtureOfDepthsSection | None = None
-    """Mixture of depths: layers that compute only a share of the tokens. null: every layer computes all tokens."""
+    """Mixture of depths: some layers compute only a fraction of the tokens. null: every layer computes all tokens."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.engine.hosts:
@@ -257,7 +257,7 @@ class ModelSection(Section):
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Sliding window of each layer in tokens; None: the layer sees the whole document."""
+        """Number of tokens in each layer's sliding window; None for a layer that attends to the whole document."""
         sliding = range(self.num_layers) if self.sliding_layers is None else self.sliding_layers
         return tuple(self.sliding_window if layer in sliding else None for layer in range(self.num_layers))
 
@@ -280,18 +280,18 @@ class ModelSection(Section):
 
     @property
     def attention_widths(self) -> dict[str, tuple[int, int]]:
-        """Number of inputs and of outputs of each attention projection."""
+        """Maps each attention projection to its number of inputs and its number of outputs."""
         return self.attention.widths(self)
 
     @property
     def has_adapters(self) -> bool:
-        """Whether there are adapters on a frozen base: LoRA experts, or LoRA on experts or attention."""
+        """Whether the model has adapters on a frozen base, which are LoRA experts, or LoRA on experts or attention."""
         experts = self.moe.experts
         return experts.over_frozen_ffn or experts.adapts_ffns or self.attention_lora is not None
 
     @property
     def largest_dropout(self) -> float:
-        """Largest dropout of all adapters; 0 without adapters."""
+        """Largest dropout probability of all adapters; 0 without adapters."""
         return max(self.moe.experts.input_dropout, self.attention_lora.dropout if self.attention_lora else 0.0)
 
     def violations(self) -> Iterator[Violation]:
@@ -302,7 +302,7 @@ class ModelSection(Section):
                 "experts; lower num_layers, or the experts of moe.groups"
             )
             yield Violation(("num_layers", "moe.groups", "moe.every", "moe.first"), problem)
-            return  # the later rules would take hours with so many experts
+            return  # with so many experts, the rules below would take hours
         heads, kv_heads = self.num_heads, self.num_kv_heads
         if heads % kv_heads:
             problem = f"num_heads={heads} must be a multiple of num_kv_heads={kv_heads}"

@@ -1,7 +1,7 @@
-"""Reads values into a schema even if the values have faults, so that one error can report all faults.
+"""Reads values into a schema even if some values are faulty, so that one error can report all faults.
 
-Each wrong value gives an error text, and is replaced by its default or by any valid value. The other values stay unchanged,
-so that later checks can test these values. A run never starts with replaced values: `PartialConfig.checked` raises first.
+Each wrong value gives an error text, and is replaced by its default or by some valid value. All other values stay unchanged
+and can be tested by later checks. A run never starts with replaced values: `PartialConfig.checked` raises first.
 """
 
 import json
@@ -33,30 +33,30 @@ from moe_dist.config.keys import (
 )
 from moe_dist.errors import ConfigError
 
-MOST_FAULTS = 50  # limit of faults per round of `draft`; finding a similar key takes milliseconds for each
-_ROUNDS = 20  # limit of rounds of `draft`; each may find missing keys one level deeper; schemas have < 20 levels
+MOST_FAULTS = 50  # limit of faults per round of `draft`, because each fault takes milliseconds (search for a similar key)
+_ROUNDS = 20  # limit of rounds of `draft`; a round may find missing keys one level deeper, and schemas have < 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class PartialConfig(Generic[S]):
-    """The result of reading values that may have faults."""
+    """The result of reading values that may be faulty."""
 
-    value: S | None  # the section, with wrong values replaced; None if it stayed invalid
-    problems: tuple[str, ...]  # an error text for each fault of a single key, but none for a violated rule between keys
-    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; `broken` drops violations about these paths
+    value: S | None  # the section after wrong values were replaced; None if it is still invalid
+    problems: tuple[str, ...]  # an error text for each fault of a single key; violated rules between keys are not included
+    wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; `broken` omits violations about these paths
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
-        """Returns the error texts of `violations`, except violations that compare a replaced value."""
+        """Returns the error texts of all `violations` that compare no replaced value."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
     def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
-        """Returns the value, or raises if the value has faults.
+        """Returns the section, or raises an error if values were faulty or violate rules.
 
         Args:
-            violations: Returns the violated rules of the value.
-            error: Makes the exception to raise, from all error texts.
+            violations: Function that returns the violated rules of the section.
+            error: Function that makes the exception to raise from all error texts.
         """
         problems = [*self.problems, *(self.broken(violations(self.value)) if self.value is not None else [])]
         if problems or self.value is None:
@@ -65,7 +65,7 @@ class PartialConfig(Generic[S]):
 
 
 def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
-    """Reads plain values (as in JSON) into `schema`, and replaces wrong values until the schema accepts all of them."""
+    """Reads plain values (as in JSON) into `schema`. Replaces wrong values until the schema accepts all values."""
     values, problems = json.loads(json.dumps(values)), dict[Where, str]()
     wrong: set[str] = set()
     for _ in range(_ROUNDS):
@@ -73,8 +73,8 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             value = schema.model_validate_json(json.dumps(values), context={VIOLATIONS_LATER: True})
             return PartialConfig(value, tuple(problems.values()), frozenset(wrong))
         except ValidationError as error:
-            before = frozenset(wrong)  # faults of these paths are not reported: an earlier round inserted their values
-            # Misspelt keys come first, because a misspelt key may be the key that is reported missing.
+            before = frozenset(wrong)  # faults here are not reported, because an earlier round inserted these values
+            # Misspelt keys are handled first, because a key that is reported missing may only be misspelt.
             details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
             for detail in details[:MOST_FAULTS]:
                 keys = _keys_along(schema, detail["loc"])
@@ -90,8 +90,8 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
 
 
 def read_stored(schema: type[S], values: Any) -> S:
-    """Reads a section that a checkpoint has stored, plain values as in JSON. Raises ConfigError if this version cannot read
-    it. The error lists the faults."""
+    """Reads a section from the plain values (as in JSON) that a checkpoint stores. Raises ConfigError if this version
+    cannot read them. The error lists the faults."""
     try:
         return schema.model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -100,7 +100,7 @@ def read_stored(schema: type[S], values: Any) -> S:
 
 
 def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: ErrorDetails) -> str:
-    """Returns an error text for one of pydantic's errors: key, value, the rule that the value violates, and a fix."""
+    """Returns an error text for one of pydantic's errors. The text has the key, the value, the violated rule and a fix."""
     path, value, kind = dotted(where) or "the whole", detail["input"], detail["type"]
     if kind == "extra_forbidden":
         return f"{path}: {unknown_key(schema, path)}"
@@ -133,7 +133,7 @@ def fault_text(schema: type[BaseModel], where: Where, key: Key | None, detail: E
 
 
 def _not_installed(value: Any, key: Key) -> str:
-    """Returns the end of an error text about an unknown kind, if packages can offer kinds of this section."""
+    """Returns the end of an error text about an unknown kind; empty if other packages cannot offer such kinds."""
     if (others := other_kinds(key.annotation)) is None or not isinstance(value, dict) or "kind" not in value:
         return ""
     if package := value.get(PACKAGE):
@@ -142,12 +142,12 @@ def _not_installed(value: Any, key: Key) -> str:
 
 
 def dotted(where: Where) -> str:
-    """Joins the parts of a path to dotted text, such as `data.weights.web`."""
+    """Joins the parts of a path with dots, as in `data.weights.web`."""
     return ".".join(map(str, where))
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Returns whether two dotted paths are equal or one lies inside the other."""
+    """Returns whether two dotted paths are equal, or one path is inside the other."""
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
@@ -158,8 +158,8 @@ def _shown(value: Any) -> str:
 
 
 def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tuple[str | int, Key]]:
-    """Returns each part of the location in a pydantic error with its `Key`. Leaves out the parts that are no keys: the kind
-    of a section, the tag of a union's member, and the mark "[key]"."""
+    """Returns the parts of the location `loc` in a pydantic error, each with its `Key`. Omits the parts that are not keys,
+    which are a section's kind, a union member's tag and the mark "[key]"."""
     keys: list[tuple[str | int, Key]] = []
     annotation: Any = schema
     for part in loc:
@@ -179,10 +179,9 @@ def _keys_along(schema: type[BaseModel], loc: tuple[str | int, ...]) -> list[tup
 def _repair(
     schema: type[BaseModel], values: Any, keys: list[tuple[str | int, Key]], detail: ErrorDetails, wrong: set[str]
 ) -> None:
-    """Removes the fault `detail` from `values`, in place, so that this fault does not hide other faults in the next
-    round."""
+    """Repairs the fault `detail` in `values`, in place, so that it does not hide other faults in the next round."""
     where, kind = tuple(part for part, _ in keys), detail["type"]
-    if kind == "extra_forbidden":  # a misspelt key: move its value to the key that was probably meant
+    if kind == "extra_forbidden":  # the key is misspelt: moves its value to the key that was probably meant
         holder = _get(values, where[:-1])
         value = holder.pop(where[-1])
         section, _, name = (nearest(schema, dotted(where)) or "").rpartition(".")
@@ -195,7 +194,7 @@ def _repair(
         wrong.add(dotted(where))
         return
     while keys and keys[-1][1].field is None:
-        keys = keys[:-1]  # an item has no default: replace the whole list or mapping
+        keys = keys[:-1]  # an item has no default, so the whole list or mapping is replaced
     where = tuple(part for part, _ in keys)
     holder = _get(values, where[:-1])
     if not keys or not isinstance(holder, (dict, list)):
@@ -218,11 +217,11 @@ def _get(values: Any, where: Where) -> Any:
 
 
 def _any_value(annotation: Any) -> Any:
-    """Returns some valid value of a type. For a section, the value is {} or only the section's kind: the next round of
-    `draft` finds the section's keys missing, and fills them in."""
+    """Returns some valid value of a type. For a section, the value is {} or has only the section's kind. The next round of
+    `draft` then finds that the section's keys are missing, and fills them in."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
-    if variants := variants_of(kind):  # sets a valid kind, because otherwise pydantic rejects the section in each round
+    if variants := variants_of(kind):  # sets a valid kind; without it, pydantic rejects the section in each round
         tag, section = next(iter(variants.items()))
         return {tag_key(section): tag} if tag else {}
     if origin is dict:

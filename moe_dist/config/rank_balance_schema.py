@@ -1,4 +1,4 @@
-"""The section `rank_balance`: levers that keep the ranks equally busy during a run. Each is off by default."""
+"""Defines the section `rank_balance`: three methods, off by default, that keep ranks equally busy during a run."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -12,25 +12,25 @@ class MovingSection(Section):
     """Move experts between the ranks of an EP group. Each rank keeps its number of experts of each group."""
 
     every: Annotated[int, Field(ge=2)] = 20
-    """Steps between two decisions. A move is chosen by the loads of the first half of these steps, and judged by the loads
-    of the second half."""
+    """Number of steps between two decisions. The loads of the first half of these steps select a move, and the loads of the
+    second half decide whether it pays."""
     payback_steps: PositiveInt = 100
-    """A move is refused unless it saves its cost within this number of steps."""
+    """Number of steps within which a move must save more than it costs; otherwise the experts do not move."""
     flops_per_byte: PositiveFloat = 10000.0
-    """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
+    """Number of FLOPs that a rank computes while it sends one byte: FLOP/s of the rank divided by bytes/s of its link."""
 
 
 class ReplicatingSection(Section):
-    """Give hot experts replicas on further ranks of an EP group, in single layers and for a limited time."""
+    """Copy heavily loaded experts to further ranks of an EP group (replicas), in single layers and for a limited time."""
 
     every: Annotated[int, Field(ge=2)] = 20
-    """Steps between two decisions. Replicas are chosen by the loads of the first half of these steps, and judged by the
-    loads of the second half. Replicas are refused unless they would save, in as many further steps, more than the exchanges
-    of their weights cost."""
+    """Number of steps between two decisions. The loads of the first half of these steps select replicas, and the loads of
+    the second half decide whether they pay. Until the next decision, replicas must save more than the exchanges of their
+    weights cost."""
     slots: PositiveInt = 1
-    """Largest number of replicas on a rank in a layer. The replicas' weights take memory from forward to backward."""
+    """Largest number of replicas on a rank in a layer. The replicas' weights occupy memory from forward to backward."""
     flops_per_byte: PositiveFloat = 10000.0
-    """FLOPs that a rank computes while it sends one byte: its FLOP/s divided by the bytes per second of its link."""
+    """Number of FLOPs that a rank computes while it sends one byte: FLOP/s of the rank divided by bytes/s of its link."""
 
 
 DEALING = (
@@ -55,19 +55,19 @@ REPLICATING = (
 
 
 class RankBalanceSection(Section):
-    """Levers that keep the ranks equally busy during the run. The levers change no loss beyond rounding."""
+    """Methods that keep the ranks equally busy during the run. They change losses only by rounding."""
 
     dealing: bool = False
-    """Deal the sequences of a step to the ranks so that the ranks' expected costs are equal. The cost of attention
-    grows with the square of a document's length; the cost of experts depends on modality and share of null choices. A
-    sequence stays in its micro-batch if a balance or z loss of one micro-batch is on
+    """Distribute the sequences of a step over the ranks so that the ranks' expected costs are equal. Attention's cost grows
+    with the square of a document's length. The experts' cost depends on modality and on the fraction of null choices. A
+    sequence stays in its micro-batch if a balance or z loss is computed per micro-batch
     (loss.balance.scope=micro_batch)."""
 
     moving: MovingSection | None = None
     """Move experts between ranks during the run (docs/parallelism.md). null: no expert moves."""
 
     replicating: ReplicatingSection | None = None
-    """Give hot experts replicas on further ranks during the run (docs/parallelism.md). null: each expert has one slot."""
+    """Copy heavily loaded experts to further ranks during the run (docs/parallelism.md). null: there are no replicas."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         for name, needs in (("dealing", DEALING), ("moving", MOVING), ("replicating", REPLICATING)):

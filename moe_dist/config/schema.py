@@ -1,7 +1,7 @@
-"""The schema of a run: every key with its type, its meaning and often a default. Sections are frozen and strict.
+"""Defines the schema of a run's configuration, with each key's type, meaning and default. Sections are frozen and strict.
 
-Each run saves its resolved configuration. `violations` checks the keys of one section, `violations_in` the rules between
-sections. `moe_dist.plan.preflight` reports all violated rules at once.
+Each run saves its resolved configuration. `violations` checks rules between keys of one section, and `violations_in` checks
+rules between sections. `moe_dist.plan.preflight` reports all violated rules at once.
 """
 
 from collections.abc import Iterator
@@ -44,26 +44,25 @@ from moe_dist.config.tuning_schema import RouterTuningSection
 
 
 class RunSection(Section):
-    """Name, folder, seed and starting weights of the run."""
+    """The name, folder, seed and initial weights of the run."""
 
     name: Name = Field(description="Name of the run; its folder is <root>/<name>. Letters, digits, '.', '_' and '-'.")
     root: PathText = Field(default="runs", description="Folder that holds all runs.")
     seed: Count = Field(default=0, description="Seed of the initial weights, the data order and every other random draw.")
     group: Annotated[str, Field(pattern=UNIX_GROUP_PATTERN)] | None = None
-    """Unix group that owns the run folder and, by the folder's setgid bit, every file in it. The umask decides the rights
-    of the group's members. null does not change the group."""
+    """Unix group that owns the run folder and, through the folder's setgid bit, every file in it. The umask sets the rights
+    of the group's members. null: the group is not changed."""
     init_from: PathText | None = None
-    """Checkpoint or run folder from which a new run takes the weights whose names and shapes fit. A resumed run ignores
+    """Checkpoint or run folder from which a new run loads the weights whose names and shapes fit. A resumed run ignores
     this key."""
     init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "split_experts", "adapt"], ...] = ()
-    """Changes to the weights of init_from. copy_nulls gives each null expert the router row of a true expert, so that a
+    """Changes to the weights of init_from. copy_nulls copies a true expert's router row to each null expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
-    expert of the group. split cuts a dense FFN into the experts of the group, which together are the FFN. split_experts
-    cuts each expert of a mixture into smaller experts. adapt puts new adapters on the unchanged model
-    (train.only=adapters)."""
+    expert of the group. split divides a dense FFN among the experts of the group. split_experts divides each expert of a
+    mixture into smaller experts. adapt adds new adapters to the unchanged model (train.only=adapters)."""
     keep_position: bool = False
-    """With init_from: continue in the data at the position of that checkpoint. Needs the same data, data section and seed.
-    Steps and learning rate still start at the beginning."""
+    """With init_from: continue in the data at that checkpoint's position. Needs the same data, data section and seed as in
+    the checkpoint. Steps and learning rate still start at the beginning."""
 
     def violations(self) -> Iterator[Violation]:
         if self.init_from is None and self.keep_position:
@@ -75,17 +74,17 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    """The prepared data set, and how its documents are packed into sequences."""
+    """The prepared data set, and the way in which its documents are packed into sequences."""
 
     path: PathText = Field(description="Folder of a prepared data set: manifest.json with .bin and .idx files.")
     seq_len: PositiveInt = Field(description="Tokens of a packed training sequence.")
     weights: dict[Name, PositiveFloat] = Field(default_factory=dict)
-    """Share of sequences from each source of the manifest. Empty means in proportion to the sources' tokens."""
+    """Relative number of sequences from each source of the manifest. Empty: in proportion to the sources' tokens."""
     pack_window: PositiveInt = 512
-    """Number of documents that the packer fits into sequences at a time. A larger window needs less padding."""
+    """Number of documents that are packed into sequences at a time. A larger window needs less padding."""
     skip: tuple[tuple[Count, Count], ...] = ()
-    """Pairs [first, last]: sequences of the training stream, counted from 0, that the run leaves out. The message of a
-    diverged run, and traces, name the numbers of sequences."""
+    """Pairs [first, last] of numbers of sequences in the training stream, counted from 0, that the run leaves out. Traces
+    and the error of a diverged run name the numbers of sequences."""
 
     def violations(self) -> Iterator[Violation]:
         ends = [-1, *(end for pair in self.skip for end in pair)]
@@ -108,21 +107,21 @@ class DataSection(Section):
 
 
 class BalanceSection(Section):
-    """Load-balance loss."""
+    """The load-balance loss."""
 
     kind: Literal["null_averaged", "vanilla", "null_split", "weighted"] = "null_averaged"
-    """null_averaged: all null experts of a group share their mean load (AdaMoE). vanilla: each null expert has its own
-    load. null_split: the loss balances only the share of true experts against the share of all other columns (ZEDA).
-    weighted: each null, identity and constant expert has its own load and the weight null_weight (MoE++)."""
+    """null_averaged: each null expert counts with the mean load of its group's null experts (AdaMoE). vanilla: each null
+    expert counts with its own load. null_split: balances only the whole of true experts with the whole of other columns
+    (ZEDA). weighted: each null, identity and constant expert counts with its own load and the weight null_weight
+    (MoE++)."""
     scope: Literal["micro_batch", "step"] = "step"
-    """Tokens over which loads and mean probabilities are taken. step: the probabilities of the whole step and the loads of
-    the step before, so that the loss does not depend on micro-batches and ranks. micro_batch: loads and probabilities of
-    one micro-batch."""
+    """Tokens that give loads and mean probabilities. step: probabilities of the whole step, and loads of the previous step,
+    so that the loss does not depend on micro-batches and ranks. micro_batch: loads and probabilities of one micro-batch."""
     null_weight: dict[GroupName, PositiveFloat] = Field(default_factory=dict)
-    """By group: target load of a null expert, divided by the target load of a true expert (w); 1 for groups that are not
-    named. A balanced router then takes k n / (n + m w) true experts per token."""
+    """For each group, target load of a null expert divided by target load of a true expert (w). The default for a group is
+    1. A balanced router takes k n / (n + m w) true experts per token."""
     schedule: tuple[tuple[Count, NonNegative], ...] = ((0, 0.02),)
-    """Pairs [first step, coefficient]. A coefficient holds until the first step of the next pair."""
+    """Pairs [first step, coefficient]. A coefficient is used until the first step of the next pair."""
 
     def violations(self) -> Iterator[Violation]:
         yield from unordered(self.schedule)
@@ -138,17 +137,17 @@ class BalanceSection(Section):
 
 
 class DistillationSection(Section):
-    """Distillation: the model learns a teacher's distribution of the next token."""
+    """Distillation: train the model to predict a teacher's distribution of the next token."""
 
     teacher: PathText | None = None
-    """Checkpoint or run folder of the teacher. Every rank holds the whole teacher, frozen."""
+    """Checkpoint or run folder of the teacher. Every rank has a frozen copy of the whole teacher."""
     top_logits: PathText | None = None
-    """Folder in which `moe-dist teach` wrote the teacher's most likely next tokens for the sequences of this run. Give
-    either this key or teacher."""
+    """Folder to which `moe-dist teach` wrote the teacher's most likely next tokens for the sequences of this run. Excludes
+    the key teacher."""
     weight: Share = 1.0
-    """Share of the KL divergence from the teacher in the loss. The rest is cross entropy."""
+    """Weight of the KL divergence from the teacher in the loss. Cross entropy has the weight 1 - this value."""
     divergence: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || model). reverse: KL(model || teacher), only with teacher."""
+    """forward: KL(teacher || model). reverse: KL(model || teacher); needs the key teacher."""
 
     def violations(self) -> Iterator[Violation]:
         if (self.teacher is None) == (self.top_logits is None):
@@ -169,7 +168,7 @@ class DistillationSection(Section):
 
 
 class LossSection(Section):
-    """Cross entropy and the terms added to it."""
+    """The loss: cross entropy and the terms that are added to it."""
 
     balance: BalanceSection = Field(
         default_factory=BalanceSection, description="Load-balance loss of each layer and group."
@@ -177,26 +176,26 @@ class LossSection(Section):
     z: NonNegative = 0.0
     """Coefficient of the router z-loss: the mean of the squared log-sum-exp of the router's logits."""
     distillation: DistillationSection | None = None
-    """Learn from a teacher (docs/adapt.md). null: cross entropy alone."""
+    """Distillation from a teacher (docs/adapt.md). null: no distillation."""
 
 
 class TrainSection(Section):
-    """Steps, batches and trained parameters."""
+    """The steps, the batches and the trained parameters."""
 
     steps: PositiveInt = Field(description="Optimizer steps of the whole run.")
     global_batch: PositiveInt = Field(description="Sequences per step, over all ranks and micro-batches.")
     micro_batch: PositiveInt = Field(description="Sequences in a micro-batch: a rank computes them at once.")
     max_skipped_in_a_row: PositiveInt = 10
-    """A step with non-finite gradients is skipped. This many skipped steps in a row, or a skipped last step, end the run
-    with exit code 70."""
+    """Number of consecutive skipped steps after which the run ends with exit code 70. A step is skipped if its gradients
+    are not finite. If the last step is skipped, the run ends in the same way."""
     only: Literal["auxiliary_routers", "adapters", "routers"] | None = None
-    """Train only these parameters and freeze all others, which come from run.init_from. auxiliary_routers: the second stage
-    of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null trains all
-    parameters."""
+    """Train only these parameters. All others are loaded from run.init_from and frozen. auxiliary_routers: the second stage
+    of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null: all
+    parameters are trained."""
 
     frozen: Literal["routers"] | None = None
-    """Keep these parameters as they are in run.init_from, and train all others. routers: the rows of the routers; load
-    controllers still move the selection biases. null trains all parameters."""
+    """Freeze these parameters, loaded from run.init_from, and train all others. routers: the rows of the routers; load
+    controllers still change the selection biases. null: all parameters are trained."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from adapter_violations(config)
@@ -227,35 +226,35 @@ CheckName = Literal["count_models", "experts_matter", "no_dead_expert", "few_dro
 
 
 class EvaluationSection(Section):
-    """Held-out evaluation."""
+    """The evaluation on held-out sequences."""
 
     every: PositiveInt = Field(description="Steps between held-out evaluations. The last step is always evaluated.")
     sequences: PositiveInt = Field(default=128, description="Held-out sequences of each source in one evaluation.")
     final_sequences: PositiveInt = 512
-    """Held-out sequences of each source in the last evaluation."""
+    """Number of held-out sequences of each source in the last evaluation."""
     calibration: Count = 4
-    """Number of micro-batches per rank on which an evaluation calibrates the thresholds of router.causal=threshold and
-    mixture_of_depths.causal=threshold. On these last training micro-batches, an expert or layer then takes as many
-    tokens as in training. 0 uses the running means unchanged."""
+    """Number of micro-batches per rank with which an evaluation calibrates the thresholds of router.causal=threshold and
+    mixture_of_depths.causal=threshold. They are the last training micro-batches. With the calibrated thresholds, an expert
+    or layer takes as many of their tokens as in training. 0: no calibration."""
     balance_efficiency: bool = True
-    """Measure the throughput with real routing, divided by the throughput with evenly spread routing. Not measured with
-    LoRA experts, because every rank holds all of them."""
+    """Measure the throughput with real routing, divided by the throughput with even loads. Not measured with LoRA experts,
+    because every rank has all of them."""
     ablate_experts: bool = True
-    """At the end, also measure held-out loss with the experts' output set to zero."""
+    """In the last evaluation, also measure the held-out loss with the experts' outputs set to zero."""
     checks: tuple[CheckName, ...] = ()
-    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below the loss of
-    count models of the training tokens. experts_matter: the held-out loss rises without experts. no_dead_expert, few_drops
-    (a capacity drops less than 10 % of each layer's (token, expert) pairs) and null_fraction: the routing of the last 100
-    steps. no_step_skipped: the number of skipped steps is 0."""
+    """Checks of the finished run, shown as a table of pass and FAIL. count_models: the held-out loss is below that of
+    unigram and bigram models. experts_matter: the held-out loss rises without experts. no_step_skipped: no step was
+    skipped. no_dead_expert, few_drops (a capacity drops less than 10 % of each layer's (token, expert) pairs) and
+    null_fraction check the routing of the last 100 steps."""
 
 
 class CheckpointSection(Section):
-    """Checkpoints of the whole training state."""
+    """The checkpoints of the whole training state."""
 
     every: PositiveInt = Field(default=500, description="Steps between checkpoints. The last step is always saved.")
     keep: PositiveInt = Field(default=2, description="Number of checkpoints that are kept; older ones are deleted.")
     asynchronous: bool = True
-    """Write checkpoints during training. Needs host memory for a copy of the tensors that a rank writes."""
+    """Write checkpoints while training continues. Needs host memory for a copy of the tensors that a rank saves."""
 
 
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
@@ -269,20 +268,20 @@ else:
 
 
 class MonitorSection(Section):
-    """Records and measurements of a run."""
+    """The records and measurements of a run."""
 
     sinks: tuple[AnySink, ...] = (ConsoleSinkSection(), JsonlSinkSection(), TensorBoardSinkSection())
-    """Destinations of the records. The JSONL file holds everything that the other sinks show."""
+    """Destinations of the records. The JSONL file contains all values that the other sinks show."""
     device_seconds: PositiveFloat = 5.0
-    """Seconds between two readings of the GPU (NVML) and the host (psutil)."""
+    """Seconds between two measurements of the GPU (NVML) and the host (psutil)."""
     peak_tflops: PositiveFloat | None = None
-    """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: the rate that is known for the GPU's name in
-    bf16 (moe_dist/monitor/card_peaks.py); for other GPUs, fp32 and CPUs perf/mfu is not reported."""
+    """Peak TFLOP/s of one device in the compute precision, for perf/mfu. null: the known bf16 rate of a GPU with this name
+    (moe_dist/monitor/card_peaks.py); perf/mfu is not reported for other GPUs, fp32 and CPUs."""
     profile: ProfileSection | None = Field(default=None, description="Profile some steps. null: no profile.")
     trace: TraceSection | None = Field(default=None, description="Trace each token's experts. null: no trace.")
     cost_table: bool = False
-    """At the end, show how many rows and bytes the last 100 steps sent, and how many other placements and methods would
-    have sent for the same choices."""
+    """At the end, show how many rows and bytes the last 100 steps sent. Also show how many rows and bytes other placements
+    and dispatchers would have sent for the same choices."""
     compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -295,7 +294,7 @@ class MonitorSection(Section):
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a whole run."""
 
     format: Literal[1] = Field(default=FORMAT, description="Number of the format of this configuration.")
     run: RunSection
@@ -305,7 +304,7 @@ class Config(Section):
     optimizer: AnyOptimizer
     loss: LossSection = Field(default_factory=LossSection)
     router_tuning: RouterTuningSection | None = None
-    """Router tuning (RoMA). null: no router tuning."""
+    """Router tuning (RoMA). null: router tuning is off."""
     engine: AnyEngine = Field(default_factory=OwnEngineSection)
     """The engine that computes the training steps: this project's own, or Megatron-Core."""
     parallel: ParallelSection = Field(default_factory=ParallelSection)
@@ -317,9 +316,9 @@ class Config(Section):
 
     @property
     def even_active(self) -> dict[str, float]:
-        """Expected number of true experts per token, by expert group: the target of a controller or, without a
+        """Maps expert groups to the expected number of true experts per token. This is a controller's target or, without a
         controller, k n / (n + m w), which minimises a balance loss with null weight w (k = top_k, n true and m null
-        experts). Groups with neither a target nor a null weight are left out."""
+        experts). Groups without target and null weight are omitted."""
         balance, found = self.loss.balance, {}
         for name, weight in balance.null_weight.items():
             group = self.model.moe.groups[name]
@@ -329,7 +328,7 @@ class Config(Section):
         return found | self.model.moe.active_targets
 
 
-# Sections and keys that may change when a run is resumed. All other keys (of model, data, optimisation) must not change.
+# These sections and keys may change when a run is resumed. All other keys (of model, data, optimisation) must not change.
 MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "train.steps",
     "train.micro_batch",
@@ -346,7 +345,7 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
-    "data.path",  # the data's folder may move, because digests identify its content (formats/split_files.py)
-    "data.skip",  # may change only for sequences that the run has not reached yet (train/start/resume.py)
-    "router_tuning.data",  # this folder may move, like the folder data.path
+    "data.path",  # the folder may move, because digests identify its content (formats/split_files.py)
+    "data.skip",  # may change only for sequences that the run has not yet reached (train/start/resume.py)
+    "router_tuning.data",  # the folder may move, like data.path
 )

@@ -1,10 +1,10 @@
-"""Checks the rule `split_experts` of `run.init_rules`, by which each expert of a trained mixture becomes m finer experts.
+"""Checks the rule `split_experts` of `run.init_rules`, which divides each expert of a trained mixture into m finer experts.
 
-Every router row of the checkpoint becomes m equal rows, next to each other. With m k choices per token, a token takes all m
-copies of the k columns that it took before, because the copies have equal scores, and of equal scores the first columns
-are chosen. A softmax over m times as many columns gives each column 1 / m of the probability, and weights divided by
-their sum become 1 / m of their former values. The router's `scale` must therefore become m times as large. If the
-routing weights are the sigmoids themselves, not divided by their sum, `scale` does not change. Imports no torch.
+Every router row of the checkpoint is replaced by m equal rows. With m k choices, a token takes all m copies of the k
+columns that it took before. This holds because copies have equal scores and adjacent columns, and of equal scores the first
+columns are chosen. In a softmax over m times as many columns, each column has 1 / m of its former probability. Weights that
+are divided by their sum become 1 / m of their former values, too. The router's `scale` must therefore become m times as
+large. If the routing weights are sigmoids that are not divided by their sum, `scale` does not change. Imports no torch.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ UNKNOWN_ROUTER = "the checkpoint does not say by which router it was trained (mo
 
 def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
     """Yields the reasons why a split model would not compute the checkpoint's function at step 0, as far as the
-    configuration tells."""
+    configuration shows them."""
     router, rule = config.model.moe.router, "run.init_rules: split_experts"
     if router.growth_of_scale(1) is None:
         problem = (
@@ -37,8 +37,8 @@ def split_experts_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 def split_experts_problems(config: WholeConfig, source: ModelSection | None) -> list[str]:
-    """Returns the reasons why the split model would compute another function than the checkpoint's model; empty if none.
-    `source` is the checkpoint's section `model`; None if it has none."""
+    """Returns the reasons why the split model would compute another function than the checkpoint's model. `source` is the
+    section `model` of the checkpoint's configuration; None if the checkpoint has none."""
     if source is None:
         return [UNKNOWN_ROUTER]
     old, here, own = source.moe, config.model.moe, config.model.moe.router.model_dump(mode="json")

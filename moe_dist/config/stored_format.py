@@ -1,39 +1,39 @@
-"""Translates configurations that runs and checkpoints have stored before the key `format` existed.
+"""Translates configurations that runs and checkpoints stored before the key `format` existed.
 
-Such a configuration has former names of keys and kinds, and lacks keys whose defaults differ from the behaviour of that
-time. A configuration with a format number is never changed: a change of names or defaults that would change a stored run
-raises the number, and brings its own translation.
+Such a configuration has former names of keys and kinds. It lacks keys whose present defaults differ from the behaviour at
+that time. A configuration with a format number is not translated. If a later version changes names or defaults such that
+stored runs would change, that version must increase the number and add a translation.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT = 1  # the present format
+FORMAT = 1  # number of the present format
 
-# Maps each former key (a dotted path, in which only the last part is a former name; * is any item of a list) to the present
-# name of the last part.
+# Maps each former key to the present name of the key's last part. Only the last part of the dotted path is a former name; *
+# stands for any item of a list.
 KEYS = {
     "model.depths": "mixture_of_depths",
     "model.mixture_of_depths.set": "scope",
     "model.moe.capacity.set": "scope",
     "model.moe.router.set": "scope",
 }
-# Maps each key to the present value of each former value.
+# Maps each key to a mapping from its former values to its present values.
 VALUES = {
     "model.moe.balance.*.kind": {"load_target": "active_experts"},
     "parallel.dispatch.kind": {
         "per_rank": "all_to_all",
         "per_node": "hierarchical",
         "per_pair": "known_counts",
-        "deep_ep": "deep_ep_v2",  # V1 of DeepEP, which its makers call legacy
+        "deep_ep": "deep_ep_v2",  # meant DeepEP V1, which its makers call legacy
     },
 }
-# Maps each key to the value that applies if a stored configuration lacks the key.
+# Maps keys to the values that apply if a stored configuration lacks the key.
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
 
 
 def translate(values: Any) -> Any:
-    """Returns a stored configuration, plain values as in YAML or JSON, in the present format."""
+    """Returns a stored configuration (plain values, as in YAML or JSON) in the present format."""
     if not isinstance(values, Mapping) or "format" in values:
         return values
     found = _renamed(values, "")
@@ -54,6 +54,6 @@ def _renamed(value: Any, key: str) -> Any:
         return VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
     below = f"{key}." if key else ""
     names = {name: KEYS.get(f"{below}{name}", name) for name in value}
-    # If both names exist, the former one stays, and is reported as an unknown key.
+    # If both names exist, the former name stays, and is later reported as an unknown key.
     names = {name: name if now != name and now in value else now for name, now in names.items()}
     return {now: _renamed(value[name], f"{below}{now}") for name, now in names.items()}

@@ -1,4 +1,4 @@
-"""The sections `monitor.profile`, `monitor.trace` and `monitor.compute_map`: details about single steps and tokens."""
+"""Defines the sections `monitor.profile`, `monitor.trace` and `monitor.compute_map`, which record steps and tokens."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,11 @@ from pydantic import Field
 
 from moe_dist.config.base.section import Count, PositiveInt, Section, Violation, WholeConfig
 
-MAX_TRACE_ID = 2**15 - 3  # expert ids are int16, and a dropped (token, expert) pair of router column c is stored as -2 - c
+MAX_TRACE_ID = 2**15 - 3  # ids are int16; a dropped (token, expert) pair of router column c is stored as -2 - c
 
 
 class ProfileSection(Section):
-    """A torch trace and a memory snapshot of some steps."""
+    """Record a torch trace and a memory snapshot of some steps."""
 
     steps: tuple[PositiveInt, PositiveInt] = Field(
         description="First and last profiled step; the first step of a run is 1."
@@ -35,11 +35,11 @@ class ProfileSection(Section):
 
 
 class TraceSection(Section):
-    """Record the chosen experts of each traced token in the run's folder trace."""
+    """Record the chosen experts of each traced token, in the folder `trace` of the run."""
 
     every: PositiveInt = Field(default=1, description="Steps between two traced steps.")
     tokens: PositiveInt | None = None
-    """Largest number of tokens that each rank traces in a step, from its first sequences on. null: all tokens."""
+    """Largest number of tokens that each rank traces in a step, beginning with its first sequences. null: all tokens."""
     weights: bool = Field(default=True, description="Also store the weight of each choice.")
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -50,7 +50,7 @@ class TraceSection(Section):
 
 
 class ComputeMapSection(Section):
-    """Draw the number of true experts of held-out tokens, token by token, at each evaluation and at the end."""
+    """Draw the number of true experts of each held-out token, at each evaluation and at the end."""
 
     sequences: PositiveInt = Field(default=32, description="Held-out sequences of each source that are routed for it.")
     pictures: Count = Field(default=8, description="Pictures that are drawn, if the data have pictures.")
@@ -61,14 +61,14 @@ class ComputeMapSection(Section):
 
 
 def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") -> Iterator[Violation]:
-    """Yields the violations of a section `key` that needs the chosen experts of every token in every layer. `off` is the
-    value that turns the section off."""
+    """Yields the violations of a section that needs the chosen experts of every token in every layer. `key` is the
+    section's key, and `off` the value that turns the section off."""
     for other, problem in untraceable(config):
         yield Violation((key, other), f"{key}: {problem}; set {key} to {off}")
 
 
 def untraceable(config: WholeConfig) -> Iterator[tuple[str, str]]:
-    """Yields (key, reason) for each property of a model that prevents recording the chosen experts of each token."""
+    """Yields (key, reason) for each setting that prevents recording the chosen experts of each token."""
     if config.model.mixture_of_depths is not None:
         problem = "needs the choices of all tokens, and the layers of model.mixture_of_depths route only some"
         yield "model.mixture_of_depths", problem

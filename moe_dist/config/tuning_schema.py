@@ -1,4 +1,4 @@
-"""The schema of router tuning (RoMA), and its rules that do not depend on the data."""
+"""Defines the section for router tuning (RoMA), and those of its rules that do not depend on the data."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -23,18 +23,19 @@ NEEDS = (
 
 
 class NearestSection(Section):
-    """The k samples whose embeddings are nearest to a sample's embedding."""
+    """Neighbours of a sample are the k samples with the nearest embeddings."""
 
     kind: Literal["nearest"] = "nearest"
     k: PositiveInt = Field(default=3, description="Neighbours of a sample, not counting the sample. RoMA is best with 3.")
 
 
 class RadiusSection(Section):
-    """All samples whose similarity to a sample is at least a limit."""
+    """Neighbours of a sample are all samples whose similarity to it reaches a limit."""
 
     kind: Literal["radius"] = "radius"
     similarity: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Least similarity exp(-d^2 / (2 bandwidth^2)) of a neighbour. RoMA uses 0.5. A sample may have no neighbour."""
+    """Smallest similarity exp(-d^2 / (2 bandwidth^2)) of a neighbour at distance d. RoMA uses 0.5. Some samples have
+    none."""
 
 
 NeighboursSection = Annotated[
@@ -43,43 +44,41 @@ NeighboursSection = Annotated[
 
 
 class RouterTuningSection(Section):
-    """Router tuning (RoMA): cross entropy on right answers, with routing pulled towards the routing of successful
-    neighbours."""
+    """Router tuning (RoMA): train routers by cross entropy on right answers, with a regulariser that pulls a sample's
+    routing towards the routing of its successful neighbours."""
 
     data: PathText = Field(description="Folder that `moe-dist prepare-router-tuning` made from the run to be tuned.")
     last_layers: PositiveInt = Field(
         default=5, description="Number of MoE layers, from the last, whose routers are trained."
     )
     layers: tuple[Count, ...] = ()
-    """Indices of the layers whose routers are trained; overrides last_layers."""
+    """Indices of the layers whose routers are trained. Overrides last_layers."""
     objective: Literal["tokens", "choices"] = "tokens"
-    """Cross entropy that trains routers. tokens: the cross entropy of each token of the right answer, over the whole
-    vocabulary. choices: the cross entropy of only the right answer's first token, over the first tokens of the question's
-    choices, as in the code of RoMA."""
+    """Cross entropy that trains routers. tokens: cross entropy of all tokens of the right answer, over the whole
+    vocabulary. choices: cross entropy of only its first token, over the first tokens of the question's choices, as in
+    RoMA's code."""
     regulariser: Literal["manifold", "l2"] = "manifold"
-    """Target of a sample's routing: manifold is the routing of its neighbours (RoMA), l2 is its own routing before the
-    first step."""
+    """Target of a sample's routing. manifold: the routing of the sample's neighbours (RoMA). l2: the sample's own routing
+    before the first step."""
     weight: NonNegative = 1.0
-    """Coefficient of the regulariser (lambda; RoMA's paper gives no value, its code has 0.8). 0: cross entropy alone."""
+    """Coefficient of the regulariser (lambda). RoMA's paper gives no value; its code uses 0.8. 0: no regulariser."""
     neighbours: NeighboursSection = Field(default_factory=NearestSection)
     """Rule that selects a sample's neighbours by the distance between the embeddings of the questions."""
     bandwidth: PositiveFloat = 1.0
-    """Standard deviation of the Gaussian that weighs neighbours by their distance (sigma; RoMA's paper gives no value, its
-    code has 0.4). Embeddings have length 1, so distances lie between 0 and 2."""
+    """Standard deviation of the Gaussian that weights neighbours by distance (sigma). RoMA's paper gives no value; its code
+    uses 0.4. Embeddings have length 1, so distances are between 0 and 2."""
     filter_by_success: bool = True
-    """true: only samples that the run answers correctly can be neighbours. false: all samples can be neighbours (an
-    ablation)."""
+    """true: only samples that the run answers correctly may be neighbours. false: all samples may be (an ablation)."""
     random_neighbours: bool = False
-    """Take k random samples instead of the k nearest (an ablation)."""
+    """Use k random samples as neighbours instead of the k nearest samples (an ablation)."""
     refresh_every: PositiveInt | None = None
-    """Steps after which the neighbours' routing is computed again with the current routers. null keeps the first
-    routing."""
+    """Number of steps after which the neighbours' routing is recomputed with the current routers. null: never."""
     embedder: str | None = None
-    """First digits of the SHA-256 of the embedder that must have made the data. null accepts any embedder."""
+    """First digits of the SHA-256 of the embedder with which the data must have been made. null: any embedder."""
 
     @property
     def over_vocabulary(self) -> bool:
-        """Whether the loss needs the logits of the whole vocabulary."""
+        """True if the loss needs the logits of the whole vocabulary."""
         return self.objective == "tokens"
 
     def chosen_layers(self, moe_layers: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Reads and writes YAML for configurations. Loading runs no code, and duplicate keys are errors.
 
 Plain scalars follow YAML 1.2. PyYAML follows YAML 1.1, where `no`, `on` and `1:30` are not strings and `1e-4` is not a
-number. This module reads only `true` and `false` as booleans, JSON's numbers and `.inf` as numbers, and all else as text.
-Dates, sets and binary values are errors.
+number. This module reads only `true` and `false` as booleans, and only JSON's numbers and `.inf` as numbers. It reads all
+other scalars as text. Dates, sets and binary values are errors.
 """
 
 import re
@@ -14,13 +14,13 @@ import yaml
 
 from moe_dist.config.regular_file import read_regular
 
-MAX_YAML_BYTES = 1 << 18  # largest file that is read, in bytes
-# Largest number of values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us
-# for a value, so a text is read or refused within a second. The largest configurations have some hundred values, and a
-# list of ranks.
+MAX_YAML_BYTES = 1 << 18  # largest size of a file, in bytes
+# Largest number of values in one document; an alias counts as all values that it stands for. PyYAML takes up to 30 us per
+# value, so a text is read or rejected within a second. The largest configurations have some hundred values and a list of
+# ranks.
 MAX_VALUES = 20_000
 MAX_REPEATED = 50  # largest number of duplicate keys that an error names
-MAX_DEPTH = 32  # deepest nesting that is read, because PyYAML takes longer for deeper values
+MAX_DEPTH = 32  # deepest allowed nesting, because PyYAML takes longer for deeper values
 _RESOLVERS = [
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("tag:yaml.org,2002:int", r"[-+]?(?:0|[1-9][0-9]*(?:_[0-9]+)*)", "-+0123456789"),
@@ -34,8 +34,8 @@ _RESOLVERS = [
 ]
 _BRACKETS = {"while parsing a flow sequence": ("list", "[", "]"), "while parsing a flow mapping": ("mapping", "{", "}")}
 _QUOTE = "while scanning a quoted scalar, found unexpected end of stream"
-# Patterns of PyYAML's error messages: what PyYAML was parsing, and what it found. The first pattern that is found gives
-# the rule.
+# Patterns of PyYAML's error messages, which say what PyYAML was parsing and what it found. The first pattern that matches a
+# message gives the rule that is broken.
 _RULES = {
     r"'\\t' that cannot start any token": "no tab may stand before a key or value; indent with spaces",
     r"that cannot start any token": "no plain text may begin with this character; put the text in quotes",
@@ -55,7 +55,7 @@ _RULES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads scalars by `_RESOLVERS`, and collects an error text for each duplicate key of a mapping in `repeated`."""
+    """Reads scalars by the rules in `_RESOLVERS`, and collects in `repeated` an error text for each duplicate key."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -63,7 +63,7 @@ class _Loader(yaml.SafeLoader):
         self._values = self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Refuses a text with too many values while it is read."""
+        """Rejects a text with too many values while the text is being read."""
         self._values += 1
         self._depth += 1
         _require(self._values <= MAX_VALUES, f"more than {MAX_VALUES:,} values")
@@ -73,8 +73,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def get_single_node(self) -> yaml.Node | None:
-        """Refuses a document with too many values before the values are created, because nine lines of aliases can
-        stand for a billion values."""
+        """Rejects a document with too many values before the values are created, because nine lines of aliases can stand
+        for a billion values."""
         node = super().get_single_node()
         count = 0 if node is None else _values_in(node, {})
         problem = f"more than {MAX_VALUES:,} values with all aliases (*), or an anchor (&) contains its own alias"
@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
                 self.repeated.append(f"{key.value!r} is in line {seen[key.value]} and again in line {line}; keep one")
             seen[key.value] = line
             if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # names of keys stay text, even if they look like numbers
+                key.tag = "tag:yaml.org,2002:str"  # keys stay text, even if they look like numbers
         return super().construct_mapping(node, deep=deep)
 
 
@@ -99,7 +99,7 @@ class _Dumper(yaml.SafeDumper):
     """Writes a text in quotes if `_RESOLVERS` would read it back as a number, boolean or null."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        return True  # no anchors, which are hard to read: repeated values are written in full
+        return True  # repeated values are written in full, because anchors are hard to read
 
 
 def _with_resolvers(*classes: Any) -> None:
@@ -123,8 +123,8 @@ def _require(fits: bool, problem: str) -> None:
 
 
 def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
-    """Counts the values in a node; an alias counts as all values that it stands for. The count is above MAX_VALUES if the
-    node contains itself."""
+    """Counts the values in a node. An alias counts as all values that it stands for. If the node contains itself, the count
+    is above MAX_VALUES."""
     if node not in counts:
         counts[node] = MAX_VALUES + 1  # the result if the node contains itself
         inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
@@ -133,8 +133,8 @@ def _values_in(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
 
 
 def load_yaml(text: str) -> tuple[Any, list[str]]:
-    """Returns the value of a YAML text, and its faults: an error text for each duplicate key, or for the first syntax
-    error. After a syntax error the value is None."""
+    """Returns the value of a YAML text, and an error text for each duplicate key. If the text has a syntax error, returns
+    None and an error text for the first syntax error."""
     try:
         loader = _Loader(text)
         value = loader.get_single_data()
@@ -146,7 +146,7 @@ def load_yaml(text: str) -> tuple[Any, list[str]]:
 
 
 def _syntax_error(error: yaml.YAMLError, text: str) -> str:
-    """Returns the line and column of a syntax error, the text of this line, and the violated rule with its fix."""
+    """Returns an error text with line and column of a syntax error, the text of this line, the violated rule and a fix."""
     mark, rule = _rule_of(error) if isinstance(error, yaml.MarkedYAMLError) else (None, str(error))
     if mark is None:
         return " ".join(rule.replace("<unicode string>", "the text").split())
@@ -157,13 +157,13 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> str:
 
 def read_yaml(path: Path, *, links: bool = True) -> tuple[Any, list[str]]:
     """Reads a YAML file and returns what `load_yaml` returns for its text. Follows a symbolic link only if `links` is True.
-    Raises OSError or ValueError if the file cannot be read, is larger than MAX_YAML_BYTES, or is no UTF-8."""
+    Raises OSError or ValueError if the file cannot be read, is larger than MAX_YAML_BYTES, or is not UTF-8."""
     return load_yaml(read_regular(path, most_bytes=MAX_YAML_BYTES, links=links).decode())
 
 
 def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[str, Any] | None, list[str]]:
-    """Reads a mapping as `read_yaml` does; error texts call the mapping's entries `content`. Returns {} for an empty
-    file."""
+    """Reads a YAML file that must contain a mapping, as `read_yaml` does. In error texts, `content` describes the mapping's
+    entries. Returns {} for an empty file."""
     values, problems = read_yaml(path, links=links)
     problems = [f"{path}: {problem}" for problem in problems]
     if values is None and not problems:
@@ -174,13 +174,13 @@ def read_mapping(path: Path, content: str, *, links: bool = True) -> tuple[dict[
 
 
 def dump_yaml(value: Any) -> str:
-    """Returns text from which `load_yaml` reads an equal value; mappings keep their order."""
+    """Returns YAML text from which `load_yaml` reads an equal value. Mappings keep their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _rule_of(error: yaml.MarkedYAMLError) -> tuple[yaml.Mark | None, str]:
-    """Returns the place of a syntax error, and the broken rule with its fix. For a bracket or quote that is not closed,
-    the place is its beginning. If no rule matches the error, returns PyYAML's text."""
+    """Returns the place of a syntax error, and the broken rule with its fix. For an unclosed bracket or quote, the place is
+    that of the opening character. If no rule matches the error, returns PyYAML's text instead of a rule."""
     context, problem = error.context or "", error.problem or ""
     words = f"{context}, {problem}" if context else problem
     if context in _BRACKETS and error.context_mark is not None:

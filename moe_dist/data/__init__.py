@@ -1,1 +1,1 @@
-"""Prepares data sets, such as the default corpus, and loads packed batches from a position that a checkpoint saves."""
+"""Prepares data sets, such as the default corpus, and loads packed batches. Checkpoints save the position in the data."""

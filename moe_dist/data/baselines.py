@@ -1,15 +1,14 @@
-"""Computes baselines for held-out loss from unigram and bigram models counted on the training tokens.
+"""Computes baselines for the held-out loss: the losses of unigram and bigram models that count the training tokens.
 
-As in the loader, every token is a label except the first token of a document and the tokens of a prompt. The modality of a
-label follows from its id. The unigram and bigram models know the label's modality, which a language model must predict too.
-Knowing the modality lowers the loss of unigram and bigram slightly. A language model whose loss is below a unigram's or
-bigram's is therefore the better model.
+As in the loader, every token is a label except the first token of a document and the tokens of a prompt. The id of a label
+determines its modality. The unigram and bigram models know the label's modality, but a language model must predict it. This
+knowledge lowers the baselines slightly, so a language model whose loss is below a baseline is the better model.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
 
-c(x), c(a, x) and c(a) count the modality's training labels: c(x) the labels x, c(a, x) the labels x after the token a,
-c(a) all labels after a.
+The counts are over the modality's training labels. c(x) is the number of labels x, c(a, x) the number of labels x after the
+token a, and c(a) the number of all labels after a.
 """
 
 from collections import Counter, defaultdict
@@ -21,12 +20,12 @@ import numpy as np
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.formats.manifest import Manifest, SplitSection
 
-_CHUNK = 1 << 18  # tokens read at once
-BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss for text and image codes of the default corpus
+_CHUNK = 1 << 18  # number of tokens that are read at once
+BIGRAM_PRIOR = 200.0  # nearly minimises the held-out loss for text and image codes of the default corpus
 
 
 class _Labels:
-    """Some labels, the token before each label, and whether each label is filler (a background cell)."""
+    """Some labels, and for each label the token before it, and whether it is filler (the code of a background cell)."""
 
     def __init__(self, label: np.ndarray, left: np.ndarray, filler: np.ndarray) -> None:
         self.label, self.left, self.filler = label, left, filler
@@ -50,12 +49,12 @@ def _read(folder: str | Path, split: SplitSection) -> Iterator[_Labels]:
 
 
 def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
-    """Returns mean held-out nats per label of unigram and bigram models, counted on the training tokens of all sources.
+    """Returns the mean held-out loss in nats per label of the unigram and bigram models of all sources' training tokens.
 
-    Keys: '<modality>/unigram' and '<modality>/left_bigram' for the held-out labels of all sources.
-    '<modality>_no_filler/...' leaves out picture cells of only background, if there are any. '<source>/<modality>/...' has
-    only the labels of one source, if there are several sources. Reads the tokens in chunks. Only the distinct pairs of
-    held-out tokens are all in memory.
+    The keys '<modality>/unigram' and '<modality>/left_bigram' are for the held-out labels of all sources. The keys
+    '<modality>_no_filler/...', if there is filler, omit picture cells that show only background. The keys
+    '<source>/<modality>/...', if there are several sources, are for the labels of one source. Reads tokens in chunks, but
+    keeps all distinct pairs of held-out tokens in memory.
 
     Raises:
         DataError: files are damaged or disagree with the manifest.
@@ -85,7 +84,7 @@ def count_baselines(folder: str | Path, manifest: Manifest) -> dict[str, float]:
 
 
 class _Scores:
-    """Sums of nats over the held-out labels of one source and one modality."""
+    """Sums the nats of the held-out labels of one source and one modality."""
 
     def __init__(self, model: "_Ngrams", chunks: Iterator[_Labels]) -> None:
         self._sums: defaultdict[tuple[str, bool], float] = defaultdict(float)  # by (kind, filler)
@@ -99,14 +98,14 @@ class _Scores:
         self.filler = self._counts[True]  # number of labels that are filler
 
     def sum(self, kind: str, no_filler: bool) -> tuple[float, int]:
-        """Returns the sum of nats, and the number of labels."""
+        """Returns the sum of nats and the number of labels."""
         sides = (False,) if no_filler else (False, True)
         return sum(self._sums[kind, side] for side in sides), sum(self._counts[side] for side in sides)
 
 
 class _Ngrams:
-    """Counts of one modality's training labels. Pairs of tokens are counted only if the held-out side has them, because an
-    array of all pairs would have vocab_size^2 elements."""
+    """Counts one modality's training labels. Counts only pairs of tokens that occur in held-out data, because an array of
+    all pairs would have vocab_size^2 elements."""
 
     def __init__(self, ranges: tuple[tuple[int, int], ...], vocab_size: int) -> None:
         self._ranges, self._vocab_size = ranges, vocab_size
@@ -121,8 +120,7 @@ class _Ngrams:
         return labels.where(chosen)
 
     def ask(self, labels: _Labels) -> None:
-        """Adds the pairs of held-out labels to the pairs that `count` counts. All calls come before the first call of
-        `count`."""
+        """Adds the pairs of these held-out labels to the pairs that `count` counts. Must not be called after `count`."""
         self._pairs = np.union1d(self._pairs, self._pair(self.inside(labels)))
         self._pair_counts = np.zeros(len(self._pairs), np.int64)
 
@@ -132,11 +130,11 @@ class _Ngrams:
         self._left_counts += np.bincount(labels.left, minlength=self._vocab_size)
         pair = self._pair(labels)
         at = np.searchsorted(self._pairs, pair)
-        at = at[np.append(self._pairs, -1)[at] == pair]  # no pair is -1
+        at = at[np.append(self._pairs, -1)[at] == pair]  # -1 equals no pair
         self._pair_counts += np.bincount(at, minlength=len(self._pairs))
 
     def nats(self, labels: _Labels) -> dict[str, np.ndarray]:
-        """Returns the nats of each held-out label, by kind of model (unigram or bigram)."""
+        """Maps each kind of model (unigram, bigram) to the nats of each held-out label."""
         size = sum(end - first for first, end in self._ranges)
         p = (self._counts[labels.label] + 1) / (self._counts.sum() + size)
         counts = self._pair_counts[np.searchsorted(self._pairs, self._pair(labels))]

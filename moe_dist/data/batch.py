@@ -1,6 +1,6 @@
-"""One micro-batch: token ids, labels, and the document and modality of each token.
+"""Defines a micro-batch, which has token ids, labels, and each token's document and modality.
 
-Shape letters: B sequences of a micro-batch, S tokens of a sequence.
+Shape letters: B is the number of sequences in a micro-batch, S the number of tokens in a sequence.
 """
 
 from collections.abc import Sequence
@@ -11,33 +11,32 @@ import torch
 
 from moe_dist.errors import DataError
 
-IGNORED = -100  # label of a position without loss; the default ignore_index of torch's cross_entropy
+IGNORED = -100  # label of a position without loss; equals the default ignore_index of torch's cross_entropy
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank. All tensors are [B, S]."""
+    """A micro-batch of one rank. All tensors have the shape [B, S]."""
 
     tokens_BS: torch.Tensor  # int64, input ids; pad_id at padding
-    # int64, the next token of the same document. IGNORED at padding, at the last token of a document, and where the next
-    # token belongs to a prompt.
+    # int64, the next token of the same document; IGNORED if the position is padding or the last token of a document, or if
+    # the next token belongs to a prompt
     labels_BS: torch.Tensor
-    positions_BS: torch.Tensor  # int64, positions that restart at 0 with each document or piece of a document
-    # int32, number of the document in its sequence; padding counts as one more document. A token attends only to tokens of
-    # its own document.
+    positions_BS: torch.Tensor  # int64, positions, which restart at 0 at each document or piece of a document
+    # int32, index of the token's document in its sequence. A token attends only to tokens of its own document. All padding
+    # of a sequence counts as one additional document.
     documents_BS: torch.Tensor
-    modality_BS: torch.Tensor  # int64, modality of the input token: index into tuple(manifest.modalities)
+    modality_BS: torch.Tensor  # int64, modality of the input token, as index into tuple(manifest.modalities)
     label_modality_BS: torch.Tensor  # int64, modality of the label; 0 if there is no label
-    filler_BS: torch.Tensor  # bool, true if the next token is filler (a picture's cell that shows only background)
-    padding_BS: torch.Tensor  # bool, true if the position holds padding
+    filler_BS: torch.Tensor  # bool, true if the next token is filler (a picture cell that shows only background)
+    padding_BS: torch.Tensor  # bool, true if the position is padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Returns a copy of this batch on another device. For CUDA, makes one asynchronous copy of all tensors from pinned
-        memory."""
+        """Returns a copy of this batch on another device. For CUDA, copies all tensors at once from pinned memory."""
         tensors = {field.name: getattr(self, field.name) for field in fields(Batch)}
         if torch.device(device).type != "cuda":
             return Batch(**{name: each.to(device) for name, each in tensors.items()})
-        # Tensors with wide elements come first, so that each tensor begins at a multiple of its element's size.
+        # Tensors with larger elements come first, so that each tensor begins at a multiple of its element size.
         order = sorted(tensors, key=lambda name: -tensors[name].element_size())
         flat = [tensors[name].reshape(-1).view(torch.uint8) for name in order]
         packed = torch.cat(flat).pin_memory().to(device, non_blocking=True).split([len(each) for each in flat])
@@ -45,22 +44,22 @@ class Batch:
         return Batch(**{name: each.view(tensors[name].dtype).view(tensors[name].shape) for name, each in moved})
 
     def choices(self) -> torch.Tensor | None:
-        """Returns the words over which the loss of each sequence's labels is computed, int64 [B, K] as in
-        `model.objective.Choices`; None for all words of the vocabulary."""
+        """Returns the vocabulary words to which the loss of each sequence's labels is restricted, int64 [B, K] as in
+        `model.objective.Choices`; None if the loss uses all words."""
         return None
 
     @property
     def num_tokens(self) -> int:
-        """Returns the number of tokens that are not padding. On a GPU this costs a host sync."""
+        """Returns the number of tokens that are not padding. On CUDA this costs a host sync."""
         return int((~self.padding_BS).sum())
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document, as read from disk."""
+    """A piece of a document, as it was read from disk."""
 
-    tokens: np.ndarray  # int64 [length]; [length + 1] if the document continues, and then the last token is only a label
-    filler: np.ndarray  # bool per token, true for filler, a picture's cell that shows only background
+    tokens: np.ndarray  # int64 [length]; if the document continues, [length + 1], where the last token is only a label
+    filler: np.ndarray  # bool per token, true for filler (a picture cell that shows only background)
     length: int  # number of input tokens
     prompt: np.ndarray | None = None  # bool per token, true for a token that is no label; None if all tokens are labels
 
@@ -69,9 +68,9 @@ class BatchMaker:
     """Makes a `Batch` from segments.
 
     Args:
-        seq_len: Tokens of a sequence (S).
-        pad_id: Id at padded positions.
-        modalities: Id ranges [first, last + 1] of each modality, which together cover the vocabulary.
+        seq_len: Number of tokens in a sequence (S).
+        pad_id: Token id of padding.
+        modalities: Id ranges [first, last + 1] of each modality. Together they cover the vocabulary.
     """
 
     def __init__(self, *, seq_len: int, pad_id: int, modalities: Sequence[Sequence[tuple[int, int]]]) -> None:
@@ -82,8 +81,8 @@ class BatchMaker:
                 self._modality_of_id[first:end] = modality
 
     def make(self, sequences: Sequence[Sequence[Segment]]) -> Batch:
-        """Makes a batch whose row i holds the segments of sequences[i]; an empty list gives a row of padding. Raises
-        DataError if an id lies outside the vocabulary."""
+        """Makes a batch whose row i contains the segments in sequences[i]. An empty list gives a row of padding. Raises
+        DataError if an id is outside the vocabulary."""
         shape = (len(sequences), self.seq_len)
         tokens, labels = np.full(shape, self.pad_id, np.int64), np.full(shape, IGNORED, np.int64)
         positions, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int32)
@@ -110,7 +109,7 @@ class BatchMaker:
     def count(self, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
         """Returns the length of each segment, and the number of input tokens of each modality, int64 [M]."""
         inputs = np.concatenate([each.tokens[: each.length] for each in segments])
-        inputs = inputs.clip(0, len(self._modality_of_id) - 1)  # `make` refuses ids outside the vocabulary
+        inputs = inputs.clip(0, len(self._modality_of_id) - 1)  # `make` rejects ids outside the vocabulary
         modalities = int(self._modality_of_id.max()) + 1
         return [each.length for each in segments], np.bincount(self._modality_of_id[inputs], minlength=modalities)
 

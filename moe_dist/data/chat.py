@@ -1,9 +1,9 @@
-"""Encodes conversations and texts as documents, by the tokenizer of a Hugging Face folder.
+"""Encodes conversations and texts as documents, with the tokenizer of a Hugging Face folder.
 
-Token ids and labels of a conversation equal transformers' `apply_chat_template(..., return_dict=True,
-return_assistant_tokens_mask=True)`. Chat templates run in jinja's sandbox, as in transformers. The sandbox limits neither
-time nor memory; `chat_rows` limits both. The template's {% generation %} blocks mark the labels. For a template without
-generation blocks, `chat_masks` finds the labels.
+A conversation has the same token ids and labels as `apply_chat_template(..., return_dict=True,
+return_assistant_tokens_mask=True)` of transformers returns. Chat templates run in jinja's sandbox, as in transformers. The
+sandbox limits neither time nor memory, but `chat_rows` limits both. The template's {% generation %} blocks mark the labels.
+For a template without generation blocks, `chat_masks` finds the labels.
 """
 
 import json
@@ -26,7 +26,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.tokenizer_file import MAX_BYTES, tokenizer_errors
 
 GUIDE = "docs/data.md"
-_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the pattern by which transformers finds {% generation %}
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers finds {% generation %} by this pattern
 _WAY_OUT = "put {% generation %} and {% endgeneration %} around what an assistant writes, and pass it with --chat-template"
 
 
@@ -35,8 +35,8 @@ class Conversation:
     """An encoded conversation.
 
     Attributes:
-        documents: One document, or one for each trained turn.
-        notes: Warnings to the user; the same warning has the same text in all conversations.
+        documents: One document, or one document per turn to train on.
+        notes: Warnings for the user. A warning has the same text in all conversations.
     """
 
     documents: tuple[Document, ...]
@@ -47,16 +47,17 @@ class HubTokenizer:
     """The tokenizer of a Hugging Face folder. Runs no code of the folder, and downloads nothing.
 
     Args:
-        folder: Folder with the tokenizer's files. If it also has a config.json, the tokenizer must fit that model.
+        folder: Folder with the tokenizer's files. If it also has a config.json, the tokenizer must fit the model in it.
         template: File with the chat template to use; None for the tokenizer's own template.
-        turns: The turns to train on, in a conversation whose earlier turns the template rewrites.
+        turns: The turns to train on if the template rewrites a conversation's earlier turns.
 
     Attributes:
-        size: Largest token id + 1.
-        pad_id, eos_id: Ids of padding, and of the end of a text.
+        size: The largest token id plus 1.
+        pad_id, eos_id: Token ids of padding and of the end of a text.
 
     Raises:
-        ConfigError: transformers is missing, the tokenizer has no end token or no offsets, or `template` is no file.
+        ConfigError: transformers is missing, the tokenizer has no end token or gives no offsets, or `template` is not a
+            file.
         DataError: the tokenizer cannot be read, or does not fit the model in the folder.
     """
 
@@ -98,24 +99,24 @@ class HubTokenizer:
         self._check_fit(folder / "config.json")
 
     def text(self, text: str, where: str) -> Document:
-        """Returns the document of a text: its tokens, with the special tokens that the tokenizer puts around a text, then
-        the end token. Names of special tokens in the text are encoded as plain text."""
+        """Returns the document of a text. It has the text's tokens, the special tokens that the tokenizer puts around a
+        text, and then the end token. Names of special tokens inside the text are encoded as plain text."""
         with tokenizer_errors(f"{where}: {self._named} fails on it"):
             ids = self._tokenizer(text, split_special_tokens=True)["input_ids"]
         ids += [self.eos_id] * (ids[-1:] != [self.eos_id])
         return Document(np.array(ids, np.int64), np.zeros(len(ids), bool))
 
     def conversation(self, row: dict[str, Any], where: str) -> Conversation:
-        """Encodes a conversation. Tokens of assistants are labels; all other tokens are prompt.
+        """Encodes a conversation. Tokens that an assistant writes are labels; all other tokens are prompt.
 
         Args:
-            row: `messages`, a list of objects with a `role`, and optionally `tools`, a list of JSON schemas or the JSON
-                text of such a list. Other keys are not read.
+            row: An object with the key `messages`, a list of objects with a `role`, and optionally the key `tools`, a list
+                of JSON schemas or the JSON text of such a list. Other keys are ignored.
             where: Place of the row, for error texts.
 
         Raises:
             ConfigError: the chat template is missing or invalid, or leaves jinja's sandbox.
-            DataError: the conversation is malformed, has no text of an assistant, or the template fails on it.
+            DataError: the conversation is malformed, it has no text of an assistant, or the template fails for it.
         """
         messages, tools = _checked_messages(row, where), _checked_tools(row, where)
         template, is_marked = self._template_for(tools, where)
@@ -172,7 +173,7 @@ class HubTokenizer:
         return self._templates[with_tools]
 
     def _document(self, rendered: Rendered, where: str) -> Document:
-        """Encodes a text. A token is a label if it covers a character of a span, as in transformers."""
+        """Encodes a rendered text. As in transformers, a token is a label if it covers a character of a span."""
         backend = self._tokenizer.backend_tokenizer
         backend.encode_special_tokens = False
         with tokenizer_errors(f"{where}: {self._named} fails on it"):
@@ -184,7 +185,7 @@ class HubTokenizer:
         return Document(np.array(found.ids, np.int64), np.zeros(len(prompt), bool), prompt)
 
     def _marked(self, template: str, tools: Any, messages: Messages) -> tuple[str, list[Span]]:
-        """Returns the text, and the characters that {% generation %} blocks write."""
+        """Returns the rendered text, and the spans of characters that {% generation %} blocks write."""
         texts, spans = self._render_template(
             [messages],
             tools,
@@ -243,7 +244,7 @@ def _checked_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def _checked_tools(row: dict[str, Any], where: str) -> list[dict[str, Any]] | None:
-    """Returns row["tools"], or None. Parses tools stored as text, because a table's column has one type for all rows."""
+    """Returns row["tools"], or None. Tools may be JSON text, because a table's column has one type for all rows."""
     tools = row.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools

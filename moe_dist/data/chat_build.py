@@ -35,16 +35,16 @@ def build_chat(
     """Writes a whole data set into `folder`, its manifest last.
 
     Args:
-        paths: Maps the name of a source to a JSONL file, parquet file or datasets folder, of conversations for the source
-            MESSAGES, else of texts; or to a folder of texts.
-        parts: Folder for encoded rows. Rows that an interrupted call has encoded there are not encoded again.
+        paths: Maps the name of a source to a JSONL file, parquet file or datasets folder, or to a folder of texts. The
+            source MESSAGES contains conversations; all other sources contain texts.
+        parts: Folder for encoded rows. Rows that an interrupted call encoded there are not encoded again.
 
     Returns:
-        The manifest, and warnings with the numbers of rows that they concern.
+        The manifest, and warnings, each with its number of rows.
 
     Raises:
-        ConfigError, DataError: from `HubTokenizer`, `raw_rows` and `text_files`; or a file has no row; or rows are bad, and
-            the recipe does not skip them.
+        ConfigError, DataError: raised by `HubTokenizer`, `raw_rows` or `text_files`; or a file has no row; or some rows are
+            bad, and the recipe does not skip bad rows.
     """
     hub = HubTokenizer(Path(recipe.tokenizer or ""), recipe.chat_template, recipe.turns)
     modalities = {"text": ((0, hub.size),)}
@@ -58,7 +58,7 @@ def build_chat(
             )
             for side, chosen in rows.sides().items()
         }
-        assert splits["train"] is not None  # `hold_out` keeps training data
+        assert splits["train"] is not None  # `hold_out` leaves training data
         sources[source] = SourceSection(train=splits["train"], valid=splits["valid"], licence=licence)
         notes += rows.notes()
     manifest = Manifest(
@@ -87,7 +87,7 @@ class _SourceRows:
         self._sizes: list[np.ndarray] = []
         self._families: list[bytes] = []
         self._bad: list[str] = []
-        self._notes: dict[str, tuple[int, str]] = {}  # for each warning: number of rows, place of the first row
+        self._notes: dict[str, tuple[int, str]] = {}  # for each warning, number of rows and place of the first row
 
     def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
         """Returns the files of encoded rows."""
@@ -104,13 +104,13 @@ class _SourceRows:
         return files
 
     def sides(self) -> dict[str, np.ndarray]:
-        """Returns which of the encoded documents are on each side of the split."""
+        """Returns for each side of the split a mask of the encoded documents on that side."""
         sizes, seed = np.concatenate(self._sizes), self._recipe.seed
         held_out = hold_out(join(self._families), sizes, fraction=self._recipe.val_fraction, seed=seed)
         return {"train": ~held_out, "valid": held_out}
 
     def notes(self) -> list[str]:
-        """Returns each warning once, with the number of its rows and the place of the first."""
+        """Returns each warning once, with its number of rows and the place of its first row."""
         return [
             f"{self._source}: {count:,} {'rows' if count > 1 else 'row'}: {note} (the first: {first})"
             for note, (count, first) in self._notes.items()

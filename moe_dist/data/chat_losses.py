@@ -1,7 +1,6 @@
-"""Finds contents and calls of messages that a chat template leaves out, or prints in another form.
+"""Finds contents and tool calls of messages that a chat template omits or prints in another form.
 
-Each content must occur in the rendered text, as it is or in its JSON form. Templates trim contents, so white space is not
-compared.
+The rendered text must have each content, unchanged or in JSON form. Templates trim contents, so white space is ignored.
 """
 
 import json
@@ -19,10 +18,10 @@ def check_losses(messages: Messages, tools: Sequence[dict[str, Any]] | None, tex
     """Compares a conversation with its rendering.
 
     Returns:
-        Warnings about tools or reasoning that the template does not print; many templates omit both on purpose.
+        Warnings about tools or reasoning that the template does not print. Many templates omit both on purpose.
 
     Raises:
-        DataError: the template prints a list as Python text, encodes arguments twice, or leaves out a content or a call.
+        DataError: the template prints a list as Python text, encodes arguments twice, or omits a content or a call.
     """
     printed = _Printed(text)
     for number, message in enumerate(messages):
@@ -43,7 +42,7 @@ class _Printed:
         self.text, self._bare = text, ""
 
     def has(self, value: Any) -> bool:
-        """Returns whether the text contains a string, ignoring white space; True for a value that is no string."""
+        """Returns whether the text contains the string `value`, ignoring white space; True if `value` is not a string."""
         if not isinstance(value, str) or value.strip() in self.text:
             return True
         self._bare = self._bare or _bare(self.text)
@@ -58,14 +57,14 @@ def _bare(text: str) -> str:
 
 
 def _problems(message: dict[str, Any], printed: _Printed) -> Iterator[tuple[str, str, str]]:
-    """Yields (key, verb and object, fix) for each content of a message that is lost or misprinted."""
+    """Yields (key, what the template does wrong, fix) for each content of a message that is lost or misprinted."""
     content = message.get("content")
     parts = content if isinstance(content, list) else ()
     if parts and printed.has(str(parts)):
         yield "content", "prints the list of parts as Python text", "write the content as one string"
     texts = [part["text"] for part in parts if isinstance(part.get("text"), str)] if parts else [content]
     for each in texts:
-        # Templates drop the reasoning before </think> in the content.
+        # Templates drop the part of a content before </think>, which is reasoning.
         if isinstance(each, str) and not printed.has(each.rpartition("</think>")[2]):
             yield "content", f"does not print {each[:40]!r}", "write it as the template expects it, or use another template"
     for at, call in enumerate(message.get("tool_calls") or ()):
@@ -81,7 +80,8 @@ def _problems(message: dict[str, Any], printed: _Printed) -> Iterator[tuple[str,
 
 
 def _strings(arguments: Any) -> Iterator[str]:
-    """Yields the texts in a call's arguments. The function's name alone proves nothing, because the tools have it, too."""
+    """Yields the strings in a call's arguments. The function's name would not prove that the call is printed, because the
+    list of tools contains the name, too."""
     if isinstance(arguments, str):
         with suppress(ValueError):
             arguments = json.loads(arguments)
@@ -91,7 +91,7 @@ def _strings(arguments: Any) -> Iterator[str]:
 
 
 def _twice(arguments: str) -> list[str]:
-    """Returns the JSON encodings of a text that differ from the text."""
+    """Returns those JSON encodings of a text that differ from the text itself."""
     forms = {json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)}
     return [form for form in forms if form[1:-1] != arguments]
 

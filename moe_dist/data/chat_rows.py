@@ -1,8 +1,8 @@
-"""Encodes the rows of a source in several processes, and keeps the encoded rows in files, one for each batch of rows.
+"""Encodes the rows of a source in several processes, and writes the encoded rows to files, one file per batch of rows.
 
-Memory holds a few batches. If a command is interrupted, the next call continues after the last batch that has a file.
-Chat templates and tokenizers may run for ever or take all memory. A batch therefore has limits; if it exceeds them, its
-rows are encoded one by one to find the row at fault.
+Only a few batches are in memory. If a command is interrupted, the next call continues after the last batch that has a file.
+A chat template or tokenizer may run for ever or take all memory. Time and memory of a batch are therefore limited. If a
+batch exceeds a limit, its rows are encoded one by one to find the bad row.
 """
 
 import json
@@ -22,8 +22,8 @@ from moe_dist.data.picture_coding import Document
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import ConfigError, DataError
 
-BATCH_SECONDS = 10  # limit of a batch's, and of a row's, CPU time; a usual conversation takes a thousandth of a second
-MESSAGES = "messages"  # name of the source of conversations
+BATCH_SECONDS = 10  # limit of the CPU time of a batch, and of a single row; a usual conversation takes 1 ms
+MESSAGES = "messages"  # name of the source that contains conversations
 MESSAGES_ROW = '{"messages": [...]}'
 _BATCH_BYTES, _BATCH_ROWS = 1 << 19, 500
 Row = tuple[str, bytes | dict[str, Any]]  # (place for error texts, row), as from `raw_rows`
@@ -32,14 +32,13 @@ Encoded = tuple[str, Sequence[Document], Sequence[str]]  # (family, documents, n
 
 @dataclass(frozen=True)
 class Part:
-    """The encoded rows of one batch. D documents, T tokens.
+    """The encoded rows of one batch: D documents with T tokens in total.
 
     Attributes:
-        lengths_D, tokens_T, prompt_T: Concatenated documents; prompt_T is empty if all tokens are labels.
-        families_D: SHA-256 that identifies the family of each document, uint8 [D, 32]. A family is on one side of the
-            split.
-        bad: Reasons why rows are left out.
-        notes: (warning, place of the row) of each warning.
+        lengths_D, tokens_T, prompt_T: The concatenated documents. prompt_T is empty if all tokens are labels.
+        families_D: SHA-256 that identifies each document's family, uint8 [D, 32]. A family is on one side of the split.
+        bad: Reasons why rows are omitted.
+        notes: A pair (warning, place of the row) for each warning.
     """
 
     lengths_D: np.ndarray
@@ -50,7 +49,7 @@ class Part:
     notes: Sequence[tuple[str, str]] = ()
 
     def save(self, path: Path) -> None:
-        """Writes the part at once or not at all."""
+        """Writes the part atomically."""
         told = np.frombuffer(json.dumps([self.bad, self.notes]).encode(), np.uint8)
         arrays = {"lengths": self.lengths_D, "tokens": self.tokens_T.astype(np.int32), "families": self.families_D}
         with path.with_suffix(".new").open("wb") as stream:
@@ -59,7 +58,7 @@ class Part:
 
     @staticmethod
     def load(path: Path) -> "Part":
-        """Reads a file of `save`."""
+        """Reads a file that `save` wrote."""
         with np.load(path, allow_pickle=False) as found:
             bad, notes = json.loads(found["told"].tobytes())
             count = len(found["tokens"]) if len(found["prompt"]) else 0
@@ -78,8 +77,8 @@ class Part:
 
 
 def encode_conversation(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
-    """Encodes a row of conversations. Conversations with equal tools, and equal messages up to the first user message, are
-    one family."""
+    """Encodes a row that contains a conversation. Conversations with equal tools, and with equal messages up to the first
+    user message, are one family."""
     row = parsed_row(row, where, MESSAGES_ROW)
     found = hub.conversation(row, where)
     roles = [message["role"] for message in row[MESSAGES]]
@@ -88,7 +87,7 @@ def encode_conversation(hub: HubTokenizer, row: bytes | dict[str, Any], where: s
 
 
 def encode_text(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
-    """Encodes a row of texts. Equal texts are one family. An empty text has no document."""
+    """Encodes a row that contains a text. Equal texts are one family. An empty text gives no document."""
     text = row_text(row, where)
     return content_family(text.encode()), [hub.text(text, where)] if text.strip() else [], ()
 
@@ -101,11 +100,11 @@ def write_parts(
     hub: HubTokenizer,
     on_part: Callable[[int, Part], None],
 ) -> list[Path]:
-    """Encodes rows, and writes them to files in `folder`. Keeps the files that an earlier call has written.
+    """Encodes rows, and writes the encoded rows to files in `folder`. Keeps files that an earlier call wrote there.
 
     Args:
-        encode: Encodes one row; called in other processes.
-        on_part: Called with the bytes of the batch (0 if the rows are objects), and the part.
+        encode: Function that encodes one row. It is called in other processes.
+        on_part: Function that is called with each batch's number of bytes (0 if the rows are objects) and part.
 
     Returns:
         The files, in the order of the rows.

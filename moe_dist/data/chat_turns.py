@@ -1,8 +1,8 @@
-"""Divides a conversation into rendered texts to train on, each with the spans that assistants write.
+"""Divides a conversation into rendered texts to train on, and finds in each text the spans that assistants write.
 
-Most chat templates write a turn in the same way whatever follows, so that one text serves all turns. Other templates drop
-or rewrite earlier turns (their reasoning, for example), and a model must not learn to write turns in that form. For such a
-conversation, the model trains on the last turn alone, or on each turn in a separate text.
+Most chat templates render a turn in the same way whatever follows it, so one text is enough for all turns. Other templates
+drop or rewrite parts of earlier turns, such as reasoning, and a model must not learn to write turns in the rewritten form.
+For such a template, the model trains only on the last turn, or on each turn in a separate text.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NO_STOP = "no token ends an assistant's turn, so that a model does not learn to 
 
 
 class Turns(StrEnum):
-    """The turns to train on, in a conversation whose earlier turns the template rewrites."""
+    """The turns to train on if the template rewrites a conversation's earlier turns."""
 
     LAST = "last"
     EACH = "each"
@@ -24,12 +24,12 @@ class Turns(StrEnum):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation, or its beginning, as text.
+    """The rendered text of a conversation or of its beginning.
 
     Attributes:
-        messages: The messages of the text.
-        spans: Characters that are labels; in rising order.
-        notes: Warnings to the user.
+        messages: The messages that the text contains.
+        spans: Spans of characters that are labels, in ascending order.
+        notes: Warnings for the user.
     """
 
     messages: Messages
@@ -39,7 +39,7 @@ class Rendered:
 
 
 class UntoldTurnError(Exception):
-    """The text that the assistant of messages[number] writes cannot be found."""
+    """Raised if the text that the assistant of messages[number] writes cannot be found."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -47,13 +47,13 @@ class UntoldTurnError(Exception):
 
 
 def marked_turns(messages: Messages, text: str, spans: Sequence[Span], finder: TurnFinder) -> list[Rendered]:
-    """Returns the text of a template whose {% generation %} blocks write `spans`; an empty list without spans."""
+    """Returns the text of a template whose {% generation %} blocks write `spans`; an empty list if there are no spans."""
     stops = any(finder.stops(text[first:last]) for first, last in spans)
     return [Rendered(messages, text, spans, () if stops else (NO_STOP,))] if spans else []
 
 
 def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list[Rendered]:
-    """Returns the texts to train on. The list is empty if no message is an assistant's.
+    """Returns the texts to train on. The list is empty if no message has the role of an assistant.
 
     Raises:
         UntoldTurnError: an assistant's text cannot be found in the rendered text.
@@ -78,7 +78,7 @@ def rendered_turns(messages: Messages, finder: TurnFinder, turns: Turns) -> list
 
 
 def _stopped(text: str, spans: list[Span], messages: Messages, finder: TurnFinder) -> Rendered:
-    """Adds the token that ends the last turn, if the template writes this token only before the next message."""
+    """Appends the token that ends the last turn, if the template only writes it at the start of the next message."""
     first, last = spans[-1]
     if finder.stops(text[first:last]):
         return Rendered(messages, text, spans)

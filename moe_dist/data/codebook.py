@@ -1,9 +1,9 @@
-"""Encodes pictures. A picture is a grid of patches, and the code of a patch is the index of the nearest codebook entry.
+"""Encodes pictures by a codebook. A picture is a grid of patches, and a patch's code is the index of the nearest entry.
 
-Because patches and entries are uint8, every distance is an integer below 2^24, which float32 holds exactly. The codes of a
-picture therefore do not depend on the machine, its BLAS or the number of threads.
+Because patches and entries are uint8, every distance is an integer below 2^24, which float32 represents exactly. The codes
+of a picture therefore do not depend on the machine, its BLAS or the number of threads.
 
-Shape letters: N pictures, P patches, K codebook entries, V values of a patch (patch * patch * 3).
+Shape letters: N pictures, P patches, K codebook entries, V values per patch (patch * patch * 3).
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ import numpy as np
 
 from moe_dist.errors import DataError
 
-GRID = 8  # patches along each side of a picture: 64 codes per picture
-PATCH = 4  # pixels along each side of a patch
+GRID = 8  # number of patches along each side of a picture, which thus has 64 codes
+PATCH = 4  # number of pixels along each side of a patch
 SIDE = GRID * PATCH
-_CHUNK = 8192  # patches compared with all codebook entries at once: 16 MiB of distances for 512 entries
+_CHUNK = 8192  # number of patches that are compared at once; for 512 entries they have 16 MiB of distances
 
 
 def to_patches(pictures: np.ndarray) -> np.ndarray:
@@ -25,8 +25,8 @@ def to_patches(pictures: np.ndarray) -> np.ndarray:
 
 
 def encode(patches_PV: np.ndarray, codebook_KV: np.ndarray) -> np.ndarray:
-    """Returns the index of the codebook entry nearest to each patch, uint16 [P]; the lowest index if several are equally
-    near. The codebook is uint8, [K, V] or [K, PATCH, PATCH, 3]."""
+    """Returns for each patch the index of the nearest codebook entry, uint16 [P]. If several entries are equally near,
+    takes the lowest index. The codebook is uint8, [K, V] or [K, PATCH, PATCH, 3]."""
     entries_KV = codebook_KV.reshape(len(codebook_KV), -1).astype(np.float32)
     squares_K = (entries_KV**2).sum(1)
     codes = [
@@ -43,7 +43,8 @@ def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> np.ndarray:
-    """Fits a codebook of K = `codes` by k-means from random distinct patches, with entries rounded to uint8 in each round.
+    """Fits a codebook of K = `codes` entries by k-means from random distinct patches. Each round ends with rounding to
+    uint8.
 
     Returns:
         uint8 [K, PATCH, PATCH, 3].
@@ -57,8 +58,8 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
         raise DataError(f"--codes {codes}: the pictures have only {most} distinct patches; give --codes {most} or less")
     rng = np.random.default_rng(seed)
     entries_KV = distinct_PV[rng.choice(len(distinct_PV), codes, replace=False)]
-    # K-means weights each distinct patch by its number of occurrences. A very frequent patch, such as a plain background,
-    # therefore usually equals an entry.
+    # Each distinct patch is weighted by its number of occurrences. Very frequent patches, such as plain backgrounds,
+    # therefore usually become entries.
     weighted_VP = np.ascontiguousarray(distinct_PV.T) * counts_P
     for _ in range(rounds):
         nearest_P = encode(distinct_PV, entries_KV)
@@ -72,7 +73,7 @@ def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> n
 
 
 def load_codebook(path: str | Path) -> np.ndarray:
-    """Reads a codebook, uint8 [K, PATCH, PATCH, 3]. Raises DataError if the file is missing, is no .npy file, or has
+    """Reads a codebook, uint8 [K, PATCH, PATCH, 3]. Raises DataError if the file is missing, is not a .npy file, or has
     another shape."""
     try:
         codebook = np.load(path, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""The sources of a data set before they are encoded: pictures with captions, texts and instructions."""
+"""Defines the sources of a data set before encoding: pictures with captions, texts and instructions."""
 
 import hashlib
 from collections.abc import Callable
@@ -10,19 +10,19 @@ from typing import Generic, TypeVar
 from moe_dist.data.chat_turns import Turns
 from moe_dist.errors import DataError
 
-Skip = Callable[[DataError], None]  # gets the reason why an input cannot be read; returns to leave the input out, or raises
-VARIATIONS = ("place", "flip", "background")  # how augmented copies of a picture may differ; place is scale and shift
+Skip = Callable[[DataError], None]  # called with the reason why an input is unreadable; returns to omit it, or raises
+VARIATIONS = ("place", "flip", "background")  # properties in which augmented copies may differ; place means scale and shift
 Item = TypeVar("Item")
 
 
 def refuse(error: DataError) -> None:
-    """A `Skip` that raises the error, and leaves no input out."""
+    """A `Skip` that omits no input, but raises the error."""
     raise error
 
 
 class HoldOut(StrEnum):
-    """The pictures that are held out: whole families, or single pictures (variants) of families that stay in training. No
-    training picture is near-equal to a held-out variant."""
+    """The kind of pictures that are held out: whole families, or single pictures (variants) of families that stay in
+    training. No training picture is near-equal to a held-out variant."""
 
     FAMILIES = "families"
     VARIANTS = "variants"
@@ -32,15 +32,15 @@ class HoldOut(StrEnum):
 class Picture:
     """A picture with captions."""
 
-    key: str  # unique in the source; seeds the random augmentation of the picture
-    family: str  # the pictures of a family are all training or all held out, unless single variants are held out
+    key: str  # unique within the source; seeds the picture's random augmentation
+    family: str  # a family's pictures are all in training or all held out (except for HoldOut.VARIANTS)
     path: Path  # SVG, or any file that Pillow reads
-    captions: tuple[str, ...]  # captions, such as the picture's name in several languages; may be empty
+    captions: tuple[str, ...]  # such as the picture's name in several languages; may be empty
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text. Texts of a family (such as equal texts) are all training or all held out."""
+    """A text. The texts of a family, such as equal texts, are all in training or all held out."""
 
     key: str
     family: str
@@ -49,10 +49,10 @@ class Text:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt with its answer."""
+    """A prompt and its answer."""
 
-    family: str  # instructions of a family are all training or all held out
-    prompt: str  # the prompt's tokens are inputs, but no labels
+    family: str  # the instructions of a family are all in training or all held out
+    prompt: str  # the prompt's tokens are inputs, but not labels
     answer: str
     image: Path | None = None  # picture before the prompt
     side: str = ""  # train or valid; '' if the random split decides
@@ -60,7 +60,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Source(Generic[Item]):
-    """One source of documents, before they are encoded."""
+    """One source of documents, before the documents are encoded."""
 
     name: str
     items: tuple[Item, ...]
@@ -82,22 +82,22 @@ class Recipe:
     """Settings for the split into training and held-out data, and for the encoding of the sources."""
 
     seed: int = 0  # seed of the split, the augmentation and the codebook
-    renders: int = 10  # augmented copies of each training picture; each copy is a document
-    heldout_renders: int = 5  # augmented copies of each held-out picture
+    renders: int = 10  # number of augmented copies of each training picture; each copy is a document
+    heldout_renders: int = 5  # number of augmented copies of each held-out picture
     val_fraction: float = 0.1  # held-out fraction of the pictures, and of each text source's characters
     vocab_size: int = 4096  # number of tokens of the BPE, special tokens included
-    codes: int = 512  # entries of the codebook
-    # path of a tokenizer.json from `fit_tokenizer`, or of a Hugging Face folder; None fits a tokenizer
+    codes: int = 512  # number of entries in the codebook
+    # path of a tokenizer.json that `fit_tokenizer` made, or of a Hugging Face folder; None fits a tokenizer
     tokenizer: str | None = None
     chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
     turns: Turns = Turns.LAST  # turns to train on, if the chat template rewrites earlier turns
-    skip_bad: bool = False  # leaves out rows that cannot be encoded
+    skip_bad: bool = False  # True omits rows that cannot be encoded
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
     vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ
-    caption_first: float = 0.5  # fraction of a picture's documents in which the caption is before the picture
+    caption_first: float = 0.5  # fraction of documents whose caption is before the picture
 
 
 def content_family(content: bytes) -> str:
-    """Returns the family of an item that is identified by its bytes alone; items with equal bytes are one family."""
+    """Returns a family that only depends on an item's bytes, so that items with equal bytes are one family."""
     return hashlib.sha256(content).hexdigest()

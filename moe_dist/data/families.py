@@ -1,10 +1,10 @@
 """Joins near copies of pictures into families, and splits families into training and held-out families.
 
 If a held-out picture had a near copy in training, memorising would look like learning. Pictures are therefore first joined
-into families: an emoji in all skin tones, genders and directions, and pictures whose grids of codes are equal or nearly
-equal. A family is on one side of the split, with all captions and augmented copies of its pictures. With
-`HoldOut.VARIANTS` single pictures are held out: their family is in training, but no training picture is near-equal to a
-held-out picture.
+into families. All skin tones, genders and directions of an emoji are one family, and so are pictures whose grids of codes
+are equal or nearly equal. A family, with all captions and augmented copies, is on one side of the split. With
+`HoldOut.VARIANTS`, single pictures are held out while their families stay in training, but no training picture is
+near-equal to a held-out picture.
 
 Shape letters: N pictures or documents, C cells of a grid of codes.
 """
@@ -17,9 +17,9 @@ VARIATION_SELECTOR = 0xFE0F
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 JOINER = 0x200D
 GENDER_SIGNS = frozenset({0x2640, 0x2642})
-FACING_RIGHT = 0x27A1  # after a joiner, this code point marks the mirror image of the preceding emoji
+FACING_RIGHT = 0x27A1  # if it follows a joiner, this code point marks the mirror image of the preceding emoji
 
-# Male and female emoji are one family, because their code points are replaced by these gender-neutral code points.
+# These gender-neutral code points replace those of male and female emoji, so that both are one family.
 _PERSON, _CHILD, _ELDER, _ROYAL, _CLAUS, _HEART, _KISS = 0x1F9D1, 0x1F9D2, 0x1F9D3, 0x1FAC5, 0x1F384, 0x2764, 0x1F48B
 _HOLDING_HANDS = (_PERSON, JOINER, 0x1F91D, JOINER, _PERSON)
 NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
@@ -37,7 +37,7 @@ NEUTRAL_FORM: dict[int, tuple[int, ...]] = {
 def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
     """Returns the code points that an emoji shares with its variants in skin tone, gender and direction.
 
-    A gender sign or arrow marks a variant only after a joiner; otherwise the sign or arrow is a picture of its own.
+    A gender sign or arrow marks a variant only if it follows a joiner. Otherwise it is a separate picture.
     """
     bare = [point for point in code_points if point != VARIATION_SELECTOR and point not in SKIN_TONES]
     family: list[int] = []
@@ -52,11 +52,11 @@ def emoji_family(code_points: Sequence[int]) -> tuple[int, ...]:
 def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> list[tuple[int, int]]:
     """Returns the pairs (i, j) for which grids_NC[i] and others_NC[j] differ in at most `most` cells.
 
-    Compares every pair of grids: N^2 C byte operations. 4,000 pictures of 64 cells take a second, 40,000 take minutes.
+    Compares every pair of grids, in N^2 C byte operations. 4,000 pictures of 64 cells take a second; 40,000 take minutes.
     """
     pairs: list[tuple[int, int]] = []
     others_CN = np.ascontiguousarray(others_NC.T)
-    for start in range(0, len(grids_NC), 128):  # 128 grids at a time, because `differ` has an element for each pair
+    for start in range(0, len(grids_NC), 128):  # 128 grids at a time, because `differ` has one element per pair
         block = grids_NC[start : start + 128]
         differ = np.zeros((len(block), others_CN.shape[1]), np.uint16)
         for cell, others_N in enumerate(others_CN):
@@ -67,8 +67,8 @@ def near_pairs(grids_NC: np.ndarray, others_NC: np.ndarray, *, most: int) -> lis
 
 
 def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.ndarray:
-    """Joins items with equal keys, and the two items of each pair, into components (by union-find). Returns for each item
-    the smallest index of an item in its component, int64 [N]."""
+    """Joins items into components (union-find): items with equal keys, and the two items of each pair. Returns for each
+    item the smallest index in its component, int64 [N]."""
     parent = list(range(len(keys)))
 
     def root(item: int) -> int:
@@ -86,21 +86,21 @@ def join(keys: Sequence[object], pairs: Iterable[tuple[int, int]] = ()) -> np.nd
 
 
 def variants(families: Sequence[object], components_N: np.ndarray) -> np.ndarray:
-    """Returns the mask of the pictures that may be held out, bool [N]. A component (from `join`) that contains the first
-    picture of a family stays in training, so that each family has a training picture."""
+    """Returns a mask of the pictures that may be held out, bool [N]. If a component (from `join`) contains the first
+    picture of a family, it must stay in training, so that each family has a training picture."""
     firsts = np.unique(join(families))
     return ~np.isin(components_N, components_N[firsts])
 
 
 def hold_out(components_N: np.ndarray, sizes_N: np.ndarray, *, fraction: float, seed: int) -> np.ndarray:
-    """Draws whole components at random for the held-out side until it has about `fraction` of the total size.
+    """Draws whole components at random for the held-out side until this side has about `fraction` of the total size.
 
-    A component stays in training if it is larger than both the median component and a tenth of the held-out side, so that
-    no family dominates held-out loss. With fraction > 0 and two components or more, each side has at least one component.
+    A component that is larger than the median component and larger than a tenth of the held-out side stays in training, so
+    that no family dominates held-out loss. If fraction > 0 and there are two components or more, no side is empty.
 
     Args:
         components_N: int64, component of each item, from `join`.
-        sizes_N: int64, size of an item: 1 for a picture, the number of characters for a text.
+        sizes_N: int64, size of each item: 1 for a picture, and the number of characters for a text.
 
     Returns:
         bool [N], true if the item is held out.

@@ -1,9 +1,9 @@
 """Reads and writes Megatron's indexed data sets without Megatron.
 
-Megatron's readers do not detect damage: the memory-mapped reader ends the process with SIGBUS if the file is truncated or
-the disk fails, and the plain reader returns undefined memory. Importing Megatron takes each rank 3 s. This file's reader
-calls `pread` on an open descriptor: a file that is replaced by a rename stays readable, and each short or failed read
-raises an error that names the file. Tests compare this reader and this writer with Megatron's.
+Megatron's readers do not detect damage. If a file is truncated or the disk fails, the memory-mapped reader ends the process
+with SIGBUS, and the plain reader returns undefined memory. Importing Megatron also takes each rank 3 s. The reader below
+calls `pread` on an open descriptor. A file that is replaced by a rename therefore stays readable, and each short or failed
+read raises an error that names the file. Tests compare this reader and writer with Megatron's.
 """
 
 import os
@@ -21,7 +21,7 @@ from moe_dist.formats.split_files import BITS, Bits, check_split
 
 
 class CheckedFile:
-    """A file opened for random reads. Thread-safe.
+    """A file that is open for random reads. Thread-safe.
 
     Raises:
         StorageError: the file cannot be opened.
@@ -35,7 +35,7 @@ class CheckedFile:
         self.size = self._size()
 
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """Reads `num_bytes` from byte `offset` on. Costs one system call, usually answered by the page cache.
+        """Reads `num_bytes` bytes from byte `offset` on. Costs one system call, which the page cache usually answers.
 
         Raises:
             DataError: the file was truncated after it was opened.
@@ -73,11 +73,11 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-_UINT16_BELOW = 65500  # Megatron stores int32 for this vocabulary size and above (DType.optimal_dtype)
+_UINT16_BELOW = 65500  # from this vocabulary size on, Megatron stores int32 (DType.optimal_dtype)
 
 
 def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_size: int) -> None:
-    """Writes <prefix>.bin and <prefix>.idx as Megatron's builder does, one sequence for each document, integer [length]."""
+    """Writes <prefix>.bin and <prefix>.idx as Megatron's builder does. Each document, integer [length], is one sequence."""
     dtype = np.dtype(np.uint16 if vocab_size < _UINT16_BELOW else np.int32)
     idx, bin_ = index_paths(Path(prefix))
     lengths = []
@@ -89,10 +89,10 @@ def write_indexed(prefix: str | Path, documents: Iterable[np.ndarray], *, vocab_
 
 
 class IndexedSplit:
-    """Random access to the tokens of one split.
+    """Gives random access to the tokens of one split.
 
     Attributes:
-        starts_D, lengths_D: int64, for each document the index of its first token in the file, and its number of tokens.
+        starts_D, lengths_D: int64, index of each document's first token in the file, and each document's number of tokens.
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.
@@ -117,7 +117,7 @@ class IndexedSplit:
         self._bit_bytes = -(-split.tokens // 8)
 
     def tokens(self, start: int, count: int) -> np.ndarray:
-        """Returns the `count` token ids from token `start` of the file on, int64.
+        """Returns the ids of `count` tokens, beginning with token `start` of the file, int64.
 
         Raises:
             DataError: the file was truncated after it was opened.
@@ -127,12 +127,13 @@ class IndexedSplit:
         return np.frombuffer(self._tokens.read(start * size, count * size), self.header.dtype).astype(np.int64)
 
     def filler(self, start: int, count: int) -> np.ndarray:
-        """Returns whether each token is filler (a picture's cell that shows only background), bool; all False without a
-        filler file. Raises like `tokens`."""
+        """Returns for each token whether it is filler (a picture cell that shows only background), bool. Without a filler
+        file, all are False. Raises the errors of `tokens`."""
         return self._read_bits("filler", start, count)
 
     def prompt(self, start: int, count: int) -> np.ndarray:
-        """Returns whether each token belongs to a prompt, bool; all False without a prompt file. Raises like `tokens`."""
+        """Returns for each token whether it belongs to a prompt, bool. Without a prompt file, all are False. Raises the
+        errors of `tokens`."""
         return self._read_bits("prompt", start, count)
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
@@ -145,7 +146,7 @@ class IndexedSplit:
         return np.unpackbits(np.frombuffer(raw, np.uint8))[start - 8 * first :][:count].astype(bool)
 
     def _lists(self, idx: CheckedFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Reads the lengths and byte offsets of the sequences, and the index of the first sequence of each document."""
+        """Returns the length and the byte offset of each sequence, and the index of each document's first sequence."""
         sequences, entries = self.header.sequences, self.header.documents + 1
         at_lengths, at_pointers, at_marks = list_offsets(sequences)
         return (

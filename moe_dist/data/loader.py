@@ -1,7 +1,7 @@
 """Makes batches of training and held-out sequences from a prepared data set.
 
-The training stream is a pure function of (data, seed, skip, position). Because sequence q of the stream is the same for any
-number of ranks and any micro-batch size, a checkpoint saves only the number of sequences drawn so far."""
+The training stream depends only on (data, seed, skip, position). Sequence q of the stream is the same for any number of
+ranks and any micro-batch size, so a checkpoint saves only the number of sequences that have been drawn."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,22 +24,21 @@ _HELDOUT_WINDOW = 512
 class TrainLoader:
     """Makes the training batches of one rank.
 
-    The documents of a source are shuffled once, in an order drawn from (seed, source), and packed into sequences. Each
-    epoch of a source has the same sequences, and thus each document once, in a new order. A resumed run reads no sequence
-    before its position. Packing a million documents takes about 3 s and keeps 32 bytes per piece in memory.
+    The documents of a source are shuffled once, in an order that depends on (seed, source), and packed into sequences. Each
+    epoch of a source has these sequences, and thus each document once, in a new order. A resumed run reads no sequence
+    before its position. Packing a million documents takes about 3 s. Each piece of a document keeps 32 bytes in memory.
 
     Args:
         folder: Folder of the data set.
-        weights: Fraction of sequences from each source; other sources are not used. An empty mapping weights sources by
-            their tokens.
-        pack_window: Number of pieces of documents that are packed together.
-        skip: Pairs (first, last), in rising order: sequences of the stream that are left out. Positions do not count
-            these sequences.
+        weights: Fraction of sequences from each source; other sources are not used. If empty, in proportion to the sources'
+            tokens.
+        pack_window: Number of pieces of documents that are packed at a time.
+        skip: Pairs (first, last), ascending, of sequences that the stream leaves out. Positions do not count them.
         seed: Seeds all shuffles.
-        global_batch: Sequences per step over all ranks; a multiple of world_size x micro_batch.
-        micro_batch: Sequences of a micro-batch of a rank.
-        dealing: Deals the sequences of a step to ranks; None for the order of the stream. With a dealing, every rank reads
-            the whole step, to know the costs of its sequences.
+        global_batch: Number of sequences per step on all ranks together; a multiple of world_size x micro_batch.
+        micro_batch: Number of sequences in a micro-batch of one rank.
+        dealing: Settings for dealing the sequences of a step to ranks; None keeps the order of the stream. With a dealing,
+            every rank reads the whole step to know the costs of all sequences.
 
     Raises:
         ConfigError: weights name an unknown source.
@@ -63,7 +62,7 @@ class TrainLoader:
         skip: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._dealing, self._skip = dealing, skip
-        self._dealt: dict[int, Deal] = {}  # deals of the last steps, by position
+        self._dealt: dict[int, Deal] = {}  # maps positions to the deals of the last steps
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
         self._streams = {
@@ -77,16 +76,16 @@ class TrainLoader:
 
     @property
     def sequences_per_epoch(self) -> dict[str, int]:
-        """Returns the number of sequences in an epoch of each source."""
+        """Maps each source to the number of sequences in one epoch of this source."""
         return {name: len(stream) for name, stream in self._streams.items()}
 
     def batches(self, position: int) -> list[Batch]:
         """Returns this rank's micro-batches of the step that starts at `position` of the global stream. Raises DataError if
-        an id in the data lies outside the vocabulary."""
+        a token id in the data is outside the vocabulary."""
         return [self._maker.make([self.sequence(at) for at in each]) for each in self.numbers(position)]
 
     def numbers(self, position: int) -> Sequence[Sequence[int]]:
-        """Returns the numbers of the sequences in `batches(position)`."""
+        """Returns the numbers (in the stream) of the sequences in `batches(position)`."""
         if self._dealing is None:
             places = micro_batches(position, **self._share)
         else:
@@ -94,8 +93,8 @@ class TrainLoader:
         return [[number_at(place, self._skip) for place in each] for each in places]
 
     def dealt(self, position: int) -> Deal:
-        """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps, because a trace
-        needs them while a thread reads the next step. The trace must not read data at this time."""
+        """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps. A trace needs them
+        while a thread reads the next step, when it must not read data itself."""
         if position not in self._dealt:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing
@@ -108,13 +107,13 @@ class TrainLoader:
         return self._dealt[position]
 
     def sequence(self, number: int) -> list[Segment]:
-        """Returns the pieces of documents in sequence `number` of the global stream."""
+        """Returns the pieces of documents that make up sequence `number` of the global stream."""
         source, index = self._mixture.place(number)
         return self._streams[source].sequence(index)
 
     def epochs(self, position: int) -> dict[str, float]:
-        """Maps each modality to the mean number of times that the first `position` sequences of the stream have drawn a
-        training token of the modality; 0 if the sources in use have no such token."""
+        """Maps each modality to the mean number of times that a training token of this modality occurs in the first
+        `position` sequences of the stream; 0 if the sources in use have no such token."""
         drawn = self._mixture.drawn(end := number_at(position, self._skip))
         for first, last in self._skip:
             before, behind = (self._mixture.drawn(min(end, each)) for each in (first, last + 1))
@@ -129,13 +128,12 @@ class TrainLoader:
 
 
 class ReadAhead:
-    """Reads the batches of the next step in a thread, while the current step computes.
+    """Reads the batches of the next step in a thread while the current step is computed.
 
-    Two threads must not read from a loader at once. Therefore call `settle` before other code reads batches from the
-    loader.
+    Only one thread at a time may read from a loader, so call `settle` before other code reads batches from the loader.
 
     Args:
-        read: Method of a loader. Returns the batches of the step that starts at a position of the global stream.
+        read: Method of a loader that returns the batches of the step that starts at a position of the global stream.
     """
 
     def __init__(self, read: Callable[[int], list[Batch]]) -> None:
@@ -144,10 +142,11 @@ class ReadAhead:
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def batches(self, position: int, *, following: int | None) -> list[Batch]:
-        """Returns the batches at `position`, and begins to read the batches at `following` (None without a next step).
+        """Returns the batches at `position`, and starts to read those at `following`, which is None if there is no next
+        step.
 
         Raises:
-            Any error of `read` at this position; an error at `following` is raised when its batches are requested.
+            Any error of `read` at `position`. An error at `following` is raised when a later call requests those batches.
         """
         self.settle()
         ahead, self._ahead = self._ahead, None
@@ -159,7 +158,7 @@ class ReadAhead:
     def settle(self) -> None:
         """Waits until the thread has finished reading."""
         if self._ahead is not None:
-            self._ahead[1].exception()  # waits without raising an error; `batches` raises the error
+            self._ahead[1].exception()  # waits without raising; a later `batches` raises the error
 
 
 def heldout_batches(
@@ -174,14 +173,14 @@ def heldout_batches(
     world_size: int,
     validation: bool = False,
 ) -> list[Batch]:
-    """Returns this rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in its held-out
-    split. With `validation`, returns equally many sequences of the split that are not among these.
+    """Returns this rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in the held-out
+    split. With `validation`, returns batches of equally many other sequences of that split.
 
-    Every rank gets the same number of batches; if there are too few sequences, the last batches have rows of padding. A
-    source without a held-out split gives no batch. The chosen sequences do not depend on world_size or micro_batch.
+    Every rank gets the same number of batches. If there are too few sequences, the last batches have rows of padding. A
+    source without a held-out split gives no batch. The choice of sequences does not depend on world_size or micro_batch.
 
     Raises:
-        ConfigError: the source is unknown, or `validation` finds no other sequence.
+        ConfigError: the source is unknown, or no sequence is left for `validation`.
         DataError: files are damaged or disagree with the manifest.
     """
     if source not in manifest.sources:
@@ -210,8 +209,8 @@ def heldout_batches(
 
 
 def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str, float]:
-    """Returns the fraction of the sequences from each source in use, in the manifest's order; the fractions sum to 1.
-    Raises ConfigError if weights name an unknown source."""
+    """Maps each source in use to its fraction of the sequences, in the manifest's order. The fractions sum to 1. Raises
+    ConfigError if `weights` names an unknown source."""
     unknown = sorted(set(weights) - set(manifest.sources))
     if unknown:
         raise ConfigError(f"data.weights names {', '.join(unknown)}; the manifest has {', '.join(manifest.sources)}")
@@ -224,7 +223,7 @@ def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str,
 
 
 class _Stream:
-    """The endless stream of the sequences of one source, epoch after epoch."""
+    """The endless stream of one source's sequences, epoch after epoch."""
 
     def __init__(self, folder: str | Path, name: str, split: SplitSection, *, seq_len: int, window: int, seed: int) -> None:
         self._data = IndexedSplit(folder, split)

@@ -1,9 +1,9 @@
-"""The order of the training sequences: a pure function of seed and position.
+"""Determines the order of the training sequences, which depends only on seed and position.
 
-`cut` and `pack` put documents into sequences of a fixed length; a document longer than a sequence is cut into pieces.
-`Mixture` gives the source of each sequence of the stream, by a fixed pattern. `ShuffledEpochs` gives the sequences of a
-source in a new order in each epoch. `micro_batches` gives each rank its part of the sequences of a step. Because attention
-and positions restart at each piece, the other pieces of a sequence have no influence on a piece.
+`cut` and `pack` put documents into sequences of a fixed length. A document that is longer than a sequence is cut into
+pieces. `Mixture` assigns a source to each sequence of the stream, by a fixed pattern. `ShuffledEpochs` gives the sequences
+of a source in a new order in each epoch. `micro_batches` gives each rank its part of the sequences of a step. Attention and
+positions restart at each piece, so the pieces of a sequence do not influence each other.
 
 Shape letters: D documents, P pieces, Q sequences, S sources.
 """
@@ -19,18 +19,18 @@ from moe_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Pieces:
-    """All pieces of a split: blocks of consecutive tokens, each within one document."""
+    """All pieces of a split. A piece is a block of consecutive tokens of one document."""
 
     start_P: np.ndarray  # int64, index of the piece's first token in the .bin
-    length_P: np.ndarray  # int64, number of tokens, at most the sequence length
-    goes_on_P: np.ndarray  # bool, true if the document continues after the piece; the piece's last token then has a label
+    length_P: np.ndarray  # int64, number of the piece's tokens, at most the sequence length
+    goes_on_P: np.ndarray  # bool, true if the document continues after the piece, so that its last token has a label
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The pieces in each sequence: sequence q has the pieces piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
+    """Lists the pieces in each sequence. Sequence q has the pieces piece_P[first_Q[q] : first_Q[q + 1]], in this order."""
 
-    piece_P: np.ndarray  # int64, indices of the pieces, each exactly once
+    piece_P: np.ndarray  # int64, indices of all pieces, each exactly once
     first_Q: np.ndarray  # int64 [Q + 1]
 
     def __len__(self) -> int:
@@ -42,8 +42,8 @@ class Packing:
 
 
 def number_at(position: int, skip: Sequence[tuple[int, int]]) -> int:
-    """Returns the number of a sequence in the stream; `position` counts only sequences outside of `skip`, which has
-    pairs (first, last) in rising order."""
+    """Returns the number, in the stream, of the sequence at `position`. Positions count only sequences outside of `skip`,
+    which has pairs (first, last) in ascending order."""
     for first, last in skip:
         if position >= first:
             position += last + 1 - first
@@ -51,7 +51,7 @@ def number_at(position: int, skip: Sequence[tuple[int, int]]) -> int:
 
 
 def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
-    """Cuts documents into pieces of at most `seq_len` tokens, in document order; an empty document gives no piece."""
+    """Cuts documents into pieces of at most `seq_len` tokens, in document order. An empty document gives no piece."""
     count_D = -(-lengths_D // seq_len)
     document_P = np.repeat(np.arange(len(lengths_D)), count_D)
     within_P = np.arange(len(document_P)) - np.repeat(np.cumsum(count_D) - count_D, count_D)
@@ -60,10 +60,11 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
 
 
 def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
-    """Packs each `window` consecutive pieces into sequences, by best fit, longest first. Padding fills the sequences.
+    """Packs each `window` consecutive pieces into sequences, by best fit, with the longest pieces first. The rest is
+    padding.
 
-    Pieces in a sequence are sorted from long to short. `lengths_P` are int64 from 1 to seq_len. 100,000 pieces take about a
-    quarter of a second.
+    The pieces in a sequence are sorted from long to short. `lengths_P` has int64 values from 1 to seq_len. Packing 100,000
+    pieces takes about a quarter of a second.
     """
     pieces: list[int] = []
     counts: list[int] = []
@@ -91,12 +92,12 @@ def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
     return sequences
 
 
-SLOTS = 1000  # number of sequences after which the pattern of sources repeats
+SLOTS = 1000  # number of sequences after which the pattern of sources is repeated
 
 
 class Mixture:
-    """Interleaves sources in proportion to their positive shares, rounded to 1 / SLOTS. Each source gets at least one slot
-    of the repeated pattern.
+    """Interleaves sources in proportion to their positive shares, rounded to multiples of 1 / SLOTS. Each source gets at
+    least one slot of the repeated pattern.
 
     Raises:
         ConfigError: more sources than slots, or a share that is not positive.
@@ -113,19 +114,20 @@ class Mixture:
         np.cumsum(self._pattern[:, None] == np.arange(len(self.names)), axis=0, out=self._before[1:])
 
     def place(self, sequence: int) -> tuple[str, int]:
-        """Returns the source of a sequence of the global stream, and the sequence's number in the source's own stream."""
+        """Returns the source of a sequence of the global stream, and the number of the sequence in that source's stream."""
         block, slot = divmod(sequence, SLOTS)
         source = int(self._pattern[slot])
         return self.names[source], block * int(self._slots_S[source]) + int(self._before[slot, source])
 
     def drawn(self, position: int) -> dict[str, int]:
-        """Returns the number of sequences of each source among the first `position` sequences of the global stream."""
+        """Maps each source to its number of sequences among the first `position` sequences of the global stream."""
         block, slot = divmod(position, SLOTS)
         return dict(zip(self.names, (block * self._slots_S + self._before[slot]).tolist(), strict=True))
 
 
 def _slots(shares_S: np.ndarray) -> np.ndarray:
-    """Returns each source's number of slots, by largest remainder, at least 1; the numbers sum to SLOTS."""
+    """Returns each source's number of slots, by the method of largest remainders. Each is at least 1; their sum is
+    SLOTS."""
     wanted_S = np.maximum(shares_S / shares_S.sum() * SLOTS, 1)
     slots_S = np.floor(wanted_S).astype(np.int64)
     while slots_S.sum() != SLOTS:
@@ -137,8 +139,8 @@ def _slots(shares_S: np.ndarray) -> np.ndarray:
 
 
 def _pattern(slots_S: np.ndarray) -> np.ndarray:
-    """Returns the source of each slot of the pattern: always the source whose number of slots so far is furthest below its
-    share."""
+    """Returns the source of each slot of the pattern. The next slot always goes to the source whose number of slots so far
+    is furthest below its share."""
     given_S = np.zeros_like(slots_S)
     pattern = np.empty(SLOTS, np.int64)
     for slot in range(SLOTS):
@@ -149,27 +151,28 @@ def _pattern(slots_S: np.ndarray) -> np.ndarray:
 
 
 class ShuffledEpochs:
-    """A random order of `count` items for each epoch, which depends only on (seed, epoch)."""
+    """A random order of `count` items for each epoch. The order depends only on (seed, epoch)."""
 
     def __init__(self, seed: Sequence[int], count: int) -> None:
         self._seed, self._count = tuple(seed), count
         self._orders: dict[int, np.ndarray] = {}
 
     def at(self, position: int) -> int:
-        """Returns the index of the item at a position in the sequence of all epochs."""
+        """Returns the index of the item at `position`, which counts the items of all epochs."""
         epoch, within = divmod(position, self._count)
         if epoch not in self._orders:
-            # The orders of neighbouring epochs are kept, because a step may straddle two epochs.
+            # The order of a neighbouring epoch is kept, because a step may lie in two epochs.
             self._orders = {known: order for known, order in self._orders.items() if abs(known - epoch) == 1}
             self._orders[epoch] = np.random.default_rng((*self._seed, 1 + epoch)).permutation(self._count)
         return int(self._orders[epoch][within])
 
 
 def micro_batches(position: int, *, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
-    """Returns for each micro-batch of a rank its sequences' positions in the global stream; the step starts at `position`.
+    """Returns the positions, in the global stream, of the sequences of a rank's micro-batches. The step starts at
+    `position`.
 
-    The i-th micro-batches of all ranks cover the i-th block of world_size x micro_batch consecutive positions. Rank r takes
-    the r-th part of the block. The positions of a whole step therefore do not depend on the number of ranks.
+    The i-th micro-batches of all ranks together have the i-th block of world_size x micro_batch consecutive positions, and
+    rank r has the r-th part of the block. The positions of a whole step therefore do not depend on the number of ranks.
     """
     run = world_size * micro_batch
     assert global_batch % run == 0, (global_batch, world_size, micro_batch)

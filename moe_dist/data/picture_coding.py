@@ -1,12 +1,13 @@
-"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, encodes augmented copies.
+"""Turns pictures into documents: splits them by family, fits the codebook on training pictures, and encodes augmented
+copies.
 
 Pictures are near-equal if their grids of codes differ in few cells. Near-equal pictures must be on one side of the split,
 but the codebook that gives the codes must be fitted on training pictures only. Therefore two codebooks are fitted. The
-provisional codebook is fitted on all pictures. Pictures that are near-equal by the provisional codes join one family, the
-families are split, and the provisional codebook is discarded. The final codebook is fitted on augmented training pictures.
-A held-out family that is near-equal to a training picture by the final codes moves to training. No held-out picture is then
-near-equal to a training picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved instead
-of families.
+provisional codebook is fitted on all pictures. Pictures with near-equal provisional codes join one family, the families are
+split, and the provisional codebook is discarded. The final codebook is fitted on augmented training pictures. If a held-out
+picture's final codes are near-equal to those of a training picture, its family moves to training. Then no held-out picture
+is near-equal to a training picture under either codebook. With `HoldOut.VARIANTS`, single pictures are split and moved
+instead of families.
 
 Shape letters: N pictures, C cells of a grid of codes.
 """
@@ -25,16 +26,16 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.progress import Report
 
 NEAR_CELLS = 8  # grids that differ in at most this many of their 64 cells are near-equal
-_FIT_RENDERS = 4000  # number of augmented training pictures for the fit of the codebook: 256,000 patches, 3 s
-_CHUNK = 64  # number of pictures encoded at once
+_FIT_RENDERS = 4000  # number of pictures for fitting the codebook; they have 256,000 patches and take 3 s
+_CHUNK = 64  # number of pictures that are encoded at once
 
 
 @dataclass(frozen=True)
 class Division:
-    """The pictures of the training side and of the held-out side."""
+    """The division of the pictures into a training side and a held-out side."""
 
     rasters_N: np.ndarray  # uint8 RGBA [N, RASTER, RASTER, 4]
-    component_N: np.ndarray  # int64, equal for pictures that must be on one side (a family, or near-equal pictures)
+    component_N: np.ndarray  # int64; pictures with equal numbers must be on one side (a family, or near-equal pictures)
     held_out_N: np.ndarray  # bool, true if the picture is held out; equal within a component
     codebook: np.ndarray  # uint8 [codes, PATCH, PATCH, 3], fitted on training pictures
 
@@ -44,15 +45,15 @@ class Document:
     """The tokens of a document. All arrays have one element per token."""
 
     tokens: np.ndarray  # int64
-    filler: np.ndarray  # bool, true if the token is filler, a picture's cell that shows only background
+    filler: np.ndarray  # bool, true if the token is filler (a picture cell that shows only background)
     prompt: np.ndarray | None = None  # bool, true if the token is never a label; None if all tokens are labels
 
 
 def rasterise_all(
     pictures: Sequence[Picture], report: Report, skip: Skip = refuse
 ) -> tuple[tuple[Picture, ...], np.ndarray]:
-    """Rasterises pictures. Returns the readable pictures, and their rasters, uint8 RGBA [N, RASTER, RASTER, 4]. Raises
-    DataError if no picture can be read, or `skip` refuses an unreadable picture."""
+    """Rasterises pictures. Returns the readable pictures and their rasters, uint8 RGBA [N, RASTER, RASTER, 4]. Raises
+    DataError if no picture can be read, or if `skip` raises for an unreadable picture."""
     found: list[tuple[Picture, np.ndarray]] = []
     damaged: list[DataError] = []
     for number, picture in enumerate(pictures):
@@ -77,8 +78,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
     mirrored_patches = to_patches(np.stack([plain(raster, mirrored=True).pixels for raster in rasters]))
 
     def joined(keys: Sequence[object], codebook: np.ndarray) -> np.ndarray:
-        # Because augmentation flips pictures at random, a picture that is near-equal to a mirror image counts as
-        # near-equal.
+        # Augmentation flips pictures at random. Two pictures therefore count as near-equal also if one of them is
+        # near-equal to the mirror image of the other.
         grids_NC = encode(plain_patches, codebook).reshape(-1, GRID * GRID)
         mirrored_NC = encode(mirrored_patches, codebook).reshape(-1, GRID * GRID)
         near = near_pairs(grids_NC, grids_NC, most=NEAR_CELLS) + near_pairs(grids_NC, mirrored_NC, most=NEAR_CELLS)
@@ -103,8 +104,8 @@ def divide(pictures: Sequence[Picture], rasters: np.ndarray, recipe: Recipe, rep
 
 
 def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Returns the mask of the pictures that are held out before the comparison by the final codebook, bool [N]:
-    `val_fraction` of all pictures, or fewer if fewer may be held out."""
+    """Returns a mask of the pictures that are held out before the comparison by the final codebook, bool [N]. They are the
+    fraction `val_fraction` of all pictures, or fewer if fewer may be held out."""
     may_N = np.ones(len(families), bool) if recipe.hold_out == HoldOut.FAMILIES else variants(families, component_N)
     held_out_N = np.zeros(len(families), bool)
     if may_N.any():
@@ -114,7 +115,7 @@ def _drawn(families: Sequence[str], component_N: np.ndarray, recipe: Recipe) -> 
 
 
 def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarray, recipe: Recipe) -> np.ndarray:
-    """Fits a codebook on augmented copies of the chosen pictures: on at most _FIT_RENDERS copies, evenly spaced."""
+    """Fits a codebook on augmented copies of the chosen pictures. Uses at most _FIT_RENDERS copies, evenly spaced."""
     every = [(number, index) for number in np.flatnonzero(chosen_N).tolist() for index in range(recipe.renders)]
     sample = every[:: -(-len(every) // _FIT_RENDERS)]
     renders = [
@@ -127,8 +128,8 @@ def _fit_on(pictures: Sequence[Picture], rasters: np.ndarray, chosen_N: np.ndarr
 class PictureCoder:
     """Makes documents from pictures. A document is an augmented copy of a picture, with a caption before or after the copy.
 
-    The copies of a picture use the picture's captions in turn. The caption is first in the fraction `recipe.caption_first`
-    of the documents. The numbers of the picture and of the copy determine caption and order, without random draws.
+    The copies of a picture use the picture's captions in turn. In the fraction `recipe.caption_first` of the documents, the
+    caption comes first. Caption and order depend on the numbers of picture and copy, not on random draws.
 
     Args:
         codebook: uint8 [codes, PATCH, PATCH, 3].
@@ -169,7 +170,7 @@ class PictureCoder:
 
     def image(self, raster: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Encodes a picture without augmentation. Returns its token ids, from the begin token to the end token, and for
-        each token whether its patch is transparent (a filler token)."""
+        each token whether it is filler (a transparent patch)."""
         render = plain(raster)
         return self._image(render, self._code(render.pixels[None])[0])
 

@@ -18,9 +18,9 @@ from moe_dist.data.corpus import VARIATIONS
 from moe_dist.errors import DataError
 
 RASTER = 64
-FORMATS = ("PNG", "JPEG")  # no other formats, because Pillow starts the program `gs` to read EPS, whatever the file's name
+FORMATS = ("PNG", "JPEG")  # other formats are unsafe: for EPS, whatever the file's name, Pillow starts `gs`
 SCALES = (0.75, 1.1)
-# Light colours, so that black outlines stay visible on each background.
+# The colours are light, so that black outlines stay visible on each background.
 BACKGROUNDS = (
     (255, 255, 255), (216, 216, 216), (250, 226, 160), (252, 200, 190),
     (244, 190, 226), (196, 208, 250), (170, 222, 236), (190, 232, 176),
@@ -37,7 +37,7 @@ class Render:
 
 def rasterise(path: str | Path) -> np.ndarray:
     """Rasterises a picture file (SVG, PNG or JPEG). A picture that is not square gets transparent margins. Raises DataError
-    if the file is damaged or of an unknown kind."""
+    if the file is damaged or has an unknown format."""
     path = Path(path)
     try:
         if path.suffix.lower() == ".svg":
@@ -48,10 +48,10 @@ def rasterise(path: str | Path) -> np.ndarray:
         else:
             image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS)).convert("RGBA")
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for a picture with more pixels than this
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for more pixels than this
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # errors of Pillow's decoders
-        if isinstance(error, OSError) and error.errno:  # a file system error; decoders' errors have no errno
+        if isinstance(error, OSError) and error.errno:  # an error of the file system; errors of decoders have no errno
             raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error
         kind = "SVG" if path.suffix.lower() == ".svg" else "PNG or JPEG"
         raise DataError(f"picture {str(path)!r}: not a {kind}, or damaged; replace or remove it") from error
@@ -63,16 +63,16 @@ def rasterise(path: str | Path) -> np.ndarray:
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:
-    """Lays the raster on white, without augmentation. Pictures are compared with each other in this plain form."""
+    """Lays the raster on a white background, without augmentation. Pictures are compared in this form."""
     return _lay(_scaled(raster, SIDE, mirrored), (0, 0), BACKGROUNDS[0])
 
 
 def augmented(raster: np.ndarray, *, seed: int, key: str, index: int, vary: Collection[str] = VARIATIONS) -> Render:
-    """Makes the augmented copy `index` of picture `key`. Only (seed, key, index) seed the random draws of scale, shift,
-    flip and background. Properties that `vary` does not name are as in `plain`."""
+    """Makes the augmented copy `index` of picture `key`. The random draws of scale, shift, flip and background depend only
+    on (seed, key, index). Properties that `vary` does not name are as in `plain`."""
     rng = np.random.default_rng((seed, zlib.crc32(key.encode()), index))
     side = round(SIDE * rng.uniform(*SCALES))
-    room = SIDE - side  # pixels of margin; negative if the picture is larger than the frame and gets cropped
+    room = SIDE - side  # number of margin pixels; negative if the picture is larger than the frame and gets cropped
     x, y = rng.integers(min(room, 0), max(room, 0), size=2, endpoint=True).tolist()
     background, mirrored = BACKGROUNDS[rng.integers(len(BACKGROUNDS))], bool(rng.integers(2))
     if "place" not in vary:

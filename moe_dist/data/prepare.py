@@ -1,4 +1,4 @@
-"""Prepares a data set folder atomically, with one writer.
+"""Prepares a data set folder atomically, with one writer at a time.
 
 The folder is built under a hidden name beside its final path, and renamed when it is complete. A lock file makes other
 writers wait. The next writer removes the hidden folder of an interrupted writer.
@@ -25,35 +25,35 @@ from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.runtime.progress import Report
 
-# Errors of the disk: lack of space, or failed I/O. Some packages raise write errors without a number.
+# Error numbers of disks: lack of space, or failed I/O. Some packages raise write errors without a number (None).
 DISK = (None, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 RECIPE_FILE = "recipe.json"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sources of the data set. Without text, images and instructions the default corpus is made."""
+    """The sources of a data set. Without text, images and instructions, the default corpus is built."""
 
-    text: str | None = None  # folder or JSONL of the user's texts
+    text: str | None = None  # folder or JSONL file of the user's texts
     images: str | None = None  # folder of the user's pictures
     extra_text: Mapping[str, str] = field(default_factory=dict)  # more text sources by name, each a folder or JSONL
     licence: str = "not stated"  # licence of the user's own texts, pictures and instructions
     instructions: Mapping[str, str] = field(default_factory=dict)  # sources of instructions by name, each a JSONL file
-    messages: str | None = None  # JSONL, parquet file or datasets folder of conversations
-    languages: tuple[str, ...] = ()  # languages of the captions of the default corpus; empty for all
+    messages: str | None = None  # JSONL file, parquet file or datasets folder of conversations
+    languages: tuple[str, ...] = ()  # languages of the default corpus's captions; empty for all languages
 
 
 def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip = refuse) -> tuple[Manifest, bool]:
-    """Builds the data set in folder `out`. An existing data set is only checked, which takes a second.
+    """Builds the data set in folder `out`. If the data set exists already, it is only checked, which takes a second.
 
     Args:
-        skip: Called for each file that cannot be read. If `skip` returns, the file is left out, and recipe.json says why.
+        skip: Function called for each unreadable file. If it returns, the file is left out, and recipe.json says why.
 
     Returns:
         The manifest, and whether this call built it.
 
     Raises:
-        ConfigError: `out` holds other files or a data set made with other options; or an input is missing.
+        ConfigError: `out` contains other files or a data set with other options; or an input is missing.
         DataError: an input, or the finished data set, is damaged.
         StorageError: a file cannot be read or written.
     """
@@ -68,12 +68,12 @@ def prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Ski
 
 
 def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Skip) -> tuple[Manifest, bool]:
-    out = out.resolve()  # if `out` is a link, the rename must replace its target
+    out = out.resolve()  # if `out` is a link, the rename must replace the link's target
     asked = _as_json(inputs, recipe)
     if done := _finished(out, asked, skip):
         return done, False
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access, where the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
@@ -116,8 +116,8 @@ def read_recipe(out: Path) -> dict[str, Any]:
 
 
 def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
-    """Returns the manifest of a complete data set in `out` with equal options; None if `out` is empty or missing. Calls
-    `skip` for each file that was left out."""
+    """Returns the manifest if `out` contains a complete data set with the same options; None if `out` is empty or missing.
+    Calls `skip` for each file that was left out."""
     from moe_dist.formats.split_files import check_split
 
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -125,7 +125,7 @@ def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
     if not (out / MANIFEST_FILE).is_file() or not (out / RECIPE_FILE).is_file():
         raise ConfigError(f"--out {out}: holds files that prepare-data did not write; name an empty or new folder")
     written = read_recipe(out)
-    # An option that recipe.json lacks did not exist when the folder was made; its default then applied.
+    # An option that recipe.json lacks did not exist when the folder was made; the option's default applied then.
     made = {section: values | written[section] for section, values in _as_json(Inputs(), Recipe()).items()}
     differ = [
         f"{section}.{key} is {made[section][key]!r}, asked for {value!r}"
@@ -153,7 +153,7 @@ def _finished(out: Path, asked: dict, skip: Skip) -> Manifest | None:
 
 @contextmanager
 def renamed_when_complete(out: Path) -> Iterator[Path]:
-    """Yields a hidden folder beside `out`, which replaces `out` if the with block succeeds and is removed if it fails."""
+    """Yields a hidden folder beside `out`. If the with block succeeds, this folder replaces `out`; else it is removed."""
     folder = out.parent / f".{out.name}.partial"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -211,7 +211,7 @@ def _build_chat(
     parts = _parts_folder(out, asked, [Path(each) for each in read if each is not None])
     try:
         manifest, notes = build_chat(folder, out.name, paths, inputs.licence, recipe, parts=parts, report=report, skip=skip)
-    except (ConfigError, DataError):  # a new attempt would refuse the same rows
+    except (ConfigError, DataError):  # a new attempt would reject the same rows
         shutil.rmtree(parts)
         raise
     shutil.rmtree(parts)
@@ -219,8 +219,8 @@ def _build_chat(
 
 
 def _parts_folder(out: Path, asked: dict, read: list[Path]) -> Path:
-    """Returns a folder beside `out` for the rows that are encoded already. Empties the folder if its rows were encoded
-    with other options, or from other or changed files."""
+    """Returns a folder beside `out` for encoded rows. Empties this folder if its rows were encoded with other options, or
+    from other or changed files."""
     files = [file for path in read for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file()]
     states = [(file, file.stat()) for file in files]
     made_of = {**asked, "files": [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in states]}

@@ -1,4 +1,4 @@
-"""Reads a user's tables: JSONL files, parquet files, and folders that Hugging Face datasets saved."""
+"""Reads a user's tables: JSONL files, parquet files, and folders that the package datasets (Hugging Face) saved."""
 
 import json
 import re
@@ -10,20 +10,20 @@ from moe_dist.config.json_text import parse_json
 from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import ConfigError, DataError
 
-MOST_LINE = 1 << 26  # bytes of a row
+MOST_LINE = 1 << 26  # largest number of bytes in a row
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
 
 def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, Any]:
-    """Returns a row of `raw_rows` as an object. `like` is an example of a row, for error texts. Raises DataError if the row
-    is not a JSON object in UTF-8."""
+    """Returns a row that `raw_rows` yields as an object. `like` is an example of a row, for error texts. Raises DataError
+    if the row is not a JSON object in UTF-8."""
     if isinstance(row, dict):
         return row
     try:
         line = parse_json(row)
         if _SURROGATE.search(row):
-            json.dumps(line, ensure_ascii=False).encode()  # fails on half of a surrogate pair
+            json.dumps(line, ensure_ascii=False).encode()  # raises an error for half of a surrogate pair
     except ValueError as error:
         named = Path(where.rpartition(", line ")[0]).suffix in JSON_SUFFIXES
         fix, reason = f"write it as {like}" if named else "give plain texts as files of a folder", str(error)
@@ -36,8 +36,8 @@ def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, 
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Yields the place, for error texts, and the text of each line of a file. Leaves out empty lines. Raises DataError if
-    the file cannot be read, or a line is too long."""
+    """Yields (place for error texts, line) for each line of a file. Omits empty lines. Raises DataError if the file cannot
+    be read, or if a line is too long."""
     try:
         stream = open_regular(path)
     except OSError as error:
@@ -51,18 +51,17 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def holds_table(path: Path) -> bool:
-    """Returns whether `path` is a parquet file, or a folder with parquet or arrow files below it."""
+    """Returns whether `path` is a parquet file, or a folder that contains parquet or arrow files."""
     if path.is_file():
         return path.suffix == ".parquet"
     return any(file.suffix in DATASET_SUFFIXES for file in path.rglob("*"))
 
 
 def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
-    """Yields (place of the row for error texts, row) for each row of a JSONL file, a parquet file, a folder with the
-    parquet files of one split, or a folder that `Dataset.save_to_disk` wrote. A line of JSONL is not parsed.
+    """Yields (place for error texts, row) for each row of a table. A table is a JSONL file, a parquet file, a folder with
+    the parquet files of one split, or a folder that `Dataset.save_to_disk` wrote. Lines of JSONL are not parsed.
 
-    A struct column of a parquet or arrow file has every key in every row. Keys without a value are left out of the yielded
-    rows.
+    In parquet and arrow files, a struct column has every key in every row. The yielded rows omit keys without a value.
 
     Args:
         option: Option of the command line that names `path`, for error texts.
@@ -92,7 +91,7 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
             table: Any = datasets.load_from_disk(str(path))
         else:
             files = [str(path)] if path.is_file() else _parquet_files(option, path)
-            # With streaming, the package datasets copies nothing into a cache.
+            # Because of streaming=True, the package datasets copies nothing into a cache.
             table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
         for number, row in enumerate(table, 1):
             yield f"{path}, row {number}", _without_nulls(row, table.features)
@@ -101,7 +100,7 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
 
 
 def _parquet_files(option: str, folder: Path) -> list[str]:
-    """Returns the parquet files below a folder. The hub's file names are SPLIT-00000-of-00002.parquet."""
+    """Returns the parquet files below a folder. On the hub, file names have the form SPLIT-00000-of-00002.parquet."""
     files = sorted(file for file in folder.rglob("*.parquet"))
     splits = sorted({file.stem.partition("-")[0] for file in files})
     if len(splits) != 1:

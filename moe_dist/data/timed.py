@@ -1,4 +1,4 @@
-"""Calls a function in a child process, which ends itself if a call takes too long or too much memory."""
+"""Calls a function in a child process. The child ends itself if a call takes too much time or memory."""
 
 import multiprocessing
 import resource
@@ -9,19 +9,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-WAITS = 6  # wall-clock limit / CPU limit of a call, which may wait for disks and busy processors
+WAITS = 6  # wall-clock limit / CPU-time limit of a call, as a call may wait for disks and processors
 
 
 class TimedCalls:
-    """Calls a function in one child process, which the first call forks.
+    """Calls a function in a child process, which is forked at the first call.
 
-    The child sets timers before each call. The timers end the child even inside C code, and even if the parent is gone.
+    The child sets timers before each call. They end the child even inside C code, and even if the parent has ended.
 
     Args:
         function: Function whose arguments and result can be pickled.
-        seconds: CPU seconds of all threads that a call may take. The limit of wall-clock time is WAITS times as long.
-        memory: Bytes that the child may take in addition to the memory of this process. A call that needs more raises
-            MemoryError, or ends the child if the allocating C code raises no error.
+        seconds: CPU seconds that a call may take in all threads. The limit of wall-clock time is WAITS times as long.
+        memory: Number of bytes that the child may allocate in addition to this process's memory. A call that needs more
+            raises MemoryError. If C code that allocates raises no error, the call ends the child instead.
     """
 
     def __init__(self, function: Callable[..., Any], seconds: int, memory: int = 2 << 30) -> None:
@@ -29,28 +29,28 @@ class TimedCalls:
         self._child: Any = None
 
     def __call__(self, *arguments: Any) -> Any:
-        """Returns the function's value, or raises its exception. Arguments, value and exception must survive pickling.
+        """Returns the function's result, or raises its exception. Pickling must work for arguments, result and exception.
 
         Raises:
-            TimeoutError: the call took longer than the limit.
+            TimeoutError: the call exceeded a time limit.
             ChildProcessError: the child ended for another reason, such as a lack of memory.
         """
         self.send(*arguments)
         return self.receive()
 
     def send(self, *arguments: Any) -> None:
-        """Starts a call. `receive` must follow before the next call."""
+        """Starts a call. The caller must call `receive` before the next call."""
         if self._child is None:
             fork = multiprocessing.get_context("fork")
             self._calls, other = fork.Pipe()
             self._child = fork.Process(target=self._serve, args=(other, self._calls), daemon=True)
             self._child.start()
             other.close()
-        with suppress(OSError):  # the child has ended; `receive` reports how
+        with suppress(OSError):  # if the child has ended, `receive` reports it
             self._calls.send(arguments)
 
     def receive(self) -> Any:
-        """Waits for the call. Returns and raises like `__call__`."""
+        """Waits for the started call. Returns and raises as `__call__` does."""
         try:
             returned, value = self._calls.recv()
         except (EOFError, OSError) as error:
@@ -66,8 +66,8 @@ class TimedCalls:
         raise value
 
     def _serve(self, calls: Connection, others: Connection) -> None:
-        others.close()  # with this copy of the parent's end open, `recv` would miss that the parent has ended
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, whose end of the pipe then closes
+        others.close()  # if this copy stayed open, `recv` would not notice that the parent has ended
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which closes the parent's end of the pipe
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         pages = int(Path("/proc/self/statm").read_text().split()[0])

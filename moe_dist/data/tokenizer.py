@@ -1,4 +1,4 @@
-"""Fits and reads byte-level BPE tokenizers, which encode every text and decode its token ids to the same text."""
+"""Fits and reads byte-level BPE tokenizers. They can encode every text, and decoding the token ids gives the same text."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,8 +14,8 @@ SMALLEST_VOCAB = len(SPECIALS) + 256
 
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
-    """Fits a BPE to texts. The special tokens get the first ids. A small corpus may give fewer than `vocab_size` tokens.
-    Raises ConfigError if vocab_size is too small for the special tokens and the bytes."""
+    """Fits a BPE tokenizer to texts. The special tokens get the first ids. A small corpus may give fewer than `vocab_size`
+    tokens. Raises ConfigError if `vocab_size` is too small for the special tokens and all bytes."""
     if vocab_size < SMALLEST_VOCAB:
         raise ConfigError(
             f"vocab_size={vocab_size} is too small for {len(SPECIALS)} special tokens and 256 bytes; take at least "
@@ -45,19 +45,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Returns the token ids of each text, int64, without special tokens around the text."""
+    """Returns the token ids of each text, int64, without special tokens before or after the text."""
     with tokenizer_errors("the tokenizer fails on a text; give another one"):
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(found.ids, np.int64) for found in encoded]
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
-    """Returns the id of each special token; `fit_tokenizer` and `load_tokenizer` guarantee that all exist."""
+    """Returns the id of each special token. `fit_tokenizer` and `load_tokenizer` guarantee that all of them exist."""
     return {token: found for token in SPECIALS if (found := tokenizer.token_to_id(token)) is not None}
 
 
 def _plain_specials(tokenizer: Tokenizer) -> Tokenizer:
-    # A literal "<eos>" in a text is encoded as plain text, so that it does not end the document. tokenizer.json has no key
-    # for this option.
+    # Encodes a literal "<eos>" in a text as plain text, so that it does not end the document. tokenizer.json lacks this
+    # option.
     tokenizer.encode_special_tokens = True
     return tokenizer

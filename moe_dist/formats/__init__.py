@@ -1,1 +1,1 @@
-"""File formats of data sets on disk: manifests, index files, split files. No file here imports torch."""
+"""Defines the file formats of data sets: manifests, index files and split files. No module here imports torch."""

@@ -1,9 +1,10 @@
-"""Reads the header of Megatron's indexed data (<prefix>.idx and <prefix>.bin), and writes .idx, without torch or Megatron.
+"""Reads headers of Megatron's indexed data sets (<prefix>.idx and <prefix>.bin), and writes .idx, without torch and
+Megatron.
 
-Layout of .idx, little endian, as written by megatron-core's `IndexedDatasetBuilder`: 9 bytes magic, u64 version, u8 type
-code, u64 S sequences, u64 D entries of the document list (one more than documents), int32 [S] tokens of each sequence,
-int64 [S] byte offsets into .bin, int64 [D] first sequence of each document, with S as last entry; in multimodal sets
-int8 [S] modes.
+megatron-core's `IndexedDatasetBuilder` writes an .idx in little endian, with these parts: 9 bytes magic; u64 version; u8
+type code; u64 S, number of sequences; u64 D, length of the document list (number of documents + 1); int32 [S] number of
+tokens of each sequence; int64 [S] byte offset of each sequence in .bin; int64 [D] document list, the index of each
+document's first sequence, then S; in multimodal sets also int8 [S] modes.
 """
 
 import struct
@@ -24,12 +25,12 @@ _BLOCK_BYTES = 16 << 20
 class IndexHeader:
     """The sizes of one data set split, which is a pair of files .idx and .bin."""
 
-    documents: int  # number of documents, each a block of consecutive sequences
+    documents: int  # number of documents; a document is a block of consecutive sequences
     sequences: int  # equal to `documents` if each document is one sequence
-    tokens: int  # tokens of all sequences
-    dtype: str  # numpy name of the token ids' type
-    itemsize: int  # bytes per token id
-    bin_bytes: int  # size of .bin: tokens x itemsize
+    tokens: int  # number of tokens in all sequences
+    dtype: str  # numpy's name of the token ids' type
+    itemsize: int  # number of bytes per token id
+    bin_bytes: int  # size of .bin, which is tokens x itemsize
 
 
 def index_paths(prefix: Path) -> tuple[Path, Path]:
@@ -38,13 +39,12 @@ def index_paths(prefix: Path) -> tuple[Path, Path]:
 
 
 def list_offsets(sequences: int) -> tuple[int, int, int]:
-    """Returns the byte offsets of the three lists in an .idx: the tokens of each sequence, the byte offset of each sequence
-    into .bin, the first sequence of each document."""
+    """Returns the byte offsets of an .idx file's three lists: numbers of tokens, byte offsets in .bin, document list."""
     return _HEADER.size, _HEADER.size + sequences * 4, _HEADER.size + sequences * 12
 
 
 def write_index(idx: Path, dtype: np.dtype, lengths_S: np.ndarray) -> None:
-    """Writes an .idx of documents that are one sequence each, with `lengths_S` tokens, int32 [S]."""
+    """Writes an .idx in which each document is one sequence. `lengths_S` has their numbers of tokens, int32 [S]."""
     code = next(code for code, name in _DTYPES.items() if name == dtype.name)
     sequences, ends_S = len(lengths_S), np.cumsum(lengths_S, dtype=np.int64)
     with idx.open("wb") as stream:
@@ -55,7 +55,7 @@ def write_index(idx: Path, dtype: np.dtype, lengths_S: np.ndarray) -> None:
 
 
 def read_index_header(prefix: Path) -> IndexHeader:
-    """Reads the header and all sequence lengths of <prefix>.idx; compares the sum of lengths with the size of <prefix>.bin.
+    """Reads the header and all sequence lengths of <prefix>.idx. Compares the lengths' sum with the size of <prefix>.bin.
 
     Raises:
         DataError: a file is missing, truncated or of another format, or .idx and .bin do not match.
@@ -89,11 +89,11 @@ def read_index_header(prefix: Path) -> IndexHeader:
 
 
 def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
-    """Returns the largest token id in <prefix>.bin. Reads a file of at most `max_bytes` whole (about a second per GiB if
-    it is in the page cache). From a larger file this function reads only evenly spaced blocks, `max_bytes` in all.
+    """Returns the largest token id in <prefix>.bin. Reads the whole file if it has at most `max_bytes` bytes, which takes
+    about a second per GiB from the page cache. Of a larger file, reads evenly spaced blocks, in total `max_bytes`.
 
     Raises:
-        DataError: an error of `read_index_header`; or the ids are not integers, or an id is negative.
+        DataError: as in `read_index_header`; or the ids are not integers; or an id is negative.
     """
     header = read_index_header(prefix)
     _, bin_ = index_paths(prefix)
@@ -116,7 +116,7 @@ def largest_id(prefix: Path, *, max_bytes: int = 1 << 30) -> int:
 
 
 def _read_fixed_part(idx: Path) -> tuple[int, int, int]:
-    """Reads the type code, the number of sequences, and the number of entries of the document list."""
+    """Returns the type code, the number of sequences, and the length of the document list."""
     try:
         with idx.open("rb") as stream:
             raw = stream.read(_HEADER.size)

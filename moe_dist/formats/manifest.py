@@ -1,4 +1,4 @@
-"""The schema of `manifest.json`, which describes a prepared data set beside its .bin/.idx files. Imports no torch."""
+"""Defines the schema of `manifest.json`, which describes a prepared data set, in the set's folder. Imports no torch."""
 
 import json
 import shlex
@@ -14,11 +14,11 @@ from moe_dist.config.partial import draft
 from moe_dist.errors import ConfigError, DataError
 
 MANIFEST_FILE = "manifest.json"
-MAX_BYTES = 1 << 24  # a source and its splits take about 1 KB
+MAX_BYTES = 1 << 24  # largest size of a manifest; a source and its splits take about 1 KB
 
 
 def _inside(path: str) -> str:
-    """Refuses paths outside the manifest's folder, because a manifest may come from an untrusted place."""
+    """Rejects paths outside the manifest's folder, because a manifest may come from an untrusted place."""
     if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ValueError(
             f"{path!r} leads out of the data set's folder; name a file in it (a symbolic link there may point anywhere)"
@@ -27,20 +27,20 @@ def _inside(path: str) -> str:
 
 
 FilePath = Annotated[PathText, AfterValidator(_inside)]
-IdRange = tuple[Count, PositiveInt]  # token ids from `first` to `last`, as [first, last + 1]
+IdRange = tuple[Count, PositiveInt]  # a range of token ids, as [first, last + 1]
 
 
 class SplitSection(Section):
-    """One Megatron indexed data set: <path>.bin and <path>.idx."""
+    """One indexed data set of Megatron, in the files <path>.bin and <path>.idx."""
 
     path: FilePath = Field(description="Prefix of the .bin and .idx files, relative to the manifest.")
     documents: PositiveInt = Field(description="Documents in the index.")
     tokens: PositiveInt = Field(description="Tokens in the index.")
     tokens_by_modality: dict[Name, Count] = Field(default_factory=dict, description="Tokens of each modality.")
     filler: FilePath | None = None
-    """File of one bit per token, in file order, packed by numpy.packbits: 1 for an empty cell of a picture."""
+    """File with one bit per token, in file order, packed by numpy.packbits. A bit is 1 for an empty cell of a picture."""
     prompt: FilePath | None = None
-    """File in the format of `filler`: 1 for a token of a prompt, which is an input but not a label."""
+    """File in the format of `filler`. A bit is 1 for a token of a prompt, which is an input but not a label."""
 
 
 class SourceSection(Section):
@@ -53,13 +53,13 @@ class SourceSection(Section):
 
 
 class ImageSection(Section):
-    """Form of a picture in tokens: a grid of codes between a begin and an end token."""
+    """The form of pictures as tokens: a grid of codes between a begin token and an end token."""
 
     grid: tuple[PositiveInt, PositiveInt] = Field(description="Rows and columns of codes.")
     begin_id: Count = Field(description="Id of the token before the codes.")
     end_id: Count = Field(description="Id of the token after the codes.")
     codebook: FilePath | None = None
-    """File .npy of uint8 [codes, patch, patch, 3]: the pixels of each code."""
+    """A .npy file with the pixels of each code, uint8 [codes, patch, patch, 3]."""
 
 
 class Manifest(Section):
@@ -76,8 +76,8 @@ class Manifest(Section):
     image: ImageSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
     baselines: dict[str, float] = Field(default_factory=dict)
-    """Held-out loss in nats per token of models that count training tokens, by names such as 'text/unigram',
-    'image/left_bigram' or 'image_no_filler/unigram'."""
+    """Held-out losses, in nats per token, of models that count training tokens. Keys are 'text/unigram',
+    'image/left_bigram', 'image_no_filler/unigram' and so on."""
 
     def violations(self) -> Iterator[Violation]:
         for problem in self._range_problems():
@@ -112,7 +112,7 @@ class Manifest(Section):
                 yield f"sources.{name}.valid", source.valid
 
     def _range_problems(self) -> list[str]:
-        """Returns an error text for each gap or overlap between id ranges, and each range outside the vocabulary."""
+        """Returns an error text for each gap or overlap between id ranges, and for each range outside the vocabulary."""
         problems, at = [], 0
         ranges = sorted((first, end, name) for name, every in self.modalities.items() for first, end in every)
         for first, end, name in ranges:
@@ -136,7 +136,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     """Reads and checks `folder`/manifest.json.
 
     Raises:
-        ConfigError: the manifest does not exist; the message has the command that makes a manifest.
+        ConfigError: the manifest does not exist; the error names the command that makes a manifest.
         DataError: the manifest is invalid; the error lists every fault.
     """
     path = Path(folder) / MANIFEST_FILE
@@ -159,5 +159,5 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def write_manifest(manifest: BaseModel, folder: str | Path) -> None:
-    """Writes `folder`/manifest.json, of a data set or of router tuning."""
+    """Writes a manifest, of a data set or of router tuning, to `folder`/manifest.json."""
     (Path(folder) / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Checks the files of a data set: against its manifest, and against the digests in a checkpoint. Needs no torch."""
+"""Compares the files of a data set with its manifest, and with the digests in a checkpoint. Needs no torch."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,13 +14,13 @@ from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, SplitSection
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file with one bit per token
 BITS: tuple[Bits, ...] = ("filler", "prompt")
-_CHUNK = 1 << 22  # tokens in a chunk: 32 MiB of int64
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly spaced blocks, 4 MiB in all
+_CHUNK = 1 << 22  # number of tokens in a chunk (32 MiB of int64)
+_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly spaced blocks, in total 4 MiB
 
 
 def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
-    """Checks a split of a manifest against its .idx, .bin, filler and prompt files. Reads the lengths of the sequences but
-    no tokens. Raises DataError if a file is missing or damaged, or its counts differ from the manifest's."""
+    """Compares a manifest's split with the split's .idx, .bin, filler and prompt files. Reads the sequences' lengths but no
+    tokens. Raises DataError if a file is missing or damaged, or its counts differ from those in the manifest."""
     prefix = Path(folder) / split.path
     header = read_index_header(prefix)
     for what, said, found in (("documents", split.documents, header.documents), ("tokens", split.tokens, header.tokens)):
@@ -32,8 +32,8 @@ def check_split(folder: str | Path, split: SplitSection) -> IndexHeader:
 
 
 def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray | None:
-    """Memory-maps a file with one bit per token of a split (numpy.packbits). In the file `filler`, 1 marks a token of a
-    picture that shows only background. In the file `prompt`, 1 marks a token of a prompt.
+    """Memory-maps a file with one bit per token of a split (numpy.packbits). In the file `filler`, 1 marks a picture cell
+    that shows only background. In the file `prompt`, 1 marks a token of a prompt.
 
     Returns:
         uint8 [ceil(tokens / 8)], or None if the split has no such file.
@@ -46,7 +46,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
         return None
     path, expected = Path(folder) / file, -(-split.tokens // 8)
     try:
-        open_regular(path).close()  # refuses a FIFO, on which numpy would wait for a writer
+        open_regular(path).close()  # rejects a FIFO, on which numpy would wait for a writer
         found = (
             np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
         )
@@ -61,8 +61,8 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
 
 
 def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, int]:
-    """Counts the tokens of each modality in <prefix>.bin, by the id ranges of a manifest. Reads the whole file, in chunks.
-    Raises DataError if the files are missing or damaged."""
+    """Counts the tokens of each modality in <prefix>.bin by a manifest's id ranges. Reads the whole file, in chunks. Raises
+    DataError if the files are missing or damaged."""
     header = read_index_header(Path(prefix))
     tokens = np.memmap(index_paths(Path(prefix))[1], np.dtype(header.dtype), "r")
     counts = dict.fromkeys(modalities, 0)
@@ -74,8 +74,8 @@ def count_by_modality(prefix: str | Path, modalities: Mapping[str, Sequence[tupl
 
 
 def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manifest) -> dict[str, int]:
-    """Returns the number of tokens of each modality in a split, from the manifest. If the manifest has no counts, counts
-    the tokens in the .bin."""
+    """Returns the number of tokens of each modality in a split. Takes these numbers from the manifest or, if it has none,
+    counts the tokens in the .bin."""
     counts = split.tokens_by_modality
     if not counts and len(manifest.modalities) == 1:
         counts = dict.fromkeys(manifest.modalities, split.tokens)
@@ -84,10 +84,9 @@ def tokens_by_modality(folder: str | Path, split: SplitSection, manifest: Manife
 
 
 def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
-    """Returns size and SHA-256, by file name, of the manifest and of each training split's .idx, .bin and prompt file.
-
-    Reads each .idx whole (about a second per GB) and at most 4 MiB of each other file. The digests may thus stay the same
-    if some tokens in a .bin of more than 4 MiB change while all sequence lengths stay the same.
+    """Maps file names to size and SHA-256, for the manifest and for each training split's .idx, .bin and prompt file. Reads
+    all of an .idx (about a second per GB), but at most 4 MiB of any other file. If some tokens in a larger .bin change but
+    no sequence length, the digests may therefore stay the same.
 
     Raises:
         DataError: a file cannot be read.
@@ -107,7 +106,7 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
 
 
 def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
-    """Returns one line of an error text for each file whose digest has changed."""
+    """Returns one error text for each file whose digest has changed."""
     return [
         f"{name}: {saved.get(name, 'was not there')} when the checkpoint was written, {found.get(name, 'is not there')} now"
         for name in dict.fromkeys([*saved, *found])
@@ -116,8 +115,8 @@ def digest_problems(saved: Mapping[str, object], found: Mapping[str, str]) -> li
 
 
 def sampled_digest(path: Path) -> str:
-    """Returns size and SHA-256 of a file; for a file above 4 MiB, the SHA-256 of 4 MiB in evenly spaced blocks. Raises
-    OSError."""
+    """Returns size and SHA-256 of a file. If the file is larger than 4 MiB, the SHA-256 covers 4 MiB in evenly spaced
+    blocks. Raises OSError if the file cannot be read."""
     size = path.stat().st_size
     if size <= _BLOCKS * _BLOCK_BYTES:
         return _whole_digest(path)

@@ -1,4 +1,4 @@
-"""Reads tokenizer.json, which the Rust code of the library tokenizers parses."""
+"""Reads tokenizer.json with the library tokenizers, whose Rust code parses the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 
-MAX_BYTES = 1 << 27  # largest size of a tokenizer's file; the largest known have 35 MB
+MAX_BYTES = 1 << 27  # largest size of a tokenizer file; the largest known files have 35 MB
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -20,8 +20,8 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 @contextmanager
 def tokenizer_errors(problem: str) -> Iterator[None]:
-    """Raises a DataError, which begins with `problem`, for every error of the library tokenizers in the block. The library
-    raises bare Exceptions, and a panic of its Rust code is no Exception."""
+    """Turns every error of the library tokenizers in the with block into a DataError whose text begins with `problem`. The
+    library raises plain Exceptions, and a panic of its Rust code is not even an Exception."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, MemoryError):

@@ -1,5 +1,5 @@
-"""Reads and checks the folder of samples for router tuning. The folder has S samples, routed in L layers of C router
-columns. A sample's question has at most K choices.
+"""Reads and checks the folder of samples for router tuning. The folder has S samples, whose routing is stored for L layers
+with C router columns each. A sample's question has at most K choices.
 
     manifest.json      run, checkpoint, embedder, tasks; shapes and digests of the files
     tokens.npy         int32 [tokens], the concatenated samples: prompt, then right answer
@@ -10,8 +10,7 @@ columns. A sample's question has at most K choices.
                        all -1 if a wrong choice has the same first token. Folders of older versions lack this file
     questions.jsonl    task, id, text and success of each sample; no program reads it
 
-Samples that the run answered correctly come first, so that an index of these samples covers the first rows of each array.
-This module imports no torch.
+Samples that the run answered correctly come first, so they are the first rows of each array. This module imports no torch.
 """
 
 from collections.abc import Mapping
@@ -35,7 +34,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "choices.npy": np.int32,
 }
 _AGAIN = "prepare the folder again"
-_MAX_BYTES = 1 << 24  # largest size of a manifest that is read; a valid manifest has a few kilobytes
+_MAX_BYTES = 1 << 24  # largest size of a manifest; a valid manifest has a few kilobytes
 _Size = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -45,10 +44,10 @@ class _Stored(BaseModel):
 
 
 class TaskCount(_Stored):
-    """Number of questions of a task."""
+    """The numbers of a task's questions."""
 
     questions: _Size
-    right: _Size  # number of questions that were answered correctly
+    right: _Size  # number of questions that the run answered correctly
 
 
 class TuningManifest(_Stored):
@@ -56,27 +55,27 @@ class TuningManifest(_Stored):
 
     format: Literal[1] = 1
     checkpoint: _Sha256  # `checkpoint.base.content_hash` of the parameters that answered the questions
-    run: str  # folder of the run that answered the questions, for error texts
+    run: str  # folder of the run that answered the questions; used in error texts
     step: _Size
     model: dict[str, JsonValue]  # the section `model` of the scored run's configuration
     tokenizer: _Sha256  # SHA-256 of the data set's tokenizer.json
     embedder: _Sha256  # SHA-256 of the embedder's files
-    embedder_name: str  # name of the embedder, for error texts
+    embedder_name: str  # name of the embedder; used in error texts
     tasks: dict[str, TaskCount]
     samples: _Size
-    right: _Size  # number of samples whose question the run answered correctly; these samples come first
-    longest: _Size  # input tokens of the longest sample: all but its last token, which is only a label
+    right: _Size  # number of samples that the run answered correctly; they come first
+    longest: _Size  # number of input tokens of the longest sample; its last token is only a label
     layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
     columns: _Size  # number C of router columns in a layer
     width: _Size  # width of an embedding
-    # number K of places for first tokens of choices; None in folders of older versions, which lack choices.npy
+    # number of columns (K) in choices.npy; None in folders of older versions, which lack this file
     choices: Annotated[int, Field(ge=1)] | None = None
-    told: _Size = 0  # number of samples in which only the right choice begins with its first token
-    options: dict[str, JsonValue]  # how the questions were chosen and asked: side, seed, rotations, measure
+    told: _Size = 0  # number of samples in which no wrong choice has the right choice's first token
+    options: dict[str, JsonValue]  # how questions were selected and asked: side, seed, rotations, measure
     digests: dict[str, str]  # digest of each file, by file name
 
     def shapes(self) -> dict[str, tuple[int | None, ...]]:
-        """Returns the required shape of each array file that the folder has; None stands for any length."""
+        """Maps each array file that the folder has to the required shape. None stands for any length."""
         shapes = {
             "tokens.npy": (None,),
             "lengths.npy": (self.samples, 2),
@@ -90,7 +89,7 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
     """Reads `folder`/manifest.json.
 
     Raises:
-        ConfigError: the manifest does not exist; the message has the command that makes a manifest.
+        ConfigError: the manifest does not exist; the error names the command that makes a manifest.
         DataError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST_FILE
@@ -118,8 +117,8 @@ def load_tuning_manifest(folder: str | Path) -> TuningManifest:
 
 
 def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
-    """Returns an error text for each file that is missing, changed, or of another shape than in the manifest. Reads at most
-    4 MiB of each file."""
+    """Returns an error text for each file that is missing, changed, or of another shape than the manifest says. Reads at
+    most 4 MiB of each file."""
     folder, problems = Path(folder), []
     for name in (*manifest.shapes(), "questions.jsonl"):
         path = folder / name
@@ -139,12 +138,12 @@ def file_problems(folder: str | Path, manifest: TuningManifest) -> list[str]:
 
 
 def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
-    """Memory-maps the array file `name`, one of ARRAYS. Raises DataError if the array is missing, not a plain array, or of
-    another shape or type than in the manifest."""
+    """Memory-maps the array file `name`, one of ARRAYS. Raises DataError if the file is missing, is not a plain array, or
+    has another shape or type than the manifest says."""
     path, shape = folder / name, manifest.shapes()[name]
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:  # ValueError means pickled objects or no array
+    except (OSError, ValueError) as error:  # numpy raises ValueError for pickled objects and for files without an array
         raise DataError(f"{path}: cannot be read as a plain array: {error}; {_AGAIN}", see=GUIDE) from error
     fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if array.dtype != ARRAYS[name] or not fits:

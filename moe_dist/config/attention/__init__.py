@@ -1,1 +1,1 @@
-"""The kinds of attention, one file each: keys, rules, and costs of the projections."""
+"""Defines the kinds of attention. Each kind has a file with its keys, its rules and the costs of its projections."""

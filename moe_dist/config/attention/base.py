@@ -1,5 +1,4 @@
-"""The base class of the sections of attention. The methods take the section `model`, which has the sizes for all kinds of
-attention."""
+"""Defines the base class of the sections for attention. Their methods take the section `model`, which has all sizes."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -7,14 +6,14 @@ from typing import Any
 
 from moe_dist.config.base.section import KindSection, Violation
 
-WholeModel = Any  # means `model_schema.ModelSection`, which cannot be imported here (circular import)
+WholeModel = Any  # stands for `model_schema.ModelSection`, whose import here would be circular
 
 
 class AttentionSection(KindSection):
-    """The attention of every layer."""
+    """The kind of attention that every layer uses."""
 
     def violations_of(self, model: WholeModel) -> Iterable[Violation]:
-        """Yields the rules that keys of `model` violate; the keys of a violation are relative to `model`."""
+        """Yields a violation for each rule that `model` breaks. The keys of a violation are relative to `model`."""
         lora, there = model.attention_lora, self.widths(model)
         if lora is not None and (unknown := [target for target in lora.targets if target not in there]):
             problem = (
@@ -25,25 +24,25 @@ class AttentionSection(KindSection):
 
     @abstractmethod
     def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:
-        """Returns the number of inputs and of outputs of each projection."""
+        """Maps the name of each projection to its number of inputs and its number of outputs."""
 
     @abstractmethod
     def num_vectors(self, model: WholeModel) -> int:
-        """Returns the number of an attention layer's parameters that are in no matrix: biases, norms after projections."""
+        """Returns the number of an attention layer's parameters in biases and in norms after projections."""
 
     @abstractmethod
     def score_width(self, model: WholeModel) -> int:
-        """Returns the number of values of a token's queries, and of the attention's output, over all heads together."""
+        """Returns the number of values in a token's queries and in its output before the projection `o`, over all heads."""
 
     @abstractmethod
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
-        """Estimates the number of elements per token that autograd keeps for the operations after the norm of the
-        layer's input. With `frozen` weights autograd keeps no inputs of projections."""
+        """Estimates how many elements per token autograd saves for backward, in the operations after the norm of the
+        layer's input. If the weights are `frozen`, autograd does not save the inputs of projections."""
 
     def rotated(self, model: WholeModel) -> int:
-        """Returns how many of the elements counted by `kept` are not kept if a kernel computes the rotary embedding."""
+        """Returns how many of the elements that `kept` counts are not saved if a kernel computes the rotary embedding."""
         return 0
 
     def norms_again(self, model: WholeModel) -> bool:
-        """Returns whether kernels compute the norm of the layer's input again in backward."""
+        """Returns whether, in backward, kernels recompute the norm of the layer's input."""
         return False

@@ -1,1 +1,1 @@
-"""The base class of all sections, and the unions of kinds."""
+"""Defines the base class of all sections, and makes the unions of kinds."""

@@ -1,10 +1,10 @@
-"""Makes a pydantic union of all kinds of a section: the classes in the files of a package, and the kinds that other
-installed packages offer.
+"""Makes a pydantic union of all kinds of a section. These are the classes in the files of a package of moe_dist, and the
+kinds that other installed packages offer.
 
-A new file in the package adds a kind: there is no list of kinds to edit. Another package offers a kind by an entry
-point in the group `moe_dist.<folder>`, such as `moe_dist.routers`. The entry point's name is the kind, and its value names
-the section's class. Entry points are searched when a configuration has a kind without a file, or when all kinds are listed;
-only the chosen kind, or all listed kinds, are imported. A configuration never names a module to import.
+A new file in the package adds a kind; no list of kinds must be edited. Another package offers a kind through an entry point
+in the group `moe_dist.<folder>`, such as `moe_dist.routers`. The entry point's name is the kind, and its value names the
+section's class. Entry points are searched if a configuration names a kind without a file; then only this kind is imported.
+They are also searched, and all imported, when all kinds are listed. A configuration never names a module to import.
 """
 
 import json
@@ -23,16 +23,16 @@ from pydantic_core.core_schema import SerializationInfo, ValidationInfo
 
 from moe_dist.config.base.section import KindSection
 
-OTHERS = "kind of another package"  # tag of the union's member for the kinds of other packages
-PACKAGE = "package"  # a stored section of such a kind has this additional key: the package's name
+OTHERS = "kind of another package"  # tag of the union member that stands for the kinds of other packages
+PACKAGE = "package"  # additional key of a stored section of such a kind; its value is the package's name
 
 
 class OtherKinds(NamedTuple):
-    """The member of a union that takes the kinds of other packages.
+    """The member of a union that accepts the kinds of other packages.
 
     Attributes:
         group: Group of the entry points.
-        base: All sections derive from this class.
+        base: Class from which all sections of these kinds derive.
     """
 
     group: str
@@ -42,7 +42,7 @@ class OtherKinds(NamedTuple):
         return _entry_points(tuple(sys.path)).select(group=self.group)
 
     def section(self, kind: str) -> type[KindSection]:
-        """Imports the section of an offered kind. Raises ValueError if its package is broken."""
+        """Imports the section class of an offered kind. Raises ValueError if the offering package is broken."""
         found = self.entry_points().select(name=kind)
         if len({point.value for point in found}) > 1:
             packages = " and ".join(sorted(map(_package, found)))
@@ -51,7 +51,7 @@ class OtherKinds(NamedTuple):
         offer = f"the package {_package(point)} offers the kind {kind!r} by {point.value}"
         try:
             section = point.load()
-        except Exception as error:  # the import of another package may raise any error
+        except Exception as error:  # importing another package may raise any error
             raise ValueError(
                 f"{offer}, which cannot be imported ({type(error).__name__}: {error}); repair or uninstall it"
             ) from error
@@ -60,13 +60,13 @@ class OtherKinds(NamedTuple):
         return section
 
     def sections(self) -> dict[str, type[KindSection]]:
-        """Imports the sections of all offered kinds, except the kinds of broken packages."""
+        """Imports the section classes of all offered kinds, except the kinds of broken packages."""
         found = {}
         for kind in sorted(self.entry_points().names):
             try:
                 found[kind] = self.section(kind)
             except ValueError:
-                continue  # reported if a configuration chooses this kind
+                continue  # the error is reported if a configuration chooses this kind
         return found
 
     def __get_pydantic_core_schema__(self, *_: Any) -> CoreSchema:
@@ -86,8 +86,9 @@ class OtherKinds(NamedTuple):
 
 
 def kinds_in(package: ModuleType, base: type[KindSection], *, default: str | None = None) -> Any:
-    """Returns the type of a field that takes a section of any kind; the key `kind` selects the section. All sections derive
-    from `base`, which is in the file `base.py` of `package`. A section without the key `kind` is of the kind `default`."""
+    """Returns the type of a field whose value is a section of any kind. The key `kind` selects the section's class, which
+    derives from `base`, a class in the file `base.py` of `package`. A section without the key `kind` has the kind
+    `default`."""
     names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
     modules = [import_module(f"{package.__name__}.{name}") for name in names]
     sections = {
@@ -108,7 +109,8 @@ def kinds_in(package: ModuleType, base: type[KindSection], *, default: str | Non
 
 
 def kind_or(default: str | None) -> Callable[[Any], str | None]:
-    """Returns a function that returns the kind of a section or of its values, and `default` for values without a kind."""
+    """Returns a function that reads the kind from a section or from a section's plain values. For plain values without a
+    kind, the function returns `default`."""
 
     def kind_in(value: Any) -> str | None:
         kind = value.get("kind", default) if isinstance(value, Mapping) else getattr(value, "kind", None)
@@ -122,8 +124,8 @@ def kind_of(section: type[KindSection]) -> str:
 
 
 @cache
-def _entry_points(path: tuple[str, ...]) -> Any:  # returns SelectableGroups in Python 3.11, EntryPoints in 3.12
-    """Returns the entry points of all packages on `sys.path`. Reads a file of each installed package."""
+def _entry_points(path: tuple[str, ...]) -> Any:  # returns SelectableGroups in Python 3.11, but EntryPoints in 3.12
+    """Returns the entry points of all packages on `sys.path`. Reads one file of each installed package."""
     return entry_points()
 
 

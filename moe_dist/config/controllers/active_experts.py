@@ -17,7 +17,7 @@ from moe_dist.config.controllers.base import ControllerSection
 
 
 class ActiveExpertsSection(ControllerSection):
-    """Keep the mean number of true experts per token at a target by changing the bias (LongCat-Flash)."""
+    """Change the selection bias so that the mean number of true experts per token stays at a target (LongCat-Flash)."""
 
     builds = "moe_dist.moe.balance.active_experts:ActiveExperts"
 
@@ -28,18 +28,19 @@ class ActiveExpertsSection(ControllerSection):
     """Rate of the first step. A bias changes by rate x (target - load) / (k x n); load is the mean number of true experts
     per token."""
     decay_steps: PositiveInt | None = None
-    """Steps after which the rate has halved: the rate is rate / (1 + step / decay_steps). null keeps the rate constant."""
+    """Number of steps after which the rate has halved: it is rate / (1 + step / decay_steps). null: the rate is
+    constant."""
     ramp_steps: Count = 0
-    """Number of steps in which the target moves linearly from all true experts of the group (at most top_k) to `target`, so
-    that a trained model gives up true experts slowly."""
+    """Number of steps in which the target moves linearly to `target` from the largest possible number of true experts per
+    token. A trained model thus gives up true experts slowly."""
     schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
     """Pairs (first step, factor of the targets). [[0, 2.0], [1000, 1.0]] doubles the targets in the first 1,000 steps."""
     proportional: NonNegative = 0.0
-    """Factor of the last error (target - load) in a bias; `rate` is the factor of the sum of all errors. Above 0 the
-    controller is proportional-integral (DTop-p)."""
+    """Factor of the last error (target - load) in a bias, where `rate` is the factor of the sum of all errors. If the
+    factor is above 0, the controller is proportional-integral (DTop-p)."""
     per: Literal["group", "expert"] = "group"
-    """group changes the biases of all true experts of a group by the same amount. expert changes each bias by that expert's
-    own load, which also balances the experts."""
+    """group changes the biases of all true experts of a group by the same amount. expert changes each bias according to its
+    expert's load, which also balances the experts."""
 
     @property
     def targets(self) -> Mapping[str, float]:
@@ -61,8 +62,8 @@ class ActiveExpertsSection(ControllerSection):
 
 
 def _unreachable(target: float, group: Any, router: Any) -> str:
-    """Says why the mean number of true experts per token cannot reach the target, with a fix; empty if the target can be
-    reached."""
+    """Returns the reason why the mean number of true experts per token cannot reach the target, and a fix; an empty text if
+    it can."""
     others = group.num_null + group.num_zero_computation
     least, most = router.active_range(group)
     if least == most == group.top_k and not others:

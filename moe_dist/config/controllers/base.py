@@ -4,10 +4,9 @@ from moe_dist.config.base.section import KindSection
 
 
 class ControllerSection(KindSection):
-    """A controller: after each step it changes the router's selection biases, depending on the experts' loads in this
-    step."""
+    """A controller, which changes the router's selection biases after each step, depending on the experts' loads."""
 
     @property
     def targets(self) -> Mapping[str, float]:
-        """Target of the mean number of true experts (not null or zero-computation) per token, by expert group."""
+        """Maps expert groups to targets of the mean number of true (not null or zero-computation) experts per token."""
         return {}

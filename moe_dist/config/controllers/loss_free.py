@@ -6,8 +6,8 @@ from moe_dist.config.controllers.base import ControllerSection
 
 
 class LossFreeSection(ControllerSection):
-    """After each step, raise the bias of experts below the mean load of their group and lower all other biases
-    (DeepSeek-V3)."""
+    """After each step, raise the selection bias of experts whose load is below their group's mean load, and lower all other
+    biases (DeepSeek-V3)."""
 
     builds = "moe_dist.moe.balance.loss_free:LossFree"
 

@@ -1,1 +1,1 @@
-"""The kinds of dispatcher. Each kind of dispatcher has a file with the kind's keys, requirements and rules."""
+"""Defines the kinds of dispatchers. Each kind has a file with its keys, requirements and rules."""

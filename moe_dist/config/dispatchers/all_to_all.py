@@ -5,15 +5,14 @@ from moe_dist.config.dispatchers.base import DispatchSection
 
 
 class AllToAllDispatchSection(DispatchSection):
-    """Send one row per (token, destination rank), also if the token takes several experts on that rank."""
+    """Send each token at most once to a rank, even if the token chooses several experts on that rank."""
 
     builds = "moe_dist.moe.dispatch.choice:all_to_all"
     replicas = True
 
     kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = False
-    """Compute the rank's own rows and the shared expert during the all-to-all of all other rows, in forward and
-    backward. The overlap doubles the number of expert GEMMs."""
+    """During the all-to-all, compute the shared expert and the rows whose token and expert are on the same rank, in forward
+    and backward. The overlap doubles the number of expert GEMMs."""
     chunks: PositiveInt = 1
-    """Number of chunks into which a layer cuts its tokens. The layer dispatches a chunk while it computes the previous
-    chunk."""
+    """Number of chunks into which a layer divides its tokens. It dispatches a chunk while it computes the previous one."""

@@ -1,5 +1,5 @@
-"""The base classes of the sections of dispatchers. Other code reads the properties of a dispatcher's section and never
-compares `kind`, so that a new kind of dispatcher needs no change elsewhere."""
+"""Defines the base classes of the dispatchers' sections. Other code reads the properties of a section and never compares
+its `kind`, so that a new kind of dispatcher needs no change elsewhere."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -11,21 +11,21 @@ FIX = f"or set {KIND}=all_to_all"
 
 
 class DispatchSection(KindSection):
-    """The exchange that brings rows (hidden vectors of tokens) to the ranks of their experts, and the results back."""
+    """The exchange that sends rows (hidden vectors of tokens) to the ranks of their experts, and the results back."""
 
-    needs_modules: ClassVar[tuple[str, ...]] = ()  # dotted names of Python modules that must be installed
-    source: ClassVar[str] = ""  # the project that these modules come from
-    static: ClassVar[bool] = False  # whether exchanges have fixed sizes, so that the host never learns the numbers of rows
-    needs: ClassVar[tuple[Need, ...]] = ()  # values that the dispatcher needs elsewhere in the configuration
-    each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row, and counts are known before routing
-    replicas: ClassVar[bool] = False  # whether its attribute `planner`, which replicas replace, makes all plans
+    needs_modules: ClassVar[tuple[str, ...]] = ()  # dotted names of the Python modules that the dispatcher needs
+    source: ClassVar[str] = ""  # the project that provides these modules
+    static: ClassVar[bool] = False  # whether exchanges have fixed sizes and the host never learns the numbers of rows
+    needs: ClassVar[tuple[Need, ...]] = ()  # values that the dispatcher needs in other keys of the configuration
+    each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row; counts are then known before routing
+    replicas: ClassVar[bool] = False  # whether the dispatcher works with replicas: its attribute `planner` makes all plans
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from unmet(config, KIND, self.name, self.needs, instead=FIX[3:])
 
     @property
     def name(self) -> str:
-        """The key and value that select this dispatcher, as on the command line."""
+        """The setting that selects this dispatcher, as on the command line."""
         return f"{KIND}={self.kind}"
 
     @property
@@ -35,8 +35,7 @@ class DispatchSection(KindSection):
 
 
 class KernelDispatchSection(DispatchSection):
-    """A dispatcher with the GPU kernels of another project, which send rows in bf16 and whose buffers hold a fixed number
-    of tokens."""
+    """A dispatcher with another project's GPU kernels. They send rows in bf16, and their buffers have fixed sizes."""
 
     needs = (
         ("model.mixture_of_depths", (None,), "its buffers have room for the same number of tokens in each layer"),
@@ -54,6 +53,6 @@ class KernelDispatchSection(DispatchSection):
 
 
 def either(values: list[str]) -> str:
-    """Joins values for an error text, as in `2, 4 or 8`."""
+    """Joins values to a text such as `2, 4 or 8`."""
     *most, last = values
     return f"{', '.join(most)} or {last}" if most else last

@@ -4,15 +4,15 @@ from typing import Literal
 from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
 
-WIDTH = 256  # DeepEP's combine reads a row by the 32 threads of a warp, 16 bytes each
+WIDTH = 256  # in DeepEP's combine, each of the 32 threads of a warp reads 16 bytes of a row
 MOST_CHOICES = 32  # DeepEP uses one thread of a warp for each choice of a token
 
 
 class DeepEPV2DispatchSection(KernelDispatchSection):
-    """Use DeepEP's kernels of V2 (ElasticBuffer); needs the package deep_ep."""
+    """Use the kernels of DeepEP V2 (ElasticBuffer). Needs the package deep_ep."""
 
     builds = "moe_dist.moe.dispatch.deep_ep_v2:DeepEPDispatcher"
-    # V1 of the package deep_ep lacks the module deep_ep.buffers.elastic
+    # DeepEP V1 lacks this module.
     needs_modules = ("deep_ep.buffers.elastic",)
     source = "DeepEP V2 from the main branch of its repository"
 

@@ -8,7 +8,7 @@ from moe_dist.config.dispatchers.base import DispatchSection, either
 
 
 class HierarchicalDispatchSection(DispatchSection):
-    """Send one row per (token, destination node) between nodes, then one row per (token, rank) inside each node."""
+    """Send each token at most once to a node, then, inside the node, at most once to a rank."""
 
     builds = "moe_dist.moe.dispatch.hierarchical:HierarchicalDispatcher"
     replicas = True

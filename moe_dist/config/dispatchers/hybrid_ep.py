@@ -6,10 +6,10 @@ from moe_dist.config.dispatchers.base import FIX, KIND, KernelDispatchSection
 
 
 class HybridEPDispatchSection(KernelDispatchSection):
-    """Use HybridEP's kernels; needs the package deep_ep from its branch hybrid-ep."""
+    """Use the kernels of HybridEP. Needs the package deep_ep from DeepEP's branch hybrid-ep."""
 
     builds = "moe_dist.moe.dispatch.hybrid_ep:HybridEPDispatcher"
-    # HybridEP's extension is a module of its own, which the main branch of DeepEP lacks.
+    # HybridEP's extension is the separate module hybrid_ep_cpp, which DeepEP's main branch lacks.
     needs_modules = ("deep_ep", "hybrid_ep_cpp")
     source = "DeepEP from the branch hybrid-ep of its repository"
 
@@ -19,7 +19,7 @@ class HybridEPDispatchSection(KernelDispatchSection):
         yield from super().violations_in(config)
         train, width = config.train, config.model.hidden_dim
         tokens = train.micro_batch * config.data.seq_len
-        if tokens % 4:  # TMA copies multiples of 16 bytes
+        if tokens % 4:  # TMA copies only multiples of 16 bytes
             problem = (
                 f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
                 f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"

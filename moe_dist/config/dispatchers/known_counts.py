@@ -6,8 +6,8 @@ from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection
 
 
 class KnownCountsDispatchSection(DispatchSection):
-    """Send one row per (token, expert), without a host sync. Works only if the number of tokens that each rank sends to
-    each expert is known before routing."""
+    """Send one row per (token, expert) pair, without a host sync. Works only if routing does not change the number of
+    tokens that each rank sends to each expert."""
 
     builds = "moe_dist.moe.dispatch.known_counts:KnownCountsDispatcher"
     each_pair = True

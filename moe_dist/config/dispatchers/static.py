@@ -8,8 +8,8 @@ from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection
 
 
 class StaticDispatchSection(DispatchSection):
-    """Send rows in exchanges of fixed sizes, padded, without a host sync. More rows than the fixed sizes allow end the
-    run."""
+    """Send rows in exchanges of fixed sizes, with padding, without a host sync. The run ends with an error if there are
+    more rows than a fixed size allows."""
 
     builds = "moe_dist.moe.dispatch.static:StaticDispatcher"
     static = True
@@ -23,8 +23,8 @@ class StaticDispatchSection(DispatchSection):
 
     kind: Literal["static"] = "static"
     room: float = Field(default=1.5, ge=1.0, allow_inf_nan=False)
-    """Largest number of rows and of (token, expert) pairs that a rank can take, as a multiple of the number under even
-    loads. With even loads, all modalities have equally many tokens, and so do all experts of a group."""
+    """Largest number of rows and of (token, expert) pairs that a rank can receive, divided by the number under even loads.
+    Under even loads all modalities have equally many tokens, and all experts of a group have equally many tokens."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         parallel = config.parallel

@@ -1,1 +1,1 @@
-"""The kinds of engine. Each kind of engine has a file with the kind's keys, requirements and rules."""
+"""Defines the kinds of engines. Each kind has a file with its keys, requirements and rules."""

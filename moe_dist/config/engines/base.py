@@ -1,5 +1,4 @@
-"""The base class of the sections of engines. Other code reads the properties of an engine's section and never compares
-`kind`."""
+"""Defines the base class of the engines' sections. Other code reads the sections' properties and never compares `kind`."""
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,39 +9,38 @@ if TYPE_CHECKING:
 
 
 class EngineSection(KindSection):
-    """The engine that computes the training steps: the model over its ranks, forward, backward, and the optimizer.
+    """The engine that computes the training steps. It distributes the model, and runs forward, backward and optimizer.
 
-    `builds` names a context manager that yields a `Training`, and takes an `EngineContext`, which has the whole
-    configuration.
+    `builds` names a context manager. It gets an `EngineContext` with the whole configuration, and yields a `Training`.
     """
 
-    memory: ClassVar[str]  # function like `moe_dist.plan.memory.rank_memory`, as "package.module:function"
-    layouts: ClassVar[str] = ""  # function like `tools.plan_megatron.plan_layouts`, for `moe-dist plan`; empty if `planned`
+    memory: ClassVar[str]  # function with the interface of `moe_dist.plan.memory.rank_memory`, as "module:function"
+    layouts: ClassVar[str] = ""  # for `moe-dist plan`: function like `tools.plan_megatron.plan_layouts`; empty if `planned`
 
     model: ClassVar[str] = "moe_dist.train.build.training:build_transformer"  # function that makes the model
-    hosts: ClassVar[bool] = False  # whether the model is of transformers, named by model.folder or model.family
-    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that must be installed
+    hosts: ClassVar[bool] = False  # whether model.folder or model.family names a transformers model
+    needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that the engine needs
     source: ClassVar[str] = ""  # how to install these modules
-    dense_text: ClassVar[str] = "dense ones on every rank"  # which ranks hold the weights that are not experts
+    dense_text: ClassVar[str] = "dense ones on every rank"  # says which ranks have the dense weights
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
-    passes_logits: ClassVar[bool] = True  # whether a layer gets the router logits of the previous MoE layer
-    passes_token_ids: ClassVar[bool] = True  # whether a layer gets the ids of its tokens
-    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates its steps; if not, it lists `layouts`
+    passes_logits: ClassVar[bool] = True  # whether a layer gets the previous MoE layer's router logits
+    passes_token_ids: ClassVar[bool] = True  # whether a layer gets its tokens' ids
+    planned: ClassVar[bool] = False  # whether `moe-dist plan` simulates steps; if not, it lists `layouts`
 
     def keywords(self) -> dict[str, Any]:
         return {}
 
     @classmethod
     def complete_model(cls, model: dict[str, Any]) -> dict[str, Any]:
-        """Returns the values of the section `model`, completed from what they name."""
+        """Returns the values of the section `model`, completed from the folder or family that they name."""
         return model
 
     def data_ranks(self, parallel: "ParallelSection") -> int:
-        """Number of ranks, or sets of ranks, that read different sequences."""
+        """Number of ranks (or of sets of ranks) that read different sequences."""
         return parallel.ep * parallel.edp
 
     def data_ranks_text(self) -> str:
-        """The formula of `data_ranks` in keys of the configuration, for messages."""
+        """Formula for `data_ranks` in terms of keys, for messages."""
         return "parallel.ep x parallel.edp"
 
     def groups_of_stage(self, parallel: "ParallelSection") -> int:
@@ -50,5 +48,5 @@ class EngineSection(KindSection):
         return parallel.edp
 
     def degrees_text(self) -> str:
-        """Degrees of parallelism besides ep and edp, for a title; empty if there are no other degrees."""
+        """Text with all degrees of parallelism except ep and edp, for a title; empty if there are no others."""
         return ""

@@ -1,4 +1,4 @@
-"""The section of the engine Megatron-Core, and rules for settings that this engine does not support."""
+"""Defines the section of the engine Megatron-Core, and the rules for settings that this engine does not support."""
 
 import sys
 from collections.abc import Iterator
@@ -12,8 +12,7 @@ from moe_dist.config.parallel.section import ParallelSection
 
 KIND = "engine.kind=megatron"
 
-# Keys, the tuple of values that each key may have with this engine, and the reason. Each key names a section or a key of
-# the whole configuration.
+# Entries (key, allowed values, reason): with this engine, the key must have one of the values. A key may be a section.
 NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
     ("train.only", (None,), "all parameters are trained"),
@@ -57,8 +56,9 @@ NEEDED = (
 
 
 class MegatronEngineSection(EngineSection):
-    """Megatron-Core: tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The world
-    size is parallel.ep x parallel.edp, as with the engine `own`. Experts are sharded over the ranks of a pipeline stage."""
+    """Megatron-Core, with tensor, pipeline and context parallelism around this project's MoE layer (docs/megatron.md). The
+    world size is parallel.ep x parallel.edp, as with engine.kind=moe_dist. Experts are sharded over a pipeline stage's
+    ranks."""
 
     builds = "moe_dist.train.build.megatron:megatron_engine"
     memory = "moe_dist.plan.pipeline_memory:stage_memory"
@@ -68,14 +68,14 @@ class MegatronEngineSection(EngineSection):
     tp: Ranks = Field(default=1, description="Ranks that share attention, dense and shared FFNs, and the vocabulary.")
     pp: Ranks = Field(default=1, description="Pipeline stages.")
     vpp: PositiveInt = 1
-    """Parts of the model on each pipeline stage. Above 1 the schedule interleaves these parts, which shortens idle time."""
+    """Number of model parts per pipeline stage. Above 1, the schedule interleaves the parts, which shortens idle time."""
     cp: Ranks = Field(default=1, description="Ranks that share the positions of a sequence.")
     distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel ranks."""
     cpu_trial: bool = False
-    """Run on a CPU with gloo: functions of torch.cuda are replaced in the processes of the ranks. For trials and tests."""
+    """For trials and tests, run on a CPU with gloo. Functions of torch.cuda are replaced in the ranks' processes."""
 
-    # The megatron-core for Python 3.12 imports triton, also on a CPU, but does not list it as a requirement.
+    # On Python 3.12, megatron-core imports triton even on a CPU, but does not list triton as a requirement.
     needs_modules = ("megatron", *(("triton",) if sys.version_info >= (3, 12) else ()))
     own_kernels = False
     passes_logits = False
@@ -179,5 +179,5 @@ class MegatronEngineSection(EngineSection):
 
 
 def _least_factor(together: int, ep: int) -> int:
-    """Returns the smallest number that must divide `edp` so that `together` divides ep x edp."""
+    """Returns the smallest `edp` for which `together` divides ep x edp."""
     return next(edp for edp in range(1, together + 1) if ep * edp % together == 0)

@@ -4,7 +4,7 @@ from moe_dist.config.engines.base import EngineSection
 
 
 class OwnEngineSection(EngineSection):
-    """This project's own engine: expert parallelism with DDP or FSDP2."""
+    """This project's own engine, which combines expert parallelism with DDP or FSDP2."""
 
     builds = "moe_dist.train.build.training:own_engine"
     memory = "moe_dist.plan.memory:rank_memory"

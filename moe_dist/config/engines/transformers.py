@@ -1,4 +1,4 @@
-"""The section of the engine for transformers' models, and rules for settings that this engine does not support."""
+"""Defines the section of the engine for models of transformers, and the rules for settings that it does not support."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from moe_dist.config.engines.base import EngineSection
 
 KIND = "engine.kind=transformers"
 
-# Keys, the tuple of values that each key may have with this engine, and the reason.
+# Entries (key, allowed values, reason): with this engine, the key must have one of the values.
 NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
     ("train.only", (None,), "all parameters are trained"),
@@ -30,8 +30,8 @@ NEEDED = (
 
 
 class TransformersEngineSection(EngineSection):
-    """A mixture-of-experts model of transformers, with its own code, over this project's dispatcher (docs/hf-engine.md).
-    `model` names its folder or family, and nothing else: the sizes follow from the family's configuration."""
+    """Train a mixture-of-experts model of the library transformers, with that library's code and this project's dispatcher
+    (docs/hf-engine.md). The section `model` names only a folder or family, from whose configuration the sizes follow."""
 
     builds = "moe_dist.train.build.hosted:transformers_engine"
     model = "moe_dist.train.build.hosted:build_hosted"

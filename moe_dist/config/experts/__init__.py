@@ -1,1 +1,1 @@
-"""The kinds of expert. Each kind of experts has a file with the kind's keys, properties and rules."""
+"""Defines the kinds of experts. Each kind has a file with its keys, properties and rules."""

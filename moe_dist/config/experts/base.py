@@ -4,21 +4,21 @@ from moe_dist.config.base.section import KindSection
 
 
 class ExpertsSection(KindSection):
-    """The module, such as an FFN, of every true expert: every expert that is not null, identity or constant.
+    """The kind of module, such as an FFN, that every true expert has. Null, identity and constant experts are not true.
 
-    `builds` names the activation of FFNs, the adapter of FFNs with adapters (whose `base` names the activation), or the
-    LoRA experts over one frozen FFN.
+    `builds` names the activation for plain FFNs, the adapter for FFNs with adapters (then `base` names the activation), and
+    the experts' class for LoRA experts over one frozen FFN.
     """
 
-    replicated: ClassVar[bool] = False  # true if every rank holds all experts, so that no row is sent
-    adapts_ffns: ClassVar[bool] = False  # true if experts are the frozen experts of run.init_from, with adapters
-    over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over one FFN per layer, from run.init_from
-    static: ClassVar[bool] = False  # true if they can compute rows whose number the host does not know
-    replicas: ClassVar[bool] = False  # true if they can compute other ranks' experts too, as rank_balance.replicating needs
+    replicated: ClassVar[bool] = False  # true if every rank has all experts, and no row is sent
+    adapts_ffns: ClassVar[bool] = False  # true if experts are frozen FFNs from run.init_from, with adapters
+    over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over a layer's only FFN, from run.init_from
+    static: ClassVar[bool] = False  # true if the experts can compute rows whose number the host does not know
+    replicas: ClassVar[bool] = False  # true if a rank can also compute replicas of experts (rank_balance.replicating)
 
     @property
     def base(self) -> "ExpertsSection":
-        """The section of the experts without adapters on them."""
+        """The section that describes the experts without their adapters."""
         return self
 
     @property
@@ -36,10 +36,10 @@ class ExpertsSection(KindSection):
         return 0
 
     def num_biases(self, hidden_dim: int, ffn_dim: int) -> int:
-        """Returns the number of an expert's parameters that are in no matrix."""
+        """Returns the number of an expert's parameters outside of matrices."""
         return 0
 
     @property
     def input_dropout(self) -> float:
-        """Dropout probability of an expert's inputs in training."""
+        """Probability with which training drops an input value of an expert."""
         return 0.0

@@ -7,8 +7,8 @@ from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
 
 
 class AdaptedClampedFFNExpertsSection(AdaptedFFNExpertsSection):
-    """Each true expert is an expert of the frozen base (run.init_from), with its biases and its clamped SwiGLU, and with
-    LoRA on its matrices. Routers are frozen, too."""
+    """Each true expert is a frozen expert of the base (run.init_from) with biases and clamped SwiGLU, and has LoRA adapters
+    on its matrices. Routers are frozen, too."""
 
     builds = "moe_dist.moe.experts.expert_lora:ExpertLoRA"
     served = "clamped_ffn_lora"

@@ -1,4 +1,4 @@
-"""FFN experts of a frozen base, each with LoRA adapters."""
+"""Defines the section of experts that are FFNs of a frozen base with LoRA adapters."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,8 +12,8 @@ from moe_dist.config.experts.lora import AdapterSection
 
 
 class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
-    """Each true expert is a SwiGLU FFN of the frozen base in run.init_from, with LoRA on its matrices. Routers are frozen,
-    too (PEFT's target_parameters)."""
+    """Each true expert is a frozen SwiGLU FFN of the base (run.init_from), and has LoRA adapters on its matrices. Routers
+    are frozen, too (PEFT's target_parameters)."""
 
     builds = "moe_dist.moe.experts.expert_lora:ExpertLoRA"
     served = "ffn_lora"
@@ -21,7 +21,7 @@ class AdaptedFFNExpertsSection(AdapterSection, ExpertsSection):
 
     kind: Literal["ffn_lora"] = "ffn_lora"
     targets: tuple[Literal["gate_up", "down"], ...] = ("gate_up", "down")
-    """Matrices with an adapter. gate and up share one adapter, because they are one matrix in transformers."""
+    """Matrices that have an adapter. gate and up share one adapter, because transformers stores them as one matrix."""
     shared: bool = Field(default=False, description="One adapter for all experts of a group instead of one for each.")
     shared_expert: bool = Field(default=False, description="LoRA on gate, up and down of the shared expert, too.")
 

@@ -1,5 +1,4 @@
-"""Sections of LoRA adapters (as experts over a frozen FFN, or on the attention), and the rules of
-`train.only=adapters`."""
+"""Defines the sections of LoRA adapters, which are experts or on attention, and the rules of train.only=adapters."""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -31,7 +30,7 @@ NEEDS = (
 
 
 class AdapterSection(Section):
-    """LoRA adapters on some projections."""
+    """LoRA adapters on some of the projections."""
 
     rank: PositiveInt = Field(description="Rank of each adapter (r).")
     alpha: PositiveFloat = Field(description="The output of an adapter is scaled by alpha / rank.")
@@ -48,12 +47,12 @@ class AttentionLoRASection(AdapterSection):
     """LoRA adapters on the attention of every layer."""
 
     targets: tuple[Literal["q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up"], ...] = ("q", "k", "v", "o")
-    """Projections of the attention that have an adapter: q, k, v and o (queries, keys, values, output). Latent attention
-    has the projections q_down and q_up (or q), kv_down, kv_up and o."""
+    """Attention projections that have an adapter. q, k, v and o are the projections of queries, keys, values and output.
+    Latent attention has the projections q_down and q_up (or q), kv_down, kv_up and o."""
 
 
 class LoRAExpertsSection(AdapterSection, ExpertsSection):
-    """The true experts are LoRA adapters over one frozen FFN per layer, which computes every token (LLaVA-MoLE)."""
+    """The true experts of a layer are LoRA adapters over one frozen FFN, which computes every token (LLaVA-MoLE)."""
 
     builds = "moe_dist.moe.experts.lora:LoRAExperts"
     served = "lora"
@@ -62,11 +61,11 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
 
     kind: Literal["lora"] = "lora"
     targets: tuple[Literal["gate", "up", "down"], ...] = ("gate", "up", "down")
-    """Projections of the FFN that have adapters. All adapters of an expert see the same tokens."""
+    """Projections of the FFN that have an adapter. All adapters of an expert compute the same tokens."""
     weight: Literal["probability", "straight_through", "published"] = "probability"
-    """Weight of a chosen expert. probability: its probability p among all columns. straight_through: 1, with the gradient
-    of log p. published: 1 without a gradient, as in the sparse branch of LLaVA-MoLE's public code, so cross entropy does
-    not train the router."""
+    """Weight of a chosen expert. probability: the expert's probability p in the softmax over all columns. straight_through:
+    1, with the gradient of log p. published: 1 without a gradient, as in the sparse branch of LLaVA-MoLE's public code;
+    cross entropy then does not train the router."""
 
     @property
     def input_dropout(self) -> float:
@@ -97,7 +96,7 @@ def _groups(config: WholeConfig) -> Iterator[Violation]:
 
 
 def adapter_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Yields the violated rules of adapters (LoRA experts, `model.attention_lora`) and of `train.only=adapters`."""
+    """Yields a violation for each broken rule about LoRA experts, `model.attention_lora` or `train.only=adapters`."""
     only, rules, there = config.train.only, config.run.init_rules, config.model.has_adapters
     if there and only != "adapters":
         problem = (

@@ -1,1 +1,1 @@
-"""The kinds of optimizers. Each kind of optimizer has a file with the kind's keys and rules."""
+"""Defines the kinds of optimizers. Each kind has a file with its keys and rules."""

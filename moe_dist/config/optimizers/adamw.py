@@ -12,7 +12,7 @@ class AdamWSection(OptimizerSection):
 
     kind: Literal["adamw"] = "adamw"
     backend: Literal["auto", "torch", "apex"] = "auto"
-    """torch is torch's fused AdamW. apex is NVIDIA Apex's FusedAdam. auto takes apex if it is installed, else torch."""
+    """torch: torch's fused AdamW. apex: NVIDIA Apex's FusedAdam. auto: apex if it is installed, else torch."""
 
     def violations(self) -> Iterator[Violation]:
         yield from super().violations()

@@ -14,7 +14,7 @@ class ConstantSchedule(Section):
 
 
 class CosineSchedule(Section):
-    """Linear warm-up, then half a cosine down to min_ratio x lr at the last step."""
+    """Linear warm-up, then half a period of a cosine down to min_ratio x lr at the last step."""
 
     kind: Literal["cosine"] = "cosine"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
@@ -22,7 +22,8 @@ class CosineSchedule(Section):
 
 
 class WsdSchedule(Section):
-    """Warm-up, stable, decay: linear warm-up, then constant, then linear down to min_ratio x lr in the last decay_steps."""
+    """Warm-up, stable, decay (WSD). The learning rate rises linearly, stays constant, then falls linearly to min_ratio x lr
+    in the last decay_steps."""
 
     kind: Literal["wsd"] = "wsd"
     warmup_steps: Count = Field(default=0, description="Steps of linear warm-up from 0.")
@@ -32,23 +33,23 @@ class WsdSchedule(Section):
 
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
-# Largest beta for moments in bf16. A step without a gradient multiplies a moment by beta. Rounding to bf16 undoes a change
-# of less than 0.2 to 0.4 %; beta 0.99 changes the moment by 1 %.
+# Largest beta for moments in bf16. A step with a zero gradient multiplies a moment by beta. Rounding to bf16 undoes changes
+# below 0.2 to 0.4 %, while beta 0.99 changes the moment by 1 %.
 LARGEST_BETA = 0.99
 
 
 class OptimizerSection(KindSection):
-    """The optimizer, its learning rate and the bound of the gradient norm."""
+    """The optimizer, its learning rate and the bound on the gradient norm."""
 
-    orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only the first of AdamW's two moments of matrices
+    orthogonal: ClassVar[bool] = False  # true if, for matrices, the optimizer keeps only AdamW's first moment
 
     lr: PositiveFloat = Field(description="Peak learning rate.")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
     eps: PositiveFloat = Field(default=1e-8, description="AdamW's epsilon.")
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay. Norms, embeddings and routers have none."""
+    """Decoupled weight decay. It does not apply to norms, embeddings and routers."""
     clip_norm: PositiveFloat | None = 1.0
-    """Largest global gradient norm: larger gradients are scaled down to this norm. null disables clipping."""
+    """Largest global gradient norm. Gradients with a larger norm are scaled down to this norm. null: no clipping."""
     schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
     """Learning rate as a function of the step."""
 
@@ -64,8 +65,8 @@ class OptimizerSection(KindSection):
             yield Violation(("moments", "betas"), problem)
 
     def keywords(self) -> dict[str, Any]:
-        """See `KindSection.keywords`. Omits the keys that the optimizer does not get: the training step clips gradients
-        and sets the learning rate, and parameter groups have the weight decay."""
+        """See `KindSection.keywords`. Omits the keys that the optimizer does not get. The training step clips gradients and
+        sets the learning rate, and the weight decay is part of the parameter groups."""
         return self.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
 
     @property

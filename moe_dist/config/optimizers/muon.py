@@ -8,7 +8,7 @@ from moe_dist.config.optimizers.base import OptimizerSection
 
 
 class MuonSection(OptimizerSection):
-    """Muon for the matrices of attention, FFNs and experts. AdamW for embedding, output, norms, routers and vectors."""
+    """Use Muon for matrices of attention, FFNs and experts, and AdamW for embedding, output, norms, routers and vectors."""
 
     builds = "moe_dist.optim.muon:muon"
     orthogonal = True

@@ -1,1 +1,1 @@
-"""The layout of a run over its ranks."""
+"""Defines the sections that lay out a run over its ranks."""

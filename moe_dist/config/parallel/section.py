@@ -1,4 +1,4 @@
-"""The schema of the sections `parallel` and `placement`: how ranks share the work, and which rank holds which expert."""
+"""Defines the sections `parallel` (how ranks share the work) and `placement` (which rank has which expert)."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,72 +26,71 @@ if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection, default="all_to_all")
-LOSS_WORDS = 8192  # words whose logits the loss computes at once, for a vocabulary of more than WHOLE_VOCABULARY words
+LOSS_WORDS = 8192  # default of loss_words for a vocabulary of more than WHOLE_VOCABULARY words
 WHOLE_VOCABULARY = 65_536
-GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements in 16 bytes: grouped GEMM needs row strides that are multiples of 16 bytes
+GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements per 16 bytes; in grouped GEMM, row strides are multiples of 16 bytes
 
 
 class KernelsSection(Section):
-    """Kernels that gather, weight and sum rows around the experts' matrix products. torch: operations of torch. triton:
-    this project's Triton kernels, on CUDA. auto: triton on CUDA where the package triton is installed, else torch."""
+    """Kernels that gather, weight and sum rows before and after the experts' matrix products. torch: operations of torch.
+    triton: this project's Triton kernels, for CUDA. auto: triton on CUDA if the package triton is installed, else torch."""
 
     kind: Literal["auto", "torch", "triton"] = "auto"
 
 
 class ParallelSection(Section):
-    """Distribution of the work over ranks, and precision."""
+    """The distribution of the work over ranks, and the precision."""
 
     ep: Ranks = Field(default=1, description="Number of ranks over which the experts are sharded: an EP group.")
     edp: Ranks = Field(default=1, description="Number of EP groups; each holds all experts. The world size is ep x edp.")
     data: Literal["ddp", "fsdp2"] = "ddp"
     """ddp replicates the parameters that are not experts on all ranks. fsdp2 shards all parameters except routers."""
     fsdp_gather: Literal["micro_batch", "step"] = "micro_batch"
-    """How often fsdp2 gathers parameters and sums gradients over ranks: in each micro_batch, or once in a step. step sends
-    less, but keeps all parameters that a rank computes with (in the compute data type) and their gradients (in fp32) from
-    the first micro-batch to the last."""
+    """How often fsdp2 gathers parameters and sums gradients over ranks: once per micro_batch or once per step. step sends
+    less, but each rank keeps the gathered parameters (in the compute data type) and their gradients (in fp32) in memory
+    from the first micro-batch to the last."""
     recompute: Literal["none", "experts", "block"] = "none"
-    """Activations that backward computes again. experts: activations of the experts' FFNs; no exchange is repeated. block:
-    activations of attention and MoE layers; the dispatch exchange is repeated, but not the routing."""
+    """Activations that backward recomputes. experts: activations of the experts' FFNs, without a second exchange. block:
+    activations of attention and MoE layers; this repeats the dispatch exchange, but not the routing."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Data type of the computation. Master weights and gradient sums are always fp32."""
+    """Data type of the computation. Master weights and sums of gradients are always in fp32."""
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes CUDA if there is a GPU.")
     expert_pair_budget: PositiveInt | None = None
-    """(token, expert) pairs that the experts of a rank compute at once. More pairs are computed in chunks, with
-    recomputation in backward. null: no bound."""
+    """Largest number of (token, expert) pairs that a rank's experts compute at once. More pairs are computed in chunks,
+    which backward recomputes. null: no bound."""
     expert_gemm: Literal["auto", "grouped", "loop"] = "auto"
-    """Matrix products of the experts: torch's grouped GEMM, or a loop over experts. auto takes grouped where the widths
-    allow it and grouped is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
+    """Form of the experts' matrix products. grouped: torch's grouped GEMM. loop: a loop over experts. auto: grouped if the
+    widths allow it and it is faster: on CUDA in bf16, and on a CPU with at least 16 experts of a group per rank."""
     kernels: KernelsSection = KernelsSection()
-    """Kernels around the experts' matrix products."""
+    """Kernels before and after the experts' matrix products."""
     compile: bool = False
-    """Compile norms, projections, dense and shared FFNs and the cross entropy by torch.compile. This fuses their
-    operations, and takes a minute at the start. Attention is compiled on CUDA in any case."""
+    """Use torch.compile for norms, projections, dense and shared FFNs and the cross entropy. This fuses their operations,
+    and costs a minute at the start. On CUDA, attention is always compiled."""
     loss_words: PositiveInt | None = None
-    """Words of the vocabulary whose logits the loss computes at once, for the tokens of one sequence. If the vocabulary has
-    more words, backward computes all logits again (docs/parallelism.md). null: all words of a vocabulary up to 65,536, else
-    8,192."""
+    """Number of vocabulary words whose logits the loss computes at once, for the tokens of one sequence. If the vocabulary
+    has more words, backward recomputes all logits (docs/parallelism.md). null: all words of a vocabulary of up to 65,536
+    words, else 8,192."""
     max_receive_rows: PositiveInt | None = None
     """Largest number of rows that a rank may receive in one layer. More rows raise an error before the buffer is allocated.
-    null: no bound, the largest possible number is (ep - 1) x the tokens of a micro-batch."""
+    null: no bound; the largest possible number is (ep - 1) x the number of tokens of a micro-batch."""
     dispatch: AnyDispatch = Field(default_factory=AllToAllDispatchSection)
-    """Exchange that brings rows to the ranks of their experts and back."""
+    """Exchange that sends rows to the ranks of their experts, and the results back."""
     two_batch_overlap: bool = False
-    """Cut each micro-batch of training into halves, and exchange the rows of one half while the other half is computed.
-    Needs an even train.micro_batch and dispatch.kind=all_to_all (docs/parallelism.md)."""
+    """Divide each training micro-batch into two halves, and exchange the rows of one half while the other half is computed.
+    Needs an even train.micro_batch, and dispatch.kind=all_to_all (docs/parallelism.md)."""
     deterministic: bool = False
-    """Repeat a run bit for bit on the same layout. On CUDA this uses slower kernels without atomic additions, and an
-    operation without a repeatable kernel is an error. A CPU run always repeats."""
+    """Make runs bit-identical on the same layout of ranks. On CUDA this uses slower kernels without atomic additions, and
+    an operation without a deterministic kernel raises an error. Runs on CPUs are always bit-identical."""
     start_seconds: PositiveFloat = 1800.0
-    """Seconds that a rank waits at a start for missing ranks: nodes start at different times, containers and imports may
-    take long, and rank 0 may wait 90 s for an earlier attempt to end. The log names the missing ranks every 30 s."""
+    """Seconds that a rank waits for missing ranks at the start of a run. Nodes start at different times, containers and
+    imports may be slow, and rank 0 may wait 90 s for an earlier attempt to end. The log names missing ranks every 30 s."""
     timeout_seconds: PositiveFloat = Field(default=600.0, description="A collective that takes longer ends the run.")
     watchdog_seconds: PositiveFloat | None = None
-    """Seconds after which the watchdog ends a run that waits for a collective: every rank writes its position, and the
-    report names the rank that the others wait for. null means 0.8 x timeout_seconds, which is also the largest allowed
-    value."""
+    """Seconds after which the watchdog ends a run that hangs in a collective. Every rank writes its position, and a report
+    names the rank for which the others wait. null: 0.8 x timeout_seconds, which is also the largest value."""
     check_exchanges: bool = False
-    """Compare a checksum of every exchanged row; a damaged row is an error with layer, ranks and row. For debugging,
-    because it is slow (docs/parallelism.md)."""
+    """Compare a checksum of every exchanged row. The error for a damaged row names layer, ranks and row. Only for
+    debugging, because the checks are slow (docs/parallelism.md)."""
 
     @property
     def resolved_watchdog_seconds(self) -> float:
@@ -112,8 +111,8 @@ class ParallelSection(Section):
             yield Violation(("watchdog_seconds", "timeout_seconds"), problem)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks that `compile`, `two_batch_overlap` and `expert_gemm: grouped` fit the precision and the widths. Does
-        not check which device this machine has."""
+        """Checks that `compile`, `two_batch_overlap` and `expert_gemm: grouped` are compatible with the precision and the
+        widths. Does not check which device this machine has."""
         if self.compile and config.model.attention_lora is not None:
             problem = (
                 "parallel.compile=true: model.attention_lora draws dropout by the number of the step, for which torch "
@@ -166,7 +165,7 @@ TWO_BATCH_NEEDS = (
 
 
 def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Returns a violation for each setting with which `parallel.two_batch_overlap` cannot be combined."""
+    """Yields a violation for each setting that cannot be combined with `parallel.two_batch_overlap`."""
     parallel, instead = config.parallel, f"set {TWO_BATCH}=false"
     yield from unmet(config, TWO_BATCH, f"{TWO_BATCH}=true", TWO_BATCH_NEEDS, instead=instead)
     if config.train.micro_batch % 2:
@@ -181,11 +180,11 @@ def two_batch_violations(config: WholeConfig) -> Iterator[Violation]:
 
 
 class NodeSection(Section):
-    """Nodes on which the ranks of an expert group must run."""
+    """The nodes on which the ranks of an expert group must run."""
 
     feature: Name | None = None
-    """Slurm: feature that the node must have (--constraint). Ray, if labels is empty: value of the node's label `feature`.
-    null: any node."""
+    """With Slurm: feature that a node must have (--constraint). With Ray, if labels is empty: value that a node's label
+    `feature` must have. null: any node."""
     labels: dict[Label, Label] = Field(
         default_factory=dict, description="Ray: labels that the node must have, name and value."
     )
@@ -193,12 +192,12 @@ class NodeSection(Section):
 
 
 class PinnedGroupSection(Section):
-    """Ranks and nodes of one expert group."""
+    """The ranks and nodes of one expert group."""
 
     ranks: tuple[Count, ...] = ()
-    """Positions in the EP group that hold the group's experts. Empty: the planner chooses them."""
+    """EP ranks that have the group's experts. If empty, the planner chooses the EP ranks."""
     node: NodeSection = Field(default_factory=NodeSection)
-    """Nodes on which the group's ranks must run; by default any node."""
+    """Nodes on which the group's ranks must run; by default all nodes."""
 
 
 class InterleavedSection(Section):
@@ -208,15 +207,14 @@ class InterleavedSection(Section):
 
 
 class PinnedSection(Section):
-    """Each expert group has its own ranks. Ranks that no group names are divided among the other groups, in proportion to
-    the groups' loads."""
+    """Each expert group has separate ranks. Groups that name no ranks share the other ranks in proportion to load."""
 
     policy: Literal["pinned"] = "pinned"
     groups: dict[Name, PinnedGroupSection] = Field(default_factory=dict, description="Ranks of each group, by name.")
 
 
 class ExplicitSection(Section):
-    """The experts of each rank are listed. A rank may have any number of experts, or none."""
+    """The configuration lists the experts of each rank. A rank may have any number of experts, or none."""
 
     policy: Literal["explicit"] = "explicit"
     slots: tuple[tuple[str, ...], ...] = Field(description="Experts of each rank of an EP group, as 'group/index'.")

@@ -1,1 +1,1 @@
-"""The kinds of scaling of rotary frequencies, one file each: keys and rules."""
+"""Defines the ways to scale rotary frequencies. Each kind has a file with its keys and rules."""

@@ -7,7 +7,7 @@ from moe_dist.config.rope.base import RopeScalingSection
 
 
 class DynamicRopeSection(RopeScalingSection):
-    """Raise the base of the frequencies with the length of a sequence that exceeds the original length (dynamic NTK)."""
+    """Raise the base of the frequencies for sequences above the original length, growing with length (dynamic NTK)."""
 
     builds = "moe_dist.model.rope:DynamicScaling"
     served = "dynamic"

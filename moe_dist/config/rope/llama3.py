@@ -8,7 +8,7 @@ from moe_dist.config.rope.base import RopeScalingSection
 
 
 class Llama3RopeSection(RopeScalingSection):
-    """Divide low frequencies by the factor, and keep high frequencies (Llama 3.1, arXiv 2407.21783)."""
+    """Divide low frequencies by the factor, and leave high frequencies unchanged (Llama 3.1, arXiv 2407.21783)."""
 
     builds = "moe_dist.model.rope:Llama3Scaling"
     served = "llama3"

@@ -16,11 +16,11 @@ class YarnRopeSection(RopeScalingSection):
     kind: Literal["yarn"] = "yarn"
     original_max_position_embeddings: PositiveInt = Field(description="Longest sequence of pretraining, in tokens.")
     beta_fast: PositiveFloat = 32.0
-    """A frequency with more rotations than this over the original length stays unchanged."""
+    """A frequency stays unchanged if it makes more than this number of rotations over the original length."""
     beta_slow: PositiveFloat = 1.0
-    """A frequency with fewer rotations than this over the original length is divided by the factor."""
+    """A frequency is divided by the factor if it makes fewer than this number of rotations over the original length."""
     attention_factor: PositiveFloat | None = None
-    """Factor of cosines and sines. null: 0.1 ln(factor) + 1, or the quotient that mscale and mscale_all_dim give."""
+    """Factor of cosines and sines. null: 0.1 ln(factor) + 1, or the quotient that mscale and mscale_all_dim define."""
     mscale: PositiveFloat | None = Field(default=None, description="Factor of ln(factor) in the quotient's numerator.")
     mscale_all_dim: PositiveFloat | None = Field(default=None, description="The same in the quotient's denominator.")
     truncate: bool = Field(default=True, description="Round the two bounds between the frequencies to whole numbers.")

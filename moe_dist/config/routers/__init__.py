@@ -1,1 +1,1 @@
-"""The kinds of router. Each kind of router has a file with the kind's keys, capabilities and rules."""
+"""Defines the kinds of routers. Each kind has a file with its keys, capabilities and rules."""

@@ -1,4 +1,4 @@
-"""The base class of the sections of routers. Other code reads the properties of a router's section and never compares
+"""Defines the base class of the routers' sections. Other code reads the properties of a section and never compares its
 `kind`, so that a new kind of router needs no change elsewhere."""
 
 from collections.abc import Iterator
@@ -13,33 +13,33 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null 
 class RouterSection(KindSection):
     """The rule that assigns tokens to experts.
 
-    The properties return the values for a router with which each token takes top_k columns (one column per expert, null
-    experts included) of its expert group; other kinds of router override the properties. The keys selection_bias,
-    null_logit, normalise, scale and scope mean the same in all kinds that have them.
+    The properties return the values for a router with which each token takes top_k columns of its expert group (one column
+    per expert, null experts included). Other kinds of routers override them. The keys selection_bias, null_logit,
+    normalise, scale and scope have the same meaning in all kinds.
     """
 
-    softmax_top_k: ClassVar[bool] = False  # true if a token takes the top k of one softmax over logits of this layer's rows
-    experts_choose: ClassVar[bool] = False  # true if in training each expert chooses its tokens
-    fixed_choices: ClassVar[bool] = True  # true if each token has top_k (token, expert) pairs, of which some may be absent
-    needs_global_batch_info: ClassVar[bool] = False  # true if a token's choices depend on its place in the global batch
+    softmax_top_k: ClassVar[bool] = False  # true if a token takes the k best of one softmax over this layer's own logits
+    experts_choose: ClassVar[bool] = False  # true if each expert chooses its tokens in training
+    fixed_choices: ClassVar[bool] = True  # true if each token has top_k (token, expert) pairs; some may be absent
+    needs_global_batch_info: ClassVar[bool] = False  # true if choices depend on the token's place in the global batch
     needs_previous: ClassVar[bool] = False  # true if a layer's logits depend on the previous MoE layer's logits
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
-    needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs elsewhere in the configuration
-    adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on its experts
+    needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs in other keys of the configuration
+    adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on experts
 
     @property
     def name(self) -> str:
-        """The key and value that select this router, as on the command line."""
+        """The setting that selects this router, as on the command line."""
         return f"{ROUTER}.kind={self.kind}"
 
     @property
     def said(self) -> str:
-        """The section's keys and values as one line of text."""
+        """The keys and values of the section, as one line of text."""
         return ", ".join(f"{key}: {value}" for key, value in self.model_dump(mode="json").items())
 
     @property
     def has_selection_bias(self) -> bool:
-        """Whether the router has a selection bias, which load controllers change."""
+        """True if the router has a selection bias, which load controllers change."""
         return getattr(self, "selection_bias", False)
 
     @property
@@ -48,7 +48,7 @@ class RouterSection(KindSection):
 
     @property
     def has_logit_bias(self) -> bool:
-        """Whether each column has a learned bias of its logit."""
+        """True if a learned bias is added to each column's logit."""
         return getattr(self, "logit_bias", False)
 
     @property
@@ -58,52 +58,50 @@ class RouterSection(KindSection):
 
     @property
     def normalises_chosen(self) -> bool:
-        """Whether a token's routing weights are divided by their sum over the chosen (or chosen true) experts."""
+        """True if a token's routing weights are divided by their sum over its chosen (or its chosen true) experts."""
         return getattr(self, "normalise", "none") in ("true_chosen", "all_chosen")
 
     @property
     def sum_of_weights(self) -> float | None:
-        """Sum of the routing weights of a token with at least one true expert; None if the sum differs between tokens."""
+        """Sum of the routing weights of each token with at least one true expert; None if this sum differs."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
-        """Returns the shapes of a group's saved tensors besides router rows and biases; the keys are the ends of the
-        tensors' names."""
+        """Maps the ends of names to the shapes of a group's saved tensors, except router rows and biases."""
         return {}
 
     def further_parameters(self, columns: int) -> int:
-        """Number of a group's parameters besides rows and biases in each MoE layer but the first; the group has
-        `columns` columns."""
+        """Returns the number of a group's parameters, except rows and biases, in each MoE layer but the first. The group
+        has `columns` columns."""
         return 0
 
     def equal_score(self, group: Any) -> float:
-        """Returns the score of each column of a group, without biases, if all logits are 0."""
+        """Returns the score, without bias, that each column of a group has if all logits are 0."""
         return 1.0 / (group.num_experts + group.num_null + group.num_zero_computation)
 
     def equal_share(self, group: Any) -> int | None:
-        """Returns N, where scale / N is the weight of each true expert of a group if all scores are equal and a token
-        takes all true experts. Returns None if a token would not take all true experts."""
+        """Returns the N for which scale / N is the weight of each true expert of a group, if all scores are equal. Returns
+        None if a token would not take all true experts of the group."""
         return None
 
     def growth_of_scale(self, parts: int) -> int | None:
-        """Returns the factor by which `scale` must grow if each column becomes `parts` equal columns, so that the equal
-        columns together have the former column's weight; None if tokens would then take other columns."""
+        """Returns the factor by which `scale` must grow if each column is replaced by `parts` equal columns whose weights
+        add up to the weight of the former column. Returns None if tokens would then take other columns."""
         return None
 
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
-        """The ranks whose tokens compete for an expert: only the token's own rank, all ranks of its EP group, or all
-        ranks."""
+        """The ranks whose tokens compete for an expert: one rank, the ranks of an EP group, or all ranks."""
         return getattr(self, "scope", "rank")
 
     @property
     def node_limit(self) -> tuple[int, int]:
-        """Number of node groups of each expert group, and number of node groups whose experts a token may take."""
+        """Number of node groups in each expert group, and largest number of node groups that a token uses."""
         return (1, 1)
 
     def token_share(self, name: str, group: Any, target: float | None = None) -> float | None:
-        """Returns the mean share of a group's tokens that each expert of the group takes; None if each token chooses top_k
-        columns. `target` is the number of true experts per token at which a controller aims."""
+        """Returns the mean fraction of a group's tokens that each expert of the group takes; None if each token chooses
+        top_k columns. `target` is a controller's target for the number of true experts per token."""
         return None
 
     def most_columns(self, group: Any) -> int:
@@ -111,22 +109,23 @@ class RouterSection(KindSection):
         return group.top_k
 
     def active_range(self, group: Any) -> tuple[float, float]:
-        """Returns the least and the largest mean number of true experts per token that a controller can reach."""
+        """Returns the smallest and the largest mean number of true experts per token that a controller can reach."""
         others = group.num_null + group.num_zero_computation
         most = min(group.top_k, group.num_experts)
         return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
 
     def counts_unknown(self) -> str:
-        """Says why the number of tokens that each rank sends to each expert is unknown before routing; empty if the number
-        is known."""
+        """Returns the reason why the number of tokens that each rank sends to each expert is unknown before routing; an
+        empty text if it is known."""
         return f"with {self.name} the tokens choose; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"
 
     def not_causal(self) -> str:
-        """Says why a token's routing in evaluation depends on later tokens, with a fix; empty if routing is causal."""
+        """Returns the reason why a token's routing in evaluation depends on later tokens, and a fix; an empty text if
+        routing is causal."""
         return ""
 
     def file_violations(self, config: WholeConfig) -> Iterator[Violation]:
-        """Checks the files that the section names. A dry run, on a machine that may lack them, does not check them."""
+        """Checks the files that the section names. A dry run omits this check, because its machine may lack the files."""
         yield from ()
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
@@ -146,11 +145,10 @@ class RouterSection(KindSection):
 
 
 class AdaptiveRouterSection(RouterSection):
-    """The base of routers in which the number of columns (experts) that a token takes depends on the token, and is at most
-    the group's top_k. Only controllers with a target may change the selection biases of an adaptive router, because these
-    biases set how many columns a token takes."""
+    """The base of routers that choose the number of columns (experts) for each token, up to the group's top_k. Their
+    selection biases affect this number, so only controllers with a target may change these biases."""
 
-    least_columns: ClassVar[int] = 0  # least number of columns that each token takes
+    least_columns: ClassVar[int] = 0  # smallest number of columns that a token takes
 
     @property
     def has_selection_bias(self) -> bool:

@@ -18,15 +18,15 @@ from moe_dist.config.routers.base import ROUTER, RouterSection
 
 
 class ExpertChoiceRouterSection(RouterSection):
-    """In training each expert chooses its tokens (MoMa). In evaluation each token is routed without other tokens."""
+    """In training, each expert chooses its tokens (MoMa). In evaluation, each token is routed independently."""
 
     builds = "moe_dist.moe.routers.expert_choice:ExpertChoiceRouter"
     served = "expert_choice"
 
-    # Each true expert takes its share of the tokens, whatever other columns take. Other columns therefore cannot lower
-    # the number of a token's true experts, as they can if tokens choose. A null expert would have no effect, because a
-    # token may have no expert anyway. An identity expert would only add s x, and a constant expert s (a1 x + a2 v), to
-    # the output of its tokens.
+    # Each true expert takes a fixed fraction of the tokens, whatever other columns take. Null, identity and constant
+    # experts therefore cannot lower a token's number of true experts, as they can if tokens choose. A null expert would
+    # have no effect, because a token may have no expert anyway. An identity expert would only add s x to the output of its
+    # tokens, and a constant expert s (a1 x + a2 v).
     only_true_experts = True
 
     experts_choose = True
@@ -39,26 +39,24 @@ class ExpertChoiceRouterSection(RouterSection):
 
     kind: Literal["expert_choice"] = "expert_choice"
     capacity: ShareByGroup | None = None
-    """Share of its group's tokens in the selection scope that each expert takes (c): one number, or a number for each
-    named group. Without a number the share is top_k / num_experts: top_k experts take a token on average."""
+    """Fraction of its group's tokens in `scope` that each expert takes (c), as one number or by group. For groups without a
+    number the fraction is top_k / num_experts, with which top_k experts take a token on average."""
     capacity_schedule: tuple[tuple[Count, PositiveFloat], ...] = ((0, 1.0),)
-    """Pairs (first step, factor of the capacities). [[0, 2.0], [1000, 1.0]] doubles the experts per token in the first
-    1,000 steps."""
+    """Pairs (first step, factor of the capacities). [[0, 2.0], [1000, 1.0]] doubles capacities in the first 1,000 steps."""
     scope: Literal["rank", "ep_group", "world"] = "rank"
     """Ranks whose tokens compete for an expert: the micro-batch of one rank, of an EP group, or of all ranks. ep_group and
     world exchange the router's logits in each layer."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
-    """Score by which an expert chooses tokens, also the weight of the expert's output: the sigmoid of the expert's
-    logit (MoMa), or the softmax over the experts of the token's group."""
+    """Score by which an expert chooses tokens; it is also the weight of the expert's output. sigmoid: the sigmoid of the
+    expert's logit (MoMa). softmax: the softmax over the experts of the token's group."""
     noise: NonNegative = 0.0
-    """Scale of the Gumbel-sigmoid noise on the logits in training: sigmoid(x + noise (G' - G'')). MoMa uses 1 after
-    upcycling."""
+    """Scale of Gumbel-sigmoid noise in training: scores are sigmoid(x + noise (G' - G'')). MoMa uses 1 after upcycling."""
     causal: Literal["threshold", "auxiliary"] | None = None
-    """Routing in evaluation, which must not depend on later tokens. threshold: an expert takes tokens whose score is above
-    a running mean of the lowest score that it took in training. auxiliary: auxiliary routers, which a second stage trains
-    (train.only). Required."""
+    """Required. Rule by which evaluation routes tokens without using later tokens. threshold: an expert takes the tokens
+    whose score is above a running mean of the lowest score that it took in training. auxiliary: auxiliary routers, which a
+    second stage trains (train.only), route the tokens."""
     threshold_decay: Decay = 0.99
-    """Decay per step of the running means that give the thresholds; the means cover about 1 / (1 - decay) steps."""
+    """Decay per step of the running means for causal=threshold. The means cover about 1 / (1 - decay) steps."""
 
     @property
     def has_auxiliary_routers(self) -> bool:
@@ -83,7 +81,7 @@ class ExpertChoiceRouterSection(RouterSection):
         yield from unordered(self.capacity_schedule, "capacity_schedule")
 
     def most_columns(self, group: Any) -> int:
-        return group.num_experts  # each expert decides without the other experts
+        return group.num_experts  # each expert chooses independently of other experts
 
     def counts_unknown(self) -> str:
         if self.scope == "rank":
@@ -99,7 +97,7 @@ class ExpertChoiceRouterSection(RouterSection):
         )
 
     def keywords(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"kind", "scope"})  # the caller passes the scope as an object
+        return self.model_dump(exclude={"kind", "scope"})  # the caller passes an object for the scope
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)
@@ -108,7 +106,7 @@ class ExpertChoiceRouterSection(RouterSection):
 
 
 def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Refuses a balance loss, because in expert choice each expert takes its share of tokens anyway."""
+    """Rejects a balance loss, because with expert choice the loads are balanced anyway."""
     schedule = config.loss.balance.schedule
     if any(coefficient for _, coefficient in schedule):
         problem = (
@@ -119,7 +117,7 @@ def _loss(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[V
 
 
 def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Checks that no expert must take more than all tokens, and that groups with a capacity exist."""
+    """Checks that no capacity asks an expert to take more than all tokens, and that the groups in `capacity` exist."""
     name, groups, key = section.name, config.model.moe.groups, f"{ROUTER}.capacity"
     for group_name in section.capacity if isinstance(section.capacity, dict) else ():
         if problem := unknown_name("group", group_name, groups):
@@ -143,8 +141,8 @@ def _groups(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _score(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Refuses settings that a softmax excludes: groups of one expert, whose score would be 1 for every token; noise,
-    which is defined only for sigmoids."""
+    """Rejects two settings that do not work with score=softmax. In a group of one expert, the score would be 1 for every
+    token. Noise is defined only for sigmoids."""
     if section.score != "softmax":
         return
     for group_name, group in config.model.moe.groups.items():
@@ -180,8 +178,8 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Refuses settings that mixture of depths excludes: noise and scopes of several ranks, because only the layer knows
-    which tokens reach the experts; a schedule, because the layer's router does not get the step."""
+    """Rejects three settings that do not work with mixture of depths. Noise and scopes of several ranks fail because only
+    the layer knows which tokens reach the experts. A schedule fails because the layer's router does not get the step."""
     if config.model.mixture_of_depths is None:
         return
     inside = "which tokens reach the experts of such a layer is known only inside the layer"

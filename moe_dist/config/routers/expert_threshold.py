@@ -11,12 +11,12 @@ class ExpertThresholdRouterSection(ExpertChoiceRouterSection):
     builds = "moe_dist.moe.routers.expert_threshold:ExpertThresholdRouter"
     served = "expert_threshold"
 
-    # A narrower type is sound, because fields are frozen.
+    # Narrowing the type is sound, because fields are frozen.
     kind: Literal["expert_threshold"] = "expert_threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     causal: Literal["threshold"] = "threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
-    """Routing in evaluation: by the same thresholds, after a calibration (evaluation.calibration)."""
+    """Evaluation routes by the same thresholds as training, after a calibration (evaluation.calibration)."""
     warmup_steps: PositiveInt = 100
-    """First steps, in which experts choose by competition. In a run with fewer steps, experts choose by competition to the
+    """Number of first steps, in which experts choose tokens as in expert choice. A shorter run uses expert choice to its
     end."""
 
     def counts_unknown(self) -> str:

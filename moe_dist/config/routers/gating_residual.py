@@ -6,8 +6,7 @@ from moe_dist.config.routers.base import RouterSection
 
 
 class GatingResidualRouterSection(RouterSection):
-    """Top-k in which a learned map of the previous MoE layer's logits is added to the logits (the gating residual of
-    MoE++)."""
+    """Top-k with the gating residual of MoE++: a learned map of the previous MoE layer's logits is added to the logits."""
 
     builds = "moe_dist.moe.routers.gating_residual:GatingResidualRouter"
     needs_previous = True

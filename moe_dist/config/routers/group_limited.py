@@ -8,7 +8,7 @@ from moe_dist.config.routers.base import ROUTER, RouterSection
 
 
 class GroupLimitedRouterSection(RouterSection):
-    """Top-k of sigmoid scores + bias among the experts of a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
+    """Each token takes the top_k experts by sigmoid + bias, from only a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
 
     builds = "moe_dist.moe.routers.group_limited:GroupLimitedRouter"
     served = "group_limited"
@@ -16,18 +16,17 @@ class GroupLimitedRouterSection(RouterSection):
 
     kind: Literal["group_limited"] = "group_limited"
     n_group: PositiveInt = 1
-    """Number of node groups into which the true experts of each group are divided, in order. Null and zero-computation
-    experts belong to no node group."""
+    """Number of node groups into which each group's true experts are divided, in order. Null and zero-computation experts
+    belong to no node group."""
     topk_group: PositiveInt = 1
-    """Number of node groups whose experts a token may take. A token uses the node groups with the largest sums of their two
-    best scores."""
+    """Number of node groups from which a token takes experts. These are the node groups whose two best scores have the
+    largest sums."""
     normalise: Literal["true_chosen", "none"] = "true_chosen"
-    """Routing weights. true_chosen: the sigmoids of the chosen experts without null experts, divided by their sum. none:
-    the sigmoids themselves."""
+    """Routing weights. true_chosen: the sigmoids of the chosen true experts, divided by their sum. none: the sigmoids."""
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight (routed_scaling_factor).")
     selection_bias: bool = True
-    """Choose by sigmoid + bias. The bias starts at 0 and does not change the weights; model.moe.balance changes the
-    bias."""
+    """Choose by sigmoid + bias instead of the sigmoid. The bias starts at 0, and model.moe.balance changes it. It does not
+    change the weights."""
 
     @property
     def node_limit(self) -> tuple[int, int]:

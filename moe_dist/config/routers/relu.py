@@ -6,7 +6,7 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 
 
 class ReLURouterSection(AdaptiveRouterSection):
-    """Each token takes the experts with a positive logit, at most top_k, with ReLU(logit) as the weight (ReMoE)."""
+    """Each token takes the experts with positive logits, at most top_k. The weights are ReLU(logit) (ReMoE)."""
 
     builds = "moe_dist.moe.routers.relu:ReLURouter"
     served = "relu"

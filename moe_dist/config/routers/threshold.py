@@ -6,7 +6,7 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 
 
 class ThresholdRouterSection(AdaptiveRouterSection):
-    """Each token takes the experts whose score exceeds the expert's learned threshold, at most top_k (DynMoE)."""
+    """Each token takes the experts for which its score exceeds a learned threshold, at most top_k (DynMoE)."""
 
     builds = "moe_dist.moe.routers.threshold:ThresholdRouter"
     served = "threshold"

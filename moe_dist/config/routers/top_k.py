@@ -8,7 +8,7 @@ from moe_dist.config.routers.base import ROUTER, RouterSection
 
 
 class TopKRouterSection(RouterSection):
-    """Each token takes the top_k experts of one softmax over true, null and zero-computation experts (AdaMoE)."""
+    """Each token takes the top_k best experts of one softmax over true, null and zero-computation experts (AdaMoE)."""
 
     builds = "moe_dist.moe.routers.top_k:TopKRouter"
     served = "top_k"
@@ -21,7 +21,7 @@ class TopKRouterSection(RouterSection):
     all_chosen: all chosen columns. true_all: all columns without null experts. none: all columns of the group."""
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
     null_logit: Literal["each", "single"] = "each"
-    """each: every null expert has its own router row. single: all null experts of a group have the logit of one row."""
+    """each: every null expert has a separate router row. single: a group's null experts share one row and its logit."""
     selection_bias: bool = False
     """Choose by softmax + bias. The bias starts at 0 and does not change the weights (LongCat-Flash, Ernie 4.5)."""
     logit_bias: bool = Field(default=False, description="Add a learned bias to each logit (gpt-oss). No null experts then.")

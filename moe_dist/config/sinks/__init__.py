@@ -1,1 +1,1 @@
-"""The kinds of sink, which show or store a run's records. Each kind of sink has a file with the kind's keys and rules."""
+"""Defines the kinds of sinks, which show or store a run's records. Each kind has a file with its keys and rules."""

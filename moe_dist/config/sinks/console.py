@@ -7,7 +7,7 @@ from moe_dist.config.sinks.base import SinkSection
 
 
 class ConsoleSinkSection(SinkSection):
-    """Show a progress bar on a terminal, and print plain lines if there is no terminal."""
+    """Show a progress bar on a terminal. Without a terminal, print lines of text instead."""
 
     builds = "moe_dist.monitor.sinks.console:ConsoleSink"
 

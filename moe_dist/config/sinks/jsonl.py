@@ -11,5 +11,5 @@ class JsonlSinkSection(SinkSection):
 
     kind: Literal["jsonl"] = "jsonl"
     arrays_every: PositiveInt = 1
-    """Steps between two records that include how often each expert was chosen. These counts take 70 KB per record for 64
-    layers of 128 experts."""
+    """Number of steps between two records that include each expert's number of choices. With 64 layers of 128 experts,
+    these numbers take 70 KB per record."""

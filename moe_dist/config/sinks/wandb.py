@@ -13,4 +13,4 @@ class WandbSinkSection(SinkSection):
     kind: Literal["wandb"] = "wandb"
     project: str = Field(description="Name of the Weights & Biases project.")
     mode: Literal["online", "offline"] = "online"
-    """online sends records over the network; offline writes them to the run folder only."""
+    """online sends records over the network. offline only writes them to the run folder."""
