@@ -264,7 +264,8 @@ def commands_text(commands: Sequence[RankCommand]) -> str:
 
 def paths_of(config: Config) -> dict[str, str]:
     """Returns the paths in a configuration by their keys, without keys whose value is null."""
-    paths = {"run.root": config.run.root, "data.path": config.data.path, "run.init_from": config.run.init_from}
+    paths = {"run.root": config.run.root, "data.path": config.data.path}
+    paths |= {"run.init_from": config.run.init_from, "model.folder": config.model.folder}
     return {key: path for key, path in paths.items() if path is not None}
 
 

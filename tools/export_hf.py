@@ -101,7 +101,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     with new_folder(out) as folder:
         write_folder(model, folder)
         for name in COMPANIONS if source is not None else ():
-            if source is not None and (Path(source) / name).is_file() and not (folder / name).exists():
+            if source is not None and (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, folder / name)
     return run.config.model.family or ""
 

@@ -62,7 +62,10 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
     if values is None:
         return PartialConfig(None, tuple(problems))
     problems += apply_overrides(values, overrides)
-    values = completed(values)
+    try:
+        values = completed(values)
+    except ConfigError as error:
+        problems += error.problems
     read = draft(Config, values)
     return PartialConfig(read.value, (*problems, *_missing_as_one(read.problems)), read.wrong)
 

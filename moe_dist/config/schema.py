@@ -199,7 +199,8 @@ class TrainSection(Section):
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from adapter_violations(config)
-        if self.frozen is not None and (self.only is not None or config.run.init_from is None):
+        untrained = config.run.init_from is None and config.model.folder is None
+        if self.frozen is not None and (self.only is not None or untrained):
             problem = (
                 f"train.frozen={self.frozen}: train.only={self.only} says already what is trained; leave one of the two out"
                 if self.only is not None
@@ -345,6 +346,7 @@ MAY_CHANGE_ON_RESUME: tuple[str, ...] = (
     "monitor",
     "run.root",
     "run.group",
+    "model.folder",  # a run reads its weights at the start only
     "data.path",  # the folder may move, because digests identify its content (formats/split_files.py)
     "data.skip",  # may change only for sequences that the run has not yet reached (train/start/resume.py)
     "router_tuning.data",  # the folder may move, like data.path

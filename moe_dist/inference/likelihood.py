@@ -62,7 +62,7 @@ class Likelihood:
     ) -> None:
         self.model, self._mesh = model.eval(), mesh
         self._maker, self._max_seq_len, self._batch_tokens = SampleMaker(manifest), max_seq_len, batch_tokens
-        self._device = model.embedding.weight.device
+        self._device = next(model.parameters()).device
         self._group_of_modality = torch.tensor(group_of_modality, device=self._device)
 
     @torch.no_grad()

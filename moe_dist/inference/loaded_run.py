@@ -55,6 +55,7 @@ class CheckpointReader:
         if not self._has_base:  # the base is loaded once, because all checkpoints of a run have the same base
             load_base(restored.values, folder, self._manager, self.model, self._layout)
             self._has_base = True
+        self.model.ready()
         return self.model
 
 
@@ -124,6 +125,13 @@ def causal_problems(config: Config) -> list[str]:
     """Returns the reasons why routing depends on later tokens even in evaluation. Such a model cannot generate."""
     problem = config.model.moe.router.not_causal()
     return [problem] if problem else []
+
+
+def generation_problems(config: Config) -> list[str]:
+    """Returns the reasons why this project's generator cannot run the model."""
+    if config.engine.hosts:
+        return ["engine.kind=transformers: export the run (`moe-dist export-hf`), and generate with transformers"]
+    return causal_problems(config)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -294,6 +294,9 @@ class Transformer(nn.Module):
         for module in [*(moe.router for moe in self.moe_modules()), *self.depth_routers()]:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
 
+    def ready(self) -> None:
+        """Is called once all weights are there."""
+
     def units(self) -> Iterator[nn.Module]:
         """Yields the modules that are FSDP2's units: the attention of each layer, and its MoE layer or FFN."""
         for layer in self.layers:

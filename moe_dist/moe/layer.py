@@ -71,8 +71,8 @@ class MoELayer(nn.Module):
             previous_TC=request.previous_TC,
         )
         if self.recompute == "block" and x_TD.requires_grad:
-            return recomputed(self._forward, x_TD, group_T, cache, request.experts_off)
-        return self._forward(x_TD, group_T, cache, request.experts_off)
+            return recomputed(self.with_cache, x_TD, group_T, cache, request.experts_off)
+        return self.with_cache(x_TD, group_T, cache, request.experts_off)
 
     def steps(
         self, x_TD: Tensor, group_T: Tensor, request: RoutingRequest, chain: Chain
@@ -84,7 +84,10 @@ class MoELayer(nn.Module):
         found = yield from self.dispatcher.steps(*routed.inputs, chain, experts=routed.experts, shared=self.shared)
         return self._result(routed, *found, request.experts_off)
 
-    def _forward(self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool) -> tuple[Tensor, LayerReport]:
+    def with_cache(
+        self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool
+    ) -> tuple[Tensor, LayerReport]:
+        """See `forward`. Keeps choices and plan in `cache`, from which a recomputation takes them."""
         repeated = cache.plan is not None  # backward recomputes the block
         routed = self._route(x_TD, group_T, cache)
         found = self.dispatcher.run(*routed.inputs, experts=routed.experts, shared=self.shared, repeated=repeated)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
 from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
-from moe_dist.placement.parameter_names import EXPERTS, OUTPUT_NAME, ROUTERS, NamedParameter, Role, named_parameters
+from moe_dist.placement.parameter_names import EXPERTS, OUTPUT_NAMES, ROUTERS, NamedParameter, Role, named_parameters
 
 MATRIX_MOMENTS = MOMENTS[:1]  # the moment of a matrix if the optimizer orthogonalises updates
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # roles without weight decay; vectors have none either
@@ -36,7 +36,7 @@ def moments_of(named: NamedParameter, *, orthogonal: bool) -> tuple[str, ...]:
     moment, which gives an orthogonalised update. Embedding, output, routers, adapters and vectors have two moments."""
     shape = named.parameter.shape
     stacked = named.role is Role.EXPERT and len(shape) == 3
-    dense = named.role is Role.DENSE and named.name != OUTPUT_NAME and len(shape) == 2 and min(shape) > 1
+    dense = named.role is Role.DENSE and named.name not in OUTPUT_NAMES and len(shape) == 2 and min(shape) > 1
     return MATRIX_MOMENTS if orthogonal and (stacked or dense) else MOMENTS
 
 

@@ -36,7 +36,8 @@ class Role(Enum):
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks
 EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...]; each rank has the e experts placed on it
 ADAPTERS = frozenset({Role.ADAPTER, Role.EXPERT_ADAPTER})
-OUTPUT_NAME = "output.weight"  # name of the output projection, whose role is DENSE
+# names of the output projection, whose role is DENSE: of this project's model, and of transformers' models
+OUTPUT_NAMES = ("output.weight", "family.lm_head.weight")
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
 _GROUP = "group:"  # prefix of an expert group's module name; no attribute name contains a colon

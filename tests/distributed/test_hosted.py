@@ -37,12 +37,14 @@ IN_TEST = {("qwen3_moe", "ep2, fsdp2, recompute=experts"), ("gpt_oss", "uneven, 
 
 def steps(
     rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], bool]:
-    """Returns a report of each of three steps, and whether the family keeps documents of a sequence apart."""
+) -> tuple[list[dict[str, Any]], tuple[bool, bool]]:
+    """Returns a report of each of three steps, whether the family keeps documents of a sequence apart, and whether its
+    scores are sigmoids."""
     torch.set_num_threads(1)
     config = hosted_config(data, root, model, changes)
     with built_run(config, world_size=rank.world_size) as run:
-        return take_steps(run, 0, 3), bool(run.training.parallel.model.packed)
+        hosted: Any = run.training.parallel.model
+        return take_steps(run, 0, 3), (hosted.packed, hosted.moe_modules()[0].router.sigmoid)
 
 
 @pytest.mark.parametrize(
@@ -54,16 +56,54 @@ def test_n_ranks_equal_one(
 ) -> None:
     changes = LAYOUTS[layout]
     world = changes["parallel.ep"] * changes.get("parallel.edp", 1)
-    ((one, packed),) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "1"), of_family(family), ONE)
+    ((one, ready),) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "1"), of_family(family), ONE)
     results = run_in_world(world, steps, str(tiny_data), str(tmp_path / "n"), of_family(family), changes)
+    assert ready == (family not in ("gpt_oss", "lfm2_moe"), family in ("deepseek_v3", "lfm2_moe"))
     for reports, also in results:
-        assert also == packed == (family not in ("gpt_oss", "lfm2_moe"))
+        assert also == ready
         for found, expected in zip(reports, one, strict=True):
             for key in ("loss", "norm", "balance", "z"):
                 assert float(found[key]) == pytest.approx(float(expected[key]), rel=2e-5), key
             assert found["choices"].tolist() == expected["choices"].tolist()
     sent = [reports[-1]["rows"]["rows_remote"] for reports, _ in results]
     assert all(rows > 0 for rows in sent) or changes["parallel.ep"] == 1
+
+
+def without_tokens(rank: RankContext, data: str, root: str, changes: Mapping[str, Any]) -> list[Tensor]:
+    """Takes one step in which every token chooses expert 0, so that the second rank computes nothing. Returns gradients."""
+    torch.set_num_threads(1)
+    config = hosted_config(data, root, of_family("granitemoe"), changes)
+    with built_run(config, world_size=rank.world_size) as run:
+        model: Any = run.training.parallel.model
+        for layer in model.moe_modules():
+            choose = layer.router._choose
+            layer.router._choose = lambda *inputs, choose=choose: _all_zero(choose(*inputs))
+        gradients: list[Tensor] = []
+
+        def keep(*_: Any) -> None:
+            grads = (each.parameter.grad for each in run.training.parallel.parameters)
+            gradients.extend(each.clone() for each in grads if each is not None)
+
+        run.training.step._apply = keep  # pyright: ignore[reportAttributeAccessIssue]
+        take_steps(run, 0, 1)
+        return gradients
+
+
+def _all_zero(chosen: Any) -> Any:
+    first_TK = torch.zeros_like(chosen.true_TK)
+    first_TK[:, 0] = chosen.true_TK[:, 0]
+    return chosen._replace(column_TK=torch.zeros_like(chosen.column_TK), true_TK=first_TK, valid_TK=first_TK)
+
+
+@pytest.mark.parametrize("recompute", ["none", "experts", "block"])
+def test_a_rank_without_tokens_does_not_hang(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, recompute: str
+) -> None:
+    """The first rank has expert 0 and all rows. Backward of the second rank issues the same exchanges, also recomputed."""
+    changes = {**UNEVEN, "parallel.recompute": recompute}
+    first, second = run_in_world(2, without_tokens, str(tiny_data), str(tmp_path), changes)
+    assert any(bool(each.any()) for each in first)
+    assert len(first) == len(second)
 
 
 def own_losses(family: Any, batch: Batch) -> Tensor:

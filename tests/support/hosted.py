@@ -10,14 +10,15 @@ from tests.support.tiny import IMAGE_IDS, tiny_config
 
 _BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 _SIZES = {"vocab_size": IMAGE_IDS[1], "max_position_embeddings": 64, "num_experts_per_tok": 2}
-_NAMED = {"num_experts": 8, "moe_intermediate_size": 16, "intermediate_size": 24}
+_FINE = {"moe_intermediate_size": 16, "intermediate_size": 24}
+_NAMED = {"num_experts": 8, **_FINE}
 _LOCAL = {"num_local_experts": 8, "intermediate_size": 16}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 # Fields of each family's configuration.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_BASE, **_SIZES, **_NAMED, "head_dim": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
     "mixtral": {**_BASE, **_SIZES, **_LOCAL, "head_dim": 8},
-    "olmoe": {**_BASE, **_SIZES, **_NAMED, "eos_token_id": 1},
+    "olmoe": {**_BASE, **_SIZES, "num_experts": 8, "intermediate_size": 16, "eos_token_id": 1},
     "granitemoe": {**_BASE, **_SIZES, **_LOCAL},
     # its attention has a sink, so it runs "eager", which sees earlier documents
     "gpt_oss": {**_BASE, **_SIZES, **_LOCAL, "head_dim": 8, "sliding_window": 16},
@@ -25,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         **_BASE,
         **_SIZES,
-        **_NAMED,
+        **_FINE,
         **_LATENT,
         "num_hidden_layers": 3,
         "num_key_value_heads": 4,

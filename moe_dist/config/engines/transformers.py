@@ -20,6 +20,8 @@ NEEDED = (
     ("parallel.kernels.kind", ("auto", "torch"), "rows are gathered by torch"),
     ("parallel.loss_words", (None,), "the family's own output layer makes all logits"),
     ("parallel.dispatch.kind", ("all_to_all", "hierarchical"), "only these two have been tried with this engine"),
+    ("parallel.expert_gemm", ("auto",), "transformers chooses the experts' matrix products"),
+    ("parallel.expert_pair_budget", (None,), "the family's experts compute all pairs at once"),
     ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
     ("model.moe.router.kind", ("top_k",), "the family's own router chooses the experts"),
     ("model.moe.capacity", (None,), "no token is dropped"),

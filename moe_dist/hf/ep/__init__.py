@@ -6,7 +6,7 @@
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parallel)
 
 The import also registers the parallel style "moe_dist_shard", for experts whose number the ranks do not divide (`style`).
-Needs transformers 5.24 or newer. This is the only package of `moe_dist.hf` that imports transformers.
+Needs transformers 5.24 or newer. Only this package and `moe_dist.hf.host` import transformers.
 """
 
 try:

@@ -24,13 +24,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats, from_host
+from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
 from moe_dist.hf.ep.style import chunks
+from moe_dist.hf.pairs import compute_pairs
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
-from moe_dist.moe.kernels.torch_kernels import accumulation_dtype, gather_rows, weighted_row_sum
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -93,20 +94,7 @@ class MoeDistEP(EPImplementation):
         return y_TD
 
     def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
-        """Returns for each row the weighted sum of its pairs' outputs, [R, D]. The experts see pairs as tokens with one
-        choice of weight 1, so that no choice of another rank reaches them."""
-        rows_RD, row_Q = rows.rows_RD, layout.row_of_pair_Q
-        if not row_Q.shape[0]:
-            # FSDP2 and the norm of gradients need a gradient of each weight on each rank, and other ranks would wait for
-            # them: an empty slice gives a gradient of 0.
-            for weight in self.experts.parameters():
-                rows_RD = rows_RD + weight[:0].sum().to(rows_RD.dtype)
-            return rows_RD
-        x_QD = gather_rows(rows_RD, row_Q)
-        counts = from_host(layout.slot_counts, torch.int64, row_Q.device)
-        expert_Q = torch.arange(len(counts), device=row_Q.device).repeat_interleave(counts, output_size=row_Q.shape[0])
-        y_QD = self.experts_forward(x_QD, expert_Q[:, None], x_QD.new_ones(x_QD.shape[0], 1))
-        return weighted_row_sum(y_QD, rows.weight_Q, row_Q, rows_RD.shape[0]).to(rows_RD.dtype)
+        return compute_pairs(self.experts_forward, self.experts.parameters(), rows, layout)
 
 
 def _num_experts(experts: Any) -> int:

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import nn
 
+from moe_dist.config.base.section import Section, did_you_mean
 from moe_dist.config.json_text import read_json
+from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError
 from moe_dist.moe.routers.recorded import recorded_routers
 
@@ -42,26 +45,50 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
         ConfigError: the folder or family cannot be used; the text says why.
     """
     folder, family, fields = (model.get(key) for key in GIVEN)
-    if family is None:
-        if folder is None:
-            raise ConfigError(
-                "model: engine.kind=transformers needs model.folder, a Hugging Face folder, or model.family and "
-                "model.fields, such as family=qwen3_moe; set one of them",
-                see=GUIDE,
-            )
-        fields = read_fields(Path(folder))
-        family = fields.pop("model_type")
+    if not all(isinstance(each, str | None) for each in (folder, family)) or not isinstance(fields, dict | None):
+        return model  # the schema names the wrong type
+    if folder is not None and (family is None or (Path(folder) / "config.json").is_file()):
+        stored = read_fields(Path(folder))
+        of_folder = stored.pop("model_type")
+        for key, given, found in (("family", family, of_folder), ("fields", fields, stored)):
+            if given and given != found:
+                raise ConfigError(
+                    f"model.{key}: is not that of {folder}/config.json; remove model.{key}, or model.folder", see=GUIDE
+                )
+        family, fields = of_folder, stored
+    elif family is None:
+        raise ConfigError(
+            "model: engine.kind=transformers needs model.folder, a Hugging Face folder, or model.family and "
+            "model.fields, such as family=qwen3_moe; set one of them",
+            see=GUIDE,
+        )
+    elif folder is None:
+        _check_names(family, fields or {})
     found = _sizes(family, json.dumps(fields or {}, sort_keys=True))
     given = {key: value for key, value in model.items() if key not in GIVEN}
-    return {**_joined(given, found, "model"), "folder": folder, "family": family, "fields": fields or {}}
+    joined = _joined(given, found, ModelSection, "model")
+    return {**joined, "folder": folder, "family": family, "fields": fields or {}}
 
 
-def _joined(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns the values that were found, and those given beside them. Only a group's modalities are not the family's."""
+def _check_names(family: str, fields: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a field that the family's configuration does not have: transformers would ignore it."""
+    config = family_config(family, {})
+    known = {*vars(config), *type(config).attribute_map, "head_dim"}  # models read head_dim where it is not declared
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"model.fields.{name}: {family} has no such field{did_you_mean(name, known)}", see=GUIDE)
+
+
+def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str) -> dict[str, Any]:
+    """Returns the values that were found, and those given beside them, which must be defaults: they have no effect. Only
+    the modalities of a group can be chosen."""
     joined = {**given, **found}
     for key, value in given.items():
-        if isinstance(value, dict) and isinstance(found.get(key), dict):
-            joined[key] = _joined(value, found[key], f"{path}.{key}")
+        inner = {"moe": MoESection, GROUP: GroupSection}.get(key)
+        if key == "groups" and isinstance(value, dict):
+            joined[key] = _joined(value, found[key], Section, f"{path}.{key}")
+        elif inner is not None and isinstance(value, dict) and isinstance(found.get(key), dict):
+            joined[key] = _joined(value, found[key], inner, f"{path}.{key}")
         elif key == "modalities":
             joined[key] = value
         elif key in found and value != found[key]:
@@ -70,6 +97,14 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], path: str) -> di
                 "remove the key, or change the family's own field in model.fields",
                 see=GUIDE,
             )
+        elif key not in found and key in schema.model_fields:
+            default = schema.model_fields[key].get_default(call_default_factory=True)
+            if value != to_jsonable_python(default):
+                raise ConfigError(
+                    f"{path}.{key}={value!r}: has no effect with engine.kind=transformers, whose family decides it; remove "
+                    "the key, or change the family's own field in model.fields",
+                    see=GUIDE,
+                )
     return joined
 
 
@@ -129,9 +164,9 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     config = family_config(family, fields)
     try:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-    except ValueError as error:
+    except Exception as error:  # each family checks its fields in its own way
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
-            raise ConfigError(f"model.family={family!r}: not a causal language model: {error}", see=GUIDE) from error
+            raise ConfigError(f"model.family={family!r}: transformers cannot make it: {error}", see=GUIDE) from error
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 

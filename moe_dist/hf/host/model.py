@@ -8,7 +8,7 @@ Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, E expe
 pairs on this rank, R rows on this rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -16,16 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.comm.collectives import from_host
-from moe_dist.hf.host.family import Bank
+from moe_dist.errors import ConfigError
+from moe_dist.hf.host.family import GUIDE, Bank
+from moe_dist.hf.pairs import compute_pairs
 from moe_dist.model.layers import ModelArgs
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout, RunExperts
-from moe_dist.moe.kernels.torch_kernels import accumulation_dtype, gather_rows, weighted_row_sum
+from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.draws import recomputed
-from moe_dist.moe.routing.types import NO_REQUEST, LayerReport, Recompute, RoutingCache, RoutingRequest
+from moe_dist.moe.routing.types import NO_REQUEST, ChosenColumns, LayerReport, Recompute, RoutingCache, RoutingRequest
 from moe_dist.placement.parameter_names import Role
 
 
@@ -87,9 +88,9 @@ class FamilyExperts(nn.Module):
     """Computes rows by a family's module of experts, which holds this rank's stacks. Owns no parameters: the module stays
     in the family's model."""
 
-    def __init__(self, experts: Any, num_local: int) -> None:
+    def __init__(self, experts: Any, num_local: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self._experts, self._forward = (experts,), experts.forward  # in a tuple, so that it is no child
+        self._experts, self._forward, self._dtype = (experts,), experts.forward, dtype  # in a tuple, so that it is no child
         experts.num_experts, experts._is_expert_parallel = num_local, True
 
     def start(self, h_TD: Tensor, *, recompute: bool) -> tuple[Tensor, RunExperts]:
@@ -99,26 +100,23 @@ class FamilyExperts(nn.Module):
         return recomputed(self._compute, rows, layout)
 
     def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
-        """Returns for each row the weighted sum of its pairs' outputs, [R, D]. The experts see pairs as tokens with one
-        choice of weight 1."""
-        rows_RD, row_Q = rows.rows_RD, layout.row_of_pair_Q
-        if not row_Q.shape[0]:
-            # Gradient norms and FSDP2 need a gradient of each weight on each rank. An empty slice gives a gradient of 0.
-            for weight in self._experts[0].parameters():
-                rows_RD = rows_RD + weight[:0].sum().to(rows_RD.dtype)
-            return rows_RD
-        x_QD = gather_rows(rows_RD, row_Q)
-        counts = from_host(layout.slot_counts, torch.int64, row_Q.device)
-        expert_Q = torch.arange(len(counts), device=row_Q.device).repeat_interleave(counts, output_size=row_Q.shape[0])
-        y_QD = self._forward(x_QD, expert_Q[:, None], x_QD.new_ones(x_QD.shape[0], 1))
-        return weighted_row_sum(y_QD, rows.weight_Q, row_Q, rows_RD.shape[0]).to(rows_RD.dtype)
+        (experts,) = self._experts
+        stored = dict(experts._parameters)
+        # Autocast does not cast the weights of grouped products. Gradients go through the casts to the stored weights.
+        cast = {name: None if each is None else each.to(self._dtype) for name, each in stored.items()}
+        experts._parameters.update(cast)
+        try:
+            return compute_pairs(self._forward, (each for each in cast.values() if each is not None), rows, layout)
+        finally:
+            experts._parameters.update(stored)
 
 
 class _Pass:
-    """The inputs of the layers in one forward, and the reports that they have made."""
+    """The inputs of the layers in one forward, their caches, which a recomputation uses again, and their reports."""
 
     def __init__(self, group_T: Tensor, request: RoutingRequest) -> None:
-        self.group_T, self.request, self.reports = group_T, request, list[LayerReport]()
+        self.group_T, self.request = group_T, request
+        self.caches, self.reports = dict[str, RoutingCache](), list[LayerReport]()
 
 
 class HostedModel(nn.Module):
@@ -155,7 +153,7 @@ class HostedModel(nn.Module):
         self._banks, self._pass = tuple(banks), list[_Pass]()  # the innermost pass is the last
         _set_roles(family, banks)
         if recompute == "block":
-            family.gradient_checkpointing_enable({"use_reentrant": False})
+            family.activation_checkpointing_enable({"use_reentrant": False})
         layers = []
         for bank in banks:
             experts = family.get_submodule(bank.experts)
@@ -164,13 +162,15 @@ class HostedModel(nn.Module):
             layer = MoELayer(
                 norm=nn.Identity(),
                 router=FamilyRouter(context),
-                experts=FamilyExperts(experts, len(local)),  # pyright: ignore[reportArgumentType]
+                experts=FamilyExperts(experts, len(local), args.compute_dtype),  # pyright: ignore[reportArgumentType]
                 dispatcher=dispatcher,
                 recompute="experts" if recompute == "experts" else "none",
                 name=f"layers.{bank.layer}",
             )
-            family.get_submodule(bank.router).register_forward_hook(_Keep(layer.router))
-            experts.forward = _Routed(layer, self._pass)
+            router = family.get_submodule(bank.router)
+            router.forward = _InFullPrecision(router.forward)
+            router.register_forward_hook(_Keep(layer.router))
+            experts.forward = _Routed(layer, self._pass, args.compute_dtype)
             layers.append(layer)
         self._layers = tuple(layers)  # in a tuple, because the parameters are the family's
 
@@ -198,7 +198,8 @@ class HostedModel(nn.Module):
                 logits = self.family(input_ids=rows[0], position_ids=rows[1], use_cache=False).logits
         finally:
             self._pass.pop()
-        reports = here.reports
+        reports, here.reports = here.reports, []
+        reports = reports if place_BS is None else [_in_order(each, place_BS.flatten()) for each in reports]
         if request.on_reports is not None:
             request.on_reports(reports)
         logits_BSV = logits if place_BS is None else logits.flatten(0, 1)[place_BS]
@@ -206,6 +207,37 @@ class HostedModel(nn.Module):
             return logits_BSV, reports
         logits_BVS = logits_BSV.transpose(1, 2).to(accumulation_dtype(logits_BSV.dtype))
         return F.cross_entropy(logits_BVS, labels_BS, reduction="none"), reports  # leaves out labels of -100
+
+    def ready(self) -> None:
+        """Finds out, from two short documents in one sequence, whether the family keeps documents apart (`packed`), and
+        whether its scores are sigmoids. Must be called once all weights are there. Collective."""
+        device, length, training = next(self.parameters()).device, 8, self.training
+        ids = torch.arange(2 * length, device=device)[None] % self.args.vocab_size
+        embedded: list[Tensor] = []
+
+        def keep(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[0]
+
+        self.eval()
+        self.packed = True
+        choices: list[Choice] = []
+        router: Any = self.family.get_submodule(self._banks[0].router)
+        hooks = [
+            self.family.get_input_embeddings().register_forward_hook(keep),
+            router.register_forward_hook(lambda _module, _inputs, output: choices.append(Choice(*output[:3]))),
+        ]
+        with torch.enable_grad():
+            logits, _ = self(ids, ids % length, ids // length, torch.zeros_like(ids))
+            (gradient,) = torch.autograd.grad(logits[:, length:].float().square().sum(), embedded)
+        for hook in hooks:
+            hook.remove()
+        self.train(training)
+        # Masked attention gives the embeddings of the other document gradients of exactly 0, in every dtype.
+        self.packed = not gradient[:, :length].any()
+        sigmoid = _by_sigmoid(type(self.family).__name__, choices[0])
+        for layer in self._layers:
+            cast(Any, layer.router).sigmoid = sigmoid
 
     def train(self, mode: bool = True) -> "HostedModel":
         for layer in self._layers:
@@ -250,31 +282,78 @@ class _Keep:
         self._router.choice = Choice(*output[:3])
 
 
+class _InFullPrecision:
+    """The forward of a family's router without autocast, from fp32 inputs."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+
+    def __call__(self, h_TD: Tensor, *more: Any) -> Any:
+        with torch.autocast(h_TD.device.type, enabled=False):
+            return self._forward(h_TD.to(accumulation_dtype(h_TD.dtype)), *more)
+
+
 class _Routed:
     """The forward of a family's module of experts: dispatch, this rank's experts, combine."""
 
-    def __init__(self, layer: MoELayer, passes: list[_Pass]) -> None:
-        self._layer, self._passes, self._last = layer, passes, None
+    def __init__(self, layer: MoELayer, passes: list[_Pass], dtype: torch.dtype) -> None:
+        self._layer, self._passes, self._dtype = layer, passes, dtype
+        self._last: _Pass | None = None
 
     def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         layer, router = self._layer, cast(Any, self._layer.router)
-        if self._passes:
-            self._last = self._passes[-1]  # backward computes a layer again when no pass is open
-        assert self._last is not None
+        again = not self._passes  # backward computes a layer again when no pass is open
+        if not again:
+            self._last = self._passes[-1]
+        here = self._last
+        assert here is not None
+        request = here.request
+        cache = here.caches.setdefault(
+            layer.name, RoutingCache(batch_info=request.batch_info, keep_choices=request.keep_choices)
+        )
         family = router.router if hasattr(router, "router") else router  # a measurement may replace the router
         assert family.choice is not None
         family.choice = family.choice._replace(ids_TK=ids_TK, weights_TK=weights_TK)
-        y_TD, report = layer(h_TD, self._last.group_T, self._last.request)
-        if self._passes:
-            self._last.reports.append(report)
+        y_TD, report = layer.with_cache(h_TD.to(self._dtype), here.group_T, cache, request.experts_off)
+        family.choice = None
+        if not again:
+            here.reports.append(report)
+        if again or not torch.is_grad_enabled():
+            here.caches.pop(layer.name)
         return y_TD.to(h_TD.dtype)
+
+
+def _by_sigmoid(family: str, choice: Choice) -> bool:
+    """Returns whether the weights of chosen experts are proportional to the sigmoids of their logits, and not to their
+    exponentials. Raises ConfigError if the router records no logits."""
+    scores_TE = choice.scores_TE.detach().double()
+    if bool((scores_TE >= 0).all()) and bool(((scores_TE.sum(1) - 1).abs() < 1e-2).all()):
+        raise ConfigError(
+            f"model.family: the router of {family} records probabilities, but this engine makes reports and losses from "
+            "logits; this family cannot be trained by this engine yet",
+            see=GUIDE,
+        )
+    logits_TK = scores_TE.gather(1, choice.ids_TK.long())
+
+    def unequal(scores_TK: Tensor) -> Tensor:
+        ratio_TK = choice.weights_TK.detach().double() / scores_TK
+        return (ratio_TK.amax(1) / ratio_TK.amin(1)).max()
+
+    return bool(unequal(logits_TK.sigmoid()) < unequal(logits_TK.exp()))
+
+
+def _in_order(report: LayerReport, place_T: Tensor) -> LayerReport:
+    """Returns a report whose choices have the order of the packed tokens again."""
+    if report.chosen is None:
+        return report
+    return report._replace(chosen=ChosenColumns(*(each[place_T] for each in report.chosen)))
 
 
 def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Returns the values that the family's own initialisation gives a module's own parameters and buffers, on the host.
     `shapes` replaces the shapes of parameters."""
     shapes = shapes or {name: tuple(each.shape) for name, each in module.named_parameters(recurse=False)}
-    copy = module.__class__.__new__(module.__class__)
+    copy = object.__new__(module.__class__)  # FSDP2's own `__new__` would call `__init__`
     copy.__dict__.update(module.__dict__, _buffers={})
     with torch.device("cpu"):
         copy._parameters = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}

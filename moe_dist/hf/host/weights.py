@@ -56,19 +56,26 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     faults: dict[str, set[str]] = {"unknown": set(), "of another shape": set(), "not converted": set()}
     for slices in by_layer.values():
         settings = LoadStateDictConfig(weight_mapping=deepcopy(mapping), dtype=torch.float32)
-        before = dict(family.named_parameters(remove_duplicate=False))
+        before = _tensors_of(family)
         info, _ = convert_and_load_state_dict_in_model(family, slices, settings)
         missing &= info.missing_keys
         faults["unknown"] |= set(info.unexpected_keys)
         faults["of another shape"] |= {str(each[0]) for each in info.mismatched_keys}
         faults["not converted"] |= set(info.conversion_errors)
-        # The loader makes new parameters. The optimizer, FSDP2 and DDP have the old ones.
-        for name, new in list(family.named_parameters(remove_duplicate=False)):
-            if new is not before[name]:
-                before[name].copy_(new)
+        # The loader makes new tensors, on the host. The optimizer, FSDP2 and DDP have the old ones.
+        for name, new in _tensors_of(family).items():
+            old = before[name]
+            if new is not old:
+                old.copy_(new)
                 owner, _, leaf = name.rpartition(".")
-                family.get_submodule(owner)._parameters[leaf] = before[name]
+                module = family.get_submodule(owner)
+                (module._parameters if leaf in module._parameters else module._buffers)[leaf] = old
     faults["missing"] = missing - set(getattr(family, "all_tied_weights_keys", {}) or {})
+    for what, patterns in {
+        "missing": family._keys_to_ignore_on_load_missing,
+        "unknown": family._keys_to_ignore_on_load_unexpected,
+    }.items():
+        faults[what] = {name for name in faults[what] if not any(re.search(each, name) for each in patterns or ())}
     for what, names in faults.items():
         if names:
             raise ConfigError(
@@ -76,6 +83,11 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
                 "config.json is of these weights",
                 see=GUIDE,
             )
+
+
+def _tensors_of(family: Any) -> dict[str, Any]:
+    """Returns parameters and buffers by name."""
+    return {**dict(family.named_parameters(remove_duplicate=False)), **dict(family.named_buffers(remove_duplicate=False))}
 
 
 class _Slice:

@@ -111,9 +111,10 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     allocate(model, mesh.device)
     local = placement.slots[mesh.ep_rank]
     draw(model, banks_of(model.family), local, config.run.seed)
+    torch.manual_seed(config.run.seed * mesh.world_size + mesh.rank)  # for a family's dropout, which differs on each rank
     parallel = ParallelModel(model, mesh, section.data, fsdp_gather=section.fsdp_gather)
     optimizer = build_optimizer(config, model)
-    model.packed = keeps_documents_apart(model)  # later than all that reads parameters: FSDP2 leaves the last ones gathered
+    model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
     step = TrainingStep(
@@ -127,29 +128,6 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
         load=load,
     )
     yield HostedTraining(parallel, optimizer, step, load=load, config=config, local=local)
-
-
-def keeps_documents_apart(model: HostedModel) -> bool:
-    """Returns whether a token's output depends on its own document alone, in a sequence of two documents. Collective.
-
-    Masked attention gives the other document's embeddings gradients of exactly 0, in every dtype.
-    """
-    device, length = next(model.parameters()).device, 8
-    ids = torch.arange(2 * length, device=device)[None] % model.args.vocab_size
-    embedded: list[Tensor] = []
-
-    def keep(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[0]
-
-    training, model.packed = model.training, True
-    model.eval()
-    hook = model.family.get_input_embeddings().register_forward_hook(keep)
-    logits, _ = model(ids, ids % length, ids // length, torch.zeros_like(ids))
-    (gradient,) = torch.autograd.grad(logits[:, length:].float().square().sum(), embedded)
-    hook.remove()
-    model.train(training)
-    return not gradient[:, :length].any()
 
 
 @torch.no_grad()

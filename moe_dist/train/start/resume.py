@@ -181,7 +181,7 @@ class Resumable:
         self._checkpoints.clear()  # before `latest`, because a suspended process could still commit an unfinished save
         newest = self._checkpoints.latest()
         if newest is None:
-            if (report := self._training.begin()) and self._checkpoints.rank == 0:
+            if (report := self.status.phase("read model.folder", self._training.begin)) and self._checkpoints.rank == 0:
                 print(report)
             if self._config.run.init_from is not None:
                 report = self._begin()

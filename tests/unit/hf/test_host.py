@@ -37,6 +37,8 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
             "model.fields.quantization_config",
         ),
         ({**of_family("qwen3_moe"), "hidden_dim": 64}, "model.hidden_dim=64"),
+        ({**of_family("qwen3_moe"), "norm_eps": 0.1}, "model.norm_eps=0.1"),
+        ({"family": "qwen3_moe", "fields": {"num_expert": 8}}, "model.fields.num_expert"),
         ({"folder": "nowhere"}, "model.folder='nowhere'"),
     ],
 )
