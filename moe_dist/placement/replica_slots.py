@@ -42,7 +42,8 @@ class PlacementWithReplicas(ExpertPlacement):
                 raise ConfigError(f"replicas of layer {layer}: {each} must be sorted, each on a rank without the expert")
 
     def in_layer(self, layer: int) -> ExpertPlacement:
-        """Returns a placement whose replicas are experts of further groups, with the ids E, E + 1, ... as in `ordered`."""
+        """Returns a placement with the layer's replicas as additional experts. Each group gets a second group for its
+        replicas, which have the ids E, E + 1, ... in the order of `ordered`."""
         first, groups = self.num_experts, list(self.groups)
         slots, ids = [list(each) for each in self.slots], itertools.count(first)
         for group in self.groups:

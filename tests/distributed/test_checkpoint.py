@@ -58,7 +58,7 @@ COVER = [
     LAYOUTS[7],
     LAYOUTS[10],
 ]  # `make test` saves from these layouts and loads in READERS; `make test-full` saves from all layouts
-READERS = [LAYOUTS[10]]  # test_muons_moments_load_under_another_layout loads in the first layout
+READERS = [LAYOUTS[10]]  # the test of Muon's moments loads in LAYOUTS[0]
 
 
 class Setup:

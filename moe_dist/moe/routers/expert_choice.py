@@ -226,7 +226,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
         noise = add_noise if self.training and self.noise else None
         factor = self._factor(batch_info)
-        # Rounded, because 49 x 1/49 is below 1 in floating point, and the threshold of an expert is 0 if its capacity is 1.
+        # An expert with share 1 takes all tokens, and its threshold is 0. In floating point 49 x 1/49 is below 1, so round.
         share_E = self.share_E if factor == 1.0 else (factor * self.share_E).round(decimals=15)
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
             tables = self._tables._replace(share_E=share_E)

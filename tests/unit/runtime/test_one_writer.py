@@ -142,8 +142,8 @@ def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> N
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     run: Overtaken, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
-    """A writer that stops while it syncs the new pointer is refused by the next check. A writer that stops after this
-    check finds no pointer file, because the second writer clears the folder before it reads `latest`."""
+    """A writer that stops while it syncs the new pointer is refused by the next check. If a writer is suspended after
+    this check, its pointer file is gone when it goes on: the second writer clears the folder before it reads `latest`."""
     run.save(10, lambda: None)
     sync, looks = os.fsync, itertools.count(1)
 
