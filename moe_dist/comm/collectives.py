@@ -73,8 +73,8 @@ class CommStats:
         return counts.tolist()  # host sync
 
     def start_to_host(self, counts: torch.Tensor) -> Callable[[], list[int]]:
-        """Starts to copy the integers `counts` [n] to the host. Returns a function that returns them as a list. This
-        function may wait for the copy, so call it where the host has already waited for later work of the device."""
+        """Starts to copy the integers `counts` [n] to the host. Returns a function that returns them as a list. The
+        returned function waits for the copy, unless the host has waited for device work that was queued after the copy."""
         if counts.device.type != "cuda":
             return counts.tolist
         host = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)

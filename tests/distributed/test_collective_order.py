@@ -1,5 +1,5 @@
 """FSDP2 gathers and reduces once per layer and pass, in the same order on all ranks, and never between dispatch and
-combine. The router computes in fp32 through FSDP2's mixed precision."""
+combine. The router still computes in fp32 under FSDP2's mixed precision."""
 
 import contextlib
 import re

@@ -1,7 +1,8 @@
 """A rank without torch that does everything in a training except its steps, for tests of clusters and launchers.
 
-It opens the run, checks its place, counts steps, and ends as PRETEND says. PRETEND lists the end of each attempt; the last
-end repeats. With `stop+5 done` the first attempt takes 5 steps and exits with 75, and later ones exit with 0. Ends are:
+It opens the run, checks its place, counts steps, and ends as PRETEND says. PRETEND lists how each attempt ends, in order;
+all later attempts end like the last one. With `stop+5 done` the first attempt takes 5 steps and exits with 75, and later
+ones exit with 0. Ends are:
 
     done       all ranks exit with 0
     stop       all ranks exit with 75 at once; the end `wait` does this only after a stop signal

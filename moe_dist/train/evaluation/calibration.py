@@ -82,7 +82,7 @@ def _seen(
     steps: int,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Returns, for each router, the scores of this rank's tokens [T, n], and the number of tokens selected by each expert
-    or layer, float64 [n]. The scores of all routers take T x N numbers of memory."""
+    or layer, float64 [n]. All scores are in memory at once: T times the sum of n over the routers."""
     scores: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
     taken: dict[ChoosingRouter, list[Tensor]] = {router: [] for router in routers}
 
