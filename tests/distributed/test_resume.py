@@ -128,7 +128,7 @@ KINDS = {
     "two copies under FSDP2": Kind({"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"}),
     "a rank without experts": Kind({"parallel.ep": 4, "placement.policy": "pinned", "train.micro_batch": 1}, 4),
 }  # fmt: skip
-ALWAYS = ("controllers",)
+ALWAYS = ("controllers", "dealt sequences and moved experts")
 RARE = ("Megatron-Core in blocks", "two copies under FSDP2", "a rank without experts")
 
 
