@@ -88,21 +88,27 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     """
     import torch
 
+    from moe_dist.hf.code_checks import refuse_code
     from moe_dist.hf.exporting import new_folder
     from moe_dist.hf.host.weights import write_folder
-    from moe_dist.hf.source import COMPANIONS
+    from moe_dist.hf.source import COMPANIONS, companion
     from moe_dist.inference.loaded_run import find_trained
 
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     run = find_trained(checkpoint, data=data)
     model: Any = run.load(torch.device("cpu"))
-    source = run.config.model.folder
+    source = Path(run.config.model.folder or "")
+    there = run.config.model.folder is not None and source.is_dir()
+    if there:
+        refuse_code(source)
+    elif run.config.model.folder is not None:
+        print(f"model.folder={str(source)!r} is gone: the export has no tokenizer; copy its files from elsewhere")
     with new_folder(out) as folder:
         write_folder(model, folder)
-        for name in COMPANIONS if source is not None else ():
-            if source is not None and (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
+        for name in COMPANIONS if there else ():
+            if (source / name).is_file():
+                shutil.copyfile(companion(source, name), folder / name)
     return run.config.model.family or ""
 
 

@@ -122,7 +122,7 @@ class AllToAll:
         return pending
 
     def exchange(self, items: Tensor, splits: Splits, *, name: str, layer: str = "") -> Tensor:
-        """Exchanges items, such as counts or ids. Waits, and returns the received items [sum(receive), ...]."""
+        """Exchanges items, such as counts or ids. Waits for the received items, and returns them, [sum(receive), ...]."""
         return self.start(items, splits, name=name, layer=layer).wait()
 
 

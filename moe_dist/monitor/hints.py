@@ -107,7 +107,7 @@ def busy_rank(weighted_rows_LR: np.ndarray) -> Iterator[Hint]:
 
 
 def slow_rank(busy_seconds: Sequence[np.ndarray]) -> Iterator[Hint]:
-    """Warns about a rank that computes much longer than the other ranks. The time of waits does not count."""
+    """Warns about a rank that computes much longer than the other ranks. Time spent waiting does not count."""
     known = [each for each in busy_seconds if each.size > 1]
     if len(known) < RECENT:
         return

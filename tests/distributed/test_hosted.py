@@ -19,17 +19,14 @@ from tests.support.engine_run import Run, built_run, take_steps
 from tests.support.hosted import FAMILIES, UNEVEN, hosted_config, of_family
 from tests.support.worlds import RankContext
 
+FSDP2: dict[str, Any] = {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "uneven": {**UNEVEN},
     "uneven, recompute=block": {**UNEVEN, "parallel.recompute": "block"},
-    "fsdp2": {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"},
-    "ep2, fsdp2, recompute=experts": {
-        "parallel.ep": 2,
-        "parallel.edp": 2,
-        "parallel.data": "fsdp2",
-        "parallel.recompute": "experts",
-    },
+    "fsdp2": FSDP2,
+    "ep2, fsdp2, recompute=experts": {**FSDP2, "parallel.ep": 2, "parallel.recompute": "experts"},
     "ep4": {"parallel.ep": 4},
+    "hierarchical": {"parallel.ep": 4, "parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}},
 }
 ONE: dict[str, Any] = {"parallel.ep": 1}
 IN_TEST = {("qwen3_moe", "ep2, fsdp2, recompute=experts"), ("gpt_oss", "uneven, recompute=block"), ("deepseek_v3", "ep4")}
@@ -147,18 +144,24 @@ def _difference(run: Run, own: Any) -> float:
     return float((torch.where(batch.padding_BS, 0.0, losses_BS) - expected_BS).abs().max())
 
 
-@pytest.mark.parametrize("family", [each if each == "deepseek_v3" else full(each) for each in FAMILIES])
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    full_unless(
+        lambda *case: case in {("deepseek_v3", "uneven"), ("granitemoe", "fsdp2")},
+        [(family, layout) for family in FAMILIES for layout in ("uneven", "fsdp2")],
+    ),
+)
 def test_a_folder_is_read_trained_and_written(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str, layout: str
 ) -> None:
-    """Two ranks with 5 and 3 experts begin with transformers' own losses. The trained model, written from a checkpoint,
-    loads in transformers with the losses that one rank has after it has loaded this checkpoint."""
+    """Two ranks with 5 and 3 experts, or shards of all experts, begin with transformers' own losses. The trained model,
+    written from a checkpoint, loads in transformers with the weights that one rank loads from this checkpoint."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(0)
     folder, out = tmp_path / "folder", tmp_path / "out"
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
-    for difference, _ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), UNEVEN):
+    for difference, _ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), LAYOUTS[layout]):
         assert difference < 2e-6
     run = find_trained(tmp_path / "tiny")
     model: Any = run.load(torch.device("cpu"))
@@ -167,8 +170,8 @@ def test_a_folder_is_read_trained_and_written(
     expected, found = model.family.state_dict(), trained.state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    changed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    assert any(not torch.equal(found[name], changed[name]) for name in found)
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert any(not torch.equal(found[name], before[name]) for name in found)
 
 
 def resumed(
@@ -194,7 +197,7 @@ def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, 
     more = {"optimizer.kind": optimizer, "loss.balance.scope": "step"}
     whole = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**UNEVEN, **more}, 2)[0][2:]
     again = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**UNEVEN, **more}, None)[0]
-    other = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**LAYOUTS["fsdp2"], **more}, None)[0]
+    other = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**FSDP2, **more}, None)[0]
     for key in ("loss", "norm", "balance"):
         assert [each[key] for each in again] == [each[key] for each in whole], key
         assert [float(each[key]) for each in other] == pytest.approx([float(each[key]) for each in whole], rel=1e-5), key

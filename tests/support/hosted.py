@@ -8,37 +8,26 @@ from moe_dist.config.load import completed
 from moe_dist.config.schema import Config
 from tests.support.tiny import IMAGE_IDS, tiny_config
 
-_BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-_SIZES = {"vocab_size": IMAGE_IDS[1], "max_position_embeddings": 64, "num_experts_per_tok": 2}
+_COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_COMMON |= {"vocab_size": IMAGE_IDS[1], "max_position_embeddings": 64, "num_experts_per_tok": 2}
 _FINE = {"moe_intermediate_size": 16, "intermediate_size": 24}
 _NAMED = {"num_experts": 8, **_FINE}
 _LOCAL = {"num_local_experts": 8, "intermediate_size": 16}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 # Fields of each family's configuration.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {**_BASE, **_SIZES, **_NAMED, "head_dim": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
-    "mixtral": {**_BASE, **_SIZES, **_LOCAL, "head_dim": 8},
-    "olmoe": {**_BASE, **_SIZES, "num_experts": 8, "intermediate_size": 16, "eos_token_id": 1},
-    "granitemoe": {**_BASE, **_SIZES, **_LOCAL},
+    "qwen3_moe": {**_COMMON, **_NAMED, "head_dim": 8, "num_experts_per_tok": 3, "norm_topk_prob": True},
+    "mixtral": {**_COMMON, **_LOCAL, "head_dim": 8},
+    "olmoe": {**_COMMON, "num_experts": 8, "intermediate_size": 16, "eos_token_id": 1},
+    "granitemoe": {**_COMMON, **_LOCAL},
     # its attention has a sink, so it runs "eager", which sees earlier documents
-    "gpt_oss": {**_BASE, **_SIZES, **_LOCAL, "head_dim": 8, "sliding_window": 16},
+    "gpt_oss": {**_COMMON, **_LOCAL, "head_dim": 8, "sliding_window": 16},
     # a dense first layer, sigmoid scores, a selection bias, a shared expert
-    "deepseek_v3": {
-        **_BASE,
-        **_SIZES,
-        **_FINE,
-        **_LATENT,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": {**_COMMON, **_FINE, **_LATENT, **_GROUPS, "num_hidden_layers": 3, "num_key_value_heads": 4},
     # convolutions see earlier documents; tied embeddings
     "lfm2_moe": {
-        **_BASE,
-        **_SIZES,
+        **_COMMON,
         **_NAMED,
         "num_hidden_layers": 3,
         "num_dense_layers": 1,
@@ -60,7 +49,7 @@ UNEVEN: Mapping[str, Any] = {
 
 def hosted_config(data: str | Path, root: str | Path, model: Mapping[str, Any], changes: Mapping[str, Any]) -> Config:
     """Returns the configuration of a run of 4 steps of 2 ranks. `model` names a folder, or a family and its fields."""
-    section = {**model, "moe": {"groups": {"experts": {"modalities": ["text", "image"]}}}}
+    section = {"moe": {"groups": {"experts": {"modalities": ["text", "image"]}}}, **model}
     section = completed({"engine": CHANGES["engine"], "model": section})["model"]
     return tiny_config(Path(data), Path(root), {**CHANGES, "model": section, **changes})
 

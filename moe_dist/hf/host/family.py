@@ -17,16 +17,16 @@ from pydantic_core import to_jsonable_python
 from torch import nn
 
 from moe_dist.config.base.section import Section, did_you_mean
-from moe_dist.config.json_text import read_json
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.hf.code_checks import refuse_code
+from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
-LEAST = (5, 24)  # version of transformers
+LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
-_MOST_BYTES = 1 << 20
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -86,6 +86,11 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
     for key, value in given.items():
         inner = {"moe": MoESection, GROUP: GroupSection}.get(key)
         if key == "groups" and isinstance(value, dict):
+            if more := value.keys() - {GROUP}:
+                raise ConfigError(
+                    f"{path}.groups.{min(more)}: engine.kind=transformers has one group, {GROUP}; remove the others",
+                    see=GUIDE,
+                )
             joined[key] = _joined(value, found[key], Section, f"{path}.{key}")
         elif inner is not None and isinstance(value, dict) and isinstance(found.get(key), dict):
             joined[key] = _joined(value, found[key], inner, f"{path}.{key}")
@@ -109,31 +114,30 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Returns the fields of a folder's config.json. Raises ConfigError if it is unreadable or would run code."""
-    path, where = folder / "config.json", f"model.folder={str(folder)!r}"
+    """Returns the fields of a folder's config.json. Raises ConfigError if it cannot be read, or if a configuration file of
+    the folder could make a library run code."""
+    if not folder.is_dir():
+        raise ConfigError(f"model.folder={str(folder)!r}: no such folder; name a Hugging Face folder", see=GUIDE)
     try:
-        fields = read_json(path, most_bytes=_MOST_BYTES)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {path} cannot be read: {error}; name a Hugging Face folder") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise ConfigError(f"{where}: {path} has no model_type; name a Hugging Face folder of a model")
-    if "auto_map" in fields:
-        raise ConfigError(
-            f"{where}: auto_map in {path} would run code of the folder; take a model that transformers itself has, and "
-            "remove the key",
-            see=GUIDE,
-        )
+        refuse_code(folder)
+        fields = read_configuration(folder, CONFIG_FILE)
+    except MoeDistError as error:
+        raise ConfigError([f"model.folder: {problem}" for problem in error.problems], see=GUIDE) from error
+    if not isinstance(fields.get("model_type"), str):
+        raise ConfigError(f"model.folder={str(folder)!r}: its {CONFIG_FILE} has no model_type; name the folder of a model")
     return {key: value for key, value in fields.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
 
 
 def _check_version() -> None:
-    from importlib.metadata import version
+    from transformers import __version__
+    from transformers.utils.versions import require_version
 
-    found = version("transformers")
-    if tuple(int(part) for part in found.split(".")[:2]) < LEAST:
+    try:
+        require_version(f"transformers>={LEAST}")
+    except ImportError as error:
         raise ConfigError(
-            f"engine.kind=transformers: transformers {found} is too old; install {LEAST[0]}.{LEAST[1]} or newer", see=GUIDE
-        )
+            f"engine.kind=transformers: transformers {__version__} is too old; install {LEAST} or newer", see=GUIDE
+        ) from error
 
 
 def family_config(family: str, fields: Mapping[str, Any]) -> Any:
@@ -198,9 +202,14 @@ def banks_of(model: nn.Module) -> list[Bank]:
 
 @cache
 def _sizes(family: str, fields_json: str) -> dict[str, Any]:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    with torch.device("meta"):
-        model = empty_model(family, json.loads(fields_json))
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.ERROR)  # each rank would repeat its warnings about the configuration
+    try:
+        with torch.device("meta"):
+            model = empty_model(family, json.loads(fields_json))
+    finally:
+        log.setLevel(level)
     banks, config = banks_of(model), model.config.get_text_config()
     experts, router = model.get_submodule(banks[0].experts), model.get_submodule(banks[0].router)
     shapes = {tuple(each.shape) for bank in banks for each in model.get_submodule(bank.experts).parameters()}

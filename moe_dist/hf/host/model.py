@@ -31,8 +31,7 @@ from moe_dist.placement.parameter_names import Role
 
 
 class Choice(NamedTuple):
-    """The output of a family's router: scores [T, E], which are logits or probabilities, and the chosen experts' weights
-    and ids [T, K]."""
+    """The output of a family's router: logits [T, E], and the weights and ids of the chosen experts [T, K]."""
 
     scores_TE: Tensor
     weights_TK: Tensor
@@ -288,9 +287,9 @@ class _InFullPrecision:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self._forward = forward
 
-    def __call__(self, h_TD: Tensor, *more: Any) -> Any:
+    def __call__(self, h_TD: Tensor, *more: Any, **named: Any) -> Any:
         with torch.autocast(h_TD.device.type, enabled=False):
-            return self._forward(h_TD.to(accumulation_dtype(h_TD.dtype)), *more)
+            return self._forward(h_TD.to(accumulation_dtype(h_TD.dtype)), *more, **named)
 
 
 class _Routed:

@@ -11,14 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe_dist.config.json_text import read_json
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE
 from moe_dist.hf.host.model import HostedModel
+from moe_dist.hf.source import open_source
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _LAYER = re.compile(r"\blayers\.\d+\.")
-_MOST_INDEX_BYTES = 1 << 26
 
 
 @torch.no_grad()
@@ -27,6 +26,7 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     conversion names and joins the tensors. Host memory holds the tensors of one layer at a time.
 
     Raises:
+        DataError: files are missing, damaged, pickled or quantised (`open_source`).
         ConfigError: tensors are missing, unknown, or of another shape than the configuration says.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -111,11 +111,11 @@ class _Slice:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the name and the slice of each tensor in the folder's files. Reads no values."""
-    for path in _files(folder):
-        file = safe_open(path, framework="pt")
-        for name in file.offset_keys():
-            yield name, file.get_slice(name)
+    """Yields the name and the slice of each tensor in the folder's files. Reads headers and no values."""
+    source = open_source(folder)
+    files = {name: safe_open(folder / name, framework="pt") for name in source.files}
+    for name, stored in source.tensors.items():
+        yield name, files[stored.file].get_slice(name)
 
 
 def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool) -> tuple[str, Any] | None:
@@ -130,19 +130,6 @@ def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool
     if int(expert[1]) not in local:
         return None
     return f"{name[: expert.start(1)]}{local.index(int(expert[1]))}{name[expert.end(1) :]}", _Slice(tensor, None)
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index, most_bytes=_MOST_INDEX_BYTES)["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    paths = [folder / name for name in names]
-    for path in paths:
-        if path.parent != folder or not path.is_file():
-            raise ConfigError(f"model.folder={str(folder)!r}: no file {path}; take a whole folder with safetensors files")
-    return paths
 
 
 def write_folder(model: HostedModel, out: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config.load import load_config
+from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.plan.policies import expert_groups, replicated_placement
@@ -40,6 +40,7 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
         ({**of_family("qwen3_moe"), "norm_eps": 0.1}, "model.norm_eps=0.1"),
         ({"family": "qwen3_moe", "fields": {"num_expert": 8}}, "model.fields.num_expert"),
         ({"folder": "nowhere"}, "model.folder='nowhere'"),
+        ({**of_family("qwen3_moe"), "moe": {"groups": {"image": {}}}}, "model.moe.groups.image"),
     ],
 )
 def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
@@ -47,10 +48,20 @@ def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -
         hosted_config(tmp_path, tmp_path, model, {})
 
 
-def test_code_in_a_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "auto_map": {"AutoModel": "evil.Model"}}))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_folder_is_refused(tmp_path: Path, name: str) -> None:
+    """An export would copy the tokenizer's configuration."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (tmp_path / name).write_text(json.dumps({"model_type": "qwen3_moe", "auto_map": {"AutoModel": "evil.Model"}}))
     with refused(ConfigError, "auto_map"):
         hosted_config(tmp_path, tmp_path, {"folder": str(tmp_path)}, {})
+
+
+def test_a_resolved_configuration_is_read_again(tmp_path: Path) -> None:
+    config = hosted_config(tmp_path, tmp_path, of_family("deepseek_v3"), {})
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved_yaml(config))
+    assert load_config(path) == config
 
 
 def test_own_engine_trains_no_folder(tmp_path: Path) -> None:
