@@ -24,7 +24,7 @@ from moe_dist.plan.preflight import data_set_problems
 from tests.support.damage import KINDS, damage
 from tests.support.fake_ranks import load_all, save_all
 from tests.support.small_run import SmallRun
-from tests.support.special_files import SPECIAL, at_once
+from tests.support.special_files import SPECIAL, reads_little
 from tests.support.tiny import tiny_dataset
 
 SEED = 20_260_726
@@ -73,10 +73,10 @@ def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path:
     folder = shutil.copytree(good / "step_4", tmp_path / "step_4")
     (folder / name).unlink()
     SPECIAL[kind](folder / name)
-    with at_once():
+    with reads_little():
         found = verify(folder)[1]
     assert any(problem.file == name and "is no regular file" in problem.detail for problem in found), found
-    with at_once(), pytest.raises(DataError, match=name):
+    with reads_little(), pytest.raises(DataError, match=name):
         load_all(states(good, 1), folder)
 
 

@@ -20,7 +20,7 @@ from moe_dist.checkpoint.index import (
 from moe_dist.checkpoint.state import TensorSpec
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
-from tests.support.special_files import at_once
+from tests.support.special_files import reads_little
 
 
 def entry(shape: tuple[int, ...], *boxes: tuple[tuple[int, ...], tuple[int, ...]], dtype: str = "F32") -> Entry:
@@ -95,7 +95,7 @@ def test_a_gigantic_file_is_refused_at_once_and_in_few_words(
     tmp_path: Path, model: type[StoredModel], text: str, told: str
 ) -> None:
     (tmp_path / "file.json").write_text(text)
-    with at_once(), refused(DataError, told, golden=False) as raised:
+    with reads_little(), refused(DataError, told, golden=False) as raised:
         read_stored(tmp_path / "file.json", model)
     assert len(str(raised.value)) < 1000
 

@@ -8,7 +8,7 @@ from PIL import Image
 from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
-from tests.support.special_files import at_once
+from tests.support.special_files import reads_little
 
 
 def test_texts_of_a_folder(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
     (tmp_path / "texts/a.txt").write_text("hello")
     with (tmp_path / name).open("wb") as stream:
         stream.truncate(6 << 30)  # a sparse file, without blocks on the disk
-    with at_once(), pytest.raises(DataError, match=name):
+    with reads_little(), pytest.raises(DataError, match=name):
         text_files("t", tmp_path / name.partition("/")[0], "")
 
 

@@ -9,7 +9,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.training import build_loader
-from tests.support.special_files import SPECIAL, at_once
+from tests.support.special_files import SPECIAL, reads_little
 from tests.support.tiny import tiny_config
 
 FILES = ["manifest.json", "captions_train.bin", "prose_valid.idx", "captions_train.filler"]
@@ -18,7 +18,7 @@ FILES = ["manifest.json", "captions_train.bin", "prose_valid.idx", "captions_tra
 def test_a_manifest_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
     with (tmp_path / "manifest.json").open("wb") as stream:
         stream.truncate(5 << 30)  # a sparse file, without blocks on the disk
-    with at_once(), pytest.raises(DataError, match="is larger than"):
+    with reads_little(), pytest.raises(DataError, match="is larger than"):
         load_manifest(tmp_path)
 
 
@@ -29,5 +29,5 @@ def test_a_special_file_is_refused_by_name_within_a_second(tiny_data: Path, tmp_
     (data / name).unlink()
     SPECIAL[kind](data / name)
     config = tiny_config(data, tmp_path / "runs")
-    with at_once(), pytest.raises((ConfigError, DataError), match=name):
+    with reads_little(), pytest.raises((ConfigError, DataError), match=name):
         build_loader(config, check(config).manifest, rank=0, world_size=1).batches(0)

@@ -21,7 +21,7 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from tests.support.messages import refused
-from tests.support.special_files import SPECIAL, at_once
+from tests.support.special_files import SPECIAL, reads_little
 from tests.support.tiny import tiny_config
 
 ENV = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="first")
@@ -79,7 +79,7 @@ def plant(run: RunFolder, name: str, kind: str) -> Path:
 @pytest.mark.parametrize("name", READ_BY_STATUS)
 def test_the_state_of_a_run_is_shown_whatever_another_user_puts_there(run: RunFolder, name: str, kind: str) -> None:
     plant(run, name, kind)
-    with at_once():
+    with reads_little():
         found = read_progress(run.path)
         console = Console(width=200, file=io.StringIO())
         console.print(many_runs([found]), one_run(found))
@@ -98,7 +98,7 @@ def test_deeply_nested_json_is_damage(run: RunFolder, name: str) -> None:
 def test_a_resume_is_refused_by_the_files_name(run: RunFolder, name: str, kind: str) -> None:
     config = tiny_config(run.path.parents[1] / "data", run.path.parent)
     path = plant(run, name, kind)
-    with at_once(), pytest.raises((ConfigError, DataError)) as error:
+    with reads_little(), pytest.raises((ConfigError, DataError)) as error:
         run.open(config, ENV)
     assert str(path) in str(error.value)
     assert error.value.exit_code in (65, 78)
@@ -108,7 +108,7 @@ def test_a_resume_is_refused_by_the_files_name(run: RunFolder, name: str, kind: 
 def test_a_configuration_is_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.yaml"
     PLANTED[kind](path)
-    with at_once(), refused(ConfigError, "x.yaml"):
+    with reads_little(), refused(ConfigError, "x.yaml"):
         load_config(path)
 
 
@@ -116,7 +116,7 @@ def test_a_configuration_is_refused(tmp_path: Path, kind: str) -> None:
 def test_latest_is_refused(run: RunFolder, kind: str) -> None:
     plant(run, "checkpoints/latest", kind)
     assert committed_step(run.checkpoints) == 0
-    with at_once(), refused(DataError, "latest"):
+    with reads_little(), refused(DataError, "latest"):
         CheckpointDirectory(run.checkpoints).latest_step()
 
 

@@ -22,7 +22,7 @@ from moe_dist.monitor.trace.writer import WAITING, TraceWriter
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from tests.support.messages import refused
-from tests.support.special_files import at_once
+from tests.support.special_files import reads_little
 
 GROUPS = (ExpertGroup("text", 4, 2, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 MANIFEST = Manifest(1, 0, 2, (1, 3, 5), 2, True, GROUPS, (0, 0, 1, 1, 0, 1), ("text", "image"))
@@ -176,7 +176,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 def test_a_hostile_manifest_is_refused(tmp_path: Path, case: str) -> None:
     path = write(tmp_path, MANIFEST, range(1, 2), "a") / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | HOSTILE[case]))
-    with at_once(), refused(DataError, "manifest.json", golden=False) as error:
+    with reads_little(), refused(DataError, "manifest.json", golden=False) as error:
         read_trace(tmp_path)
     assert "\x1b" not in str(error.value)
 
@@ -184,7 +184,7 @@ def test_a_hostile_manifest_is_refused(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format":[' + b"[]," * (1 << 18) + b"[]]}"], ids=["deep", "long"])
 def test_a_bomb_of_lists_is_refused(tmp_path: Path, content: bytes) -> None:
     (write(tmp_path, MANIFEST, range(1, 2), "a") / "manifest.json").write_bytes(content)
-    with at_once(), refused(DataError, "manifest.json", golden=False):
+    with reads_little(), refused(DataError, "manifest.json", golden=False):
         read_trace(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_an_index_entry_outside_its_files_is_refused(tmp_path: Path, first: int,
     entry = np.array([(1, first, rows, 0, 0)], ENTRY)
     entry["check"] = entry_check(entry)
     entry.tofile(place / "rank_0.index")
-    with at_once(), refused(DataError, "rank_0.tokens", golden=False):
+    with reads_little(), refused(DataError, "rank_0.tokens", golden=False):
         read_trace(tmp_path).step(1)
 
 
