@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.hf.host.weights import write_folder
 from moe_dist.inference.loaded_run import find_trained
@@ -16,7 +18,8 @@ from moe_dist.train.objective.loss import forward
 from moe_dist.train.start.resume import Progress
 from tests.support.cover import full, full_unless
 from tests.support.engine_run import Run, built_run, take_steps
-from tests.support.hosted import FAMILIES, UNEVEN, hosted_config, of_family
+from tests.support.hosted import CHANGES, FAMILIES, UNEVEN, hosted_config, of_family
+from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
 
 FSDP2: dict[str, Any] = {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"}
@@ -201,3 +204,28 @@ def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, 
     for key in ("loss", "norm", "balance"):
         assert [each[key] for each in again] == [each[key] for each in whole], key
         assert [float(each[key]) for each in other] == pytest.approx([float(each[key]) for each in whole], rel=1e-5), key
+
+
+def test_moved_experts_change_no_loss(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:
+    """The lever moves experts between two ranks after step 2. The run has the losses of a run without moves, but for
+    rounding. Stopped after step 3 and resumed, it ends with the same bits."""
+    changes = {
+        **CHANGES,
+        "model": hosted_config(tiny_data, tmp_path, of_family("olmoe"), {}).model.model_dump(mode="json"),
+        "train.global_batch": 16,
+        "checkpoint.every": 3,
+    }
+    moving = {**changes, "rank_balance": {"moving": {"every": 2, "flops_per_byte": 1e-3}}}
+
+    def run(name: str, changes: Mapping[str, Any], steps: int) -> list[WholeRun]:
+        return run_in_world(2, whole_run, tiny_data, tmp_path, {**changes, "run.name": name, "train.steps": steps})
+
+    plain, moved = run("plain", changes, 5), run("moved", moving, 5)
+    lever: Any = open_checkpoint(tmp_path / "moved/checkpoints/step_5").state.values["levers"]["moving"]
+    assert lever["slots"] != lever["configured"]
+    expected = [each.nll_M for each in plain[0].steps]
+    np.testing.assert_allclose([each.nll_M for each in moved[0].steps], expected, rtol=1e-5)
+    run("stopped", moving, 3)
+    for ours, theirs in zip(run("stopped", moving, 5), moved, strict=True):
+        assert [each.nll_M.tolist() for each in ours.steps] == [each.nll_M.tolist() for each in theirs.steps[3:]]
+        assert ours.evaluation.loss == theirs.evaluation.loss

@@ -14,7 +14,6 @@ NEEDED = (
     ("train.only", (None,), "all parameters are trained"),
     ("router_tuning", (None,), "router tuning reads this project's own model"),
     ("loss.distillation", (None,), "a teacher is this project's own model"),
-    ("rank_balance.moving", (None,), "experts do not move between ranks"),
     ("rank_balance.replicating", (None,), "experts have no replicas"),
     ("parallel.compile", (False,), "the family's code is not compiled"),
     ("parallel.kernels.kind", ("auto", "torch"), "rows are gathered by torch"),

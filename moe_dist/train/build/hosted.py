@@ -31,6 +31,7 @@ from moe_dist.train.build.training import (
     Training,
     build_model,
     build_optimizer,
+    context_on,
     freeze,
     group_of_modality,
     model_args,
@@ -127,7 +128,8 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
         controllers=[load] if load is not None else [],
         load=load,
     )
-    yield HostedTraining(parallel, optimizer, step, load=load, config=config, local=local)
+    dispatch = context_on(mesh, config, placement, comm_stats)
+    yield HostedTraining(parallel, optimizer, step, dispatch, load=load, config=config, local=local)
 
 
 @torch.no_grad()

@@ -278,10 +278,17 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         distillation=distillation,
         load=load,
     )
+    dispatch = context_on(mesh, config, placement, comm_stats, kernels)
+    return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
+
+
+def context_on(
+    mesh: Mesh, config: Config, placement: ExpertPlacement, comm_stats: CommStats, kernels: RowKernels = TORCH
+) -> DispatchContext:
+    """Returns the arguments of a dispatcher over the ranks of `mesh`."""
     wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
     tokens = config.train.micro_batch * config.data.seq_len
-    dispatch = dispatch_context(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
-    return Training(parallel, optimizer, step, dispatch, balance, tuning, load)
+    return dispatch_context(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
