@@ -61,13 +61,15 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
     values, problems = _read_file(find_config(path))
     if values is None:
         return PartialConfig(None, tuple(problems))
-    problems += apply_overrides(values, overrides)
+    problems, incomplete = problems + apply_overrides(values, overrides), False
     try:
         values = completed(values)
     except ConfigError as error:
-        problems += error.problems
+        problems, incomplete = [*problems, *error.problems], True
     read = draft(Config, values)
-    return PartialConfig(read.value, (*problems, *_missing_as_one(read.problems)), read.wrong)
+    # The engine would have filled in the keys that an incomplete section lacks.
+    shown = [each for each in read.problems if not (incomplete and each.startswith("model."))]
+    return PartialConfig(read.value, (*problems, *_missing_as_one(shown)), read.wrong)
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:

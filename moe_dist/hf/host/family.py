@@ -170,7 +170,9 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except Exception as error:  # each family checks its fields in its own way
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
-            raise ConfigError(f"model.family={family!r}: transformers cannot make it: {error}", see=GUIDE) from error
+            raise ConfigError(
+                f"model.family={family!r}: transformers cannot make it: {error}; correct model.fields", see=GUIDE
+            ) from error
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 

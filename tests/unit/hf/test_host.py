@@ -64,6 +64,15 @@ def test_a_resolved_configuration_is_read_again(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
+def test_a_family_that_cannot_be_made_is_the_only_problem(tmp_path: Path) -> None:
+    """Such a section has no `hidden_dim` and the like, because they follow from the family."""
+    path = write_config(tiny_config(tmp_path, tmp_path), tmp_path / "run.yaml")
+    model = "model={family: mixtral, fields: {num_key_value_heads: 0}}"
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["engine={kind: transformers}", model])
+    assert [each.partition(":")[0] for each in error.value.problems] == ["model.family='mixtral'"]
+
+
 def test_own_engine_trains_no_folder(tmp_path: Path) -> None:
     path = write_config(tiny_config(tmp_path, tmp_path), tmp_path / "run.yaml")
     config = load_config(path, ["model.folder=some"])  # rules between sections are checked later
