@@ -48,4 +48,5 @@ QUICK = {
     "monitor.sinks": "[{kind: console, every: 1}, {kind: jsonl}]",
 }
 DEFAULT = "configs/adamoe_moma_tiny_cpu.yaml"
+HOSTED = "configs/qwen3_moe_transformers_tiny_cpu.yaml"
 NODES = {"placement.groups.text.node.feature": "text", "placement.groups.image.node.feature": "vision"}

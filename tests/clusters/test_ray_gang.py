@@ -14,6 +14,7 @@ import pytest
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
+from tests.clusters.conftest import HOSTED
 from tests.support import ray_cluster
 from tests.support.ray_cluster import INTERLEAVED, MODALITIES, Driver, RayCluster, overrides, steps
 from tests.support.shape import drawn
@@ -110,6 +111,23 @@ def test_a_killed_worker_and_a_lost_node_cost_steps_and_change_no_bit(
     assert attempts[1].rank == 1
     assert f"lost with its node {ray_cluster.address(slot)}" in attempts[1].reason
     assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, undisturbed[0]))
+
+
+@pytest.mark.exhaustive
+def test_a_model_of_transformers_goes_on_after_a_rank_is_killed(cluster: RayCluster, root: Path) -> None:
+    def start(name: str) -> Driver:
+        arguments = ray_cluster.overrides(root, name, STEPS, SAVES, "--env", ray_cluster.MARK)
+        run, log = RunFolder(root / name), root / f"{name}.out"
+        return Driver("launchers.ray", cluster.address, run, *arguments, log=log, config=HOSTED)
+
+    whole = start("hosted_undisturbed")
+    assert whole.wait() == 0, whole.printed
+    job = start("hosted")
+    job.wait_for_step(4)
+    os.kill(job.ranks()[2], signal.SIGKILL)
+    assert job.wait() == 0, job.printed
+    assert [each.verdict for each in job.run.read_status().attempts] == [1, 0]
+    assert list(map(reproducible_part, steps(job.run))) == list(map(reproducible_part, steps(whole.run)))
 
 
 def test_a_node_where_no_actor_starts_is_named_with_the_cause_and_not_tried_for_ever(

@@ -22,7 +22,7 @@ from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
-from tests.clusters.conftest import DEFAULT, NODES, QUICK
+from tests.clusters.conftest import DEFAULT, HOSTED, NODES, QUICK
 from tests.support import megatron_trial, slow_close, slowed
 from tests.support.cover import exhaustive
 from tests.support.shape import drawn
@@ -40,9 +40,11 @@ class Runs:
     def __init__(self, cluster: SlurmCluster, site: Path, root: Path) -> None:
         self.cluster, self._site, self._root = cluster, site, root
 
-    def start(self, name: str, steps: int, *arguments: str, **changes: Any) -> tuple[SlurmJob, RunFolder]:
+    def start(
+        self, name: str, steps: int, *arguments: str, config: str = DEFAULT, **changes: Any
+    ) -> tuple[SlurmJob, RunFolder]:
         values = {**QUICK, "run.root": self._root, "run.name": name, "train.steps": steps, **changes}
-        job = self.cluster.launch(DEFAULT, *overrides(values), f"--cluster={self._site}", *arguments)
+        job = self.cluster.launch(config, *overrides(values), f"--cluster={self._site}", *arguments)
         return job, RunFolder(self._root / name)
 
 
@@ -154,6 +156,18 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
         assert re.fullmatch(rf"ranks \d-\d: Node failure on {SECOND}", first.reason), "whatever its peers have seen"
         assert SECOND in hosts(run)
         assert SECOND not in hosts(run, attempt=1)
+
+
+@pytest.mark.exhaustive
+def test_a_model_of_transformers_goes_on_after_its_job_is_preempted(runs: Runs) -> None:
+    first, whole = runs.start("hosted_undisturbed", STEPS, config=HOSTED)
+    assert first.end() == 0, first.said
+    job, run = runs.start("hosted", STEPS, config=HOSTED)
+    job.wait_for(lambda: steps_taken(run) >= 7, "at step 7")
+    last = preempt(job, run)
+    assert last.end() == 0, last.said
+    assert [each.verdict for each in run.read_status().attempts] == [75, 0]
+    assert records(run) == records(whole)
 
 
 @pytest.mark.exhaustive
