@@ -7,7 +7,6 @@ width of experts, E experts, K choices of a token.
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,20 +14,14 @@ import torch._dynamo.utils
 import torch.nn.functional as functional
 from torch.utils.benchmark import Timer
 
-from moe_dist.megatron.cpu_trial import megatron_on_cpu
-from moe_dist.megatron.process_groups import model_parallel
 from moe_dist.model.attention import attend, make_mask
 from moe_dist.moe.experts.products import grouped_product, why_not_grouped
 from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
-from moe_dist.parallel.mesh import Mesh
-from moe_dist.placement.placement import ExpertPlacement
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
-from tools.gpu_check.megatron_core import MegatronMoE, Variant, copy_experts
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
-from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled
 
 BF16 = 2  # bytes
@@ -40,7 +33,6 @@ SHAPES = {  # T, D, F, E and K of other models
     "MoMa, a group": (16_384, 2048, 5440, 4, 1),
     "OLMoE, 32,768 tokens": (32_768, 2048, 1024, 64, 8),
 }
-OLMOE = "OLMoE"
 TINY = {"T": 16, "D": 16, "F": 8, "E": 4, "K": 2}
 H100 = {"copy": 2.7e12, "gemm": 700e12}  # limits: about 0.8 and 0.7 of the data sheet's 3.35e12 B/s and 989e12 FLOP/s
 
@@ -170,75 +162,43 @@ def layer_rate(job: CheckJob) -> list[Reading]:
     the time of the matrix products at the rate of dense products, and the time of reading and writing the bytes of
     gathers, SwiGLU and sums at the rate of copies.
     """
-    gemm, copy, readings = job.rate("gemm"), job.rate("copy"), []
-    found = on_ranks(_layer_seconds, job, world=1)[0]
-    for name, (T, D, F, _, K) in layer_shapes(job).items():
-        Q, each = T * K, found[name]
-        forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements read and written by gather, SwiGLU and sum
-        backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum also reads the rows of the gradients of gate and up
-        flops = 3 * 3 * 2 * Q * D * F  # gate, up, down: 1 product in forward, 2 in backward
-        least = flops / gemm + BF16 * (forward + backward) / copy
-        readings += [
-            job.timed(f"{name}: router", each["router"] * 1e3, "ms"),
-            job.timed(f"{name}: plan", each["plan"] * 1e3, "ms"),
-            Reading(f"{name}: kernels of forward and backward", each["launches"]),
-            job.timed(f"{name}: forward and backward", each["ours"] * 1e3, "ms"),
-            job.timed(f"{name}: its least time", least * 1e3, "ms"),
-            job.timed(f"{name}: seconds / least", each["ours"] / least, most=1.25),
-        ]
-        if "megatron" in each:
-            ratio = each["ours"] / each["megatron"]
-            readings.append(job.timed(f"{name}: ours / Megatron-Core's sequential experts", ratio, most=1.0))
-    return readings
-
-
-def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
-    """Returns T, D, F, E and K of each model. If E counts the experts of one rank, T counts the tokens that reach them."""
-    return {OLMOE: sizes(job)} if job.rehearse else {OLMOE: sizes(job), **SHAPES}
-
-
-def _bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
-    """Makes a layer with bf16 experts, like a training step that keeps bf16 copies of the weights."""
-    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH, made_on=device)
-    made.experts.to(torch.bfloat16)
-    return made
-
-
-def _layer_seconds(job: CheckJob, mesh: Mesh) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+    gemm, copy, device, readings = job.rate("gemm"), job.rate("copy"), torch.device(job.device), []
     for name, (T, D, F, E, K) in layer_shapes(job).items():
-        ours = _bf16_layer(D, single_group(E, 0, K, F), mesh.device)
-        x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=mesh.device)
+        ours, Q = bf16_layer(D, single_group(E, 0, K, F), device), T * K
+        x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
         pairs = ours.router(x_TD, group_T)[0]
 
         def run(ours: MoELayer = ours, x_TD: torch.Tensor = x_TD, group_T: torch.Tensor = group_T) -> Any:
             return passes(ours, x_TD, group_T, x_TD)
 
-        found[name] = {
-            "ours": seconds_of(job, run),
-            "router": seconds_of(job, lambda ours=ours, x_TD=x_TD, group_T=group_T: ours.router(x_TD, group_T)),
-            "plan": seconds_of(job, lambda ours=ours, pairs=pairs, T=T: ours.dispatcher.plan(pairs, T)),
-            "launches": profiled(job, run).launches,
-        }
-        if name != OLMOE:
-            continue
-        try:
-            found[name]["megatron"] = _megatron_seconds(job, ours, x_TD, group_T)
-        except Exception as error:  # an error in Megatron-Core on a GPU is no fault of moe_dist
-            if job.rehearse and not isinstance(error, ImportError):
-                raise
-            print(f"Megatron-Core is not measured: {type(error).__name__}: {error}")
-    return found
+        router = seconds_of(job, lambda ours=ours, x_TD=x_TD, group_T=group_T: ours.router(x_TD, group_T))
+        plan = seconds_of(job, lambda ours=ours, pairs=pairs, T=T: ours.dispatcher.plan(pairs, T))
+        seconds = seconds_of(job, run)
+        forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements read and written by gather, SwiGLU and sum
+        backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum also reads the rows of the gradients of gate and up
+        flops = 3 * 3 * 2 * Q * D * F  # gate, up, down: 1 product in forward, 2 in backward
+        least = flops / gemm + BF16 * (forward + backward) / copy
+        readings += [
+            job.timed(f"{name}: router", router * 1e3, "ms"),
+            job.timed(f"{name}: plan", plan * 1e3, "ms"),
+            Reading(f"{name}: kernels of forward and backward", profiled(job, run).launches),
+            job.timed(f"{name}: forward and backward", seconds * 1e3, "ms"),
+            job.timed(f"{name}: its least time", least * 1e3, "ms"),
+            job.timed(f"{name}: seconds / least", seconds / least, most=1.25),
+        ]
+    return readings
 
 
-def _megatron_seconds(job: CheckJob, ours: Any, x_TD: torch.Tensor, group_T: torch.Tensor) -> float:
-    _, D, F, E, K = sizes(job)
-    placement = ExpertPlacement.interleaved(single_group(E, 0, K, F), 1)
-    with megatron_on_cpu() if job.rehearse else nullcontext(), model_parallel(), x_TD.device:
-        theirs = MegatronMoE(torch.nn.Identity(), ours.router, placement, Variant(), hidden=D, ep_rank=0).to(x_TD.device)
-        copy_experts(ours.experts, theirs.experts)
-        theirs.experts.to(torch.bfloat16)
-        return seconds_of(job, lambda: passes(theirs, x_TD, group_T, x_TD))
+def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
+    """Returns T, D, F, E and K of each model. If E counts the experts of one rank, T counts the tokens that reach them."""
+    return {"OLMoE": sizes(job)} if job.rehearse else {"OLMoE": sizes(job), **SHAPES}
+
+
+def bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
+    """Makes a layer with bf16 experts, like a training step that keeps bf16 copies of the weights."""
+    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH, made_on=device)
+    made.experts.to(torch.bfloat16)
+    return made
 
 
 def null_fraction(job: CheckJob) -> list[Reading]:
@@ -250,7 +210,7 @@ def null_fraction(job: CheckJob) -> list[Reading]:
     readings, seconds = [], {}
     for fraction in (0.0, 0.25, 0.5, 0.75, 0.9):
         null = round(experts * fraction / (1 - fraction))
-        made = _bf16_layer(D, single_group(experts, null, K, F), device)
+        made = bf16_layer(D, single_group(experts, null, K, F), device)
         with torch.no_grad():
             taken = float((made.router(x_TD, group_T)[0].expert_N >= 0).float().mean())
         seconds[fraction] = seconds_of(job, lambda made=made: passes(made, x_TD, group_T, x_TD))
