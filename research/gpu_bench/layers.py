@@ -23,7 +23,7 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
-from research.gpu_rivals.megatron_core import MegatronMoE, Variant, copy_experts
+from research.gpu_bench.megatron_core import MegatronMoE, Variant, copy_experts
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
