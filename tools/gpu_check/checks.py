@@ -20,7 +20,6 @@ CHECKS: Mapping[str, Check] = {
     "long run": Check("tools.gpu_check.training:long_run", 120, "100 steps learn, and hold no more memory at their end"),
     "generation": Check("tools.gpu_check.training:generation", 60, "generated tokens = those of the CPU"),
     "syncs": Check("tools.gpu_check.layers:syncs", 60, "host syncs of an MoE layer and of a step"),
-    "graph": Check("tools.gpu_check.graph:graph", 90, "an MoE layer in a CUDA graph = with sizes read on the host"),
     "ceilings": Check("tools.gpu_check.rates:ceilings", 60, "rates of copies and matrix products; launches"),
     "power": Check("tools.gpu_check.machine:power", 30, "NVML reads power, load and memory"),
     "layer rate": Check("tools.gpu_check.rates:layer_rate", 120, "time of layers over their least time"),
