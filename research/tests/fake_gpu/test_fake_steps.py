@@ -113,8 +113,6 @@ def test_exchanges_of_fixed_sizes_need_no_read() -> None:
     assert list(counted.syncs.values()) == [1] * READS_OF_A_STEP
     assert all(name.startswith("step training_step.py:") for name in counted.syncs)
     assert mixes_and_copies_nothing(counted)
-    assert more_kernels(counted, "moe", "forward") <= 2 * 31
-    assert more_kernels(counted, "moe", "backward") <= 2 * 33
 
 
 @pytest.mark.full
