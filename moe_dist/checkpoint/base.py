@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -47,7 +47,7 @@ class Base:
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of that checkpoint
-    beside: str  # `path` relative to the folder of the adapters' checkpoints
+    beside: str = ""  # `path` relative to the folder of the adapters' checkpoints; empty in checkpoints of older versions
 
     @classmethod
     def of(cls, contents: Contents, checkpoints: Path) -> "Base":
@@ -57,20 +57,23 @@ class Base:
 
     @classmethod
     def noted(cls, values: Mapping[str, JsonValue], folder: Path) -> "Base":
-        """Reads the base from the JSON values of the adapters' checkpoint in `folder`. Raises DataError if a value is
-        missing."""
+        """Reads the base's path and content hash from the JSON values of the adapters' checkpoint in `folder`. Raises
+        DataError if one of the two is missing."""
         found = values.get(KEY)
-        named = [found.get(field.name) for field in fields(cls)] if isinstance(found, dict) else [None]
-        if not all(isinstance(value, str) for value in named):
+        path, content = (found.get("path"), found.get("content")) if isinstance(found, dict) else (None, None)
+        if not isinstance(path, str) or not isinstance(content, str):
             raise DataError(f"{folder}: it contains adapters but names no base: state.json has {KEY}={found!r:.80}")
-        return cls(*map(str, named))
+        beside = found.get("beside", "") if isinstance(found, dict) else ""
+        return cls(path, content, beside if isinstance(beside, str) else "")
 
     def places(self, adapters: Path) -> list[Path]:
         """Returns the folders where the base may be. The first folder is `path`. The second folder is found by `beside`,
         which stays valid if base and adapters are moved together. If `path` is relative, the remaining folders are `path`
         below each folder that contains the adapters."""
         folder = adapters.absolute()
-        places = [Path(self.path), Path(os.path.normpath(folder.parent / self.beside))]
+        places = [Path(self.path)]
+        if self.beside:
+            places.append(Path(os.path.normpath(folder.parent / self.beside)))
         if not places[0].is_absolute():
             places += [parent / self.path for parent in folder.parents]
         return list(dict.fromkeys(places))

@@ -25,7 +25,7 @@ from pydantic import (
 from moe_dist.config import yaml_text
 from moe_dist.config.json_text import MAX_LISTS, bounded, first_fault
 from moe_dist.config.regular_file import read_regular
-from moe_dist.config.schema import WITHOUT_FORMAT
+from moe_dist.config.stored_format import translate
 from moe_dist.errors import DataError, printable
 
 INDEX_FILE, STATE_FILE = "index.json", "state.json"
@@ -139,13 +139,10 @@ class StateFile(StoredModel):
 
     @field_validator("values")
     @classmethod
-    def _with_readable_config(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        config = values.get("config")
-        if not few_values(config, most=2 * yaml_text.MAX_VALUES):  # includes defaults, so twice as many
+    def _in_present_format(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # includes defaults, so twice as many
             raise ValueError(f"config has more than {2 * yaml_text.MAX_VALUES:,} values")
-        if isinstance(config, dict) and "format" not in config:
-            raise ValueError(f"config has no format: {WITHOUT_FORMAT}")
-        return values
+        return {name: translate(value) if name == "config" else value for name, value in values.items()}
 
     def to_json(self) -> bytes:
         """Returns the content of state.json. Raises ValueError for NaN and infinity, because JSON has no such numbers."""

@@ -12,7 +12,8 @@ from moe_dist.config.bundled import find_config, hint_for_missing
 from moe_dist.config.engines.base import EngineSection
 from moe_dist.config.keys import bare, find, tag_key, type_text, unknown_key
 from moe_dist.config.partial import PartialConfig, draft
-from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, WITHOUT_FORMAT, Config
+from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.config.stored_format import translate
 from moe_dist.config.yaml_text import dump_yaml, load_yaml, read_mapping
 from moe_dist.errors import ConfigError
 
@@ -41,17 +42,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored_config(path: Path) -> Config:
-    """Reads the configuration that is stored in a run folder.
+    """Reads the configuration that is stored in a run folder, in the present format or an earlier one.
 
     Raises:
         ConfigError: the error lists every fault of the file.
     """
     values, problems = _read_file(path, links=False)  # a run replaces this file by a rename, so it is never a link
-    if values is None:
-        raise _error(problems)
-    if "format" not in values:
-        raise _error([f"{path}: format: missing; {WITHOUT_FORMAT}"])
-    return draft(Config, values).checked(model_violations, _error)
+    read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
+    return read.checked(model_violations, _error)
 
 
 def _error(problems: list[str]) -> ConfigError:

@@ -38,11 +38,9 @@ from moe_dist.config.sinks.base import SinkSection
 from moe_dist.config.sinks.console import ConsoleSinkSection
 from moe_dist.config.sinks.jsonl import JsonlSinkSection
 from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
+from moe_dist.config.stored_format import FORMAT
 from moe_dist.config.trace_schema import ComputeMapSection, ProfileSection, TraceSection, needs_chosen_experts
 from moe_dist.config.tuning_schema import RouterTuningSection
-
-# Stored configurations have a format number. Without it, keys may have had other names, and defaults other values.
-WITHOUT_FORMAT = "a version that numbered no formats stored it, and this version cannot know its defaults; train anew"
 
 
 class RunSection(Section):
@@ -299,7 +297,7 @@ class MonitorSection(Section):
 class Config(Section):
     """The configuration of a whole run."""
 
-    format: Literal[1] = Field(default=1, description="Number of the format of this configuration.")
+    format: Literal[1] = Field(default=FORMAT, description="Number of the format of this configuration.")
     run: RunSection
     model: ModelSection
     data: DataSection

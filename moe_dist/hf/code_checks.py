@@ -14,7 +14,7 @@ from typing import Any
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.data_files import README
 from moe_dist.hf.forms import FORMS
-from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, SERVED
+from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, SERVED
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,7 +51,7 @@ def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
     problems = []
     for name in sorted(name for name in names if name in (CONFIG_FILE, _SPECIAL_TOKENS) or name.endswith("_config.json")):
         values = read_configuration(folder, name)
-        own = values.get("model_type") == SERVED.name and values.get("auto_map") == AUTO_MAP
+        own = values.get("model_type") == SERVED.name and values.get("auto_map") in (AUTO_MAP, OLD_AUTO_MAP)
         if name == CONFIG_FILE and own:
             del values["auto_map"]
         problems += [f"{name}: {problem}" for problem in code_keys(values)]

@@ -29,6 +29,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_moe_dist.MoeDistModel",  # for vLLM, which builds only the decoder and adds its own output layer
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
+OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` in older exports
 
 _FIELDS = {  # maps keys of the section `model` to fields
     "hidden_dim": "hidden_size",
@@ -127,16 +128,19 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
     """Returns the family, the values of the section `model`, and the fields of config.json that were not read. Raises
     ConfigError if a field is missing, or has a value that exports never write."""
     read = Fields(config, SERVED.name)
-    read.must_be("auto_map", (AUTO_MAP,), "the code beside the weights is never run, and must be that of an export")
+    read.must_be(
+        "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"
+    )
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
-    moe["shortcut"], moe["experts"] = read.get("moe_shortcut"), read.get("experts")
+    moe["shortcut"] = read.get("moe_shortcut", False)  # older exports lack this field and the next one
+    moe["experts"] = read.get("experts", {"kind": "ffn"})
     groups = read.many("expert_groups")
     if not all(isinstance(group, dict) and "name" in group for group in groups):
         raise ConfigError(f"config.json: expert_groups={groups!r:.80} must be objects, each with a name")
     by_name = {group["name"]: {k: v for k, v in group.items() if k not in ("name", "token_ids")} for group in groups}
     section |= read_rope(read, 10000.0, 1.0, read.whole("head_dim"), read.whole("max_position_embeddings"))
     section |= {"max_seq_len": read.whole("max_position_embeddings"), "moe": {**moe, "groups": by_name}}
-    section["attention"] = read.get("attention")
+    section["attention"] = read.get("attention", {"kind": "grouped_query"})  # absent in older exports
     return SERVED, section | sliding_layers(read.many("layer_types")), read.unread()

@@ -22,6 +22,7 @@ from pathlib import Path
 from moe_dist.config.load import changes_on_resume, load_stored_config, resolved_yaml
 from moe_dist.config.regular_file import read_regular
 from moe_dist.config.schema import MAY_CHANGE_ON_RESUME, Config
+from moe_dist.config.stored_format import FORMER_DEFAULTS
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, printable
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import lines_from_end, write_atomically
@@ -108,7 +109,7 @@ class RunFolder:
                     f"run.name={config.run.name!r}: {self.path} holds a run with another configuration; choose another "
                     "run.name, or start with --overwrite, which renames the old run's folder (keys that may change on "
                     f"resume: {', '.join(MAY_CHANGE_ON_RESUME)})",
-                    *(f"{key}: {old!r} in the folder, {new!r} now" for key, old, new in changes),
+                    *(f"{key}: {old!r} in the folder, {new!r} now{_way_on(key, old)}" for key, old, new in changes),
                 ]
             )
         return Start.FINISHED if self.finished(config) else Start.RESUME
@@ -364,3 +365,8 @@ class RunFolder:
                 f"run.name={self.path.name!r}: {self.path} is no run folder (it has no config.yaml, but "
                 f"{', '.join(strangers[:5])}); choose another run.name or run.root"
             )
+
+
+def _way_on(key: str, old: object) -> str:
+    """Returns how to resume a run that began with a former default value; empty for any other value."""
+    return f"; the default has changed: to resume this run, set {key}={old}" if FORMER_DEFAULTS.get(key) == old else ""

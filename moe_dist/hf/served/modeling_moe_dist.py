@@ -256,7 +256,7 @@ class MoeDistRouter(nn.Module):
         super().__init__()
         self.options, hidden_size = config.router, config.hidden_size
         score, *self.methods = ROUTERS[config.router["kind"]]
-        self.score = SCORES[config.router.get("score", score)]
+        self.score = SCORES[config.router.get("score", score)]  # older exports have no score
         self.normalise, self.scale = config.router.get("normalise", "none"), config.router.get("scale", 1.0)
         self.num_experts, self.num_null = group["num_experts"], group["num_null"]
         self.top_k = self.num_experts if "admitted" in self.methods else group["top_k"]

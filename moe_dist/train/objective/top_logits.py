@@ -50,7 +50,8 @@ class TopLogitsManifest(BaseModel):
 
 def sequence_settings(config: Config) -> dict[str, JsonValue]:
     """Returns the settings that, together with the data set, determine the training sequences of a run."""
-    return {**config.data.model_dump(mode="json", exclude={"path"}), "seed": config.run.seed}
+    unset = {"path"} if config.data.skip else {"path", "skip"}  # folders of earlier versions lack `skip`
+    return {**config.data.model_dump(mode="json", exclude=unset), "seed": config.run.seed}
 
 
 def sequence_keys(batch: Batch) -> np.ndarray:

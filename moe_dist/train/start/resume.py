@@ -303,6 +303,7 @@ def progress_of(restored: Restored, config: Config, folder: Path) -> Progress:
     """Returns the progress that a checkpoint contains. Raises DataError if a counter is invalid, or if it contradicts
     another counter or the configuration."""
     saved, names = mapping_of(restored.values, "progress", folder), [field.name for field in fields(Progress)]
+    saved = {"first_position": 0, **saved}  # earlier versions did not save first_position, which was 0
     numbers = {name: value for name, value in saved.items() if type(value) is int and 0 <= value < 1 << 62}
     if sorted(saved) != sorted(names) or numbers.keys() != saved.keys():
         raise DataError(

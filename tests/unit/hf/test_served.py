@@ -20,7 +20,7 @@ from moe_dist.hf.exporting import export_model
 from moe_dist.hf.forms import choose_form
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.plan import ImportOptions
-from moe_dist.hf.served_fields import CODE, CODE_FILES, served_problems, token_ids
+from moe_dist.hf.served_fields import CODE, CODE_FILES, OLD_AUTO_MAP, read_served, served_problems, token_ids
 from tests.support.agreement import assert_agree
 from tests.support.cover import full
 from tests.support.imported import load_imported
@@ -151,6 +151,7 @@ def assert_comes_back(folder: Path, ours: Any) -> None:
         assert torch.equal(found, wanted), name
     export_model(folder / "ours", folder / "back")
     assert_same(tensors_of(folder / "back"), tensors_of(folder / "hf"))
+    assert read_served(json.loads((folder / "hf/config.json").read_text()) | {"auto_map": OLD_AUTO_MAP})[1]["attention"]
     for file in ("config.json", *CODE_FILES):
         assert (folder / "back" / file).read_bytes() == (folder / "hf" / file).read_bytes(), file
 

@@ -67,6 +67,12 @@ def test_a_finished_run_is_finished_until_more_steps_are_asked_for(tmp_path: Pat
     assert folder.read_summary() == "all well\n"
 
 
+def test_a_run_of_a_former_default_says_how_it_resumes(tmp_path: Path) -> None:
+    folder = attempt(config_with(tmp_path, {"loss.balance.scope": "micro_batch"}), verdict=75)
+    with pytest.raises(ConfigError, match=r"default has changed: to resume this run, set loss.balance.scope=micro_batch"):
+        folder.inspect(config_with(tmp_path))
+
+
 def test_another_configuration_is_refused_with_the_difference(tmp_path: Path) -> None:
     folder = attempt(config_with(tmp_path), verdict=75)
     other = config_with(tmp_path, {"optimizer.eps": 0.5, "model.moe.router": {"scale": 2.0}, "checkpoint.every": 9})
