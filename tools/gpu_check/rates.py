@@ -19,7 +19,8 @@ from tools.gpu_check.profiled import profiled
 BF16 = 2  # bytes
 TIMED_SECONDS = 0.5  # seconds for which each measurement is repeated
 SHAPE = {"T": 8192, "D": 2048, "F": 1024, "E": 64, "K": 8}  # OLMoE-1B-7B, two sequences
-SHAPES = {  # T, D, F, E and K of other models
+# T, D, F, E and K of other models. If E counts the experts of one rank, T counts the tokens that reach them.
+SHAPES = {
     "Mixtral": (8192, 4096, 14336, 8, 2),
     "DeepSeek-V3, 32 of 256 experts": (16_384, 7168, 2048, 32, 2),
     "MoMa, a group": (16_384, 2048, 5440, 4, 1),
@@ -79,7 +80,7 @@ def layer_rate(job: CheckJob) -> list[Reading]:
     gathers, SwiGLU and sums at the rate of copies.
     """
     gemm, copy, device, readings = job.rate("gemm"), job.rate("copy"), torch.device(job.device), []
-    for name, (T, D, F, E, K) in layer_shapes(job).items():
+    for name, (T, D, F, E, K) in {"OLMoE": sizes(job), **({} if job.rehearse else SHAPES)}.items():
         ours, Q = bf16_layer(D, single_group(E, 0, K, F), device), T * K
         x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
         pairs = ours.router(x_TD, group_T)[0]
@@ -103,11 +104,6 @@ def layer_rate(job: CheckJob) -> list[Reading]:
             job.timed(f"{name}: seconds / least", seconds / least, most=1.25),
         ]
     return readings
-
-
-def layer_shapes(job: CheckJob) -> dict[str, tuple[int, ...]]:
-    """Returns T, D, F, E and K of each model. If E counts the experts of one rank, T counts the tokens that reach them."""
-    return {"OLMoE": sizes(job)} if job.rehearse else {"OLMoE": sizes(job), **SHAPES}
 
 
 def bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
