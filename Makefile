@@ -136,7 +136,7 @@ DOWNLOAD = $(BIN)/python -m pip download -qq --only-binary=:all: --dest $(GPU_BU
   $(foreach tag,2014 _2_17 _2_27 _2_28,--platform manylinux$(tag)_x86_64)
 gpu-bundle: $(INSTALLED)  ## Put code and wheels for gpu-check on a machine without a network into one folder
 	@rm -rf $(GPU_BUNDLE) && mkdir -p $(GPU_BUNDLE)/wheels
-	@tar --exclude=__pycache__ -c moe_dist launchers tools configs | tar -x -C $(GPU_BUNDLE)
+	@tar --exclude=__pycache__ -c moe_dist launchers tools configs research/__init__.py research/gpu_bench | tar -x -C $(GPU_BUNDLE)
 	@mv $(GPU_BUNDLE)/tools/gpu_check/bundle/* $(GPU_BUNDLE)
 	@for version in 3.11 3.12; do \
 	  $(DOWNLOAD) --python-version $$version -r $(GPU_BUNDLE)/requirements.txt && \

@@ -102,8 +102,6 @@ setup(
     package_dir={f"moe_dist.bundled.{name}": name for name in FOLDERS},
     package_data={
         "moe_dist": ["py.typed"],
-        "moe_dist.hf": ["*.json"],
-        "moe_dist.bundled.tools.fake_gpu": ["*.cpp"],
         **{f"moe_dist.bundled.{name}": ["*.yaml", "*.json", "*.md", "*.sh", "*.sbatch"] for name in DATA},
     },
     entry_points={"console_scripts": ["moe-dist = moe_dist.__main__:main"]},

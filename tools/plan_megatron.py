@@ -25,8 +25,8 @@ from moe_dist.plan.answers import best_of_each
 from moe_dist.plan.estimate import LIBRARIES, SLACK
 from moe_dist.plan.layouts import Placements
 from moe_dist.plan.memory import FP32
+from moe_dist.plan.planner import fullest_rank
 from moe_dist.plan.policies import expert_groups
-from moe_dist.plan.rank_memory import fullest_rank
 from moe_dist.plan.summary import per_token
 
 SHOWN = 12

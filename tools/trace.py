@@ -8,7 +8,6 @@ from typing import Annotated
 import torch
 import typer
 
-from moe_dist.config.schema import Config
 from moe_dist.config.trace_schema import untraceable
 from moe_dist.errors import ConfigError
 from moe_dist.inference.loaded_run import LoadedRun, RunOptions, choose_device, placement_for_use, trained_placement
@@ -32,7 +31,7 @@ def main(options: TraceOptions) -> None:
     """Trace held-out tokens of a trained run, on one rank, or under torchrun on several ranks that share the experts."""
     env = RankEnv.from_environment(os.environ)
     device = choose_device(options.device)
-    trained = options.find(_untraceable)
+    trained = options.find(lambda config: [f"{key}: {reason}; trace another run" for key, reason in untraceable(config)])
     if not any(source.valid for source in trained.manifest.sources.values()):
         raise ConfigError(f"{trained.config.data.path}: no source of its manifest has a held-out split (valid); add one")
     folder = _folder(options, trained)
@@ -55,10 +54,6 @@ def main(options: TraceOptions) -> None:
     if env.rank == 0:
         ranks = f" on each of {env.world_size} ranks" if env.world_size > 1 else ""
         print_done(f"{folder}: {tokens:,} held-out tokens{ranks}; show them with moe-dist report {folder}")
-
-
-def _untraceable(config: Config) -> list[str]:
-    return [f"{key}: {reason}; trace another run" for key, reason in untraceable(config)]
 
 
 def _folder(options: TraceOptions, trained: LoadedRun) -> Path:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from moe_dist.optim.adamw import MOMENTS, moment_dtype
+from moe_dist.optim.adamw import MOMENTS, local, moment_dtype
 from moe_dist.optim.optimizer import is_empty_here, materialise_moments, moments_of
 from moe_dist.placement.parameter_names import EXPERTS, logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -87,7 +87,7 @@ class CheckpointState:
         return {
             name: held.tensor
             for name, held in self.held.items()
-            if _local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
+            if local(held.tensor).numel() > 0 and zlib.crc32(name.encode()) % held.copies == held.position
         }
 
 
@@ -234,7 +234,3 @@ def _replicas(tensor: DTensor) -> tuple[int, int]:
             position = position * tensor.device_mesh.size(axis) + coordinate[axis]
             copies *= tensor.device_mesh.size(axis)
     return copies, position
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

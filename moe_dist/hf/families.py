@@ -163,9 +163,3 @@ ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "per_layer_config": ((None, {}), "all layers have the same sizes"),
     **dict.fromkeys(("text_config", "decoder", "generator"), ((None,), "the model must not be inside another")),
 }
-
-_MLA = "its attention (MLA, model.attention.kind=latent)"
-REFUSED = {
-    "deepseek_v2": f"{_MLA} is in the model, but its choice by softmax inside the best groups of experts is not",
-    "kimi_k2": f"transformers has no class of this name; {_MLA} and its router (kind=group_limited) are in the model",
-}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,10 @@ from moe_dist.config.base.section import MAX_LAYERS
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import max_positions, read_rope, read_windows, write_rope, write_windows
-from moe_dist.hf.families import ANY_FAMILY, KNOWN, REFUSED
+from moe_dist.hf.families import ANY_FAMILY, KNOWN
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields, Part, Value, setting
 
-# `tests/support/unknown_families.py` generates this file. For each type of language model in transformers, it contains the
-# nearest known family (the one whose configuration class lacks the fewest of the type's fields) and these missing fields.
-UNKNOWN_FAMILIES = Path(__file__).with_name("unknown_families.json")
-_SHOWN = 8  # largest number of fields that a message names
 GROUP = "all"  # name of the only expert group of an imported model
 
 
@@ -27,7 +24,7 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     quantised."""
     name = config.get("model_type")
     if not isinstance(name, str) or name not in KNOWN:
-        reason = _what_is_missing(config) if isinstance(name, str) else "it must name a family"
+        reason = _other_way(name) if isinstance(name, str) else "it must name a family"
         raise ConfigError(f"config.json: model_type={name!r}: {reason}; known are {', '.join(KNOWN)}")
     family = KNOWN[name]
     for key in ("quantization_config", "compression_config"):
@@ -39,23 +36,20 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
     return family
 
 
-def _what_is_missing(config: Mapping[str, Any]) -> str:
-    told = [REFUSED.get(config["model_type"]), _difference(config)]
-    return "; ".join(each for each in told if each) or "this family is not known here"
+def _other_way(name: str) -> str:
+    """Returns how a family is trained that cannot be imported. transformers marks the families that its engine trains."""
+    engine = "engine.kind=transformers (docs/hf-engine.md)"
+    if (transformers := find_spec("transformers")) is None or transformers.origin is None:
+        return f"it cannot be imported; if its experts are those of transformers, {engine} trains it"
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-
-def _difference(config: Mapping[str, Any]) -> str | None:
-    """Returns how the model type in a config.json differs from the nearest known family; None if the table does not contain
-    the type."""
-    found = json.loads(UNKNOWN_FAMILIES.read_text()).get(config.get("model_type"))
-    if found is None:
-        return None
-    nearest, *fields = found
-    if not fields:
-        return f"it has the fields of {nearest}, the nearest known family, and another function"
-    named = [f"{name}={config[name]!r:.40}" if name in config else name for name in fields]
-    more = f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
-    return f"{nearest}, the nearest known family, has no {', '.join(named[:_SHOWN])}{more}"
+    module = model_type_to_module_name(name)
+    code = Path(transformers.origin).parent / "models" / module / f"modeling_{module}.py"
+    if not code.is_file():
+        return "transformers has no such family"
+    if "@use_experts_implementation" not in code.read_text():
+        return "it cannot be imported, and has no experts that engine.kind=transformers could distribute"
+    return f"it cannot be imported; train it by {engine}"
 
 
 def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any], Sequence[str]]:

@@ -108,7 +108,7 @@ def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSetting
     return ExpertSettings.model_construct(
         groups={name: group.model_copy(update={"modalities": ()}) for name, group in moe.groups.items()},
         router=moe.router,
-        placement=_explicit(placement),
+        placement=ExplicitSection(slots=tuple(tuple(map(placement.name_of, slots)) for slots in placement.slots)),
         expert_pair_budget=parallel.expert_pair_budget,
         expert_gemm=parallel.expert_gemm,
     )
@@ -265,8 +265,3 @@ class Gpt:
         for group in optimizer.param_groups:  # Megatron's scheduler would set the weight decay, but is not used
             group["weight_decay"] = section.weight_decay * group["wd_mult"]
         return optimizer
-
-
-def _explicit(placement: ExpertPlacement) -> ExplicitSection:
-    """Returns a configuration section that lists the experts on each rank of a placement."""
-    return ExplicitSection(slots=tuple(tuple(placement.name_of(expert) for expert in each) for each in placement.slots))

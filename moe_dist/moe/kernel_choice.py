@@ -17,8 +17,6 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.static import StaticDispatcher
-from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.kernels.interface import RowIndex, RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routers.context import RouterContext
@@ -102,17 +100,10 @@ def _plan(kernels: RowKernels) -> Results:
     pairs = Assignments(torch.arange(num_tokens).repeat_interleave(3), expert_N, torch.ones(len(expert_N)), num_choices=3)
     placement = ExpertPlacement((group,), (tuple(group.experts),))
     wire = AllToAll(None, CommStats())
-    context = DispatchContext(placement, wire, kernels=kernels)
-    plan = AllToAllDispatcher(context).plan(pairs, num_tokens)
+    plan = AllToAllDispatcher(DispatchContext(placement, wire, kernels=kernels)).plan(pairs, num_tokens)
     rows = RowIndex((plan.row_of_pair_Q,), plan.num_own_rows, plan.row_items)
     items = (*rows.items_of_rows, *plan.table_index.items_of_rows)
     lists = (plan.pair_P, plan.order_Q, plan.row_of_pair_Q, plan.row_O, *items)
-    room = StaticRoom((0,), (0,), ((len(expert_N),),))
-    fixed = StaticDispatcher(context, room=room).plan(pairs, num_tokens)
-    lists += (fixed.pair_P, fixed.arrival_Q, fixed.row_of_pair_Q, fixed.counts_X, fixed.end_X, fixed.sent_5)
-    for index in (fixed.table_index, fixed.pair_index(num_tokens + 1)):
-        order, first = index.items_of_rows
-        lists += (order[: first[-1]], first)
     return [("plan", each.double()) for each in lists if each is not None]
 
 

@@ -51,12 +51,9 @@ class HintWatch:
             self._losses.append(loss)
         if speed is not None:
             self._speeds.append(speed)
-        due = [hint for hint in self._judge(record) if self._is_due(hint.kind, record.step)]
+        due = [hint for hint in self._judge(record) if record.step - self._said.get(hint.kind, -math.inf) >= self._quiet]
         self._said.update({hint.kind: record.step for hint in due})
         return due
-
-    def _is_due(self, kind: str, step: int) -> bool:
-        return kind not in self._said or step - self._said[kind] >= self._quiet
 
     def _judge(self, record: Record) -> Iterator[Hint]:
         yield from skipped_step(record)

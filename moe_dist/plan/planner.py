@@ -12,9 +12,12 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
+from moe_dist.config.base.section import named
 from moe_dist.config.parallel.section import InterleavedSection, PinnedSection
+from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.memory import RankMemory
 from moe_dist.plan.policies import make_placement
 from moe_dist.plan.rows import Expected, Wire
 
@@ -163,3 +166,17 @@ def _trade(chosen: PlacementCosts, other: PlacementCosts, name: str, itemsize: i
         return ""
     bound = f"than {data / flops * 1000:.3g} GB/s for each TFLOP/s it computes"
     return f"; it is faster than {name} where a rank's link moves {'less' if flops > 0 else 'more'} {bound}"
+
+
+def fullest_rank(
+    config: Config, placement: ExpertPlacement, token_mix: Mapping[str, int]
+) -> tuple[int, RankMemory, PlacementCosts]:
+    """Returns the position in an EP group that needs the most memory, its memory, and the costs of `placement`."""
+    ranks, estimate = placement.num_ranks, named(config.engine.memory)
+    load = Expected(token_mix).load(placement, Wire(ranks), tokens=1, layers=1)
+    memories: list[RankMemory] = []
+    for rank, (rows, pairs) in enumerate(zip(load.rows[0, 0].tolist(), load.pairs[0, 0].tolist(), strict=True)):
+        rows = rows if ranks > 1 else min(1.0, pairs)
+        memories.append(estimate(config, placement, rank=rank, rows=rows, pairs=pairs))
+    rank = max(range(ranks), key=lambda r: memories[r].total)
+    return rank, memories[rank], expected_plan(placement, token_mix, name=config.placement.policy)

@@ -34,8 +34,8 @@ from moe_dist.plan.step_model import (
 )
 from research.bench.halves import micro_batch_in_halves
 from research.bench.least import Key, masked_scores
-from tools.fake_gpu.fake_cuda import Sent, Work
-from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
+from research.fake_gpu.fake_cuda import Sent, Work
+from research.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
 CLUSTER = "h100_infiniband"  # cluster file with the number of GPUs of a node and the rate between nodes
 FP32_SHARE = 1 / 16  # rate of fp32 matrix products / rate of bf16 products, without TF32

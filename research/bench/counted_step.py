@@ -15,9 +15,9 @@ from moe_dist.plan.rates import Rates
 from research.bench.card_time import card_rates, card_time
 from research.bench.card_time import table as time_table
 from research.bench.least import Key, least_bytes, least_flops
-from tools.fake_gpu.count import count
-from tools.fake_gpu.fake_cuda import Work
-from tools.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
+from research.fake_gpu.count import count
+from research.fake_gpu.fake_cuda import Work
+from research.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
 
 
 @dataclass(frozen=True)

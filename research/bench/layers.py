@@ -27,8 +27,8 @@ from moe_dist.train.objective.loss import AuxSettings
 from research.bench.measure import Effort, measured_row
 from research.bench.megatron_variants import variants
 from research.bench.points import Point, slots
-from tools.gpu_check.megatron_core import MegatronMoE, copy_experts
-from tools.gpu_check.megatron_step import LEARNING_RATE, random_batches, training_step
+from research.gpu_bench.megatron_core import MegatronMoE, copy_experts
+from research.gpu_bench.megatron_step import LEARNING_RATE, random_batches, training_step
 
 DEFAULT_JOB = source_root() / "configs" / "adamoe_moma_tiny_cpu.yaml"
 

@@ -11,7 +11,7 @@ from moe_dist.config.schema import Config
 from moe_dist.placement.placement import group_shares
 from moe_dist.plan import flops, memory
 from moe_dist.plan.preflight import PlannedLayout
-from tools.fake_gpu.fake_step import Uniform
+from research.fake_gpu.fake_step import Uniform
 
 Key = tuple[str, str]  # part and phase
 OPTIMIZER = 32  # bytes per fp32 parameter: reads of weight, gradient and 2 moments, 3 writes, and 1 read for the norm

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.moe.routing.types import ABSENT
 from research.bench.contenders import Case, Run
-from tools.gpu_check.megatron_core import (
+from research.gpu_bench.megatron_core import (
     Variant,
     column_of_expert,
     configuration,

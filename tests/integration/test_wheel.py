@@ -35,13 +35,6 @@ for words in ["", "launch", *(words for words, _, _ in commands())]:
     except SystemExit as ended:
         assert not ended.code, words
 """
-COUNT = """
-from moe_dist.__main__ import load_subcommand
-load_subcommand("doctor")
-from tools.fake_gpu.count import count
-counted = count("olmoe_1b7b_8gpu", 16, ["model.num_layers=1"])
-print(counted.ranks, "ranks,", counted.layers["moe"], "layer")
-"""
 SHOW_CODE_FOLDER = """
 from moe_dist.__main__ import load_subcommand
 load_subcommand("slurm")
@@ -104,13 +97,6 @@ def test_launchers_and_tools_are_no_names_of_the_environment(call: Callable[...,
 
 
 @pytest.mark.exhaustive  # compiles C++
-def test_a_step_is_counted_without_a_gpu(call: Callable[..., Done]) -> None:
-    """The C++ source comes from the wheel, and the count runs in another process."""
-    done = call("-c", COUNT, program="python")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "16 ranks, 1 layer"
-
-
 def test_a_job_in_an_empty_folder(call: Callable[..., Done], tmp_path: Path) -> None:
     """Runs a shortened default job on a few texts and pictures instead of the default data."""
     assert "Peak learning rate" in call("explain", "optimizer.lr").stdout

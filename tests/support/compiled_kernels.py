@@ -26,9 +26,6 @@ from moe_dist.moe.kernels.expert_choice import TINY, candidates_kernel, sums_ker
 from moe_dist.moe.kernels.gather import gather_rows_kernel
 from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
 from moe_dist.moe.kernels.row_sum import row_sum_kernel
-from moe_dist.moe.kernels.static_plan import arrive_kernel as static_arrive_kernel
-from moe_dist.moe.kernels.static_plan import pad_kernel, runs_kernel
-from moe_dist.moe.kernels.static_plan import place_kernel as static_place_kernel
 from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 
 WIDTH = {"BLOCK": 1024}
@@ -89,11 +86,6 @@ KERNELS["plan: scan"] = (
     "counts:*i32 column_M:*i64 starts:*i32 totals:*i32 message:*i64 B:i32",
     {"BLOCK": 256},
 )
-KERNELS["plan: static arrive"] = (
-    static_arrive_kernel,
-    f"{LISTS} order:*i64 row:*i64 num_own:i32 num_pairs:i32 X:i32 H:i32 T:i32 Q:i32 steps:i32",
-    {"BLOCK": 256},
-)
 KERNELS["plan: arrive"] = (arrive_kernel, f"{LISTS} order:*i64 row:*i64 num_own:i32 X:i32 H:i32", {"BLOCK": 256})
 for words, experts, ranks, choices in (("64 experts", 64, 8, 8), ("300 experts", 300, 64, 8), ("8 experts", 8, 8, 3)):
     bins, places = triton.next_power_of_2(experts), triton.next_power_of_2(ranks)
@@ -102,20 +94,7 @@ for words, experts, ranks, choices in (("64 experts", 64, 8, 8), ("300 experts",
     KERNELS[f"plan: count, {words}"] = (count_kernel, f"{tables} counts:*i32 T:i32 B:i32", sizes)
     lists = "starts:*i32 totals:*i32 pair:*i64 index:*i32 token:*i64 order:*i32 first:*i32 T:i32 B:i32"
     KERNELS[f"plan: place, {words}"] = (place_kernel, f"{tables} {lists}", sizes)
-    firsts = "first_bin:*i64 first_pair:*i64 first_row:*i64"
-    lists = "pair:*i64 index:*i32 row:*i64 order:*i32 first:*i32 T:i32 B:i32"
-    arguments = f"{tables} starts:*i32 totals:*i32 {firsts} {lists}"
-    KERNELS[f"plan: static place, {words}"] = (static_place_kernel, arguments, sizes)
-    lists = "pair:*i64 index:*i32 row:*i64 first:*i32 pairs_W:*i64 T:i32 N:i32"
-    blocks_of = {"W": ranks, "E": experts, "BLOCK": 256, "BINS": bins, "PLACES": places}
-    KERNELS[f"plan: static pad, {words}"] = (pad_kernel, f"totals:*i32 {firsts} {lists}", blocks_of)
     slots = triton.next_power_of_2(-(-experts // ranks))
-    arguments = (
-        "received:*i64 totals:*i32 pairs_W:*i64 first_pair:*i64 first_row:*i64 source_H:*i64 group_X:*i64 computed_G:*i64 "
-        "runs:*i64 counts_X:*i64 end_X:*i32 sent_5:*i64 M:i32 N:i32 row_room:i32 pair_room:i32 S:i32 G:i32"
-    )
-    table = {"X": -(-experts // ranks), "W": ranks, "SLOTS": slots, "SOURCES": places}
-    KERNELS[f"plan: static runs, {words}"] = (runs_kernel, arguments, table)
     KERNELS[f"plan: collect, {words}"] = (
         collect_kernel,
         f"{LISTS} order:*i32 first:*i32 num_own:i32 X:i32 H:i32 steps:i32 R:i32",

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 MOST_FLOORS, MOST_ROOMS, MOST_ARROWS = 8, 22, 112
 LOOSE_FILES = ("__init__.py", "__main__.py", "errors.py")
-# gpu-check measures Megatron-Core itself.
-MEASURED_PEER = ("tools/gpu_check/megatron_core.py",)
+# Research measures Megatron-Core itself.
+MEASURED_PEER = ("research/gpu_bench/megatron_core.py",)
 SINGLE_DEVICE = ("moe", "model")
 EVALUATION = ("moe_dist.train.evaluation", "moe_dist.inference")
 

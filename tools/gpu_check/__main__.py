@@ -1,7 +1,8 @@
 """Checks and measures moe_dist on the GPUs of this machine: python -m tools.gpu_check [--gpus N] [--minutes 9]"""
 
 import os
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,27 +11,37 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ResourceError, StoppedError
-from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.command_line import reports_errors, run_command, takes
 from moe_dist.runtime.environment import limit_fragmentation
 from moe_dist.runtime.files import make_writable
 from tools.gpu_check.checks import CHECKS
 from tools.gpu_check.outcome import CheckJob, Outcome
 from tools.gpu_check.process import run_check
-from tools.gpu_check.session import run_checks
+from tools.gpu_check.session import Check, run_checks
 
 _STYLES = {"pass": "green", "fail": "bold red", "not possible": "dim", "not run": "yellow"}
 
 
+@dataclass(frozen=True)
+class GpuCheckOptions:
+    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; by default all that torch sees.")] = None
+    minutes: Annotated[float, typer.Option(min=0, help="Time for all checks; the same command goes on later.")] = 9.0
+    json: Annotated[Path, typer.Option(help="File of the results.")] = Path("gpu_check.json")
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="Run all checks on the CPU, with tiny shapes.")] = False
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what the file has results of.")] = False
+
+
 @reports_errors("gpu-check")
-def main(
-    gpus: Annotated[int | None, typer.Option(min=1, help="Number of GPUs; by default all that torch sees.")] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Time for all checks; the same command goes on later.")] = 9.0,
-    json: Annotated[Path, typer.Option(help="File of the results.")] = Path("gpu_check.json"),
-    rehearse: Annotated[bool, typer.Option("--rehearse", help="Run all checks on the CPU, with tiny shapes.")] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what the file has results of.")] = False,
-) -> None:
+@takes(GpuCheckOptions)
+def main(options: GpuCheckOptions) -> None:
     """Check results and speed on GPUs; print a table and write JSON. The exit code is 0 if no check failed, 1 if one did,
     75 if time was over before the last check, and 69 without a GPU."""
+    take_checks(CHECKS, options)
+
+
+def take_checks(all_checks: Mapping[str, Check], options: GpuCheckOptions) -> None:
+    """Runs checks, prints their table, and exits."""
+    gpus, rehearse, json = options.gpus, options.rehearse, options.json
     # The checks' processes read these variables. With NVML, torch counts GPUs without initialising CUDA, which does not
     # survive a fork.
     interpreted = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -50,9 +61,9 @@ def main(
         console.print(reason, markup=False)
 
     # The time limits in CHECKS are for a GPU; on a busy CPU a check takes longer.
-    checks = {name: replace(each, seconds=600.0) for name, each in CHECKS.items()} if rehearse else CHECKS
-    outcomes = run_checks(checks, job, json, found, minutes=minutes, fresh=fresh, show=show)
-    console.print(table(f"{job.gpus} x {found['card']}", outcomes))
+    checks = {name: replace(each, seconds=600.0) for name, each in all_checks.items()} if rehearse else all_checks
+    outcomes = run_checks(checks, job, json, found, minutes=options.minutes, fresh=options.fresh, show=show)
+    console.print(table(f"{job.gpus} x {found['card']}", checks, outcomes))
     verdicts = {each.verdict for each in outcomes.values()}
     raise typer.Exit(EXIT_FAILED if "fail" in verdicts else StoppedError.exit_code if "not run" in verdicts else EXIT_DONE)
 
@@ -70,7 +81,7 @@ def _with_card(job: CheckJob, gpus: int | None) -> tuple[CheckJob, dict[str, obj
     return replace(job, gpus=gpus or count, card=name), {"card": name, **facts}
 
 
-def table(title: str, outcomes: dict[str, Outcome]) -> Table:
+def table(title: str, checks: Mapping[str, Check], outcomes: dict[str, Outcome]) -> Table:
     """Returns a table of all checks with their readings."""
     made = Table(title=title)
     for column in ("check", "result", "s", "readings"):
@@ -79,7 +90,7 @@ def table(title: str, outcomes: dict[str, Outcome]) -> Table:
         lines = [str(each) for each in outcome.readings] or [outcome.reason]
         verdict = f"[{_STYLES[outcome.verdict]}]{outcome.verdict}[/]"
         made.add_row(
-            f"{name}: {CHECKS[name].says}", verdict, f"{outcome.seconds:.1f}", "\n".join(lines).replace("[", r"\[")
+            f"{name}: {checks[name].says}", verdict, f"{outcome.seconds:.1f}", "\n".join(lines).replace("[", r"\[")
         )
     return made
 

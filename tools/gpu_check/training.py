@@ -24,7 +24,6 @@ from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
-from moe_dist.errors import MoeDistError
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.grammar import grammar_of
@@ -39,8 +38,6 @@ from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.start.dry_run import estimate
 from moe_dist.train.step.result import StepResult
-from tools.fake_gpu.count import count
-from tools.fake_gpu.fake_step import MICRO_BATCHES
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 from tools.gpu_check.profiled import profiled
@@ -282,15 +279,6 @@ def preset(job: CheckJob) -> list[Reading]:
     readings.append(job.timed("share of a step in which the GPU waits", found["idle"], most=0.05))
     if "gemm" in job.rates:
         readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))
-    if "copy" in job.rates:
-        try:
-            counted = count(name, job.gpus, [f"model.num_layers={found['layers']}"]).num_bytes
-        except MoeDistError as error:  # raised, for example, without a C++ compiler
-            print(f"no count: {error}")
-        else:
-            times = {True: 1.0, False: found["micro_batches"] / MICRO_BATCHES}  # the count has fewer micro-batches
-            num_bytes = sum(each * times[key.endswith(" step")] for key, each in counted.items())
-            readings.append(job.timed("bytes by count / copy rate / seconds", num_bytes / job.rates["copy"] / seconds))
     if not job.rehearse:
         readings.append(Reading("memory: growth from step 3 to the last", found["growth"] / 2**20, "MiB", most=1.0))
         readings.append(Reading("memory: reserved / allocated at the peak", found["reserved"], most=1.1))
@@ -320,7 +308,6 @@ def _timed_preset(job: CheckJob, mesh: Mesh, name: str, sequences: int, most: in
     share = dict(zip((group.name for group in groups), group_shares(groups, {}), strict=True))
     return {
         "layers": layers,
-        "micro_batches": sequences / config.train.micro_batch,
         "tokens": results[-1].tokens,
         "seconds": seconds,
         "flops": model_flops_per_token(expected_experts(groups), share, config=config),

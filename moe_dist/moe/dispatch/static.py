@@ -37,12 +37,7 @@ class StaticDispatcher(TwoStepDispatcher[StaticPlan]):
     def __init__(self, context: DispatchContext, *, room: float | StaticRoom) -> None:
         if not isinstance(room, StaticRoom):
             room = StaticRoom.expected(context.placement, context.tokens, room)
-        kind = StaticPlanner
-        if context.kernels.has_plan:  # the module imports Triton, which a CPU may lack
-            from moe_dist.moe.dispatch.counting_static_planner import CountingStaticPlanner
-
-            kind = CountingStaticPlanner
-        self.planner = kind(context.placement, context.all_to_all, room)
+        self.planner = StaticPlanner(context.placement, context.all_to_all, room)
         self.exchange = Exchange(context.all_to_all, kernels=context.kernels)
 
     def plan(self, assignments: Assignments, num_tokens: int, *, layer: str = "") -> StaticPlan:

@@ -66,8 +66,6 @@ class PaddedIndex(RowIndex):
 
     @cached_property
     def items_of_rows(self) -> Items:
-        if self.items is not None:
-            return self.items
         row_N = torch.cat(self.parts)
         row_N = torch.where(row_N == self.padding, self.num_rows, row_N).to(torch.int32)
         return RowIndex((row_N,), self.num_rows).items_of_rows
@@ -84,7 +82,6 @@ class StaticPlan(ExchangePlan):
         room_G: Number of pairs of each group, including padding.
         counts_X: int64, number of pairs of each slot.
         end_X: int32, number of pairs of the slot and of all earlier slots of its group; at most the group's room.
-        table_items, row_items: See `AllToAllPlan`.
     """
 
     arrival_Q: Tensor
@@ -93,17 +90,15 @@ class StaticPlan(ExchangePlan):
     counts_X: Tensor
     end_X: Tensor
     sent_5: Tensor
-    table_items: Items | None = None
-    row_items: Items | None = None
 
     @cached_property
     def table_index(self) -> RowIndex:
         parts = (self.row_O, self.row_S)
-        return PaddedIndex(parts, self.table_rows, self.table_items, padding=self.table_rows - 1)
+        return PaddedIndex(parts, self.table_rows, padding=self.table_rows - 1)
 
     def pair_index(self, num_rows: int) -> RowIndex:
         """The index that gives the row of each pair computed here."""
-        return PaddedIndex((self.row_of_pair_Q,), num_rows, self.row_items, padding=self.table_rows - 1)
+        return PaddedIndex((self.row_of_pair_Q,), num_rows, padding=self.table_rows - 1)
 
     @property
     def sent(self) -> Tensor:
@@ -145,7 +140,6 @@ class _Fixed:
         run_order: Index of each run's length in a list: first the lengths by (slot, source rank), then the lengths of the
             groups' padding. Runs are sorted by slot, then source rank. The padding of a group follows its last slot.
         rows_W, pairs_W, computed_G: The room of each place (without this rank's) and of each group.
-        first_row_W, first_pair_W: Indices of the first row and of the first pair of each place. This rank's place is last.
     """
 
     first_bin: Tensor
@@ -155,8 +149,6 @@ class _Fixed:
     rows_W: Tensor
     pairs_W: Tensor
     computed_G: Tensor
-    first_row_W: Tensor
-    first_pair_W: Tensor
 
 
 class StaticPlanner(DispatchPlanner):
@@ -268,8 +260,6 @@ class StaticPlanner(DispatchPlanner):
             rows,
             pairs,
             self.room.computed_WG[own],
-            [0, *accumulate(rows)],
-            [0, *accumulate(pairs)],
         )
         return _Fixed(*(torch.tensor(each, dtype=torch.int64, device=device) for each in tensors))
 

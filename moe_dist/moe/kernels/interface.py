@@ -102,8 +102,8 @@ class RowKernels(Protocol):
 
     Attributes:
         has_choose: Whether `choose`, `experts_choose` and `experts_sums` exist. If not, routers use torch operations.
-        has_plan: True if this implementation also has the kernels that `dispatch/counting_planner.py` and
-            `dispatch/counting_static_planner.py` need to plan an exchange.
+        has_plan: True if this implementation also has the kernels that `dispatch/counting_planner.py` needs to plan an
+            exchange.
     """
 
     has_choose: bool

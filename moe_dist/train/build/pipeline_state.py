@@ -18,7 +18,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, LocalShard
 from moe_dist.megatron.gpt import Gpt
 from moe_dist.megatron.tensors import Piece
 from moe_dist.megatron.versions import plain_optimizers
-from moe_dist.optim.adamw import MOMENTS, add_moments
+from moe_dist.optim.adamw import MOMENTS, add_moments, local
 from moe_dist.optim.optimizer import set_step_count, step_count
 from moe_dist.placement.parameter_names import logical_name
 
@@ -70,7 +70,7 @@ class GptState:
             whole = torch.empty(parameter.shape, device=_HOST) if place.sharded else _updated(place, kind)
             for key, piece in self._pieces(chunk, name, kind, whole):
                 tensor = tensors[key]
-                piece.set(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
+                piece.set(local(tensor))
             if not kind and place.main is not parameter:
                 parameter.copy_(whole)
             if place.sharded and place.main is not None:

@@ -16,9 +16,8 @@ from moe_dist.config.schema import Config
 from moe_dist.placement.parameter_names import EXPERTS, named_parameters
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan import flops, memory
-from moe_dist.plan.planner import PlacementCosts
+from moe_dist.plan.planner import PlacementCosts, fullest_rank
 from moe_dist.plan.preflight import PlannedLayout, layout_without_data
-from moe_dist.plan.rank_memory import fullest_rank
 from moe_dist.plan.summary import bytes_text, count_text, per_token
 from moe_dist.train.build.training import build_model
 

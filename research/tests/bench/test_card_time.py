@@ -7,8 +7,8 @@ import pytest
 from moe_dist.errors import ConfigError, ResourceError
 from research.bench.card_time import FP32_SHARE, assumptions, card_rates, card_time, operation_seconds, table
 from research.bench.counted_step import refuse_what_cannot_fit
-from tools.fake_gpu.fake_cuda import Work
-from tools.fake_gpu.fake_step import Counted
+from research.fake_gpu.fake_cuda import Work
+from research.fake_gpu.fake_step import Counted
 
 TWO = ("model.num_layers=2", "train.micro_batch=2", "parallel.two_batch_overlap=false")
 OLMOE = "configs/olmoe_1b7b_8gpu.yaml"

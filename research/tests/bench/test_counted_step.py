@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 
 from research.bench.counted_step import leasts, table
+from research.fake_gpu.count import count
+from research.fake_gpu.fake_cuda import Work
+from research.fake_gpu.fake_step import Counted
 from tests.support.cover import exhaustive
-from tools.fake_gpu.count import count
-from tools.fake_gpu.fake_cuda import Work
-from tools.fake_gpu.fake_step import Counted
 
 # Presets whose MoE layers have a bound on 8 ranks: the largest allowed ratio of their bytes to the least possible
 # bytes. On more ranks FSDP2 shards the experts, and gate and up become two products.

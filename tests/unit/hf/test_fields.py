@@ -16,13 +16,13 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.hf import sections
 from moe_dist.hf.attention_fields import DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS, write_rope
 from moe_dist.hf.families import FAMILIES
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.importing import run_config
 from moe_dist.hf.plan import ImportOptions, ImportPlan, changed_section
-from moe_dist.hf.sections import UNKNOWN_FAMILIES, read_section
-from tests.support import unknown_families
+from moe_dist.hf.sections import read_section
 from tests.support.cover import rest_full
 from tests.support.hf_families import built, under_our_names
 from tests.support.tiny_hf import LENGTH, VOCAB, draw, tiny_config
@@ -322,17 +322,25 @@ def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     assert 70 < sum(accepted) < len(accepted) - 30
 
 
-def test_the_message_for_an_unknown_family_says_what_is_missing() -> None:
-    """Tests every type of language model in transformers. A table of them is generated from the configuration classes."""
-    found = unknown_families.table()
-    assert UNKNOWN_FAMILIES.read_text() == unknown_families.text(found), "run python -m tests.support.unknown_families"
-    assert len(found) > 200
-    for name, (nearest, *fields) in found.items():
-        with pytest.raises(ConfigError) as refused:
-            read_section({"model_type": name})
-        assert all(field in str(refused.value) for field in (f"{nearest}, the nearest known family", *fields[:8])), name
-    with pytest.raises(ConfigError, match=r"linear_conv_kernel_dim=4, .*; known are mixtral"):
-        read_section({"model_type": "qwen3_next", "linear_conv_kernel_dim": 4})
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("qwen3_next", "train it by engine.kind=transformers"),
+        ("deepseek_v2", "train it by engine.kind=transformers"),
+        ("aria_text", "train it by engine.kind=transformers"),  # its module has another name
+        ("bert", "has no experts"),
+        ("kimi_k2", "transformers has no such family"),
+    ],
+)
+def test_the_message_for_an_unknown_family_names_the_engine_that_trains_it(name: str, way: str) -> None:
+    with pytest.raises(ConfigError, match=f"model_type='{name}': .*{way}.*; known are mixtral"):
+        read_section({"model_type": name})
+
+
+def test_without_transformers_the_message_names_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"experts are those of transformers, engine.kind=transformers .* trains it"):
+        read_section({"model_type": "qwen3_next"})
 
 
 # PUBLISHED has fields of DeepSeek-V3's config.json that no class of transformers has. OTHERS has other values for them.

@@ -20,15 +20,12 @@ ROOT = Path(__file__).parents[3]
 # Modules import these private names of torch when they are loaded. `make torch-floor` checks that torch 2.11 has all of
 # them.
 IMPORTED = {
-    "torch._subclasses.fake_tensor.FakeTensor",
-    "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed.tensor._utils.compute_local_shape_and_global_offset",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.utils._pytree.tree_leaves",
 }
 LAZY = {
-    "torch._dynamo.utils",  # only gpu-check imports this and the sanitizer
-    "torch.cuda._sanitizer.CUDASanitizerDispatchMode",
+    "torch.cuda._sanitizer.CUDASanitizerDispatchMode",  # only gpu-check imports this
     "torch.distributed.fsdp._fully_shard._fsdp_common.FSDPMeshInfo",
     "torch.distributed.fsdp._fully_shard._fsdp_common.ShardPlacementResult",  # torch 2.11 lacks it
     "torch.testing._internal.distributed.fake_pg.FakeStore",

@@ -19,22 +19,15 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.counting_planner import CountingPlanner
-from moe_dist.moe.dispatch.counting_static_planner import CountingStaticPlanner
 from moe_dist.moe.dispatch.planning import DispatchPlanner
-from moe_dist.moe.dispatch.static_planning import StaticPlanner, StaticRoom
 from moe_dist.moe.kernels import plan as kernels
-from moe_dist.moe.kernels import static_plan as static_kernels
 from moe_dist.moe.kernels.interface import RowIndex
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from tests.support.cover import full, full_unless
+from tests.support.cover import full_unless
 
 EXPERTS, CHOICES = 7, 3
 GROUPS = (ExpertGroup("all", EXPERTS, 2, CHOICES, 8, 0, ("text",)),)
-TWO_GROUPS = (
-    ExpertGroup("first", 4, 1, CHOICES, 8, 0, ("text",)),
-    ExpertGroup("second", 3, 1, CHOICES, 8, 4, ("image",)),
-)
 PLACEMENTS = {
     "one rank": ((0, 1, 2, 3, 4, 5, 6),),
     "uneven": ((5,), (0, 2, 4, 6), (1, 3)),
@@ -82,8 +75,6 @@ def drawn(batch: str, rank: int, num_ranks: int) -> Assignments:
 
 def plan_of(planner: Any, pairs: Assignments) -> Any:
     num_tokens = len(pairs.token_N) // CHOICES
-    if isinstance(planner, StaticPlanner):
-        return planner.static_plan(pairs, num_tokens, "layer")
     (plan,), own = planner.plan(pairs, num_tokens, "layer")
     assert own.slot_counts == ()
     return plan
@@ -126,7 +117,6 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)  # fills uninitialised integer memory with the largest number
     monkeypatch.setattr(kernels, "ELEMENTS", 128)  # 16 tokens per block
     monkeypatch.setattr(kernels, "BLOCK", 4)
-    monkeypatch.setattr(static_kernels, "BLOCK", 32)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -156,69 +146,6 @@ def test_counting_plans_as_torch(name: str, batch: str) -> None:
             order, first = index.items_of_rows
             assert index.num_rows == 0 or torch.equal(items[1], first)
             assert torch.equal(items[0].to(order.dtype), order)
-
-
-LISTS = ("pair_P", "row_S", "row_O", "arrival_Q", "row_of_pair_Q", "counts_X", "end_X", "sent_5")
-
-
-def rooms(size: int, rows: int, pairs: int, computed: tuple[int, int]) -> StaticRoom:
-    """Returns sizes for rows and pairs that are different on each rank."""
-    return StaticRoom(*(tuple(each + rank for rank in range(size)) for each in (rows, pairs)), (computed,) * size)
-
-
-@pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize(
-    ("name", "batch"), full_unless(lambda *case: case == ("uneven", "mixed"), product(PLACEMENTS, BATCHES))
-)
-def test_plans_of_fixed_sizes_as_torch(name: str, batch: str) -> None:
-    placement = ExpertPlacement(TWO_GROUPS, PLACEMENTS[name])
-    size = placement.num_ranks
-    pairs = [drawn(batch, rank, size) for rank in range(size)]
-    make = {"placement": placement, "room": rooms(size, 22, 66, (150, 130))}
-    plans, exchanges = reference(lambda wire: StaticPlanner(wire=wire, **make), pairs)
-    for rank, expected in enumerate(plans):
-        assert expected.sent_5[-1] == 0
-        plan = counted(lambda wire: CountingStaticPlanner(wire=wire, **make), pairs[rank], rank, exchanges)
-        assert (plan.rows, plan.pairs, plan.room_G) == (expected.rows, expected.pairs, expected.room_G)
-        check_equal(plan, expected, *LISTS)
-        num_rows = plan.num_own_rows + sum(plan.rows.receive)
-        for ours, theirs in (
-            (plan.table_index, expected.table_index),
-            (plan.pair_index(num_rows), expected.pair_index(num_rows)),
-        ):
-            assert ours.items is not None
-            (items, first), (order, expected_first) = ours.items_of_rows, theirs.items_of_rows
-            assert torch.equal(first, expected_first)
-            assert torch.equal(items[: first[-1]].to(order.dtype), order[: first[-1]])
-
-
-@pytest.mark.usefixtures("_small_blocks")
-@pytest.mark.parametrize(
-    ("rows", "pairs", "computed"), [full(5, 66, (150, 130)), (22, 11, (150, 130)), full(22, 66, (20, 130))]
-)
-def test_what_does_not_fit_is_counted_and_no_list_points_beyond_a_tensor(
-    rows: int, pairs: int, computed: tuple[int, int]
-) -> None:
-    placement = ExpertPlacement(TWO_GROUPS, PLACEMENTS["uneven"])
-    given = [drawn("mixed", rank, 3) for rank in range(3)]
-    make = {"placement": placement, "room": rooms(3, rows, pairs, computed)}
-    plans, exchanges = reference(lambda wire: StaticPlanner(wire=wire, **make), given)
-    assert sum(each.sent_5[-1] for each in plans) > 0
-    for rank, expected in enumerate(plans):
-        wire = Wire(rank, 3, [], [arrived.clone() for arrived in exchanges[rank][1]])
-        plan = plan_of(CountingStaticPlanner(wire=wire, **make), given[rank])
-        check_equal(plan, expected, "sent_5", "row_O")
-        num_rows = plan.num_own_rows + sum(plan.rows.receive)
-        below = {"pair_P": len(given[rank].token_N), "row_S": plan.table_rows - 1, "row_of_pair_Q": num_rows}
-        for field, most in below.items():
-            assert 0 <= getattr(plan, field).min() <= getattr(plan, field).max() <= most, field
-        for index, items in (
-            (plan.table_index, plan.num_own_rows + plan.num_remote_rows),
-            (plan.pair_index(num_rows), len(plan.row_of_pair_Q)),
-        ):
-            order, first = index.items_of_rows
-            assert (first.diff() >= 0).all()
-            assert ((order[: first[-1]] >= 0) & (order[: first[-1]] < items)).all()
 
 
 def test_pairs_in_another_order_are_planned_by_torch() -> None:

@@ -1,27 +1,34 @@
 """Compares the time of our MoE layer with the times of other layers, in OLMoE's size. Two of these layers consist of
 torch's operations. The first makes a row for each (token, expert) pair and sorts the rows by expert, as torchtitan's
 layer does on one rank. The second computes one expert after the other. If their packages are installed, layers with the
-experts of Hugging Face and of ScatterMoE are compared, too.
+experts of Hugging Face and of ScatterMoE are compared, too, and in a check of its own the layer of Megatron-Core.
 
 Shape letters: T tokens, N (token, expert) pairs, D hidden size, E experts, K choices of a token.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.megatron.cpu_trial import megatron_on_cpu
+from moe_dist.megatron.process_groups import model_parallel
 from moe_dist.moe.experts.experts import ExpertStack
 from moe_dist.moe.experts.products import why_not_grouped
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
+from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertPlacement
+from research.gpu_bench.megatron_core import MegatronMoE, Variant, copy_experts
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
-from tools.gpu_check.rates import drawn, seconds_of, sizes
+from tools.gpu_check.process import on_ranks
+from tools.gpu_check.rates import bf16_layer, drawn, seconds_of, sizes
 
 MOST = 2e-2  # largest relative difference of outputs and of input gradients between two layers in bf16
 
@@ -129,3 +136,31 @@ def rivals(job: CheckJob) -> list[Reading]:
         theirs = seconds_of(job, lambda layer=layer: passes(layer, x_TD, group_T, x_TD))
         readings.append(job.timed(f"ours / {name}", seconds / theirs, most=1.0))
     return readings
+
+
+def megatron_layer(job: CheckJob) -> list[Reading]:
+    """Times forward and backward of our layer and of Megatron-Core's. Raises NotPossibleError if Megatron-Core is missing
+    or fails on the GPU, because that is no fault of moe_dist."""
+    found = on_ranks(_megatron_seconds, job, world=1)[0]
+    if isinstance(found, str):
+        raise NotPossibleError(found)
+    return [job.timed("ours / Megatron-Core's sequential experts", found, most=1.0)]
+
+
+def _megatron_seconds(job: CheckJob, mesh: Mesh) -> float | str:
+    """Returns the ratio of times, or the reason why Megatron-Core cannot be measured."""
+    T, D, width, E, K = sizes(job)
+    groups = single_group(E, 0, K, width)
+    x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=mesh.device)
+    ours, placement = bf16_layer(D, groups, mesh.device), ExpertPlacement.interleaved(groups, 1)
+    seconds = seconds_of(job, lambda: passes(ours, x_TD, group_T, x_TD))
+    try:
+        with megatron_on_cpu() if job.rehearse else nullcontext(), model_parallel(), mesh.device:
+            theirs = MegatronMoE(nn.Identity(), ours.router, placement, Variant(), hidden=D, ep_rank=0).to(mesh.device)
+            copy_experts(ours.experts, theirs.experts)
+            theirs.experts.to(torch.bfloat16)
+            return seconds / seconds_of(job, lambda: passes(theirs, x_TD, group_T, x_TD))
+    except Exception as error:
+        if job.rehearse and not isinstance(error, ImportError):
+            raise
+        return f"{type(error).__name__}: {error}"

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_dist.errors import ResourceError
 from moe_dist.megatron.cpu_trial import Idle
-from tools.fake_gpu.live_memory import LiveMemory
+from research.fake_gpu.live_memory import LiveMemory
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 # Operations that launch no kernel: allocations, and changes of metadata. Views and queries of a tensor launch none, either.

@@ -1,8 +1,8 @@
 """Runs, on fake CUDA tensors, the parts of a run that are not training steps: the held-out evaluation, and the copies of
 asynchronous saves.
 
-`python -m tests.support.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that `tools.fake_gpu.fake_cuda.child`
-started, prints JSON of `observed`.
+`python -m research.tests.fake_gpu.fake_run CONFIG RANK RANKS [key=value ...]`, in a process that
+`research.fake_gpu.fake_cuda.child` started, prints JSON of `observed`.
 """
 
 import json
@@ -19,7 +19,7 @@ from moe_dist.checkpoint.storage import Snapshot
 from moe_dist.data.batch import Batch
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.start import resume
-from tools.fake_gpu import fake_cuda, fake_step
+from research.fake_gpu import fake_cuda, fake_step
 
 
 def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 2) -> dict[str, Any]:

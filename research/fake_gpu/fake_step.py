@@ -1,6 +1,6 @@
 """Takes training steps of a configuration as one rank of many, on fake CUDA tensors and with collectives that do nothing.
 
-Runs in a process with the environment of `fake_cuda.preloaded`: python -m tools.fake_gpu.fake_step CONFIG RANK RANKS
+Runs in a process with the environment of `fake_cuda.preloaded`: python -m research.fake_gpu.fake_step CONFIG RANK RANKS
 [key=value ...]. Prints one JSON line with the fields of `Counted`. Routing is uniform: each rank sends each expert the
 same number of tokens.
 
@@ -37,7 +37,7 @@ from moe_dist.plan.preflight import PlannedLayout, layout_without_data
 from moe_dist.train.build import training as build
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step import training_step as step
-from tools.fake_gpu import fake_cuda
+from research.fake_gpu import fake_cuda
 
 MICRO_BATCHES = 2
 TIMEOUT = 60.0

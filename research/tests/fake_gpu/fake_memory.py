@@ -1,6 +1,6 @@
 """Measures the peak memory of a later training step on fake CUDA tensors by torch's MemTracker, and prints bytes.
 
-Runs in a process that `tools.fake_gpu.fake_cuda.child` started, with CONFIG RANK RANKS [key=value ...].
+Runs in a process that `research.fake_gpu.fake_cuda.child` started, with CONFIG RANK RANKS [key=value ...].
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from moe_dist.train.step.training_step import TrainingStep
-from tools.fake_gpu import fake_cuda, fake_step
+from research.fake_gpu import fake_cuda, fake_step
 
 
 def main() -> None:

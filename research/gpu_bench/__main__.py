@@ -1,0 +1,33 @@
+"""Measures kernels on this machine's GPUs, and compares moe_dist with other implementations, with the options of
+`moe-dist gpu-check`: python -m research.gpu_bench --json gpu_bench.json [--gpus N] [--minutes 9] [--rehearse]"""
+
+from collections.abc import Mapping
+
+from moe_dist.runtime.command_line import reports_errors, run_command, takes
+from tools.gpu_check.__main__ import GpuCheckOptions, take_checks
+from tools.gpu_check.checks import CHECKS
+from tools.gpu_check.session import Check
+
+MEASUREMENTS: Mapping[str, Check] = {
+    "ceilings": CHECKS["ceilings"],
+    "sanitizer": Check("research.gpu_bench.sanitizer:sanitizer", 180, "no kernel reads or writes outside its tensors"),
+    "graph": Check("research.gpu_bench.graph:graph", 90, "an MoE layer in a CUDA graph = with sizes read on the host"),
+    "kernel rates": Check("research.gpu_bench.rates:kernel_rates", 60, "time of each kernel over bytes / copy rate"),
+    "grouped product": Check("research.gpu_bench.rates:grouped", 60, "grouped product over the dense rate"),
+    "null fraction": Check("research.gpu_bench.rates:null_fraction", 60, "time of a layer as choices become null"),
+    "attention rate": Check("research.gpu_bench.rates:attention_rate", 120, "attention inside documents over causal"),
+    "rivals": Check("research.gpu_bench.layers:rivals", 60, "time of a layer over those of plain layers of torch"),
+    "layer": Check("research.gpu_bench.layers:megatron_layer", 120, "time of a layer over Megatron-Core's"),
+    "step": Check("research.gpu_bench.megatron_step:megatron_step", 120, "time of a step over Megatron-Core's"),
+}
+
+
+@reports_errors("gpu-bench")
+@takes(GpuCheckOptions)
+def main(options: GpuCheckOptions) -> None:
+    """Measure kernels and compare layers and steps with other implementations on GPUs."""
+    take_checks(MEASUREMENTS, options)
+
+
+if __name__ == "__main__":
+    run_command(main)
