@@ -27,8 +27,7 @@ def test_the_report_names_rank_and_layer(tiny_data: Path, tmp_path: Path, monkey
     config = tiny_config(tiny_data, tmp_path, SETTINGS)
     assert launch(write_config(config, tmp_path / "run.yaml"), program=PROGRAM) == 1
     run = RunFolder.of(config)
-    status = run.read_status().latest
-    assert status is not None
+    status = run.read_status().attempts[-1]
     assert status.verdict == 1
     assert "collective 'counts' of layers.1 did not finish in 20 s at step 1; rank 1 did not enter it" in status.reason
     (waiting,) = read_reports(report_folder(run.logs, status.attempt_id))
