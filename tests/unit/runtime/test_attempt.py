@@ -138,17 +138,6 @@ def test_a_rank_that_lost_a_peer_blames_nobody_and_tells_where_it_cannot_know(tm
         assert ("do not tell moe_dist which one and why" in text) == (not launched)
 
 
-def test_another_configuration_ends_with_78_and_leaves_the_status_alone(tmp_path: Path) -> None:
-    run(tmp_path, "raise StoppedError('saved')", MOE_DIST_ATTEMPT_ID="first")
-    folder = RunFolder(tmp_path / "runs" / "tiny")
-    folder.config_yaml.write_text(folder.config_yaml.read_text().replace("weight_decay: 0.1", "weight_decay: 0.2"))
-    done, _ = run(tmp_path, "pass")
-    assert done.returncode == 78
-    assert "optimizer.weight_decay: 0.2 in the folder, 0.1 now" in done.stderr
-    latest = folder.read_status().attempts[-1]
-    assert (latest.attempt_id, latest.verdict) == ("first", 75)
-
-
 def test_errors_of_a_full_or_lost_disk_name_file_and_fix() -> None:
     verdict, reason = verdict_of(OSError(errno.ENOSPC, "No space left on device", "runs/x/config.yaml"))
     assert verdict == 1
