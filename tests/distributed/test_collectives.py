@@ -1,5 +1,4 @@
-"""`max_over` returns the largest value of a group's ranks, and an exchange counts the bytes that it sends to other
-ranks."""
+"""`max_over` returns the largest value of a group's ranks."""
 
 from collections.abc import Callable
 from typing import Any
