@@ -64,15 +64,6 @@ def test_a_healthy_cluster_gives_no_warning(doctor: Doctor) -> None:
     assert not list(doctor.root.iterdir()), "nothing is left in run.root"
 
 
-@pytest.mark.exhaustive
-def test_a_host_that_does_not_resolve(doctor: Doctor, slurm: SlurmCluster) -> None:
-    with Node(slurm, THIRD).unknown_host(slurm, FIRST):
-        said = doctor.says("--probe")
-    assert_only(
-        said, 78, f"^FAIL rendezvous host: '{FIRST}' does not resolve on {THIRD}: .*; enter it in the DNS or /etc/hosts"
-    )
-
-
 def test_a_run_folder_that_one_node_can_only_read(doctor: Doctor, slurm: SlurmCluster) -> None:
     with Node(slurm, SECOND).read_only(doctor.root):
         said = doctor.says("--probe")

@@ -82,8 +82,7 @@ def test_ray_job_stop_waits_for_a_save_of_half_a_minute(ray_head: StartedRay, tm
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert time.monotonic() - asked > SLOW_SAVE
     printed, _ = job.communicate()
-    latest = run.read_status().latest
-    assert latest is not None
+    latest = run.read_status().attempts[-1]
     assert (latest.verdict, latest.last_step) == (StoppedError.exit_code, saved_step(run)), printed
 
 
@@ -97,8 +96,7 @@ def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
     monkeypatch.setenv("WANDB_API_KEY", planted)
     job = begun(*launcher, CONFIG, *overrides(tmp_path, "ours", 1000), address, "--env=WANDB_API_KEY")
     wait_until(lambda: len(steps(run)) >= 2, job)
-    latest = run.read_status().latest
-    assert latest is not None
+    latest = run.read_status().attempts[-1]
     assert ray_cluster.variables_of(latest.pid)["WANDB_API_KEY"] == planted
     listed = subprocess.run(["ray", "job", "list"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--env-file" in listed.stdout

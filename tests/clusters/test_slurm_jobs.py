@@ -107,16 +107,6 @@ def test_a_task_of_an_array_is_requeued_by_itself(stage: Stage) -> None:
         assert [each.verdict for each in attempts] == [75, 0], job.said
 
 
-def test_a_failure_is_followed_by_a_requeue_until_two_attempts_gain_nothing(stage: Stage) -> None:
-    job = stage.launch("fail")
-    assert job.end() == 1
-    assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "1")
-    assert "not requeued: 2 failed attempts in a row committed no checkpoint after step 0" in job.said
-    assert stage.verdicts() == [1, 1]
-    for ending in stage.run.read_status().attempts:
-        assert re.fullmatch(rf"rank \d on {ANY}: exit code 1; attempt \d: rank \d is here", ending.reason)
-
-
 def test_the_node_of_the_rank_at_fault_is_left_out_and_not_that_of_its_peers(stage: Stage) -> None:
     """Each node has two ranks. One rank is killed, one freezes until its peers' watchdogs report it, and one ends by a
     native exit. In each of the three cases the peers of this rank raise an exception and end before it."""
@@ -196,14 +186,6 @@ def test_a_job_that_was_cancelled_saves_and_stays_away(stage: Stage) -> None:
     assert "Slurm is ending the job (COMPLETING) for good; continue it with: sbatch " in job.said
     assert (job.field("JobState"), job.field("Restarts")) == ("CANCELLED", "0")
     assert stage.verdicts() == [75]
-
-
-@pytest.mark.exhaustive
-def test_where_requeueing_is_refused_the_command_is_printed(stage: Stage) -> None:
-    job = stage.sbatch("stop+2", "--no-requeue", "--nodes=4", "--ntasks=4", "--ntasks-per-node=1", *plain(stage))
-    assert job.end() == StoppedError.exit_code
-    assert "Slurm refuses to requeue the job: " in job.said
-    assert re.search(r"continue with: sbatch .*/it/slurm/job_\d+_\w+/train\.sbatch", job.said)
 
 
 def plain(stage: Stage) -> list[str]:

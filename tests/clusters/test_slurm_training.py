@@ -18,12 +18,12 @@ import pytest
 
 from launchers.command import TRAIN
 from launchers.restart import committed_step
-from moe_dist.errors import ConfigError, ResourceError, StoppedError
+from moe_dist.errors import ResourceError, StoppedError
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
 from tests.clusters.conftest import DEFAULT, HOSTED, NODES, QUICK
-from tests.support import megatron_trial, slow_close, slowed
+from tests.support import slow_close, slowed
 from tests.support.cover import exhaustive
 from tests.support.shape import drawn
 from tests.support.slurm import ROOT, SlurmCluster, SlurmJob, hosts, overrides
@@ -215,23 +215,6 @@ def test_a_suspended_job_goes_on_and_one_with_a_frozen_rank_is_requeued(
 
 
 @pytest.mark.exhaustive
-def test_a_killed_rank_of_megatrons_engine_is_followed_by_an_attempt_with_its_losses(
-    slurm: SlurmCluster, site: Path, tmp_path: Path
-) -> None:
-    run = RunFolder(tmp_path / "megatron")
-    job = slurm.launch(
-        megatron_trial.CONFIG, *megatron_trial.CHANGES, f"run.root={tmp_path}", "run.name=megatron", f"--cluster={site}"
-    )
-    job.wait_for(lambda: steps_taken(run) >= 4, "at step 4")
-    for pid in job.processes(rank=1):
-        os.kill(pid, signal.SIGKILL)
-    job.wait_for_requeue()
-    assert job.end() == 0, job.said
-    assert [each.verdict for each in run.read_status().attempts] == [1, 0]
-    megatron_trial.check_losses(run, tmp_path)
-
-
-@pytest.mark.exhaustive
 def test_a_sink_that_does_not_close_leaves_the_job_completed(slurm: SlurmCluster, site: Path, tmp_path: Path) -> None:
     """srun kills a task that still runs a minute after another task has ended."""
     values = {**QUICK, "run.root": tmp_path, "run.name": "slow", "train.steps": 3}
@@ -270,30 +253,6 @@ def imports_torch(pid: int) -> bool:
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
     except OSError:
         return False
-
-
-@pytest.mark.exhaustive
-def test_an_array_runs_each_line_of_a_sweep_in_a_run_of_its_own(
-    slurm: SlurmCluster, tmp_path: Path, undisturbed: tuple[SlurmJob, RunFolder]
-) -> None:
-    sweep, site = tmp_path / "sweep.txt", tmp_path / "site.yaml"
-    sweep.write_text("run.seed=0  # as the undisturbed run\nrun.seed=1 optimizer.lr=1e-3\n")
-    site.write_text(drawn().site(ranks_per_node=4))
-    values = {**QUICK, "run.root": tmp_path, "run.name": "sweep", "train.steps": 3}
-    job = slurm.launch(DEFAULT, *overrides(values), f"--cluster={site}", f"--array={sweep}")
-    found = [RunFolder(tmp_path / "sweep" / str(task)) for task in range(2)]
-    for task in range(2):
-        each = SlurmJob(slurm, f"{job.number}_{task}", tmp_path / "sweep" / "slurm" / f"slurm-{job.number}_{task}.out")
-        assert each.end() == 0, each.said
-    assert records(found[0]) == records(undisturbed[1])[:3]
-    assert records(found[1]) != records(found[0])
-    assert found[1].read_config().run.seed == 1
-
-    refused = slurm.run(
-        sys.executable, "-m", "launchers.slurm", DEFAULT, *overrides(NODES), f"--array={sweep}", f"--cluster={site}"
-    )
-    assert refused.returncode == ConfigError.exit_code
-    assert "Slurm has no arrays of heterogeneous jobs" in refused.stderr
 
 
 def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature(runs: Runs, tmp_path: Path) -> None:

@@ -187,18 +187,6 @@ def test_every_layout_loads_every_other(
     run_in_world(layout.world_size, load_body, layout, list(map(saved, writers)))
 
 
-@pytest.mark.exhaustive
-def test_eight_ranks_load_them_all_and_are_loaded(
-    run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], tmp_path: Path
-) -> None:
-    """The test takes few cases, because eight processes are slow on few cores."""
-    eight = Layout(4, 2, "uneven", "fsdp2")
-    run_in_world(8, load_body, eight, list(map(saved, LAYOUTS)))
-    run_in_world(8, save_body, Layout(8, 1, "pinned"), tmp_path)
-    for layout in (Layout(), Layout(2, 2, "interleaved", "fsdp2")):
-        run_in_world(layout.world_size, load_body, layout, [tmp_path])
-
-
 class LostError(MoeDistError):
     """Stands for the error of a lost lease."""
 

@@ -2,14 +2,13 @@
 resumes such runs."""
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.cover import exhaustive, full
+from tests.support.cover import full
 from tests.support.whole_run import WholeRun, whole_run
 
 CHOICE = {
@@ -88,25 +87,6 @@ def test_thresholds_go_on_on_another_layout(run: Run) -> None:
     assert not same(thresholds(elsewhere.tensors), thresholds(elsewhere.at_start))
 
 
-CAPACITIES = {"capacity": {"text": 0.5}, "capacity_schedule": [[0, 1], [4, 0.5]]}
-
-
-@pytest.mark.parametrize("kind", [full("expert_choice"), full("expert_threshold")])  # routers' tests have schedules
-def test_a_schedule_of_capacities_on_ranks_is_one_rank_s(run: Run, kind: str) -> None:
-    warmup = {"warmup_steps": 100} if kind == "expert_threshold" else {}
-    changes = {**CHOICE, "model.moe.router": {**CHOICE["model.moe.router"], **CAPACITIES, "kind": kind, **warmup}}
-    undisturbed = run({**changes, "run.name": f"{kind}-whole"})
-    (alone,) = run({**changes, **ONE_RANK, "run.name": f"{kind}-alone"}, 1)
-    for step, (ours, theirs) in enumerate(zip(undisturbed[0].steps, alone.steps, strict=True)):
-        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
-        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
-        choices_LC, tokens_LG = ours.counts.choices_LC, ours.counts.tokens_LG
-        factor = 1.0 if step < 4 else 0.5
-        assert choices_LC[:, :3].sum(1) / tokens_LG[:, 0] == pytest.approx(factor * 1.5, rel=0.1)
-        assert choices_LC[:, 3:].sum(1) / tokens_LG[:, 1] == pytest.approx(factor * 1.0, rel=0.1)
-    assert undisturbed[0].evaluation.choice_experts_per_token == pytest.approx({"text": 0.75, "image": 0.5}, rel=0.1)
-
-
 @pytest.mark.parametrize("data", [full("ddp"), full("fsdp2")])
 def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: list[WholeRun], data: str) -> None:
     second = {**AUXILIARY, "run.name": f"second-{data}", "run.init_from": "first", "parallel.data": data}
@@ -141,48 +121,6 @@ def test_the_second_stage_leaves_thresholds_of_depths_alone(run: Run) -> None:
         named = {name: value for name, value in first.tensors.items() if ".depths." in name}
         assert {"layers.0.depths.threshold", "layers.0.depths.mean"} <= named.keys()
         assert same(named, {name: second.tensors[name] for name in named})
-
-
-ROUTERS = {  # one selection scope spans all ranks
-    "auxiliary": {"kind": "expert_choice", "causal": "auxiliary", "scope": "world"},
-    "softmax": {"kind": "expert_choice", "causal": "threshold", "scope": "world", "score": "softmax"},
-}
-
-
-def on_ranks(run: Run, router: str, ranks: int, ep: int) -> list[WholeRun]:
-    """Trains the auxiliary routers of the first stage, or a model with softmax scores."""
-    layout = {"parallel.ep": ep, "parallel.edp": ranks // ep, "train.micro_batch": 8 // ranks}
-    layout |= {"run.name": f"{router}-{ranks}-{ep}", "placement.policy": "interleaved", "train.steps": 4}
-    stage = {**AUXILIARY, "run.init_from": "first"} if router == "auxiliary" else CHOICE
-    return run({**stage, **layout, "model.moe.router": ROUTERS[router]}, ranks)
-
-
-@pytest.fixture(scope="module")
-def one_rank(run: Run, first_stage: list[WholeRun]) -> Callable[[str], WholeRun]:
-    assert first_stage, "the auxiliary routers begin with its weights"
-    return cache(lambda router: on_ranks(run, router, 1, 1)[0])
-
-
-@pytest.mark.parametrize(
-    ("router", "ranks", "ep"),
-    [
-        full("auxiliary", 4, 2), exhaustive("auxiliary", 2, 2), full("auxiliary", 4, 4),
-        ("softmax", 2, 2), full("softmax", 4, 4),
-    ],
-)  # fmt: skip
-def test_a_run_on_ranks_equals_one_rank(
-    run: Run, one_rank: Callable[[str], WholeRun], router: str, ranks: int, ep: int
-) -> None:
-    alone, outcomes = one_rank(router), on_ranks(run, router, ranks, ep)
-    for ours, theirs in zip(outcomes[0].steps, alone.steps, strict=True):
-        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
-        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
-        assert ours.auxiliary == pytest.approx(theirs.auxiliary, rel=1e-5)
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
-    merged = {name: value for outcome in outcomes for name, value in outcome.tensors.items()}
-    assert merged.keys() == alone.tensors.keys()
-    for name, value in merged.items():
-        np.testing.assert_allclose(value, alone.tensors[name], rtol=1e-3, atol=2e-5, err_msg=name)
 
 
 def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[WholeRun]) -> None:

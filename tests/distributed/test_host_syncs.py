@@ -103,20 +103,3 @@ def test_the_whole_layer_syncs_once_and_by_name(
         for case, (named, seen) in zip(cases, found, strict=True):
             assert named == [f"sync {SPLIT_SIZES_OF_BOTH if 'hierarchical' in case else SPLIT_SIZES}"], case
             assert seen == ["tolist"], case
-
-
-def test_a_read_of_a_value_in_the_router_is_seen(run_in_world: Callable[..., list[Any]]) -> None:
-    [[(named, seen)]] = run_in_world(1, with_a_read)
-    assert named == [f"sync {SPLIT_SIZES}"]
-    assert seen == ["__bool__", "tolist"]
-
-
-def with_a_read(rank: RankContext) -> list[tuple[list[str], list[str]]]:
-    forward = TopKRouter.forward
-
-    def reading(self: TopKRouter, h_TD: torch.Tensor, *rest: Any) -> Any:
-        bool((h_TD > 0).any())
-        return forward(self, h_TD, *rest)
-
-    with mock.patch.object(TopKRouter, "forward", reading):
-        return syncs(rank, [("loop", None, "none", "plain")])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -44,16 +44,8 @@ def trained(_: RankContext) -> tuple[dict[str, Any], float]:
 def test_two_ranks_train_the_model_of_one(run_in_world: Callable[..., list[Any]]) -> None:
     ((whole, loss),) = run_in_world(1, trained)
     for half, half_loss in run_in_world(2, trained):
-        assert half.keys() == whole.keys()
         assert half_loss == pytest.approx(loss, abs=1e-12)
-        for name, value in whole.items():
-            torch.testing.assert_close(
-                torch.from_numpy(half[name]),
-                torch.from_numpy(value),
-                rtol=0,
-                atol=1e-9,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
+        torch.testing.assert_close(half, whole, rtol=0, atol=1e-9)
     start = moe_dist.build_moe_layer(32, example()["GROUPS"], std=0.2)
     moved = [
         not torch.equal(parameter, torch.from_numpy(whole[f"moe.{name}"])) for name, parameter in start.named_parameters()
@@ -181,8 +173,7 @@ def test_clipping_and_full_weights_do_not_depend_on_ranks_or_placement(
     for half_norm, half, lengths in run_in_world(2, clipped, placement):
         assert half_norm == pytest.approx(norm, abs=1e-12)
         assert slots is None or set(lengths) <= {len(each) for each in slots}
-        for name, value in whole.items():
-            torch.testing.assert_close(torch.from_numpy(half[name]), torch.from_numpy(value), rtol=0, atol=1e-12)
+        torch.testing.assert_close(half, whole, rtol=0, atol=1e-12)
 
 
 def sharded_by_fsdp2(_: RankContext) -> list[str]:
@@ -236,36 +227,12 @@ def test_a_placement_of_other_groups_is_refused() -> None:
         moe_dist.build_moe_layer(8, other, placement=moe_dist.ExpertPlacement.interleaved(groups, 1))
 
 
-def test_clipping_of_one_process_is_that_of_torch() -> None:
-    layer = moe_dist.build_moe_layer(8, example()["GROUPS"], std=0.2)
-    x_TD = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    layer(x_TD, torch.zeros(16, dtype=torch.int64))[0].square().sum().backward()
-    gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]
-    before = [gradient.clone() for gradient in gradients]
-    norm: Tensor = moe_dist.clip_gradients(layer, 0.5)
-    after = [gradient.clone() for gradient in gradients]
-    for gradient, old in zip(gradients, before, strict=True):
-        gradient.copy_(old)
-    torch.testing.assert_close(nn.utils.clip_grad_norm_(layer.parameters(), 0.5), norm)
-    torch.testing.assert_close(gradients, after)
-
-
 def test_weights_of_another_model_are_refused() -> None:
     layer = moe_dist.build_moe_layer(8, example()["GROUPS"])
     state = moe_dist.full_state_dict(layer)
     short = {name: tensor[:3] if "experts" in name else tensor for name, tensor in state.items()}
     with pytest.raises(RuntimeError, match="size mismatch"):
         moe_dist.load_full_state_dict(layer, short)
-
-
-def test_balance_loss_of_several_layers_is_their_sum() -> None:
-    groups = example()["GROUPS"]
-    layers = [moe_dist.build_moe_layer(8, groups, name=name, std=1.0) for name in ("a", "b")]
-    x_TD = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
-    reports = [layer(x_TD, torch.zeros(16, dtype=torch.int64))[1] for layer in layers]
-    single = [moe_dist.balance_loss(report, groups) for report in reports]
-    torch.testing.assert_close(moe_dist.balance_loss(reports, groups), single[0] + single[1])
-    assert single[0] != single[1]
 
 
 def test_every_public_name_is_there_and_in_its_page() -> None:

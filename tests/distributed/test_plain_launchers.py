@@ -162,8 +162,7 @@ def test_each_fault_ends_all_ranks_and_the_same_start_goes_on(
             patience = [f"parallel.watchdog_seconds={WATCHDOG_SECONDS}"] if kind == "freeze" else []
             job.start(*patience, **fault(rank=rank, step=3, phase="before_step", kind=kind))
             assert job.codes() == codes, job.log.read_text()
-            latest = job.run.read_status().latest
-            assert latest is not None
+            latest = job.run.read_status().attempts[-1]
             assert latest.verdict == 1
             assert cause in latest.reason
         job.start("train.global_batch=7")
@@ -225,8 +224,7 @@ def test_torchrun_restarts_its_ranks_whatever_their_code_and_passes_a_stop_on(tm
         time.sleep(0.05)
     stopped.terminate()
     printed, _ = stopped.communicate()
-    latest = job.run.read_status().latest
-    assert latest is not None
+    latest = job.run.read_status().attempts[-1]
     assert (latest.verdict, committed_step(job.run.checkpoints)) == (StoppedError.exit_code, latest.last_step), printed
     assert latest.last_step >= 5
     assert stopped.returncode == 1, "torchrun has codes of its own"

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
+import torch
 
 from moe_dist.checkpoint import manager as manager_module
 from moe_dist.checkpoint.contents import open_checkpoint
@@ -183,37 +183,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert [one + other for one, other in zip(numbers(before), numbers(after), strict=True)] == expected
     assert all(len({str(each[0]) for each in steps}) == STEPS for steps in expected), "every step changes the loss"
     for ours, theirs in zip(after, whole, strict=True):
-        assert ours.tensors.keys() == theirs.tensors.keys()
-        for name, value in theirs.tensors.items():
-            np.testing.assert_array_equal(ours.tensors[name], value, err_msg=name)
+        torch.testing.assert_close(ours.tensors, theirs.tensors, rtol=0, atol=0)
         assert ours.evaluation.loss == theirs.evaluation.loss
         assert ours.evaluation.choice_loss == theirs.evaluation.choice_loss
     assert saved(tmp_path / "stopped") == saved(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("kind", [full("controllers"), full("muon"), full("dropout of adapters")])
-def test_a_stopped_run_goes_on_on_other_ranks(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
-) -> None:
-    """One rank resumes the run that two ranks stopped, and has the losses, choices and biases of the whole run."""
-    changes, _, base, _ = KINDS[kind]
-    changes = {**RUN, **changes}
-    if base is not None:
-        run_in_world(1, whole_run, tiny_data, tmp_path, {**RUN, **ONE_RANK, **base, "run.name": "base", "train.steps": 2})
-        changes["run.init_from"] = str(tmp_path / "base")
-    whole = run_in_world(2, whole_run, tiny_data, tmp_path, {**changes, "run.name": "whole"})[0]
-    stopped = {**changes, "run.name": "stopped"}
-    run_in_world(2, whole_run, tiny_data, tmp_path, {**stopped, "train.steps": STOP})
-    (alone,) = run_in_world(1, whole_run, tiny_data, tmp_path, {**stopped, "parallel.ep": 1})
-    assert alone.begun.step == STOP
-    for ours, theirs in zip(alone.steps, whole.steps[STOP:], strict=True):
-        np.testing.assert_array_equal(ours.counts.choices_LC, theirs.counts.choices_LC)
-        np.testing.assert_allclose(ours.nll_M, theirs.nll_M, rtol=1e-5)
-        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
-    biases = [name for name in alone.tensors if name.endswith(".bias")]
-    assert bool(biases) == (kind == "controllers")
-    for name in biases:
-        np.testing.assert_allclose(alone.tensors[name], whole.tensors[name], rtol=0, atol=1e-6, err_msg=name)
 
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)

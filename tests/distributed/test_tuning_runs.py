@@ -4,10 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.support.cover import exhaustive, full
 from tests.support.tiny import IMAGE_IDS, tiny_config
 from tests.support.tuning_samples import made_samples
 from tests.support.whole_run import WholeRun, whole_run
@@ -25,7 +23,6 @@ TUNED = {
     "loss.balance.schedule": [[0, 0.0]],
     "checkpoint.every": 3,
 }
-CHOSEN = {f"layers.1.moe.router.{group}.{rows}" for group in ("text", "image") for rows in ("true", "null")}
 
 
 class Site:
@@ -51,25 +48,6 @@ class Site:
 @pytest.fixture(scope="module")
 def site(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Site:
     return Site(run_in_world, tiny_data, tmp_path_factory.mktemp("runs"))
-
-
-def same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> bool:
-    return ours.keys() == theirs.keys() and all(np.array_equal(value, theirs[name]) for name, value in ours.items())
-
-
-@pytest.mark.parametrize("weight", [full(1.0), exhaustive(0.0)])  # test_router_tuning.py has the steps
-def test_choices_train_chosen_routers(site: Site, weight: float) -> None:
-    """Each rank has two micro-batches. With `weight=0` only the choices have a gradient, as in the released code."""
-    options: dict[str, Any] = {"section": {"objective": "choices", "weight": weight}, "parallel__data": "fsdp2"}
-    whole = site.tune(f"choices-{weight}", **options)
-    tokens = site.tune(f"tokens-{weight}", section={"weight": weight}, train__steps=1)
-    for outcome, before, other in zip(whole, site.base, tokens, strict=True):
-        assert outcome.trained == CHOSEN
-        moved = {name for name, value in outcome.tensors.items() if not np.array_equal(value, before.tensors[name])}
-        # `true_chosen` weights do not use null rows, so the cross entropy gives null rows no gradient.
-        assert moved == (CHOSEN if weight else {name for name in CHOSEN if name.endswith("true")})
-        assert (outcome.steps[0].auxiliary > 0.0) == (weight > 0.0)
-        assert outcome.steps[0].labels_M.sum() <= 4 < other.steps[0].labels_M.sum(), "one label a sample, and not a token"
 
 
 def test_other_weights_than_the_scored_ones_are_refused(site: Site) -> None:

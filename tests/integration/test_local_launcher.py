@@ -121,8 +121,7 @@ def stopped(data: Path, root: Path) -> tuple[RunFolder, Path, str]:
 def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tiny_data: Path, tmp_path: Path) -> None:
     """tests/distributed/test_resume.py compares the steps of a resumed run with those of an undisturbed run."""
     run, path, shown = stopped(tiny_data, tmp_path)
-    latest = run.read_status().latest
-    assert latest is not None
+    latest = run.read_status().attempts[-1]
     last_step = latest.last_step
     assert (latest.verdict, f"step_{last_step}") == (75, (run.checkpoints / "latest").read_text().strip())
     assert "\x1b[?25l" in shown  # rank 0 found the terminal, and drew the progress bar

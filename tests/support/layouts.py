@@ -221,6 +221,9 @@ def placement_for(layout: Layout) -> ExpertPlacement:
     return placement_of(layout.placement, layout.ep, layout.groups)
 
 
+SIZES = ("num_experts", "num_null", "num_identity", "num_constant", "top_k", "ffn_dim")
+
+
 def config_of(layout: Layout) -> Config:
     """Returns a configuration that has the layout's settings. Nothing uses its data section."""
     dispatch: dict[str, Any] = {"kind": "all_to_all", "overlap": layout.overlap, "chunks": layout.chunks}
@@ -280,17 +283,7 @@ def config_of(layout: Layout) -> Config:
                 "moe": {
                     "shared_ffn_dim": 0 if layout.lora else 4,
                     "experts": experts,
-                    "groups": {
-                        g.name: {
-                            "num_experts": g.num_experts,
-                            "num_null": g.num_null,
-                            "num_identity": g.num_identity,
-                            "num_constant": g.num_constant,
-                            "top_k": g.top_k,
-                            "ffn_dim": g.ffn_dim,
-                        }
-                        for g in layout.groups
-                    },
+                    "groups": {g.name: {size: getattr(g, size) for size in SIZES} for g in layout.groups},
                     "router": router,
                     "balance": controllers,
                     "capacity": None if layout.capacity is None else {"factor": layout.capacity},

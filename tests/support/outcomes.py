@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.support.agreement import Arrays, merged
 from tests.support.layouts import Layout, Outcome, train
@@ -24,9 +25,7 @@ def assert_same_tensors(outcomes: list[Outcome], one_rank: Outcome) -> None:
     """Compares gradients and parameters in float64."""
     for field in ("gradients", "parameters"):
         got, expected = merged_outcomes(outcomes, field), getattr(one_rank, field)
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-9, err_msg=f"{field}: {name}")
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-9, msg=lambda text, field=field: f"{field}: {text}")
 
 
 def assert_equal_one_rank(run_in_world: Callable[..., list[Any]], layout: Layout, start: Path) -> Outcome:

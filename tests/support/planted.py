@@ -47,15 +47,6 @@ class Node:
             yield
 
     @contextmanager
-    def unknown_host(self, cluster: SlurmCluster, host: str) -> Iterator[None]:
-        """Makes a host name unresolvable on the node."""
-        hosts = [line for line in (cluster.folder / "hosts").read_text().splitlines() if host not in line.split()]
-        without = cluster.folder / "hosts.without"
-        without.write_text("\n".join(hosts) + "\n")
-        with self.showing(Path("/etc/hosts"), without):
-            yield
-
-    @contextmanager
     def other_version(self, package: str, version: str, scratch: Path) -> Iterator[None]:
         """Gives the node another version of an installed package."""
         distribution = importlib.metadata.distribution(package)

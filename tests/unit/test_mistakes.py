@@ -15,12 +15,8 @@ from moe_dist.runtime.run_folder import RunFolder
 from tests.support.tiny import tiny_config, tiny_dataset, write_config
 
 FILES = {
-    "bad.yaml": "run: {name: a\nmodel: [\n",
     "tab.yaml": "run:\n\tname: a\n",
-    "twice.yaml": "run: {name: a}\nrun: {name: b}\n",
     "notes.txt": "hello\nworld\n",
-    "bad.jsonl": '{"text": "a"}\n{oops\n',
-    "nokey.jsonl": '{"body": "a"}\n',
     "pictures/a.png": "no picture",
     "texts/a.txt": "hello",
     "latin/a.txt": b"caf\xe9",
@@ -29,18 +25,9 @@ FILES = {
 }
 MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch local x.yaml --train.steps=3", 2, "has no dashes; write train.steps=3"),
-    ("launch local x.yaml train.steps", 78, "an override is key=value"),
     ("launch local nope.yaml", 78, "cannot be read: No such file or directory; configs/ has"),
-    (
-        "launch local bad.yaml",
-        78,
-        "bad.yaml: line 1, column 6 ('run: {name: a'): the mapping that begins here with { is not closed before line 2; "
-        "add } at the end of line 1",
-    ),
     ("launch local tab.yaml", 78, "tab.yaml: line 2, column 1 ('name: a'): no tab may stand before a key or value"),
-    ("launch local twice.yaml", 78, "'run' is in line 1 and again in line 2; keep one"),
     ("launch local x.yaml data.path=/nowhere", 78, "make the default data with `moe-dist prepare-data --out /nowhere`"),
-    ("launch local x.yaml --nproc 3", 78, "3 ranks: must be a positive multiple of parallel.ep=2"),
     ("launch local x.yaml --nproc 0", 2, "'0' must be greater than or equal to 1"),
     ("launch local x.yaml --nproc two", 2, "'two' must be a whole number without unit or currency; write --nproc 2"),
     ("launch local x.yaml model.moe.groups.text.modalities=[video]", 78, "'video': no such modality in the data"),
@@ -49,7 +36,6 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("launch local x.yaml run.init_from=nowhere", 78, "run.init_from='nowhere': no such folder; give a run folder"),
     ("launch local x.yaml data.weights.pictures=1.0", 78, "remove it, or set data.weights={} to draw from all sources"),
     ("launch local x.yaml parallel.device=cuda", 69, "this machine shows no GPU"),
-    ("launch slurm x.yaml --cluster nowhere --dry-run", 78, "give a path, or one of those in configs/clusters"),
     ("launch slurm x.yaml --dependency 12 --dry-run", 78, "must have the form afterok:1234"),
     ("launch ray x.yaml run.root=runs", 78, "as in run.root=/shared/folder/runs see docs/ray.md"),
     ("launch ray x.yaml --submit http://127.0.0.1:9", 69, "it must be the address of the dashboard"),
@@ -65,12 +51,6 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
     ("bench", 2, "run `python -m research.bench`"),
     ("status nope", 78, "there is no folder nope; give the run's folder, or --root FOLDER"),
     ("prepare-data --text notes.txt --out a", 65, "give plain texts as files of a folder"),
-    (
-        "prepare-data --text bad.jsonl --out a",
-        65,
-        'line 2, column 2: is not JSON (Expecting property name enclosed in double quotes); write it as {"text": "..."}',
-    ),
-    ("prepare-data --text nokey.jsonl --out a", 65, 'line 1: needs an object like {"text": "..."}'),
     ("prepare-data --images folder --out a", 78, "holds no .png, .jpg, .jpeg file"),
     (
         "prepare-data --images pictures --strict --out a",
@@ -89,7 +69,6 @@ MISTAKES: tuple[tuple[str, int, str], ...] = (
         78,
         "latin/a.txt: not UTF-8 at byte 3; convert it (`iconv -f LATIN1 -t UTF-8 old.txt > new.txt`)",
     ),
-    ("prepare-data --text latin --strict --out a", 65, "a.txt: not UTF-8 at byte 3; convert the file"),
     ("prepare-data --images pictures --out a", 65, "the first: picture 'pictures/a.png': not a PNG or JPEG, or damaged"),
     ("prepare-data --images one --out a", 65, "--codes 512: the pictures have only 31 distinct patches; give --codes 31"),
     ("import-hf nowhere --out a", 65, "no such folder; give a folder with config.json and model.safetensors in it"),

@@ -15,7 +15,7 @@ from moe_dist.errors import ResourceError
 from moe_dist.train.start.dry_run import estimate
 from research.fake_gpu.count import count
 from research.fake_gpu.fake_cuda import child
-from research.fake_gpu.fake_step import MICRO_BATCHES, Counted, scaled
+from research.fake_gpu.fake_step import Counted, scaled
 from tests.support.cover import exhaustive, full
 
 READS_OF_A_STEP = 2  # at the step's end: this rank's counts, and all sums over the ranks
@@ -73,30 +73,6 @@ def observed(path: str, rank: int, ep: bool) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def exchanges_between_gathers(order: str) -> list[int]:
-    """Returns the lengths of all series of all-to-alls that no gather or reduction of parameters interrupts."""
-    names = [name for name in order.split() if name.startswith(("alltoall", "_allgather", "allgather", "_reduce_scatter"))]
-    runs = "".join("x" if name.startswith("alltoall") else " " for name in names).split()
-    return [len(run) for run in runs]
-
-
-@pytest.mark.parametrize("halves", [exhaustive(False), full(True)])
-def test_no_gather_comes_between_the_exchanges_of_a_layer(halves: bool) -> None:
-    """FSDP2 shards the experts over several edp ranks. A layer has 5 exchanges in forward and 3 in backward, so a
-    series of 1, 2, 4 or 7 exchanges would show that a layer was interrupted. If micro-batches are computed in halves,
-    nothing interrupts a step's exchanges."""
-    overrides = ["model.num_layers=2", "train.micro_batch=2", f"parallel.two_batch_overlap={halves}"]
-    counted = count("configs/adamoe_mixtral8x7b_64gpu.yaml", 64, overrides)
-    runs = exchanges_between_gathers(counted.order)
-    layers = 2 * 2 * MICRO_BATCHES * (1 + halves)  # of two steps
-    assert sum(runs) == layers * (5 + 3)
-    if halves:
-        assert len(runs) == 2
-    else:
-        assert len(runs) > 2
-        assert not {1, 2, 4, 7} & set(runs), runs
-
-
 def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # has no library from an earlier build
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -112,15 +88,6 @@ def test_exchanges_of_fixed_sizes_need_no_read() -> None:
     counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options, rank=7)
     assert list(counted.syncs.values()) == [1] * READS_OF_A_STEP
     assert all(name.startswith("step training_step.py:") for name in counted.syncs)
-    assert mixes_and_copies_nothing(counted)
-
-
-@pytest.mark.full
-def test_both_hops_of_a_layer_need_one_read() -> None:
-    options = ["model.num_layers=2", "parallel.two_batch_overlap=false"]
-    options.append("parallel.dispatch={kind: hierarchical, ranks_per_node: 4}")
-    counted = count("configs/olmoe_1b7b_8gpu.yaml", 8, options)
-    assert counted.syncs["forward split sizes of both hops"] == 4
     assert mixes_and_copies_nothing(counted)
 
 
@@ -202,12 +169,3 @@ def test_the_dry_run_knows_the_memory_within_a_tenth(preset: str, ranks: int, mo
         found.append((int(done.stdout.split()[-1]), estimate(scaled(overrides, path, ranks)).rank_memory.total))
     measured, estimated = (large - small for small, large in zip(*found, strict=True))
     assert 0.9 * measured <= estimated <= 1.1 * measured, (measured / 2**30, estimated / 2**30)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "preset", [exhaustive("olmoe_1b7b_8gpu"), "adamoe_mixtral8x7b_64gpu", exhaustive("moma_1b4_4t4i_32gpu")]
-)
-def test_all_ranks_issue_the_same_collectives(preset: str) -> None:
-    orders = {count(f"configs/{preset}.yaml", 8, ["model.num_layers=2"], rank=rank).order for rank in (0, 7)}
-    assert len(orders) == 1

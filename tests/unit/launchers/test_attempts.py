@@ -1,6 +1,5 @@
 """Tests restarts by the local launcher and the Ray launcher. test_verdict.py tests the verdict of each attempt."""
 
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,6 @@ from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopSignals
 from tests.support.tiny import tiny_config
-
-
-def test_a_run_that_was_asked_to_stop_is_not_restarted_whatever_ended_a_rank(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path / "data", tmp_path / "runs")
-    folder, attempts = RunFolder.of(config), []
-
-    def run(restarts: int, attempt_id: str) -> Outcome:
-        attempts.append(attempt_id)
-        folder.open(config, RankEnv(0, 2, 0, 2, "published", 0, attempt_id)).release()
-        begin_logs(folder, 2, attempt_id)
-        return Outcome((75, -9), (1,), signal.SIGTERM)
-
-    assert run_attempts(folder, run, StopSignals(), prefix="local", max_restarts=3) == 75
-    assert len(attempts) == 1
 
 
 def test_the_rank_at_fault_is_blamed_and_not_the_one_that_ended_first(tmp_path: Path) -> None:

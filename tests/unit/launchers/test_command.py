@@ -84,13 +84,6 @@ def pinned(text_ranks: list[int], image_ranks: list[int], **nodes: object) -> di
     return {"parallel.ep": len(text_ranks) + len(image_ranks), "placement.groups": groups}
 
 
-def test_without_demands_ranks_fill_nodes_in_order(tiny_data: Path) -> None:
-    plan = job(tiny_data, {"ranks_per_node": 3}, {"parallel.edp": 2})
-    assert ranks(plan) == [(None, (0, 1, 2)), (None, (3,))]
-    assert [node.groups for node in plan.nodes] == [("text", "image"), ("image",)]
-    assert (plan.world_size, plan.ranks_per_node, plan.gpus_per_node) == (4, 3, 0)
-
-
 def test_groups_are_placed_on_matching_nodes_for_any_order_of_ranks(tiny_data: Path) -> None:
     changes = pinned([0, 2], [1, 3], text={"feature": "text"}, image={"feature": "vision", "labels": {"modality": "image"}})
     plan = job(tiny_data, {"ranks_per_node": 2}, changes)

@@ -143,8 +143,7 @@ def test_a_rank_that_leaves_without_an_exception_is_the_cause_whatever_its_peers
     {leaves}
     """
     assert site.attempt(body) == 1
-    latest = site.run.read_status().latest
-    assert latest is not None
+    latest = site.run.read_status().attempts[-1]
     assert (latest.verdict, latest.last_step) == (1, 7 if peer_speaks else 0)
     assert words in latest.reason
     assert latest.ended is not None
@@ -163,8 +162,7 @@ def test_a_frozen_rank_is_the_cause_of_a_peers_timeout(site: Site, capfd: pytest
     """
     assert site.attempt(body) == 1
     assert "rank 1 failed first (frozen by SIGSTOP" in capfd.readouterr().err
-    latest = site.run.read_status().latest
-    assert latest is not None
+    latest = site.run.read_status().attempts[-1]
     assert latest.rank == 1
     assert latest.reason == (
         "rank 1: frozen by SIGSTOP, and killed after a peer's collective timed out; "

@@ -154,8 +154,7 @@ def test_all_launchers_blame_the_same_rank(folder: RunFolder, name: str, outcome
             log.write(f"{case.log}\n" if rank == case.cause else "connection closed\n")
     verdict = conclude(folder, ATTEMPT, outcome(case), restarts=0, lasted=5.0)
     assert verdict == Verdict(case.code, case.reason, case.cause)
-    latest = folder.read_status().latest
-    assert latest is not None
+    latest = folder.read_status().attempts[-1]
     assert (latest.verdict, latest.reason, latest.rank) == (case.code, case.reason, case.cause)
     assert latest.ended is not None
     shown = read_progress(folder.path)
@@ -231,8 +230,7 @@ def test_a_lost_rank_is_at_fault_although_a_killed_rank_0_holds_the_lease(
     assert folder.write_status(verdict=1, reason=LOST_PEER, last_step=7, attempt_id=ATTEMPT, rank=None)
     outcome = Outcome(codes, failed, lost={0: "lost with its node 10.0.0.4"}, hosts=HOSTS)
     assert conclude(folder, ATTEMPT, outcome) == Verdict(1, "rank 0: lost with its node 10.0.0.4", 0)
-    latest = folder.read_status().latest
-    assert latest is not None
+    latest = folder.read_status().attempts[-1]
     assert (latest.reason, latest.last_step) == ("rank 0: lost with its node 10.0.0.4", 7)
     assert not folder.lease_json.exists()
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.model.attention import dense_mask, flex_mask
-from moe_dist.model.cache import LayerCache
-from moe_dist.model.layers import ModelArgs, rotary_table
-from moe_dist.model.sink_attention import SinkAttention, attend_with_sinks
+from moe_dist.model.sink_attention import attend_with_sinks
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
@@ -50,20 +48,3 @@ def test_flex_attention_gives_the_same() -> None:
     inputs = [each.float() for each in drawn()]
     found = attend_with_sinks(*inputs, flex_mask(DOCUMENTS, POSITIONS, WINDOW))  # pyright: ignore[reportCallIssue]
     torch.testing.assert_close(found, by_loop(*inputs), rtol=1e-5, atol=1e-5)  # pyright: ignore[reportCallIssue]
-
-
-@torch.no_grad()
-def test_a_cache_gives_the_same() -> None:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 1, "hidden_dim": 8, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4}
-    module = SinkAttention(ModelArgs(**sizes, moe_layers=(), compute_dtype=torch.float64)).double()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    x, positions = torch.randn(1, 6, 8, dtype=torch.float64), torch.arange(6)[None]
-    expected = module(x, rotary_table(positions, 4, 1e4), dense_mask(torch.zeros(1, 6)))
-    cache = LayerCache(module.entry, batch=1, max_tokens=6, dtype=torch.float64, device=x.device)
-    parts = [
-        module.with_cache(part, rotary_table(at, 4, 1e4), at, torch.ones_like(at, dtype=torch.bool), cache)
-        for part, at in zip(x.split((4, 2), 1), positions.split((4, 2), 1), strict=True)
-    ]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-9, atol=1e-9)

@@ -2,6 +2,8 @@
 
 import json
 from collections import Counter
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from moe_dist.plan.flops import (
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build.training import build_model, freeze
 from tests.support.layouts import FORMS, TEXT, Layout, config_of, placement_for
+from tests.support.tiny import tiny_config
 
 
 def group(num_experts: int, num_null: int, top_k: int, ffn_dim: int, **others: int) -> dict[str, int]:
@@ -54,10 +57,11 @@ def shape(*, moe: dict[str, Any] | None = None, **changes: Any) -> ModelSection:
     return ModelSection.model_validate_json(json.dumps({**values, **changes}))
 
 
-LATENT: dict[str, Any] = {"attention": {"kind": "latent", "q_rank": 5, "kv_rank": 7, "value_dim": 6}, "num_kv_heads": 4,
-                          "head_dim": 8, "rope_dim": 2, "qk_norm": "none"}  # fmt: skip
-
-
+LATENT: dict[str, Any] = {
+    "model__attention": {"kind": "latent", "q_rank": 5, "kv_rank": 7, "value_dim": 6},
+    **{"model__num_kv_heads": 4, "model__head_dim": 8, "model__rope_dim": 2, "model__qk_norm": "none"},
+}
+FREE = {"model__moe__groups": {"text": group(4, 2, 2, 16, num_identity=1, num_constant=2)}}
 LAYOUTS = [
     *(Layout(), Layout(tied=True), Layout(free=True), Layout(limited=True), Layout(null_logit="single")),
     *(Layout(adaptive=kind) for kind in ("top_p", "relu", "threshold", "predicted_k")),
@@ -111,33 +115,17 @@ def test_expected_experts_of_adamoe() -> None:
     assert expert_groups(others.moe)[0].expected_experts_per_token == 2 * 3 / 10
 
 
-def config(*, free: bool = False, model: dict[str, Any] | None = None, **parallel: Any) -> Config:
-    others = {"num_identity": 1, "num_constant": 2} if free else {}
-    values = {
-        "run": {"name": "flops"},
-        "model": {
-            "hidden_dim": 32,
-            "num_layers": 3,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "vocab_size": 48,
-            "max_seq_len": 16,
-            "qk_norm": "full",
-            "dense_ffn_dim": 40,
-            **(model or {}),
-            "moe": {
-                "first": 1,
-                "shared_ffn_dim": 24,
-                "groups": {"text": {"num_experts": 4, "num_null": 2, "top_k": 2, "ffn_dim": 16, **others}},
-            },
-        },
-        "data": {"path": "none", "seq_len": 16},
-        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
-        "optimizer": {"lr": 1e-3},
-        "evaluation": {"every": 1},
-        "parallel": parallel,
-    }
-    return Config.model_validate_json(json.dumps(values))
+BASE: dict[str, Any] = {
+    **{"model.num_layers": 3, "model.vocab_size": 48, "model.max_seq_len": 16, "model.qk_norm": "full"},
+    **{"model.dense_ffn_dim": 40, "model.moe.first": 1, "model.moe.shared_ffn_dim": 24},
+    **{"model.moe.groups": {"text": group(4, 2, 2, 16)}, "placement": {"policy": "interleaved"}, "parallel.ep": 1},
+    **{"data.seq_len": 16, "train.global_batch": 4, "train.micro_batch": 4},
+}
+
+
+def config(**changes: Any) -> Config:
+    named = {key.replace("__", "."): value for key, value in changes.items()}
+    return tiny_config(Path("none"), Path("runs"), deepcopy({**BASE, **named}))
 
 
 def count_training(config: Config, batch: int = 4, choices: int = 0) -> tuple[int, float, int]:
@@ -167,7 +155,7 @@ def forward_of(cfg: Config, experts: float) -> Parts:
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"free": True}, {"model": LATENT}], ids=["plain", "free", "latent"])
+@pytest.mark.parametrize("changes", [{}, FREE, LATENT], ids=["plain", "free", "latent"])
 def test_agrees_with_torchs_counter(changes: dict[str, Any]) -> None:
     cfg = config(**changes)
     counted, experts, tokens = count_training(cfg)
@@ -179,7 +167,7 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     """Uses one sequence: slots of several sequences would form one row, and the CPU's dense mask computes all products of a
     row. The counter misses the router's scores, which are no matrix products, and the loss does not train the auxiliary
     routers."""
-    cfg = config(model={"mixture_of_depths": {"first": 1, "every": 1, "capacity": 0.25, "causal": causal}})
+    cfg = config(model__mixture_of_depths={"first": 1, "every": 1, "capacity": 0.25, "causal": causal})
     counted, experts, tokens = count_training(cfg, batch=1)
     assert experts < 0.6  # mean over all tokens; a computed token takes 4 / 3 experts
     assert len(cfg.model.depth_layers) == 2
@@ -190,23 +178,21 @@ def test_depths_agree_with_torchs_counter(causal: str) -> None:
     assert forward.attention < 0.5 * forward_of(config(), experts / 0.25).attention
 
 
-def lora_config(**parallel: Any) -> Config:
-    values = config(**parallel).model_dump(mode="json")
-    values["run"] |= {"init_from": "x", "init_rules": ["adapt"]}
-    values["train"]["only"] = "adapters"
-    values["model"]["attention_lora"] = {"rank": 3, "alpha": 3.0, "targets": ["q", "o"]}
-    values["model"]["moe"] |= {
-        "shared_ffn_dim": 0,
-        "experts": {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["gate", "down"]},
-        "router": {"kind": "top_k", "normalise": "none"},
-    }
-    return Config.model_validate_json(json.dumps(values))
+LORA: dict[str, Any] = {
+    "run__init_from": "x",
+    "run__init_rules": ["adapt"],
+    "train__only": "adapters",
+    "model__attention_lora": {"rank": 3, "alpha": 3.0, "targets": ["q", "o"]},
+    "model__moe__shared_ffn_dim": 0,
+    "model__moe__experts": {"kind": "lora", "rank": 2, "alpha": 2.0, "targets": ["gate", "down"]},
+    "model__moe__router": {"kind": "top_k", "normalise": "none"},
+}
 
 
 def test_lora_agrees_with_torchs_counter() -> None:
     """The forward count agrees exactly. Our total also counts a backward pass below the first adapter. Autograd skips
     this part, so the test subtracts it."""
-    cfg = lora_config()
+    cfg = config(**LORA)
     counted, experts, tokens = count_training(cfg)
     forward = forward_of(cfg, experts)
     frozen = frozen_flops(cfg.model, forward, seq_len=cfg.data.seq_len)
@@ -217,21 +203,15 @@ def test_lora_agrees_with_torchs_counter() -> None:
     assert counted == pytest.approx(expected * tokens, rel=1e-3)
 
 
-def tuned_config(layers: list[int], objective: str = "tokens") -> Config:
-    values = config().model_dump(mode="json")
-    values["run"] |= {"init_from": "x"}
-    values["train"]["only"] = "routers"
-    values["router_tuning"] = {"data": "none", "layers": layers, "objective": objective}
-    values["model"]["moe"]["groups"]["text"]["num_null"] = 0  # tokens take the same number of experts in both layers
-    return Config.model_validate_json(json.dumps(values))
-
-
 @pytest.mark.parametrize(
     ("layers", "choices"), [([1], 0), ([2], 0), ([1, 2], 0), ([1, 2], 2)], ids=["1", "2", "1 and 2", "choices"]
 )
 def test_router_tuning_agrees_with_torchs_counter(layers: list[int], choices: int) -> None:
     """With choices, forward and backward compute only the logits of two words instead of the whole output layer."""
-    cfg = tuned_config(layers, "choices" if choices else "tokens")
+    tuning = {"data": "none", "layers": layers, "objective": "choices" if choices else "tokens"}
+    # Without null experts tokens take the same number of experts in both layers.
+    tuned: dict[str, Any] = {"router_tuning": tuning, "model__moe__groups__text__num_null": 0}
+    cfg = config(run__init_from="x", train__only="routers", **tuned)
     counted, experts, tokens = count_training(cfg, choices=choices)
     forward = forward_of(cfg, experts)
     expected = training_flops(forward, frozen=flops_left_out(cfg, forward))
@@ -243,6 +223,6 @@ def test_recompute_repeats_no_more_than_counted() -> None:
     plain, experts, tokens = count_training(config())
     forward = forward_of(config(), experts)
     for recompute in ("experts", "block"):
-        repeated = count_training(config(recompute=recompute))[0] - plain
+        repeated = count_training(config(parallel__recompute=recompute))[0] - plain
         bound = (training_flops(forward, recompute=recompute) - training_flops(forward)) * tokens
         assert 0.5 * bound < repeated <= bound * 1.001, recompute

@@ -1,6 +1,6 @@
 """The estimated memory per rank agrees with states counted by hand, and with the activations that autograd keeps."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,37 +22,26 @@ from moe_dist.plan.memory import (
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build.training import build_model
 from moe_dist.train.router_tuning.tuning import freeze_all_but_routers
+from tests.support.tiny import tiny_config
+
+BASE: dict[str, Any] = {
+    **{"model.hidden_dim": 64, "model.num_layers": 3, "model.vocab_size": 128, "model.dense_ffn_dim": 96},
+    "model.moe": {
+        "shared_ffn_dim": 32,
+        "groups": {"text": {"num_experts": 5, "num_null": 3, "top_k": 3, "ffn_dim": 96}},
+    },
+    **{"train.global_batch": 64, "train.micro_batch": 4, "placement": {"policy": "interleaved"}},
+    **{"parallel.ep": 1, "parallel.device": "auto", "parallel.precision": "fp32"},
+}
 
 
 def config(*, parallel: dict[str, Any] | None = None, tuned: tuple[int, ...] = (), **model: Any) -> Config:
     """Returns an fp32 run. With `tuned` only the routers of these layers are trained."""
-    values: dict[str, Any] = {
-        "run": {"name": "memory"},
-        "model": {
-            "hidden_dim": 64,
-            "num_layers": 3,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "vocab_size": 128,
-            "max_seq_len": 64,
-            "dense_ffn_dim": 96,
-            "moe": {
-                "shared_ffn_dim": 32,
-                "groups": {"text": {"num_experts": 5, "num_null": 3, "top_k": 3, "ffn_dim": 96}},
-            },
-            **model,
-        },
-        "data": {"path": "none", "seq_len": 64},
-        "train": {"steps": 1, "global_batch": 64, "micro_batch": 4},
-        "optimizer": {"lr": 1e-3},
-        "evaluation": {"every": 1},
-        "parallel": {"precision": "fp32", **(parallel or {})},
-    }
+    changes = BASE | {f"model.{key}": value for key, value in model.items()}
+    changes |= {f"parallel.{key}": value for key, value in (parallel or {}).items()}
     if tuned:
-        values["run"] |= {"init_from": "x"}
-        values["train"]["only"] = "routers"
-        values["router_tuning"] = {"data": "none", "layers": tuned}
-    return Config.model_validate_json(json.dumps(values))
+        changes |= {"run.init_from": "x", "train.only": "routers", "router_tuning": {"data": "none", "layers": tuned}}
+    return tiny_config(Path("none"), Path("runs"), changes)
 
 
 LATENT: dict[str, Any] = {"attention": {"kind": "latent", "q_rank": 48, "kv_rank": 40, "value_dim": 24}, "num_kv_heads": 4,

@@ -117,27 +117,6 @@ def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(
     assert not list(run.folder.path.glob(".status*"))
 
 
-@pytest.mark.parametrize("look", [1, 2, 3])
-def test_a_resumed_writer_does_not_change_latest(run: Overtaken, look: int) -> None:
-    """The writer stops right before one of its checks: before it writes, before it renames the folder, or before it renames
-    `latest`."""
-    run.save(10, lambda: None)
-    looks = itertools.count(1)
-
-    def check() -> None:
-        if next(looks) == look:
-            run.overtake()
-            run.save(20, run.second.check)
-        run.first.check()
-
-    with pytest.raises(LeaseError):
-        run.save(30, check)
-    assert run.latest == "step_20\n"
-    assert {"step_10", "step_20"} <= {path.name for path in run.folder.checkpoints.iterdir()}
-    run.save(40, run.second.check)  # the first writer's files do not prevent a save
-    assert run.latest == "step_40\n"
-
-
 @pytest.mark.parametrize(("place", "error"), [("in the sync", LeaseError), ("after the check", CheckpointError)])
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     run: Overtaken, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]

@@ -176,8 +176,7 @@ def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(tmp_path:
     write = {"last_step": 3, "attempt_id": "first"}
     assert folder.write_status(verdict=65, reason="damaged", rank=1, **write)
     assert not folder.write_status(verdict=1, reason="connection closed", rank=0, **write)
-    latest = folder.read_status().latest
-    assert latest is not None
+    latest = folder.read_status().attempts[-1]
     assert (latest.verdict, latest.reason, latest.rank, latest.last_step) == (65, "damaged", 1, 3)
     lease.release()
 
@@ -203,8 +202,7 @@ def test_rank_0_may_release_the_lease_while_another_rank_records_the_verdict(
     monkeypatch.setattr(os, "fsync", meanwhile)
     written = folder.write_status(verdict=75, reason="saved", last_step=3, attempt_id="first", rank=1)
     assert written is (then == "nobody")
-    latest = folder.read_status().latest
-    assert latest is not None
+    latest = folder.read_status().attempts[-1]
     assert (latest.attempt_id, latest.verdict) == (("first", 75) if written else ("second", None))
 
 

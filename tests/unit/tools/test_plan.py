@@ -76,7 +76,7 @@ def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch
     )
     assert not list(tools.plan.left_out(config, [4], every, every))
     monkeypatch.setattr(tools.plan, "problems_of", lambda each: ["parallel.ep=1: not here; take another"])
-    code, said = plan(tmp_path, "--gpus", "1")
+    code, said = plan(tmp_path, "--gpus", "1", overrides=FOUR)
     assert code == 78
     assert re.search(
         r"layouts fit into memory, but each breaks a rule; the nearest is ep .*not here", said.replace("\n", " ")

@@ -1,6 +1,6 @@
 """Errors that depend on the device are raised before anything is built."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,27 +15,17 @@ from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.build.routing import build_router
 from moe_dist.train.build.training import check_expert_gemm, state_specs
 from tests.support.messages import refused
+from tests.support.tiny import tiny_config
 
 
-def config(expert_gemm: str, precision: str = "bf16") -> Config:
+def config(expert_gemm: str, precision: str = "bf16", **changes: Any) -> Config:
     values: dict[str, Any] = {
-        "run": {"name": "build"},
-        "model": {
-            "hidden_dim": 32,
-            "num_layers": 1,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "vocab_size": 48,
-            "max_seq_len": 16,
-            "moe": {"groups": {"text": {"num_experts": 4, "top_k": 2, "ffn_dim": 16}}},
-        },
-        "data": {"path": "none", "seq_len": 16},
-        "train": {"steps": 1, "global_batch": 4, "micro_batch": 4},
-        "optimizer": {"lr": 1e-3},
-        "evaluation": {"every": 1},
-        "parallel": {"expert_gemm": expert_gemm, "precision": precision},
+        "model.moe.groups": {"text": {"num_experts": 4, "num_null": 4, "top_k": 2, "ffn_dim": 16}},
+        **{"model.num_layers": 1, "parallel.ep": 1, "placement": {"policy": "interleaved"}},
+        **{"parallel.expert_gemm": expert_gemm, "parallel.precision": precision},
+        **{key.replace("__", "."): value for key, value in changes.items()},
     }
-    return Config.model_validate_json(json.dumps(values))
+    return tiny_config(Path("none"), Path("runs"), values)
 
 
 class Careless(torch.nn.Module):
@@ -66,24 +56,20 @@ def test_a_device_without_the_grouped_kernel_is_named(
 def test_a_plan_knows_the_loads_that_it_leads_to() -> None:
     """With 4 true and 4 null experts and k = 2, an even load is 1 true expert per token. With a null weight of 3 it is 2 x
     4 / (4 + 3 x 4), and with a controller it is the controller's target."""
-    values = config("loop").model_dump(mode="json")
-    values["model"]["moe"]["groups"]["text"]["num_null"] = 4
 
-    def even(**balance: Any) -> dict[str, float]:
-        return Config.model_validate_json(json.dumps({**values, **balance})).even_active
+    def even(**changes: Any) -> dict[str, float]:
+        return config("loop", **changes).even_active
 
+    weight = {"loss__balance__null_weight": {"text": 3.0}}
     assert even() == {}
-    assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 0.5}
-    for kind in ("null_split", "weighted"):
-        assert even(loss={"balance": {"kind": kind, "null_weight": {"text": 3.0}}}) == {"text": 0.5}
-    values["model"]["moe"]["balance"] = [{"kind": "active_experts", "target": {"text": 1.25}, "rate": 0.1}]
-    assert even(loss={"balance": {"null_weight": {"text": 3.0}}}) == {"text": 1.25}
+    for kind in ("null_averaged", "null_split", "weighted"):
+        assert even(**weight, loss__balance__kind=kind) == {"text": 0.5}
+    controllers = [{"kind": "active_experts", "target": {"text": 1.25}, "rate": 0.1}]
+    assert even(**weight, model__moe__balance=controllers) == {"text": 1.25}
 
 
 def test_a_bias_is_part_of_a_checkpoint_and_has_no_moments() -> None:
-    values = config("loop").model_dump(mode="json")
-    values["model"]["moe"]["router"]["selection_bias"] = True
-    specs = state_specs(Config.model_validate_json(json.dumps(values)))
+    specs = state_specs(config("loop", model__moe__router={"selection_bias": True}))
     biases = [name for name in specs if name.endswith(".bias")]
     assert biases == ["layers.0.moe.router.text.bias"]
     assert "optimizer.exp_avg.layers.0.moe.router.text.true" in specs

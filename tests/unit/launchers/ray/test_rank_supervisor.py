@@ -144,17 +144,11 @@ def test_a_rank_can_be_interrupted_as_from_a_terminal(kept: Callable[..., Kept])
     assert supervisor.hear() == {"code": -signal.SIGINT}  # KeyboardInterrupt was raised, so the rank does not ignore SIGINT
 
 
-def test_rank_0_is_shown_and_its_errors_are_in_the_log_as_well(kept: Callable[..., Kept]) -> None:
-    speaks = "print('out', flush=True); print('err', file=sys.stderr, flush=True)"
-    supervisor = kept(speaks, shown=True)
+@pytest.mark.parametrize(("shown", "output", "log"), [(True, [b"err", b"out"], "err\n"), (False, [], "out\nerr\n")])
+def test_rank_0_is_shown_and_others_speak_into_their_log(
+    kept: Callable[..., Kept], shown: bool, output: list[bytes], log: str
+) -> None:
+    supervisor = kept("print('out', flush=True); print('err', file=sys.stderr, flush=True)", shown=shown)
     assert supervisor.hear() == {"code": 0}
-    _, shown = supervisor.process.communicate()
-    assert sorted(shown.splitlines()) == [b"err", b"out"]
-    assert supervisor.log.read_text() == "err\n"
-
-
-def test_other_ranks_speak_into_their_log(kept: Callable[..., Kept]) -> None:
-    supervisor = kept("print('out', flush=True); print('err', file=sys.stderr, flush=True)")
-    assert supervisor.hear() == {"code": 0}
-    _, shown = supervisor.process.communicate()
-    assert (shown, supervisor.log.read_text()) == (b"", "out\nerr\n")
+    assert sorted(supervisor.process.communicate()[1].splitlines()) == output
+    assert supervisor.log.read_text() == log

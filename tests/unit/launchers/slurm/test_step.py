@@ -39,8 +39,7 @@ def leave(run: RunFolder, *, verdict: int, reason: str) -> None:
 
 def recorded(run: RunFolder) -> tuple[int | None, str, int | None]:
     """Returns verdict, reason and rank of the latest attempt."""
-    latest = run.read_status().latest
-    assert latest is not None
+    latest = run.read_status().attempts[-1]
     return latest.verdict, latest.reason, latest.rank
 
 

@@ -62,8 +62,7 @@ def test_one_kernel_routes_as_torch(groups: tuple[ExpertGroup, ...], normalise: 
     for mine, other in zip(got[0], wanted[0], strict=True):
         assert torch.equal(mine, other)
         assert mine.dtype == other.dtype
-    for mine, other in zip(got[1], wanted[1], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-5)
     again = results(route(routers[0], h_TD, group_T, cache), [h_TD, *routers[0].parameters()])
     for mine, other in zip([*got[0], *got[1]], [*again[0], *again[1]], strict=True):
         assert torch.equal(mine, other), "a recomputation keeps choices and bits"
@@ -110,8 +109,7 @@ def test_replayed_choices_that_would_not_win(normalise: str) -> None:
         taken = routing.assignments.expert_N >= 0
         assert torch.equal(routing.assignments.expert_N[taken], worst_TK.flatten()[taken])
         assert (routing.assignments.weight_N[taken] > 0).all()
-    for mine, other in zip([*found[0][0], *found[0][1]], [*found[1][0], *found[1][1]], strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_a_selection_bias_uses_torch() -> None:
