@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
 from moe_dist.moe.dispatch.ledger import ModuleTraffic, compare
 from moe_dist.moe.routing.counts import RoutingCounts, SentCounts
@@ -146,8 +145,7 @@ class Attached:
         self._step += 1
         sums_LX, parts = self._counts.take()
         own = self._own_ledger()
-        ledger = from_host([*own.values()], torch.float64, sums_LX.device)
-        values = torch.cat([sums_LX.flatten(), ledger, sums_LX.new_zeros(GIVEN)])
+        values = torch.cat([sums_LX.flatten(), sums_LX.new_tensor([*own.values()]), sums_LX.new_zeros(GIVEN)])
         for at, number in ((-4, loss), (-2, grad_norm)):
             if number is not None:
                 number = number.full_tensor() if isinstance(number, DTensor) else number
