@@ -20,6 +20,7 @@ from torch import nn
 
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.moe.dispatch.ledger import in_backward
 from moe_dist.moe.experts.lora import LoRALayer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.selection import ChoosingRouter
@@ -78,7 +79,7 @@ class Replay:
         h_TD, _, cache = inputs
         if cache.choice_TK is not None:
             return  # recomputation of a block reuses the cache of its forward
-        passed = self._passed[torch._C._current_graph_task_id() != -1]  # True in a recomputation by backward
+        passed = self._passed[in_backward()]
         first = passed[layer]
         passed[layer] = end = first + h_TD.shape[0]
         if end > len(self.ids_TLK):

@@ -94,6 +94,29 @@ def routing_arrays(counts: RoutingCounts[np.ndarray], placement: ExpertPlacement
     return arrays
 
 
+def comm_scalars(ledger: Mapping[str, int], seconds: float | None) -> dict[str, float | None]:
+    """Returns the scalars of the step's communication. They do not contain metadata bytes.
+
+    For other dispatch methods, bytes are estimated: the method's number of rows times this step's bytes per row (including
+    padding rows).
+    """
+    ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
+    row_bytes = ratio(ledger["payload_bytes"], ours)  # includes forward, backward and recomputation
+
+    def saved(rows: int) -> float | None:
+        if row_bytes is None:  # no row was sent, so the bytes per row are unknown
+            return None if rows else 0.0
+        return (rows - ours) * row_bytes
+
+    return {
+        "comm/bytes_sent": float(ledger["payload_bytes"]),
+        "comm/bytes_saved_vs_topk": saved(ledger["rows_topk"]),
+        "comm/bytes_saved_vs_same_active": saved(ledger["rows_same_active"]),
+        "comm/dedup_factor": ratio(ledger["rows_per_pair"], ours),
+        "comm/seconds": seconds,
+    }
+
+
 def depth_metrics(depths: DepthStatistics) -> dict[str, np.ndarray]:
     """Returns metrics of each mixture-of-depths layer, float64 [L]. They are nan for a layer without tokens.
 

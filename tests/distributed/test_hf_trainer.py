@@ -3,20 +3,24 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_dist.errors import ConfigError
+from moe_dist.monitor.report.panels import nulls
+from moe_dist.monitor.report.routing import Subject
 from moe_dist.monitor.sinks.jsonl import read_lines
-from tests.support.tiny_hf import VOCAB, save, tiny_model
+from moe_dist.monitor.trace.reader import read_trace
+from tests.support.tiny_hf import HIDDEN_DIM, VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
+from tools.report import open_routing
 
 EXPERTS, TOP_K, LAYERS, STEPS, LENGTH = 8, 3, 2, 4, 10
 
@@ -33,7 +37,15 @@ def launched(rank: RankContext) -> Iterator[None]:
         GradientState._reset_state()
 
 
-def trained(rank: RankContext, out: Path, *, resume: Path | None = None, save_only_model: bool = False) -> Any:
+def with_absent_choices(forward: Callable[..., Any], *inputs: Any) -> tuple[Any, ...]:
+    """Runs a router, and makes the last choice of every second token absent."""
+    logits, weights, ids_TK = forward(*inputs)
+    kept_TK = ids_TK.clone()
+    kept_TK[::2, -1] = EXPERTS
+    return logits, weights, kept_TK
+
+
+def trained(rank: RankContext, out: Path, *, resume: Path | None = None, absent: bool = False, **changes: Any) -> Any:
     """Trains `STEPS` steps with a checkpoint after each second one. Returns the trainer."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.distributed.configuration_utils import DistributedConfig
@@ -46,6 +58,9 @@ def trained(rank: RankContext, out: Path, *, resume: Path | None = None, save_on
 
     parallel = DistributedConfig(fsdp_size=rank.world_size, ep_size=rank.world_size, ep_implementation="moe_dist")
     model = AutoModelForCausalLM.from_pretrained(rank.folder / "model", distributed_config=parallel)
+    if absent:
+        for layer in model.model.layers:
+            layer.mlp.gate.forward = partial(with_absent_choices, layer.mlp.gate.forward)
     rows = torch.randint(0, VOCAB, (32, LENGTH), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
         str(out),
@@ -53,7 +68,6 @@ def trained(rank: RankContext, out: Path, *, resume: Path | None = None, save_on
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         save_steps=2,
-        save_only_model=save_only_model,
         logging_steps=1,
         learning_rate=1e-2,
         report_to=[],
@@ -62,20 +76,17 @@ def trained(rank: RankContext, out: Path, *, resume: Path | None = None, save_on
         dataloader_pin_memory=False,
         disable_tqdm=True,
         log_level="error",
+        **changes,
     )
     trainer = ResumableTrainer(
         model,
         arguments,
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],  # pyright: ignore[reportArgumentType]
-        callbacks=[RecordRouting(sinks=["jsonl"], trace_every=2)],
+        eval_dataset=[{"input_ids": row, "labels": row} for row in rows[:4]],  # pyright: ignore[reportArgumentType]
+        callbacks=[RecordRouting(sinks=["jsonl"], trace_every=1)],
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer
-
-
-def weights_of(trainer: Any) -> dict[str, Tensor]:
-    state = trainer.model.state_dict()
-    return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in state.items()}
 
 
 def losses_of(trainer: Any) -> list[float]:
@@ -94,25 +105,51 @@ def resumed(rank: RankContext) -> dict[str, Any]:
         again = trained(rank, rank.folder / "run", resume=rank.folder / "run" / "checkpoint-2")
         dist.barrier()
         relogged = [*read_lines(rank.folder / "run" / "routing" / "metrics.jsonl")]
-        trained(rank, rank.folder / "weights only", save_only_model=True)
+        costs = {"gradient_checkpointing": True, "eval_strategy": "steps", "eval_steps": 1}
+        trained(rank, rank.folder / "weights only", absent=True, save_only_model=True, **costs)
         with pytest.raises(ConfigError) as refused:
             trained(rank, rank.folder / "x", resume=rank.folder / "weights only" / "checkpoint-2")
-    kept, new = weights_of(whole), weights_of(again)
+    dist.barrier()
+    check_traffic(rank.folder / "run" / "routing", exchanges=4, absent=0.0)
+    # This run evaluates after each step. Its recomputed forwards send the rows of dispatch once more.
+    check_traffic(rank.folder / "weights only" / "routing", exchanges=5, absent=1 / 6)
     return {
         "losses": (losses_of(whole), losses_of(again)),
-        "different": [name for name, each in kept.items() if not torch.equal(each, new[name])],
         "lines": (lines, relogged),
         "refused": str(refused.value),
     }
 
 
-def test_trainer_resumes_to_the_same_bits_and_is_recorded(run_in_world: Callable[..., list[Any]]) -> None:
+def rows_of(step: Any) -> int:
+    """Returns the number of distinct (token, other rank) pairs of a traced step. Each rank has half of the experts."""
+    own_T = step.tokens["sequence"] % 2
+    rank_TLK = np.where((step.ids < 0) | (step.ids >= EXPERTS), own_T[:, None, None], step.ids // (EXPERTS // 2))
+    return int((rank_TLK != own_T[:, None, None]).any(2).sum())
+
+
+def check_traffic(folder: Path, *, exchanges: int, absent: float) -> None:
+    """Compares records with the choices that were traced. A row is sent in `exchanges` exchanges."""
+    trace = read_trace(folder)
+    shown = nulls(Subject(open_routing(folder), None, [], ()))
+    assert ("16.7% of the choices in steps 1 to 4 are absent" in shown) == bool(absent)
+    for line in read_lines(folder / "metrics.jsonl"):
+        rows, scalars = rows_of(trace.step(line["step"])), line["scalars"]
+        assert line["ledger"]["rows_remote"] == rows > 0
+        assert scalars["comm/bytes_sent"] == line["ledger"]["payload_bytes"] == exchanges * rows * HIDDEN_DIM * 4
+        assert line["ledger"]["pairs"] == np.sum(line["arrays"]["choices_LC"])
+        assert scalars["moe/null_fraction/routed"] == pytest.approx(absent)
+        work_LR = np.array(line["arrays"]["rows_LR"])
+        even = (work_LR.max(1) / work_LR.mean(1)).mean()
+        assert scalars["moe/balance_efficiency_by_count"] == pytest.approx(1 / even)
+        assert scalars["comm/dedup_factor"] == pytest.approx(line["ledger"]["pairs_remote"] / rows)
+
+
+def test_trainer_resumes_to_the_same_losses_and_is_recorded(run_in_world: Callable[..., list[Any]]) -> None:
     for found in run_in_world(2, resumed):
         whole, again = found["losses"]
         assert len(whole) == STEPS
         assert len(set(whole)) == STEPS
         assert again == whole
-        assert found["different"] == []
         assert "weights only/checkpoint-2 has no sharded_model" in found["refused"]
         lines, relogged = found["lines"]
         assert [line["step"] for line in lines] == [line["step"] for line in relogged] == [1, 2, 3, 4]

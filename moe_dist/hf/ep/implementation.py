@@ -13,8 +13,6 @@ rows on this rank for this rank's experts, Q pairs computed here.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,24 +22,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import ConfigError
 from moe_dist.hf.ep.style import chunks
 from moe_dist.hf.pairs import compute_pairs
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.ledger import ModuleTraffic
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-
-
-class ByteCounts(CommStats):
-    """Counts bytes, but no seconds: on CUDA the events of each wait would stay in memory until somebody reads them."""
-
-    @contextmanager
-    def timed(self, device: torch.device) -> Iterator[None]:
-        yield
 
 
 class MoeDistEP(EPImplementation):
@@ -66,7 +56,9 @@ class MoeDistEP(EPImplementation):
                 f'rank of {ep_mesh.size()} must hold {held}; shard its parameters by "grouped_gemm" or "moe_dist_shard"'
             )
         group = ExpertGroup("experts", self.num_experts, num_null=0, top_k=1, ffn_dim=0)
-        wire = AllToAll(ep_mesh.get_group(), ByteCounts())
+        # An attribute of the module, where `moe_dist.monitor.attach` finds it.
+        experts.traffic = self.traffic = ModuleTraffic(slots, ep_mesh.get_local_rank())
+        wire = AllToAll(ep_mesh.get_group(), self.traffic)
         self.dispatcher = AllToAllDispatcher(DispatchContext(ExpertPlacement((group,), slots), wire))
         _divide_gradients_once(experts)
 
@@ -89,7 +81,9 @@ class MoeDistEP(EPImplementation):
         weight_N = weight_TK.reshape(-1).to(accumulation_dtype(h_TD.dtype)).masked_fill(absent_N, 0.0)
         token_N = torch.arange(num_tokens, device=h_TD.device).repeat_interleave(choices)
         pairs = Assignments(token_N, expert_N.masked_fill(absent_N, ABSENT), weight_N, num_choices=choices)
+        self.traffic.training = self.experts.training
         plan = self.dispatcher.plan(pairs, num_tokens, layer="experts")
+        self.traffic.add(plan.sent, num_tokens, num_tokens * choices)
         y_TD, _ = self.dispatcher.run(h_TD, weight_N, plan, experts=self._compute)
         return y_TD
 

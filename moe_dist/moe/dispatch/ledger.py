@@ -18,10 +18,56 @@ CommStats counts bytes when a collective is called. `payload_bytes` are the byte
 rows that leave the node (0 if the dispatcher does not distinguish nodes). `metadata_bytes` are all other bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+import torch
+
+from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.placement.placement import ExpertPlacement
+
+
+class ModuleTraffic(CommStats):
+    """Counts the traffic of one module of experts in a model that another trainer trains, for that trainer's ledger.
+
+    It counts no seconds: on CUDA the events of each wait would stay in memory until somebody reads them.
+
+    Attributes:
+        slots: The experts of each EP rank. `ep_rank` is this rank's position.
+        training: Nothing is counted while it is False, as in an evaluation.
+    """
+
+    def __init__(self, slots: tuple[tuple[int, ...], ...], ep_rank: int) -> None:
+        super().__init__()
+        self.slots, self.ep_rank, self.training = slots, ep_rank, True
+        self._counts = [0] * 5
+
+    @contextmanager
+    def timed(self, device: torch.device) -> Iterator[None]:
+        yield
+
+    def count(self, name: str, num_bytes: int, *, payload: bool, between_nodes: bool = False) -> None:
+        """Counts bytes, also those that a recomputed forward sends again."""
+        if self.training:
+            super().count(name, num_bytes, payload=payload, between_nodes=between_nodes)
+
+    def add(self, sent: SentCounts, tokens: int, choices: int) -> None:
+        """Adds a forward, unless backward recomputes it. `choices` counts absent choices as well."""
+        if self.training and not in_backward():
+            new = (sent.rows_remote, sent.pairs, sent.pairs_remote, tokens, choices)
+            self._counts = [total + each for total, each in zip(self._counts, new, strict=True)]
+
+    def take_counts(self) -> tuple[int, ...]:
+        """Returns the numbers since the last call: rows and pairs as in `SentCounts`, tokens, choices, and bytes of payload
+        and of metadata."""
+        counts, self._counts = self._counts, [0] * 5
+        return (*counts, *self.take()[:2])
+
+
+def in_backward() -> bool:
+    """Returns whether backward runs in this thread. A forward then is a recomputation."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def compare(

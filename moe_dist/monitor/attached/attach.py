@@ -11,7 +11,7 @@ letters are as in `routers.py`.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.moe.routing.counts import RoutingCounts
+from moe_dist.moe.dispatch.ledger import ModuleTraffic, compare
+from moe_dist.moe.routing.counts import RoutingCounts, SentCounts
 from moe_dist.monitor.attached.folder import open_together
 from moe_dist.monitor.attached.routers import EXTRA, GUIDE, Counts, RouterHook, Routers, find_routers
-from moe_dist.monitor.metrics import Record, ratio, routing_arrays, routing_scalars
+from moe_dist.monitor.metrics import Record, comm_scalars, ratio, routing_arrays, routing_scalars
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.tags import tag_plan
@@ -35,7 +36,7 @@ from moe_dist.placement.placement import ExpertPlacement
 
 GIVEN = 4  # this many numbers follow the summed counts: loss, gradient norm, and for each the number of ranks that pass it
 
-# Tags whose values only moe_dist's own trainer knows.
+# Tags whose values are known only if moe_dist sends the rows (`moe_dist.hf.ep`); the seconds are never known.
 UNKNOWN_COSTS = (
     "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active", "comm/dedup_factor", "comm/seconds",
 )  # fmt: skip
@@ -50,6 +51,7 @@ class Attached:
     Args:
         model: A model of transformers or Megatron-Core with routers in `ROUTERS`. It may be wrapped (DDP, FSDP2).
         sinks: Names in `folder.SINKS`, or sinks that the caller made. Only rank 0 uses sinks.
+        pictures_every: Number of steps from one set of heat maps in TensorBoard to the next.
         trace_every: Number of steps from one traced step to the next; the first step is traced. 0 for no trace.
         trace_tokens: Largest number of tokens that a rank traces in a step; None for all tokens.
         tokenizer: Path of a tokenizer.json. The report takes the names of the tokens from it.
@@ -63,22 +65,29 @@ class Attached:
         folder: str | Path,
         *,
         sinks: Sequence[str | Sink] = ("hints", "jsonl", "tensorboard"),
+        pictures_every: int = 100,
         trace_every: int = 100,
         trace_tokens: int | None = 4096,
         tokenizer: str | Path | None = None,
         last_step: int = 0,
         group: dist.ProcessGroup | None = None,  # pyright: ignore[reportPrivateImportUsage]
     ) -> None:
-        if min(trace_every, last_step) < 0 or (trace_tokens is not None and trace_tokens < 1):
+        if min(trace_every, last_step) < 0 or pictures_every < 1 or (trace_tokens is not None and trace_tokens < 1):
             raise ConfigError(
-                f"attach: trace_every={trace_every}, trace_tokens={trace_tokens}, last_step={last_step}: none may be "
-                "negative, and trace_tokens not 0; give larger numbers",
+                f"attach: pictures_every={pictures_every}, trace_every={trace_every}, trace_tokens={trace_tokens}, "
+                f"last_step={last_step}: none may be negative, nor the first and third 0; give larger numbers",
                 see=GUIDE,
             )
         self._group = group = dist.group.WORLD if group is None and dist.is_initialized() else group
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         routers, self._step, self._tokens = find_routers(model), last_step, 0
-        self._placement = ExpertPlacement.interleaved([routed_group(routers.num_experts, routers.top_k)], routers.ranks)
+        routed = routed_group(routers.num_experts, routers.top_k)
+        named = (getattr(module, "traffic", None) for module in model.modules())
+        self._traffic = [each for each in named if isinstance(each, ModuleTraffic)]
+        self._placement = ExpertPlacement.interleaved([routed], routers.ranks)
+        if self._traffic:
+            self._placement = ExpertPlacement((routed,), self._traffic[0].slots)
+        self._own_ledger()  # forgets the passes before this call
         manifest = Manifest(
             attempt=1,
             from_step=last_step,
@@ -95,9 +104,16 @@ class Attached:
             configuration=_configuration(model, routers),
         )
         subject = Subject(self._placement.groups, self._placement, routers.layers, num_modalities=1)
-        sequence_first, device = routers.kind.sequence_first, routers.device
         self._writer, self._sinks = open_together(
-            Path(folder), sinks, subject, manifest, sequence_first=sequence_first, rank=rank, group=group, device=device
+            Path(folder),
+            sinks,
+            subject,
+            manifest,
+            sequence_first=routers.kind.sequence_first,
+            pictures_every=pictures_every,
+            rank=rank,
+            group=group,
+            device=routers.device,
         )
         counts = self._counts = Counts(routers)
         self._handles = [
@@ -116,8 +132,9 @@ class Attached:
         """Records one optimizer step, with all forward passes since the last call. All ranks of the group must call it
         together.
 
-        One all-reduce sums L x (E + 2) + 4 numbers over the ranks. The host waits for the device once; in a traced step it
-        also waits for the choices of experts. A DTensor, such as FSDP2's gradient norm, costs one more all-reduce.
+        One all-reduce sums L x (E + 2) + 4 numbers over the ranks, and the ledger if moe_dist sends the rows. The host
+        waits for the device once; in a traced step it also waits for the choices of experts. A DTensor, such as FSDP2's
+        gradient norm, costs one more all-reduce.
 
         Args:
             loss, grad_norm: Values on this rank. The record has their means over those ranks that pass a value.
@@ -127,7 +144,8 @@ class Attached:
         """
         self._step += 1
         sums_LX, parts = self._counts.take()
-        values = torch.cat([sums_LX.flatten(), sums_LX.new_zeros(GIVEN)])
+        own = self._own_ledger()
+        values = torch.cat([sums_LX.flatten(), sums_LX.new_tensor([*own.values()]), sums_LX.new_zeros(GIVEN)])
         for at, number in ((-4, loss), (-2, grad_norm)):
             if number is not None:
                 number = number.full_tensor() if isinstance(number, DTensor) else number
@@ -140,7 +158,9 @@ class Attached:
         record = None
         if self._sinks is not None:
             mean_loss, mean_norm = (float(total / ranks) if ranks else None for total, ranks in host[-GIVEN:].reshape(2, 2))
-            record = self._record(host[:-GIVEN].reshape(sums_LX.shape), mean_loss, mean_norm, lr)
+            counts, totals = np.split(host[:-GIVEN], [sums_LX.numel()])
+            ledger = {key: round(total) for key, total in zip(own, totals.tolist(), strict=True)}
+            record = self._record(counts.reshape(sums_LX.shape), ledger, mean_loss, mean_norm, lr)
             self._sinks.step(record)
         self._prepare()
         return record
@@ -165,13 +185,38 @@ class Attached:
         self._began = time.perf_counter()
         self._counts.keep = self._writer is not None and self._writer.due(self._step + 1)
 
-    def _record(self, sums_LX: np.ndarray, loss: float | None, grad_norm: float | None, lr: float | None) -> Record:
+    def _own_ledger(self) -> Mapping[str, float]:
+        """Returns this rank's ledger of the step, summed over layers; {} if moe_dist does not send the rows."""
+        if not self._traffic:
+            return {}
+        taken = [each.take_counts() for each in self._traffic]
+        rows, pairs, pairs_remote, tokens, choices, payload, metadata = map(sum, zip(*taken, strict=True))
+        compared = compare(
+            self._placement,
+            self._traffic[0].ep_rank,
+            SentCounts(rows, pairs, pairs_remote),
+            true_choices_G=[pairs],
+            null_choices_G=[choices - pairs],
+            tokens_G=[tokens],
+        )
+        return {**compared, "payload_bytes": payload, "inter_node_bytes": 0, "metadata_bytes": metadata}
+
+    def _record(
+        self,
+        sums_LX: np.ndarray,
+        ledger: Mapping[str, int],
+        loss: float | None,
+        grad_norm: float | None,
+        lr: float | None,
+    ) -> Record:
         choices_LC, tokens_L1 = sums_LX[:, :-EXTRA].astype(np.int64), sums_LX[:, -2:-1].astype(np.int64)
         tokens, groups, seconds = int(tokens_L1.max()), self._placement.groups, time.perf_counter() - self._began
         self._tokens += tokens
         name, labels = groups[0].modalities[0], 0 if loss is None else max(1, tokens)
         counts = RoutingCounts(choices_LC, tokens_L1, sums_LX[:, -1:], np.zeros_like(choices_LC))
         arrays = routing_arrays(counts, self._placement)
+        routing = routing_scalars(counts, arrays, self._placement, tag_plan(1, 1))
+        chosen = ratio(choices_LC.sum(), groups[0].top_k * tokens_L1.sum())
         scalars = {
             "loss/total": loss,
             f"loss/{name}": loss,
@@ -181,8 +226,10 @@ class Attached:
             "optim/grad_norm": grad_norm,
             "optim/skipped_steps": None,
             "optim/tokens": float(self._tokens),
-            **routing_scalars(counts, arrays, self._placement, tag_plan(1, 1)),
-            **dict.fromkeys(UNKNOWN_COSTS),
+            **routing,
+            f"moe/null_fraction/{groups[0].name}": None if chosen is None else 1.0 - chosen,  # of absent choices
+            "moe/balance_efficiency_by_count": ratio(1.0, routing["moe/rank_imbalance"] or 0.0),
+            **(comm_scalars(ledger, None) if ledger else dict.fromkeys(UNKNOWN_COSTS)),
             "perf/tokens_per_second": ratio(tokens, seconds),
             "perf/step_seconds": seconds,
             "perf/mfu": None,
@@ -197,7 +244,7 @@ class Attached:
             epochs={name: 0.0},
             balance_coefficient=math.nan,
             arrays=arrays,
-            ledger={},
+            ledger=ledger,
             target_G=np.full(len(groups), np.nan),
         )
 

@@ -62,6 +62,7 @@ def open_together(
     manifest: Manifest,
     *,
     sequence_first: bool,
+    pictures_every: int,
     rank: int,
     group: Any,
     device: torch.device,
@@ -89,7 +90,7 @@ def open_together(
         )
     try:
         if rank == 0:
-            opened = GuardedSinks(_open_sinks(sinks, folder, subject, manifest.from_step))
+            opened = GuardedSinks(_open_sinks(sinks, folder, subject, manifest.from_step, pictures_every))
         if manifest.every:
             place = _place(folder, manifest.from_step, attempt)
             writer = ChoiceWriter(place, rank, manifest, sequence_first=sequence_first)
@@ -175,10 +176,11 @@ def _next_attempt(folder: Path, manifest: Manifest) -> int:
     return len(earlier) + 1
 
 
-def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int) -> list[Sink]:
+def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, step: int, pictures_every: int) -> list[Sink]:
     """Makes the sinks that are given by name, and takes given sink objects as they are. Raises ConfigError if a name is
     unknown or a sink cannot be opened."""
     opened: list[Sink] = []
+    named = SINKS | {"tensorboard": TensorBoardSinkSection(pictures_every=pictures_every).build}
     for sink in sinks:
         if isinstance(sink, str) and sink not in SINKS:
             raise ConfigError(f"attach: sinks: {sink!r} is unknown; give {', '.join(SINKS)}, or a Sink object", see=GUIDE)
@@ -186,7 +188,7 @@ def _open_sinks(sinks: Sequence[str | Sink], folder: Path, subject: Subject, ste
     context = SinkContext(folder, run_name=folder.name, resume_step=step, subject=subject, modalities=modalities)
     for sink in sinks:
         try:
-            opened.append(SINKS[sink](context) if isinstance(sink, str) else sink)
+            opened.append(named[sink](context) if isinstance(sink, str) else sink)
         except (OSError, MoeDistError) as error:
             for each in opened:
                 each.close()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
+from moe_dist.moe.dispatch.ledger import in_backward
 from moe_dist.moe.routers.recorded import recorded_routers
 from moe_dist.moe.routing.types import ABSENT
 
@@ -227,8 +228,7 @@ class RouterHook:
 
     @torch.no_grad()
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        recomputed = torch._C._current_graph_task_id() != -1  # True while backward runs in this thread
-        if router.training and not recomputed:
+        if router.training and not in_backward():
             self._counts.add(self._layer, self._kind.read(router, inputs, output))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -142,7 +142,9 @@ def nulls(subject: Subject) -> str:
     """Shows the fraction of null choices, as curves and as a heat map."""
     routing = subject.routing
     if not any(group.num_null for group in routing.groups):
-        return "<p>The model has no null experts.</p>"
+        absent = _absent_share(routing)
+        found = f" {absent:.1%} of the choices in {routing.window.words} are absent: no expert takes them."
+        return f"<p>The model has no null experts.{found if absent else ''}</p>"
     by_frame = [group_metrics(f.choices_LC, f.tokens_LG, routing.groups)["null_fraction"] for f in routing.frames]
     lines = {group.name: [_percentile(null_LG[:, g], 50) for null_LG in by_frame] for g, group in enumerate(routing.groups)}
     over_steps = curves(
@@ -152,6 +154,14 @@ def nulls(subject: Subject) -> str:
     null_LG = group_metrics(window.choices_LC, window.tokens_LG, routing.groups)["null_fraction"]
     scale = linear_scale("share of the choices that are null", 1.0)
     return over_steps + heat(null_LG, routing.layer_axis, routing.group_axis, scale=scale, title="Null choices.")
+
+
+def _absent_share(routing: Routing) -> float:
+    """Returns the share of the tokens' choices that are in no column; 0 where experts choose tokens."""
+    if any(group.token_share is not None for group in routing.groups):
+        return 0.0
+    choices_G = [min(group.top_k, group.num_columns) for group in routing.groups]
+    return 1 - routing.window.choices_LC.sum() / max(1, (routing.window.tokens_LG * choices_G).sum())
 
 
 def drift(subject: Subject) -> str:
@@ -183,6 +193,18 @@ def drift(subject: Subject) -> str:
     scale = linear_scale(f"total variation distance of the choices from those of {against.name}; {which}", 1.0)
     parts.append(heat(apart_LG, routing.layer_axis, routing.group_axis, scale=scale, title="Against another run."))
     return "".join([*parts, _same_tokens(routing, against)])
+
+
+def sent(subject: Subject) -> str:
+    """Shows a table of the rows and bytes that a step sent, above those that its traced choices would send elsewhere."""
+    window, elsewhere = subject.routing.window, ledger(subject)
+    if not window.ledger:
+        return elsewhere
+    names = ("rows_remote", "rows_per_pair", "payload_bytes", "metadata_bytes")
+    cells = [f"{window.ledger[name] / subject.routing.window_steps:,.0f}" for name in names]
+    head = ("rows sent", "rows if one for each (token, expert)", "bytes of rows", "bytes of counts, indices and weights")
+    caption = f"Sum of a step over ranks and layers, mean of {window.words}. Bytes include backward and recomputation."
+    return table(head, [cells], caption=caption) + elsewhere
 
 
 def _compared(routing: Routing, against: Routing) -> tuple[Frame, Frame, str]:
@@ -244,6 +266,6 @@ PANELS: tuple[tuple[str, str, Callable[[Subject], str]], ...] = (
     ("Compute maps", "Which cells of a picture and words of a text get many experts?", compute_maps),
     ("Co-activation", "Which experts work together?", coactivation),
     ("Specialisation", "Which tokens does an expert take?", specialisation),
-    ("Byte ledger", "What would these choices send on other ranks, placements and nodes?", ledger),
+    ("Byte ledger", "What do these choices send, and what on other ranks, placements and nodes?", sent),
     ("Drift", "How much did the routing change?", drift),
 )

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ MOST_TOKENS = 50_000  # largest number of tokens that a report reads from a trac
 
 class Frame(NamedTuple):
     """Routing counts summed over consecutive steps, int64, as in `Record.arrays`. `needed_G`, float64, is the largest
-    `StepResult.busiest_G` of these steps; it is 0 if the records or the trace lack it."""
+    `StepResult.busiest_G` of these steps; it is 0 if the records or the trace lack it. `ledger` has the sums of
+    `Record.ledger`; it is empty for a trace, and for a model whose rows moe_dist does not send."""
 
     first: int
     last: int
@@ -38,6 +40,7 @@ class Frame(NamedTuple):
     tokens_LG: np.ndarray
     dropped_LG: np.ndarray
     needed_G: np.ndarray
+    ledger: Mapping[str, int] = MappingProxyType({})
 
     @property
     def label(self) -> str:
@@ -151,9 +154,10 @@ def merged(frames: Sequence[Frame], most: int) -> tuple[Frame, ...]:
 
 def total(frames: Sequence[Frame]) -> Frame:
     """Returns one frame: the sum of consecutive frames."""
-    choices, tokens, dropped, needed = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:])
+    choices, tokens, dropped, needed = ([getattr(frame, name) for frame in frames] for name in Frame._fields[2:6])
     sums = np.sum(choices, 0), np.sum(tokens, 0), np.sum(dropped, 0)
-    return Frame(frames[0].first, frames[-1].last, *sums, needed_G=np.max(needed, 0))
+    ledger = {key: sum(frame.ledger.get(key, 0) for frame in frames) for key in frames[-1].ledger}
+    return Frame(frames[0].first, frames[-1].last, *sums, needed_G=np.max(needed, 0), ledger=ledger)
 
 
 def frames_of_records(
@@ -203,7 +207,8 @@ def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> 
                 coefficient = line["balance_coefficient"]  # null if another trainer wrote the file
                 needed = [line.get("host", {}).get(NEEDED + name, 0.0) for name in names] or [0.0] * groups
                 needed_G = np.array(needed, np.float64)
-                frame = Frame(line["step"], line["step"], **arrays, needed_G=needed_G)
+                ledger = {key: int(value) for key, value in dict(line.get("ledger") or {}).items()}
+                frame = Frame(line["step"], line["step"], **arrays, needed_G=needed_G, ledger=ledger)
                 yield frame, float("nan" if coefficient is None else coefficient)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error

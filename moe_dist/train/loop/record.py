@@ -12,6 +12,7 @@ from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.monitor.metrics import (
     NEEDED,
     Record,
+    comm_scalars,
     depth_scalars,
     group_metrics,
     ratio,
@@ -149,29 +150,6 @@ def loss_scalars(result: StepResult, losses: Mapping[str, float | None], *, spli
     third = {"loss/auxiliary": result.auxiliary} if result.auxiliary else {"loss/z": result.z}
     by_modality = {f"loss/{name}": value for name, value in losses.items()} if split else {}
     return {"loss/total": total, **by_modality, "loss/balance": result.balance, **third}
-
-
-def comm_scalars(ledger: Mapping[str, int], seconds: float) -> dict[str, float | None]:
-    """Returns the scalars of the step's communication. They do not contain metadata bytes.
-
-    For other dispatch methods, bytes are estimated: the method's number of rows times this step's bytes per row (including
-    padding rows).
-    """
-    ours = ledger["rows_remote"] + ledger.get("rows_padding", 0)
-    row_bytes = ratio(ledger["payload_bytes"], ours)  # includes forward, backward and recomputation
-
-    def saved(rows: int) -> float | None:
-        if row_bytes is None:  # no row was sent, so the bytes per row are unknown
-            return None if rows else 0.0
-        return (rows - ours) * row_bytes
-
-    return {
-        "comm/bytes_sent": float(ledger["payload_bytes"]),
-        "comm/bytes_saved_vs_topk": saved(ledger["rows_topk"]),
-        "comm/bytes_saved_vs_same_active": saved(ledger["rows_same_active"]),
-        "comm/dedup_factor": ratio(ledger["rows_per_pair"], ours),
-        "comm/seconds": seconds,
-    }
 
 
 def perf_scalars(result: StepResult, plan: LoopSettings, seconds: float) -> dict[str, float | None]:
