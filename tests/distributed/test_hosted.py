@@ -17,7 +17,9 @@ from moe_dist.train.start.resume import Progress
 from tests.support.cover import full, full_unless
 from tests.support.engine_run import Run, built_run, take_steps
 from tests.support.hosted import FAMILIES, UNEVEN, hosted_config, of_family
+from tests.support.invoked import invoke
 from tests.support.worlds import RankContext
+from tools import export_hf
 
 FSDP2: dict[str, Any] = {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -218,3 +220,5 @@ def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, 
     for key in ("loss", "norm", "balance"):
         assert [each[key] for each in again] == [each[key] for each in whole], key
         assert [float(each[key]) for each in other] == pytest.approx([float(each[key]) for each in whole], rel=1e-5), key
+    exported = invoke(export_hf.main, tmp_path / "tiny", "--out", tmp_path / "out")
+    assert exported.exit_code == (0 if rule in ("adamw", "muon") else 78)  # transformers would take all choices
