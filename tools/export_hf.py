@@ -84,19 +84,20 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     memory for the whole model in fp32.
 
     Raises:
-        ConfigError: `out` exists, or the run cannot be read (`find_trained`).
+        ConfigError: `out` exists, the run cannot be read (`find_trained`), or its tokens leave choices out.
     """
     import torch
 
     from moe_dist.hf.code_checks import refuse_code
     from moe_dist.hf.exporting import new_folder
-    from moe_dist.hf.host.weights import write_folder
+    from moe_dist.hf.host.weights import refuse_masked, write_folder
     from moe_dist.hf.source import COMPANIONS, companion
     from moe_dist.inference.loaded_run import find_trained
 
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     run = find_trained(checkpoint, data=data)
+    refuse_masked(run.config.model.moe)
     model: Any = run.load(torch.device("cpu"))
     source = Path(run.config.model.folder or "")
     there = run.config.model.folder is not None and source.is_dir()

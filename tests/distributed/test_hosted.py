@@ -23,8 +23,10 @@ from moe_dist.train.start.resume import Progress
 from tests.support.cover import full, full_unless
 from tests.support.engine_run import Run, built_run, take_steps
 from tests.support.hosted import CHANGES, FAMILIES, UNEVEN, hosted_config, of_family
+from tests.support.invoked import invoke
 from tests.support.whole_run import WholeRun, whole_run
 from tests.support.worlds import RankContext
+from tools import export_hf
 
 FSDP2: dict[str, Any] = {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"}
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -196,11 +198,11 @@ def test_a_folder_is_read_trained_and_written(
 
 
 def resumed(
-    rank: RankContext, data: str, root: str, changes: Mapping[str, Any], save_at: int | None
+    rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any], save_at: int | None
 ) -> list[dict[str, Any]]:
     """Goes on from the newest checkpoint, if there is one, to step 4. Saves after step `save_at`."""
     torch.set_num_threads(1)
-    config = hosted_config(data, root, of_family("qwen3_moe"), changes)
+    config = hosted_config(data, root, model, changes)
     with built_run(config, world_size=rank.world_size) as run:
         saver = run.saver()
         progress = saver.restore()
@@ -211,17 +213,36 @@ def resumed(
         return reports
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", full("muon")])
-def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, optimizer: str) -> None:
+TOP_P = {
+    "model.moe.router": {"kind": "top_p", "p": 1.0, "normalise": "true_chosen"},
+    "model.moe.balance": [{"kind": "active_experts", "target": {"experts": 1.5}, "rate": 5.0}],  # 3 at first
+}
+NULLS = {"moe": {"groups": {"experts": {"modalities": ["text", "image"], "num_null": 8, "top_k": 3}}}}
+RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "adamw": (of_family("qwen3_moe"), {}),
+    "muon": (of_family("qwen3_moe"), {"optimizer.kind": "muon"}),
+    "top_p": (of_family("qwen3_moe"), {**TOP_P, "parallel.recompute": "block"}),
+    "nulls": ({**of_family("mixtral"), **NULLS}, {}),
+}
+
+
+@pytest.mark.parametrize("rule", ["adamw", full("muon"), "top_p", "nulls"])
+def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, rule: str) -> None:
     """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed on the same layout it has the same bits, and
     on FSDP2 with 8 experts a rank the same losses but for rounding."""
-    more = {"optimizer.kind": optimizer, "loss.balance.scope": "step"}
-    whole = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**UNEVEN, **more}, 2)[0][2:]
-    again = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**UNEVEN, **more}, None)[0]
-    other = run_in_world(2, resumed, str(tiny_data), str(tmp_path), {**FSDP2, **more}, None)[0]
+    model, more = RULES[rule][0], {"loss.balance.scope": "step", **RULES[rule][1]}
+    reports = run_in_world(2, resumed, str(tiny_data), str(tmp_path), model, {**UNEVEN, **more}, 2)[0]
+    again = run_in_world(2, resumed, str(tiny_data), str(tmp_path), model, {**UNEVEN, **more}, None)[0]
+    other = run_in_world(2, resumed, str(tiny_data), str(tmp_path), model, {**FSDP2, **more}, None)[0]
+    whole = reports[2:]
+    if rule == "top_p":
+        assert reports[-1]["rows"]["rows_remote"] < 0.8 * reports[0]["rows"]["rows_remote"]
+    assert [each["choices"].tolist() for each in other] == [each["choices"].tolist() for each in whole]
     for key in ("loss", "norm", "balance"):
         assert [each[key] for each in again] == [each[key] for each in whole], key
         assert [float(each[key]) for each in other] == pytest.approx([float(each[key]) for each in whole], rel=1e-5), key
+    exported = invoke(export_hf.main, tmp_path / "tiny", "--out", tmp_path / "out")
+    assert exported.exit_code == (0 if rule in ("adamw", "muon") else 78)  # transformers would take all choices
 
 
 def test_moved_experts_change_no_loss(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:

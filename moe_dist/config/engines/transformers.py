@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from moe_dist.config.base.section import Violation, WholeConfig, named, unmet
 from moe_dist.config.engines.base import EngineSection
+from moe_dist.config.routers.top_k import TopKRouterSection
 
 KIND = "engine.kind=transformers"
 
@@ -22,11 +23,20 @@ NEEDED = (
     ("parallel.expert_gemm", ("auto",), "transformers chooses the experts' matrix products"),
     ("parallel.expert_pair_budget", (None,), "the family's experts compute all pairs at once"),
     ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
-    ("model.moe.router.kind", ("top_k",), "the family's own router chooses the experts"),
     ("model.moe.capacity", (None,), "no token is dropped"),
-    ("model.moe.balance", ((),), "the family's own router has the selection bias"),
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
     ("model.attention_lora", (None,), "there are no adapters"),
+)
+# What else must hold with null rows in the family's routers.
+NULL_ROWS = (
+    ("model.moe.router.softmax_top_k", (True,), "null experts are columns of the router's softmax"),
+    ("model.moe.router.scale", (1.0,), "the weights are the family's"),
+    ("model.moe.router.null_logit", ("each",), "each null expert has a row of the family's router"),
+)
+# What else must hold if tokens take all choices of the family's router.
+ALL_CHOICES = (
+    ("model.moe.router", (TopKRouterSection(),), "the family's own router chooses the experts"),
+    ("model.moe.balance", ((),), "the family's own router has the selection bias"),
 )
 
 
@@ -51,4 +61,13 @@ class TransformersEngineSection(EngineSection):
         return named("moe_dist.hf.host.family:complete")(model)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
-        yield from unmet(config, "engine.kind", KIND, NEEDED, instead="engine.kind=moe_dist")
+        router = config.model.moe.router
+        if not router.hosted:
+            problem = (
+                f"{router.name}: {KIND}: the family's own router chooses the experts; set model.moe.router.kind=top_k, or "
+                "top_p to take fewer of its choices, or engine.kind=moe_dist"
+            )
+            yield Violation(("engine.kind", "model.moe.router.kind"), problem)
+        nulls = any(group.num_null for group in config.model.moe.groups.values())
+        further = NULL_ROWS if nulls else ALL_CHOICES if router.softmax_top_k else ()
+        yield from unmet(config, "engine.kind", KIND, (*NEEDED, *further), instead="engine.kind=moe_dist")

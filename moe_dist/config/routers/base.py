@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from moe_dist.config.base.section import KindSection, Need, Violation, WholeConfig, unmet
+from moe_dist.config.base.section import KindSection, Need, Violation, WholeConfig, named, unmet
 
 ROUTER = "model.moe.router"
 OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null and zero-computation experts
@@ -26,6 +26,7 @@ class RouterSection(KindSection):
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
     needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs in other keys of the configuration
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on experts
+    hosted: ClassVar[str] = ""  # with engine.kind=transformers: what masks the choices of a family's router; empty if none
 
     @property
     def name(self) -> str:
@@ -113,6 +114,10 @@ class RouterSection(KindSection):
         others = group.num_null + group.num_zero_computation
         most = min(group.top_k, group.num_experts)
         return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
+
+    def build_hosted(self, *context: Any) -> Any:
+        """Makes the router of a layer with engine.kind=transformers."""
+        return named(self.hosted)(*context, **self.keywords())
 
     def counts_unknown(self) -> str:
         """Returns the reason why the number of tokens that each rank sends to each expert is unknown before routing; an

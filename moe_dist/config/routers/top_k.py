@@ -12,6 +12,7 @@ class TopKRouterSection(RouterSection):
 
     builds = "moe_dist.moe.routers.top_k:TopKRouter"
     served = "top_k"
+    hosted = "moe_dist.hf.host.choices:family_router"
     softmax_top_k = True
     adapted = True
 

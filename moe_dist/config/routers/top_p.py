@@ -11,6 +11,7 @@ class TopPRouterSection(AdaptiveRouterSection):
 
     builds = "moe_dist.moe.routers.top_p:TopPRouter"
     served = "top_p"
+    hosted = "moe_dist.hf.host.choices:FamilyTopP"
     least_columns = 1
 
     kind: Literal["top_p"] = "top_p"

@@ -21,12 +21,14 @@ from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
+from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
+CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not follow from the family
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -64,10 +66,26 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
         )
     elif folder is None:
         _check_names(family, fields or {})
-    found = _sizes(family, json.dumps(fields or {}, sort_keys=True))
+    found, plain_router = _sizes(family, json.dumps(fields or {}, sort_keys=True))
     given = {key: value for key, value in model.items() if key not in GIVEN}
     joined = _joined(given, found, ModelSection, "model")
+    _check_nulls(joined["moe"]["groups"][GROUP], family, plain_router=plain_router, copied=folder is not None)
     return {**joined, "folder": folder, "family": family, "fields": fields or {}}
+
+
+def _check_nulls(group: Mapping[str, Any], family: str, *, plain_router: bool, copied: bool) -> None:
+    """Raises ConfigError if the family's routers cannot have the null rows that the group asks for."""
+    key, count = f"model.moe.groups.{GROUP}.num_null", group.get("num_null")
+    if not isinstance(count, int) or count <= 0:
+        return  # the schema names a wrong value
+    if not plain_router:
+        raise ConfigError(
+            f"{key}={count}: null rows need a router that is one matrix [experts, hidden], which {family}'s is not; remove "
+            "num_null, and let model.moe.router.kind=top_p take fewer choices",
+            see=GUIDE,
+        )
+    if copied and (problem := uneven_twins(group["num_experts"], count)):
+        raise ConfigError(f"{key}: {problem}", see=GUIDE)
 
 
 def _check_names(family: str, fields: Mapping[str, Any]) -> None:
@@ -81,7 +99,7 @@ def _check_names(family: str, fields: Mapping[str, Any]) -> None:
 
 def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str) -> dict[str, Any]:
     """Returns the values that were found, and those given beside them, which must be defaults: they have no effect. Only
-    the modalities of a group can be chosen."""
+    the keys in `CHOSEN` can be chosen."""
     joined = {**given, **found}
     for key, value in given.items():
         inner = {"moe": MoESection, GROUP: GroupSection}.get(key)
@@ -94,7 +112,7 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
             joined[key] = _joined(value, found[key], Section, f"{path}.{key}")
         elif inner is not None and isinstance(value, dict) and isinstance(found.get(key), dict):
             joined[key] = _joined(value, found[key], inner, f"{path}.{key}")
-        elif key == "modalities":
+        elif key in CHOSEN or (key == "top_k" and given.get("num_null")):
             joined[key] = value
         elif key in found and value != found[key]:
             raise ConfigError(
@@ -203,7 +221,8 @@ def banks_of(model: nn.Module) -> list[Bank]:
 
 
 @cache
-def _sizes(family: str, fields_json: str) -> dict[str, Any]:
+def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
+    """Returns the section `model`, and whether the routers are plain matrices [experts, hidden size]."""
     log = logging.getLogger("transformers")
     level = log.level
     log.setLevel(logging.ERROR)  # each rank would repeat its warnings about the configuration
@@ -220,7 +239,10 @@ def _sizes(family: str, fields_json: str) -> dict[str, Any]:
     num_experts, hidden_dim = next(iter(shapes))[0], config.hidden_size
     matrices = sum(each[0].numel() for each in experts.parameters() if each.ndim == 3)
     heads = config.num_attention_heads
-    return {
+    plain_router = {name: tuple(each.shape) for name, each in router.state_dict().items()} == {
+        "weight": (num_experts, hidden_dim)
+    }
+    section = {
         "hidden_dim": hidden_dim,
         "num_layers": config.num_hidden_layers,
         "num_heads": heads,
@@ -242,3 +264,4 @@ def _sizes(family: str, fields_json: str) -> dict[str, Any]:
             },
         },
     }
+    return section, plain_router

@@ -49,9 +49,15 @@ class FamilyRouter(TopKRouter):
     choice: Choice | None = None
     sigmoid = False
 
-    def __init__(self, context: RouterContext) -> None:
-        with torch.device("meta"):  # its gates are not used
-            super().__init__(context)
+    def __init__(self, context: RouterContext, **options: Any) -> None:
+        with torch.device("meta"):
+            super().__init__(context, **options)
+        for group in self.groups:
+            self.gate(group)._parameters.clear()  # the family has the rows; a selection bias stays
+
+    def learn(self, family: str, choice: Choice) -> None:
+        """Finds out, from a choice of the family's router, how the family makes weights from logits."""
+        self.sigmoid = _by_sigmoid(family, choice)
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
         assert self.choice is not None, "the family's router runs before its experts"
@@ -125,7 +131,7 @@ class HostedModel(nn.Module):
         family: The family's model, on the meta device, with all experts.
         banks: Its MoE layers.
         local: Ids of this rank's experts.
-        context: Makes the routing records; has the one expert group.
+        make_router: Makes the part of a layer's router that is this project's (`choices`).
         dispatcher: Exchanges the rows of all layers.
         recompute: `experts`: backward computes this rank's experts again. `block`: whole layers, exchanges included.
 
@@ -143,7 +149,7 @@ class HostedModel(nn.Module):
         banks: Sequence[Bank],
         *,
         local: Sequence[int],
-        context: RouterContext,
+        make_router: Callable[[], FamilyRouter],
         dispatcher: Dispatcher[Any],
         recompute: Recompute = "none",
     ) -> None:
@@ -160,7 +166,7 @@ class HostedModel(nn.Module):
                 experts._parameters[name] = nn.Parameter(whole.detach()[list(local)].clone())
             layer = MoELayer(
                 norm=nn.Identity(),
-                router=FamilyRouter(context),
+                router=make_router(),
                 experts=FamilyExperts(experts, len(local), args.compute_dtype),  # pyright: ignore[reportArgumentType]
                 dispatcher=dispatcher,
                 recompute="experts" if recompute == "experts" else "none",
@@ -172,6 +178,7 @@ class HostedModel(nn.Module):
             experts.forward = _Routed(layer, self._pass, args.compute_dtype)
             layers.append(layer)
         self._layers = tuple(layers)  # in a tuple, because the parameters are the family's
+        self.gates = nn.ModuleList(gate for layer in layers for gate in layer.router.children())  # with selection biases
 
     def forward(
         self,
@@ -234,9 +241,8 @@ class HostedModel(nn.Module):
         self.train(training)
         # Masked attention gives the embeddings of the other document gradients of exactly 0, in every dtype.
         self.packed = not gradient[:, :length].any()
-        sigmoid = _by_sigmoid(type(self.family).__name__, choices[0])
         for layer in self._layers:
-            cast(Any, layer.router).sigmoid = sigmoid
+            cast(Any, layer.router).learn(type(self.family).__name__, choices[0])
 
     def train(self, mode: bool = True) -> "HostedModel":
         for layer in self._layers:
@@ -246,6 +252,10 @@ class HostedModel(nn.Module):
     def moe_modules(self) -> list[MoELayer]:
         """Returns the MoE layers, in order."""
         return list(self._layers)
+
+    def router_weights(self) -> set[str]:
+        """Returns the names of the family's parameters that are the weights of its routers, if they have this name."""
+        return {f"{bank.router}.weight" for bank in self._banks}
 
     def depth_routers(self) -> list[Any]:
         return []

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moe_dist.config.model_schema import MoESection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE
 from moe_dist.hf.host.model import HostedModel
@@ -46,9 +47,12 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     renamings: list[Any] = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
     state = family.state_dict()
+    routers, num_experts = model.router_weights(), model.moe_modules()[0].router.num_experts
     for name, tensor in _tensors(folder):
         target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
         mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
+        if target in routers and tensor.get_shape()[0] == num_experts:  # null rows repeat the true ones (AdaMoE)
+            mine = name, _Slice(tensor, [row % int(num_experts) for row in range(state[target].shape[0])])
         if mine is not None:
             layer = _LAYER.search(name)
             by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]
@@ -136,3 +140,15 @@ def write_folder(model: HostedModel, out: Path) -> None:
     """Writes a model that holds all experts as the family's own Hugging Face folder, in shards of 4 GB."""
     assert not any(isinstance(each, DTensor) for each in model.parameters()), "the caller loads a model of one rank"
     model.family.save_pretrained(out, max_shard_size="4GB")
+
+
+def refuse_masked(moe: MoESection) -> None:
+    """Raises ConfigError if tokens leave out choices of the family's router. transformers does not know that."""
+    nulls = [f"model.moe.groups.{name}.num_null={group.num_null}" for name, group in moe.groups.items() if group.num_null]
+    if nulls or not moe.router.softmax_top_k:
+        raise ConfigError(
+            f"{nulls[0] if nulls else moe.router.name}: transformers would load the export as a model whose tokens take "
+            "all choices; to export a model with null experts, train it as this project's own (`moe-dist import-hf "
+            "--null-experts`), whose exports bring their code",
+            see=GUIDE,
+        )

@@ -4,6 +4,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
+from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.family import Bank, banks_of, empty_model
 from moe_dist.hf.host.model import HostedModel, own_values
 from moe_dist.hf.host.weights import read_folder
@@ -24,7 +26,7 @@ from moe_dist.parallel.initialise import allocate, set_whole
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
-from moe_dist.train.build.routing import router_context
+from moe_dist.train.build.routing import build_balance, router_context
 from moe_dist.train.build.training import (
     COMPUTE_DTYPES,
     EngineContext,
@@ -59,6 +61,10 @@ def build_hosted(
     all_to_all = build_all_to_all(config.parallel, ep_group, comm_stats or CommStats(), tracker)
     family = empty_model(model.family, model.fields)
     family.train()
+    banks = banks_of(family)
+    if num_null := sum(group.num_null for group in placement.groups):
+        for bank in banks:
+            add_null_rows(family.get_submodule(bank.router), num_null)
     tokens = config.train.micro_batch * config.data.seq_len
     context = dispatch_context(
         config.parallel, placement, all_to_all, model.hidden_dim, node_groups, kernels, tokens=tokens
@@ -66,9 +72,9 @@ def build_hosted(
     return HostedModel(
         family,
         model_args(config, dtype),
-        banks_of(family),
+        banks,
         local=placement.slots[ep_rank],
-        context=router_context(config, placement.groups),
+        make_router=partial(model.moe.router.build_hosted, router_context(config, placement.groups)),
         dispatcher=config.parallel.dispatch.build(context),
         recompute=config.parallel.recompute,
     )
@@ -117,6 +123,7 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     optimizer = build_optimizer(config, model)
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
+    balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
     step = TrainingStep(
         parallel,
@@ -125,11 +132,11 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
         group_of_modality=group_of_modality(manifest, placement),
         clip_norm=config.optimizer.clip_norm,
         comm_stats=comm_stats,
-        controllers=[load] if load is not None else [],
+        controllers=[each for each in (balance, load) if each is not None],
         load=load,
     )
     dispatch = context_on(mesh, config, placement, comm_stats)
-    yield HostedTraining(parallel, optimizer, step, dispatch, load=load, config=config, local=local)
+    yield HostedTraining(parallel, optimizer, step, dispatch, balance, load=load, config=config, local=local)
 
 
 @torch.no_grad()

@@ -41,6 +41,10 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
         ({"family": "qwen3_moe", "fields": {"num_expert": 8}}, "model.fields.num_expert"),
         ({"folder": "nowhere"}, "model.folder='nowhere'"),
         ({**of_family("qwen3_moe"), "moe": {"groups": {"image": {}}}}, "model.moe.groups.image"),
+        (
+            {**of_family("deepseek_v3"), "moe": {"groups": {"experts": {"num_null": 8}}}},
+            "model.moe.groups.experts.num_null",
+        ),
     ],
 )
 def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
@@ -80,10 +84,10 @@ def test_own_engine_trains_no_folder(tmp_path: Path) -> None:
 
 
 def test_settings_without_this_engine_are_named(tmp_path: Path) -> None:
-    changes = {"model.moe.capacity": {"factor": 1.0}, "parallel.compile": True}
+    changes = {"model.moe.capacity": {"factor": 1.0}, "model.moe.router": {"kind": "relu"}, "parallel.compile": True}
     config = hosted_config(tmp_path, tmp_path, of_family("mixtral"), changes)
     broken = {key for each in config.engine.violations_in(config) for key in each.keys}
-    assert broken == {"engine.kind", "model.moe.capacity", "parallel.compile"}
+    assert broken == {"engine.kind", "model.moe.capacity", "model.moe.router.kind", "parallel.compile"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "unknown", "of another shape"])

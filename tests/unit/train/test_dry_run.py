@@ -21,6 +21,7 @@ PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
         ("adamoe_mixtral8x7b_64gpu.yaml", 46.7, 10.1),  # a token takes 1.5 of 8 experts; with Mixtral's 2 of 8 it is 12.9
         ("moma_1b4_4t4i_32gpu.yaml", 7.09, 1.47),
         ("adamoe_mixtral8x7b_64gpu_megatron.yaml", 46.7, 10.1),
+        ("adamoe_mixtral8x7b_64gpu_transformers.yaml", 46.7, 10.1),
         ("adamoe_grok1_512gpu_megatron.yaml", 316.5, 65.2),
     ],
 )

@@ -1,0 +1,109 @@
+"""Rules by which the tokens of a hosted model take fewer experts than the family's router chooses.
+
+A choice that a token does not take becomes an absent pair: no row, no byte and no arithmetic. The family's code is
+unchanged. Shape letters: T tokens, C columns, E true experts, K choices of a token, D hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.errors import ConfigError
+from moe_dist.hf.host.family import GUIDE
+from moe_dist.hf.host.model import Choice, FamilyRouter
+from moe_dist.moe.routers.context import RouterContext
+from moe_dist.moe.routers.top_k import TopKRouter
+from moe_dist.moe.routers.top_p import TopPRouter
+from moe_dist.moe.routing.types import RoutingCache
+
+
+def family_router(context: RouterContext, **options: Any) -> FamilyRouter:
+    """Makes the router of a layer whose tokens take all choices of the family's router, or the best of its true and null
+    columns."""
+    return NullColumns(context, **options) if any(group.num_null for group in context.groups) else FamilyRouter(context)
+
+
+class FamilyTopP(TopPRouter, FamilyRouter):
+    """A token takes the heaviest of the choices of the family's router, until they have the share p + b of the token's
+    whole weight; at least one. A controller sets b. With `normalise="true_chosen"` the taken choices share the whole
+    weight, else they keep the family's weights."""
+
+    def _kept(self, masked_TC: Tensor, probs_TC: Tensor, column_TK: Tensor, group_T: Tensor, cache: RoutingCache) -> Tensor:
+        weight_TK = self._family_weights()
+        share_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        order_TK = share_TK.argsort(dim=-1, descending=True, stable=True)  # families need not sort their choices
+        kept_TK = super()._kept(masked_TC, share_TK, order_TK, group_T, cache)
+        return torch.empty_like(kept_TK).scatter_(1, order_TK, kept_TK)
+
+    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: Any) -> Tensor:
+        weight_TK = super()._weights(masked_TC, probs_TC, chosen)
+        if self.normalise == "true_chosen":
+            whole_T1 = self._family_weights().sum(-1, keepdim=True)
+            taken_T1 = weight_TK.sum(-1, keepdim=True)
+            weight_TK = weight_TK * (whole_T1 / torch.where(taken_T1 > 0, taken_T1, 1.0))  # padding takes none
+        return self.scale * weight_TK
+
+    def _family_weights(self) -> Tensor:
+        """Returns the family's weights [T, K]; 0 for choices of no expert."""
+        assert self.choice is not None, "the family's router runs before its experts"
+        ids_TK = self.choice.ids_TK
+        return torch.where((ids_TK >= 0) & (ids_TK < self.num_experts), self.choice.weights_TK, 0.0)
+
+
+class NullColumns(FamilyRouter):
+    """A token takes its top k of the family's columns and of null columns, as in AdaMoE (`TopKRouter`). `add_null_rows`
+    adds the null columns' logits to those of the family's router. Choice and weights are this project's."""
+
+    def learn(self, family: str, choice: Choice) -> None:
+        """Raises ConfigError if `normalise` is not the rule by which the family weighs its choices."""
+        super().learn(family, choice)
+        logits_TE, ids_TK = choice.scores_TE[:, : self.num_experts].double(), choice.ids_TK.long()
+        rules_TK = {
+            "true_chosen": logits_TE.gather(1, ids_TK).softmax(-1),
+            "true_all": logits_TE.softmax(-1).gather(1, ids_TK),
+        }
+        weights_TK = choice.weights_TK.double()
+        fits = [name for name, each_TK in rules_TK.items() if torch.allclose(weights_TK, each_TK, rtol=1e-2)]
+        if self.normalise not in fits:
+            fix = f"set model.moe.router.normalise={fits[0]}" if fits else "remove num_null"
+            raise ConfigError(
+                f"model.moe.router.normalise={self.normalise}: the routers of {family} weigh their choices by another "
+                f"rule, and null experts must not change it; {fix}",
+                see=GUIDE,
+            )
+
+    def _choose(self, masked_TC: Tensor, probs_TC: Tensor, group_T: Tensor, cache: RoutingCache) -> Any:
+        return TopKRouter._choose(self, masked_TC, probs_TC, group_T, cache)
+
+    def _weights(self, masked_TC: Tensor, probs_TC: Tensor, chosen: Any) -> Tensor:
+        return TopKRouter._weights(self, masked_TC, probs_TC, chosen)
+
+
+def add_null_rows(router: Any, num_null: int) -> None:
+    """Appends `num_null` rows of null experts to the weight [E, D] of a family's router, and their logits to those that
+    the router returns."""
+    true_ED = router.weight
+    router.weight = nn.Parameter(true_ED.new_empty(len(true_ED) + num_null, true_ED.shape[1]))
+    router.forward = _WithNullRows(router, router.forward, len(true_ED))
+
+
+class _WithNullRows:
+    """The forward of a family's router on its true rows, and the null rows' logits behind the true ones. A product of n
+    rows at a time gives a null row that repeats a true one the same bits (`TopKRouter`)."""
+
+    def __init__(self, router: Any, forward: Callable[..., Any], num_experts: int) -> None:
+        self._router, self._forward, self._num_experts = router, forward, num_experts
+
+    def __call__(self, h_TD: Tensor) -> Any:
+        whole_CD = self._router._parameters["weight"]
+        true_ED, *nulls = whole_CD.split(self._num_experts)
+        self._router._parameters["weight"] = true_ED
+        try:
+            logits_TE, *more = self._forward(h_TD)
+        finally:
+            self._router._parameters["weight"] = whole_CD
+        h_TD = h_TD.reshape(-1, whole_CD.shape[1])
+        return torch.cat([logits_TE, *(F.linear(h_TD, rows) for rows in nulls)], dim=1), *more
