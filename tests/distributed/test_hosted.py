@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.hf.host.weights import write_folder
 from moe_dist.inference.loaded_run import find_trained
+from moe_dist.placement.parameter_names import Role
 from moe_dist.train.objective.loss import forward
 from moe_dist.train.start.resume import Progress
 from tests.support.cover import full, full_unless
@@ -156,11 +157,10 @@ def test_a_folder_is_read_trained_and_written(
 ) -> None:
     """Two ranks with 5 and 3 experts, or shards of all experts, begin with transformers' own losses. The trained model,
     written from a checkpoint, loads in transformers with the weights that one rank loads from this checkpoint."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
     folder, out = tmp_path / "folder", tmp_path / "out"
-    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
+    made_folder(family, folder)
     for difference, _ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), LAYOUTS[layout]):
         assert difference < 2e-6
     run = find_trained(tmp_path / "tiny")
@@ -172,6 +172,53 @@ def test_a_folder_is_read_trained_and_written(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert any(not torch.equal(found[name], before[name]) for name in found)
+
+
+def part_alone(
+    rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], set[Role]]:
+    """Trains a part of a folder's model for two steps. Returns a report of each step, and the roles of changed weights."""
+    torch.set_num_threads(1)
+    with built_run(hosted_config(data, root, {"folder": folder}, changes), world_size=rank.world_size) as run:
+        run.saver().restore()
+        before = [each.parameter.detach().clone() for each in run.training.parallel.parameters]
+        reports = take_steps(run, 0, 2)
+        after = zip(run.training.parallel.parameters, before, strict=True)
+        return reports, {now.role for now, old in after if bool((now.parameter != old).any())}
+
+
+@pytest.mark.parametrize(
+    ("only", "family", "layout"),
+    [
+        ("routers", "deepseek_v3", "uneven, recompute=block"),
+        ("experts", "qwen3_moe", "ep2, fsdp2, recompute=experts"),
+        full("routers", "gpt_oss", "ep2, fsdp2, recompute=experts"),
+        full("experts", "gpt_oss", "uneven, recompute=block"),
+    ],
+)
+def test_a_part_is_trained_alone(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, only: str, family: str, layout: str
+) -> None:
+    """All other weights keep their bits, and N ranks equal one rank."""
+    made_folder(family, tmp_path / "folder")
+    changes = {"train.only": only, "optimizer.weight_decay": 0.1}
+    if only == "experts":
+        changes |= {"loss.z": 0.0, "loss.balance.schedule": ((0, 0.0),)}
+    folder, world = str(tmp_path / "folder"), LAYOUTS[layout].get("parallel.edp", 1) * 2
+    ((one, _),) = run_in_world(1, part_alone, str(tiny_data), str(tmp_path / "1"), folder, {**ONE, **changes})
+    many = run_in_world(world, part_alone, str(tiny_data), str(tmp_path / "n"), folder, {**LAYOUTS[layout], **changes})
+    for reports, roles in many:
+        assert roles == {Role.ROUTER if only == "routers" else Role.EXPERT}
+        for key in ("loss", "norm", "balance"):
+            expected = [float(each[key]) for each in one]
+            assert [float(each[key]) for each in reports] == pytest.approx(expected, rel=2e-5), key
+
+
+def made_folder(family: str, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
 
 
 def resumed(

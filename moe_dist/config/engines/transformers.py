@@ -11,7 +11,7 @@ KIND = "engine.kind=transformers"
 # Entries (key, allowed values, reason): with this engine, the key must have one of the values.
 NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
-    ("train.only", (None,), "all parameters are trained"),
+    ("train.only", (None, "routers", "experts"), "the family has no other parts that can be trained alone"),
     ("router_tuning", (None,), "router tuning reads this project's own model"),
     ("loss.distillation", (None,), "a teacher is this project's own model"),
     ("rank_balance.moving", (None,), "experts do not move between ranks"),
