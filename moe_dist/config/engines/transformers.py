@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from moe_dist.config.base.section import Violation, WholeConfig, named, unmet
 from moe_dist.config.engines.base import EngineSection
+from moe_dist.errors import ConfigError
 
 KIND = "engine.kind=transformers"
 
@@ -49,7 +50,13 @@ class TransformersEngineSection(EngineSection):
 
     @classmethod
     def complete_model(cls, model: dict[str, Any]) -> dict[str, Any]:
-        return named("moe_dist.hf.host.family:complete")(model)
+        try:
+            return named("moe_dist.hf.host.family:complete")(model)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{KIND}: reading the section model needs the family's code, also on a login node, but there is no module "
+                f"{error.name}; {cls.source}"
+            ) from error
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from unmet(config, "engine.kind", KIND, NEEDED, instead="engine.kind=moe_dist")

@@ -1,6 +1,7 @@
 """What a model section must be for engine.kind=transformers, and which folders it refuses."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
 def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
     with refused(ConfigError, key, golden="wide" not in str(model)):  # that text is transformers' own
         hosted_config(tmp_path, tmp_path, model, {})
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "moe_dist.hf.host.family")
+    with refused(ConfigError, f"no module {module};"):
+        hosted_config(tmp_path, tmp_path, {"family": "qwen3_moe"}, {})
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
