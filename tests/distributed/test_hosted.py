@@ -118,9 +118,9 @@ def own_losses(family: Any, batch: Batch) -> Tensor:
 
 def from_folder(
     rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
-) -> tuple[float, list[dict[str, Any]]]:
-    """Begins a run with the weights of a folder, and takes two steps, of which the first is saved. Returns the largest
-    difference of the first losses from transformers' own, and the report of the second step."""
+) -> tuple[float, list[dict[str, Any]], set[Role]]:
+    """Begins a run with the weights of a folder, takes two steps and saves. Returns the largest difference of the first
+    losses from transformers' own, the steps' reports, and the roles of the weights that changed."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -129,10 +129,12 @@ def from_folder(
         progress = saver.restore()
         own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         difference = _difference(run, own) if progress.step == 0 else 0.0
+        before = [each.parameter.detach().clone() for each in run.training.parallel.parameters]
         reports = take_steps(run, progress.step, 2)
         if progress.step == 0:
             saver.save(Progress(step=2, position=2 * run.config.train.global_batch), durable=True)
-        return difference, reports
+        both = zip(run.training.parallel.parameters, before, strict=True)
+        return difference, reports, {now.role for now, old in both if bool((now.parameter != old).any())}
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def test_a_folder_is_read_trained_and_written(
 
     folder, out = tmp_path / "folder", tmp_path / "out"
     made_folder(family, folder)
-    for difference, _ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), LAYOUTS[layout]):
+    for difference, *_ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), LAYOUTS[layout]):
         assert difference < 2e-6
     run = find_trained(tmp_path / "tiny")
     model: Any = run.load(torch.device("cpu"))
@@ -172,19 +174,6 @@ def test_a_folder_is_read_trained_and_written(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert any(not torch.equal(found[name], before[name]) for name in found)
-
-
-def part_alone(
-    rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], set[Role]]:
-    """Trains a part of a folder's model for two steps. Returns a report of each step, and the roles of changed weights."""
-    torch.set_num_threads(1)
-    with built_run(hosted_config(data, root, {"folder": folder}, changes), world_size=rank.world_size) as run:
-        run.saver().restore()
-        before = [each.parameter.detach().clone() for each in run.training.parallel.parameters]
-        reports = take_steps(run, 0, 2)
-        after = zip(run.training.parallel.parameters, before, strict=True)
-        return reports, {now.role for now, old in after if bool((now.parameter != old).any())}
 
 
 @pytest.mark.parametrize(
@@ -205,9 +194,9 @@ def test_a_part_is_trained_alone(
     if only == "experts":
         changes |= {"loss.z": 0.0, "loss.balance.schedule": ((0, 0.0),)}
     folder, world = str(tmp_path / "folder"), LAYOUTS[layout].get("parallel.edp", 1) * 2
-    ((one, _),) = run_in_world(1, part_alone, str(tiny_data), str(tmp_path / "1"), folder, {**ONE, **changes})
-    many = run_in_world(world, part_alone, str(tiny_data), str(tmp_path / "n"), folder, {**LAYOUTS[layout], **changes})
-    for reports, roles in many:
+    ((_, one, _),) = run_in_world(1, from_folder, str(tiny_data), str(tmp_path / "1"), folder, {**ONE, **changes})
+    many = run_in_world(world, from_folder, str(tiny_data), str(tmp_path / "n"), folder, {**LAYOUTS[layout], **changes})
+    for _, reports, roles in many:
         assert roles == {Role.ROUTER if only == "routers" else Role.EXPERT}
         for key in ("loss", "norm", "balance"):
             expected = [float(each[key]) for each in one]
