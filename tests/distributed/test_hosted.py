@@ -210,6 +210,42 @@ def made_folder(family: str, folder: Path) -> None:
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
 
 
+def controlled(
+    rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Returns a report of each of three steps, and the selection biases, which it saves."""
+    torch.set_num_threads(1)
+    with built_run(hosted_config(data, root, model, changes), world_size=rank.world_size) as run:
+        saver = run.saver()
+        saver.restore()
+        reports = take_steps(run, 0, 3)
+        saver.save(Progress(step=3, position=3 * run.config.train.global_batch), durable=True)
+        return reports, biases(run.training.parallel.model)
+
+
+def biases(model: Any) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in model.family.named_buffers() if name.endswith("bias")}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", full("lfm2_moe")])
+def test_selection_biases_are_controlled(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
+) -> None:
+    """The family's own buffers change, equally on all ranks, and with them the choices."""
+    moe = {"router": {"selection_bias": True}, "balance": [{"kind": "loss_free", "rate": 0.1}]}
+    model = {**of_family(family), "moe": {**moe, "groups": {"experts": {"modalities": ["text", "image"]}}}}
+    ((free, _),) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "0"), of_family(family), ONE)
+    ((one, expected),) = run_in_world(1, controlled, str(tiny_data), str(tmp_path / "1"), model, ONE)
+    assert one[-1]["choices"].tolist() != free[-1]["choices"].tolist()
+    for reports, found in run_in_world(2, controlled, str(tiny_data), str(tmp_path / "n"), model, UNEVEN):
+        assert [each["choices"].tolist() for each in reports] == [each["choices"].tolist() for each in one]
+        assert [float(each["norm"]) for each in reports] == pytest.approx([float(each["norm"]) for each in one], rel=2e-5)
+        assert all(bool(each.any()) and torch.equal(each, expected[name]) for name, each in found.items())
+    saved = biases(find_trained(tmp_path / "n" / "tiny").load(torch.device("cpu")))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
 def resumed(
     rank: RankContext, data: str, root: str, changes: Mapping[str, Any], save_at: int | None
 ) -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ NEEDED = (
     ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
     ("model.moe.router.kind", ("top_k",), "the family's own router chooses the experts"),
     ("model.moe.capacity", (None,), "no token is dropped"),
-    ("model.moe.balance", ((),), "the family's own router has the selection bias"),
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
     ("model.attention_lora", (None,), "there are no adapters"),
 )

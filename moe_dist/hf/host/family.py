@@ -18,6 +18,7 @@ from torch import nn
 
 from moe_dist.config.base.section import Section, did_you_mean
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
+from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
@@ -27,6 +28,7 @@ GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
+CHOSEN = ("modalities", "balance", "selection_bias")  # keys that do not follow from the family
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -81,10 +83,10 @@ def _check_names(family: str, fields: Mapping[str, Any]) -> None:
 
 def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str) -> dict[str, Any]:
     """Returns the values that were found, and those given beside them, which must be defaults: they have no effect. Only
-    the modalities of a group can be chosen."""
+    the keys in `CHOSEN` can be chosen."""
     joined = {**given, **found}
     for key, value in given.items():
-        inner = {"moe": MoESection, GROUP: GroupSection}.get(key)
+        inner = {"moe": MoESection, GROUP: GroupSection, "router": TopKRouterSection}.get(key)
         if key == "groups" and isinstance(value, dict):
             if more := value.keys() - {GROUP}:
                 raise ConfigError(
@@ -94,7 +96,7 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
             joined[key] = _joined(value, found[key], Section, f"{path}.{key}")
         elif inner is not None and isinstance(value, dict) and isinstance(found.get(key), dict):
             joined[key] = _joined(value, found[key], inner, f"{path}.{key}")
-        elif key == "modalities":
+        elif key in CHOSEN:
             joined[key] = value
         elif key in found and value != found[key]:
             raise ConfigError(
@@ -229,6 +231,7 @@ def _sizes(family: str, fields_json: str) -> dict[str, Any]:
         "dense_ffn_dim": getattr(config, "intermediate_size", None) or hidden_dim,
         "tie_embeddings": bool(config.tie_word_embeddings),
         "moe": {
+            "router": {},
             "layers": [bank.layer for bank in banks],
             "groups": {
                 GROUP: {

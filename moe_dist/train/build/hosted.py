@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
+from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.family import Bank, banks_of, empty_model
 from moe_dist.hf.host.model import HostedModel, own_values
 from moe_dist.hf.host.weights import read_folder
@@ -24,7 +25,7 @@ from moe_dist.parallel.initialise import allocate, set_whole
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
-from moe_dist.train.build.routing import router_context
+from moe_dist.train.build.routing import build_balance, router_context
 from moe_dist.train.build.training import (
     COMPUTE_DTYPES,
     EngineContext,
@@ -116,6 +117,9 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     optimizer = build_optimizer(config, model)
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
+    if config.model.moe.balance:
+        share_biases(model, banks_of(model.family), placement.groups[0].num_experts)
+    balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
     step = TrainingStep(
         parallel,
@@ -124,10 +128,10 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
         group_of_modality=group_of_modality(manifest, placement),
         clip_norm=config.optimizer.clip_norm,
         comm_stats=comm_stats,
-        controllers=[load] if load is not None else [],
+        controllers=[each for each in (balance, load) if each is not None],
         load=load,
     )
-    yield HostedTraining(parallel, optimizer, step, load=load, config=config, local=local)
+    yield HostedTraining(parallel, optimizer, step, balance=balance, load=load, config=config, local=local)
 
 
 @torch.no_grad()
