@@ -15,7 +15,6 @@ from rich.table import Table
 
 from moe_dist.checkpoint.directory import CHECKPOINTS, run_path
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.loaded_run import LoadedRun, RunOptions, causal_problems, choose_device
 from moe_dist.inference.multiple_choice import MEASURES, Prompts, ask, check_vocabulary, results, write
@@ -136,9 +135,7 @@ def _harness(
         str(Path(name).absolute()) if Path(name).is_file() else name for name in options.harness_tasks
     ]
     max_seq_len = trained.config.model.max_seq_len
-    generator = Generator(
-        likelihood.model, vocabulary.grammar, group_of_modality=trained.group_of_modality, max_seq_len=max_seq_len
-    )
+    generator = trained.generator(likelihood.model, vocabulary)
     found = simple_evaluate(
         model=HarnessModel(likelihood, generator, vocabulary, max_seq_len=max_seq_len, seed=options.seed),
         tasks=names,

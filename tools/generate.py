@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator, Request, check_lengths
-from moe_dist.inference.loaded_run import RunOptions, choose_device, generation_problems
+from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
 from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of, png
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
@@ -82,15 +82,13 @@ def main(options: GenerateOptions) -> None:
     """Sample from a trained run."""
     options.check()  # checked before the model is loaded, because loading is slow
     device = choose_device(options.device)
-    trained = options.find(generation_problems)
+    trained = options.find(causal_problems)
     model = trained.config.model
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    grammar = vocabulary.grammar  # raises for an unsuitable data set, before the weights are loaded, which is slow
-    generator = Generator(
-        trained.load(device), grammar, group_of_modality=trained.group_of_modality, max_seq_len=model.max_seq_len
-    )
+    _ = vocabulary.grammar  # raises for an unsuitable data set, before the weights are loaded, which is slow
+    generator = trained.generator(trained.load(device), vocabulary)
     samples = _run_task(task, generator, vocabulary)
     if options.sheet is not None:
         _write_sheet(options, options.sheet, labels, samples, vocabulary)

@@ -188,10 +188,10 @@ class TrainSection(Section):
     max_skipped_in_a_row: PositiveInt = 10
     """Number of consecutive skipped steps after which the run ends with exit code 70. A step is skipped if its gradients
     are not finite. If the last step is skipped, the run ends in the same way."""
-    only: Literal["auxiliary_routers", "adapters", "routers"] | None = None
-    """Train only these parameters. All others are loaded from run.init_from and frozen. auxiliary_routers: the second stage
-    of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning). null: all
-    parameters are trained."""
+    only: Literal["auxiliary_routers", "adapters", "routers", "experts"] | None = None
+    """Train only these parameters. All others are loaded from run.init_from or model.folder, and frozen. auxiliary_routers:
+    the second stage of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning),
+    which engine.kind=transformers does not need. experts: routed experts. null: all parameters are trained."""
 
     frozen: Literal["routers"] | None = None
     """Freeze these parameters, loaded from run.init_from, and train all others. routers: the rows of the routers; load
@@ -207,9 +207,21 @@ class TrainSection(Section):
                 else f"train.frozen={self.frozen}: run.init_from=null leaves routers untrained; set it, or frozen to null"
             )
             yield Violation(("train.frozen", "train.only" if self.only else "run.init_from"), problem)
-        if self.only == "routers" and config.router_tuning is None:
+        if self.only == "routers" and config.router_tuning is None and not config.engine.hosts:
             problem = "train.only=routers: needs the section router_tuning; add it, or set train.only to null"
             yield Violation(("train.only", "router_tuning"), problem)
+        elif self.only in ("routers", "experts") and config.router_tuning is None and untrained:
+            problem = (
+                f"train.only={self.only}: all other weights are frozen, and run.init_from=null leaves them untrained; set "
+                "run.init_from, or model.folder with engine.kind=transformers"
+            )
+            yield Violation(("train.only", "run.init_from"), problem)
+        if self.only == "experts" and (config.loss.z or any(each for _, each in config.loss.balance.schedule)):
+            problem = (
+                "train.only=experts: loss.balance and loss.z train routers, which are frozen; set "
+                "loss.balance.schedule=[[0, 0.0]] and loss.z=0.0"
+            )
+            yield Violation(("train.only", "loss.balance.schedule", "loss.z"), problem)
         ranks = config.engine.data_ranks(config.parallel)
         each = self.micro_batch * ranks
         if self.global_batch % each:

@@ -48,7 +48,7 @@ class Generator:
 
     def __init__(self, model: Transformer, grammar: Grammar, *, group_of_modality: Sequence[int], max_seq_len: int) -> None:
         self.model, self.grammar, self.max_seq_len = model.eval(), grammar, max_seq_len
-        self._device = model.embedding.weight.device
+        self._device = next(model.parameters()).device
         group_of_id = np.array([*group_of_modality, -1])[grammar.modality_of_id]
         self._group_of_id = torch.from_numpy(group_of_id).to(self._device)
         self._allowed_SV = torch.from_numpy(grammar.allowed_SV)

@@ -99,11 +99,12 @@ class HarnessModel(LM):
     def _windows(self, text: str) -> list[Continuation]:
         """Returns windows that together score each token of a text once, with as much context as fits. An empty text has no
         windows."""
-        bos, *tokens = self._vocabulary.text_prompt(text)
+        prompt = self._vocabulary.text_prompt(text)
+        begin, tokens = prompt[:1], prompt[1:]
         windows = []
         for first in range(0, len(tokens), self._max_seq_len):
             scored = tokens[first : first + self._max_seq_len]
-            before = [bos, *tokens[:first]][-(self._max_seq_len + 1 - len(scored)) :]
+            before = [*begin, *tokens[:first]][-(self._max_seq_len + 1 - len(scored)) :]
             windows.append(Continuation(before, scored))
         return windows
 

@@ -12,11 +12,13 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import capture
+from moe_dist.config.base.section import named
 from moe_dist.config.parallel.section import InterleavedSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
+from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
@@ -107,7 +109,15 @@ class LoadedRun:
 
     def vocabulary(self) -> Vocabulary:
         """Returns the tokenizer, grammar and codebook of the run's data set as a `Vocabulary`."""
-        return Vocabulary(self.config.data.path, self.manifest, vocab_size=self.config.model.vocab_size)
+        model = self.config.model
+        return Vocabulary(self.config.data.path, self.manifest, vocab_size=model.vocab_size, model_folder=model.folder)
+
+    def generator(self, model: Transformer, vocabulary: Vocabulary) -> Generator:
+        """Returns the engine's generator for a loaded model with all experts. Raises ConfigError if the data set has no
+        grammar."""
+        groups, max_seq_len = self.group_of_modality, self.config.model.max_seq_len
+        made = named(self.config.engine.generator)
+        return made(model, vocabulary.grammar, group_of_modality=groups, max_seq_len=max_seq_len)
 
     def likelihood(self, device: torch.device, mesh: Mesh | None = None) -> Likelihood:
         """Loads the model and returns a `Likelihood` for it. With a mesh, all its ranks must call this method."""
@@ -125,13 +135,6 @@ def causal_problems(config: Config) -> list[str]:
     """Returns the reasons why routing depends on later tokens even in evaluation. Such a model cannot generate."""
     problem = config.model.moe.router.not_causal()
     return [problem] if problem else []
-
-
-def generation_problems(config: Config) -> list[str]:
-    """Returns the reasons why this project's generator cannot run the model."""
-    if config.engine.hosts:
-        return ["engine.kind=transformers: export the run (`moe-dist export-hf`), and generate with transformers"]
-    return causal_problems(config)
 
 
 def choose_device(wanted: str) -> torch.device:

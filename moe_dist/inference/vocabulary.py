@@ -17,6 +17,7 @@ from moe_dist.data.pictures import plain, rasterise
 from moe_dist.data.tokenizer import BOS, encode_texts, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.inference.grammar import Grammar, grammar_of
 
 _SCALE = 8  # one pixel of a picture becomes 8 x 8 pixels in the PNG file
@@ -31,15 +32,22 @@ class HeldoutPicture:
 
 
 class Vocabulary:
-    """Encodes and decodes texts and pictures of one data set. `vocab_size` is the number of token ids of the model."""
+    """Encodes and decodes texts and pictures of one data set. `vocab_size` is the number of token ids of the model. If the
+    manifest names no tokenizer, texts are encoded by the tokenizer.json of `model_folder`, special tokens included."""
 
-    def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int) -> None:
+    def __init__(self, folder: str | Path, manifest: Manifest, *, vocab_size: int, model_folder: str | None = None) -> None:
         self._folder, self._manifest, self._vocab_size = Path(folder), manifest, vocab_size
+        self._of_model = None if manifest.tokenizer or model_folder is None else Path(model_folder)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer. Raises ConfigError if the data set has no tokenizer, and DataError if the tokenizer is
         damaged."""
+        if self._of_model is not None:
+            tokenizer = read_tokenizer(self._of_model / "tokenizer.json")
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            return tokenizer
         if self._manifest.tokenizer is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "
@@ -75,15 +83,17 @@ class Vocabulary:
     @cached_property
     def grammar(self) -> Grammar:
         """Returns the grammar of the data set."""
-        return grammar_of(self._manifest, vocab_size=self._vocab_size, never=[self._bos])
+        return grammar_of(self._manifest, vocab_size=self._vocab_size, never=self._begin)
 
     @property
-    def _bos(self) -> int:
-        return special_ids(self.tokenizer)[BOS]
+    def _begin(self) -> list[int]:
+        return [] if self._of_model is not None else [special_ids(self.tokenizer)[BOS]]
 
     def text_prompt(self, text: str) -> list[int]:
         """Returns the beginning of a document with `text`: the begin mark and the tokens of `text`."""
-        return [self._bos, *encode_texts(self.tokenizer, [text])[0].tolist()]
+        if self._of_model is not None:
+            return self.tokenizer.encode(text).ids
+        return [*self._begin, *encode_texts(self.tokenizer, [text])[0].tolist()]
 
     def drawing_prompt(self, caption: str) -> list[int]:
         """Returns the beginning of a document that consists of `caption` and the start mark of a picture."""
@@ -93,7 +103,7 @@ class Vocabulary:
 
     def caption_prompt(self, codes: np.ndarray, beginning: str = "") -> list[int]:
         """Returns the beginning of a document that consists of a picture and the beginning of its caption, `beginning`."""
-        return [self._bos, *self.picture(codes), *self.text_prompt(beginning)[1:]]
+        return [*self._begin, *self.picture(codes), *self.text_prompt(beginning)[len(self._begin) :]]
 
     def picture(self, codes: np.ndarray) -> list[int]:
         """Returns the tokens of a picture, including its start mark and end mark."""

@@ -17,6 +17,7 @@ from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.hf.host.family import empty_model
 from moe_dist.hf.host.weights import write_folder
 from moe_dist.inference.loaded_run import find_trained
+from moe_dist.placement.parameter_names import Role
 from moe_dist.train.build import hosted
 from moe_dist.train.objective.loss import forward
 from moe_dist.train.start.resume import Progress
@@ -140,9 +141,9 @@ def own_losses(family: Any, batch: Batch) -> Tensor:
 
 def from_folder(
     rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
-) -> tuple[float, list[dict[str, Any]]]:
-    """Begins a run with the weights of a folder, and takes two steps, of which the first is saved. Returns the largest
-    difference of the first losses from transformers' own, and the report of the second step."""
+) -> tuple[float, list[dict[str, Any]], set[Role]]:
+    """Begins a run with the weights of a folder, takes two steps and saves. Returns the largest difference of the first
+    losses from transformers' own, the steps' reports, and the roles of the weights that changed."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -151,10 +152,12 @@ def from_folder(
         progress = saver.restore()
         own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         difference = _difference(run, own) if progress.step == 0 else 0.0
+        before = [each.parameter.detach().clone() for each in run.training.parallel.parameters]
         reports = take_steps(run, progress.step, 2)
         if progress.step == 0:
             saver.save(Progress(step=2, position=2 * run.config.train.global_batch), durable=True)
-        return difference, reports
+        both = zip(run.training.parallel.parameters, before, strict=True)
+        return difference, reports, {now.role for now, old in both if bool((now.parameter != old).any())}
 
 
 @torch.no_grad()
@@ -179,12 +182,11 @@ def test_a_folder_is_read_trained_and_written(
 ) -> None:
     """Two ranks with 5 and 3 experts, or shards of all experts, begin with transformers' own losses. The trained model,
     written from a checkpoint, loads in transformers with the weights that one rank loads from this checkpoint."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
     folder, out = tmp_path / "folder", tmp_path / "out"
-    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
-    for difference, _ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), LAYOUTS[layout]):
+    made_folder(family, folder)
+    for difference, *_ in run_in_world(2, from_folder, str(tiny_data), str(tmp_path), str(folder), LAYOUTS[layout]):
         assert difference < 2e-6
     run = find_trained(tmp_path / "tiny")
     model: Any = run.load(torch.device("cpu"))
@@ -195,6 +197,76 @@ def test_a_folder_is_read_trained_and_written(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert any(not torch.equal(found[name], before[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("only", "family", "layout"),
+    [
+        ("routers", "deepseek_v3", "uneven, recompute=block"),
+        ("experts", "qwen3_moe", "ep2, fsdp2, recompute=experts"),
+        full("routers", "gpt_oss", "ep2, fsdp2, recompute=experts"),
+        full("experts", "gpt_oss", "uneven, recompute=block"),
+    ],
+)
+def test_a_part_is_trained_alone(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, only: str, family: str, layout: str
+) -> None:
+    """All other weights keep their bits, and N ranks equal one rank."""
+    made_folder(family, tmp_path / "folder")
+    changes = {"train.only": only, "optimizer.weight_decay": 0.1}
+    if only == "experts":
+        changes |= {"loss.z": 0.0, "loss.balance.schedule": ((0, 0.0),)}
+    folder, world = str(tmp_path / "folder"), LAYOUTS[layout].get("parallel.edp", 1) * 2
+    ((_, one, _),) = run_in_world(1, from_folder, str(tiny_data), str(tmp_path / "1"), folder, {**ONE, **changes})
+    many = run_in_world(world, from_folder, str(tiny_data), str(tmp_path / "n"), folder, {**LAYOUTS[layout], **changes})
+    for _, reports, roles in many:
+        assert roles == {Role.ROUTER if only == "routers" else Role.EXPERT}
+        for key in ("loss", "norm", "balance"):
+            expected = [float(each[key]) for each in one]
+            assert [float(each[key]) for each in reports] == pytest.approx(expected, rel=2e-5), key
+
+
+def made_folder(family: str, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
+
+
+def controlled(
+    rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Returns a report of each of three steps, and the selection biases, which it saves."""
+    torch.set_num_threads(1)
+    with built_run(hosted_config(data, root, model, changes), world_size=rank.world_size) as run:
+        saver = run.saver()
+        saver.restore()
+        reports = take_steps(run, 0, 3)
+        saver.save(Progress(step=3, position=3 * run.config.train.global_batch), durable=True)
+        return reports, biases(run.training.parallel.model)
+
+
+def biases(model: Any) -> dict[str, Tensor]:
+    return {name: each.clone() for name, each in model.family.named_buffers() if name.endswith("bias")}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", full("lfm2_moe")])
+def test_selection_biases_are_controlled(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
+) -> None:
+    """The family's own buffers change, equally on all ranks, and with them the choices."""
+    moe = {"router": {"selection_bias": True}, "balance": [{"kind": "loss_free", "rate": 0.1}]}
+    model = {**of_family(family), "moe": {**moe, "groups": {"experts": {"modalities": ["text", "image"]}}}}
+    ((free, _),) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "0"), of_family(family), ONE)
+    ((one, expected),) = run_in_world(1, controlled, str(tiny_data), str(tmp_path / "1"), model, ONE)
+    assert one[-1]["choices"].tolist() != free[-1]["choices"].tolist()
+    for reports, found in run_in_world(2, controlled, str(tiny_data), str(tmp_path / "n"), model, UNEVEN):
+        assert [each["choices"].tolist() for each in reports] == [each["choices"].tolist() for each in one]
+        assert [float(each["norm"]) for each in reports] == pytest.approx([float(each["norm"]) for each in one], rel=2e-5)
+        assert all(bool(each.any()) and torch.equal(each, expected[name]) for name, each in found.items())
+    saved = biases(find_trained(tmp_path / "n" / "tiny").load(torch.device("cpu")))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in expected)
 
 
 def resumed(

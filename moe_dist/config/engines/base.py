@@ -18,6 +18,7 @@ class EngineSection(KindSection):
     layouts: ClassVar[str] = ""  # for `moe-dist plan`: function like `tools.plan_megatron.plan_layouts`; empty if `planned`
 
     model: ClassVar[str] = "moe_dist.train.build.training:build_transformer"  # function that makes the model
+    generator: ClassVar[str] = "moe_dist.inference.generate:Generator"  # class that continues prompts with the model
     hosts: ClassVar[bool] = False  # whether model.folder or model.family names a transformers model
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that the engine needs
     source: ClassVar[str] = ""  # how to install these modules

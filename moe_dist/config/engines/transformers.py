@@ -6,13 +6,14 @@ from typing import Any, Literal
 from moe_dist.config.base.section import Violation, WholeConfig, named, unmet
 from moe_dist.config.engines.base import EngineSection
 from moe_dist.config.routers.top_k import TopKRouterSection
+from moe_dist.errors import ConfigError
 
 KIND = "engine.kind=transformers"
 
 # Entries (key, allowed values, reason): with this engine, the key must have one of the values.
 NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
-    ("train.only", (None,), "all parameters are trained"),
+    ("train.only", (None, "routers", "experts"), "the family has no other parts that can be trained alone"),
     ("router_tuning", (None,), "router tuning reads this project's own model"),
     ("loss.distillation", (None,), "a teacher is this project's own model"),
     ("rank_balance.replicating", (None,), "experts have no replicas"),
@@ -35,8 +36,7 @@ NULL_ROWS = (
 )
 # What else must hold if tokens take all choices of the family's router.
 ALL_CHOICES = (
-    ("model.moe.router", (TopKRouterSection(),), "the family's own router chooses the experts"),
-    ("model.moe.balance", ((),), "the family's own router has the selection bias"),
+    ("model.moe.router", (TopKRouterSection(), TopKRouterSection(selection_bias=True)), "the family's own router chooses"),
 )
 
 
@@ -47,6 +47,7 @@ class TransformersEngineSection(EngineSection):
     builds = "moe_dist.train.build.hosted:transformers_engine"
     model = "moe_dist.train.build.hosted:build_hosted"
     memory = "moe_dist.plan.memory:rank_memory"
+    generator = "moe_dist.hf.host.generation:FamilyGenerator"
     hosts = True
     needs_modules = ("transformers",)
     source = "pip install 'moe_dist[hf]'"
@@ -58,7 +59,13 @@ class TransformersEngineSection(EngineSection):
 
     @classmethod
     def complete_model(cls, model: dict[str, Any]) -> dict[str, Any]:
-        return named("moe_dist.hf.host.family:complete")(model)
+        try:
+            return named("moe_dist.hf.host.family:complete")(model)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{KIND}: reading the section model needs the family's code, also on a login node, but there is no module "
+                f"{error.name}; {cls.source}"
+            ) from error
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         router = config.model.moe.router

@@ -9,7 +9,7 @@ pairs on this rank, R rows on this rank.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -198,9 +198,7 @@ class HostedModel(nn.Module):
         here = _Pass(rows[2].flatten(), request)
         self._pass.append(here)
         try:
-            dtype, device = self.args.compute_dtype, tokens_BS.device.type
-            low = dtype in (torch.bfloat16, torch.float16)
-            with torch.autocast(device, dtype) if low else nullcontext():
+            with self._autocast():
                 logits = self.family(input_ids=rows[0], position_ids=rows[1], use_cache=False).logits
         finally:
             self._pass.pop()
@@ -213,6 +211,26 @@ class HostedModel(nn.Module):
             return logits_BSV, reports
         logits_BVS = logits_BSV.transpose(1, 2).to(accumulation_dtype(logits_BSV.dtype))
         return F.cross_entropy(logits_BVS, labels_BS, reduction="none"), reports  # leaves out labels of -100
+
+    def _autocast(self) -> Any:
+        dtype, device = self.args.compute_dtype, next(self.parameters()).device.type
+        return torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """Yields the family's model, whose `generate` may be called if this rank has all experts. Each of its forwards
+        routes tokens without groups of their own and makes no report."""
+
+        def begin(_module: Any, _inputs: Any, given: dict[str, Any]) -> None:
+            self._pass[:] = [_Pass(torch.zeros_like(given["input_ids"]).flatten(), NO_REQUEST)]
+
+        hook = self.family.register_forward_pre_hook(begin, with_kwargs=True)
+        try:
+            with self._autocast():
+                yield self.family
+        finally:
+            hook.remove()
+            self._pass.clear()
 
     def ready(self) -> None:
         """Finds out, from two short documents in one sequence, whether the family keeps documents apart (`packed`), and

@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
+from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.family import Bank, banks_of, empty_model
 from moe_dist.hf.host.model import HostedModel, own_values
@@ -123,6 +124,9 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     optimizer = build_optimizer(config, model)
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
+    (group,) = placement.groups
+    if config.model.moe.router.has_selection_bias and config.model.moe.balance and not group.num_null:
+        share_biases(model, banks_of(model.family), group.num_experts)
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
     step = TrainingStep(

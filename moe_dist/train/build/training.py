@@ -158,7 +158,12 @@ def freeze(model: Transformer, config: Config) -> None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
         routers = frozenset() if config.model.moe.experts.adapts_ffns else ROUTERS
-        trained = {"auxiliary_routers": {Role.AUXILIARY_ROUTER}, "adapters": routers | ADAPTERS}
+        trained = {
+            "auxiliary_routers": {Role.AUXILIARY_ROUTER},
+            "adapters": routers | ADAPTERS,
+            "routers": {Role.ROUTER},
+            "experts": {Role.EXPERT},
+        }
         freeze_all_but(model, trained[config.train.only])
     elif config.train.frozen is not None:
         freeze_all_but(model, frozenset(Role) - ROUTERS)

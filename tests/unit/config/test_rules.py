@@ -66,6 +66,7 @@ SOUND = {
         "parallel.two_batch_overlap=true | parallel.recompute=experts",
         "parallel.dispatch={kind: hierarchical, ranks_per_node: 1}",
         "parallel.dispatch.chunks=2",
+        f"train.only=experts | {STARTED} | {OFF}",
     ),
     "expert choice": (
         SOFTMAX + "}",
@@ -138,6 +139,7 @@ REFUSED = {
         "loss.balance.kind=vanilla | loss.balance.null_weight={text: 2.0}",
         "model.moe.router={logit_bias: true}",
         "train.only=adapters | run.init_from=x | run.init_rules=[adapt]",
+        "train.only=experts",
         "train.frozen=routers",
         "parallel.watchdog_seconds=50",
         "parallel.compile=true | model.mixture_of_depths={capacity: 0.5, scope: world}",

@@ -1,6 +1,7 @@
 """What a model section must be for engine.kind=transformers, and which folders it refuses."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 
 from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
+from moe_dist.hf.host.bias import share_biases
+from moe_dist.hf.host.family import banks_of
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted
@@ -50,6 +53,22 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
 def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
     with refused(ConfigError, key, golden="wide" not in str(model)):  # that text is transformers' own
         hosted_config(tmp_path, tmp_path, model, {})
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "moe_dist.hf.host.family")
+    with refused(ConfigError, f"no module {module};"):
+        hosted_config(tmp_path, tmp_path, {"family": "qwen3_moe"}, {})
+
+
+def test_a_family_without_selection_biases_has_no_controller(tmp_path: Path) -> None:
+    config = hosted_config(tmp_path, tmp_path, of_family("qwen3_moe"), {"parallel.ep": 1})
+    with torch.device("meta"):
+        model = build_hosted(config, replicated_placement(expert_groups(config.model.moe)), ep_rank=0, ep_group=None)
+    with refused(ConfigError, "model.moe.balance"):
+        share_biases(model, banks_of(model.family), 8)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])

@@ -1,0 +1,85 @@
+"""Commands on a run of a model of transformers (engine.kind=transformers)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moe_dist.formats.manifest import load_manifest
+from moe_dist.inference.grammar import GrammarState
+from moe_dist.inference.loaded_run import find_trained
+from moe_dist.inference.vocabulary import Vocabulary
+from moe_dist.train.start.resume import Progress
+from tests.support.engine_run import built_run, take_steps
+from tests.support.hosted import FAMILIES, hosted_config
+from tests.support.invoked import invoke
+from tests.support.one_rank import world_of_one
+from tests.support.pictured import VOCAB
+from tools import evaluate, export_hf, generate
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained run of deepseek_v3. Tests may add results to it."""
+    root = tmp_path_factory.mktemp("runs")
+    fields = {**FAMILIES["deepseek_v3"], "vocab_size": VOCAB, "max_position_embeddings": 192}
+    changes = {"parallel.ep": 1, "data.seq_len": 96}
+    config = hosted_config(own_data, root, {"family": "deepseek_v3", "fields": fields}, changes)
+    with world_of_one(), built_run(config) as made:
+        saver = made.saver()
+        saver.restore()
+        take_steps(made, 0, 2)
+        saver.save(Progress(step=2, position=2 * config.train.global_batch), durable=True)
+    return root / "tiny"
+
+
+def sampled(run: Path, *options: object) -> Any:
+    done = invoke(generate.main, run, *options, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_greedy_tokens_are_transformers_own(run: Path, tmp_path: Path) -> None:
+    """Of the ids that the grammar of the data allows, both take the likeliest."""
+    from transformers import AutoModelForCausalLM
+
+    made = sampled(run, "--prompt", "text 1", "--temperature", 0, "--tokens", 12)
+    exported = invoke(export_hf.main, run, "--out", tmp_path / "out")
+    assert exported.exit_code == 0, exported.output
+    vocabulary = find_trained(run).vocabulary()
+    prompt = torch.tensor([vocabulary.text_prompt("text 1")])
+    never = np.flatnonzero(~vocabulary.grammar.allowed_SV[GrammarState.TEXT_ONLY]).tolist()
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": vocabulary.grammar.eos_id}
+    own = model.generate(prompt, attention_mask=torch.ones_like(prompt), suppress_tokens=never, **options)
+    assert made["tokens"] == own[0, prompt.shape[1] :].tolist()
+
+
+def test_a_picture_is_drawn_without_guidance(run: Path, tmp_path: Path) -> None:
+    options = ("--prompt", "odd picture", "--draw", "--out", tmp_path)
+    (picture,) = sampled(run, *options)["pictures"]
+    assert Path(picture).is_file()
+    refused = invoke(generate.main, run, *options, "--guidance", 2)
+    assert refused.exit_code == 78
+    assert "--guidance 1" in refused.stderr
+
+
+def test_a_run_is_evaluated(run: Path, questions: Path, tmp_path: Path) -> None:
+    done = invoke(evaluate.main, run, "--questions", questions, "--limit", 4, "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    assert [task["questions"] for task in json.loads(done.stdout)["tasks"].values()] == [4, 4]
+
+
+def test_a_folders_tokenizer_reads_prompts(own_data: Path) -> None:
+    """Data made with a Hugging Face tokenizer name no tokenizer; special tokens of a prompt are read as such."""
+    manifest = load_manifest(own_data)
+    own = Vocabulary(own_data, manifest, vocab_size=VOCAB)
+    unnamed = manifest.model_copy(update={"tokenizer": None})
+    of_folder = Vocabulary(own_data, unnamed, vocab_size=VOCAB, model_folder=str(own_data))
+    assert of_folder.text_prompt("<bos>text 1") == own.text_prompt("text 1")
+    assert of_folder.text(own.text_prompt("text 1")[1:]) == "text 1"
