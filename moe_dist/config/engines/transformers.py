@@ -47,7 +47,7 @@ class TransformersEngineSection(EngineSection):
     builds = "moe_dist.train.build.hosted:transformers_engine"
     model = "moe_dist.train.build.hosted:build_hosted"
     memory = "moe_dist.plan.memory:rank_memory"
-    generator = "moe_dist.hf.host.generation:FamilyGenerator"
+    generator = "moe_dist.inference.family_generator:FamilyGenerator"
     hosts = True
     needs_modules = ("transformers",)
     source = "pip install 'moe_dist[hf]'"
