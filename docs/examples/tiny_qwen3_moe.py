@@ -24,7 +24,7 @@ tokenizer.chat_template = (
 tokenizer.save_pretrained(folder)
 
 torch.manual_seed(0)
-config = Qwen3MoeConfig(
+config = Qwen3MoeConfig(  # pyright: ignore[reportCallIssue]: it has head_dim all the same
     vocab_size=len(tokenizer),
     hidden_size=64,
     num_hidden_layers=2,

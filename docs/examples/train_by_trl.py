@@ -1,3 +1,4 @@
+# pyright: reportPrivateImportUsage=false
 """Fine-tunes a mixture of experts on a JSONL of messages by TRL's SFTTrainer; a second start resumes:
 
 torchrun --nproc-per-node 4 docs/examples/train_by_trl.py MODEL chats.jsonl OUT

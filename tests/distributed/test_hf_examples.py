@@ -61,4 +61,4 @@ def test_an_example_resumes_after_a_kill_to_the_same_bits(name: str, ranks: int,
     assert [line["step"] for line in lines] == [*range(1, STEPS + 1)]
     assert all(line["scalars"]["comm/bytes_sent"] > 0 for line in lines)
     events = EventAccumulator(str(out / "routing" / "tensorboard"), size_guidance={"images": 0}).Reload()
-    assert "moe/load" in events.Tags()["images"]
+    assert "moe/load/routed" in events.Tags()["images"]

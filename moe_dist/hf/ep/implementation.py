@@ -13,7 +13,7 @@ rows on this rank for this rank's experts, Q pairs computed here.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.ledger import ModuleTraffic
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
+from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -83,7 +84,7 @@ class MoeDistEP(EPImplementation):
         pairs = Assignments(token_N, expert_N.masked_fill(absent_N, ABSENT), weight_N, num_choices=choices)
         self.traffic.training = self.experts.training
         plan = self.dispatcher.plan(pairs, num_tokens, layer="experts")
-        self.traffic.add(plan.sent, num_tokens, num_tokens * choices)
+        self.traffic.add(cast(SentCounts, plan.sent), num_tokens, num_tokens * choices)
         y_TD, _ = self.dispatcher.run(h_TD, weight_N, plan, experts=self._compute)
         return y_TD
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -47,12 +47,12 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     renamings: list[Any] = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
     state = family.state_dict()
-    routers, num_experts = model.router_weights(), model.moe_modules()[0].router.num_experts
+    routers, num_experts = model.router_weights(), int(cast(Any, model.moe_modules()[0].router).num_experts)
     for name, tensor in _tensors(folder):
         target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
         mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
         if target in routers and tensor.get_shape()[0] == num_experts:  # null rows repeat the true ones (AdaMoE)
-            mine = name, _Slice(tensor, [row % int(num_experts) for row in range(state[target].shape[0])])
+            mine = name, _Slice(tensor, [row % num_experts for row in range(state[target].shape[0])])
         if mine is not None:
             layer = _LAYER.search(name)
             by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]

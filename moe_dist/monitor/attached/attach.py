@@ -216,6 +216,7 @@ class Attached:
         counts = RoutingCounts(choices_LC, tokens_L1, sums_LX[:, -1:], np.zeros_like(choices_LC))
         arrays = routing_arrays(counts, self._placement)
         routing = routing_scalars(counts, arrays, self._placement, tag_plan(1, 1))
+        costs: dict[str, float | None] = comm_scalars(ledger, None) if ledger else dict.fromkeys(UNKNOWN_COSTS)
         chosen = ratio(choices_LC.sum(), groups[0].top_k * tokens_L1.sum())
         scalars = {
             "loss/total": loss,
@@ -229,7 +230,7 @@ class Attached:
             **routing,
             f"moe/null_fraction/{groups[0].name}": None if chosen is None else 1.0 - chosen,  # of absent choices
             "moe/balance_efficiency_by_count": ratio(1.0, routing["moe/rank_imbalance"] or 0.0),
-            **(comm_scalars(ledger, None) if ledger else dict.fromkeys(UNKNOWN_COSTS)),
+            **costs,
             "perf/tokens_per_second": ratio(tokens, seconds),
             "perf/step_seconds": seconds,
             "perf/mfu": None,

@@ -125,7 +125,7 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
     (group,) = placement.groups
-    if config.model.moe.router.has_selection_bias and config.model.moe.balance and not group.num_null:
+    if config.model.moe.router.softmax_top_k and config.model.moe.balance and not group.num_null:
         share_biases(model, banks_of(model.family), group.num_experts)
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
