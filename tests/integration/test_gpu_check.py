@@ -77,6 +77,8 @@ def test_a_cut_run_goes_on_and_another_card_begins_anew(job: CheckJob, monkeypat
     assert cut["good"] == first["good"]
     assert cut["lacking"].verdict == "not run"
     assert run(job, planted("good", "lacking"))["lacking"].verdict == "not possible"
+    late = run(job, planted("good", "missed_bar"), minutes=0.3)["missed_bar"]
+    assert late.verdict == "not run", "a failure just before the end of the time may be a timeout"
     assert runs.read_text() == "run\n"
     run(job, planted("good"), card={"card": "another"})
     run(replace(job, gpus=1), planted("good"))

@@ -13,7 +13,7 @@ from typing import Any
 import moe_dist
 from moe_dist.runtime.files import write_atomically
 from tools.gpu_check.outcome import CheckJob, Outcome
-from tools.gpu_check.process import run_check
+from tools.gpu_check.process import GRACE, run_check
 
 PACKAGES = ("torch", "triton", "numpy", "megatron-core")
 
@@ -46,9 +46,11 @@ def header(job: CheckJob, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def code_hash() -> str:
-    """Returns a hash of the source of moe_dist and tools, because a copied source folder may have no git repository."""
+    """Returns a hash of the source of moe_dist, of tools and, in a clone or bundle, of research/gpu_bench, because a copied
+    source folder may have no git repository."""
     made = sha256()
-    for top in (Path(moe_dist.__file__).parent, Path(__file__).parents[1]):
+    product, tools = Path(moe_dist.__file__).parent, Path(__file__).parents[1]
+    for top in (product, tools, tools.with_name("research") / "gpu_bench"):
         for file in sorted(top.rglob("*.py")):
             made.update(str(file.relative_to(top)).encode() + file.read_bytes())
     return made.hexdigest()[:16]
@@ -76,7 +78,8 @@ def run_checks(
                 readings = [each for outcome in outcomes.values() for each in outcome.readings]
                 rates = {each.what: each.value for each in readings if each.unit in ("B/s", "FLOP/s")}
                 made = run_check(name, check.target, replace(job, rates=rates, seconds=min(check.seconds, left)))
-                if made.verdict != "fail" or time.monotonic() < end:  # a failure after the end of the time may be a timeout
+                # ranks end `GRACE` before the check's limit, or a second after their start: a late failure may be a timeout
+                if made.verdict != "fail" or time.monotonic() < end - 2 * GRACE:
                     outcome = made
             outcomes[name] = outcome
             known = {key: each.as_json() for key, each in outcomes.items() if each.verdict != "not run"}

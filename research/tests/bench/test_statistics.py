@@ -28,12 +28,6 @@ def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
     assert interval.n == n
 
 
-def test_twenty_rounds_use_the_sixth_and_the_fifteenth() -> None:
-    """For n = 20, textbooks state that this interval covers the median with probability 95.9 %."""
-    interval = median_interval(list(range(1, 21)))
-    assert (interval.low, interval.high) == (6.0, 15.0)
-
-
 def test_all_outcomes_of_six_coins_are_covered() -> None:
     """Each of 6 values lies below or above the true median, so the interval misses it in 2 of 64 cases."""
     missed = 0

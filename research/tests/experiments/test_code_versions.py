@@ -1,7 +1,5 @@
 """An experiment accepts only records of one version of the code. Its page lists which runs are of which version."""
 
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from research.experiments.code_versions import check_same_code, tell_versions
 from research.experiments.results import add_record, code_of_now, make_header, read_records, results_path
 from research.experiments.runner import MEASURED, Runner
 from research.experiments.study import Study, jobs_of, load_study, run_folder
+from research.tests.experiments.test_records import git
 from tests.support.messages import refused
 
 STUDY = """
@@ -32,12 +31,6 @@ arms:
 FILES = ("moe_dist/__init__.py", "launchers/local.py", "research/experiments/measure.py", "tools/generate.py", "docs/a.md")
 LOST = "f" * 40
 RESEARCH = Path(__file__).parents[2]
-
-
-def git(*arguments: str) -> str:
-    identity = {f"GIT_{who}_{what}": "x@y" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    done = subprocess.run(["git", *arguments], check=True, capture_output=True, text=True, env={**os.environ, **identity})
-    return done.stdout.strip()
 
 
 def commit(*changed: str) -> str:
@@ -139,20 +132,6 @@ def no_process(*_: Any, **__: Any) -> None:
     raise StartedError
 
 
-@pytest.mark.parametrize(("same_code", "error"), [(True, ConfigError), (False, StartedError)])
-def test_the_runner_starts_no_run_by_other_code(
-    study: Study, monkeypatch: pytest.MonkeyPatch, same_code: bool, error: type[Exception]
-) -> None:
-    path = Path("planted.yaml")
-    monkeypatch.setattr(Runner, "_launch", no_process)
-    add(study, path, [("a", 1)])
-    commit(FILES[0])
-    with pytest.raises(error):
-        Runner(path, study, False, None, 1, lambda: False, same_code=same_code).run(jobs_of(study))
-    with pytest.raises(StartedError):  # a pilot's records are never judged
-        Runner(path, study, True, None, 1, lambda: False, same_code=same_code).run(jobs_of(study, pilot=True))
-
-
 def test_the_runner_keeps_no_record_of_other_code(study: Study) -> None:
     path = Path("planted.yaml")
     add(study, path, [("a", 1)])
@@ -190,6 +169,8 @@ def test_experiments_of_committed_code_need_the_same_code(
     commit(FILES[0])
     with pytest.raises(ConfigError if committed else StartedError):
         command._run(path, study, jobs_of(study), pilot=False, processes=2)
+    with pytest.raises(StartedError):  # a pilot's records are never judged
+        Runner(path, study, True, None, 1, lambda: False, same_code=True).run(jobs_of(study, pilot=True))
 
 
 def test_a_page_tells_which_runs_are_of_which_version(study: Study) -> None:

@@ -1,28 +1,18 @@
 """Measures on hand-made cases how much hidden states and the routers' choices reveal of a token's domain."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from moe_dist.config.load import load_config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
-from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing.counts import AuxSums, RoutingCounts
 from moe_dist.moe.routing.types import ABSENT, Assignments, Routing
-from moe_dist.parallel.initialise import initialise
-from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.policies import expert_groups
-from moe_dist.train.build.training import build_model
 from moe_dist.train.objective.loss import forward
 from research.experiments.domain_probe import domains, first_choice, mutual_information, probe
 from research.experiments.tokens import TokenPairs, accuracy, answers, evaluate
-
-BASE = Path(__file__).parents[2] / "configs/reproduce/base.yaml"
-VOCAB = 32
-GROUPS = torch.tensor([0])
+from research.tests.experiments.test_oracle import GROUPS, LAYERS, VOCAB, make_model
 
 
 def drawn(seed: int, tokens: int, *, apart: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,19 +63,6 @@ def test_the_expert_with_the_largest_weight_comes_first() -> None:
     assert first_choice(seen, 3).tolist() == [1, ABSENT, 2]
 
 
-def make_model() -> Transformer:
-    sizes = {"hidden_dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "vocab_size": VOCAB, "max_seq_len": 16}
-    group = "{num_experts: 4, top_k: 1, ffn_dim: 16, modalities: [text, image]}"
-    overrides = [f"model.{key}={value}" for key, value in sizes.items()]
-    config = load_config(BASE, [*overrides, f"model.moe.groups={{all: {group}}}"])
-    groups = expert_groups(config.model.moe)
-    placement = ExpertPlacement(groups, (tuple(groups[0].experts),))
-    with torch.device("meta"):
-        model = build_model(config, placement, ep_rank=0, ep_group=None)
-    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=3, std=0.1)
-    return model.eval()
-
-
 def batch_of(ids: range, *, seed: int, sequences: int = 100) -> Batch:
     """Draws documents from `ids`, with three prompt tokens and one scored token. Each sequence ends with padding."""
     rng, prompt = np.random.default_rng(seed), np.array([True, True, True, False])
@@ -98,17 +75,17 @@ def batch_of(ids: range, *, seed: int, sequences: int = 100) -> Batch:
 
 
 def test_routers_see_alphabets_apart_and_not_a_domain_that_no_token_shows() -> None:
-    model = make_model()
+    model = make_model(std=0.1)
     apart = domains(model, {"a": [batch_of(range(1, 16), seed=1)], "b": [batch_of(range(16, 32), seed=2)]}, GROUPS)
     same = domains(model, {"a": [batch_of(range(1, 32), seed=1)], "b": [batch_of(range(1, 32), seed=2)]}, GROUPS)
     assert isinstance(apart["by_layer"], list)
-    assert len(apart["by_layer"]) == 2
+    assert len(apart["by_layer"]) == LAYERS
     assert apart["least"] == min(apart["by_layer"]) > 0.9
     assert isinstance(same["least"], float)
     assert same["least"] < 0.6
     for found in (apart, same):
         assert isinstance(found["bits_by_layer"], list)
-        assert found["bits"] == pytest.approx(sum(found["bits_by_layer"]) / 2)
+        assert found["bits"] == pytest.approx(sum(found["bits_by_layer"]) / LAYERS)
         assert all(0 <= each <= 1 for each in found["bits_by_layer"])
 
 

@@ -12,16 +12,10 @@ from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import load_manifest
 from research.experiments.fact_data import defined_words, drawn, make, one_of_each_family
-from research.tests.wordnet_files import write_wordnet
 from tests.support.messages import refused
 
 RECIPE = Recipe(renders=1, val_fraction=0.0, vocab_size=300, codes=16, vary=())
 DEFINITIONS, PICTURES = 12, 10
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wordnet(tmp_path_factory.mktemp("dict"), [[f"noun{number}"] for number in range(40)])
 
 
 @pytest.fixture(scope="module")
@@ -71,5 +65,5 @@ def test_drawn_facts_depend_on_the_seed_alone_and_must_be_there(words: Path) -> 
     assert drawn(source, 10, 1) == drawn(source, 10, 1) != drawn(source, 10, 2)
     assert set(drawn(source, 10, 1).items) < set(source.items)
     assert drawn(source, len(source.items), 3) == source
-    with refused(ConfigError, "facts: 41"):
-        drawn(source, 41, 1)
+    with refused(ConfigError, "facts: 121"):
+        drawn(source, 121, 1)

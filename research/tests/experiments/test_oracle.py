@@ -34,7 +34,7 @@ QUESTIONS = [
 ANSWERS = [n % 4 for n in range(20)]
 
 
-def make_model() -> Transformer:
+def make_model(std: float = 0.4) -> Transformer:
     group = "{num_experts: 4, top_k: 2, ffn_dim: 16, modalities: [text, image]}"
     sizes = {
         "hidden_dim": 16,
@@ -50,7 +50,7 @@ def make_model() -> Transformer:
     placement = ExpertPlacement(groups, (tuple(groups[0].experts),))
     with torch.device("meta"):
         model = build_model(config, placement, ep_rank=0, ep_group=None)
-    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=3, std=0.4)
+    initialise(model, placement, ep_rank=0, device=torch.device("cpu"), seed=3, std=std)
     return model.eval()
 
 

@@ -228,15 +228,6 @@ def test_samples_that_were_made_otherwise_are_refused(
     assert Samples(run / "samples").manifest.samples == 5
 
 
-@pytest.mark.full  # tests/unit/tools/test_prepare_router_tuning.py makes such samples without a second process
-def test_samples_of_listed_choices_are_right_under_each_rotation(
-    own_data: Path, words: Path, tmp_path: Path, sampled: tuple[Path, QuestionsSection]
-) -> None:
-    run = pictured_run(own_data, tmp_path / "run", max_seq_len=192, model__mixture_of_depths=None)
-    made = make_samples(run, sampled[1].model_copy(update={"listed": True}))
-    assert Samples(Path(made["folder"])).manifest.options["rotations"] is True
-
-
 @pytest.mark.full
 def test_samples_that_cannot_be_made_end_with_the_tools_code(
     sampled: tuple[Path, QuestionsSection], tmp_path: Path

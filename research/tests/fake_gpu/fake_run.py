@@ -15,7 +15,8 @@ from unittest import mock
 
 import torch
 
-from moe_dist.checkpoint.storage import Snapshot
+from moe_dist.checkpoint import storage
+from moe_dist.checkpoint.storage import Snapshot, take_snapshot
 from moe_dist.data.batch import Batch
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.start import resume
@@ -57,9 +58,11 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
         note("evaluation", lambda: evaluator(1, final=True, trained=trained[: evaluator.calibration]))
 
     snapshots: list[Snapshot] = []
-    checkpoints: Any = SimpleNamespace(rank=1, write=snapshots.append)  # not rank 0, which would log the committed folder
+    # rank 1, because rank 0 would log the committed folder
+    checkpoints: Any = SimpleNamespace(rank=1, snapshot=take_snapshot, write=snapshots.append)
     saver = resume.Resumable(training, run.layout.placement, checkpoints, run.config, run.manifest)
-    with mock.patch.object(resume, "generator_states", generators):
+    fake = mock.patch.object(storage, "check_finite", return_value=None)  # fake tensors have no values to check
+    with fake, mock.patch.object(resume, "generator_states", generators):
         for name in ("first save", "save"):
             note(name, lambda: saver.save(resume.Progress(step=1), durable=True))
     first, second = ([piece.tensor for piece in each.pieces.values()] for each in snapshots)

@@ -18,24 +18,7 @@ from research.tests.wordnet_files import offset_of, write_wordnet
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 
-WORDS = [
-    "ant",
-    "bee",
-    "cat",
-    "dog",
-    "elk",
-    "fox",
-    "gnu",
-    "hen",
-    "ibis",
-    "jay",
-    "kite",
-    "lark",
-    "mole",
-    "newt",
-    "owl",
-    "pig",
-]
+WORDS = [f"word{number}" for number in range(16)]
 
 
 def test_facts_of_made_up_files(tmp_path: Path) -> None:

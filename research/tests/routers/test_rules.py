@@ -84,10 +84,6 @@ def loads(data: Path, tmp_path: Path, value: float) -> np.ndarray:
     return np.full((len(model.moe_layers), model.vocab_size), value)
 
 
-def test_a_table_that_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
-    checked(tiny_data, tmp_path, loads(tiny_data, tmp_path, 0.75), {})
-
-
 @pytest.mark.parametrize(
     ("table", "fault"),
     [

@@ -10,7 +10,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import RoutingCache
-from research.routers.scheduled_top_k import HELD_OUT, ScheduledTopKRouter
+from research.routers.scheduled_top_k import HELD_OUT
 from research.routers.top_k_by_id import TopKByIdRouter
 from research.tests.routers.reference import fixed_load_weights
 from research.tests.routers.test_scheduled_top_k import GROUP, D, N, T, inputs
@@ -49,19 +49,6 @@ def test_equals_the_loop_in_values_and_gradients(table: str) -> None:
     )
     for a, b in zip(fast, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-def test_one_load_for_all_ids_is_scheduled_top_k_bit_for_bit(tmp_path: Path) -> None:
-    np.save(tmp_path / "loads.npy", np.full((2, V), 1.6))
-    router, (h_TD, group_T) = made(str(tmp_path / "loads.npy")), inputs()
-    scheduled = ScheduledTopKRouter(
-        RouterContext(D, [GROUP], place=1, seed=SEED), active_experts={"all": [1.6, 1.6]}
-    ).double()
-    scheduled.load_state_dict(router.state_dict())
-    ours, theirs = router(h_TD, group_T, RoutingCache(id_T=ID_T)), scheduled(h_TD, group_T)
-    assert torch.equal(ours.assignments.expert_N, theirs.assignments.expert_N)
-    assert torch.equal(ours.assignments.weight_N, theirs.assignments.weight_N)
-    assert torch.equal(ours.counts.choices_LC, theirs.counts.choices_LC)
 
 
 def test_padding_takes_nothing(table: str) -> None:
