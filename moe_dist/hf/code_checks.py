@@ -5,8 +5,6 @@ An export may contain code only in the form `moe_dist`, which puts moe_dist's ow
 `verify_export` compares these files with those of the installed package.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,37 @@ _KEYS = {
     "auto_mapping": "PEFT would import the library that it names",
     "custom_pipelines": "transformers' pipelines would run the classes that it names",
     "custom_generate": "transformers would generate by the code that it names",
+    "attribute_map": "transformers would read other fields in place of those that are checked here",
 }
-# Keys whose value may name a kernel repository. transformers would download and run the kernels.
+# Keys whose value names an implementation. For one that is not in _SHIPPED, transformers may download and run kernels.
 _KERNELS = ("attn_implementation", "experts_implementation")
+_SHIPPED = ("eager", "sdpa", "flex_attention", "flash_attention_2", "grouped_mm", "batched_mm")
 _SPECIAL_TOKENS = "special_tokens_map.json"  # transformers merges its fields into those of tokenizer_config.json
 # Files that the folder of a model or of adapters may contain besides config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 
 
+def entries(values: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each key of JSON values with its value, at any depth. A list gives its elements, each with the list's key."""
+    rest = [("", values)]
+    for key, value in rest:  # the list grows in this loop
+        if isinstance(value, list):
+            rest += [(key, each) for each in value]
+            continue
+        yield key, value
+        if isinstance(value, dict):
+            rest += [(str(name), each) for name, each in value.items()]
+
+
 def code_keys(values: Any) -> Iterator[str]:
     """Yields an error text for each key, at any depth, that could make a library run code."""
-    rest = [values]
-    while rest:
-        value = rest.pop()
-        rest += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        for key, each in value.items() if isinstance(value, dict) else ():
-            if key in _KEYS and each:
-                yield f"{key}={each!r:.80}: {_KEYS[key]}"
-            elif key.removeprefix("_").removesuffix("_internal") in _KERNELS and "/" in json.dumps(each):
-                yield f"{key}={each!r:.80}: transformers would download and run these kernels"
+    for key, each in entries(values):
+        if key in _KEYS and each:
+            yield f"{key}={each!r:.80}: {_KEYS[key]}"
+        elif key.removeprefix("_").removesuffix("_internal") in _KERNELS and any(
+            isinstance(leaf, str) and leaf not in _SHIPPED for _, leaf in entries(each)
+        ):
+            yield f"{key}={each!r:.80}: transformers could download and run kernels, except for {', '.join(_SHIPPED)}"
 
 
 def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
@@ -78,8 +88,9 @@ def verify_export(folder: Path) -> list[str]:
         if path.is_symlink() or not path.is_file():
             problems.append(f"{name}: an export has plain files only")
         elif name in CODE_FILES:
-            if _digest(path) != _digest(CODE / name):
-                problems.append(f"{name}: differs from the file of this moe_dist, sha256 {_digest(path)}")
+            size, ours = path.stat().st_size, (CODE / name).read_bytes()
+            if size != len(ours) or path.read_bytes() != ours:
+                problems.append(f"{name}: differs from the file of this moe_dist; {size:,} bytes, not {len(ours):,}")
         elif name not in _PLAIN and not name.endswith(".safetensors"):
             problems.append(f"{name}: no export writes such a file")
     plain = [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]
@@ -101,8 +112,3 @@ def verify_export(folder: Path) -> list[str]:
         except DataError as error:
             problems += error.problems
     return problems + config_problems(folder, plain)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from moe_dist.checkpoint.index import StoredModel
+from moe_dist.checkpoint.index import Length, Shape, StoredModel
 from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES
 from moe_dist.config.json_text import bounded
 from moe_dist.errors import DataError
@@ -44,8 +44,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name
 
 class _Entry(StoredModel):
     dtype: str
-    shape: tuple[NonNegativeInt, ...]
-    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+    shape: Shape
+    data_offsets: tuple[Length, Length]
 
 
 _HEADER = TypeAdapter(dict[str, Any])
@@ -183,7 +183,13 @@ def _weight_map(folder: Path, names: Sequence[str], pickles: Sequence[str]) -> M
         raise DataError(
             f"{folder}: there is no {WEIGHTS_FILE} and no {INDEX_FILE} in it; give a folder as save_pretrained writes it"
         )
-    return read_weight_map(folder)
+    index = read_weight_map(folder)
+    if WEIGHTS_FILE in names and set(index.values()) != {WEIGHTS_FILE}:
+        raise DataError(
+            f"{folder}: both {WEIGHTS_FILE} and {INDEX_FILE} are in it, and transformers reads {WEIGHTS_FILE} alone; "
+            "remove the one that is not of this model"
+        )
+    return index
 
 
 def read_weight_map(folder: Path) -> Mapping[str, str]:

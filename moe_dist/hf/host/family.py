@@ -19,7 +19,7 @@ from torch import nn
 from moe_dist.config.base.section import Section, did_you_mean
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError, MoeDistError
-from moe_dist.hf.code_checks import refuse_code
+from moe_dist.hf.code_checks import code_keys, entries, refuse_code
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.moe.routers.recorded import recorded_routers
@@ -29,7 +29,10 @@ GROUP = "experts"  # name of the one expert group, and of the attribute under wh
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not follow from the family
+MOST_PARTS = 4096  # of layers, experts and the like; transformers takes milliseconds for each
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+_NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)$")  # field names
+_NOTES = ("transformers_version", "torch_dtype", "dtype")
 
 
 class Bank(NamedTuple):
@@ -92,6 +95,7 @@ def _check_names(family: str, fields: Mapping[str, Any]) -> None:
     """Raises ConfigError for a field that the family's configuration does not have: transformers would ignore it."""
     config = family_config(family, {})
     known = {*vars(config), *type(config).attribute_map, "head_dim"}  # models read head_dim where it is not declared
+    known = {name for name in known if not _is_private(name)}
     for name in fields:
         if name not in known:
             raise ConfigError(f"model.fields.{name}: {family} has no such field{did_you_mean(name, known)}", see=GUIDE)
@@ -132,8 +136,8 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Returns the fields of a folder's config.json. Raises ConfigError if it cannot be read, or if a configuration file of
-    the folder could make a library run code."""
+    """Returns the fields of a folder's config.json, without transformers' notes of its own. Raises ConfigError if it cannot
+    be read, or if a configuration file of the folder could make a library run code."""
     if not folder.is_dir():
         raise ConfigError(f"model.folder={str(folder)!r}: no such folder; name a Hugging Face folder", see=GUIDE)
     try:
@@ -143,7 +147,27 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise ConfigError([f"model.folder: {problem}" for problem in error.problems], see=GUIDE) from error
     if not isinstance(fields.get("model_type"), str):
         raise ConfigError(f"model.folder={str(folder)!r}: its {CONFIG_FILE} has no model_type; name the folder of a model")
-    return {key: value for key, value in fields.items() if key not in ("transformers_version", "torch_dtype", "dtype")}
+    public = json.loads(json.dumps(fields), object_hook=lambda each: {k: v for k, v in each.items() if not _is_private(k)})
+    return {key: value for key, value in public.items() if key not in _NOTES}
+
+
+def _is_private(field: str) -> bool:
+    return field.startswith("_") or field == "name_or_path"
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Raises ConfigError for fields, at any depth, that could make transformers run code, print control characters, or work
+    for hours."""
+    problems = [f"{problem}; remove it" for problem in code_keys(fields)]
+    for name, value in entries(fields):
+        if _is_private(name):
+            problems.append(f"{name}: is a note that transformers makes itself; remove it")
+        elif _NUM_PARTS.search(name) and isinstance(value, int | float) and value > MOST_PARTS:
+            problems.append(f"{name}={value!r:.80}: more than {MOST_PARTS:,} are not possible; lower it")
+        elif not f"{name}{value if isinstance(value, str) else ''}".isprintable():
+            problems.append(f"{name}={value!r:.80}: has control characters; remove them")
+    if problems:
+        raise ConfigError([f"model.fields.{problem}" for problem in problems], see=GUIDE)
 
 
 def _check_version() -> None:
@@ -159,10 +183,12 @@ def _check_version() -> None:
 
 
 def family_config(family: str, fields: Mapping[str, Any]) -> Any:
-    """Returns transformers' configuration object. Raises ConfigError if it refuses family or fields."""
+    """Returns transformers' configuration object. Raises ConfigError if it refuses family or fields, or if the fields could
+    do harm."""
     from transformers import CONFIG_MAPPING
 
     _check_version()
+    _check_fields(fields)
     if family not in CONFIG_MAPPING:
         raise ConfigError(
             f"model.family={family!r}: the installed transformers has no such model_type; install a newer one"
@@ -184,14 +210,15 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = family_config(family, fields)
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **options)
     except Exception as error:  # each family checks its fields in its own way
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
             raise ConfigError(
                 f"model.family={family!r}: transformers cannot make it: {error}; correct model.fields", see=GUIDE
             ) from error
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **options)
 
 
 def banks_of(model: nn.Module) -> list[Bank]:

@@ -127,6 +127,17 @@ def header_of_lists(folder: Path) -> None:
     (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
 
 
+def header_of_long_numbers(folder: Path) -> None:
+    """Writes a shape whose product of 500 numbers would take minutes."""
+    shape = ",".join(["9" * 4200] * 500)
+    header = f'{{"a":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}'.encode()
+    (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def two_sets_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / FIRST).read_bytes())
+
+
 def panicking(folder: Path) -> None:
     """Writes a tokenizer for which the Rust code of the library tokenizers panics."""
     tokenizer(10)(folder)
@@ -207,6 +218,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
         f"{INDEX}: .* lists and mappings",
     ),
     "header of lists": (header_of_lists, DataError, f"{SECOND}: .* lists and mappings"),
+    "header of long numbers": (header_of_long_numbers, DataError, f"{SECOND}: no safetensors file"),
+    "two sets of weights": (two_sets_of_weights, DataError, f"both model.safetensors and {INDEX}.*; remove the one"),
     "nested index": (lambda folder: (folder / INDEX).write_bytes(b"[" * 100_000), DataError, f"{INDEX}: .* nested"),
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),

@@ -2,6 +2,7 @@
 and `verify_export` finds it if it was added to an export."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -31,6 +32,8 @@ PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "attention": ("config.json", IMPLEMENTATION),
     "attention inside": ("config.json", {"_attn_implementation_internal": {"": "somebody/kernels"}}),
     "experts": ("config.json", {"_experts_implementation": "somebody/kernels"}),
+    "kernels by a short name": ("config.json", {"experts_implementation": {"text_config": "sonicmoe"}}),
+    "another name": ("config.json", {"attribute_map": {"auto_map": "x"}, "x": {"AutoModelForCausalLM": "planted.Planted"}}),
     "tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}),
     "another's tokenizer": ("tokenizer_config.json", {"auto_map": ["somebody/else--planted.Planted", None]}),
     "special tokens": ("special_tokens_map.json", {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}),
@@ -114,6 +117,7 @@ def adapters_alone(folder: Path) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     **{place: (lambda folder, of=of: plant(folder, *of), of[0]) for place, of in PLACES.items()},
     "changed code": (other_code, "modeling_moe_dist.py: differs"),
+    "a terabyte of code": (lambda folder: os.truncate(folder / CODE_FILES[1], 1 << 40), "modeling_moe_dist.py: differs"),
     "code is missing": (lambda folder: (folder / CODE_FILES[1]).unlink(), "modeling_moe_dist.py: is missing"),
     "more code": (lambda folder: (folder / "more.py").write_text(""), "more.py: no export writes"),
     "compiled code": (lambda folder: (folder / "modeling_moe_dist.so").write_bytes(b""), "modeling_moe_dist.so: no export"),

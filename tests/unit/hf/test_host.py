@@ -11,7 +11,7 @@ import torch
 from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.bias import share_biases
-from moe_dist.hf.host.family import banks_of
+from moe_dist.hf.host.family import banks_of, complete, read_fields
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted
@@ -69,6 +69,38 @@ def test_a_family_without_selection_biases_has_no_controller(tmp_path: Path) -> 
         model = build_hosted(config, replicated_placement(expert_groups(config.model.moe)), ep_rank=0, ep_group=None)
     with refused(ConfigError, "model.moe.balance"):
         share_biases(model, banks_of(model.family), 8)
+
+
+CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("fuyu", {"text_config": CODE}, "auto_map"),  # transformers would ask whether to run the code
+        ("qwen3_moe", {"attribute_map": {"x": "auto_map"}, "x": CODE["auto_map"]}, "attribute_map"),
+        ("qwen3_moe", {"experts_implementation": "sonicmoe"}, "experts_implementation"),
+        ("fuyu", {"text_config": {"model_type": "align_text_model", "_name_or_path": "evil"}}, "_name_or_path"),
+        ("qwen3_moe", {"name_or_path": "evil"}, "name_or_path"),
+        ("qwen3_moe", {"problem_type": ["\x1b[31m"]}, "problem_type='\\x1b[31m'"),
+        ("qwen3_moe", {"rope_parameters": {"\x1b[31m": 1}}, "\\x1b[31m"),
+        ("qwen3_moe", {"num_hidden_layers": 10**6}, "num_hidden_layers=1000000"),
+        ("fuyu", {"text_config": {"num_labels": 10**9}}, "num_labels=1000000000"),
+    ],
+)
+@pytest.mark.parametrize("folder", [None, "nowhere"])  # with a folder, as in a checkpoint's stored configuration
+def test_fields_that_could_do_harm_are_refused(folder: str | None, family: str, changes: dict[str, Any], key: str) -> None:
+    with refused(ConfigError, key, golden=False):
+        complete({"folder": folder, "family": family, "fields": {**FAMILIES.get(family, {}), **changes}})
+
+
+def test_fields_of_a_folder_have_no_notes_and_are_checked(tmp_path: Path) -> None:
+    fields = {"text_config": {"num_labels": 10**9}}
+    notes = {"_name_or_path": "x", "text_config": {"name_or_path": "x", **fields["text_config"]}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fuyu", **notes}))
+    assert read_fields(tmp_path) == {"model_type": "fuyu", **fields}
+    with refused(ConfigError, "num_labels=1000000000"):
+        complete({"folder": str(tmp_path)})
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
