@@ -8,9 +8,13 @@ from typing import Any
 
 from moe_dist.config.json_text import parse_json
 from moe_dist.config.regular_file import open_regular
+from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
+_BATCH_ROWS, _BATCH_BYTES = 256, 1 << 24  # a batch of a table's rows ends at either number
+_BATCH_SECONDS, _BATCH_MEMORY = 60, 4 << 30  # limits of CPU time and memory for reading a batch
+_MOST_GROWTH = 1000  # largest size of a table's rows / size of its files; columns of usual texts shrink to a tenth
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
@@ -92,11 +96,35 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         else:
             files = [str(path)] if path.is_file() else _parquet_files(option, path)
             # Because of streaming=True, the package datasets copies nothing into a cache.
-            table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        for number, row in enumerate(table, 1):
-            yield f"{path}, row {number}", _without_nulls(row, table.features)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{option} {path}: datasets cannot read it: {error}; copy or save it again") from error
+            table = datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=True, batch_size=_BATCH_ROWS
+            )
+        yield from _limited_rows(path, table)
+    except (OSError, ValueError, TypeError, KeyError, MemoryError) as error:
+        why = str(error) or "it needs too much memory"
+        raise DataError(f"{option} {path}: datasets cannot read it: {why}; copy or save it again") from error
+
+
+def _limited_rows(path: Path, table: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads the rows in a child process with limits, because a parquet file of 1 KB can hold TB of repeated values."""
+    rows = iter(table)
+
+    def batch() -> tuple[list[dict[str, Any]], int]:
+        found, size = [], 0
+        while size < _BATCH_BYTES and len(found) < _BATCH_ROWS and (row := next(rows, None)) is not None:
+            found.append(_without_nulls(row, table.features))
+            size += len(repr(row))
+        return found, size
+
+    read, number, total = TimedCalls(batch, _BATCH_SECONDS, _BATCH_MEMORY), 0, 0
+    stored = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    while (answer := read())[0]:
+        total += answer[1]
+        if total > _MOST_GROWTH * stored + _BATCH_MEMORY // 4:
+            raise ValueError(f"its rows have over {_MOST_GROWTH} times the bytes of its files")
+        for row in answer[0]:
+            number += 1
+            yield f"{path}, row {number}", row
 
 
 def _parquet_files(option: str, folder: Path) -> list[str]:

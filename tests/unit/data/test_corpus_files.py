@@ -112,6 +112,9 @@ def test_instructions(tmp_path: Path) -> None:
     assert instruction_files("i", tmp_path / "i.jsonl", "").items[0].family == first.family
 
 
+OUTSIDE = ("../x.png", "link.png")  # pictures outside the folder of the JSONL file
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -120,12 +123,15 @@ def test_instructions(tmp_path: Path) -> None:
         ('{"prompt": " ", "answer": "b"}', ""),
         ('{"prompt": "a", "answer": 3}', ""),
         ('{"prompt": "a", "answer": "b", "picture": "c"}', ""),
-        ('{"prompt": "a", "answer": "b", "image": "c.png"}', "c.png"),
+        *((f'{{"prompt": "a", "answer": "b", "image": "{name}"}}', name) for name in (*OUTSIDE, "c.png", "a.svg")),
         ('{"prompt": "a", "answer": "b", "side": "test"}', ""),
         ('{"prompt": "a", "answer": "b", "side": "train"}', ""),
     ],
 )
 def test_a_wrong_instruction_is_named(tmp_path: Path, line: str, words: str) -> None:
+    for path in (tmp_path.parent / "x.png", tmp_path / "a.svg"):
+        Image.new("RGB", (9, 9)).save(path, "png")
+    (tmp_path / "link.png").symlink_to(tmp_path.parent / "x.png")
     (tmp_path / "i.jsonl").write_text(f'{{"prompt": "one", "answer": "two"}}\n{line}\n')
     with refused(DataError, words):
         instruction_files("i", tmp_path / "i.jsonl", "")
