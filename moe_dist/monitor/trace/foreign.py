@@ -21,7 +21,7 @@ from moe_dist.placement.placement import ExpertGroup
 NO_ID = -1
 _LIMITS = (TimeoutError, ChildProcessError, MemoryError)  # errors of TimedCalls
 FLAME_TOKENS = 1 << 16  # largest number of tokens read from each file of FLAME-MoE-Traces
-_MOST_BYTES = 1 << 30  # largest size of an array's file
+_MOST_BYTES, _MOST_FLAME = 1 << 30, 1 << 27  # largest sizes of an array's file, and of a parquet file's first rows
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L), and ids [T, L, K] of one sequence or one rank
 
 
@@ -165,6 +165,8 @@ def _flame_ids(file: Path) -> np.ndarray:
 
     with open_file(file) as stream:
         batch = next(parquet.ParquetFile(stream).iter_batches(FLAME_TOKENS, columns=["indices"], use_threads=False))
+    if batch.nbytes > _MOST_FLAME:
+        raise ValueError(f"{batch.num_rows:,} tokens have {batch.nbytes:,} bytes; at most {_MOST_FLAME:,} are possible")
     return np.array(batch["indices"].to_pylist())
 
 

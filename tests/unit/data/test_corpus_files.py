@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 from moe_dist.errors import ConfigError, DataError
@@ -69,6 +71,15 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
         stream.truncate(6 << 30)  # a sparse file, without blocks on the disk
     with reads_little(), pytest.raises(DataError, match=name):
         text_files("t", tmp_path / name.partition("/")[0], "")
+
+
+def test_a_table_of_one_repeated_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet stores a column's equal values once."""
+    monkeypatch.setattr("moe_dist.data.tables._FREE_BYTES", 1 << 26)
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * (1 << 16)])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", compression="zstd", store_schema=False)
+    with pytest.raises(DataError, match="over 1000 times the bytes of its files"):
+        text_files("t", tmp_path / "t.parquet", "")
 
 
 def test_pictures_with_and_without_captions(tmp_path: Path) -> None:
