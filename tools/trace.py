@@ -15,6 +15,7 @@ from moe_dist.parallel.mesh import one_group
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import make_writable
+from moe_dist.runtime.ownership import refuse_planted_files
 from moe_dist.train.step.tracing import trace_heldout
 
 
@@ -58,6 +59,8 @@ def main(options: TraceOptions) -> None:
 
 def _folder(options: TraceOptions, trained: LoadedRun) -> Path:
     """Returns the folder of the trace, which must not exist, and makes its parent before the model is loaded."""
+    if options.out is None:
+        refuse_planted_files(trained.run_folder)
     folder = options.out or trained.run_folder / "traces" / f"step_{trained.step}"
     if folder.exists():
         raise ConfigError(f"--out {folder}: it exists, and a trace is never overwritten; give a new folder, or remove it")

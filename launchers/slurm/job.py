@@ -28,7 +28,9 @@ from launchers.snapshot import CodeSnapshot, take_snapshot
 from launchers.verdict import conclude
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
+from moe_dist.config.json_text import read_json
 from moe_dist.config.load import load_config
+from moe_dist.config.regular_file import read_regular
 from moe_dist.config.schema import Config
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from moe_dist.plan.preflight import check, check_file
@@ -36,6 +38,8 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.runtime.signals import StopSignals
+
+_MOST_BYTES = 1 << 24  # largest size of a file about a job's attempts
 
 
 def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) -> int:
@@ -71,7 +75,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
     if warning := cluster.limit_warning(_limit_seconds(env)):
         print(warning, file=sys.stderr)
     faults = snapshot.folder / f"job_{job.id}_faults"  # file with the names of nodes at fault
-    faulty = faults.read_text().split() if faults.is_file() else []
+    faulty = read_regular(faults, most_bytes=_MOST_BYTES).decode().split() if faults.is_file() else []
     hosts = hosts_of(plan, allocation, faulty)
     print(f"attempt {len(ends)} of job {job.id}; run folder {folder.path}\n{plan.table(hosts)}", flush=True)
     program = tuple(shlex.split(env.get(PROGRAM, ""))) or TRAIN
@@ -146,11 +150,11 @@ def _take_snapshot(job: SlurmJob, config: Config, cluster: Cluster, *, plan: Job
 
 def _begin(job: SlurmJob, folder: RunFolder, path: Path, step: int) -> list[AttemptEnd]:
     """Reads the ended attempts of this job from the file `path`, and adds the attempt that begins at `step` to the file."""
-    ends = [AttemptEnd(*each) for each in json.loads(path.read_text())] if path.is_file() else []
+    ends = [AttemptEnd(*each) for each in read_json(path, most_bytes=_MOST_BYTES)] if path.is_file() else []
     if ends and ends[-1].code is None:  # Slurm killed the last attempt's batch script before the script called `conclude`
         before = replace(job, restarts=job.restarts - 1)
         ranks_of = _ranks_file(path, before.restarts)
-        known = json.loads(ranks_of.read_text()) if ranks_of.is_file() else {}
+        known = read_json(ranks_of, most_bytes=_MOST_BYTES) if ranks_of.is_file() else {}
         asked = ends[-1].asked
         code = name_unconcluded(folder, before.attempt_id, known, asked=asked, restarts=len(ends) - 1)
         ends[-1] = AttemptEnd(code, ends[-1].begin, step)

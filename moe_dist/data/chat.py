@@ -18,6 +18,7 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
 from moe_dist.config.json_text import read_json
 from moe_dist.config.regular_file import read_regular
+from moe_dist.config.timed import TimedCalls
 from moe_dist.data.chat_losses import check_losses
 from moe_dist.data.chat_masks import Messages, Span, TurnFinder
 from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_turns, rendered_turns
@@ -69,8 +70,17 @@ class HubTokenizer:
         except ImportError as error:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
         for path in sorted(folder.glob("*")):
-            if path.suffix in (".json", ".jinja", ".txt", ".model") and path.stat().st_size > MAX_BYTES:
+            if path.suffix not in (".json", ".jinja", ".txt", ".model"):
+                continue
+            if not path.is_file():
+                raise DataError(f"{path}: is no regular file; copy or download it again")
+            if path.stat().st_size > MAX_BYTES:
                 raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be of a tokenizer; remove the file")
+        try:
+            TimedCalls(_make_configuration, seconds=20)(folder)
+        except (TimeoutError, ChildProcessError, MemoryError) as error:
+            problem = f"{folder / 'config.json'}: transformers makes no configuration of it: {error!r:.80}; correct it"
+            raise DataError(problem) from error
         with tokenizer_errors(f"{self._named}: copy or download its files again, because transformers cannot read it"):
             found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not found.is_fast:
@@ -215,6 +225,18 @@ class HubTokenizer:
                 "tokenizer",
                 see=GUIDE,
             )
+
+
+def _make_configuration(folder: Path) -> None:
+    """Makes transformers' configuration object, as AutoTokenizer may. A number in config.json can make it endless."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception:  # AutoTokenizer reports it, if it needs config.json
+        return
 
 
 def _read(path: Path) -> str:

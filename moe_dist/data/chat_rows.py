@@ -109,7 +109,7 @@ def write_parts(
     Returns:
         The files, in the order of the rows.
     """
-    from moe_dist.data.timed import TimedCalls
+    from moe_dist.config.timed import TimedCalls
 
     def encoded(batch: Sequence[Row]) -> Part:
         return _encoded(hub, encode, batch)

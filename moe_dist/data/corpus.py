@@ -34,7 +34,7 @@ class Picture:
 
     key: str  # unique within the source; seeds the picture's random augmentation
     family: str  # a family's pictures are all in training or all held out (except for HoldOut.VARIANTS)
-    path: Path  # SVG, or any file that Pillow reads
+    path: Path  # PNG or JPEG, or an SVG of OpenMoji
     captions: tuple[str, ...]  # such as the picture's name in several languages; may be empty
 
 

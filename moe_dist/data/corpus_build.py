@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from moe_dist.config.timed import TimedCalls
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
 from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Skip, Source, Text, refuse
@@ -20,7 +21,6 @@ from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
 from moe_dist.data.pictures import rasterise
-from moe_dist.data.timed import TimedCalls
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest

@@ -69,8 +69,9 @@ def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) ->
 
 def instruction_files(name: str, path: Path, licence: str) -> Source[Instruction]:
     """Reads instructions from a JSONL file, one object per line. The keys `prompt` and `answer` are required. The optional
-    key `image` is the path of a picture, relative to the JSONL file. Lines with equal `family` (by default, with equal
-    prompt and image) stay on one side of the split. The optional `side` is train or valid; all lines or none must have it.
+    key `image` is the path of a PNG or JPEG file, relative to the JSONL file's folder and inside this folder. Lines with
+    equal `family` (by default, with equal prompt and image) stay on one side of the split. The optional `side` is train or
+    valid; all lines or none must have it.
 
     Raises:
         ConfigError: the file does not exist or is empty.
@@ -103,7 +104,14 @@ def _instruction(path: Path, where: str, line: dict[str, Any]) -> Instruction:
         raise DataError(f'{where}: "side" is {side!r}; it is train or valid, or left out')
     image = path.parent / line["image"] if "image" in line else None
     if image is not None and not image.is_file():
-        raise DataError(f'{where}: "image" names {str(image)!r}, which does not exist')
+        raise DataError(f'{where}: "image" names {str(image)!r}, which is no file')
+    if image is not None and not (
+        image.suffix.lower() in PICTURE_SUFFIXES and image.resolve().is_relative_to(path.parent.resolve())
+    ):
+        raise DataError(
+            f'{where}: "image" names {str(image)!r}; it must be a {", ".join(PICTURE_SUFFIXES)} file in the folder of '
+            f"{path.name} or below; move or convert the picture"
+        )
     shown = b"" if image is None else _picture_bytes(image)
     family = line.get("family") or content_family(line["prompt"].encode() + b"\0" + shown)
     return Instruction(family, line["prompt"], line["answer"], image, side)

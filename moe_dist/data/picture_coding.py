@@ -58,7 +58,7 @@ def rasterise_all(
     damaged: list[DataError] = []
     for number, picture in enumerate(pictures):
         try:
-            found.append((picture, rasterise(picture.path)))
+            found.append((picture, rasterise(picture.path, svg=picture.path.suffix == ".svg")))
         except DataError as error:
             skip(error)
             damaged.append(error)

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.data.codebook import GRID, PATCH, SIDE
 from moe_dist.data.corpus import VARIATIONS
+from moe_dist.data.corpus_files import MOST_BYTES
 from moe_dist.errors import DataError
 
 RASTER = 64
@@ -35,25 +37,31 @@ class Render:
     empty: np.ndarray  # bool [GRID, GRID], true if the patch shows only background
 
 
-def rasterise(path: str | Path) -> np.ndarray:
-    """Rasterises a picture file (SVG, PNG or JPEG). A picture that is not square gets transparent margins. Raises DataError
-    if the file is damaged or has an unknown format."""
+def rasterise(path: str | Path, *, svg: bool = False) -> np.ndarray:
+    """Rasterises a picture file (PNG or JPEG). A picture that is not square gets transparent margins. Raises DataError if
+    the file is damaged or has an unknown format.
+
+    Args:
+        svg: Whether the file is an SVG of a trusted package. resvg limits neither time nor memory, and reads files that an
+            SVG names.
+    """
     path = Path(path)
     try:
-        if path.suffix.lower() == ".svg":
+        if svg:
             import resvg_py  # imported late, because only SVG files need it
 
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
             image = Image.open(io.BytesIO(bytes(png)), formats=FORMATS).convert("RGBA")
         else:
-            image = ImageOps.exif_transpose(Image.open(path, formats=FORMATS)).convert("RGBA")
+            content = io.BytesIO(read_regular(path, most_bytes=MOST_BYTES))
+            image = ImageOps.exif_transpose(Image.open(content, formats=FORMATS)).convert("RGBA")
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for more pixels than this
         raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # errors of Pillow's decoders
         if isinstance(error, OSError) and error.errno:  # an error of the file system; errors of decoders have no errno
             raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error
-        kind = "SVG" if path.suffix.lower() == ".svg" else "PNG or JPEG"
+        kind = "SVG" if svg else "PNG or JPEG"
         raise DataError(f"picture {str(path)!r}: not a {kind}, or damaged; replace or remove it") from error
     factor = RASTER / max(image.size)
     image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BOX)

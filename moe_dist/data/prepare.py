@@ -226,11 +226,12 @@ def _parts_folder(out: Path, asked: dict, read: list[Path]) -> Path:
     made_of = {**asked, "files": [[str(file.resolve()), state.st_size, state.st_mtime_ns] for file, state in states]}
     folder = out.parent / f".{out.name}.parts"
     made = folder / RECIPE_FILE
-    if made.is_file() and made.read_text() == json.dumps(made_of):
+    text = json.dumps(made_of).encode()
+    if made.is_file() and made.stat().st_size == len(text) and made.read_bytes() == text:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    made.write_text(json.dumps(made_of))
+    made.write_bytes(text)
     return folder
 
 

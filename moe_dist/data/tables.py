@@ -2,15 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_dist.config.json_text import parse_json
 from moe_dist.config.regular_file import open_regular
+from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
+_BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of a table's rows ends at either number
+_BATCH_SECONDS, _BATCH_MEMORY = 60, 4 << 30  # limits of CPU time and memory for reading a batch
+# Largest size of a table's rows: _FREE_BYTES + _MOST_GROWTH * size of its files. Usual texts shrink to a tenth in a file.
+_MOST_GROWTH, _FREE_BYTES = 1000, 1 << 30
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
@@ -88,25 +93,58 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         raise ConfigError(f"{option} {path}: has the splits {splits}, and one is needed; name one, as {path}/SPLIT")
     try:
         if (path / "state.json").is_file():
-            table: Any = datasets.load_from_disk(str(path))
+            table = datasets.load_from_disk(str(path))  # maps the files, which the child's memory limit then leaves out
+            rows: Iterator[Any] = (_without_nulls(row, table.features) for row in table)
         else:
-            files = [str(path)] if path.is_file() else _parquet_files(option, path)
-            # Because of streaming=True, the package datasets copies nothing into a cache.
-            table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        for number, row in enumerate(table, 1):
-            yield f"{path}, row {number}", _without_nulls(row, table.features)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{option} {path}: datasets cannot read it: {error}; copy or save it again") from error
+            files = [path] if path.is_file() else _parquet_files(option, path)
+            rows = _parquet_rows(files)
+        yield from _limited_rows(path, rows)
+    except (OSError, ValueError, TypeError, KeyError, MemoryError, NotImplementedError) as error:
+        why = str(error) or "it needs too much memory"
+        raise DataError(f"{option} {path}: datasets cannot read it: {why}; copy or save it again") from error
 
 
-def _parquet_files(option: str, folder: Path) -> list[str]:
+def _parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    from datasets import Features
+    from pyarrow import parquet
+
+    for file in files:
+        with open_regular(file) as stream:
+            table = parquet.ParquetFile(stream)
+            features = Features.from_arrow_schema(table.schema_arrow)
+            for batch in table.iter_batches(_BATCH_ROWS):  # datasets would decode a whole row group
+                yield from (_without_nulls(row, features) for row in batch.to_pylist())
+
+
+def _limited_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads the rows in a child process with limits, because a parquet file of 1 KB can hold TB of repeated values."""
+
+    def batch() -> tuple[list[dict[str, Any]], int]:
+        found, size = [], 0
+        while size < _BATCH_BYTES and len(found) < _BATCH_ROWS and (row := next(rows, None)) is not None:
+            found.append(row)
+            size += len(repr(row))
+        return found, size
+
+    read, number, total = TimedCalls(batch, _BATCH_SECONDS, _BATCH_MEMORY), 0, 0
+    stored = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    while (answer := read())[0]:
+        total += answer[1]
+        if total > _MOST_GROWTH * stored + _FREE_BYTES:
+            raise ValueError(f"its rows have over {_MOST_GROWTH} times the bytes of its files")
+        for row in answer[0]:
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _parquet_files(option: str, folder: Path) -> list[Path]:
     """Returns the parquet files below a folder. On the hub, file names have the form SPLIT-00000-of-00002.parquet."""
     files = sorted(file for file in folder.rglob("*.parquet"))
     splits = sorted({file.stem.partition("-")[0] for file in files})
     if len(splits) != 1:
         found = f"parquet files of {', '.join(splits)}" if splits else "arrow files without state.json"
         raise ConfigError(f"{option} {folder}: has {found}; give a folder with the parquet files of one split, or one file")
-    return [str(file) for file in files]
+    return files
 
 
 def _without_nulls(value: Any, feature: Any) -> Any:

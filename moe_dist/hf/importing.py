@@ -31,6 +31,7 @@ from moe_dist.checkpoint.index import INDEX_FILE, STATE_FILE, DamagedError, shar
 from moe_dist.checkpoint.shard_header import read_shard_header
 from moe_dist.checkpoint.state import RankLayout, TensorSpec
 from moe_dist.checkpoint.storage import Snapshot, build_index, sync, write_durably, write_shard
+from moe_dist.config.json_text import read_json
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import CheckpointError, ConfigError, DataError
@@ -198,13 +199,17 @@ def _begin(place: Path, source: Source, plan: ImportPlan, options: ImportOptions
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     path = place / _PLAN_FILE
     if path.exists():
-        begun = json.loads(path.read_bytes())
-        if begun["digest"] != digest:
+        try:
+            begun = read_json(path, most_bytes=1 << 16, links=False)
+            begun_digest, save_id = begun["digest"], str(begun["save_id"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged ({error!r:.100}); import again") from error
+        if begun_digest != digest:
             raise ConfigError(
                 f"{place}: an import was begun there of another model, with other options, or of files that have changed "
                 "since; remove that folder, or choose another one"
             )
-        return begun["save_id"]
+        return save_id
     free, wanted = shutil.disk_usage(place).free, plan.nbytes + plan.nbytes // 100
     if free < wanted:
         raise CheckpointError(f"{place}: needs {wanted:,} bytes and {free:,} are free; make room, or choose another disk")

@@ -129,9 +129,7 @@ class Vocabulary:
             DataError: the file is damaged or of an unknown format.
         """
         if not path.is_file():
-            raise ConfigError(
-                f"--picture {path}: no such file; give a PNG, JPEG or SVG, or the number of a held-out picture"
-            )
+            raise ConfigError(f"--picture {path}: no such file; give a PNG or JPEG, or the number of a held-out picture")
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
     def heldout(self) -> list[HeldoutPicture]:

@@ -56,9 +56,9 @@ def refuse_planted_files(folder: Path) -> None:
     would follow a symbolic link that leads out of the run folder or belongs to another user. A FIFO, device or socket could
     make a reader wait forever."""
     inside = os.path.join(os.path.realpath(folder), "")
-    logs, events, traces = (folder / name for name in ("log", "tensorboard", "trace"))
-    below = [each for place in (logs, events, traces) if place.is_dir() for each in place.glob("*/")]
-    for place in (folder, logs, folder / "checkpoints", events, traces, folder / "profile", folder / "slurm", *below):
+    deep = [folder / name for name in ("log", "tensorboard", "trace", "traces", "adapters")]
+    below = [each for place in deep if place.is_dir() for each in place.glob("*/")]
+    for place in (folder, folder / "checkpoints", folder / "profile", folder / "slurm", *deep, *below):
         for entry in list(os.scandir(place)) if place.is_dir() else ():
             # A folder's listing usually includes the entries' types, so that thousands of logs need no further requests.
             if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):

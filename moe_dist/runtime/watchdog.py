@@ -20,11 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moe_dist.comm.tracker import CollectiveTracker, Position
+from moe_dist.config.json_text import read_json
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.rendezvous import ranks_text
 
 POLLS = 20  # number of polls per time limit, so that a hang ends after at most 1.2 times the limit
 LONGEST_POLL_SECONDS = 5.0
+_MOST_REPORT = 1 << 22  # largest size of a report
 SETTLE_POLLS = 3  # number of poll intervals in which the other ranks write their reports
 
 logger = logging.getLogger(__name__)
@@ -79,7 +81,7 @@ def report_folder(logs: Path, attempt_id: str) -> Path:
 
 def read_reports(folder: Path) -> list[Report]:
     """Reads all reports in the folder, ordered by rank."""
-    found = [json.loads(path.read_text()) for path in folder.glob("rank_*.json")] if folder.is_dir() else []
+    found = [read_json(path, most_bytes=_MOST_REPORT) for path in folder.glob("rank_*.json")] if folder.is_dir() else []
     reports = [Report(**{**each, "send": tuple(each["send"]), "receive": tuple(each["receive"])}) for each in found]
     return sorted(reports, key=lambda report: report.rank)
 
@@ -189,7 +191,7 @@ class Watchdog:
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # waits until the other ranks have written their reports
             reports = read_reports(self._folder)
-        except OSError as error:  # without culprit, because the reports of other ranks may be missing for the same reason
+        except (OSError, ValueError, TypeError, KeyError) as error:  # without culprit: other reports may be missing
             return f"{own.line()}; it cannot exchange reports with its peers: {error}", None
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective", None

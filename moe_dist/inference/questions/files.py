@@ -7,9 +7,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.fact import Fact
 from moe_dist.inference.questions.split import Side
+
+MOST_BYTES = 1 << 28  # largest size of a file of facts
 
 
 class FactLine(BaseModel):
@@ -38,7 +41,7 @@ def read_facts(paths: Iterable[Path]) -> dict[str, list[Fact]]:
     tasks: dict[str, dict[str, Fact]] = {}
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_regular(path, most_bytes=MOST_BYTES).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--questions {path}: cannot be read: {error}", see="docs/evaluation.md") from error
         for number, text in enumerate(lines, 1):

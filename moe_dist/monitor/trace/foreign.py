@@ -5,19 +5,23 @@ READERS has a pattern of file names, and a reader, for each format. Shape letter
 """
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
 
 NO_ID = -1
+_LIMITS = (TimeoutError, ChildProcessError, MemoryError)  # errors of TimedCalls
 FLAME_TOKENS = 1 << 16  # largest number of tokens read from each file of FLAME-MoE-Traces
+_MOST_BYTES, _MOST_FLAME = 1 << 30, 1 << 27  # largest sizes of an array's file, and of a parquet file's first rows
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L), and ids [T, L, K] of one sequence or one rank
 
 
@@ -118,8 +122,10 @@ def _arrays(files: Sequence[Path]) -> Parts:
     for file in files:
         try:
             with open_file(file) as stream:
+                if (size := os.fstat(stream.fileno()).st_size) > _MOST_BYTES:
+                    raise ValueError(f"{size:,} bytes; at most {_MOST_BYTES:,} are possible")
                 ids = np.load(stream, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, MemoryError) as error:
             raise DataError(f"{file}: not an array saved by numpy ({error!r:.100}); restore the file") from error
         if ids.ndim != 3 or ids.dtype.kind not in "iu":
             raise DataError(
@@ -139,15 +145,11 @@ def _flame(files: Sequence[Path]) -> Parts:
     by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for file in files:
         try:
-            from pyarrow import parquet  # imported late, because only the extra `hf` installs pyarrow
-
-            with open_file(file) as stream:
-                batch = next(parquet.ParquetFile(stream).iter_batches(FLAME_TOKENS, columns=["indices"]))
-            ids = np.array(batch["indices"].to_pylist())
+            ids = TimedCalls(_flame_ids, seconds=60)(file)
             if ids.ndim != 2 or ids.dtype.kind != "i":
                 raise ValueError(f"indices are {ids.dtype} of shape {ids.shape}")
             by_step[int(file.parent.name.removeprefix("iter_"))][int(file.stem.removeprefix("layer_"))] = ids
-        except (ValueError, KeyError, NotImplementedError, StopIteration) as error:  # pyarrow's errors have these bases
+        except (ValueError, KeyError, NotImplementedError, StopIteration, *_LIMITS) as error:  # bases of pyarrow's errors
             raise DataError(
                 f"{file}: not iter_<step>/layer_<number>.parquet with lists of k whole numbers in the column `indices` "
                 f"({error!r:.100}); restore the file"
@@ -156,6 +158,16 @@ def _flame(files: Sequence[Path]) -> Parts:
             raise ConfigError(f"{file}: reading parquet needs pyarrow; install moe_dist[hf]") from error
     for step, by_layer in by_step.items():
         yield _step(files[0].parent.parent, step, by_layer)
+
+
+def _flame_ids(file: Path) -> np.ndarray:
+    from pyarrow import parquet  # imported late, because only the extra `hf` installs pyarrow
+
+    with open_file(file) as stream:
+        batch = next(parquet.ParquetFile(stream).iter_batches(FLAME_TOKENS, columns=["indices"], use_threads=False))
+    if batch.nbytes > _MOST_FLAME:
+        raise ValueError(f"{batch.num_rows:,} tokens have {batch.nbytes:,} bytes; at most {_MOST_FLAME:,} are possible")
+    return np.array(batch["indices"].to_pylist())
 
 
 def _step(path: Path, step: int, by_layer: Mapping[int, np.ndarray]) -> tuple[int, tuple[int, ...], np.ndarray]:

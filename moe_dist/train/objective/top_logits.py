@@ -22,6 +22,8 @@ import torch
 from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
+from moe_dist.config.json_text import bounded
+from moe_dist.config.regular_file import open_regular, read_regular
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError, DataError
@@ -103,7 +105,10 @@ class TopLogits:
         if not (path / "manifest.json").is_file():
             raise ConfigError(f"{KEY}={folder!r}: no manifest.json there; make it with `moe-dist teach`", see=GUIDE)
         try:
-            manifest = TopLogitsManifest.model_validate_json((path / "manifest.json").read_bytes())
+            raw = read_regular(path / "manifest.json", most_bytes=1 << 24)
+            manifest = TopLogitsManifest.model_validate_json(bounded(raw))
+            for name in _NAMES:
+                open_regular(path / name).close()  # numpy would wait for the writer of a FIFO
             keys_N, words, log_probs = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in _NAMES)
         except (OSError, ValueError, ValidationError) as error:
             raise DataError(f"{KEY}={folder!r}: damaged: {error!s:.200}; make it again", see=GUIDE) from error

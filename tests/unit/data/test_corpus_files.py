@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
 from moe_dist.errors import ConfigError, DataError
@@ -71,6 +73,15 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
         text_files("t", tmp_path / name.partition("/")[0], "")
 
 
+def test_a_table_of_one_repeated_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet stores a column's equal values once."""
+    monkeypatch.setattr("moe_dist.data.tables._FREE_BYTES", 1 << 26)
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * (1 << 16)])
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", compression="zstd", store_schema=False)
+    with pytest.raises(DataError, match="over 1000 times the bytes of its files"):
+        text_files("t", tmp_path / "t.parquet", "")
+
+
 def test_pictures_with_and_without_captions(tmp_path: Path) -> None:
     for name, colour in (("a.png", "red"), ("b.JPG", "blue"), ("same.png", "red")):
         Image.new("RGB", (9, 9), colour).save(tmp_path / name)
@@ -112,6 +123,9 @@ def test_instructions(tmp_path: Path) -> None:
     assert instruction_files("i", tmp_path / "i.jsonl", "").items[0].family == first.family
 
 
+OUTSIDE = ("../x.png", "link.png")  # pictures outside the folder of the JSONL file
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -120,12 +134,15 @@ def test_instructions(tmp_path: Path) -> None:
         ('{"prompt": " ", "answer": "b"}', ""),
         ('{"prompt": "a", "answer": 3}', ""),
         ('{"prompt": "a", "answer": "b", "picture": "c"}', ""),
-        ('{"prompt": "a", "answer": "b", "image": "c.png"}', "c.png"),
+        *((f'{{"prompt": "a", "answer": "b", "image": "{name}"}}', name) for name in (*OUTSIDE, "c.png", "a.svg")),
         ('{"prompt": "a", "answer": "b", "side": "test"}', ""),
         ('{"prompt": "a", "answer": "b", "side": "train"}', ""),
     ],
 )
 def test_a_wrong_instruction_is_named(tmp_path: Path, line: str, words: str) -> None:
+    for path in (tmp_path.parent / "x.png", tmp_path / "a.svg"):
+        Image.new("RGB", (9, 9)).save(path, "png")
+    (tmp_path / "link.png").symlink_to(tmp_path.parent / "x.png")
     (tmp_path / "i.jsonl").write_text(f'{{"prompt": "one", "answer": "two"}}\n{line}\n')
     with refused(DataError, words):
         instruction_files("i", tmp_path / "i.jsonl", "")

@@ -78,7 +78,9 @@ def test_codes_and_filler_bits_are_those_of_a_new_render(prepared, sides: dict[s
         for place in range(0, len(side), 97):
             number, tokens, filler = side[place]
             picture = prepared.pictures.items[number]
-            render = augmented(rasterise(picture.path), seed=prepared.recipe.seed, key=picture.key, index=place % 2)
+            render = augmented(
+                rasterise(picture.path, svg=True), seed=prepared.recipe.seed, key=picture.key, index=place % 2
+            )
             codes = tokens >= 4096
             np.testing.assert_array_equal(tokens[codes] - 4096, encode(to_patches(render.pixels[None]), codebook))
             np.testing.assert_array_equal(filler[codes], render.empty.reshape(-1))

@@ -70,6 +70,14 @@ def test_a_damaged_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gs.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\nexit 1\n")
     gs.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    with pytest.raises(DataError, match=name):
-        rasterise(tmp_path / name)
+    for svg in {False, name.endswith(".svg")}:
+        with pytest.raises(DataError, match=name):
+            rasterise(tmp_path / name, svg=svg)
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_svg_of_a_user_is_not_drawn(tmp_path: Path) -> None:
+    """resvg would read the file that an SVG names, and would work for ever on a large numOctaves."""
+    (tmp_path / "a.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    with pytest.raises(DataError, match="not a PNG or JPEG"):
+        rasterise(tmp_path / "a.svg")

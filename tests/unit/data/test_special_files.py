@@ -1,17 +1,30 @@
 """If a FIFO or a device stands in place of a data file, the error names it, and no read blocks or runs forever."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moe_dist.data.chat import HubTokenizer
+from moe_dist.data.codebook import load_codebook
+from moe_dist.data.pictures import rasterise
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
+from moe_dist.inference.questions.files import read_facts
+from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.training import build_loader
 from tests.support.special_files import SPECIAL, reads_little
 from tests.support.tiny import tiny_config
 
+READERS: dict[str, Callable[[Path], object]] = {
+    "q.jsonl": lambda path: read_facts([path]),
+    "codebook.npy": load_codebook,
+    "routed.npy": lambda path: read_foreign(path, 8),
+    "a.png": rasterise,
+}
 FILES = ["manifest.json", "captions_train.bin", "prose_valid.idx", "captions_train.filler"]
 
 
@@ -31,3 +44,25 @@ def test_a_special_file_is_refused_by_name_within_a_second(tiny_data: Path, tmp_
     config = tiny_config(data, tmp_path / "runs")
     with reads_little(), pytest.raises((ConfigError, DataError), match=name):
         build_loader(config, check(config).manifest, rank=0, world_size=1).batches(0)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "sparse"])
+@pytest.mark.parametrize("name", READERS)
+def test_readers_of_one_file_refuse_it_by_name(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "sparse":
+        with (tmp_path / name).open("wb") as stream:
+            stream.truncate(40 << 30)
+    else:
+        SPECIAL[kind](tmp_path / name)
+    with reads_little(), pytest.raises((ConfigError, DataError), match=name):
+        READERS[name](tmp_path / name)
+
+
+def test_a_tokenizer_whose_configuration_takes_all_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_labels": 10**9}))
+    with pytest.raises(DataError, match=r"config\.json: transformers makes no configuration of it"):
+        HubTokenizer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    SPECIAL["fifo"](tmp_path / "config.json")
+    with pytest.raises(DataError, match=r"config\.json: is no regular file"):
+        HubTokenizer(tmp_path)

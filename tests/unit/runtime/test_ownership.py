@@ -177,7 +177,7 @@ def test_an_owner_mapped_by_the_file_system_is_accepted(place: Path, monkeypatch
 @pytest.mark.parametrize(
     "where",
     ["log", "log/rank_0.log", "checkpoints", "checkpoints/step_4", "tensorboard", "trace", "trace/part/rank_0.tokens",
-     "profile", "slurm", "metrics.jsonl", "wandb", "summary.txt"],
+     "traces", "traces/step_4", "adapters/one/model.pt", "profile", "slurm", "metrics.jsonl", "wandb", "summary.txt"],
 )  # fmt: skip
 def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, where: str) -> None:
     config, folder = a_run(place)

@@ -1,6 +1,7 @@
 """`teach` writes a teacher's most likely words to a file. Another run's file is refused."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,10 @@ def test_other_data_and_damage_are_refused(made: Path, tmp_path: Path) -> None:
         np.save(tmp_path / f"{name}.npy", np.load(made / "words" / f"{name}.npy"))
     with pytest.raises(DataError, match=r"damaged: .*log_probs.npy"):
         reader(made, tmp_path)
+    os.mkfifo(tmp_path / "log_probs.npy")
+    with pytest.raises(DataError, match=r"damaged: .*is no regular file"):
+        reader(made, tmp_path)
+    (tmp_path / "log_probs.npy").unlink()
     np.save(tmp_path / "log_probs.npy", np.zeros((3, 64, TOP), np.float32))
     with pytest.raises(DataError, match="an array has another shape than"):
         reader(made, tmp_path)

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.inference.router_tuning import embedder
 from moe_dist.inference.router_tuning.embedder import PACKAGED, Embedder
 from tests.support.messages import refused
+from tests.support.special_files import SPECIAL
 from tests.support.tiny_embedder import tiny_embedder
 
 TEXTS = ["what is the number 3?", "a", "gloss number 17; word " * 9, "a word"]
@@ -70,9 +72,14 @@ def pooling(folder: Path) -> None:
     (folder / "1_Pooling/config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
 
 
-def auto_map(folder: Path) -> None:
+def field(folder: Path, **fields: object) -> None:
     values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "auto_map": {"AutoModel": "modeling.Own"}}))
+    (folder / "config.json").write_text(json.dumps({**values, **fields}))
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    SPECIAL["fifo"](path)
 
 
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -86,7 +93,23 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
         "pytorch_model.bin: pickled weights can run code and are never read",
     ),
-    "auto_map": (auto_map, "auto_map names code of the folder, which is not run"),
+    "auto_map": (
+        lambda f: field(f, auto_map={"AutoModel": "modeling.Own"}),
+        "transformers would run the classes that it names; take another embedder",
+    ),
+    "kernels": (lambda f: field(f, _attn_implementation="someone/kernel"), "_attn_implementation='someone/kernel'"),
+    "other weights": (
+        lambda f: field(f, transformers_weights="other.safetensors"),
+        "transformers_weights: is not supported",
+    ),
+    "quantization": (lambda f: field(f, quantization_config={"quant_method": "\x1b[31m"}), "quantization_config: is not"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "an adapter would change the model"),
+    "config.json a FIFO": (lambda f: fifo(f / "config.json"), "is no regular file"),
+    "pooling a FIFO": (lambda f: fifo(f / "1_Pooling/config.json"), "is no regular file"),
+    "endless texts": (
+        lambda f: (f / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 10**30})),
+        "a number of tokens from 1 to 1,048,576",
+    ),
     "other pooling": (pooling, "pooling must be pooling_mode_mean_tokens alone"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
     "modules.json no JSON": (lambda f: (f / "modules.json").write_text("{"), "modules.json: no JSON"),
@@ -102,6 +125,15 @@ def test_what_needs_code_or_lacks_files_is_refused(made: Path, tmp_path: Path, n
         Embedder(folder)
     assert message in str(raised.value)
     assert "see docs/router-tuning.md" in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels", "vocab_size"])
+def test_a_model_without_an_end_is_refused(made: Path, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(made, tmp_path / "endless")
+    field(folder, **{key: 10**9})
+    monkeypatch.setattr(embedder, "MOST_SECONDS", 5)
+    with pytest.raises(DataError, match="its model cannot be loaded"):
+        Embedder(folder)(TEXTS)
 
 
 def test_a_missing_folder_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,11 @@ def test_flame_moe_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"indices": [[0.5, 2.0]]}, "iter_0540/layer_02"),
         ({"indices": [1, 2]}, "iter_0540/layer_02"),
         ({"indices": []}, "iter_0540/layer_02"),
+        ({"indices": [[0] * (1 << 24)]}, "iter_0540/layer_02"),  # 128 MiB of a file of 1 KB
         ({"indices": [[1, 2]]}, "iter_0540/layer_02b"),
         (None, "iter_0540/layer_02"),
     ],
-    ids=["column", "ragged", "float", "flat", "empty", "name", "cut"],
+    ids=["column", "ragged", "float", "flat", "empty", "bomb", "name", "cut"],
 )
 def test_bad_files_of_flame_moe_are_named(tmp_path: Path, columns: Mapping[str, object] | None, name: str) -> None:
     path = flame(tmp_path, columns or {"indices": [[1, 2]]}, name)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moe_dist.data.timed import TimedCalls
+from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import DataError
 
 
