@@ -93,7 +93,7 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         raise ConfigError(f"{option} {path}: has the splits {splits}, and one is needed; name one, as {path}/SPLIT")
     try:
         if (path / "state.json").is_file():
-            table = datasets.load_from_disk(str(path))  # maps the files, which the child's memory limit then leaves out
+            table: Any = datasets.load_from_disk(str(path))  # maps the files; the child's memory limit leaves them out
             rows: Iterator[Any] = (_without_nulls(row, table.features) for row in table)
         else:
             files = [path] if path.is_file() else _parquet_files(option, path)

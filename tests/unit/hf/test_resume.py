@@ -17,13 +17,14 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
 from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.names import idle_places, slots
 from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.hf.sections import read_section
 from moe_dist.train.build.training import state_specs
 from tests.support.messages import refused
+from tests.support.special_files import SPECIAL
 from tests.support.tiny_hf import save, tiny_config, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -172,6 +173,10 @@ def test_an_import_of_something_else_does_not_go_on(tmp_path: Path) -> None:
         import_model(theirs, tmp_path / "ours", ImportOptions(experts=2))
     save(tiny_model("llama", seed=2), tmp_path / "theirs")
     with refused(ConfigError):
+        import_model(theirs, tmp_path / "ours")
+    (tmp_path / "ours.importing/plan.json").unlink()
+    SPECIAL["fifo"](tmp_path / "ours.importing/plan.json")
+    with pytest.raises(DataError, match=r"plan\.json: damaged .*is no regular file"):
         import_model(theirs, tmp_path / "ours")
 
 

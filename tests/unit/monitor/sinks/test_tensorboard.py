@@ -154,6 +154,7 @@ def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
     write(tmp_path, subject, [make_record(step, lr=3.0) for step in range(9, 12)], resume_step=8)
     newest = sorted(tmp_path.glob("events*"), key=lambda path: int(path.name.rsplit(".", 1)[1]))[-1]
     newest.write_bytes(newest.read_bytes()[:-5])
+    (tmp_path / "events.out.tfevents.planted").touch()
     write(tmp_path, subject, [make_record(7, lr=4.0)], resume_step=6)
     expected = [(step, 1.0) for step in range(1, 5)] + [(5, 2.0), (6, 2.0), (7, 4.0)]
     assert points(read(tmp_path), "optim/lr") == expected
