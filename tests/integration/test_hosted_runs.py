@@ -9,7 +9,6 @@ import pytest
 from launchers.local import launch
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.run_folder import RunFolder
-from tests.support.cover import rest_full
 from tests.support.faults import PROGRAM, fault
 from tests.support.hosted import FAMILIES, UNEVEN, hosted_config
 from tests.support.invoked import invoke
@@ -26,7 +25,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", rest_full(list(FAMILIES), 1))
+@pytest.mark.full
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_run_from_a_folder_loses_a_rank_and_goes_on(tiny_data: Path, tmp_path: Path, family: str) -> None:
     """Ranks have 5 and 3 experts. The records of both attempts equal those of a run without the loss."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
