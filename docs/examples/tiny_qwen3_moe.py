@@ -24,13 +24,13 @@ tokenizer.chat_template = (
 tokenizer.save_pretrained(folder)
 
 torch.manual_seed(0)
-config = Qwen3MoeConfig(  # pyright: ignore[reportCallIssue]: it has head_dim all the same
+config = Qwen3MoeConfig(
     vocab_size=len(tokenizer),
     hidden_size=64,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=16,
+    head_dim=16,  # pyright: ignore[reportCallIssue]
     num_experts=8,
     num_experts_per_tok=2,
     moe_intermediate_size=32,
