@@ -1,7 +1,8 @@
 """Runs one family on this rank and its peers, and compares it with the same family on one rank."""
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
@@ -18,15 +19,7 @@ from transformers.distributed.utils import initialize_distributed_mesh
 from moe_dist.errors import ConfigError
 from tools.hf_families.tiny import Family, tiny_config
 
-NEEDS = {
-    "fp32": "fp32",
-    "picture": "a picture without labels on ranks without pictures",
-    "whole": "loading whole, then sharding",
-    "plan": "an `ep_plan` of its experts alone",
-    "eval": "evaluation mode, as its router draws noise in training",
-}
 LEARNING_RATE = 1e-2
-LIMITS = {torch.float64: 1e-9, torch.float32: 2e-4}  # of differences from one rank
 
 
 @dataclass(frozen=True)
@@ -48,71 +41,103 @@ class Difference:
     saved: float
 
 
-def compare(
-    family: Family, needs: frozenset[str], rank: int, world: int, folder: Path, implementation: str = "moe_dist"
-) -> Difference:
-    """Returns the differences between `world` ranks and one rank. Ranks call it together.
+@dataclass(frozen=True)
+class OneRank:
+    """A family on one rank, which reads the batches of all ranks.
 
-    Args:
-        needs: Keys of NEEDS.
-        folder: A folder that all ranks share.
-        implementation: The expert parallelism; "" for FSDP2 alone.
+    Attributes:
+        folder: The saved model, before its step.
+        options: Arguments of from_pretrained.
+        batches, losses: Of each rank.
+        behind: The batches with a picture behind the text if they have none in it.
+        gradients, stepped: By parameter: of the mean loss, and the weight after a step.
+        ep_plan: The plan that shards the experts and nothing else.
+        fp32: The parameters that the family keeps in fp32.
     """
-    import moe_dist.hf.ep  # noqa: F401
 
-    dtype = torch.float32 if "fp32" in needs else torch.float64
-    ours = _made(family, folder / f"model{rank}")
-    options = {"dtype": dtype, "experts_implementation": "eager"}
-    one = family.model_class().from_pretrained(ours, **options)
-    one.train("eval" not in needs)
-    batches = [_batch(one, seed, "front" if seed == 0 else "", dtype) for seed in range(world)]
-    losses = [_loss(one, batch) for batch in batches]
-    torch.stack(losses).mean().backward()
-    mine = batches[rank] if rank == 0 or "picture" not in needs else _batch(one, rank, "behind", dtype)
-
-    many = _sharded(family, ours, needs, world, implementation, one, options)
-    many.train("eval" not in needs)
-    loss = _loss(many, mine)
-    loss.backward()
-    gradients = {name: _whole(p.grad, p) for name, p in many.named_parameters()}
-    gradient, worst = _worst(gradients, {name: _whole(p.grad, p) for name, p in one.named_parameters()})
-    for model in (one, many):
-        torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3).step()
-    weights = {name: _whole(p, p) for name, p in many.named_parameters()}
-    step = max(float((weights[name] - p).abs().max()) for name, p in one.named_parameters()) / LEARNING_RATE
-    many.save_pretrained(folder / "saved")
-    dist.barrier()
-    again = dict(family.model_class().from_pretrained(folder / "saved", **options).named_parameters())
-    saved = max(float((weights[name] - p).abs().max()) for name, p in again.items())
-    return Difference(float((loss - losses[rank]).detach().abs()), gradient, worst, step, saved)
+    folder: Path
+    options: dict[str, Any]
+    batches: list[dict[str, Any]]
+    behind: list[dict[str, Any]]
+    losses: list[Tensor]
+    gradients: dict[str, Tensor]
+    stepped: dict[str, Tensor]
+    ep_plan: dict[str, str]
+    fp32: list[str]
 
 
-def _made(family: Family, folder: Path) -> Path:
-    """Saves the family's tiny model with drawn weights, and returns the folder."""
+def on_one_rank(family: Family, needs: frozenset[str], world: int, folder: Path) -> OneRank:
+    """Makes a family's tiny model with drawn weights, saves it to `folder`, loads it and trains it for a step."""
     torch.manual_seed(0)
     model = family.model_class()(tiny_config(family))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    return folder
+    dtype = torch.float32 if "fp32" in needs else torch.float64
+    options = {"dtype": dtype, "experts_implementation": "eager"}
+    model = family.model_class().from_pretrained(folder, **options).train("eval" not in needs)
+    batches = [_batch(model, rank, "" if rank else "front", dtype) for rank in range(world)]
+    behind = [batches[0], *(_batch(model, rank, "behind", dtype) for rank in range(1, world))]
+    losses = [_loss(model, batch) for batch in batches]
+    torch.stack(losses).mean().backward()
+    named = dict(model.named_parameters())
+    gradients = {name: _whole(each.grad, each) for name, each in named.items()}
+    _step(model)
+    stepped = {name: each.detach() for name, each in named.items()}
+    fp32 = [name for name, each in named.items() if each.dtype != dtype]
+    losses = [each.detach() for each in losses]
+    plan = experts_plan(model, family.experts)
+    return OneRank(folder, options, batches, behind, losses, gradients, stepped, plan, fp32)
 
 
-def _sharded(
-    family: Family, folder: Path, needs: frozenset[str], world: int, implementation: str, one: Any, options: dict[str, Any]
-) -> Any:
+def compare(family: Family, one: OneRank, needs: frozenset[str], rank: int, implementation: str) -> Difference:
+    """Returns the differences between the ranks and one rank. All ranks call it together.
+
+    Args:
+        needs: Keys of NEEDS.
+        implementation: The expert parallelism; "" for FSDP2 alone.
+    """
+    model = _sharded(family, one, needs, implementation).train("eval" not in needs)
+    loss = _loss(model, (one.behind if "picture" in needs else one.batches)[rank])
+    loss.backward()
+    gradients = {name: _whole(each.grad, each) for name, each in model.named_parameters()}
+    gradient, worst = _worst(gradients, one.gradients)
+    _step(model)
+    weights = {name: _whole(each, each) for name, each in model.named_parameters()}
+    step = max(_far(weights[name], each) for name, each in one.stepped.items()) / LEARNING_RATE
+    model.save_pretrained(one.folder / "saved")
+    dist.barrier()
+    saved = 0.0
+    if rank == 0:
+        again = family.model_class().from_pretrained(one.folder / "saved", **one.options)
+        saved = max(_far(weights[name], each) for name, each in again.named_parameters())
+    return Difference(_far(loss, one.losses[rank]), gradient, worst, step, saved)
+
+
+def _sharded(family: Family, one: OneRank, needs: frozenset[str], implementation: str) -> Any:
+    world = len(one.batches)
     parallel = DistributedConfig(
         fsdp_size=world,
         ep_size=world if implementation else 1,
         ep_implementation=implementation or "auto",
-        ep_plan=experts_plan(one, family.experts) if "plan" in needs else None,
+        ep_plan=one.ep_plan if "plan" in needs else None,
     )
+    make = family.model_class()
     if "whole" not in needs:
-        return family.model_class().from_pretrained(folder, distributed_config=parallel, **options)
+        return make.from_pretrained(one.folder, distributed_config=parallel, **one.options)
     _, meshes = initialize_distributed_mesh(parallel)
-    return family.model_class().maybe_distribute_model(
-        family.model_class().from_pretrained(folder, **options), parallel, meshes
-    )
+    return make.maybe_distribute_model(make.from_pretrained(one.folder, **one.options), parallel, meshes)
+
+
+def _step(model: Any) -> None:
+    torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3).step()  # so large that rounding changes no step
+
+
+def _far(found: Tensor, wanted: Tensor) -> float:
+    """Returns the largest difference; infinity for NaN."""
+    far = float((found - wanted).detach().abs().max())
+    return math.inf if math.isnan(far) else far
 
 
 def experts_plan(model: Any, experts: str) -> dict[str, str]:
@@ -129,8 +154,9 @@ def experts_plan(model: Any, experts: str) -> dict[str, str]:
 def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Returns the loss in the dtype of the logits; transformers' own loss is fp32."""
     logits = model(**{name: each for name, each in batch.items() if name != "labels"}).logits
-    labels = batch["labels"][:, 1:].flatten()
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels % logits.shape[-1] * (labels >= 0) - 100 * (labels < 0))
+    labels = batch["labels"][0, 1 : logits.shape[1]]
+    labels = labels.where(labels < 0, labels % logits.shape[-1])
+    return F.cross_entropy(logits[0, : len(labels)], labels)
 
 
 def _whole(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -144,57 +170,61 @@ def _worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, 
     if found.keys() != wanted.keys():
         raise ConfigError(f"parameters differ: {sorted(found.keys() ^ wanted.keys())[:3]}")
     least = 1e-6 * max(float(each.abs().max()) for each in wanted.values())
-    shares = (
-        (float((found[name] - each).abs().max()) / max(float(each.abs().max()), least), name) for name, each in wanted.items()
-    )
-    return max(shares)
+    largest = {name: max(float(each.abs().max()), least) for name, each in wanted.items()}
+    return max((_far(found[name], each) / largest[name], name) for name, each in wanted.items())
 
 
 def _batch(model: Any, seed: int, picture: str, dtype: torch.dtype) -> dict[str, Any]:
     """Returns tokens of one sequence, and of a multimodal model with a picture in "front" of or "behind" some text."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, 190, (1, 20 + 3 * seed), generator=generator)
-    names, batch = signature(type(model).forward).parameters, {}
-    if "pixel_values" in names:
-        image = _image_token(model.config)
+    batch: dict[str, Any] = {}
+    if image := getattr(model.config, "image_token_id", None):
+        names = signature(type(model).forward).parameters
         if picture:
-            batch = _picture(model, names, generator, dtype)
-            with torch.no_grad():
-                found = model.get_image_features(**batch)
-            pooled = found.pooler_output if hasattr(found, "pooler_output") else found
-            number = sum(each.numel() for each in pooled) // model.get_input_embeddings().embedding_dim
+            batch = _picture(model, generator, dtype)
             at = 4 if picture == "front" else ids.shape[1]
-            ids = torch.cat([ids[:, :at], torch.full((1, number), image), ids[:, at:]], 1)
+            marks = torch.full((1, _places(model, batch)), image)
+            ids = torch.cat([ids[:, :at], marks, ids[:, at:]], 1)
         kind = (ids == image).long()
         batch |= {name: kind for name in ("mm_token_type_ids", "moe_mm_token_type_ids") if name in names}
     return batch | {"input_ids": ids, "labels": ids.masked_fill(ids >= 190, -100)}
 
 
-def _image_token(config: Any) -> int:
-    return next(getattr(config, name) for name in ("image_token_id", "image_token_index") if hasattr(config, name))
+def _places(model: Any, picture: dict[str, Any]) -> int:
+    """Returns the number of tokens that stand for a picture."""
+    with torch.no_grad():
+        found = _owner(model).get_image_features(**picture)
+    pooled = found if isinstance(found, Tensor | tuple) else found.pooler_output
+    return sum(each.numel() for each in pooled) // model.get_input_embeddings().embedding_dim
 
 
-def _picture(model: Any, names: Any, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
-    vision = model.config.vision_config
-    patch = getattr(vision, "patch_size", 16)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    if "image_grid_thw" in names:
-        frames = 1
-        for name in ("temporal_patch_size", "patch_temporal"):
-            frames = getattr(vision, name, frames)
-        if vision.model_type.startswith("ernie"):
-            frames = 1
-        return {"pixel_values": drawn(16, 3 * frames * patch**2), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    if "image_position_ids" in names or vision.model_type.startswith("gemma4"):
-        places = torch.cartesian_prod(torch.arange(4), torch.arange(4))[None]
-        return {"pixel_values": drawn(1, 16, 3 * patch**2), "image_position_ids": places}
-    side = getattr(vision, "image_size", 4 * patch)
-    batch: dict[str, Any] = {"pixel_values": drawn(1, 3, side, side)}
-    return batch | ({"image_sizes": torch.tensor([[side, side]])} if "image_sizes" in names else {})
+def _owner(model: Any) -> Any:
+    return next(each for each in model.modules() if hasattr(each, "get_image_features"))
 
 
-def pairs_of(names: Iterator[str]) -> list[str]:
-    return list(names)
+def _picture(model: Any, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
+    """Returns a picture of 4 x 4 patches in the form that the model's encoder takes."""
+    towers = ("visual", "vision_tower", "vision_model")
+    tower = next(each for name, each in model.named_modules() if name.rpartition(".")[2] in towers)
+    vision, names = tower.config, signature(_owner(model).get_image_features).parameters
+    inner = list(tower.modules())
+    first = next(each for kinds in ((nn.Conv2d, nn.Conv3d), nn.Linear) for each in inner if isinstance(each, kinds))
+    patch, width = getattr(vision, "patch_size", 16), first.weight[0].numel()
+    side = getattr(getattr(vision, "sam_config", vision), "image_size", 4 * patch)
+    shapes = {
+        "inkling_vision": (4, 2, patch, patch, 3),
+        "inkling2_vision": (4, 2 * patch, 2 * patch, 3),
+        "image_grid_thw": (16, width),
+        "image_position_ids": (1, 16, width),
+    }
+    kind = next((each for each in shapes if each == vision.model_type or each in names), "")
+    shape = shapes.get(kind, (1, 3, side, side))
+    grid = 2 if vision.model_type == "inkling2_vision" else 4
+    also = {
+        "image_grid_thw": torch.tensor([[1, grid, grid]]),
+        "image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4))[None],
+        "image_sizes": torch.tensor([[side, side]]),
+    }
+    pixels = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return {"pixel_values": pixels} | {name: each for name, each in also.items() if name in names}

@@ -5,7 +5,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"mamba_(head_dim|d_head)|mamba_dt_rank", 8),
     (r"n_groups|mamba_n_groups", 2),
     (r"(mamba_)?chunk_size|block_size", 16),
-    (r"index_topk|sliding_window(_size)?", 8),
+    (r"sliding_window(_size)?", 8),
+    (r"index_topk|image_size", 64),  # an indexer that chooses all keys, so that a picture behind the text changes nothing
     (r"num_position_embeddings", 16),
     (r"max_position_embeddings|model_max_length", 256),
     (r"num_(mtp|nextn_predict)_layers", 0),
@@ -56,7 +57,6 @@ class Family:
     Attributes:
         name: Folder of the family below transformers/models.
         experts, model: Class names.
-        multimodal: Whether the model reads pictures or audio.
     """
 
     name: str
@@ -73,7 +73,8 @@ class Family:
 
 def families() -> list[Family]:
     """Returns each class that the installed transformers marks with the experts interface."""
-    return [each for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")) for each in _of(file)]
+    files = sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py"))
+    return [each for file in files for each in _of(file)]
 
 
 def _of(file: Path) -> Iterator[Family]:
@@ -89,21 +90,24 @@ def _of(file: Path) -> Iterator[Family]:
 
 def _far(experts: str, top: str) -> tuple[bool, bool, int, int]:
     """Orders models: multimodal ones first, then by their nearness to a class of experts."""
-    shared = len(commonprefix([experts, top.partition("For")[0]]))
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(experts, top, strict=False)))
     return "ConditionalGeneration" not in top, not re.search("For(CausalLM|Block|Token)", top), -shared, len(top)
 
 
 def tiny_config(family: Family) -> Any:
     """Returns the family's configuration with few and small layers. It keeps one layer of each kind."""
     make = family.model_class().config_class
-    return _tiny(make(), family.name)
+    return _tiny(make())
 
 
-def _tiny(default: Any, family: str) -> Any:
+def _tiny(default: Any) -> Any:
     values: dict[str, Any] = {}
     for name in default.sub_configs:
-        if (part := getattr(default, name, None)) is not None:
-            values[name] = _tiny(part, family)
+        part = getattr(default, name, None)
+        if part is None and name == "vision_config":
+            part = default.sub_configs[name]()
+        if part is not None:
+            values[name] = _tiny(part)
     names = [each.name for each in fields(default) if each.name not in default.sub_configs]
     for name in names:
         size = next((new for pattern, new in SIZES if re.fullmatch(pattern, name)), None)
@@ -137,36 +141,57 @@ def _layers(default: Any, names: list[str]) -> dict[str, Any]:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-GEMMA = {"num_experts": EXPERTS, "top_k_experts": CHOICES, "moe_intermediate_size": 24, "enable_moe_block": True, "global_head_dim": HEAD, "hidden_size_per_layer_input": 0}
-LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 16}
+GEMMA = {
+    "num_experts": EXPERTS,
+    "top_k_experts": CHOICES,
+    "moe_intermediate_size": 24,
+    "enable_moe_block": True,
+    "global_head_dim": HEAD,
+    "hidden_size_per_layer_input": 0,
+}
+LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 16}
+SLIDING = {f"swa_{name}": size for name, size in (LATENT | {"q_lora_rank": 16, "kv_lora_rank": 16}).items()}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "flint": {"mlp_only_layers": [0]},
     "zaya": {"num_experts_per_tok": 1},
     "deepseek_ocr2_text": {"num_experts_per_tok": CHOICES, "mlp_layer_types": ["dense", "sparse"]},
-    "deepseek_ocr2_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32], "image_size": 64},
+    "deepseek_ocr2_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32], "image_size": 768},
+    "unlimited_ocr_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32]},
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
+    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
     "deepseek_v2": {"num_experts_per_tok": CHOICES},
-    "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": CHOICES, "n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots1": {
+        "n_routed_experts": EXPERTS,
+        "num_experts_per_tok": CHOICES,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    },
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_groups": 1, "num_hidden_layers": 2},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_groups": 1,
+        "num_hidden_layers": 2,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
     "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}},
     "gemma4_text": GEMMA,
     "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 16},
     "diffusion_gemma_text": GEMMA,
-    "dots3_note_text": {f"swa_{name}": size for name, size in LATENT.items()},
+    "dots3_note_text": SLIDING,
     "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 4], "num_hidden_layers": 2, "adapter_in_dim": HIDDEN},
     "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "downsample_hidden_size": 8},
     "hy_v4_vl_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
     "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1]},
-    "qwen3_omni_moe_talker_text": {},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
+    "diffusion_gemma": {"canvas_length": 16},
     "qwen4_exp_text": {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
-        "indexer_budget": 8,
+        "indexer_budget": 64,
         "indexer_compress_ratio": 4,
     },
 }
