@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.utils import initialize_distributed_mesh
 
 from moe_dist.errors import ConfigError
-from tools.hf_families.tiny import Family, tiny_config
+from research.hf_families.tiny import Family, tiny_config
 
 LEARNING_RATE = 1e-2
 

@@ -9,6 +9,7 @@ import typer
 
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command
+from research.hf_families.page import page
 
 RECORD = Path("research/records/hf_families.json")
 PAGE = Path("docs/hf-families.md")
@@ -20,30 +21,36 @@ def main(
     record: Annotated[Path, typer.Option(help="Results; families in it are not run again.")] = RECORD,
     out: Annotated[Path, typer.Option(help="The table.")] = PAGE,
     seconds: Annotated[float, typer.Option(min=1, help="Time after which ranks that wait count as hung.")] = 10.0,
+    run: Annotated[bool, typer.Option(help="--no-run only writes the table of the record.")] = True,
     again: Annotated[bool, typer.Option(help="Run families that are in the record.")] = False,
 ) -> None:
     """Run each family on two ranks against one, and write the table."""
+    if run:
+        run_families(set(family or ()), record, seconds, again)
+    out.write_text(page(json.loads(record.read_text())))
+
+
+def run_families(names: set[str], record: Path, seconds: float, again: bool) -> None:
+    """Adds results to the record. A record of other versions begins anew."""
     import torch
 
-    from tools.hf_families.attempt import judge
-    from tools.hf_families.needs import LIMITS
-    from tools.hf_families.page import page
-    from tools.hf_families.tiny import families
+    from research.hf_families.attempt import judge
+    from research.hf_families.tiny import families
 
     torch.set_num_threads(1)
-    known, versions = families(), {name: version(name) for name in ("transformers", "torch")}
-    if unknown := set(family or ()) - {each.name for each in known}:
+    known = families()
+    versions = {name: version(name).partition("+")[0] for name in ("transformers", "torch")}
+    if unknown := names - {each.name for each in known}:
         text = ", ".join(each.name for each in known)
         raise ConfigError(f"--family {min(unknown)}: transformers has no such family of experts; it has {text}")
     results: dict[str, Any] = {"versions": versions, "families": {}}
     if record.exists() and (old := json.loads(record.read_text()))["versions"] == versions:
         results = old
     for each in known:
-        if (not family or each.name in family) and (again or each.key not in results["families"]):
+        if (not names or each.name in names) and (again or each.key not in results["families"]):
             results["families"][each.key] = judge(each, seconds)
             print_done(f"{each.key}: {results['families'][each.key]}")
             record.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-    out.write_text(page(results, LIMITS))
 
 
 if __name__ == "__main__":

@@ -15,39 +15,28 @@ MARK = "use_experts_implementation"
 HIDDEN, HEAD, EXPERTS, CHOICES, VOCAB = 32, 16, 8, 2, 256
 
 # The first pattern that matches a whole field name gives its value. Other fields keep the family's default.
-SIZES: tuple[tuple[str, Any], ...] = (
-    ("pad_token_id", 0),
-    ("bos_token_id", 1),
-    ("eos_token_id", 2),
-    (r"(unpadded_)?vocab_size(_per_layer_input)?", VOCAB),
-    (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts", EXPERTS),
-    (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts", CHOICES),
-    (r"n_group|num_expert_group", 2),
-    (r"topk_group", 1),
-    (r"(moe_|n_|num_|moe_num_)?shared_experts", 1),
-    (r"first_k_dense_replace|num_dense_layers", 1),
-    (r"num_hidden_layers|depth|encoder_layers|n_layers", 2),
-    (r"(swa_)?num_attention_heads|num_heads|encoder_attention_heads|linear_num_heads", 4),
-    (r"(swa_)?num_key_value_heads|linear_num_key_heads|index_n_heads", 2),
-    (r"linear_num_value_heads", 4),
-    (r"(global_|swa_|v_|swa_v_)?head_dim|index_head_dim", HEAD),
-    (r"qk_rope_head_dim|qk_nope_head_dim|linear_(key_|value_)?head_dim", 8),
-    (r"(q|kv|o)_lora_rank|router_hidden_size|moe_latent_size", 16),
-    (r"moe_intermediate_size|(moe_)?shared_experts?_intermediate_size", 24),
-    (r"\w*intermediate_size|\w*ffn_dim|mlp_dim", 48),
-    (r"hidden_size|d_model|\w+_hidden_size|out(put)?_(hidden_size|dim|proj_dims)|adapter_out_dim|moe_hidden_size", HIDDEN),
-    (r"(mamba_)?(d_state|ssm_state_size)|ssm_state_size", 8),
-    (r"mamba_(num_heads|n_heads)", 8),
-    (r"mamba_(head_dim|d_head)|mamba_dt_rank", 8),
-    (r"n_groups|mamba_n_groups", 2),
-    (r"(mamba_)?chunk_size|block_size", 16),
-    (r"sliding_window(_size)?", 8),
-    (r"index_topk|image_size", 64),  # an indexer that chooses all keys, so that a picture behind the text changes nothing
-    (r"num_position_embeddings", 16),
-    (r"max_position_embeddings|model_max_length", 256),
-    (r"num_(mtp|nextn_predict)_layers", 0),
-    (r"\w*jitter\w*|\w*dropout\w*|\w*drop_path\w*", 0.0),
-)
+SIZES = {
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    r"(unpadded_)?vocab_size(_per_layer_input)?|max_position_embeddings|model_max_length": VOCAB,
+    r"num_experts|n_routed_experts|num_local_experts|moe_num_experts": EXPERTS,
+    r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts": CHOICES,
+    r"\w*jitter\w*|\w*dropout\w*|\w*drop_path\w*": 0.0,
+    r"num_(mtp|nextn_predict)_layers": 0,
+    r"topk_group|(moe_|n_|num_|moe_num_)?shared_experts|first_k_dense_replace|num_dense_layers": 1,
+    r"n_group|num_expert_group|num_hidden_layers|depth|encoder_layers|n_layers|(mamba_)?n_groups": 2,
+    r"(swa_)?num_key_value_heads|linear_num_key_heads|index_n_heads": 2,
+    r"(swa_)?num_attention_heads|num_heads|encoder_attention_heads|linear_num_(value_)?heads": 4,
+    r"qk_(rope|nope)_head_dim|linear_(key_|value_)?head_dim|mamba_(d_state|n(um)?_heads|d?_?head(_dim)?|dt_rank)": 8,
+    r"ssm_state_size|sliding_window(_size)?": 8,
+    r"(q|kv|o)_lora_rank|router_hidden_size|moe_latent_size|(mamba_)?chunk_size|block_size|num_position_embeddings": 16,
+    r"(global_|swa_|v_|swa_v_)?head_dim|index_head_dim": HEAD,
+    r"moe_intermediate_size|(moe_)?shared_experts?_intermediate_size": 24,
+    r"\w*intermediate_size|\w*ffn_dim|mlp_dim": 48,
+    r"\w*hidden_size|d_model|out(put)?_(hidden_size|dim|proj_dims)|adapter_out_dim": HIDDEN,
+    r"index_topk|image_size": 64,  # an indexer that chooses all keys: a picture behind the text changes nothing
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +99,7 @@ def _tiny(default: Any) -> Any:
             values[name] = _tiny(part)
     names = [each.name for each in fields(default) if each.name not in default.sub_configs]
     for name in names:
-        size = next((new for pattern, new in SIZES if re.fullmatch(pattern, name)), None)
+        size = next((new for pattern, new in SIZES.items() if re.fullmatch(pattern, name)), None)
         if size is not None and default.__dict__.get(name) is not None:
             values[name] = size
     values |= _marks(default, names)
@@ -140,58 +129,41 @@ def _layers(default: Any, names: list[str]) -> dict[str, Any]:
     return {number: len(kept)} | {name: [each[at] for at in sorted(kept)] for name, each in lists.items()}
 
 
+# By model_type: what the sizes above do not give.
+HYBRID = ["linear_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-GEMMA = {
-    "num_experts": EXPERTS,
-    "top_k_experts": CHOICES,
-    "moe_intermediate_size": 24,
-    "enable_moe_block": True,
-    "global_head_dim": HEAD,
-    "hidden_size_per_layer_input": 0,
-}
-LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 16}
-SLIDING = {f"swa_{name}": size for name, size in (LATENT | {"q_lora_rank": 16, "kv_lora_rank": 16}).items()}
+EXPERT_SIZES = {"num_experts_per_tok": CHOICES, "n_routed_experts": EXPERTS}
+GEMMA = {"num_experts": EXPERTS, "top_k_experts": CHOICES, "moe_intermediate_size": 24, "enable_moe_block": True}
+GEMMA |= {"global_head_dim": HEAD, "hidden_size_per_layer_input": 0}
+SLIDING = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "head_dim": 16}
+SLIDING |= {"qk_nope_head_dim": 8, "v_head_dim": 16}
+INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 16, "budget": 64, "compress_ratio": 4}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "flint": {"mlp_only_layers": [0]},
-    "zaya": {"num_experts_per_tok": 1},
-    "deepseek_ocr2_text": {"num_experts_per_tok": CHOICES, "mlp_layer_types": ["dense", "sparse"]},
-    "deepseek_ocr2_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32], "image_size": 768},
-    "unlimited_ocr_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32]},
     "aria": {"projector_patch_to_query_dict": {4: 4}},
-    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
-    "deepseek_v2": {"num_experts_per_tok": CHOICES},
-    "dots1": {
-        "n_routed_experts": EXPERTS,
-        "num_experts_per_tok": CHOICES,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-    },
-    "hunyuan_v1_moe": {"head_dim": HEAD},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "granitemoehybrid": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "mamba_n_groups": 1,
-        "num_hidden_layers": 2,
-    },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "deepseek_ocr2_text": EXPERT_SIZES | {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_ocr2_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32], "image_size": 768},
+    "deepseek_v2": EXPERT_SIZES,
+    "diffusion_gemma": {"canvas_length": 16},
+    "diffusion_gemma_text": GEMMA,
+    "dots1": EXPERT_SIZES | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "downsample_hidden_size": 8},
+    "dots3_note_text": {f"swa_{name}": size for name, size in SLIDING.items()},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 4], "num_hidden_layers": 2, "adapter_in_dim": HIDDEN},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
-    "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}},
+    "flint": {"mlp_only_layers": [0]},
     "gemma4_text": GEMMA,
     "gemma4_vision": {"pooling_kernel_size": 2, "position_embedding_size": 16},
-    "diffusion_gemma_text": GEMMA,
-    "dots3_note_text": SLIDING,
-    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, 4], "num_hidden_layers": 2, "adapter_in_dim": HIDDEN},
-    "dots3_note_audio_encoder": {"adapter_input_size": HIDDEN, "downsample_hidden_size": 8},
-    "hy_v4_vl_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}},
     "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "granitemoehybrid": {"layer_types": HYBRID, "num_hidden_layers": 2, "mamba_n_groups": 1},
+    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "hy_v4_vl_text": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "muse_spark": {"out_hidden_size": 4 * HIDDEN},
     "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1]},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
-    "diffusion_gemma": {"canvas_length": 16},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp_text": {f"indexer_{name}": size for name, size in INDEXER.items()},
+    "unlimited_ocr_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32]},
+    "zaya": {"num_experts_per_tok": 1},
 }

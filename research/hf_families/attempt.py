@@ -15,9 +15,9 @@ from typing import Any
 
 import moe_dist.hf.ep  # noqa: F401
 from moe_dist.runtime.signals import child_of
-from tools.hf_families.needs import LIMITS, NEEDS, OTHERS
-from tools.hf_families.ranks import Difference, OneRank, compare, on_one_rank
-from tools.hf_families.tiny import Family
+from research.hf_families import LIMITS, NEEDS, OTHERS
+from research.hf_families.ranks import Difference, OneRank, compare, on_one_rank
+from research.hf_families.tiny import Family
 
 WORLD = 2
 
@@ -116,7 +116,7 @@ def judge(family: Family, seconds: float) -> dict[str, Any]:
     result = attempt(family, frozenset(), seconds)
     fault = fault_of(result, frozenset())
     while fault:
-        left = sorted(NEEDS.keys() - reasons.keys(), key=lambda need: not re.search(NEEDS[need].error, fault))
+        left = sorted(NEEDS.keys() - reasons.keys(), key=lambda need: not re.search(NEEDS[need], fault))
         for need in left:
             needs = frozenset({*reasons, need})
             result = attempt(family, needs, seconds)
