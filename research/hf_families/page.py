@@ -29,7 +29,7 @@ TAIL = """
   Give such a batch a picture behind its text, with labels -100. No text token attends to it, so the loss is unchanged.
 - whole: each rank loads all weights, and then shards them by `maybe_distribute_model`, because transformers' sharded load
   fails for the family.
-- plan: `DistributedConfig(ep_plan=...)` shards the experts' parameters and nothing else.
+- plan: `DistributedConfig(ep_plan={rule: "replicate"})` for each rule of the family's plan that is not about experts.
 - eval: the family's router draws noise in training, so ranks can be compared only in evaluation mode.
 
 `python -m research.hf_families --family NAME --again` repeats a row. After an upgrade of transformers,

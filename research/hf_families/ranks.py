@@ -1,7 +1,6 @@
 """Runs one family on this rank and its peers, and compares it with the same family on one rank."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
@@ -51,7 +50,7 @@ class OneRank:
         batches, losses: Of each rank.
         behind: The batches with a picture behind the text if they have none in it.
         gradients, stepped: By parameter: of the mean loss, and the weight after a step.
-        ep_plan: The plan that shards the experts and nothing else.
+        ep_plan: Turns off the rules of the family's plan that shard anything but experts.
         fp32: The parameters that the family keeps in fp32.
     """
 
@@ -87,7 +86,8 @@ def on_one_rank(family: Family, needs: frozenset[str], world: int, folder: Path)
     stepped = {name: each.detach() for name, each in named.items()}
     fp32 = [name for name, each in named.items() if each.dtype != dtype]
     losses = [each.detach() for each in losses]
-    plan = experts_plan(model, family.experts)
+    experts = tuple(name for name, style in model.ep_plan.items() if style == "ep_dispatch_experts")
+    plan = {name: "replicate" for name in model.ep_plan if not name.startswith(experts)}
     return OneRank(folder, options, batches, behind, losses, gradients, stepped, plan, fp32)
 
 
@@ -138,17 +138,6 @@ def _far(found: Tensor, wanted: Tensor) -> float:
     """Returns the largest difference; infinity for NaN."""
     far = float((found - wanted).detach().abs().max())
     return math.inf if math.isnan(far) else far
-
-
-def experts_plan(model: Any, experts: str) -> dict[str, str]:
-    """Returns the plan that shards a model's experts and nothing else."""
-    plan = {}
-    for name, module in model.named_modules():
-        if type(module).__name__ == experts:
-            path = re.sub(r"\.\d+(?=\.)", ".*", name)
-            plan |= {f"{path}.{each}": "grouped_gemm" for each, _ in module.named_parameters(recurse=False)}
-            plan |= {path: "ep_dispatch_experts"}
-    return plan
 
 
 def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
