@@ -33,11 +33,14 @@ def main(
 def run_families(names: set[str], record: Path, seconds: float, again: bool) -> None:
     """Adds results to the record. A record of other versions begins anew."""
     import torch
+    from transformers.utils import logging
 
     from research.hf_families.attempt import judge
     from research.hf_families.tiny import families
 
     torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     known = families()
     versions = {name: version(name).partition("+")[0] for name in ("transformers", "torch")}
     if unknown := names - {each.name for each in known}:

@@ -68,13 +68,14 @@ def _row(item: tuple[str, dict[str, Any]]) -> str:
 
 
 def _why(found: dict[str, Any]) -> str:
-    needs = "; ".join(f"{name}: `{_short(error)}` without" for name, error in found["needs"].items())
     if "refused" not in found:
-        return needs
+        return "; ".join(name if name == "picture" else f"{name}: {_short(why)}" for name, why in found["needs"].items())
     whose = next((OTHERS[name] for name, error in found["others"].items() if error), "")
     fault = f"transformers' fault: {whose} fails as well" if whose else "moe_dist's fault"
-    return f"`{_short(found['refused'])}`; {fault}"
+    return f"{_short(found['refused'])}; {fault}"
 
 
 def _short(error: str) -> str:
-    return error.replace("|", "/").replace("`", "'")[:160]
+    """Returns the first 200 letters of an error as code, with its place."""
+    text, _, place = error.replace("|", "/").replace("`", "'").rpartition(" (")
+    return f"`{text[:200]} ({place}`" if text else f"`{place[:200]}`"

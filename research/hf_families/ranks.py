@@ -126,8 +126,15 @@ def _sharded(family: Family, one: OneRank, needs: frozenset[str], implementation
     make = family.model_class()
     if "whole" not in needs:
         return make.from_pretrained(one.folder, distributed_config=parallel, **one.options)
-    _, meshes = initialize_distributed_mesh(parallel)
-    return make.maybe_distribute_model(make.from_pretrained(one.folder, **one.options), parallel, meshes)
+    model = make.from_pretrained(one.folder, **one.options)
+    for (
+        name
+    ) in model.all_tied_weights_keys:  # FSDP2 refuses them; transformers, too, ties weights after it has sharded them
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().clone()))
+    model = make.maybe_distribute_model(model, parallel, initialize_distributed_mesh(parallel)[1])
+    model.tie_weights(recompute_mapping=False)
+    return model
 
 
 def _step(model: Any) -> None:
