@@ -53,6 +53,7 @@ def run_families(names: set[str], record: Path, seconds: float, again: bool) -> 
         if (not names or each.name in names) and (again or each.key not in results["families"]):
             results["families"][each.key] = judge(each, seconds)
             print_done(f"{each.key}: {results['families'][each.key]}")
+            results["missing"] = [each.key for each in known if each.key not in results["families"]]
             record.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 

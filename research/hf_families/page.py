@@ -50,7 +50,8 @@ def page(record: dict[str, Any]) -> str:
         needing=kinds["works with"],
         refused=kinds["refused"],
     )
-    return head + "".join(map(_row, rows)) + TAIL
+    missing = f"\nNot run yet: {', '.join(record['missing'])}.\n" if record["missing"] else ""
+    return head + "".join(map(_row, rows)) + missing + TAIL
 
 
 def verdict(found: dict[str, Any]) -> str:
@@ -69,7 +70,8 @@ def _row(item: tuple[str, dict[str, Any]]) -> str:
 
 def _why(found: dict[str, Any]) -> str:
     if "refused" not in found:
-        return "; ".join(name if name == "picture" else f"{name}: {_short(why)}" for name, why in found["needs"].items())
+        needs = ((name, why) for name, why in found["needs"].items() if name != "fp32")  # the dtype column has it
+        return "; ".join(name if name == "picture" else f"{name}: {_short(why)}" for name, why in needs)
     whose = next((OTHERS[name] for name, error in found["others"].items() if error), "")
     fault = f"transformers' fault: {whose} fails as well" if whose else "moe_dist's fault"
     return f"{_short(found['refused'])}; {fault}"
