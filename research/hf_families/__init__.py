@@ -2,7 +2,7 @@
 
 # Changes with which more families work, and the pattern of the errors that each mostly ends: it is tried first.
 NEEDS = {
-    "fp32": "dtype|fp32|ouble",
+    "fp32": "dtype|fp32|ouble|scalar type",
     "picture": "hangs|gloo|size|Connection",
     "whole": "load",
     "plan": "plan",

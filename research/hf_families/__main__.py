@@ -32,29 +32,36 @@ def main(
 
 def run_families(names: set[str], record: Path, seconds: float, again: bool) -> None:
     """Adds results to the record. A record of other versions begins anew."""
-    import torch
     from transformers.utils import logging
 
-    from research.hf_families.attempt import judge
+    from research.hf_families.attempt import HarnessError, judge
     from research.hf_families.tiny import families
 
-    torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     known = families()
-    versions = {name: version(name).partition("+")[0] for name in ("transformers", "torch")}
     if unknown := names - {each.name for each in known}:
         text = ", ".join(each.name for each in known)
         raise ConfigError(f"--family {min(unknown)}: transformers has no such family of experts; it has {text}")
-    results: dict[str, Any] = {"versions": versions, "families": {}}
-    if record.exists() and (old := json.loads(record.read_text()))["versions"] == versions:
-        results = old
     for each in known:
-        if (not names or each.name in names) and (again or each.key not in results["families"]):
-            results["families"][each.key] = judge(each, seconds)
-            print_done(f"{each.key}: {results['families'][each.key]}")
+        if (not names or each.name in names) and (again or each.key not in _read(record)["families"]):
+            try:
+                result = judge(each, seconds)
+            except HarnessError as error:
+                print_done(f"{each.key}: not recorded, the harness failed: {error}")
+                continue
+            print_done(f"{each.key}: {result}")
+            results = _read(record)  # another run may have written others
+            results["families"][each.key] = result
             results["missing"] = [each.key for each in known if each.key not in results["families"]]
             record.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def _read(record: Path) -> dict[str, Any]:
+    versions = {name: version(name).partition("+")[0] for name in ("transformers", "torch")}
+    if record.exists() and (old := json.loads(record.read_text()))["versions"] == versions:
+        return old
+    return {"versions": versions, "families": {}}
 
 
 if __name__ == "__main__":

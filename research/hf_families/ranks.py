@@ -91,13 +91,18 @@ def on_one_rank(family: Family, needs: frozenset[str], world: int, folder: Path)
     return OneRank(folder, options, batches, behind, losses, gradients, stepped, plan, fp32)
 
 
-def compare(family: Family, one: OneRank, needs: frozenset[str], rank: int, implementation: str) -> Difference:
+def compare(
+    family: Family, one: OneRank, needs: frozenset[str], rank: int, implementation: str, saved_to: Path
+) -> Difference:
     """Returns the differences between the ranks and one rank. All ranks call it together.
 
     Args:
         needs: Keys of NEEDS.
         implementation: The expert parallelism; "" for FSDP2 alone.
+        saved_to: The folder that the ranks save to.
     """
+    if one.fp32 and "fp32" not in needs:
+        raise ConfigError(f"FSDP2 takes one dtype, but the family keeps parameters in fp32: {one.fp32[0]}")
     model = _sharded(family, one, needs, implementation).train("eval" not in needs)
     loss = _loss(model, (one.behind if "picture" in needs else one.batches)[rank])
     loss.backward()
@@ -106,11 +111,11 @@ def compare(family: Family, one: OneRank, needs: frozenset[str], rank: int, impl
     _step(model)
     weights = {name: _whole(each, each) for name, each in model.named_parameters()}
     step = max(_far(weights[name], each) for name, each in one.stepped.items()) / LEARNING_RATE
-    model.save_pretrained(one.folder / "saved")
+    model.save_pretrained(saved_to)
     dist.barrier()
     saved = 0.0
     if rank == 0:
-        again = family.model_class().from_pretrained(one.folder / "saved", **one.options)
+        again = family.model_class().from_pretrained(saved_to, **one.options)
         saved = max(_far(weights[name], each) for name, each in again.named_parameters())
     return Difference(_far(loss, one.losses[rank]), gradient, worst, step, saved)
 
@@ -127,9 +132,8 @@ def _sharded(family: Family, one: OneRank, needs: frozenset[str], implementation
     if "whole" not in needs:
         return make.from_pretrained(one.folder, distributed_config=parallel, **one.options)
     model = make.from_pretrained(one.folder, **one.options)
-    for (
-        name
-    ) in model.all_tied_weights_keys:  # FSDP2 refuses them; transformers, too, ties weights after it has sharded them
+    # FSDP2 refuses tied weights; transformers, too, ties weights after it has sharded them.
+    for name in model.all_tied_weights_keys:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().clone()))
     model = make.maybe_distribute_model(model, parallel, initialize_distributed_mesh(parallel)[1])
