@@ -109,9 +109,12 @@ def _text(error: Exception) -> str:
     """Returns an error and its place. Errors of torch's runtime and of this tool's own lines are the harness's."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    place = f"({frame.filename.rpartition('site-packages/')[2]}:{frame.lineno})"
-    of_this_tool = Path(frame.filename).parent == Path(__file__).parent and not isinstance(error, ConfigError)
-    return f"{text[:300]} {place}" + (HARNESS if of_this_tool or "INTERNAL ASSERT" in text else "")
+    file = Path(frame.filename)
+    if file.parent == Path(__file__).parent and isinstance(error, ConfigError):  # a mismatch that `ranks` found
+        return text[:300]
+    harness = file.parent == Path(__file__).parent or "INTERNAL ASSERT" in text
+    place = frame.filename.rpartition("site-packages/")[2]
+    return f"{text[:300]} ({place}:{frame.lineno})" + (HARNESS if harness else "")
 
 
 def _read(file: Path) -> dict[str, Any]:

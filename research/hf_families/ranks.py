@@ -51,7 +51,6 @@ class OneRank:
         behind: The batches with a picture behind the text if they have none in it.
         gradients, stepped: By parameter: of the mean loss, and the weight after a step.
         ep_plan: Turns off the rules of the family's plan that shard anything but experts.
-        fp32: The parameters that the family keeps in fp32.
     """
 
     folder: Path
@@ -62,7 +61,6 @@ class OneRank:
     gradients: dict[str, Tensor]
     stepped: dict[str, Tensor]
     ep_plan: dict[str, str]
-    fp32: list[str]
 
 
 def on_one_rank(family: Family, needs: frozenset[str], world: int, folder: Path) -> OneRank:
@@ -76,19 +74,20 @@ def on_one_rank(family: Family, needs: frozenset[str], world: int, folder: Path)
     dtype = torch.float32 if "fp32" in needs else torch.float64
     options = {"dtype": dtype, "experts_implementation": "eager"}
     model = family.model_class().from_pretrained(folder, **options).train("eval" not in needs)
+    named = dict(model.named_parameters())
+    if other := [name for name, each in named.items() if each.dtype != dtype]:
+        raise ConfigError(f"FSDP2 takes one dtype, but the family keeps parameters in fp32: {other[0]}")
     batches = [_batch(model, rank, "" if rank else "front", dtype) for rank in range(world)]
     behind = [batches[0], *(_batch(model, rank, "behind", dtype) for rank in range(1, world))]
     losses = [_loss(model, batch) for batch in batches]
     torch.stack(losses).mean().backward()
-    named = dict(model.named_parameters())
     gradients = {name: _whole(each.grad, each) for name, each in named.items()}
     _step(model)
     stepped = {name: each.detach() for name, each in named.items()}
-    fp32 = [name for name, each in named.items() if each.dtype != dtype]
     losses = [each.detach() for each in losses]
     experts = tuple(name for name, style in model.ep_plan.items() if style == "ep_dispatch_experts")
     plan = {name: "replicate" for name in model.ep_plan if not name.startswith(experts)}
-    return OneRank(folder, options, batches, behind, losses, gradients, stepped, plan, fp32)
+    return OneRank(folder, options, batches, behind, losses, gradients, stepped, plan)
 
 
 def compare(
@@ -101,8 +100,6 @@ def compare(
         implementation: The expert parallelism; "" for FSDP2 alone.
         saved_to: The folder that the ranks save to.
     """
-    if one.fp32 and "fp32" not in needs:
-        raise ConfigError(f"FSDP2 takes one dtype, but the family keeps parameters in fp32: {one.fp32[0]}")
     model = _sharded(family, one, needs, implementation).train("eval" not in needs)
     loss = _loss(model, (one.behind if "picture" in needs else one.batches)[rank])
     loss.backward()
@@ -179,8 +176,12 @@ def _batch(model: Any, seed: int, picture: str, dtype: torch.dtype) -> dict[str,
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, 190, (1, 20 + 3 * seed), generator=generator)
     batch: dict[str, Any] = {}
-    if image := getattr(model.config, "image_token_id", None):
-        names = signature(type(model).forward).parameters
+    names = signature(type(model).forward).parameters
+    if "talker_input_ids" in names:  # of a model that reads another model's hidden states
+        width, places = model.get_input_embeddings().embedding_dim, torch.arange(ids.shape[1])
+        batch["inputs_embeds"] = torch.randn(*ids.shape, width, generator=generator, dtype=torch.float64).to(dtype)
+        batch["position_ids"] = places.expand(3, 1, -1)
+    elif image := getattr(model.config, "image_token_id", None):
         if picture:
             batch = _picture(model, generator, dtype)
             at = 4 if picture == "front" else ids.shape[1]

@@ -106,7 +106,7 @@ def _tiny(default: Any) -> Any:
     values |= _layers(default, names)
     if "kv_lora_rank" in names:  # latent attention has a key for each query head
         values["num_key_value_heads"] = 4
-    values |= EXCEPTIONS.get(default.model_type, {})
+    values |= EXCEPTIONS.get(default.model_type or type(default).__name__, {})
     return type(default)(**values)
 
 
@@ -129,7 +129,7 @@ def _layers(default: Any, names: list[str]) -> dict[str, Any]:
     return {number: len(kept)} | {name: [each[at] for at in sorted(kept)] for name, each in lists.items()}
 
 
-# By model_type: what the sizes above do not give.
+# By model_type, or by class if it has none: what the sizes above do not give.
 HYBRID = ["linear_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EXPERT_SIZES = {"num_experts_per_tok": CHOICES, "n_routed_experts": EXPERTS}
@@ -162,6 +162,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "muse_spark": {"out_hidden_size": 4 * HIDDEN},
     "muse_spark_audio": {"num_hidden_layers": 2, "patch_sizes": [4, 2], "hidden_sizes": [16, 32], "depths": [1, 1]},
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
     "qwen4_exp_text": {f"indexer_{name}": size for name, size in INDEXER.items()},
     "unlimited_ocr_sam_vision_model": {"global_attn_indexes": [1], "downsample_channels": [32, 32]},
