@@ -24,6 +24,7 @@ from research.hf_families.ranks import Difference, compare, on_one_rank
 from research.hf_families.tiny import Family
 
 WORLD = 2
+ROOT = Path(__file__).parents[2]
 BROKEN = "Connection"  # in the error of a rank whose peer has ended
 HARNESS = " [harness]"
 
@@ -113,7 +114,7 @@ def _text(error: Exception) -> str:
     if file.parent == Path(__file__).parent and isinstance(error, ConfigError):  # a mismatch that `ranks` found
         return text[:300]
     harness = file.parent == Path(__file__).parent or "INTERNAL ASSERT" in text
-    place = frame.filename.rpartition("site-packages/")[2]
+    place = frame.filename.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
     return f"{text[:300]} ({place}:{frame.lineno})" + (HARNESS if harness else "")
 
 
