@@ -72,8 +72,10 @@ def _why(found: dict[str, Any]) -> str:
     if "refused" not in found:
         needs = ((name, why) for name, why in found["needs"].items() if name != "fp32")  # the dtype column has it
         return "; ".join(name if name == "picture" else f"{name}: {_short(why)}" for name, why in needs)
-    whose = next((OTHERS[name] for name, error in found["others"].items() if error), "")
-    fault = f"transformers' fault: {whose} fails as well" if whose else "moe_dist's fault"
+    failed = " and ".join(OTHERS[name] for name, error in found["others"].items() if error)
+    passed = " and ".join(OTHERS[name] for name, error in found["others"].items() if not error)
+    fault = f"fails also with {failed}" if failed else "moe_dist's fault"
+    fault += f", but not with {passed}" if failed and passed else ""
     return f"{_short(found['refused'])}; {fault}"
 
 
