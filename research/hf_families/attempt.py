@@ -1,0 +1,170 @@
+"""Starts two ranks for a family, with a time limit, and finds the fewest needs with which the family works."""
+
+import json
+import os
+import re
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moe_dist.hf.ep  # noqa: F401
+from moe_dist.errors import ConfigError
+from moe_dist.runtime.signals import child_of
+from research.hf_families import LIMITS, NEEDS, OTHERS
+from research.hf_families.ranks import Difference, compare, on_one_rank
+from research.hf_families.tiny import Family
+
+WORLD = 2
+ROOT = Path(__file__).parents[2]
+BROKEN = "Connection"  # in the error of a rank whose peer has ended
+HARNESS = " [harness]"
+
+
+class HarnessError(Exception):
+    """This tool failed, or the machine. It says nothing about a family."""
+
+
+def attempt(family: Family, needs: frozenset[str], seconds: float, implementation: str = "moe_dist") -> Difference | str:
+    """Returns the differences of two ranks from one, the largest of both ranks, or the first error.
+
+    Raises:
+        HarnessError: this tool failed, or the machine, and not the family.
+    """
+    family.model_class()  # each rank inherits its module; torch must compute nothing before the fork
+    with tempfile.TemporaryDirectory() as name:
+        folder, port = Path(name), _free_port()
+        context = get_context("fork")
+        ranks = [
+            context.Process(target=_rank, args=(family, folder, needs, rank, port, implementation)) for rank in range(WORLD)
+        ]
+        for each in ranks:
+            each.start()
+        hung = _wait(ranks, seconds)
+        found = [_read(folder / f"rank{rank}.json") for rank in range(WORLD)]
+    # A rank that loses its peer reports a broken connection, perhaps before the peer reports its error.
+    errors = sorted((BROKEN in each["error"], each["when"], each["error"]) for each in found if "error" in each)
+    if errors:
+        if errors[0][2].endswith(HARNESS):
+            raise HarnessError(errors[0][2])
+        return errors[0][2]
+    if hung:
+        return "hangs: both ranks wait"
+    if not all(found):
+        raise HarnessError(f"ranks ended with {[each.exitcode for each in ranks]}, and without a result")
+    first, *others = [Difference(**each) for each in found]
+    return replace(first, loss=max(each.loss for each in (first, *others)))
+
+
+def _wait(ranks: list[Any], seconds: float) -> bool:
+    """Waits until all ranks have ended. Kills them if one has failed, or if all have slept for `seconds`: returns True."""
+    ended, hung = time.monotonic(), False
+    while any(each.is_alive() for each in ranks):
+        failed = any(each.exitcode for each in ranks)
+        if not failed and any(_runs(each.pid) for each in ranks):
+            ended = time.monotonic()
+        if time.monotonic() - ended > (1.0 if failed else seconds):  # the peer of a failed rank waits for it
+            hung = hung or not failed
+            for each in ranks:
+                each.kill()
+        ranks[0].join(0.05)
+        ranks[1].join(0.05)
+    return hung
+
+
+def _runs(process: int) -> bool:
+    """Returns whether a process computes or reads a file. A rank that waits for another sleeps."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("R", "D")
+    except OSError:
+        return False
+
+
+def _rank(family: Family, folder: Path, needs: frozenset[str], rank: int, port: int, implementation: str) -> None:
+    child_of(os.getppid(), ignore_stop=False)()  # no rank outlives this process
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    with open(os.devnull, "w") as silent:
+        os.dup2(silent.fileno(), sys.stderr.fileno())
+    torch.set_num_threads(1)
+    result, status, when = folder / f"rank{rank}.json", 0, "on one rank: "
+    try:
+        one = on_one_rank(family, needs, WORLD, folder / f"one{rank}")  # by each rank: nothing passes between processes
+        when = ""
+        result.write_text(json.dumps(asdict(compare(family, one, needs, rank, implementation, folder / "saved"))))
+    except Exception as error:  # whatever the family's code raises
+        result.write_text(json.dumps({"error": when + _text(error), "when": time.monotonic()}))
+        status = 1
+    os._exit(status)  # without waiting for the peer
+
+
+def _text(error: Exception) -> str:
+    """Returns an error and its place. Errors of torch's runtime and of this tool's own lines are the harness's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    file = Path(frame.filename)
+    if file.parent == Path(__file__).parent and isinstance(error, ConfigError):  # a mismatch that `ranks` found
+        return text[:300]
+    harness = file.parent == Path(__file__).parent or "INTERNAL ASSERT" in text
+    place = frame.filename.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
+    return f"{text[:300]} ({place}:{frame.lineno})" + (HARNESS if harness else "")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def fault_of(result: Difference | str, needs: frozenset[str]) -> str:
+    """Returns why a result is no success, or an empty text."""
+    if isinstance(result, str):
+        return result
+    limit = LIMITS["fp32" if "fp32" in needs else "fp64"]
+    if not max(result.loss, result.gradient, result.step) < limit or result.saved != 0.0:
+        return f"differs from one rank: {asdict(result)}"
+    return ""
+
+
+def judge(family: Family, seconds: float) -> dict[str, Any]:
+    """Returns the record of a family: its needs and the error without each, or why it is refused and whose fault it is."""
+    reasons: dict[str, str] = {}
+    result = attempt(family, frozenset(), seconds)
+    fault = fault_of(result, frozenset())
+    while fault:
+        for need in _candidates(fault, reasons):
+            needs = frozenset({*reasons, need})
+            result = attempt(family, needs, seconds)
+            after = fault_of(result, needs)
+            if _place(after) != _place(fault):  # no fault, or a later one
+                reasons[need], fault = fault, after
+                break
+        else:
+            needs = frozenset(reasons)
+            others = {name: fault_of(attempt(family, needs, seconds, name), needs) for name in OTHERS}
+            return {"model": family.model, "refused": fault, "needs": reasons, "others": others}
+    return {"model": family.model, "needs": reasons, "difference": asdict(result)}
+
+
+def _candidates(fault: str, reasons: Iterable[str]) -> list[str]:
+    """Returns the needs to try, the likeliest first."""
+    fits = {need: bool(re.search(pattern, fault)) for need, pattern in NEEDS.items() if need not in reasons}
+    anywhere = () if fault.startswith("on one rank") else ("whole", "plan", "eval")
+    return sorted((need for need in fits if fits[need] or need in anywhere), key=lambda need: not fits[need])
+
+
+def _place(fault: str) -> str:
+    """Returns where a run failed, without numbers."""
+    return re.sub(r"[\d.e+-]+", "", fault.rpartition("(")[2] or fault)

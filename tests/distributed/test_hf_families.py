@@ -1,0 +1,52 @@
+"""The table of transformers' families (docs/hf-families.md) is what its record gives, and its verdicts are repeated."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cover import exhaustive
+
+ROOT = Path(__file__).parents[2]
+RECORD: dict[str, Any] = json.loads((ROOT / "research/records/hf_families.json").read_text())
+NAMES = sorted({key.partition(".")[0] for key in RECORD["families"]})
+
+QUICK = "aria"  # has pictures
+
+
+def tool(*options: str) -> None:
+    subprocess.run([sys.executable, "-m", "research.hf_families", *options], cwd=ROOT, check=True)
+
+
+def test_page_is_what_the_record_gives(tmp_path: Path) -> None:
+    tool("--no-run", f"--out={tmp_path / 'page.md'}")
+    assert (ROOT / "docs/hf-families.md").read_text() == (tmp_path / "page.md").read_text()
+    working = {key.partition(".")[0] for key, found in RECORD["families"].items() if "refused" not in found}
+    assert len(working) >= 45
+
+
+@pytest.mark.parametrize("name", [name if name == QUICK else exhaustive(name) for name in NAMES])
+def test_verdict(tmp_path: Path, name: str) -> None:
+    """Runs a family again, on two ranks and on one."""
+    record = tmp_path / "record.json"
+    tool(f"--record={record}", f"--out={tmp_path / 'page.md'}", f"--family={name}")
+    found = json.loads(record.read_text())["families"]
+    assert {key.partition(".")[0] for key in found} == {name}
+    for key, result in found.items():
+        wanted = RECORD["families"][key]
+        assert ("refused" in result, result["needs"].keys()) == ("refused" in wanted, wanted["needs"].keys()), result
+
+
+def test_every_class_is_in_the_record() -> None:
+    """Each family with the decorator of transformers' interface for experts. Another version needs another table."""
+    import transformers
+
+    models = Path(transformers.__file__).parent / "models"
+    marked = {
+        file.parent.name for file in models.glob("*/modeling_*.py") if "@use_experts_implementation" in file.read_text()
+    }
+    if transformers.__version__ == RECORD["versions"]["transformers"]:
+        assert marked == {key.partition(".")[0] for key in (*RECORD["families"], *RECORD["missing"])}
