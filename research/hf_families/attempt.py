@@ -155,6 +155,7 @@ def judge(family: Family, seconds: float) -> dict[str, Any]:
             needs = frozenset(reasons)
             others = {name: fault_of(attempt(family, needs, seconds, name), needs) for name in OTHERS}
             return {"model": family.model, "refused": fault, "needs": reasons, "others": others}
+    assert not isinstance(result, str), "an error is a fault"
     return {"model": family.model, "needs": reasons, "difference": asdict(result)}
 
 
