@@ -101,7 +101,7 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         yield from _limited_rows(path, rows)
     except (OSError, ValueError, TypeError, KeyError, MemoryError, NotImplementedError) as error:
         why = str(error) or "it needs too much memory"
-        raise DataError(f"{option} {path}: datasets cannot read it: {why}; copy or save it again") from error
+        raise DataError(f"{option} {path}: cannot be read: {why}; copy or save it again") from error
 
 
 def _parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:

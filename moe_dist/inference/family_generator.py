@@ -13,8 +13,8 @@ from moe_dist.inference.sampling import UniformDraws, draw, probabilities
 
 
 class FamilyGenerator(Generator):
-    """Continues prompts one after another, because families differ in the padding that they can leave out. Grammar and
-    draws are those of `Generator`. Has no guidance."""
+    """Continues one prompt at a time, because not every family ignores padding. Uses the grammar and the random draws of
+    `Generator`. Does not support guidance."""
 
     def _batch(
         self, prompts: Sequence[Sequence[int]], request: Request, plain: Sequence[Sequence[int]] | None, first: int

@@ -1,5 +1,5 @@
-"""Measures the times of kernels, matrix products, attention and layers with null experts on a GPU, and compares them with
-the GPU's rates.
+"""Times kernels, matrix products, attention and layers with null experts on a GPU, against the least times that the GPU's
+rates allow.
 
 Shape letters: T tokens, Q = T K (token, expert) pairs, N (token, expert) pairs plus null choices, D hidden size, F hidden
 width of experts, E experts, K choices of a token.

@@ -26,7 +26,7 @@ class RouterSection(KindSection):
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
     needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs in other keys of the configuration
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on experts
-    hosted: ClassVar[str] = ""  # with engine.kind=transformers: what masks the choices of a family's router; empty if none
+    hosted: ClassVar[str] = ""  # class for engine.kind=transformers; empty if it cannot use this router
 
     @property
     def name(self) -> str:
@@ -116,7 +116,7 @@ class RouterSection(KindSection):
         return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
 
     def build_hosted(self, *context: Any) -> Any:
-        """Makes the router of a layer with engine.kind=transformers."""
+        """Makes the object that turns a family's choices into this project's routing (engine.kind=transformers)."""
         return named(self.hosted)(*context, **self.keywords())
 
     def counts_unknown(self) -> str:

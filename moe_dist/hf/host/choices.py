@@ -54,8 +54,8 @@ class FamilyTopP(TopPRouter, FamilyRouter):
 
 
 class NullColumns(FamilyRouter):
-    """A token takes its top k of the family's columns and of null columns, as in AdaMoE (`TopKRouter`). `add_null_rows`
-    adds the null columns' logits to those of the family's router. Choice and weights are this project's."""
+    """AdaMoE: each token chooses its top k among the family's experts and null experts. The family's router returns the
+    logits of both (`add_null_rows`). `TopKRouter` chooses and makes the weights."""
 
     def learn(self, family: str, choice: Choice) -> None:
         """Raises ConfigError if `normalise` is not the rule by which the family weighs its choices."""

@@ -136,8 +136,8 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
 
 
 def read_fields(folder: Path) -> dict[str, Any]:
-    """Returns the fields of a folder's config.json, without transformers' notes of its own. Raises ConfigError if it cannot
-    be read, or if a configuration file of the folder could make a library run code."""
+    """Returns the fields of a folder's config.json, without private fields such as `_name_or_path`, versions and dtypes.
+    Raises ConfigError if it cannot be read, or if a configuration file of the folder could make a library run code."""
     if not folder.is_dir():
         raise ConfigError(f"model.folder={str(folder)!r}: no such folder; name a Hugging Face folder", see=GUIDE)
     try:

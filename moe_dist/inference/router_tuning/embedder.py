@@ -109,11 +109,8 @@ class Embedder:
 
         logging.disable_progress_bar()  # no progress bar, because the load takes only a second
         try:
-            parameters, stored = (
-                TimedCalls(_num_parameters, MOST_SECONDS)(self._root),
-                (self._root / "model.safetensors").stat().st_size,
-            )
-            if parameters > stored:
+            parameters = TimedCalls(_num_parameters, MOST_SECONDS)(self._root)
+            if parameters > (stored := (self._root / "model.safetensors").stat().st_size):
                 raise ValueError(f"config.json has {parameters:,} parameters, model.safetensors only {stored:,} bytes")
             model = AutoModel.from_pretrained(
                 self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32

@@ -77,7 +77,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_svg_of_a_user_is_not_drawn(tmp_path: Path) -> None:
-    """resvg would read the file that an SVG names, and would work for ever on a large numOctaves."""
+    """resvg reads any file that an SVG names. A large numOctaves keeps it busy without end."""
     (tmp_path / "a.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
     with pytest.raises(DataError, match="not a PNG or JPEG"):
         rasterise(tmp_path / "a.svg")
