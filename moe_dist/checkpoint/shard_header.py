@@ -30,6 +30,7 @@ from moe_dist.config.json_text import bounded
 from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors rejects larger headers
+MAX_HEADER_LISTS = 1 << 20  # of 200,000 tensors or more, which take seconds; DeepSeek-V3 has 91,000
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
@@ -120,7 +121,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
 
 
 def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
-    entries = _VALUES.validate_json(bounded(raw))
+    entries = _VALUES.validate_json(bounded(raw, MAX_HEADER_LISTS))
     metadata = _Metadata.model_validate(entries.pop("__metadata__"))
     parts = {name: _Part.model_validate(entry) for name, entry in entries.items()}
     offsets: dict[str, Any] = _VALUES.validate_json(metadata.DCP_SHARDING_INFO)

@@ -24,7 +24,7 @@ from moe_dist.data.chat_masks import Messages, Span, TurnFinder
 from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_turns, rendered_turns
 from moe_dist.data.picture_coding import Document
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.formats.tokenizer_file import MAX_BYTES, tokenizer_errors
+from moe_dist.formats.tokenizer_file import MAX_ADDED_BYTES, MAX_BYTES, checked_tokenizer, tokenizer_errors
 
 GUIDE = "docs/data.md"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers finds {% generation %} by this pattern
@@ -74,7 +74,8 @@ class HubTokenizer:
                 continue
             if not path.is_file():
                 raise DataError(f"{path}: is no regular file; copy or download it again")
-            if path.stat().st_size > MAX_BYTES:
+            is_small = path.name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+            if path.stat().st_size > (MAX_ADDED_BYTES if is_small else MAX_BYTES):
                 raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be of a tokenizer; remove the file")
         try:
             TimedCalls(_make_configuration, seconds=20)(folder)
@@ -82,6 +83,8 @@ class HubTokenizer:
             problem = f"{folder / 'config.json'}: transformers makes no configuration of it: {error!r:.80}; correct it"
             raise DataError(problem) from error
         with tokenizer_errors(f"{self._named}: copy or download its files again, because transformers cannot read it"):
+            if (folder / "tokenizer.json").exists():
+                checked_tokenizer(folder / "tokenizer.json")
             found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not found.is_fast:
             problem = (

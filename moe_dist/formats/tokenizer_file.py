@@ -2,20 +2,45 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
 
 MAX_BYTES = 1 << 27  # largest size of a tokenizer file; the largest known files have 35 MB
+MAX_ADDED_BYTES = 1 << 23  # of all added tokens, for which the library builds an automaton: 0.3 s and 80 MB for each MB
+
+
+@dataclass
+class _AddedToken:
+    content: str
+
+
+@dataclass
+class _AddedTokens:
+    added_tokens: list[_AddedToken] | None = None
+
+
+_ADDED = TypeAdapter(_AddedTokens)
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing, too large or damaged."""
     with tokenizer_errors(f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data"):
-        return Tokenizer.from_buffer(read_regular(Path(path), most_bytes=MAX_BYTES))
+        return Tokenizer.from_buffer(checked_tokenizer(Path(path)))
+
+
+def checked_tokenizer(path: Path) -> bytes:
+    """Returns the content of a tokenizer.json. Raises OSError or ValueError if it cannot be read or is too large."""
+    content = read_regular(path, most_bytes=MAX_BYTES)
+    added = sum(len(token.content) for token in _ADDED.validate_json(content).added_tokens or ())
+    if added > MAX_ADDED_BYTES:
+        raise ValueError(f"its added_tokens have {added:,} characters, and at most {MAX_ADDED_BYTES:,} are read")
+    return content
 
 
 @contextmanager

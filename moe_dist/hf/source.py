@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from moe_dist.checkpoint.index import Length, Shape, StoredModel
-from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES
+from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES, MAX_HEADER_LISTS
 from moe_dist.config.json_text import bounded
 from moe_dist.errors import DataError
 from moe_dist.hf.fields import read_object
@@ -216,7 +216,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     if len(start) < 8 or (len(raw) < length and length <= MAX_HEADER_BYTES):
         raise DataError(f"{path}: {size:,} bytes, cut short inside its header; {AGAIN}")
     try:
-        entries = _HEADER.validate_json(bounded(raw))
+        entries = _HEADER.validate_json(bounded(raw, MAX_HEADER_LISTS))
         entries.pop("__metadata__", None)
         parts = {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
     except (ValidationError, ValueError) as error:

@@ -66,3 +66,12 @@ def test_a_tokenizer_whose_configuration_takes_all_memory_is_refused(tmp_path: P
     SPECIAL["fifo"](tmp_path / "config.json")
     with pytest.raises(DataError, match=r"config\.json: is no regular file"):
         HubTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_with_a_long_added_token_is_refused(tmp_path: Path, name: str) -> None:
+    token = {"id": 0, "content": "x" * 9_000_000}
+    added = {"added_tokens": [token]} if name == "tokenizer.json" else {"added_tokens_decoder": {"0": token}}
+    (tmp_path / name).write_text(json.dumps(added))
+    with pytest.raises(DataError, match=r"added_tokens have 9,000,000|tokenizer_config\.json: 9,000,[0-9]{3} bytes"):
+        HubTokenizer(tmp_path)

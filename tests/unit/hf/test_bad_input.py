@@ -123,7 +123,7 @@ def sparse(name: str) -> Callable[[Path], None]:
 
 
 def header_of_lists(folder: Path) -> None:
-    header = b'{"a":[' + b"[]," * (1 << 22) + b"[]]}"
+    header = b'{"a":[' + b"[]," * (1 << 20) + b"[]]}"
     (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
 
 
@@ -132,6 +132,12 @@ def header_of_long_numbers(folder: Path) -> None:
     shape = ",".join(["9" * 4200] * 500)
     header = f'{{"a":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}'.encode()
     (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def long_added_token(folder: Path) -> None:
+    made = Tokenizer(models.WordLevel({"w0": 0}, unk_token="w0"))
+    made.add_tokens(["x" * 9_000_000])
+    made.save(str(folder / "tokenizer.json"))
 
 
 def two_sets_of_weights(folder: Path) -> None:
@@ -223,6 +229,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "nested index": (lambda folder: (folder / INDEX).write_bytes(b"[" * 100_000), DataError, f"{INDEX}: .* nested"),
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
+    "long added token": (long_added_token, DataError, "its added_tokens have 9,000,000 characters"),
     "tokenizer that panics": (panicking, DataError, "tokenizer.json"),
 }
 
