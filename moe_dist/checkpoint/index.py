@@ -48,7 +48,7 @@ class StoredModel(BaseModel):
 M = TypeVar("M", bound=StoredModel)
 Length = Annotated[int, Field(ge=0, lt=1 << 63)]
 Steps = Annotated[int, Field(ge=0, lt=1 << 53)]  # a number of steps; the bound keeps it exact in float64
-Shape = Annotated[tuple[Length, ...], Field(max_length=8, strict=False)]  # strict=False also accepts a list
+Shape = Annotated[tuple[Length, ...], FailFast(), Field(max_length=8, strict=False)]  # strict=False also accepts a list
 
 
 class Chunk(StoredModel):

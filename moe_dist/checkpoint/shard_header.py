@@ -30,7 +30,8 @@ from moe_dist.config.json_text import bounded
 from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors rejects larger headers
-MAX_HEADER_LISTS = 1 << 20  # of 200,000 tensors or more, which take seconds; DeepSeek-V3 has 91,000
+# Bounds of a header's JSON, for 200,000 tensors or more, which take seconds. DeepSeek-V3 has 91,000.
+MAX_HEADER_LISTS, MAX_HEADER_VALUES = 1 << 20, 1 << 22
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
@@ -121,7 +122,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
 
 
 def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
-    entries = _VALUES.validate_json(bounded(raw, MAX_HEADER_LISTS))
+    entries = _VALUES.validate_json(bounded(raw, MAX_HEADER_LISTS, MAX_HEADER_VALUES))
     metadata = _Metadata.model_validate(entries.pop("__metadata__"))
     parts = {name: _Part.model_validate(entry) for name, entry in entries.items()}
     offsets: dict[str, Any] = _VALUES.validate_json(metadata.DCP_SHARDING_INFO)

@@ -69,7 +69,7 @@ class HubTokenizer:
             from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
-        for path in sorted(folder.glob("*")):
+        for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
             if path.suffix not in (".json", ".jinja", ".txt", ".model"):
                 continue
             if not path.is_file():
@@ -78,13 +78,16 @@ class HubTokenizer:
             if path.stat().st_size > (MAX_ADDED_BYTES if is_small else MAX_BYTES):
                 raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be of a tokenizer; remove the file")
         try:
-            TimedCalls(_make_configuration, seconds=20)(folder)
+            TimedCalls(_make_configuration, seconds=10)(folder)
         except (TimeoutError, ChildProcessError, MemoryError) as error:
             problem = f"{folder / 'config.json'}: transformers makes no configuration of it: {error!r:.80}; correct it"
             raise DataError(problem) from error
         with tokenizer_errors(f"{self._named}: copy or download its files again, because transformers cannot read it"):
             if (folder / "tokenizer.json").exists():
                 checked_tokenizer(folder / "tokenizer.json")
+            options = folder / "tokenizer_config.json"
+            if options.exists() and "fast_tokenizer_files" in read_json(options, most_bytes=MAX_ADDED_BYTES):
+                raise ValueError(f"{options.name} names another tokenizer.json in fast_tokenizer_files; remove the key")
             found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if not found.is_fast:
             problem = (

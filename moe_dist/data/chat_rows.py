@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -58,14 +59,17 @@ class Part:
 
     @staticmethod
     def load(path: Path) -> "Part":
-        """Reads a file that `save` wrote."""
-        with np.load(path, allow_pickle=False) as found:
-            bad, notes = json.loads(found["told"].tobytes())
-            count = len(found["tokens"]) if len(found["prompt"]) else 0
-            prompt_T = np.unpackbits(found["prompt"], count=count).astype(bool)
-            return Part(
-                found["lengths"], found["tokens"], prompt_T, found["families"], bad, [tuple(note) for note in notes]
-            )
+        """Reads a file that `save` wrote. Raises DataError if it is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as found:
+                bad, notes = json.loads(found["told"].tobytes())
+                count = len(found["tokens"]) if len(found["prompt"]) else 0
+                prompt_T = np.unpackbits(found["prompt"], count=count).astype(bool)
+                return Part(
+                    found["lengths"], found["tokens"], prompt_T, found["families"], bad, [tuple(note) for note in notes]
+                )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+            raise DataError(f"{path}: damaged ({error!r:.100}); remove the folder {path.parent}") from error
 
     def documents(self, chosen_D: np.ndarray) -> Iterator[Document]:
         """Yields the chosen documents."""

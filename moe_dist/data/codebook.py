@@ -6,13 +6,12 @@ of a picture therefore do not depend on the machine, its BLAS or the number of t
 Shape letters: N pictures, P patches, K codebook entries, V values per patch (patch * patch * 3).
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import DataError
+from moe_dist.formats.numpy_file import load_array
 
 GRID = 8  # number of patches along each side of a picture, which thus has 64 codes
 PATCH = 4  # number of pixels along each side of a patch
@@ -79,8 +78,8 @@ def load_codebook(path: str | Path) -> np.ndarray:
     """Reads a codebook, uint8 [K, PATCH, PATCH, 3]. Raises DataError if the file is missing, is not a .npy file, or has
     another shape."""
     try:
-        codebook = np.load(io.BytesIO(read_regular(Path(path), most_bytes=_MOST_BYTES)), allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError) as error:
+        codebook = load_array(Path(path), most_bytes=_MOST_BYTES)
+    except (OSError, ValueError) as error:
         raise DataError(f"codebook {str(path)!r} cannot be read: {error}") from error
     if codebook.dtype != np.uint8 or codebook.ndim != 4 or codebook.shape[1:] != (PATCH, PATCH, 3):
         raise DataError(

@@ -11,6 +11,7 @@ from moe_dist.config.regular_file import open_regular
 from moe_dist.errors import DataError
 from moe_dist.formats.index_header import IndexHeader, index_paths, read_index_header
 from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, SplitSection
+from moe_dist.formats.numpy_file import load_array
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file with one bit per token
 BITS: tuple[Bits, ...] = ("filler", "prompt")
@@ -47,9 +48,7 @@ def load_bits(folder: str | Path, split: SplitSection, bits: Bits) -> np.ndarray
     path, expected = Path(folder) / file, -(-split.tokens // 8)
     try:
         open_regular(path).close()  # rejects a FIFO, on which numpy would wait for a writer
-        found = (
-            np.load(path, mmap_mode="r", allow_pickle=False) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
-        )
+        found = load_array(path) if path.suffix == ".npy" else np.memmap(path, np.uint8, "r")
     except (OSError, ValueError) as error:
         raise DataError(f"{bits} {str(path)!r} cannot be read: {error}") from error
     if found.dtype != np.uint8 or found.shape != (expected,):

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from moe_dist.config.regular_file import read_regular
+from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import DataError
 
 MAX_BYTES = 1 << 27  # largest size of a tokenizer file; the largest known files have 35 MB
@@ -18,14 +20,16 @@ MAX_ADDED_BYTES = 1 << 23  # of all added tokens, for which the library builds a
 @dataclass
 class _AddedToken:
     content: str
+    normalized: bool = True
 
 
 @dataclass
-class _AddedTokens:
+class _Parts:
     added_tokens: list[_AddedToken] | None = None
+    normalizer: Any = None
 
 
-_ADDED = TypeAdapter(_AddedTokens)
+_PARTS = TypeAdapter(_Parts)
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
@@ -37,10 +41,17 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 def checked_tokenizer(path: Path) -> bytes:
     """Returns the content of a tokenizer.json. Raises OSError or ValueError if it cannot be read or is too large."""
     content = read_regular(path, most_bytes=MAX_BYTES)
-    added = sum(len(token.content) for token in _ADDED.validate_json(content).added_tokens or ())
-    if added > MAX_ADDED_BYTES:
+    parts = _PARTS.validate_json(content)
+    tokens = parts.added_tokens or []
+    if (added := sum(len(token.content) for token in tokens)) > MAX_ADDED_BYTES:
         raise ValueError(f"its added_tokens have {added:,} characters, and at most {MAX_ADDED_BYTES:,} are read")
+    if any(token.normalized for token in tokens) and "Regex" in str(parts.normalizer):
+        TimedCalls(_load, seconds=5)(content)  # a regular expression may take hours for the text of an added token
     return content
+
+
+def _load(content: bytes) -> None:
+    Tokenizer.from_buffer(content)
 
 
 @contextmanager
@@ -52,5 +63,5 @@ def tokenizer_errors(problem: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        why = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
+        why = getattr(error, "strerror", None) or f"{error!s:.200}"
         raise DataError(f"{problem}: {why}") from error

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from moe_dist.config.json_text import first_fault
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import MANIFEST_FILE
+from moe_dist.formats.numpy_file import load_array
 from moe_dist.formats.split_files import sampled_digest
 
 GUIDE = "docs/router-tuning.md"
@@ -142,8 +143,8 @@ def open_array(folder: Path, name: str, manifest: TuningManifest) -> np.ndarray:
     has another shape or type than the manifest says."""
     path, shape = folder / name, manifest.shapes()[name]
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:  # numpy raises ValueError for pickled objects and for files without an array
+        array = load_array(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a plain array: {error}; {_AGAIN}", see=GUIDE) from error
     fits = len(array.shape) == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if array.dtype != ARRAYS[name] or not fits:

@@ -7,6 +7,7 @@ An export may contain code only in the form `moe_dist`, which puts moe_dist's ow
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from reprlib import Repr
 from typing import Any
 
 from moe_dist.errors import ConfigError, DataError
@@ -22,11 +23,14 @@ _KEYS = {
     "auto_mapping": "PEFT would import the library that it names",
     "custom_pipelines": "transformers' pipelines would run the classes that it names",
     "custom_generate": "transformers would generate by the code that it names",
+    "fast_tokenizer_files": "transformers would read another tokenizer than the one that is checked here",
     "attribute_map": "transformers would read other fields in place of those that are checked here",
 }
 # Keys whose value names an implementation. For one that is not in _SHIPPED, transformers may download and run kernels.
 _KERNELS = ("attn_implementation", "experts_implementation")
 _SHIPPED = ("eager", "sdpa", "flex_attention", "flash_attention_2", "grouped_mm", "batched_mm")
+_SHORT = Repr()  # shows a value without printing all of it
+_SHORT.maxstring = _SHORT.maxother = 80
 _SPECIAL_TOKENS = "special_tokens_map.json"  # transformers merges its fields into those of tokenizer_config.json
 # Files that the folder of a model or of adapters may contain besides config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
@@ -45,14 +49,20 @@ def entries(values: Any) -> Iterator[tuple[str, Any]]:
 
 
 def code_keys(values: Any) -> Iterator[str]:
-    """Yields an error text for each key, at any depth, that could make a library run code."""
-    for key, each in entries(values):
-        if key in _KEYS and each:
-            yield f"{key}={each!r:.80}: {_KEYS[key]}"
-        elif key.removeprefix("_").removesuffix("_internal") in _KERNELS and any(
-            isinstance(leaf, str) and leaf not in _SHIPPED for _, leaf in entries(each)
-        ):
-            yield f"{key}={each!r:.80}: transformers could download and run kernels, except for {', '.join(_SHIPPED)}"
+    """Yields an error text for each key, at any depth, that could make a library run code. Visits each value once."""
+    rest: list[tuple[str, str, Any]] = [("", "", values)]
+    for kernels, key, value in rest:  # the list grows in this loop; `kernels` is the key around the value that names them
+        if isinstance(value, list):
+            rest += [(kernels, key, each) for each in value]
+            continue
+        if key in _KEYS and value:
+            yield f"{key}={_SHORT.repr(value)}: {_KEYS[key]}"
+        if key.removeprefix("_").removesuffix("_internal") in _KERNELS:
+            kernels = key
+        if kernels and isinstance(value, str) and value not in _SHIPPED:
+            yield f"{kernels}={value!r:.80}: transformers could download and run kernels, except for {', '.join(_SHIPPED)}"
+        if isinstance(value, dict):
+            rest += [(kernels, str(name), each) for name, each in value.items()]
 
 
 def config_problems(folder: Path, names: Sequence[str]) -> list[str]:

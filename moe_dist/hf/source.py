@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from moe_dist.checkpoint.index import Length, Shape, StoredModel
-from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES, MAX_HEADER_LISTS
+from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES, MAX_HEADER_LISTS, MAX_HEADER_VALUES
 from moe_dist.config.json_text import bounded
 from moe_dist.errors import DataError
 from moe_dist.hf.fields import read_object
@@ -38,6 +39,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 AGAIN = "copy or download it again"  # advice in error messages about a damaged file
 
+_MOST_FILES = 10_000  # of weights; DeepSeek-V3 has 163
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # name of a buffer in old Llama checkpoints, which is ignored
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
 
@@ -105,10 +107,13 @@ def open_source(folder: Path) -> Source:
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith(PICKLES)]
     index = _weight_map(folder, names, pickles)
+    wanted: defaultdict[str, set[str]] = defaultdict(set)
+    for name, file in (index or {}).items():
+        wanted[file].add(name)
     tensors: dict[str, Stored] = {}
     files: dict[str, tuple[int, int, str]] = {}
     problems: list[str] = []
-    for file in sorted(set(index.values())) if index is not None else [WEIGHTS_FILE]:
+    for file in sorted(wanted) if index is not None else [WEIGHTS_FILE]:
         try:
             path = inside(folder, file)
             found, digest = _read_header(path)
@@ -127,9 +132,8 @@ def open_source(folder: Path) -> Source:
                 )
             elif not _DERIVED.fullmatch(name):
                 tensors[name] = stored
-        if index is not None:
-            lost = sorted(name for name, where in index.items() if where == file and name not in found)
-            problems += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it; {AGAIN}" for name in lost]
+        lost = sorted(wanted[file] - found.keys())
+        problems += [f"{path}: {name} is missing, which {INDEX_FILE} says is in it; {AGAIN}" for name in lost]
     if problems:
         raise DataError(problems, see="docs/huggingface.md")
     companions = [name for name in COMPANIONS if name in names and companion(folder, name)]
@@ -198,6 +202,8 @@ def read_weight_map(folder: Path) -> Mapping[str, str]:
     found = read_object(inside(folder, INDEX_FILE), "index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DataError(f"{folder / INDEX_FILE}: has no weight_map, the file of each tensor; {AGAIN}")
+    if len(files := set(map(str, found.values()))) > _MOST_FILES:
+        raise DataError(f"{folder / INDEX_FILE}: names {len(files):,} files, more than {_MOST_FILES:,}; {AGAIN}")
     odd = [f"{name} in {file!r:.80}" for name, file in found.items() if not _PLAIN.fullmatch(str(file))]
     if odd:
         raise DataError(
@@ -216,7 +222,7 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     if len(start) < 8 or (len(raw) < length and length <= MAX_HEADER_BYTES):
         raise DataError(f"{path}: {size:,} bytes, cut short inside its header; {AGAIN}")
     try:
-        entries = _HEADER.validate_json(bounded(raw, MAX_HEADER_LISTS))
+        entries = _HEADER.validate_json(bounded(raw, MAX_HEADER_LISTS, MAX_HEADER_VALUES))
         entries.pop("__metadata__", None)
         parts = {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
     except (ValidationError, ValueError) as error:

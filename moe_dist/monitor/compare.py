@@ -68,7 +68,10 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
         same = isinstance(b, list) and len(a) == len(b)
         return same and all(_close(one, other, rtol) for one, other in zip(a, b, strict=True))
     numbers = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool)
-    return numbers and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
+    try:
+        return numbers and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
+    except OverflowError:  # an integer above the floats, and it is not the other number
+        return False
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.cover import exhaustive
+from tests.support.cover import exhaustive, full
 from tests.support.notebooks import TUTORIALS, run_tutorial
 
 DATA = Path(__file__).parents[2] / ".cache" / "data"
@@ -12,9 +12,11 @@ LONG = ("routing_report", "own_data", "hugging_face", "planning")  # each takes 
 HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in ("slurm", "ray")]
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
-    "path", [exhaustive(path) if path.stem in LONG else path for path in HERE], ids=lambda path: path.stem
+    "path",
+    [exhaustive(path) if path.stem in LONG else full(path) for path in HERE if path.stem != "own_model"]
+    + [TUTORIALS / "own_model.ipynb"],
+    ids=lambda path: path.stem,
 )
 def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -31,6 +31,9 @@ GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not follow from the family
 MOST_PARTS = 4096  # of layers, experts and the like; transformers takes milliseconds for each
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+# Names of fields whose numbers are large and over which transformers does not loop. A loop over MOST_NUMBER takes a second.
+_LARGE = re.compile(r"theta|position|length|window|size|seed|base|context|token|pixel|id$")
+MOST_NUMBER = 1 << 18
 _NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)$")  # field names
 _NOTES = ("transformers_version", "torch_dtype", "dtype")
 
@@ -164,6 +167,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             problems.append(f"{name}: is a note that transformers makes itself; remove it")
         elif _NUM_PARTS.search(name) and isinstance(value, int | float) and value > MOST_PARTS:
             problems.append(f"{name}={value!r:.80}: more than {MOST_PARTS:,} are not possible; lower it")
+        elif isinstance(value, int) and value > MOST_NUMBER and not _LARGE.search(name):
+            problems.append(f"{name}={value!r:.80}: more than {MOST_NUMBER:,} is not possible; lower it")
         elif not f"{name}{value if isinstance(value, str) else ''}".isprintable():
             problems.append(f"{name}={value!r:.80}: has control characters; remove them")
     if problems:

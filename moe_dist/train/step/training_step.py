@@ -337,13 +337,12 @@ class TrainingStep:
         """Returns the numbers of rows and pairs that this rank sent, and the rank's ledger without its bytes."""
         groups, own = self.placement.groups, found.own
         experts, nulls = [group.num_experts for group in groups], [group.num_null for group in groups]
-        choices_C = own.choices_LC.sum(0)
-        true_E = choices_C[: sum(experts)] - own.dropped_LE.sum(0)
-        null_C = choices_C[sum(experts) :][: sum(nulls)]
-        true_G = torch.stack([part.sum() for part in true_E.split(experts)])
-        null_G = torch.stack([part.sum() for part in null_C.split(nulls)])
-        on_device = (true_G, null_G, own.tokens_LG.sum(0), found.sent if isinstance(found.sent, Tensor) else None)
-        true_G, null_G, tokens_G, sent_5 = unpack(pack(on_device).cpu().numpy(), on_device)  # host sync
+        counted = (own.choices_LC, own.dropped_LE, own.tokens_LG, found.sent if isinstance(found.sent, Tensor) else None)
+        # One host sync. The host adds the counts, which saves ten kernels and copies 16 bytes a layer and expert.
+        choices_LC, dropped_LE, tokens_LG, sent_5 = unpack(pack(counted).cpu().numpy(), counted)
+        true_E, null_C = np.split(choices_LC.sum(0)[: sum(experts) + sum(nulls)], [sum(experts)])
+        true_G = [part.sum() for part in np.split(true_E - dropped_LE.sum(0), np.cumsum(experts)[:-1])]
+        null_G = [part.sum() for part in np.split(null_C, np.cumsum(nulls)[:-1])]
         sent = found.sent if isinstance(found.sent, SentCounts) else SentCounts(*sent_5)
         ledger = compare(
             self.placement,
@@ -351,7 +350,7 @@ class TrainingStep:
             sent,
             true_choices_G=true_G,
             null_choices_G=null_G,
-            tokens_G=tokens_G,
+            tokens_G=tokens_LG.sum(0),
         )
         return sent, ledger
 
@@ -399,7 +398,7 @@ class TrainingStep:
 
 def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -> Tensor:
     """Computes `Forwarded.busiest_G`, float64 [G], from counts with a row per layer of each micro-batch. Needs no sync."""
-    choices_LC, tokens_LG = counts.choices_LC.to(torch.float64), counts.tokens_LG.to(torch.float64)
+    choices_LC, tokens_LG = counts.choices_LC, counts.tokens_LG.to(torch.float64)
     most_G = []
     for g, group in enumerate(groups):
         even_L = tokens_LG[:, g] * (group.expected_experts_per_token / group.num_experts)

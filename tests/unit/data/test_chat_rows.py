@@ -13,6 +13,7 @@ from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.chat_rows import Part, Row, encode_conversation
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.prepare import Inputs, prepare
+from moe_dist.errors import DataError
 from moe_dist.runtime.progress import Report
 from tests.support.chat_folders import chat_folder, conversations, write_lines
 
@@ -62,6 +63,13 @@ def test_an_interrupted_command_goes_on(
     assert (kept.items() <= during.items()) != changed
     assert found == make(tmp_path / "a/set", lines, tokenizer, lambda *_: None)
     assert not parts.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x05\x06" + bytes(18), b"\x93NUMPY"], ids=["empty", "no arrays", "no zip"])
+def test_a_damaged_part_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "0.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"0\.npz: damaged"):
+        chat_rows.Part.load(tmp_path / "0.npz")
 
 
 class SlowChild:

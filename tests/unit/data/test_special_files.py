@@ -12,6 +12,7 @@ from moe_dist.data.codebook import load_codebook
 from moe_dist.data.pictures import rasterise
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
+from moe_dist.formats.numpy_file import load_array
 from moe_dist.inference.questions.files import read_facts
 from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.plan.preflight import check
@@ -75,3 +76,28 @@ def test_a_tokenizer_with_a_long_added_token_is_refused(tmp_path: Path, name: st
     (tmp_path / name).write_text(json.dumps(added))
     with pytest.raises(DataError, match=r"added_tokens have 9,000,000|tokenizer_config\.json: 9,000,[0-9]{3} bytes"):
         HubTokenizer(tmp_path)
+
+
+def test_a_second_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers would read `other.json`, which is checked nowhere, in place of tokenizer.json."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": ["other.json"]}))
+    with pytest.raises(DataError, match=r"names another tokenizer\.json in fast_tokenizer_files"):
+        HubTokenizer(tmp_path)
+
+
+def header(shape: str) -> bytes:
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04", b"PK\x05\x06" + bytes(18), header("(10**23 - 1,)"), header("(99999999999999999999999,)"),
+     header("(True,)"), header("(" + "-" * 4000 + "1,)")],
+    ids=["empty", "zip", "empty zip", "expression", "huge", "boolean", "nested"],
+)  # fmt: skip
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_damaged_array_is_refused(tmp_path: Path, content: bytes, mapped: bool) -> None:
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"."):
+        load_array(tmp_path / "a.npy", most_bytes=None if mapped else 1 << 20)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, normalizers
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.exporting import export_model
@@ -140,6 +140,26 @@ def long_added_token(folder: Path) -> None:
     made.save(str(folder / "tokenizer.json"))
 
 
+def slow_normalizer(folder: Path) -> None:
+    """Writes a tokenizer whose regular expression would take minutes for the text of an added token."""
+    made = Tokenizer(models.WordLevel({"w0": 0}, unk_token="w0"))
+    made.normalizer = normalizers.Replace(Regex("(a|aa|a)+c"), "")
+    made.save(str(folder / "tokenizer.json"))
+    token = {"id": 1, "content": ("a" * 16 + "b") * 5000, "normalized": True, "special": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    edit(folder / "tokenizer.json", lambda values: values.update(added_tokens=[token]))
+
+
+def header_of_floats(folder: Path) -> None:
+    header = b'{"a":{"dtype":"F32","shape":[' + b"0.5," * 10_000 + b'0.5],"data_offsets":[0,0]}}'
+    (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def many_files(folder: Path) -> None:
+    names = {f"w{number}": f"{number}.safetensors" for number in range(10_001)}
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+
 def two_sets_of_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / FIRST).read_bytes())
 
@@ -230,6 +250,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
     "long added token": (long_added_token, DataError, "its added_tokens have 9,000,000 characters"),
+    "slow normalizer": (slow_normalizer, DataError, "tokenizer.json.*took more than 5 s"),
+    "header of floats": (header_of_floats, DataError, f"{SECOND}: .* 1 validation error for"),
+    "many files": (many_files, DataError, f"{INDEX}: names 10,001 files"),
     "tokenizer that panics": (panicking, DataError, "tokenizer.json"),
 }
 

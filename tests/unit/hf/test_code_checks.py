@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moe_dist.errors import ConfigError, DataError, MoeDistError
-from moe_dist.hf.code_checks import verify_export
+from moe_dist.hf.code_checks import code_keys, verify_export
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
 from moe_dist.hf.served_fields import CODE_FILES
@@ -168,3 +168,23 @@ def test_many_fields_in_a_small_file_are_refused(copies: dict[str, Path]) -> Non
     path.write_text(json.dumps({**json.loads(path.read_text()), **{f"k{number}": 1 for number in range(20_000)}}))
     with pytest.raises(MoeDistError, match="fields, and a model's configuration has a few hundred"):
         import_model(copies["theirs"], copies["theirs"].parent / "ours")
+
+
+class Counted(dict[str, Any]):
+    """Counts how often its items are listed."""
+
+    listed = 0
+
+    def items(self) -> Any:
+        Counted.listed += 1
+        return super().items()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "auto_map"])
+def test_nested_keys_are_visited_once(key: str) -> None:
+    values = Counted(a=1)
+    for _ in range(50):
+        values = Counted({key: values})
+    Counted.listed = 0
+    assert len(list(code_keys(values))) == (50 if key == "auto_map" else 0)
+    assert Counted.listed == 51

@@ -46,6 +46,8 @@ def test_a_tolerance_holds_for_each_number_of_a_list() -> None:
     assert first_difference(RUN, other, rtol=1e-6) == (None, len(RUN))
     other[3]["arrays"]["choices_LC"][0] = [1]
     assert first_difference(RUN, other, rtol=1e-6)[0] is not None, "a list of another length"
+    other[3]["arrays"]["choices_LC"][0] = [1, 10**400]
+    assert first_difference(RUN, other, rtol=1e-6)[0] is not None, "an integer that is no float"
 
 
 def test_a_missing_line_is_a_difference_and_a_shorter_run_is_none() -> None:

@@ -149,3 +149,16 @@ def test_bad_arrays_are_named(tmp_path: Path, content: np.ndarray | None) -> Non
     path.write_bytes(path.read_bytes()[: -9 if content is None else None])
     with refused(DataError, "a.npy", golden=content is not None):
         read_foreign(path, 8)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"top_indices": [[10**30, 1]]}, {"step": "10"}, {"layer": 1.5}, {"num_tokens": -1}, {"topk": 1, "num_tokens": 12}],
+    ids=lambda change: min(change),
+)
+def test_bad_lines_of_megatron_are_named(tmp_path: Path, change: Mapping[str, object]) -> None:
+    file = megatron(tmp_path / "trace") / "router_trace_rank0.jsonl"
+    first, second, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([first, json.dumps(json.loads(second) | change), *rest]))
+    with pytest.raises(DataError, match="line 2: not a record"):
+        read_foreign(tmp_path / "trace", 8)
