@@ -16,6 +16,7 @@ from moe_dist.moe.routing.types import ExpertsChoice
 from moe_dist.monitor.costs import Cost, cost_table
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.plan.preflight import check
+from moe_dist.train.evaluation import calibration
 from moe_dist.train.evaluation.balance import even_routing
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
@@ -52,9 +53,11 @@ def choose_by_rounded(logits_UE: Tensor, noisy_UE: Tensor, *rest: Any, **options
 
 
 def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[list[dict[str, Any]], EvaluationResult]:
-    """Takes all steps. Returns them and the final evaluation, which uses calibrated thresholds."""
+    """Takes all steps. Returns them and the final evaluation, which uses calibrated thresholds. These are multiples of
+    1/256, because an exact threshold lies between scores of tokens with equal inputs."""
     by_rounded = mock.patch.object(selection, "choose", choose_by_rounded)
-    with by_rounded, started_run(rank, data, {**CHOOSING, **changes}) as run:
+    coarse = mock.patch.object(calibration, "HALVINGS", 8)
+    with by_rounded, coarse, started_run(rank, data, {**CHOOSING, **changes}) as run:
         steps = take_steps(run, 0, run.config.train.steps)
         groups = run.training.step.group_of_modality
         evaluator = Evaluator(run.config, load_manifest(data), run.training.parallel, run.placement, groups)
