@@ -126,12 +126,37 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     )
     shared = Path(call.folder) / "shared"
     shared.mkdir(exist_ok=True)
+    before = _global_state()
     result = pickle.dumps(function(RankContext(rank, world_size, shared), *pickle.loads(call.arguments)))
+    if left := [name for name, value in _global_state().items() if name in before and before[name] is not value]:
+        raise AssertionError(f"the call changes {', '.join(left[:5])} for later calls; restore it at the call's end")
     dist.barrier()  # no rank leaves while a peer may still need it
     dist.destroy_process_group()
     gc.collect()  # collects groups in reference cycles
     gc.freeze()  # the next collections skip all remaining objects, which saves 0.3 s of CPU time per call and rank
     return result
+
+
+def _global_state() -> dict[str, Any]:
+    """Returns settings of torch, and the functions and classes of loaded modules and of moe_dist's classes, by name. A body
+    that patches one of them for later calls would change the results of other tests."""
+    import torch
+
+    found: dict[str, Any] = {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's gradient mode": torch.is_grad_enabled(),
+        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
+        "torch's fp32 precision": sys.intern(torch.backends.mkldnn.matmul.fp32_precision),  # pyright: ignore
+    }
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("moe_dist.", "transformers.", "torch.nn.functional", "torch.distributed.distributed_c10d")):
+            values = {f"{name}.{key}": value for key, value in list(vars(module).items()) if callable(value)}
+            found |= values
+            if name.startswith("moe_dist."):
+                for key, value in values.items():
+                    if isinstance(value, type) and value.__module__ == name:
+                        found |= {f"{key}.{field}": each for field, each in vars(value).items() if callable(each)}
+    return found
 
 
 def _serve(rank: int, world_size: int, stacks: str, connection: Connection) -> None:
