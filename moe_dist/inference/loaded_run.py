@@ -108,7 +108,7 @@ class LoadedRun:
 
     @property
     def digest(self) -> str:
-        """Returns the SHA-256 of the weights that the section `router_tuning` compares."""
+        """Returns a SHA-256 of the weights. Samples of router tuning name it."""
         return content_hash(open_checkpoint(self.folder).index)
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
