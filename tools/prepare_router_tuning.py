@@ -8,8 +8,6 @@ from typing import Annotated
 import torch
 import typer
 
-from moe_dist.checkpoint.base import content_hash
-from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.formats.tuning_manifest import TuningManifest
@@ -122,11 +120,11 @@ def _layers(wanted: str, config: Config) -> tuple[int, ...]:
 def _manifest(options: PrepareOptions, trained: LoadedRun, embedder: Embedder, layers: tuple[int, ...]) -> TuningManifest:
     """Makes the manifest of the samples without its counts, which `write_samples` fills in."""
     return TuningManifest(
-        checkpoint=content_hash(open_checkpoint(trained.folder).index),
+        checkpoint=trained.digest,
         run=str(trained.folder),
         step=trained.step,
         model=trained.config.model.model_dump(mode="json"),
-        tokenizer=tokenizer_digest(trained.config.data.path, trained.manifest),
+        tokenizer=tokenizer_digest(trained.config, trained.manifest),
         embedder=embedder.sha256,
         embedder_name=str(embedder.folder),
         layers=layers,

@@ -99,8 +99,11 @@ class RouterTuningSection(Section):
         if only != "routers":
             problem = f"train.only={only or 'null'}: {KEY} trains routers alone; set train.only=routers, or remove {KEY}"
             yield Violation(("train.only", KEY), problem)
-        if config.run.init_from is None:
-            problem = f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from"
+        if config.run.init_from is None and config.model.folder is None:
+            problem = (
+                f"run.init_from=null: {KEY} tunes a trained model; set it to the run that {KEY}.data is made from, or with "
+                "engine.kind=transformers set model.folder"
+            )
             yield Violation(("run.init_from", KEY), problem)
         yield from unmet(config, KEY, KEY, NEEDS, instead=f"remove {KEY}")
         yield from _layer_violations(self, config)

@@ -55,8 +55,8 @@ class TuningManifest(_Stored):
     """The content of manifest.json."""
 
     format: Literal[1] = 1
-    checkpoint: _Sha256  # `checkpoint.base.content_hash` of the parameters that answered the questions
-    run: str  # folder of the run that answered the questions; used in error texts
+    checkpoint: _Sha256  # `LoadedRun.digest` of the parameters that answered the questions
+    run: str  # folder of the checkpoint that answered the questions; used in error texts
     step: _Size
     model: dict[str, JsonValue]  # the section `model` of the scored run's configuration
     tokenizer: _Sha256  # SHA-256 of the data set's tokenizer.json

@@ -40,6 +40,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 AGAIN = "copy or download it again"  # advice in error messages about a damaged file
 
 _MOST_FILES = 10_000  # of weights; DeepSeek-V3 has 163
+_DIGESTED = 1024  # elements of a tensor
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # name of a buffer in old Llama checkpoints, which is ignored
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
 
@@ -138,6 +139,17 @@ def open_source(folder: Path) -> Source:
         raise DataError(problems, see="docs/huggingface.md")
     companions = [name for name in COMPANIONS if name in names and companion(folder, name)]
     return Source(folder, config, tensors, files, pickles, companions)
+
+
+def weights_digest(folder: Path) -> str:
+    """Returns a SHA-256 over name, dtype, shape and first elements of every tensor in a folder, which training changes.
+    Does not depend on the division into files. Raises the DataErrors of `open_source` and `Source.read`."""
+    source, digest = open_source(folder), hashlib.sha256()
+    for name, stored in sorted(source.tensors.items()):
+        digest.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())
+        first = source.read(name, 0, (min(math.prod(stored.shape), _DIGESTED),))
+        digest.update(first.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_configuration(folder: Path, name: str) -> dict[str, Any]:

@@ -3,21 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from moe_dist.checkpoint.base import content_hash
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
 from moe_dist.checkpoint.state import capture
 from moe_dist.config.base.section import named
+from moe_dist.config.load import load_config
 from moe_dist.config.parallel.section import InterleavedSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
+from moe_dist.hf.source import weights_digest
 from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary
@@ -26,6 +29,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.plan.preflight import manifest_violations
+from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build.training import build_for_inference, freeze, group_of_modality, rank_layout, saved_part
 from moe_dist.train.start.base_weights import load_base
 from moe_dist.train.start.resume import mapping_of, saved_config
@@ -102,6 +106,11 @@ class LoadedRun:
         """Returns the run's folder, or the folder that contains the checkpoint if it belongs to no run."""
         return self.folder.parent.parent if self.folder.parent.name == "checkpoints" else self.folder.parent
 
+    @property
+    def digest(self) -> str:
+        """Returns a SHA-256 of the weights. Samples of router tuning name it."""
+        return content_hash(open_checkpoint(self.folder).index)
+
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
         """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all its ranks must call
         `load`."""
@@ -131,6 +140,29 @@ class LoadedRun:
         return group_of_modality(self.manifest, placement_for_use(self.config, 1))
 
 
+@dataclass(frozen=True)
+class FolderModel(LoadedRun):
+    """The model in `model.folder`, which is `folder`, before a run with this configuration has changed it."""
+
+    @property
+    def run_folder(self) -> Path:
+        return RunFolder.of(self.config).path
+
+    @property
+    def digest(self) -> str:
+        return weights_digest(self.folder)
+
+    def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
+        from moe_dist.hf.host.weights import read_folder  # imported only here, because it takes seconds
+
+        ranks, rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
+        placement = placement_for_use(self.config, ranks)
+        model: Any = build_for_inference(self.config, placement, device, mesh)
+        read_folder(model, self.folder, placement.slots[rank])
+        model.ready()
+        return model
+
+
 def causal_problems(config: Config) -> list[str]:
     """Returns the reasons why routing depends on later tokens even in evaluation. Such a model cannot generate."""
     problem = config.model.moe.router.not_causal()
@@ -153,7 +185,8 @@ def find_trained(
     """Finds a checkpoint, and the data set on which its run was trained.
 
     Args:
-        path: A run folder, a folder of checkpoints, or the folder of a checkpoint.
+        path: A run folder, a folder of checkpoints, the folder of a checkpoint, or the YAML file of a run that begins with
+            `model.folder`.
         step: Training step of the checkpoint; by default that of the newest checkpoint.
         data: The folder where the data set is now; by default the folder in the run's configuration.
         allow: Function that takes a run's configuration and returns the reasons why the run cannot be used.
@@ -163,28 +196,41 @@ def find_trained(
             an imported model.
         DataError: files are damaged, or the run was trained on other data.
     """
-    folder = find_checkpoint(path) if step is None else _of_step(path, step)
-    state = open_checkpoint(folder).state
-    config = saved_config(state.values, folder)
+    if begins := step is None and path.suffix == ".yaml":
+        config, values = _to_begin(path), {}
+        folder, step = Path(str(config.model.folder)), 0
+    else:
+        folder = find_checkpoint(path) if step is None else _of_step(path, step)
+        state = open_checkpoint(folder).state
+        config, values, step = saved_config(state.values, folder), state.values, state.step
     if problems := allow(config):
         raise ConfigError([f"{folder}: {problem}" for problem in problems])
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
     manifest = load_manifest(config.data.path)
-    if "data" not in state.values:  # an imported model can be used with any data set that fits it
+    if "data" not in values:  # an imported model can be used with any data set that fits it
         unfit = manifest_violations(config, expert_groups(config.model.moe), manifest)
         if problems := [violation.problem for violation in unfit]:
             raise ConfigError([f"{config.data.path}: these data do not fit {folder}", *problems])
-    elif problems := digest_problems(mapping_of(state.values, "data", folder), data_digest(config.data.path, manifest)):
+    elif problems := digest_problems(mapping_of(values, "data", folder), data_digest(config.data.path, manifest)):
         raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *problems])
-    return LoadedRun(folder, state.step, config, manifest)
+    return (FolderModel if begins else LoadedRun)(folder, step, config, manifest)
+
+
+def _to_begin(path: Path) -> Config:
+    config = load_config(path)
+    if config.model.folder is None or config.run.init_from is not None:
+        raise ConfigError(f"{path}: its run does not begin with the weights of model.folder; give a run with weights")
+    if not Path(config.model.folder).is_dir():
+        raise ConfigError(f"model.folder={config.model.folder!r}: no such folder; name a Hugging Face folder")
+    return config
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """The options of every command that uses a trained run."""
 
-    run: Annotated[Path, typer.Argument(help="A run, a folder of checkpoints, or a checkpoint.")]
+    run: Annotated[Path, typer.Argument(help="A run, a checkpoint, or the YAML file of a run from model.folder.")]
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None
     data: Annotated[Path | None, typer.Option(help="Folder of the run's data set, if it has moved.")] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"

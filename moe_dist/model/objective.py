@@ -29,7 +29,14 @@ class Choices:
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns the losses [B, S] in fp32 (float64 for a float64 model). Computes only B x S x K logits."""
         weight_BKD = weight_VD[self.choice_BK.clamp_min(0)].to(x_BSD.dtype)
-        logits_BSK = x_BSD @ weight_BKD.transpose(1, 2)
+        return self._losses(x_BSD @ weight_BKD.transpose(1, 2), labels_BS)
+
+    def losses_of(self, logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+        """Returns the same losses from the logits of all words."""
+        word_BSK = self.choice_BK.clamp_min(0)[:, None].expand(-1, logits_BSV.shape[1], -1)
+        return self._losses(logits_BSV.gather(2, word_BSK), labels_BS)
+
+    def _losses(self, logits_BSK: Tensor, labels_BS: Tensor) -> Tensor:
         logits_BSK = logits_BSK.to(torch.promote_types(logits_BSK.dtype, torch.float32))
         # the smallest finite number, because -inf would give NaN gradients to a sequence without choices
         logits_BSK = logits_BSK.masked_fill((self.choice_BK < 0)[:, None], torch.finfo(logits_BSK.dtype).min)

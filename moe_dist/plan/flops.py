@@ -241,9 +241,13 @@ def flops_left_out(config: Config, forward: Parts) -> float:
     if tuned is None:
         return frozen_flops(model, forward, seq_len=seq_len)
     untuned = untuned_flops(model, forward, seq_len=seq_len, tuned=tuned)
-    assert config.router_tuning is not None, "it has the tuned layers"
-    # In this case forward and backward of the output layer compute only a few rows of the vocabulary.
-    return untuned if config.router_tuning.over_vocabulary else untuned + 2 * forward.output
+    return untuned + 2 * forward.output if has_few_logits(config) else untuned
+
+
+def has_few_logits(config: Config) -> bool:
+    """Returns whether the output layer computes only a few rows of the vocabulary. transformers' models compute all."""
+    tuning = config.router_tuning
+    return tuning is not None and not tuning.over_vocabulary and not config.engine.hosts
 
 
 def model_flops_per_token(

@@ -48,7 +48,14 @@ from typing import Literal, NamedTuple
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.schema import Config
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.plan.flops import ffn_dim_for_all, layers_passed_by, own_adapters, parameters, tuned_layers
+from moe_dist.plan.flops import (
+    ffn_dim_for_all,
+    has_few_logits,
+    layers_passed_by,
+    own_adapters,
+    parameters,
+    tuned_layers,
+)
 from moe_dist.plan.policies import expert_groups
 
 FP32 = 4
@@ -296,7 +303,7 @@ def _has_dense_kernels(config: Config) -> bool:
 def output_bytes_per_token(config: Config) -> float:
     """Returns the bytes per token that autograd keeps for the output projection and the cross entropy."""
     model, a = config.model, ITEMSIZE[config.parallel.precision]
-    if config.router_tuning is not None and not config.router_tuning.over_vocabulary:
+    if has_few_logits(config):
         return a * model.hidden_dim  # the few logits are not counted
     words = config.parallel.loss_words_of(model.vocab_size)
     if words is None and _has_dense_kernels(config):

@@ -13,7 +13,7 @@ from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.tuning_manifest import TuningManifest, file_problems, load_tuning_manifest
 
 # Keys of `model` that change neither the output nor the routing of the run that answered the questions of the samples.
-_NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance")
+_NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance", "folder")
 
 
 def check_tuning_data(config: Config, data: Manifest | None, data_problems: list[str]) -> list[Violation]:
@@ -68,17 +68,21 @@ def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
     ]
 
 
-def tokenizer_digest(folder: str | Path, data: Manifest) -> str:
-    """Returns the SHA-256 of a data set's tokenizer; '' if it has none. Raises OSError if the file cannot be read."""
-    if data.tokenizer is None:
+def tokenizer_digest(config: Config, data: Manifest) -> str:
+    """Returns the SHA-256 of a data set's tokenizer, or of that in `model.folder`; '' if there is none. Raises OSError if
+    the file cannot be read."""
+    path = None if config.model.folder is None else Path(config.model.folder) / "tokenizer.json"
+    if data.tokenizer is not None:
+        path = Path(config.data.path) / data.tokenizer
+    if path is None:
         return ""
-    with open_regular(Path(folder) / data.tokenizer) as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _tokenizer_problems(config: Config, data: Manifest, manifest: TuningManifest) -> list[str]:
     try:
-        found = tokenizer_digest(config.data.path, data)
+        found = tokenizer_digest(config, data)
     except OSError:  # a different check reports that the tokenizer is missing
         return []
     if found in ("", manifest.tokenizer):  # '' means that the data set has no tokenizer to compare

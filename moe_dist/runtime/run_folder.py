@@ -31,7 +31,8 @@ from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, ref
 from moe_dist.runtime.provenance import record_provenance
 from moe_dist.runtime.status import AttemptRecord, Status, read_status, write_status
 
-BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json"})  # names that may exist before the first attempt
+# Names that may exist before the first attempt.
+BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json", "evaluations"})
 
 
 class Start(Enum):

@@ -14,7 +14,6 @@ KIND = "engine.kind=transformers"
 NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
     ("train.only", (None, "routers", "experts"), "the family has no other parts that can be trained alone"),
-    ("router_tuning", (None,), "router tuning reads this project's own model"),
     ("loss.distillation", (None,), "a teacher is this project's own model"),
     ("rank_balance.replicating", (None,), "experts have no replicas"),
     ("parallel.compile", (False,), "the family's code is not compiled"),

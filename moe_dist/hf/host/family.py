@@ -58,11 +58,12 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     if folder is not None and (family is None or (Path(folder) / "config.json").is_file()):
         stored = read_fields(Path(folder))
         of_folder = stored.pop("model_type")
-        for key, given, found in (("family", family, of_folder), ("fields", fields, stored)):
-            if given and given != found:
-                raise ConfigError(
-                    f"model.{key}: is not that of {folder}/config.json; remove model.{key}, or model.folder", see=GUIDE
-                )
+        wrong = [f"fields.{key}" for key, value in (fields or {}).items() if stored.get(key) != value]
+        wrong += [] if family in (None, of_folder) else ["family"]
+        if wrong:
+            raise ConfigError(
+                f"model.{wrong[0]}: is not that of {folder}/config.json; remove it, or model.folder", see=GUIDE
+            )
         family, fields = of_folder, stored
     elif family is None:
         raise ConfigError(

@@ -10,6 +10,7 @@ pairs on this rank, R rows on this rank.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -190,11 +191,13 @@ class HostedModel(nn.Module):
         labels_BS: Tensor | None = None,
         objective: Any = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
-        """Returns logits or losses and the layers' reports, as `Transformer.forward` does. Has no `objective`."""
-        assert objective is None, "the engine's section refuses what has an objective"
+        """Returns logits or losses and the layers' reports, as `Transformer.forward` does. An `objective` has
+        `losses_of`."""
         rows, place_BS = (tokens_BS, positions_BS, group_BS), None
         if not self.packed:
             place_BS, rows = _unpacked(documents_BS, *rows)
+            if request.probe_tokens_A is not None:
+                request = replace(request, probe_tokens_A=place_BS.flatten()[request.probe_tokens_A])
         here = _Pass(rows[2].flatten(), request)
         self._pass.append(here)
         try:
@@ -209,6 +212,8 @@ class HostedModel(nn.Module):
         logits_BSV = logits if place_BS is None else logits.flatten(0, 1)[place_BS]
         if labels_BS is None:
             return logits_BSV, reports
+        if objective is not None:
+            return objective.losses_of(logits_BSV, labels_BS), reports
         logits_BVS = logits_BSV.transpose(1, 2).to(accumulation_dtype(logits_BSV.dtype))
         return F.cross_entropy(logits_BVS, labels_BS, reduction="none"), reports  # leaves out labels of -100
 
@@ -335,9 +340,10 @@ class _Routed:
         here = self._last
         assert here is not None
         request = here.request
-        cache = here.caches.setdefault(
-            layer.name, RoutingCache(batch_info=request.batch_info, keep_choices=request.keep_choices)
+        given = RoutingCache(
+            batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
         )
+        cache = here.caches.setdefault(layer.name, given)
         family = router.router if hasattr(router, "router") else router  # a measurement may replace the router
         assert family.choice is not None
         family.choice = family.choice._replace(ids_TK=ids_TK, weights_TK=weights_TK)

@@ -39,6 +39,7 @@ from moe_dist.train.build.training import (
     group_of_modality,
     model_args,
 )
+from moe_dist.train.build.tuning import build_tuning
 from moe_dist.train.step.training_step import TrainingStep
 
 
@@ -122,6 +123,8 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     torch.manual_seed(config.run.seed * mesh.world_size + mesh.rank)  # for a family's dropout, which differs on each rank
     parallel = ParallelModel(model, mesh, section.data, fsdp_gather=section.fsdp_gather)
     optimizer = build_optimizer(config, model)
+    groups = group_of_modality(manifest, placement)
+    tuning = build_tuning(config, manifest, parallel, groups)
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
     (group,) = placement.groups
@@ -133,14 +136,15 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
         parallel,
         optimizer,
         placement=placement,
-        group_of_modality=group_of_modality(manifest, placement),
+        group_of_modality=groups,
         clip_norm=config.optimizer.clip_norm,
         comm_stats=comm_stats,
         controllers=[each for each in (balance, load) if each is not None],
+        tuning=tuning,
         load=load,
     )
     dispatch = context_on(mesh, config, placement, comm_stats)
-    yield HostedTraining(parallel, optimizer, step, dispatch, balance, load=load, config=config, local=local)
+    yield HostedTraining(parallel, optimizer, step, dispatch, balance, tuning, load, config=config, local=local)
 
 
 @torch.no_grad()

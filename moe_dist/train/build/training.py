@@ -260,7 +260,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     optimizer = build_optimizer(config, model)
     groups = group_of_modality(manifest, placement)
     whole = config.train.only is None  # if False, routers keep the thresholds of the loaded model
-    tuning = build_tuning(config, manifest, parallel, groups) if config.router_tuning is not None else None
+    tuning = build_tuning(config, manifest, parallel, groups)
     layers = model.moe_modules()
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     thresholds = (ThresholdUpdater.of(layers), depth_thresholds(model)) if whole else ()
@@ -279,7 +279,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         comm_stats=comm_stats,
         controllers=[each for each in (balance, *thresholds, load) if each is not None],
         needs_global_batch_info=config.model.moe.router.needs_global_batch_info or config.model.largest_dropout > 0.0,
-        tuning=tuning if config.router_tuning is not None and config.router_tuning.weight else None,
+        tuning=tuning,
         distillation=distillation,
         load=load,
     )

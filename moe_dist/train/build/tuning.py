@@ -16,10 +16,12 @@ from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
-def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning:
-    """Makes the router tuning of a model. `groups` lists the index of each modality's expert group."""
+def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning | None:
+    """Makes the router tuning of a model; None without the section. `groups` lists the index of each modality's expert
+    group."""
     section, mesh = config.router_tuning, parallel.mesh
-    assert section is not None, "the caller checks the section"
+    if section is None:
+        return None
     if mesh.rank == 0 and config.model.moe.no_task_gradient:
         print("router tuning: with top_k=1 and normalised weights only the regulariser trains routers, not the loss")
     samples, layers = Samples(section.data), section.chosen_layers(config.model.moe_layers)

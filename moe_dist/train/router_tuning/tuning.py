@@ -11,6 +11,7 @@ Shape letters: S samples, B samples of a micro-batch, K neighbours, L chosen lay
 """
 
 import base64
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -25,18 +26,21 @@ from moe_dist.data.batch import Batch
 from moe_dist.errors import DataError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routing.types import LayerReport
-from moe_dist.placement.parameter_names import named_parameters
+from moe_dist.placement.parameter_names import Role, named_parameters
 from moe_dist.train.objective.loss import MicroLoss
 from moe_dist.train.router_tuning.loader import SampleBatch
 from moe_dist.train.router_tuning.neighbours import Neighbours
 from moe_dist.train.router_tuning.reading import RoutingReader, routing_of
 from moe_dist.train.router_tuning.samples import Samples
 
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
 
 def router_parameters(model: Transformer, layers: Collection[int]) -> dict[str, nn.Parameter]:
     """Returns, by logical name, the router parameters of the layers whose indices are `layers`."""
-    prefixes = tuple(f"layers.{layer}.moe.router." for layer in sorted(layers))
-    return {each.name: each.parameter for each in named_parameters(model) if each.name.startswith(prefixes)}
+    routers = [each for each in named_parameters(model) if each.role is Role.ROUTER]
+    found = {each.name: (_LAYER.search(each.name), each.parameter) for each in routers}
+    return {name: parameter for name, (layer, parameter) in found.items() if layer and int(layer[1]) in layers}
 
 
 def freeze_all_but_routers(model: Transformer, layers: Collection[int]) -> None:
@@ -77,7 +81,7 @@ class RouterTuning:
     Args:
         reader: Recomputes the routing of all samples. This is called a refresh.
         neighbours: Function that returns the neighbours of the sample with a given index.
-        weight: lambda divided by the number of samples per step, over all ranks.
+        weight: lambda divided by the number of samples per step, over all ranks. With 0 there is no term.
         refresh_every: Number of steps from one refresh to the next; None for no refresh.
     """
 
@@ -93,7 +97,7 @@ class RouterTuning:
         refresh_every: int | None = None,
     ) -> None:
         self._samples, self._chosen, self._reader, self._neighbours = samples, chosen, reader, neighbours
-        self._weight, self._refresh_every = weight, refresh_every
+        self.weight, self._refresh_every = weight, refresh_every
         self._width = len(chosen.places) * samples.manifest.columns  # R, the width of a sample's routing
         self._routers = router_parameters(model, chosen.layers)
         self._refreshed: tuple[int, dict[str, JsonValue]] = (0, {})
@@ -131,7 +135,7 @@ class RouterTuning:
     def add(self, loss: MicroLoss, reports: Sequence[LayerReport], targets: Targets) -> MicroLoss:
         """Adds this micro-batch's part of the manifold term to the loss."""
         r_BR = routing_of(reports, self._chosen.places).flatten(1)
-        term = self._weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
+        term = self.weight * manifold_sum(r_BR, targets.target_BKR.to(r_BR.dtype), targets.weight_BK)
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:

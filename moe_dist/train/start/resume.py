@@ -42,7 +42,7 @@ from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import record_save_seconds
 from moe_dist.train.build.training import Training, rank_layout, saved_part
 from moe_dist.train.start.base_weights import begin_on_base, load_base
-from moe_dist.train.start.starting_weights import begin_with_weights
+from moe_dist.train.start.starting_weights import begin_with_weights, check_scored
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ class Resumable:
         self._checkpoints.clear()  # before `latest`, because a suspended process could still commit an unfinished save
         newest = self._checkpoints.latest()
         if newest is None:
+            self.status.first("look at the weights to be tuned", lambda: check_scored(self._config))
             if (report := self.status.phase("read model.folder", self._training.begin)) and self._checkpoints.rank == 0:
                 print(report)
             if self._config.run.init_from is not None:

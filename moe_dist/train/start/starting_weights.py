@@ -32,6 +32,7 @@ from moe_dist.config.schema import Config
 from moe_dist.config.split_experts_rule import split_experts_problems
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.tuning_manifest import load_tuning_manifest
+from moe_dist.hf.source import weights_digest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
 from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, logical_name, role_of_name
@@ -91,8 +92,6 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         ]:
             raise ConfigError(problems, see="docs/routing.md")
 
-    if config.router_tuning is not None:
-        checkpoints.status.first("look at the weights to be tuned", lambda: _check_scored(config))
     taken = checkpoints.load_fitting(path, state, sources=sources, check=check)
     lines = [taken.report()]
     if copy:
@@ -134,18 +133,23 @@ def _old_model(contents: Contents) -> ModelSection | None:
         ) from error
 
 
-def _check_scored(config: Config) -> None:
-    """Raises ConfigError if the samples of router tuning were made with other weights than those of `run.init_from`."""
-    assert config.router_tuning is not None, "the caller checks the section"
-    assert config.run.init_from is not None, "preflight checks it"
-    manifest = load_tuning_manifest(config.router_tuning.data)
-    folder = find_checkpoint(Path(config.run.init_from))
-    found = content_hash(open_checkpoint(folder).index)
+def check_scored(config: Config) -> None:
+    """Raises ConfigError if the samples of router tuning were made with other weights than those of `run.init_from`, or of
+    `model.folder` if the run begins with these."""
+    if config.router_tuning is None:
+        return
+    manifest, first = load_tuning_manifest(config.router_tuning.data), config.run.init_from
+    if first is not None:
+        key, folder = "run.init_from", find_checkpoint(Path(first))
+        found = content_hash(open_checkpoint(folder).index)
+    else:
+        key, folder = "model.folder", Path(str(config.model.folder))
+        found = weights_digest(folder)
     if found != manifest.checkpoint:
         raise ConfigError(
             f"router_tuning.data={config.router_tuning.data!r}: made from the weights {manifest.checkpoint[:16]}... (step "
-            f"{manifest.step} of {manifest.run}), but {folder} has {found[:16]}...; set run.init_from to that "
-            "checkpoint, or prepare the folder from this one",
+            f"{manifest.step} of {manifest.run}), but {folder} has {found[:16]}...; set {key} to those weights, or prepare "
+            "the folder from these",
             see="docs/router-tuning.md",
         )
 

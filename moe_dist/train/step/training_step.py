@@ -90,7 +90,8 @@ class TrainingStep:
         device = parallel.mesh.device
         self.parallel, self.optimizer, self.placement, self.clip_norm = parallel, optimizer, placement, clip_norm
         self.group_of_modality = torch.tensor(group_of_modality, device=device)
-        self.comm_stats, self.controllers, self.tuning = comm_stats, tuple(controllers), tuning
+        self.comm_stats, self.controllers = comm_stats, tuple(controllers)
+        self.tuning = tuning if tuning is not None and tuning.weight else None
         self.needs_global_batch_info, self.distillation, self.load = needs_global_batch_info, distillation, load
         # This rank's readings of the last step. The first all-reduce of the next step sums them over the ranks.
         self._readings = Readings(np.zeros(0), np.zeros((0, 3)), np.zeros((0, len(placement.groups))))

@@ -29,7 +29,7 @@ def test_the_current_folder_goes_before_what_is_bundled(
     ("given", "hint"),
     [
         ("adamoe_moma_tiny_cup", "did you mean adamoe_moma_tiny_cpu or adamoe_moma_megatron_cpu?"),
-        ("olmoe", "did you mean olmoe_1b7b_8gpu?"),
+        ("olmoe", "did you mean olmoe_1b7b_8gpu or roma_olmoe_1b7b_8gpu_transformers?"),
         ("configs/nope.yaml", "configs/ has adamoe_"),
     ],
 )

@@ -55,6 +55,15 @@ def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -
         hosted_config(tmp_path, tmp_path, model, {})
 
 
+def test_fields_beside_a_folder_must_be_its_own(tmp_path: Path) -> None:
+    """Some of the fields may stand in a configuration, so that a dry run needs no folder."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", **FAMILIES["olmoe"]}))
+    given = {"folder": str(tmp_path), "family": "olmoe", "fields": {"intermediate_size": 16}}
+    assert complete(given)["fields"] == FAMILIES["olmoe"]
+    with pytest.raises(ConfigError, match=r"model\.fields\.intermediate_size: is not that of"):
+        complete({**given, "fields": {"intermediate_size": 32}})
+
+
 @pytest.mark.parametrize("module", ["torch", "transformers"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)

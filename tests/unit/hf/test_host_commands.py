@@ -1,6 +1,7 @@
 """Commands on a run of a model of transformers (engine.kind=transformers)."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from launchers.local import launch
+from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.grammar import GrammarState
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.train.start.resume import Progress
+from moe_dist.train.start.starting_weights import check_scored
+from tests.support.cover import exhaustive, full
 from tests.support.engine_run import built_run, take_steps
 from tests.support.hosted import FAMILIES, hosted_config
 from tests.support.invoked import invoke
 from tests.support.one_rank import world_of_one
 from tests.support.pictured import VOCAB
-from tools import evaluate, export_hf, generate
+from tests.support.tiny import write_config
+from tests.support.tiny_embedder import tiny_embedder
+from tools import evaluate, export_hf, generate, prepare_router_tuning
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +80,41 @@ def test_a_run_is_evaluated(run: Path, questions: Path, tmp_path: Path) -> None:
     done = invoke(evaluate.main, run, "--questions", questions, "--limit", 4, "--out", tmp_path, "--json")
     assert done.exit_code == 0, done.output
     assert [task["questions"] for task in json.loads(done.stdout)["tasks"].values()] == [4, 4]
+
+
+@pytest.mark.parametrize("family", [full("olmoe"), exhaustive("qwen3_moe"), exhaustive("deepseek_v3")])
+def test_routers_of_a_folder_are_tuned_by_commands(own_data: Path, questions: Path, tmp_path: Path, family: str) -> None:
+    """The commands of docs/router-tuning.md. The exported model is the folder's but for the last layer's router."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    folder, samples, out, path = (tmp_path / name for name in ("folder", "samples", "out", "roma.yaml"))
+    fields = {**FAMILIES[family], "vocab_size": VOCAB, "max_position_embeddings": 192}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**fields)).save_pretrained(folder)
+    shutil.copyfile(own_data / "tokenizer.json", folder / "tokenizer.json")
+    changes = {"train.only": "routers", "router_tuning": {"data": str(samples), "last_layers": 1}}
+    changes |= {"data.seq_len": 96, "loss": {"balance": {"schedule": [[0, 0.0]]}, "z": 0.0}}
+    write_config(hosted_config(own_data, tmp_path, {"folder": str(folder)}, changes), path)
+
+    def run(command: Any, *arguments: object) -> str:
+        done = invoke(command, *arguments)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    asked = ("--questions", questions, "--limit", 24, "--json")
+    before = json.loads(run(evaluate.main, path, *asked))
+    embedder = ("--embedder", tiny_embedder(tmp_path / "embedder"))
+    run(prepare_router_tuning.main, path, "--questions", questions, "--no-rotations", *embedder, "--out", samples)
+    assert launch(path) == 0
+    after = json.loads(run(evaluate.main, tmp_path / "tiny", *asked))
+    assert (before["step"], after["step"]) == (0, 4)
+    assert before["tasks"].keys() == after["tasks"].keys()
+    assert len(list((tmp_path / "tiny/evaluations").glob("step_?_1.json"))) == 2
+    run(export_hf.main, tmp_path / "tiny", "--out", out)
+    old, new = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32).state_dict() for each in (folder, out))
+    changed = [name for name, tensor in new.items() if not torch.equal(tensor, old[name])]
+    assert changed == [f"model.layers.{fields['num_hidden_layers'] - 1}.mlp.gate.weight"]
+    with pytest.raises(ConfigError, match="made from the weights"):
+        check_scored(hosted_config(own_data, tmp_path, {"folder": str(out)}, changes))
 
 
 def test_a_folders_tokenizer_reads_prompts(own_data: Path) -> None:

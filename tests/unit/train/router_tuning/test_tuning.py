@@ -4,7 +4,6 @@ refresh."""
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, freeze_all_but_routers
 from tests.support.layouts import Layout, config_of
-from tests.support.manifold import neighbour_weights_reference
+from tests.support.manifold import manifold_term_reference
 from tests.support.messages import refused
 from tests.support.tuned import MANIFEST
 from tests.support.tuning_samples import made_samples
@@ -121,13 +120,7 @@ def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: P
         alone = SampleMaker(MANIFEST).make([type(sample)(sample.prompt, sample.answer[:1])])
         _, reports = forward(model, alone, GROUPS, RoutingRequest(probe_tokens_A=torch.tensor([len(sample.prompt) - 1])))
         r_R = torch.cat([report.prob_AC[0] for report in reports if report.prob_AC is not None])
-        distance = np.linalg.norm(samples.embeddings_SE - samples.embeddings_SE[number], axis=1)
-        members = [j for j in range(samples.manifest.right) if j != number]
-        nearest = sorted(members, key=lambda j: distance[j])[:3]
-        weights = neighbour_weights_reference(samples.embeddings_SE[number], samples.embeddings_SE[nearest], 1.0)
-        for j, weight in zip(nearest, weights, strict=True):
-            r_j = torch.from_numpy(np.array(samples.routing_SLC[j], np.float64).reshape(-1))
-            total = total + 0.5 * weight * (r_R - r_j).square().sum()
+        total = total + 0.5 * manifold_term_reference(samples, number, r_R, 1.0, layers)
     total.backward()
     assert loss.total.item() == pytest.approx(total.item(), rel=1e-6)  # embeddings are fp32
     assert loss.auxiliary.item() == loss.total.item()
