@@ -29,7 +29,6 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.plan.preflight import manifest_violations
-from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build.training import build_for_inference, freeze, group_of_modality, rank_layout, saved_part
 from moe_dist.train.start.base_weights import load_base
 from moe_dist.train.start.resume import mapping_of, saved_config
@@ -146,7 +145,7 @@ class FolderModel(LoadedRun):
 
     @property
     def run_folder(self) -> Path:
-        return RunFolder.of(self.config).path
+        return Path(self.config.run.root) / self.config.run.name
 
     @property
     def digest(self) -> str:
