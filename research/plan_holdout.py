@@ -17,7 +17,7 @@ import typer
 
 from moe_dist.config.schema import Config
 from moe_dist.errors import DataError
-from moe_dist.monitor.report.replayed_counts import replay
+from moe_dist.monitor.report.numbers import traffic
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, LayoutEstimator
 from moe_dist.plan.memory import ITEMSIZE
@@ -125,15 +125,9 @@ def observed(folder: Path) -> list[Observed]:
         }
         seconds: dict[Clock, float] = {"cpu": float(np.quantile(clocks["cpu"], 0.25)), "wall": float(clocks["wall"].min())}
         nodes = parallel.dispatch.node_size
-        counted = replay(
-            ids_TLK,
-            sequence_T,
-            plan.placement,
-            micro_batch=config.train.micro_batch,
-            node_size=nodes or parallel.ep,
-            row_bytes=config.model.hidden_dim * ITEMSIZE[parallel.precision],
-            exchanges=EXCHANGES[parallel.recompute],
-        )
+        node = nodes or parallel.ep
+        counted = traffic(ids_TLK, sequence_T, plan.placement, (node,), micro_batch=config.train.micro_batch)
+        row_bytes = EXCHANGES[parallel.recompute] * config.model.hidden_dim * ITEMSIZE[parallel.precision]
         first = visited[0]
         found.append(
             Observed(
@@ -145,7 +139,7 @@ def observed(folder: Path) -> list[Observed]:
                 seconds,
                 {clock: float(np.median(values)) / seconds[clock] - 1 for clock, values in clocks.items()},
                 sent=first["sent"][1 if nodes else 0],
-                replayed=counted.bytes_between_once if nodes else counted.bytes,
+                replayed=row_bytes * (counted.between_hierarchical[node] if nodes else counted.rows),
                 memory=max(first["memory"]),
             )
         )

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import psutil
 import typer
 
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.plan.rates import CurveSection, LinkSection, Rates, rates_text
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
-from moe_dist.runtime.signals import child_of
+from tools.gpu_check.outcome import CheckJob
+from tools.gpu_check.process import on_ranks
 
 # By default glibc returns blocks of 32 MiB and more to the system on each free, and the next allocation needs new pages,
 # which takes 10 ms for 32 MiB. With the settings below glibc keeps freed blocks as CUDA's allocator does.
@@ -97,7 +99,9 @@ def measure(options: CalibrateOptions, device: str) -> Rates:
     worlds = [n for n in (2, 4, 8, 16) if n < options.ranks] + [options.ranks] * (options.ranks > 1)
     links = [exchange(n, device, options.seconds) for n in worlds]
     sizes = tuple(map(float, ROWS))
-    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _memory() / options.ranks
+    memory = psutil.virtual_memory().total / options.ranks
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
     return Rates(
         machine=platform.node(),
         card=torch.cuda.get_device_name(0) if device == "cuda" else platform.machine(),
@@ -124,12 +128,6 @@ def launched(x: Any) -> None:
     y.sum().backward()
 
 
-def _memory() -> float:
-    import psutil
-
-    return float(psutil.virtual_memory().total)
-
-
 def _seconds(run: Callable[[], Any], least: float) -> float:
     from torch.utils.benchmark import Timer
 
@@ -143,22 +141,17 @@ def exchange(ranks: int, device: str, least: float) -> LinkSection:
     size, takes the quantile `QUIET` of the measured seconds, and fits latency and bytes per second to these values.
 
     Raises:
-        ResourceError: a rank failed; the rank's traceback is on standard error.
+        ResourceError: a rank failed; the message has the rank's error.
     """
-    from torch.multiprocessing.spawn import ProcessExitedException, start_processes
-
     os.environ.update(RANK_ENV)
+    ends = time.time() - psutil.Process().create_time() + TIMEOUT
     with tempfile.TemporaryDirectory(prefix="moe_dist_calibrate_") as folder:
-        arguments = (ranks, device, folder, least, os.getpid())
-        started = start_processes(_rank, arguments, ranks, join=False, daemon=True, start_method="spawn")
-        assert started is not None
+        job = CheckJob(ranks, rehearse=device == "cpu", folder=Path(folder), seconds=ends)
         try:
-            while not started.join(grace_period=1.0):
-                pass
-        except ProcessExitedException as error:
-            raise ResourceError(f"rank {error.error_index} of {ranks} failed to exchange; read its error above") from error
-        found = np.loadtxt(Path(folder) / "seconds")
-    return fitted_link(ranks, [(ranks - 1) * size for size in EXCHANGED], found.tolist())
+            found = on_ranks(_exchange, job, least)[0]
+        except RuntimeError as error:
+            raise ResourceError(f"{error}; the ranks could not exchange messages") from error
+    return fitted_link(ranks, [(ranks - 1) * size for size in EXCHANGED], found)
 
 
 def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> LinkSection:
@@ -171,24 +164,16 @@ def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> 
     return LinkSection(ranks=ranks, latency=latency, bytes_per_second=1 / each)
 
 
-def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent: int) -> None:
-    """Exchanges messages of each size for at least `least` seconds and at least six times. Rank 0 writes the quantile
-    `QUIET` of the seconds of each size; the first exchange of a size is not counted."""
-    child_of(parent, ignore_stop=False)()
+def _exchange(job: CheckJob, mesh: Any, least: float) -> list[float]:
+    """Exchanges messages of each size for at least `least` seconds and at least six times. Returns the quantile `QUIET`
+    of the seconds of each size; the first exchange of a size is not counted."""
     import torch
     import torch.distributed as dist
 
-    from moe_dist.parallel.mesh import destroy_world, init_world
-
-    torch.set_num_threads(1)
-    place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    init_world(init_method=f"file://{folder}/store", rank=rank, world_size=ranks, device=place, timeout=TIMEOUT)
     found: list[float] = []
     for size in EXCHANGED:
-        source = torch.zeros(ranks * size // 4, device=place)
-        target, taken, go = torch.empty_like(source), [], torch.ones(1, device=place)
+        source = torch.zeros(job.gpus * size // 4, device=mesh.device)
+        target, taken, go = torch.empty_like(source), [], torch.ones(1, device=mesh.device)
         began = time.perf_counter()
         while go.item() > 0:
             start = time.perf_counter()
@@ -198,9 +183,7 @@ def _rank(rank: int, ranks: int, device: str, folder: str, least: float, parent:
             go.fill_(float(len(taken) < 6 or time.perf_counter() - began < least))
             dist.broadcast(go, 0)  # rank 0 decides when all ranks stop
         found.append(float(np.quantile(taken[1:], QUIET)))
-    if rank == 0:
-        np.savetxt(Path(folder) / "seconds", found)
-    destroy_world()
+    return found
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,8 +19,9 @@ from moe_dist.checkpoint.contents import open_checkpoint, open_shard
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import ITEMSIZE, Index, StateFile, shard_file
 from moe_dist.config.yaml_text import dump_yaml
-from moe_dist.errors import printable
+from moe_dist.errors import ConfigError, printable
 from moe_dist.placement.parameter_names import ADAPTERS, EXPERT_NAME, ROUTERS, role_of_name
+from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.runtime.command_line import reports_errors, run_command
 
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
@@ -104,14 +105,14 @@ def _facts(index: Index, state: StateFile) -> list[tuple[str, str]]:
 
 def _placement_lines(state: StateFile) -> list[str]:
     """Returns one line per EP rank, which lists the rank's experts."""
-    groups, slots = state.placement.get("groups"), state.placement.get("slots")
-    if not isinstance(groups, list) or not isinstance(slots, list):
+    try:
+        groups = TypeAdapter(tuple[ExpertGroup, ...]).validate_python(state.placement.get("groups"))
+        slots = TypeAdapter(tuple[tuple[int, ...], ...]).validate_python(state.placement.get("slots"))
+        placement = ExpertPlacement(groups, slots)
+    except (ValidationError, ConfigError):
         return ["unknown"]
-    lines = []
-    for rank, experts in enumerate(slots):
-        held = [_expert_name(groups, expert) for expert in experts] if isinstance(experts, list) else []
-        lines.append(f"EP rank {rank}: {' '.join(held) or 'no expert'}")
-    return lines
+    held = (" ".join(map(placement.name_of, experts)) for experts in placement.slots)
+    return [f"EP rank {rank}: {names or 'no expert'}" for rank, names in enumerate(held)]
 
 
 def _kind(name: str) -> str:
@@ -123,15 +124,6 @@ def _kind(name: str) -> str:
 
 def _mapping(value: JsonValue) -> dict[str, JsonValue]:
     return value if isinstance(value, dict) else {}
-
-
-def _expert_name(groups: list[JsonValue], expert: JsonValue) -> str:
-    for group in groups:
-        if isinstance(group, dict) and isinstance(expert, int):
-            first, count = group.get("first_expert"), group.get("num_experts")
-            if isinstance(first, int) and isinstance(count, int) and first <= expert < first + count:
-                return f"{group.get('name')}/{expert - first}"
-    return f"?{expert}"
 
 
 if __name__ == "__main__":

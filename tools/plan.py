@@ -20,7 +20,8 @@ from moe_dist.config.load import load_config, model_violations, resolved_yaml, r
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.card_peaks import peak_tflops
-from moe_dist.monitor.report.replayed_counts import capped, replay, without_nulls
+from moe_dist.monitor.report.numbers import traffic
+from moe_dist.monitor.report.replayed_counts import capped, without_nulls
 from moe_dist.monitor.report.routing import Routing, group_of_modality, model_shape
 from moe_dist.plan.answers import answers, best_of_each, hot_expert, modality_answer, picture
 from moe_dist.plan.estimate import Estimate, LayoutEstimator
@@ -269,21 +270,16 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
     best = best_of_each(ranked, lambda each: each.placement.slots)
     for each in sorted(best, key=lambda e: e.config.parallel.ep):
         model, parallel = each.config.model, each.config.parallel
-        found = replay(
-            tokens.ids_TLK,
-            tokens.sequence_T,
-            each.placement,
-            micro_batch=each.config.train.micro_batch,
-            node_size=rates.ranks_per_node,
-            row_bytes=model.hidden_dim * ITEMSIZE[parallel.precision],
-            exchanges=EXCHANGES[parallel.recompute],
-        )
+        choices, node = (tokens.ids_TLK, tokens.sequence_T, each.placement), rates.ranks_per_node
+        found = traffic(*choices, (node,), micro_batch=each.config.train.micro_batch)
         count = max(1, len(tokens.token_T))
-        cells = [f"{found.traffic.rows / count / len(routing.layers):.3f}"]
-        cells += [f"{number / count:,.0f}" for number in (found.bytes, found.bytes_between, found.bytes_between_once)]
-        busiest = f"{found.traffic.imbalance:.2f}"
-        policy = each.config.placement.policy
-        table.add_row(str(parallel.ep), policy, *cells, f"{found.dropped:,}", busiest, f"{each.seconds:.3g}")
+        row_bytes = EXCHANGES[parallel.recompute] * model.hidden_dim * ITEMSIZE[parallel.precision] / count
+        cells = [f"{found.rows / count / len(routing.layers):.3f}"]
+        rows = (found.rows, found.between[node], found.between_hierarchical[node])
+        cells += [f"{number * row_bytes:,.0f}" for number in rows]
+        dropped = int((tokens.ids_TLK < -1).sum())
+        more = (f"{dropped:,}", f"{found.imbalance:.2f}", f"{each.seconds:.3g}")
+        table.add_row(str(parallel.ep), each.config.placement.policy, *cells, *more)
     Console(width=None if Console().is_terminal else 200, highlight=False).print(table)
 
 

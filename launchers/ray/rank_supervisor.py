@@ -25,6 +25,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
+import psutil
+
 from moe_dist.runtime.signals import STOP_SIGNALS, child_of
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -115,20 +117,10 @@ class RankSupervisor:
         """Waits until `kill_at` for the rank's orphaned processes, which this process has adopted, then kills them."""
         while self._reap() and (now := time.monotonic()) < kill_at + ADOPTED_SECONDS:
             if now >= kill_at:
-                for pid in _children():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                for child in psutil.Process().children():  # scans /proc
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        child.kill()
             self._look(TICK_SECONDS / 5)
-
-
-def _children() -> list[int]:
-    """Returns the pids of this process's children; scans /proc."""
-    found = []
-    for entry in os.listdir("/proc"):
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{int(entry)}/stat") as stat:
-            if int(stat.read().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry))
-    return found
 
 
 def _report(**values: Any) -> None:

@@ -18,7 +18,6 @@ TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
-RENAMED_KEYS = {"depths": "mixture_of_depths"}  # former -> present first part of a key or tag
 DEPTH_FAMILY = "computed"  # the full tag is mixture_of_depths/computed
 
 # Tag family -> meaning, which Prometheus shows. If a family has a label, such as a group, its name ends in {label}.
@@ -168,18 +167,6 @@ def picture_meaning(tag: str) -> str:
     known = [tag, tag.rpartition("/")[0]]
     found = next((PICTURE_MEANING[name] for name in known if name in PICTURE_MEANING), None)
     return meaning(f"{tag}/mean") if found is None else found
-
-
-def in_todays_names(line: dict[str, Any]) -> dict[str, Any]:
-    """Renames the keys and tags that an earlier version wrote in a line of metrics.jsonl."""
-    line = {RENAMED_KEYS.get(key, key): value for key, value in line.items()}
-    if "scalars" in line:
-        scalars = {}
-        for tag, value in line["scalars"].items():
-            head, slash, rest = tag.partition("/")
-            scalars[f"{RENAMED_KEYS.get(head, head)}{slash}{rest}"] = value
-        line["scalars"] = scalars
-    return line
 
 
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.routers.capacity import capacity_of, over_capacity
 from moe_dist.moe.routing.types import Assignments
-from moe_dist.monitor.report.replayed_counts import capped, replay, without_nulls
+from moe_dist.monitor.report.numbers import traffic
+from moe_dist.monitor.report.replayed_counts import capped, without_nulls
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.worlds import RankContext
@@ -100,12 +101,10 @@ def test_bytes_and_drops_are_those_of_a_real_run(run_in_world: Callable[..., lis
         if case.factor is not None:
             ids = capped(ids, group_T, sequence_T // MICRO_BATCH, GROUPS, case.factor)
         node, placement = max(1, ranks // 2), placement_of(case.placement, ranks)
-        counted = replay(
-            ids, sequence_T, placement, micro_batch=MICRO_BATCH, node_size=node, row_bytes=8 * DIM, exchanges=4
-        )
-        sent = counted.bytes if case.kind == "all_to_all" else counted.bytes_between_once
-        assert (sent, counted.dropped) == (payload, dropped), case
-        assert counted.bytes_between >= counted.bytes_between_once
+        counted = traffic(ids, sequence_T, placement, (node,), micro_batch=MICRO_BATCH)
+        rows = counted.rows if case.kind == "all_to_all" else counted.between_hierarchical[node]
+        assert (4 * 8 * DIM * rows, int((ids < -1).sum())) == (payload, dropped), case
+        assert counted.between[node] >= counted.between_hierarchical[node]
         assert (dropped > 0) == (case.factor is not None)
         seen.add(payload)
     assert len(seen) > 6

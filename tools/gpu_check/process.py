@@ -180,6 +180,5 @@ def _rank(
         traceback.print_exc()
         error = f"{type(raised).__name__}: {str(raised).strip()[-TAIL:]}"
     write_atomically(folder / f"{rank}.json", json.dumps([value, error]))
-    print(f"rank {rank}: {time.process_time():.1f} s of CPU time")
     sys.stdout.flush()
     os._exit(0)  # a normal exit would wait for other ranks

@@ -116,10 +116,18 @@ class Traffic(NamedTuple):
     imbalance: float
 
 
-def traffic(ids_TLK: np.ndarray, home_T: np.ndarray, placement: ExpertPlacement, node_sizes: tuple[int, ...]) -> Traffic:
-    """Counts the rows that the choices `ids_TLK` send with a placement. `node_sizes` are numbers of ranks per node.
-    Consecutive ranks share a node."""
+def traffic(
+    ids_TLK: np.ndarray,
+    sequence_T: np.ndarray,
+    placement: ExpertPlacement,
+    node_sizes: tuple[int, ...],
+    *,
+    micro_batch: int,
+) -> Traffic:
+    """Counts the rows that the choices `ids_TLK` send with a placement. As in training, the ranks take turns: each rank
+    gets the next `micro_batch` sequences. `node_sizes` are numbers of ranks per node. Consecutive ranks share a node."""
     ranks, experts = placement.num_ranks, placement.num_experts
+    home_T = sequence_T // micro_batch % ranks
     width_E = np.array(placement.width_of_expert, np.float64)
     pairs = pairs_remote = rows = 0
     between, hierarchical = dict.fromkeys(node_sizes, 0), dict.fromkeys(node_sizes, 0)

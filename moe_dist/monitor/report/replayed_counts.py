@@ -1,55 +1,14 @@
-"""Counts the rows, bytes and dropped pairs that a trace's choices would cause with another layout, null policy or capacity.
-All functions are pure.
+"""Changes a trace's choices as another null policy or another capacity would. All functions are pure.
 
 Shape letters: L MoE layers, T tokens, K choices of a token, E true (not null) experts of all groups, n true experts of a
 group.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from moe_dist.monitor.report.numbers import Traffic, traffic
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-
-
-class Replayed(NamedTuple):
-    """Counts over all tokens and layers of a trace.
-
-    Attributes:
-        traffic: Numbers of rows that dispatch sends in forward, and the balance of the ranks' work.
-        bytes: Number of payload bytes that are sent in forward and backward.
-        bytes_between: Part of `bytes` that is sent between nodes if dispatch sends one row for each (token, rank).
-        bytes_between_once: Bytes between nodes if the hierarchical dispatcher sends one row for each (token, node).
-        dropped: Number of (token, expert) pairs that the capacity drops.
-    """
-
-    traffic: Traffic
-    bytes: int
-    bytes_between: int
-    bytes_between_once: int
-    dropped: int
-
-
-def replay(
-    ids_TLK: np.ndarray,
-    sequence_T: np.ndarray,
-    placement: ExpertPlacement,
-    *,
-    micro_batch: int,
-    node_size: int,
-    row_bytes: int,
-    exchanges: int,
-) -> Replayed:
-    """Counts the rows and bytes that a run with `placement` sends for the choices `ids_TLK`. As in training, the ranks take
-    turns: each rank gets the next `micro_batch` sequences. Each row is sent `exchanges` times in forward and backward
-    (`moe_dist.plan.rows.EXCHANGES`)."""
-    home_T = sequence_T // micro_batch % placement.num_ranks
-    found = traffic(ids_TLK, home_T, placement, (node_size,))
-    each = exchanges * row_bytes
-    between, once = found.between[node_size], found.between_hierarchical[node_size]
-    return Replayed(found, found.rows * each, between * each, once * each, int((ids_TLK < -1).sum()))
+from moe_dist.placement.placement import ExpertGroup
 
 
 def without_nulls(ids_TLK: np.ndarray, group_T: np.ndarray, groups: Sequence[ExpertGroup], *, seed: int = 0) -> np.ndarray:

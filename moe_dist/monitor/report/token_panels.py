@@ -177,9 +177,8 @@ def ledger(subject: Subject, tokens: Tokens) -> str:
     rows, total = [], max(1, len(tokens.token_T))
     for layout in subject.layouts:
         size = layout.placement.num_ranks
-        found = numbers.traffic(
-            tokens.ids_TLK, tokens.sequence_T // micro_batch % size, layout.placement, subject.node_sizes
-        )
+        choices = (tokens.ids_TLK, tokens.sequence_T, layout.placement, subject.node_sizes)
+        found = numbers.traffic(*choices, micro_batch=micro_batch)
         flat = (f"{found.between[node] * row_bytes / total:,.0f}" if node < size else "0" for node in subject.node_sizes)
         once = (
             f"{found.between_hierarchical[node] * row_bytes / total:,.0f}" if node < size else "0"

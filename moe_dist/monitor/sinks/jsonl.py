@@ -23,7 +23,6 @@ from moe_dist.errors import CheckpointError, DataError
 from moe_dist.monitor.metrics import Record, depth_line
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import in_todays_names
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -125,7 +124,7 @@ class JsonlSink(Sink):
 
 
 def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics.jsonl in their order, with current key names. Leaves out an incomplete last line.
+    """Yields the lines of a metrics.jsonl in their order. Leaves out an incomplete last line.
     Raises ValueError if an earlier line is not a record."""
     number = 0
     with Path(path).open("rb", buffering=BUFFER) as file:
@@ -134,7 +133,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
             line = _parsed(text)
             record = isinstance(line, dict) and isinstance(line.get("step"), int)
             if record and isinstance(line.get("scalars", {}), dict):
-                yield in_todays_names(line)
+                yield line
             elif file.read(1):
                 raise ValueError(f"{path}: line {number} is not a record")
 

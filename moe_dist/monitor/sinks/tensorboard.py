@@ -21,15 +21,7 @@ from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, change_map, heat_maps, loads
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
-from moe_dist.monitor.tags import (
-    DEPTH_FAMILY,
-    EVALUATION_TAGS,
-    GROUP_FAMILIES,
-    curve_of,
-    meaning,
-    picture_meaning,
-    tag_plan,
-)
+from moe_dist.monitor.tags import DEPTH_FAMILY, EVALUATION_TAGS, curve_of, meaning, picture_meaning, tag_plan
 
 FLUSH_SECONDS = 10  # an event is on disk after at most this many seconds
 NUM_BINS = 40
@@ -37,18 +29,13 @@ _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{1,18})\..*\.(\d{1,18})")
 NOISY = ("moe/", "mixture_of_depths/")  # prefixes of those tags that count a step's routing
 # Kind of value -> TensorBoard's plugin for this kind, and `DataClass` (1 scalar, 2 tensor, 3 blob sequence).
 PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
-GROUP_CHARTS = dict(  # tag family -> title of its chart
-    zip(
-        GROUP_FAMILIES,
-        (
-            "true experts per token",
-            "share of choices that are null",
-            "busiest expert, x the mean expert (mean over layers)",
-            "busiest expert of any layer, x an even share of all choices",
-        ),
-        strict=True,
-    )
-)
+# Tag family of `GROUP_FAMILIES` -> title of its chart.
+GROUP_CHARTS = {
+    "experts_per_token": "true experts per token",
+    "null_fraction": "share of choices that are null",
+    "load_imbalance": "busiest expert, x the mean expert (mean over layers)",
+    "capacity_used": "busiest expert of any layer, x an even share of all choices",
+}
 
 
 class TensorBoardSink(Sink):

@@ -102,9 +102,8 @@ def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest
     assert {ep for ep, _ in rows} == {"1", "2", "4"}
     tokens = routing.tokens
     assert tokens is not None
-    home_T = tokens.sequence_T % 4
     placement = ExpertPlacement.interleaved(routing.groups, 4)
-    sent = traffic(tokens.ids_TLK, home_T, placement, (8,))
+    sent = traffic(tokens.ids_TLK, tokens.sequence_T, placement, (8,), micro_batch=1)
     assert float(rows["4", "interleaved"][0]) == pytest.approx(sent.rows / 1200 / 4, abs=1e-3)
     assert float(rows["4", "explicit"][5]) < float(rows["4", "interleaved"][5]), "the solver's busiest rank has less"
     changes = ["--nulls", "real", "--capacity", "1.0"]

@@ -72,9 +72,8 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int)
     own = placement.rank_of_expert
     copies = sorted(Replica(e, (own[e] + after) % ranks) for e in (0, 9) for after in range(1, replicas + 1))
     placement = PlacementWithReplicas(routing.groups, placement.slots, ((), tuple(copies)))
-    home_T = tokens.sequence_T // 2 % ranks
-    home = home_T.tolist()
-    found = numbers.traffic(tokens.ids_TLK, home_T, placement, (1, 2, 3))
+    home = (tokens.sequence_T // 2 % ranks).tolist()
+    found = numbers.traffic(tokens.ids_TLK, tokens.sequence_T, placement, (1, 2, 3), micro_batch=2)
     pairs = remote = rows = 0
     between, once = {1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0}
     work = np.zeros((2, ranks))
