@@ -163,8 +163,27 @@ def unpack(flat: Any, like: Any) -> Any:
 
 
 def added(records: Sequence[R]) -> R:
-    """Returns the sum of records with equal fields, field by field."""
-    return _merged(records, lambda parts: torch.stack(list(parts)).sum(0))
+    """Returns the sum of records with equal fields, field by field. Costs one kernel for each further record and dtype."""
+    columns: list[Sequence[Tensor]] = []
+
+    def first(parts: Sequence[Tensor]) -> Tensor:
+        columns.append(parts)
+        return parts[0]
+
+    like = _merged(records, first)
+    totals = iter(_totals(columns))
+    return _filled(like, (next(totals) if isinstance(leaf, Tensor) else leaf for leaf in _leaves(like)))
+
+
+def _totals(columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    totals = [parts[0] for parts in columns]
+    for dtype in dict.fromkeys(each.dtype for each in totals):
+        for n in range(1, max(len(parts) for parts in columns)):
+            at = [i for i, parts in enumerate(columns) if parts[0].dtype == dtype and n < len(parts)]
+            sums = torch._foreach_add([totals[i] for i in at], [columns[i][n] for i in at])  # pyright: ignore[reportPrivateImportUsage]
+            for i, total in zip(at, sums, strict=True):
+                totals[i] = total
+    return totals
 
 
 def joined(records: Sequence[R]) -> R:
