@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_dist.config.model_schema import MoESection
 from moe_dist.errors import ConfigError
+from moe_dist.hf.host.banks import split_by_bank
 from moe_dist.hf.host.family import GUIDE
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
@@ -43,6 +44,7 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     disable_progress_bar()
     family, by_layer = model.family, dict[str, dict[str, Any]]()
     mapping: Any = get_model_conversion_mapping(family)
+    split_by_bank(mapping, [len(bank.local(local)) for bank in model.banks if bank.layer == model.banks[0].layer])
     stacks = tuple(f"{path}." for path, module in family.named_modules() if hasattr(module, "_is_expert_parallel"))
     renamings: list[Any] = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
