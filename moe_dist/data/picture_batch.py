@@ -1,4 +1,4 @@
-"""A micro-batch of tokens and pictures, for models of transformers that have an encoder of pictures."""
+"""Defines a micro-batch of tokens and pictures, for models of transformers that have an encoder of pictures."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

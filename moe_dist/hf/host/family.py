@@ -26,7 +26,7 @@ from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
-WITH_PICTURES = ("ernie4_5_vl_moe",)  # families with an encoder of pictures that `pictures.Pictures` can feed
+WITH_PICTURES = ("ernie4_5_vl_moe",)  # families with an encoder of pictures that `picture_inputs` makes inputs for
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not follow from the family

@@ -68,7 +68,7 @@ def test_a_family_without_selection_biases_has_no_controller(tmp_path: Path) -> 
     with torch.device("meta"):
         model = build_hosted(config, replicated_placement(expert_groups(config.model.moe)), ep_rank=0, ep_group=None)
     with refused(ConfigError, "model.moe.balance"):
-        share_biases(model, banks_of(model.family), 8)
+        share_biases(model)
 
 
 CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}}
