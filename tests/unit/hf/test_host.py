@@ -11,7 +11,7 @@ import torch
 from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.bias import share_biases
-from moe_dist.hf.host.family import banks_of, complete, read_fields
+from moe_dist.hf.host.family import complete, read_fields
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted
