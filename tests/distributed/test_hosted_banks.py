@@ -22,6 +22,7 @@ from tests.support.cover import full_unless
 from tests.support.engine_run import built_run
 from tests.support.hosted import hosted_config
 from tests.support.messages import refused
+from tests.support.one_rank import world_of_one
 from tests.support.worlds import RankContext
 
 PINNED: dict[str, Any] = {
@@ -169,8 +170,7 @@ def test_a_folder_is_read_trained_and_written(
 
 @pytest.mark.parametrize(("fault", "key"), [("modality", "moe_mm_token_type_ids"), ("pixels", "pixel_values")])
 def test_a_batch_that_trains_no_vision_expert_is_refused(tiny_data: Path, tmp_path: Path, fault: str, key: str) -> None:
-    changes = {"parallel.ep": 1}
-    with built_run(hosted_config(tiny_data, tmp_path, MODEL, changes)) as run:
+    with world_of_one(), built_run(hosted_config(tiny_data, tmp_path, MODEL, {"parallel.ep": 1})) as run:
         batch: Any = picture_batch(0, (1, 0))
         if fault == "modality":
             batch.modality_BS.zero_()
