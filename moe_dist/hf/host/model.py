@@ -310,10 +310,10 @@ class HostedModel(nn.Module):
         self.family.tie_weights()
         for layer in self._layers:
             layer.router.reset_buffers()
-        for module in self.family.modules():
+        for _, module, owner in with_owners(self.family):
             buffers = {name: each for name, each in module.named_buffers(recurse=False)}
             if buffers:
-                made = own_values(self.family, module)
+                made = own_values(owner, module)
                 for name, buffer in buffers.items():
                     buffer.copy_(made[name])
 
@@ -395,6 +395,15 @@ def _in_order(report: LayerReport, place_T: Tensor) -> LayerReport:
     if report.chosen is None:
         return report
     return report._replace(chosen=ChosenColumns(*(each[place_T] for each in report.chosen)))
+
+
+def with_owners(family: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yields the path of each module, the module, and the innermost model of transformers around it: its rule and its
+    configuration initialise the module."""
+    owners: dict[str, Any] = {}
+    for path, module in family.named_modules():
+        owners[path] = module if hasattr(module, "_init_weights") else owners[path.rpartition(".")[0]]
+        yield path, module, owners[path]
 
 
 def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:

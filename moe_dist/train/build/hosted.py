@@ -18,7 +18,7 @@ from moe_dist.config.schema import Config
 from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.family import banks_of, empty_model
-from moe_dist.hf.host.model import HostedModel, own_values
+from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -148,18 +148,18 @@ def draw(model: HostedModel, slots: Sequence[int], seed: int) -> None:
     """Initialises every parameter by the family's own rule, from (seed, name): equal on every layout of ranks. The host
     draws the whole tensors of one module, or of one expert, at a time. `slots` are this rank's experts."""
     experts, drawn_before = {bank.experts: bank.local(slots) for bank in model.banks}, set[int]()
-    for path, module in model.family.named_modules():
+    for path, module, owner in with_owners(model.family):
         own = {name: each for name, each in module.named_parameters(recurse=False) if id(each) not in drawn_before}
         drawn_before.update(map(id, own.values()))  # a tied weight is drawn once
         if not own:
             continue
         if path not in experts:
-            made = _drawn(model.family, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
+            made = _drawn(owner, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
             for name, parameter in own.items():
                 set_whole(parameter, made[name])
             continue
         alone = {name: (1, *each.shape[1:]) for name, each in own.items()}
-        drawn = [_drawn(model.family, module, alone, f"{seed}/{path}.{expert}") for expert in experts[path]]
+        drawn = [_drawn(owner, module, alone, f"{seed}/{path}.{expert}") for expert in experts[path]]
         for name, parameter in own.items():
             stack = torch.cat([each[name] for each in drawn]) if drawn else torch.empty(tuple(parameter.shape))
             set_whole(parameter, stack)
