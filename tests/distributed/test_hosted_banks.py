@@ -90,7 +90,7 @@ def steps(
         return [one_step(run, batch, number) for number, batch in enumerate(each_step)]
 
 
-@pytest.mark.parametrize("layout", full_unless(lambda layout: layout == "pinned", [(name,) for name in LAYOUTS]))
+@pytest.mark.parametrize(("layout",), full_unless(lambda layout: layout == "pinned", [(name,) for name in LAYOUTS]))
 def test_n_ranks_equal_one(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, layout: str) -> None:
     """Whichever of the four ranks have pictures: one exchange a layer sends the tokens of both banks."""
     changes = LAYOUTS[layout]
