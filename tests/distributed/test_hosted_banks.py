@@ -18,7 +18,7 @@ from moe_dist.placement.parameter_names import Role
 from moe_dist.train.objective.loss import forward
 from moe_dist.train.start.resume import Progress
 from tests.support.banked import ERNIE, MODEL, joined, picture_batch
-from tests.support.cover import full_unless
+from tests.support.cover import full
 from tests.support.engine_run import built_run
 from tests.support.hosted import hosted_config
 from tests.support.messages import refused
@@ -90,7 +90,7 @@ def steps(
         return [one_step(run, batch, number) for number, batch in enumerate(each_step)]
 
 
-@pytest.mark.parametrize(("layout",), full_unless(lambda layout: layout == "pinned", [(name,) for name in LAYOUTS]))
+@pytest.mark.parametrize("layout", [name if name == "pinned" else full(name) for name in LAYOUTS])
 def test_n_ranks_equal_one(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, layout: str) -> None:
     """Whichever of the four ranks have pictures: one exchange a layer sends the tokens of both banks."""
     changes = LAYOUTS[layout]
