@@ -3,7 +3,7 @@
 Shape letters: B is the number of sequences in a micro-batch, S the number of tokens in a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -46,6 +46,10 @@ class Batch:
     def choices(self) -> torch.Tensor | None:
         """Returns the vocabulary words to which the loss of each sequence's labels is restricted, int64 [B, K] as in
         `model.objective.Choices`; None if the loss uses all words."""
+        return None
+
+    def family_inputs(self) -> Mapping[str, torch.Tensor] | None:
+        """Returns further inputs of a transformers model's forward, by name (`picture_batch.PictureBatch`), or None."""
         return None
 
     @property

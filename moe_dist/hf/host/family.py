@@ -7,7 +7,7 @@ routers. So no family is known by name.
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
+WITH_PICTURES = ("ernie4_5_vl_moe",)  # families with an encoder of pictures that `picture_inputs` makes inputs for
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not follow from the family
@@ -39,11 +40,18 @@ _NOTES = ("transformers_version", "torch_dtype", "dtype")
 
 
 class Bank(NamedTuple):
-    """The experts of one layer, and the router that chooses among them."""
+    """The experts of one layer, or of one modality in one layer, and the router that chooses among them."""
 
     layer: int
     experts: str  # path of the module of experts
     router: str  # path of the router
+    group: str = GROUP
+    block: str = ""  # path of the module that calls the layer's banks, if there are several
+    ids: range = range(0)  # logical ids of the experts
+
+    def local(self, slots: Sequence[int]) -> list[int]:
+        """Returns the indices in the bank of a rank's experts, whose logical ids are `slots`."""
+        return [expert - self.ids.start for expert in slots if expert in self.ids]
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
@@ -76,13 +84,14 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     found, plain_router = _sizes(family, json.dumps(fields or {}, sort_keys=True))
     given = {key: value for key, value in model.items() if key not in GIVEN}
     joined = _joined(given, found, ModelSection, "model")
-    _check_nulls(joined["moe"]["groups"][GROUP], family, plain_router=plain_router, copied=folder is not None)
+    for name, group in joined["moe"]["groups"].items():
+        _check_nulls(name, group, family, plain_router=plain_router, copied=folder is not None)
     return {**joined, "folder": folder, "family": family, "fields": fields or {}}
 
 
-def _check_nulls(group: Mapping[str, Any], family: str, *, plain_router: bool, copied: bool) -> None:
+def _check_nulls(name: str, group: Mapping[str, Any], family: str, *, plain_router: bool, copied: bool) -> None:
     """Raises ConfigError if the family's routers cannot have the null rows that the group asks for."""
-    key, count = f"model.moe.groups.{GROUP}.num_null", group.get("num_null")
+    key, count = f"model.moe.groups.{name}.num_null", group.get("num_null")
     if not isinstance(count, int) or count <= 0:
         return  # the schema names a wrong value
     if not plain_router:
@@ -110,14 +119,14 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
     the keys in `CHOSEN` can be chosen."""
     joined = {**given, **found}
     for key, value in given.items():
-        inner = {"moe": MoESection, GROUP: GroupSection}.get(key)
+        inner = {"moe": MoESection}.get(key, GroupSection if schema is Section else None)
         if key == "groups" and isinstance(value, dict):
-            if more := value.keys() - {GROUP}:
+            if more := value.keys() - found[key].keys():
                 raise ConfigError(
-                    f"{path}.groups.{min(more)}: engine.kind=transformers has one group, {GROUP}; remove the others",
+                    f"{path}.groups.{min(more)}: the family has only {' and '.join(found[key])}; remove the others",
                     see=GUIDE,
                 )
-            joined[key] = _joined(value, found[key], Section, f"{path}.{key}")
+            joined[key] = _joined(value, found[key], Section, f"{path}.{key}")  # a section for each name
         elif inner is not None and isinstance(value, dict) and isinstance(found.get(key), dict):
             joined[key] = _joined(value, found[key], inner, f"{path}.{key}")
         elif key in CHOSEN or (key == "top_k" and given.get("num_null")):
@@ -213,18 +222,19 @@ def family_config(family: str, fields: Mapping[str, Any]) -> Any:
 
 def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     """Returns the family's causal language model with all experts, on torch's default device, uninitialised on meta."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = family_config(family, fields)
+    auto: Any = AutoModelForImageTextToText if family in WITH_PICTURES else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **options)
+        return auto.from_config(config, attn_implementation="sdpa", **options)
     except Exception as error:  # each family checks its fields in its own way
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
             raise ConfigError(
                 f"model.family={family!r}: transformers cannot make it: {error}; correct model.fields", see=GUIDE
             ) from error
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager", **options)
+        return auto.from_config(config, attn_implementation="eager", **options)
 
 
 def banks_of(model: nn.Module) -> list[Bank]:
@@ -239,7 +249,7 @@ def banks_of(model: nn.Module) -> list[Bank]:
             "them; take a mixture-of-experts family that does",
             see=GUIDE,
         )
-    found = []
+    found: list[Bank] = []
     for path in experts:
         holder, layer = path.rpartition(".")[0], _LAYER.search(path)
         own = [router for router in routers if f"{holder}.".startswith(f"{router.rpartition('.')[0]}.")]
@@ -250,7 +260,16 @@ def banks_of(model: nn.Module) -> list[Bank]:
                 see=GUIDE,
             )
         found.append(Bank(int(layer[1]), path, own[0]))
-    return found
+    banks: list[Bank] = []
+    for bank in found:
+        first = banks[-1].ids.stop if banks and banks[-1].block == bank.router else 0
+        ids = range(first, first + next(model.get_submodule(bank.experts).parameters()).shape[0])
+        if [each.router for each in found].count(bank.router) == 1:
+            banks.append(bank._replace(ids=ids))
+        else:  # the model records the block around several banks, each of which has a router of its own
+            holder = bank.experts.rpartition(".")[0]
+            banks.append(Bank(bank.layer, bank.experts, f"{holder}.gate", holder.rpartition(".")[2], bank.router, ids))
+    return banks
 
 
 @cache
@@ -265,16 +284,24 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
     finally:
         log.setLevel(level)
     banks, config = banks_of(model), model.config.get_text_config()
-    experts, router = model.get_submodule(banks[0].experts), model.get_submodule(banks[0].router)
-    shapes = {tuple(each.shape) for bank in banks for each in model.get_submodule(bank.experts).parameters()}
-    if len({shape[0] for shape in shapes}) != 1:
+    if len({(bank.group, bank.ids) for bank in banks}) != len({bank.group for bank in banks}):
         raise ConfigError(f"model.family={family!r}: its layers have different numbers of experts", see=GUIDE)
-    num_experts, hidden_dim = next(iter(shapes))[0], config.hidden_size
-    matrices = sum(each[0].numel() for each in experts.parameters() if each.ndim == 3)
-    heads = config.num_attention_heads
+    hidden_dim, heads = config.hidden_size, config.num_attention_heads
+    router, num_experts = model.get_submodule(banks[0].router), len(banks[0].ids)
     plain_router = {name: tuple(each.shape) for name, each in router.state_dict().items()} == {
         "weight": (num_experts, hidden_dim)
     }
+
+    def group(bank: Bank) -> dict[str, Any]:
+        experts, router = model.get_submodule(bank.experts), model.get_submodule(bank.router)
+        matrices = sum(each[0].numel() for each in experts.parameters() if each.ndim == 3)
+        return {
+            "num_experts": len(bank.ids),
+            "top_k": getattr(router, "top_k", None) or config.num_experts_per_tok,
+            "ffn_dim": matrices // (hidden_dim * (3 if getattr(experts, "has_gate", True) else 2)),
+            "modalities": ["image" if bank.ids.start else "text"],
+        }
+
     section = {
         "hidden_dim": hidden_dim,
         "num_layers": config.num_hidden_layers,
@@ -286,15 +313,8 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
         "dense_ffn_dim": getattr(config, "intermediate_size", None) or hidden_dim,
         "tie_embeddings": bool(config.tie_word_embeddings),
         "moe": {
-            "layers": [bank.layer for bank in banks],
-            "groups": {
-                GROUP: {
-                    "num_experts": num_experts,
-                    "top_k": getattr(router, "top_k", None) or config.num_experts_per_tok,
-                    "ffn_dim": matrices // (hidden_dim * (3 if getattr(experts, "has_gate", True) else 2)),
-                    "modalities": ["text"],
-                }
-            },
+            "layers": list(dict.fromkeys(bank.layer for bank in banks)),
+            "groups": {bank.group: group(bank) for bank in banks},
         },
     }
     return section, plain_router

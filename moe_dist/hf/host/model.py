@@ -8,9 +8,10 @@ Shape letters: B sequences, S positions, T = B x S tokens, D hidden size, E expe
 pairs on this rank, R rows on this rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE, Bank
+from moe_dist.hf.host.pictures import groups_of_types, picture_inputs
 from moe_dist.hf.pairs import compute_pairs
 from moe_dist.model.layers import ModelArgs
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout, RunExperts
+from moe_dist.moe.experts.several_banks import OneExchange, SeveralBanks
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
@@ -94,18 +97,21 @@ class FamilyExperts(nn.Module):
     """Computes rows by a family's module of experts, which holds this rank's stacks. Owns no parameters: the module stays
     in the family's model."""
 
-    def __init__(self, experts: Any, num_local: int, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Any, local: Sequence[int], args: ModelArgs) -> None:
         super().__init__()
-        self._experts, self._forward, self._dtype = (experts,), experts.forward, dtype  # in a tuple, so that it is no child
-        experts.num_experts, experts._is_expert_parallel = num_local, True
+        self._experts, self._forward = (experts,), experts.forward  # in a tuple, so that it is no child
+        self._dtype, self.num_local = args.compute_dtype, len(local)
+        for name, whole in list(experts.named_parameters(recurse=False)):
+            experts._parameters[name] = nn.Parameter(whole.detach()[list(local)].clone())
+        experts.num_experts, experts._is_expert_parallel = len(local), True
 
     def start(self, h_TD: Tensor, *, recompute: bool) -> tuple[Tensor, RunExperts]:
-        return h_TD, self._again if recompute else self._compute
+        return h_TD, self._again if recompute else self.compute
 
     def _again(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
-        return recomputed(self._compute, rows, layout)
+        return recomputed(self.compute, rows, layout)
 
-    def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
+    def compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
         (experts,) = self._experts
         stored = dict(experts._parameters)
         # Autocast does not cast the weights of grouped products. Gradients go through the casts to the stored weights.
@@ -131,7 +137,7 @@ class HostedModel(nn.Module):
     Args:
         family: The family's model, on the meta device, with all experts.
         banks: Its MoE layers.
-        local: Ids of this rank's experts.
+        local: Logical ids of this rank's experts.
         make_router: Makes the part of a layer's router that is this project's (`choices`).
         dispatcher: Exchanges the rows of all layers.
         recompute: `experts`: backward computes this rank's experts again. `block`: whole layers, exchanges included.
@@ -156,27 +162,34 @@ class HostedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.family, self.args, self.packed = family, args, True
-        self._banks, self._pass = tuple(banks), list[_Pass]()  # the innermost pass is the last
+        self.banks, self._pass = tuple(banks), list[_Pass]()  # the innermost pass is the last
+        self._encodes = hasattr(family, "get_image_features")
         _set_roles(family, banks)
         if recompute == "block":
             family.activation_checkpointing_enable({"use_reentrant": False})
         layers = []
-        for bank in banks:
-            experts = family.get_submodule(bank.experts)
-            for name, whole in list(experts.named_parameters(recurse=False)):
-                experts._parameters[name] = nn.Parameter(whole.detach()[list(local)].clone())
+        for number, several in groupby(banks, key=lambda bank: bank.layer):
+            parts = list(several)
+            stacks = [FamilyExperts(family.get_submodule(each.experts), each.local(local), args) for each in parts]
             layer = MoELayer(
                 norm=nn.Identity(),
                 router=make_router(),
-                experts=FamilyExperts(experts, len(local), args.compute_dtype),  # pyright: ignore[reportArgumentType]
+                experts=stacks[0] if len(stacks) == 1 else SeveralBanks(stacks),  # pyright: ignore[reportArgumentType]
                 dispatcher=dispatcher,
                 recompute="experts" if recompute == "experts" else "none",
-                name=f"layers.{bank.layer}",
+                name=f"layers.{number}",
             )
-            router = family.get_submodule(bank.router)
-            router.forward = _InFullPrecision(router.forward)
-            router.register_forward_hook(_Keep(layer.router))
-            experts.forward = _Routed(layer, self._pass, args.compute_dtype)
+            routed = _Routed(layer, self._pass, args.compute_dtype)
+            for bank in parts:
+                router = family.get_submodule(bank.router)
+                router.forward = _InFullPrecision(router.forward)
+                if not bank.block:
+                    router.register_forward_hook(_Keep(layer.router))
+                    family.get_submodule(bank.experts).forward = routed
+            if parts[0].block:
+                block = family.get_submodule(parts[0].block)
+                routers = [family.get_submodule(each.router) for each in parts]
+                block.forward = OneExchange(block, routers, _Keep(layer.router), routed)
             layers.append(layer)
         self._layers = tuple(layers)  # in a tuple, because the parameters are the family's
         self.gates = nn.ModuleList(gate for layer in layers for gate in layer.router.children())  # with selection biases
@@ -190,10 +203,11 @@ class HostedModel(nn.Module):
         request: RoutingRequest = NO_REQUEST,
         labels_BS: Tensor | None = None,
         objective: Any = None,
+        more: Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:
-        """Returns logits or losses and the layers' reports, as `Transformer.forward` does. An `objective` has
-        `losses_of`."""
-        rows, place_BS = (tokens_BS, positions_BS, group_BS), None
+        """Returns logits or losses and the layers' reports, as `Transformer.forward` does. An `objective` has `losses_of`.
+        `more` has further inputs of the family (`Batch.family_inputs`)."""
+        rows, place_BS = (tokens_BS, positions_BS, groups_of_types(group_BS, more or {})), None
         if not self.packed:
             place_BS, rows = _unpacked(documents_BS, *rows)
             if request.probe_tokens_A is not None:
@@ -202,7 +216,10 @@ class HostedModel(nn.Module):
         self._pass.append(here)
         try:
             with self._autocast():
-                logits = self.family(input_ids=rows[0], position_ids=rows[1], use_cache=False).logits
+                inputs: dict[str, Any] = {"input_ids": rows[0], "position_ids": rows[1]}
+                if self._encodes:
+                    inputs = picture_inputs(self.family, *rows, more or {})
+                logits = self.family(**inputs, use_cache=False).logits
         finally:
             self._pass.pop()
         reports, here.reports = here.reports, []
@@ -227,7 +244,8 @@ class HostedModel(nn.Module):
         routes tokens without groups of their own and makes no report."""
 
         def begin(_module: Any, _inputs: Any, given: dict[str, Any]) -> None:
-            self._pass[:] = [_Pass(torch.zeros_like(given["input_ids"]).flatten(), NO_REQUEST)]
+            group_BS = groups_of_types(torch.zeros_like(given["input_ids"]), given)
+            self._pass[:] = [_Pass(group_BS.flatten(), NO_REQUEST)]
 
         hook = self.family.register_forward_pre_hook(begin, with_kwargs=True)
         try:
@@ -251,7 +269,7 @@ class HostedModel(nn.Module):
         self.eval()
         self.packed = True
         choices: list[Choice] = []
-        router: Any = self.family.get_submodule(self._banks[0].router)
+        router: Any = self.family.get_submodule(self.banks[0].router)
         hooks = [
             self.family.get_input_embeddings().register_forward_hook(keep),
             router.register_forward_hook(lambda _module, _inputs, output: choices.append(Choice(*output[:3]))),
@@ -278,14 +296,14 @@ class HostedModel(nn.Module):
 
     def router_weights(self) -> set[str]:
         """Returns the names of the family's parameters that are the weights of its routers, if they have this name."""
-        return {f"{bank.router}.weight" for bank in self._banks}
+        return {f"{bank.router}.weight" for bank in self.banks}
 
     def depth_routers(self) -> list[Any]:
         return []
 
     def units(self) -> Iterator[nn.Module]:
         """Yields the family's layers, whose parameters FSDP2 gathers together."""
-        paths = dict.fromkeys(bank.experts.split(".layers.")[0] + ".layers" for bank in self._banks)
+        paths = dict.fromkeys(bank.experts.split(".layers.")[0] + ".layers" for bank in self.banks)
         for path in paths:
             yield from self.family.get_submodule(path).children()
 
@@ -296,10 +314,10 @@ class HostedModel(nn.Module):
         self.family.tie_weights()
         for layer in self._layers:
             layer.router.reset_buffers()
-        for module in self.family.modules():
+        for _, module, owner in with_owners(self.family):
             buffers = {name: each for name, each in module.named_buffers(recurse=False)}
             if buffers:
-                made = own_values(self.family, module)
+                made = own_values(owner, module)
                 for name, buffer in buffers.items():
                     buffer.copy_(made[name])
 
@@ -332,13 +350,15 @@ class _Routed:
         self._layer, self._passes, self._dtype = layer, passes, dtype
         self._last: _Pass | None = None
 
+    def open(self) -> _Pass:
+        """Returns the pass of this call. Backward computes a layer again when no pass is open."""
+        self._last = self._passes[-1] if self._passes else self._last
+        assert self._last is not None
+        return self._last
+
     def __call__(self, h_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         layer, router = self._layer, cast(Any, self._layer.router)
-        again = not self._passes  # backward computes a layer again when no pass is open
-        if not again:
-            self._last = self._passes[-1]
-        here = self._last
-        assert here is not None
+        again, here = not self._passes, self.open()
         request = here.request
         given = RoutingCache(
             batch_info=request.batch_info, probe_tokens_A=request.probe_tokens_A, keep_choices=request.keep_choices
@@ -382,6 +402,15 @@ def _in_order(report: LayerReport, place_T: Tensor) -> LayerReport:
     return report._replace(chosen=ChosenColumns(*(each[place_T] for each in report.chosen)))
 
 
+def with_owners(family: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Yields the path of each module, the module, and the innermost model of transformers around it: its rule and its
+    configuration initialise the module."""
+    owners: dict[str, Any] = {}
+    for path, module in family.named_modules():
+        owners[path] = module if hasattr(module, "_init_weights") else owners[path.rpartition(".")[0]]
+        yield path, module, owners[path]
+
+
 def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Returns the values that the family's own initialisation gives a module's own parameters and buffers, on the host.
     `shapes` replaces the shapes of parameters."""
@@ -389,7 +418,8 @@ def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]
     copy = object.__new__(module.__class__)  # FSDP2's own `__new__` would call `__init__`
     copy.__dict__.update(module.__dict__, _buffers={})
     with torch.device("cpu"):
-        copy._parameters = {name: nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
+        # Zeros, because ERNIE's selection biases are set by the rule of the module around theirs.
+        copy._parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
         for name, each in module._parameters.items():
             copy._parameters.setdefault(name, None if each is None else nn.Parameter(torch.empty(each.shape)))
         for name, each in module._buffers.items():

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +44,7 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     disable_progress_bar()
     family, by_layer = model.family, dict[str, dict[str, Any]]()
     mapping: Any = get_model_conversion_mapping(family)
+    _split_by_bank(mapping, [len(bank.local(local)) for bank in model.banks if bank.layer == model.banks[0].layer])
     stacks = tuple(f"{path}." for path, module in family.named_modules() if hasattr(module, "_is_expert_parallel"))
     renamings: list[Any] = [each for each in mapping if isinstance(each, WeightRenaming)]
     converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
@@ -134,6 +136,30 @@ def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool
     if int(expert[1]) not in local:
         return None
     return f"{name[: expert.start(1)]}{local.index(int(expert[1]))}{name[expert.end(1) :]}", _Slice(tensor, None)
+
+
+def _split_by_bank(mapping: Sequence[Any], sizes: Sequence[int]) -> None:
+    """Makes transformers' conversion of a folder split this rank's experts by bank. `sizes` are the banks' numbers of
+    experts on this rank. transformers would give each bank as many."""
+    for converter in mapping:
+        for operation in getattr(converter, "operations", ()):
+            if hasattr(operation, "split_list_into_chunks"):
+                operation.convert = partial(_joined_banks, operation, sizes)
+
+
+def _joined_banks(operation: Any, sizes: Sequence[int], found: Any, **more: Any) -> dict[str, Tensor]:
+    joined, start, targets = dict[str, Tensor](), 0, more["target_patterns"]
+    for target, size in zip(targets, sizes, strict=True):
+        if size:
+            stacks = [
+                torch.stack(found[each][start : start + size], operation.stack_dim) for each in more["source_patterns"]
+            ]
+            joined[target] = torch.cat(stacks, operation.concat_dim)
+        else:  # torch stacks no empty list
+            shape = more["model"].get_parameter(more["full_layer_name"].replace(targets[0], target)).shape
+            joined[target] = torch.empty(shape)
+        start += size
+    return joined
 
 
 def write_folder(model: HostedModel, out: Path) -> None:

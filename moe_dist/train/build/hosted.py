@@ -17,8 +17,8 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
 from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.choices import add_null_rows
-from moe_dist.hf.host.family import Bank, banks_of, empty_model
-from moe_dist.hf.host.model import HostedModel, own_values
+from moe_dist.hf.host.family import banks_of, empty_model
+from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -119,7 +119,7 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
         shard(model, mesh, COMPUTE_DTYPES[section.precision])
     allocate(model, mesh.device)
     local = placement.slots[mesh.ep_rank]
-    draw(model, banks_of(model.family), local, config.run.seed)
+    draw(model, local, config.run.seed)
     torch.manual_seed(config.run.seed * mesh.world_size + mesh.rank)  # for a family's dropout, which differs on each rank
     parallel = ParallelModel(model, mesh, section.data, fsdp_gather=section.fsdp_gather)
     optimizer = build_optimizer(config, model)
@@ -127,9 +127,9 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     tuning = build_tuning(config, manifest, parallel, groups)
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
     layers = model.moe_modules()
-    (group,) = placement.groups
-    if config.model.moe.router.softmax_top_k and config.model.moe.balance and not group.num_null:
-        share_biases(model, banks_of(model.family), group.num_experts)
+    nulls = any(group.num_null for group in placement.groups)
+    if config.model.moe.router.softmax_top_k and config.model.moe.balance and not nulls:
+        share_biases(model)
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" else None
     step = TrainingStep(
@@ -148,22 +148,22 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
 
 
 @torch.no_grad()
-def draw(model: HostedModel, banks: Sequence[Bank], local: Sequence[int], seed: int) -> None:
+def draw(model: HostedModel, slots: Sequence[int], seed: int) -> None:
     """Initialises every parameter by the family's own rule, from (seed, name): equal on every layout of ranks. The host
-    draws the whole tensors of one module, or of one expert, at a time."""
-    experts, drawn_before = {bank.experts for bank in banks}, set[int]()
-    for path, module in model.family.named_modules():
+    draws the whole tensors of one module, or of one expert, at a time. `slots` are this rank's experts."""
+    experts, drawn_before = {bank.experts: bank.local(slots) for bank in model.banks}, set[int]()
+    for path, module, owner in with_owners(model.family):
         own = {name: each for name, each in module.named_parameters(recurse=False) if id(each) not in drawn_before}
         drawn_before.update(map(id, own.values()))  # a tied weight is drawn once
         if not own:
             continue
         if path not in experts:
-            made = _drawn(model.family, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
+            made = _drawn(owner, module, {name: tuple(each.shape) for name, each in own.items()}, f"{seed}/{path}")
             for name, parameter in own.items():
                 set_whole(parameter, made[name])
             continue
         alone = {name: (1, *each.shape[1:]) for name, each in own.items()}
-        drawn = [_drawn(model.family, module, alone, f"{seed}/{path}.{expert}") for expert in local]
+        drawn = [_drawn(owner, module, alone, f"{seed}/{path}.{expert}") for expert in experts[path]]
         for name, parameter in own.items():
             stack = torch.cat([each[name] for each in drawn]) if drawn else torch.empty(tuple(parameter.shape))
             set_whole(parameter, stack)

@@ -78,6 +78,8 @@ def forward(
     inputs = (batch.tokens_BS, batch.positions_BS, batch.documents_BS, group_BS, request, labels_BS)
     choice_BK = batch.choices() if losses else None
     objective = teacher if choice_BK is None else Choices(choice_BK)
+    if (more := batch.family_inputs()) is not None:
+        return model(*inputs, objective, more)
     return model(*inputs) if objective is None else model(*inputs, objective)
 
 

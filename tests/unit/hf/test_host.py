@@ -11,7 +11,7 @@ import torch
 from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.bias import share_biases
-from moe_dist.hf.host.family import banks_of, complete, read_fields
+from moe_dist.hf.host.family import complete, read_fields
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted
@@ -77,7 +77,7 @@ def test_a_family_without_selection_biases_has_no_controller(tmp_path: Path) -> 
     with torch.device("meta"):
         model = build_hosted(config, replicated_placement(expert_groups(config.model.moe)), ep_rank=0, ep_group=None)
     with refused(ConfigError, "model.moe.balance"):
-        share_biases(model, banks_of(model.family), 8)
+        share_biases(model)
 
 
 CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}}

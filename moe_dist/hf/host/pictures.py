@@ -1,0 +1,63 @@
+"""Inputs of families that have an encoder of pictures.
+
+A rank without pictures must issue the same collectives as the others, and DDP waits for a gradient of each weight. So its
+encoder reads its smallest picture, whose embeddings are multiplied by 0.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_dist.errors import DataError
+from moe_dist.hf.host.family import GUIDE
+
+
+def groups_of_types(group_BS: Tensor, more: Mapping[str, Tensor]) -> Tensor:
+    """Returns each token's group, which `moe_mm_token_type_ids` (0 is text) replaces, but for padding (-1)."""
+    types_BS = more.get("moe_mm_token_type_ids")
+    return group_BS if types_BS is None else torch.where(group_BS < 0, group_BS, types_BS.bool().long())
+
+
+def picture_inputs(
+    family: Any, tokens_BS: Tensor, positions_BS: Tensor, group_BS: Tensor, more: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Returns the keyword arguments of the family's forward. `more` has the batch's pictures (`PictureBatch.more`). Costs a
+    host sync.
+
+    Raises:
+        DataError: the batch has placeholders of pictures but no pictures, or text experts would compute placeholders.
+    """
+    config, vision = family.config, family.config.vision_config
+    image_BS, video_BS = tokens_BS == config.image_token_id, tokens_BS == config.video_token_id
+    has_pictures = not {"pixel_values", "pixel_values_videos"}.isdisjoint(more)
+    _check(image_BS | video_BS, group_BS, has_pictures=has_pictures)
+    inputs: dict[str, Any] = {name: each for name, each in more.items() if not name.endswith("token_type_ids")}
+    places_3BS = inputs.pop("position_ids", positions_BS.expand(3, *positions_BS.shape))
+    if has_pictures and "position_ids" not in more:
+        grids = {name: each for name, each in inputs.items() if name.endswith("_grid_thw")}
+        places_3BS, _ = family.model.get_rope_index(tokens_BS, image_BS.int() + 2 * video_BS.int(), **grids)
+    # The family's mask keeps documents apart by the first of four positions.
+    inputs["position_ids"] = torch.cat([positions_BS[None], places_3BS])
+    if has_pictures:
+        return {"input_ids": tokens_BS, **inputs}
+    side, embedded_BSD = vision.spatial_merge_size, family.get_input_embeddings()(tokens_BS)
+    pixels = embedded_BSD.new_zeros(side**2, vision.in_channels * vision.patch_size**2)
+    features = family.get_image_features(pixels, tokens_BS.new_tensor([[1, side, side]]), return_dict=True).pooler_output
+    return {"inputs_embeds": embedded_BSD + 0.0 * torch.cat(features).sum(), **inputs}
+
+
+def _check(picture_BS: Tensor, group_BS: Tensor, *, has_pictures: bool) -> None:
+    any_picture, any_as_text = torch.stack([picture_BS.any(), (picture_BS & (group_BS == 0)).any()]).tolist()
+    if any_picture and not has_pictures:
+        raise DataError(
+            "the batch has placeholder tokens of pictures, but no pixel_values: the model would read the placeholder's "
+            f"embedding in place of a picture; give the pictures in the batch ({GUIDE}#pictures)"
+        )
+    if any_as_text:
+        raise DataError(
+            "moe_mm_token_type_ids: placeholder tokens of pictures have type 0, so text experts would compute them, and no "
+            "vision expert would be trained; give moe_mm_token_type_ids in the batch, or the modality of pictures to these "
+            f"token ids in the manifest ({GUIDE}#pictures)"
+        )
