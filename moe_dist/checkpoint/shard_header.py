@@ -30,7 +30,7 @@ from moe_dist.config.json_text import bounded
 from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors rejects larger headers
-# Bounds of a header's JSON, for 200,000 tensors or more, which take seconds. DeepSeek-V3 has 91,000.
+# Bounds of a header's JSON. A tensor has three lists and mappings, or five in a checkpoint. DeepSeek-V3 has 91,000 tensors.
 MAX_HEADER_LISTS, MAX_HEADER_VALUES = 1 << 20, 1 << 22
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 

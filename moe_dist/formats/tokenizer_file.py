@@ -39,14 +39,19 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def checked_tokenizer(path: Path) -> bytes:
-    """Returns the content of a tokenizer.json. Raises OSError or ValueError if it cannot be read or is too large."""
+    """Returns the content of a tokenizer.json. Raises OSError if it cannot be read, and ValueError if it is damaged, or
+    if its added tokens are too long or take too much time."""
     content = read_regular(path, most_bytes=MAX_BYTES)
     parts = _PARTS.validate_json(content)
     tokens = parts.added_tokens or []
     if (added := sum(len(token.content) for token in tokens)) > MAX_ADDED_BYTES:
         raise ValueError(f"its added_tokens have {added:,} characters, and at most {MAX_ADDED_BYTES:,} are read")
     if any(token.normalized for token in tokens) and "Regex" in str(parts.normalizer):
-        TimedCalls(_load, seconds=5)(content)  # a regular expression may take hours for the text of an added token
+        try:
+            TimedCalls(_load, seconds=5)(content)
+        except (TimeoutError, ChildProcessError, MemoryError) as error:
+            problem = f"the normalizer's regular expressions fail on its added tokens ({error}); remove either"
+            raise ValueError(problem) from error
     return content
 
 
@@ -63,5 +68,5 @@ def tokenizer_errors(problem: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:
-        why = getattr(error, "strerror", None) or f"{error!s:.200}"
+        why = error.strerror if isinstance(error, OSError) else f"{error!s:.200}"
         raise DataError(f"{problem}: {why}") from error

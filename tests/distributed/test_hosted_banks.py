@@ -48,7 +48,7 @@ def batches(subset: tuple[bool, ...], number: int) -> list[Any]:
 
 
 def one_step(run: Any, batch: Any, number: int) -> dict[str, Any]:
-    """Returns loss and gradients of a step that changes no weight, and the exchanges of its forward and backward."""
+    """Returns loss and gradients of a step that changes no weight, and the numbers of its exchanges."""
     model, gradients = run.training.parallel.model, dict[str, Tensor]()
     slots = {bank.experts: bank.local(run.placement.slots[run.mesh.ep_rank]) for bank in model.banks}
 

@@ -33,7 +33,7 @@ CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not fol
 MOST_PARTS = 4096  # of layers, experts and the like; transformers takes milliseconds for each
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Names of fields whose numbers are large and over which transformers does not loop. A loop over MOST_NUMBER takes a second.
-_LARGE = re.compile(r"theta|position|length|window|size|seed|base|context|token|pixel|id$")
+_LARGE = re.compile(r"theta|position|len|window|size|seed|base|context|token|pixel|id$")
 MOST_NUMBER = 1 << 18
 _NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)$")  # field names
 _NOTES = ("transformers_version", "torch_dtype", "dtype")

@@ -38,7 +38,7 @@ def picture_inputs(
     if has_pictures and "position_ids" not in more:
         grids = {name: each for name, each in inputs.items() if name.endswith("_grid_thw")}
         places_3BS, _ = family.model.get_rope_index(tokens_BS, image_BS.int() + 2 * video_BS.int(), **grids)
-    # The family's mask keeps documents apart by the first of four positions.
+    # Four positions of a token: the first, by which the family's mask separates documents, then time, height and width.
     inputs["position_ids"] = torch.cat([positions_BS[None], places_3BS])
     if has_pictures:
         return {"input_ids": tokens_BS, **inputs}

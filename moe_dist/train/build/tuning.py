@@ -17,8 +17,8 @@ from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning | None:
-    """Makes the router tuning of a model; None without the section. `groups` lists the index of each modality's expert
-    group."""
+    """Returns the router tuning of a run, or None if the configuration has no section `router_tuning`. `groups` has the
+    index of the expert group of each modality."""
     section, mesh = config.router_tuning, parallel.mesh
     if section is None:
         return None

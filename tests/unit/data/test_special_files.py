@@ -78,6 +78,14 @@ def test_a_tokenizer_with_a_long_added_token_is_refused(tmp_path: Path, name: st
         HubTokenizer(tmp_path)
 
 
+def test_a_sparse_chat_template_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    with (tmp_path / "additional_chat_templates/tools.jinja").open("wb") as stream:
+        stream.truncate(5 << 30)
+    with reads_little(), pytest.raises(DataError, match=r"tools\.jinja: 5,368,709,120 bytes, too large"):
+        HubTokenizer(tmp_path)
+
+
 def test_a_second_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers would read `other.json`, which is checked nowhere, in place of tokenizer.json."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": ["other.json"]}))

@@ -94,6 +94,7 @@ CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}
         ("qwen3_moe", {"problem_type": ["\x1b[31m"]}, "problem_type='\\x1b[31m'"),
         ("qwen3_moe", {"rope_parameters": {"\x1b[31m": 1}}, "\\x1b[31m"),
         ("qwen3_moe", {"num_hidden_layers": 10**6}, "num_hidden_layers=1000000"),
+        ("qwen3_moe", {"decoder_sparse_step": 10**10}, "decoder_sparse_step=10000000000"),
         ("fuyu", {"text_config": {"num_labels": 10**9}}, "num_labels=1000000000"),
     ],
 )
