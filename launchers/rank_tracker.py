@@ -71,10 +71,10 @@ class Outcome:
         1. A rank lost with its node.
         2. A rank killed by a signal, unless the record, or a rank that failed earlier, has an error that would repeat.
         3. A rank that SIGSTOP suspended.
-        4. A rank that failed without printing an error; the errors of its peers only report a lost connection.
+        4. A rank that failed and is not in `told`, if `told` has ranks; their errors only report a lost connection.
         5. The rank in the record. Its error is the recorded reason, or it did not enter a collective.
-        6. If the record names no rank: a rank that printed no error, and that aborted or ended with 0. Without a record:
-           the rank that failed first.
+        6. If a record names no rank and a rank failed: a rank that is not in `told` and aborted or had exit code 0.
+           Without a record: the rank that failed first.
 
         Args:
             told: Ranks that reported their own end: they were done, stopped on request, or printed an error.

@@ -16,7 +16,7 @@ from moe_dist.comm.collectives import added
 from moe_dist.moe.dispatch.two_batches import Chain
 from moe_dist.moe.routing.types import ChosenColumns, LayerReport, RoutingRequest
 
-Half = tuple[Tensor, tuple[Tensor, ...], Any, Tensor]  # x [B / 2, S, D], rotary table, masks by window, groups
+Half = tuple[Tensor, tuple[Tensor, ...], Any, Tensor]  # x [B / 2, S, D], rotary table, masks by window, group of each token
 R = TypeVar("R")
 
 

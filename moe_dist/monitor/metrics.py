@@ -250,7 +250,8 @@ def group_scalars(
     split: Sequence[str],
     dropped_LG: np.ndarray,
 ) -> dict[str, float | None]:
-    """Returns moe/<family>/<group> for families in `split`, and for others moe/<family>/mean over groups with tokens."""
+    """Returns the values by tag. A family in `split` has a tag moe/<family>/<group> for each group. Another family has
+    the tag moe/<family>/mean, the mean over groups with tokens."""
     over_layers = [counts.sum(0, keepdims=True) for counts in (choices_LC, tokens_LG, dropped_LG)]
     summed = group_metrics(over_layers[0], over_layers[1], groups, dropped_LG=over_layers[2])
     layers = group_metrics(choices_LC, tokens_LG, groups)

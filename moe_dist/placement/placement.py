@@ -75,7 +75,7 @@ class ExpertGroup:
 
 
 def group_shares(groups: Sequence[ExpertGroup], token_mix: Mapping[str, int]) -> list[float]:
-    """Returns each group's fraction of all tokens. If the mix is empty, all modalities have equally many tokens."""
+    """Returns each group's fraction of all tokens. If the mix has no tokens, all modalities get equally many."""
     mix = token_mix if any(token_mix.values()) else {m: 1 for group in groups for m in group.modalities}
     tokens = [sum(mix.get(modality, 0) for modality in group.modalities) for group in groups]
     return [count / max(1, sum(tokens)) for count in tokens]

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.megatron
 
 
 def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
-    """Counts distinct (token, other rank) pairs of this rank's tokens over all layers, from our routers' choices."""
+    """Returns how many rows this rank sends: for each layer and token, the number of other ranks that hold an expert which
+    our router chose."""
     placement, own = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
     sequences, width = own_sequences(state), SEQ_LEN // layout.tp
     pairs: set[tuple[int, int, int]] = set()

@@ -146,8 +146,8 @@ class Shape:
         return [f'[ "$SLURMD_NODENAME" != {name} ] || sleep {seconds}' for name, seconds in found if seconds]
 
     def site(self, *, ranks_per_node: int = 1, exclusive: bool = False, **keys: object) -> str:
-        """Returns the text of a cluster file. `keys` replace or add lines. A rank has one thread in every job. An
-        `exclusive` job has all cores, and sets the number of threads. Other jobs have one core per rank."""
+        """Returns the text of a cluster file. `keys` replace or add lines. Each rank has one thread:
+        a job has one core per rank, or it is `exclusive`, has all cores and sets the number of threads."""
         late = [f"'{line}'" for line in self.late]
         lines: dict[str, object] = {"gpus": "{syntax: none}", "ranks_per_node": ranks_per_node, "time": f"'{self.time}'"}
         lines |= {"signal_seconds": self.signal_seconds, "partition": f"'{self.partition}'"}

@@ -139,8 +139,8 @@ def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool
 
 
 def _split_by_bank(mapping: Sequence[Any], sizes: Sequence[int]) -> None:
-    """Makes transformers' conversion of a folder split this rank's experts by bank. `sizes` are the banks' numbers of
-    experts on this rank. transformers would give each bank as many."""
+    """Changes transformers' conversion of weights so that it splits this rank's experts into banks of the given sizes.
+    By default it gives every bank the same number of experts."""
     for converter in mapping:
         for operation in getattr(converter, "operations", ()):
             if hasattr(operation, "split_list_into_chunks"):

@@ -25,8 +25,8 @@ class TuningSample:
     """The token ids of a prompt and of its right answer. Neither is empty.
 
     Attributes:
-        choices: The different first tokens of the question's choices. The right choice comes first; -1 pads the array
-            to the folder's width. All are -1 if a wrong choice begins with the right choice's token. Empty if unknown.
+        choices: The distinct first token ids of the question's answers. The right answer comes first; -1 pads the array
+            to the folder's width. All are -1 if a wrong answer begins with the right answer's token. Empty if unknown.
     """
 
     prompt: np.ndarray

@@ -1,4 +1,5 @@
-"""An import reads a config.json like transformers' configuration class, or refuses it and names the field.
+"""An import understands each field of a config.json as transformers' configuration class does, or refuses the file and
+names the field.
 
 The test changes every field of every family's class, and every other name that transformers reads from a configuration.
 If the import accepts the changed config.json, our logits equal transformers' with the same weights.

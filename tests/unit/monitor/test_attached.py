@@ -161,7 +161,7 @@ def test_the_loops_of_the_guide_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_probabilities_and_absent_choices_are_read() -> None:
-    """Routers of some families return probabilities in the place of logits. A choice outside [0, E) is no choice."""
+    """Routers of some families return probabilities in the place of logits. An id outside [0, E) is not counted."""
     model = tiny_model("mixtral").train()
     routers = find_routers(model)
     logits, weights, ids = torch.randn(5, EXPERTS), torch.rand(5, 2), torch.tensor([[0, 1]] * 3 + [[EXPERTS, 2], [-1, -1]])
