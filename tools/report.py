@@ -19,7 +19,7 @@ from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
 from moe_dist.errors import ConfigError, DataError, MoeDistError, printable
 from moe_dist.formats.manifest import load_manifest
-from moe_dist.formats.tokenizer_file import read_tokenizer
+from moe_dist.formats.tokenizer_file import limited, read_tokenizer
 from moe_dist.inference.loaded_run import trained_placement
 from moe_dist.monitor.report.findings import facts, problems, verdict
 from moe_dist.monitor.report.page import render
@@ -304,7 +304,8 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
     try:
         if data is None and tokenizer_json and "data" not in configuration:
             alone = read_tokenizer(tokenizer_json)
-            return {"name_of": lambda token: alone.decode([token], skip_special_tokens=False) or None}
+            decode = limited(alone.decode, f"{tokenizer_json}: fails on a token; report without this tokenizer")
+            return {"name_of": lambda token: decode([token], False) or None}
         folder = data or Path(configuration["data"]["path"])
         manifest = load_manifest(folder)
         tokenizer = read_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
@@ -317,10 +318,12 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
         return {}
     first, end = manifest.modalities.get("image", ((0, 0),))[0]
 
+    decode = tokenizer and limited(tokenizer.decode, f"{folder}: its tokenizer fails on a token; correct it")
+
     @cache
     def name_of(token: int) -> str | None:
-        inside = tokenizer is not None and not (codes is not None and first <= token < end)
-        return (tokenizer.decode([token], skip_special_tokens=False) or None) if inside else None  # pyright: ignore
+        pictured = codes is not None and first <= token < end
+        return (decode([token], False) or None) if decode and not pictured else None
 
     def picture_of(token: int) -> np.ndarray | None:
         return codes[token - first] if codes is not None and first <= token < min(end, first + len(codes)) else None

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from moe_dist.config.timed import TimedCalls
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
 from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Skip, Source, Text, refuse
@@ -25,6 +24,7 @@ from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_t
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.formats.split_files import count_by_modality
+from moe_dist.formats.tokenizer_file import limited
 from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -136,20 +136,6 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
     return tokenizer
 
 
-def _limited(encode: Encode, named: str) -> Encode:
-    """Returns `encode` with limits of time and memory, because a user's tokenizer can turn a short text into gigabytes."""
-    calls = TimedCalls(encode, _ENCODE_SECONDS, _ENCODE_MEMORY)
-
-    def limited(texts: Sequence[str]) -> list[np.ndarray]:
-        try:
-            return calls(texts)
-        except (TimeoutError, ChildProcessError, MemoryError) as error:
-            problem = f"{str(error) or 'took too much memory'} on {len(texts)} texts"
-            raise DataError(f"--tokenizer {named}: it {problem}; give another tokenizer") from error
-
-    return limited
-
-
 class _Writer:
     """Encodes one source after another, and collects the sources' entries in the manifest."""
 
@@ -158,7 +144,8 @@ class _Writer:
         self._special = special_ids(tokenizer)
         self._encode: Encode = partial(encode_texts, tokenizer)
         if recipe.tokenizer:
-            self._encode = _limited(self._encode, recipe.tokenizer)
+            problem = f"--tokenizer {recipe.tokenizer}: it fails on a text; give another tokenizer"
+            self._encode = limited(self._encode, problem, _ENCODE_SECONDS, _ENCODE_MEMORY)
         self._text_vocab, self._codes = tokenizer.get_vocab_size(), 0
         self._codebook: np.ndarray | None = None
         self._sources: dict[str, SourceSection] = {}

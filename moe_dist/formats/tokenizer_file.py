@@ -1,6 +1,6 @@
 """Reads tokenizer.json with the library tokenizers, whose Rust code parses the file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,23 +35,36 @@ _PARTS = TypeAdapter(_Parts)
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """Reads any tokenizer of the library tokenizers. Raises DataError if the file is missing, too large or damaged."""
     with tokenizer_errors(f"tokenizer {str(path)!r}: must be a tokenizer.json of Hugging Face, or one of prepare-data"):
-        return Tokenizer.from_buffer(checked_tokenizer(Path(path)))
+        tokenizer = Tokenizer.from_buffer(checked_tokenizer(Path(path)))
+        tokenizer.no_padding()  # the file may ask for padding to 10^9 tokens
+        tokenizer.no_truncation()
+        return tokenizer
+
+
+def limited(call: Callable[..., Any], problem: str, seconds: int = 5, memory: int = 2 << 30) -> Callable[..., Any]:
+    """Returns `call`, a call of a tokenizer, with limits of CPU time and memory, because a user's tokenizer can turn a
+    short text into gigabytes. The returned function raises a DataError that begins with `problem` if `call` fails."""
+    calls = TimedCalls(tokenizer_errors(problem)(call), seconds, memory)
+
+    def limited_call(*arguments: Any) -> Any:
+        try:
+            return calls(*arguments)
+        except (TimeoutError, ChildProcessError, MemoryError) as error:
+            raise DataError(f"{problem}: {str(error) or 'took too much memory'}") from error
+
+    return limited_call
 
 
 def checked_tokenizer(path: Path) -> bytes:
-    """Returns the content of a tokenizer.json. Raises OSError if it cannot be read, and ValueError if it is damaged, or
-    if its added tokens are too long or take too much time."""
+    """Returns the content of a tokenizer.json. Raises OSError if it cannot be read, ValueError if it is damaged or its
+    added tokens are too long, and DataError if the normalizer fails on them or takes too much time or memory."""
     content = read_regular(path, most_bytes=MAX_BYTES)
     parts = _PARTS.validate_json(content)
     tokens = parts.added_tokens or []
     if (added := sum(len(token.content) for token in tokens)) > MAX_ADDED_BYTES:
         raise ValueError(f"its added_tokens have {added:,} characters, and at most {MAX_ADDED_BYTES:,} are read")
-    if any(token.normalized for token in tokens) and "Regex" in str(parts.normalizer):
-        try:
-            TimedCalls(_load, seconds=5)(content)
-        except (TimeoutError, ChildProcessError, MemoryError) as error:
-            problem = f"the normalizer's regular expressions fail on its added tokens ({error}); remove either"
-            raise ValueError(problem) from error
+    if any(token.normalized for token in tokens) and parts.normalizer:
+        limited(_load, "its normalizer fails on its added tokens; remove either")(content)
     return content
 
 

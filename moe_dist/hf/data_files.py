@@ -10,7 +10,7 @@ from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, load_manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
-from moe_dist.formats.tokenizer_file import MAX_BYTES
+from moe_dist.formats.tokenizer_file import MAX_BYTES, read_tokenizer
 
 TOKENIZER_FILE, README = "tokenizer.json", "README.md"
 
@@ -32,7 +32,8 @@ class DataFiles:
         if self.manifest.tokenizer is None:
             return {}
         content = read_regular(self.folder / self.manifest.tokenizer, most_bytes=MAX_BYTES)
-        tokens = {token["id"]: token["content"] for token in json.loads(content).get("added_tokens", ())}
+        added = read_tokenizer(self.folder / self.manifest.tokenizer).get_added_tokens_decoder()
+        tokens = {number: token.content for number, token in added.items()}
         named = {name.removesuffix("_id"): tokens[token] for name, token in self.marks.items() if token in tokens}
         options = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
         return {

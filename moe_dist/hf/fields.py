@@ -1,6 +1,6 @@
 """Reads the fields of a config.json, and records which fields were read, so that an import can report all others."""
 
-import math
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,8 +85,8 @@ class Fields:
 
     def positive(self, name: str, default: Any = _MISSING) -> float:
         """Returns the value of a field that must be a number above 0; the default if it is absent."""
-        rule = "a number above 0"
-        return float(self._fitting(name, default, _MISSING, rule, lambda v: type(v) in (int, float) and 0 < v < math.inf))
+        rule, most = "a number above 0", sys.float_info.max
+        return float(self._fitting(name, default, _MISSING, rule, lambda v: type(v) in (int, float) and 0 < v <= most))
 
     def many(self, name: str, default: Any = None, *, null: Any = _MISSING) -> Any:
         """Returns the value of a field that must be a list. For `default` and `null` see `get`."""

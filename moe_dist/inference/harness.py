@@ -10,7 +10,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
-from moe_dist.data.tokenizer import encode_texts
 from moe_dist.errors import ConfigError
 from moe_dist.inference.generate import Generator, Request
 from moe_dist.inference.likelihood import Continuation, Likelihood
@@ -87,7 +86,7 @@ class HarnessModel(LM):
         spaces = len(context) - len(context.rstrip())
         if spaces:
             context, continuation = context[:-spaces], context[-spaces:] + continuation
-        tokens = encode_texts(self._vocabulary.tokenizer, [continuation])[0].tolist()
+        tokens = self._vocabulary.tokens(continuation)
         if len(tokens) > self._max_seq_len:
             raise ConfigError(
                 f"a choice of the task is {len(tokens)} tokens, more than model.max_seq_len={self._max_seq_len}, the "

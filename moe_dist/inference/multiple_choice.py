@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 
-from moe_dist.data.tokenizer import encode_texts
 from moe_dist.errors import DataError
 from moe_dist.inference.fact import Codes, Part, Question
 from moe_dist.inference.grammar import IMAGE
@@ -82,7 +81,7 @@ class Prompts:
     def _tokens(self, part: Part) -> list[int]:
         if isinstance(part, Codes):
             return self._vocabulary.picture(np.array(part.codes, np.int64))
-        return encode_texts(self._vocabulary.tokenizer, [part])[0].tolist()
+        return self._vocabulary.tokens(part)
 
 
 Written = list[list[list[Continuation]]]  # indices: question, rotation, choice

@@ -1,7 +1,7 @@
 """Encodes texts and pictures as prompts, and decodes tokens. Uses a data set's tokenizer and codebook."""
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +14,13 @@ from tokenizers import Tokenizer
 from moe_dist.data.codebook import GRID, decode, encode, load_codebook, to_patches
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import plain, rasterise
-from moe_dist.data.tokenizer import BOS, encode_texts, load_tokenizer, special_ids
+from moe_dist.data.tokenizer import BOS, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
-from moe_dist.formats.tokenizer_file import read_tokenizer
+from moe_dist.formats.tokenizer_file import limited, read_tokenizer
 from moe_dist.inference.grammar import Grammar, grammar_of
 
+_FAILS = "the tokenizer fails on a text; give another one"
 _SCALE = 8  # one pixel of a picture becomes 8 x 8 pixels in the PNG file
 
 
@@ -44,10 +45,7 @@ class Vocabulary:
         """Returns the tokenizer. Raises ConfigError if the data set has no tokenizer, and DataError if the tokenizer is
         damaged."""
         if self._of_model is not None:
-            tokenizer = read_tokenizer(self._of_model / "tokenizer.json")
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return tokenizer
+            return read_tokenizer(self._of_model / "tokenizer.json")
         if self._manifest.tokenizer is None:
             raise ConfigError(
                 f"data set {self._folder}: its manifest names no tokenizer, so that text can neither be read nor written; "
@@ -92,8 +90,21 @@ class Vocabulary:
     def text_prompt(self, text: str) -> list[int]:
         """Returns the beginning of a document with `text`: the begin mark and the tokens of `text`."""
         if self._of_model is not None:
-            return self.tokenizer.encode(text).ids
-        return [*self._begin, *encode_texts(self.tokenizer, [text])[0].tolist()]
+            return self._encode(text, True)
+        return [*self._begin, *self.tokens(text)]
+
+    def tokens(self, text: str) -> list[int]:
+        """Returns the tokens of `text`, without special tokens before or after it."""
+        return self._encode(text, False)
+
+    @cached_property
+    def _encode(self) -> Callable[[str, bool], list[int]]:
+        tokenizer = self.tokenizer
+        return limited(lambda text, ends: tokenizer.encode(text, add_special_tokens=ends).ids, _FAILS)
+
+    @cached_property
+    def _decode(self) -> Callable[[list[int], bool], str]:
+        return limited(self.tokenizer.decode, _FAILS)
 
     def drawing_prompt(self, caption: str) -> list[int]:
         """Returns the beginning of a document that consists of `caption` and the start mark of a picture."""
@@ -118,7 +129,7 @@ class Vocabulary:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Decodes the text tokens in `tokens`; pictures are left out. Invalid UTF-8 becomes the replacement character."""
-        return self.tokenizer.decode(self.grammar.text(tokens), skip_special_tokens=False)
+        return self._decode(list(self.grammar.text(tokens)), False)
 
     def read_picture(self, path: Path) -> np.ndarray:
         """Returns the codes of the picture in a file. The picture is drawn on white, without the random changes that are

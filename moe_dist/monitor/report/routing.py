@@ -210,7 +210,7 @@ def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> 
                 ledger = {key: int(value) for key, value in dict(line.get("ledger") or {}).items()}
                 frame = Frame(line["step"], line["step"], **arrays, needed_G=needed_G, ledger=ledger)
                 yield frame, float("nan" if coefficient is None else coefficient)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 
 

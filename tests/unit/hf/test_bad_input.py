@@ -150,6 +150,16 @@ def slow_normalizer(folder: Path) -> None:
     edit(folder / "tokenizer.json", lambda values: values.update(added_tokens=[token]))
 
 
+def growing_normalizer(folder: Path) -> None:
+    """Writes a tokenizer that turns its added token, a letter, into 2 ** 26 letters."""
+    made = Tokenizer(models.WordLevel({"w0": 0}, unk_token="w0"))
+    made.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * 26)
+    made.save(str(folder / "tokenizer.json"))
+    token = {"id": 1, "content": "a", "normalized": True, "special": False}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    edit(folder / "tokenizer.json", lambda values: values.update(added_tokens=[token]))
+
+
 def header_of_floats(folder: Path) -> None:
     header = b'{"a":{"dtype":"F32","shape":[' + b"0.5," * 10_000 + b'0.5],"data_offsets":[0,0]}}'
     (folder / SECOND).write_bytes(len(header).to_bytes(8, "little") + header)
@@ -250,7 +260,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
     "long added token": (long_added_token, DataError, "its added_tokens have 9,000,000 characters"),
-    "slow normalizer": (slow_normalizer, DataError, "tokenizer.json.*took more than 5 s of CPU time.; remove either"),
+    "slow normalizer": (slow_normalizer, DataError, "tokenizer.json.*remove either: took more than 5 s of CPU"),
+    "growing normalizer": (growing_normalizer, DataError, "tokenizer.json.*its normalizer fails on its added tokens"),
     "header of floats": (header_of_floats, DataError, f"{SECOND}: .* 1 validation error for"),
     "many files": (many_files, DataError, f"{INDEX}: names 10,001 files"),
     "tokenizer that panics": (panicking, DataError, "tokenizer.json"),

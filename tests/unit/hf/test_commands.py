@@ -1,5 +1,6 @@
 """Runs `moe-dist import-hf` and `moe-dist export-hf`, and tests output, options and refusals."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_an_export_says_why_it_brings_its_code(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "no plain family of transformers can express this model:\n  - model.moe.groups: text, image: " in done.stdout
     assert "load it with trust_remote_code=True\nmoe_dist: " in done.stdout
+
+
+def test_an_export_refuses_a_damaged_tokenizer(tmp_path: Path) -> None:
+    tiny_dataset(tmp_path / "data")
+    values = json.loads((tmp_path / "data/manifest.json").read_text())
+    (tmp_path / "data/manifest.json").write_text(json.dumps(values | {"tokenizer": "t.json"}))
+    (tmp_path / "data/t.json").write_text("[]")
+    saved_model(tmp_path / "run", tmp_path / "data", {})
+    done = invoke(export_hf, tmp_path / "run", "--out", tmp_path / "out", "--data", tmp_path / "data")
+    assert (done.exit_code, "t.json': must be a tokenizer.json" in done.stderr) == (65, True), done.output
 
 
 @pytest.mark.parametrize(

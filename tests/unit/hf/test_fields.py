@@ -44,7 +44,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "head_dim": (16, 5),
     "hidden_act": ("swish", "gelu", "relu"),
     "max_position_embeddings": (32,),
-    "rms_norm_eps": (0.5, 0),
+    "rms_norm_eps": (0.5, 0, 10**400),
     "tie_word_embeddings": (True, False),
     "attention_bias": (True, False),
     "qkv_bias": (True, False),

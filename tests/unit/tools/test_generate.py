@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ from moe_dist.inference.vocabulary import picture_of
 from tests.support.invoked import invoke
 from tests.support.tiny import tiny_config
 from tools.generate import choose_captions, main
+
+PADDING = {"padding": {"strategy": {"Fixed": 10**5}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                       "pad_type_id": 0, "pad_token": "<pad>"}}  # fmt: skip
+_TWICE = {"type": "Replace", "pattern": {"String": "t"}, "content": "tt"}
+GROWING = {"normalizer": {"type": "Sequence", "normalizers": [_TWICE] * 26}}
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +82,17 @@ def test_a_sheet_has_the_held_out_captions(own_run: Path, tmp_path: Path) -> Non
     shown = np.asarray(Image.open(sheet).convert("RGB").crop((12, 12, 108, 108)), np.float64)
     assert np.abs(shown - expected).mean() < 8  # the sheet has fewer colours
     assert np.abs(shown - np.asarray(Image.open(io.BytesIO(first)).convert("RGB").crop((12, 12, 108, 108)))).mean() > 8
+
+
+@pytest.mark.parametrize(("added", "exit_code"), [(PADDING, 0), (GROWING, 65)], ids=["padding", "growing"])
+def test_a_planted_tokenizer(
+    own_run: Path, own_data: Path, tmp_path: Path, added: dict[str, object], exit_code: int
+) -> None:
+    data = shutil.copytree(own_data, tmp_path / "data")
+    values = json.loads((data / "tokenizer.json").read_text())
+    (data / "tokenizer.json").write_text(json.dumps(values | added))
+    done = call(own_run, "--data", data, "--prompt", "text 1", "--tokens", 5)
+    assert done.exit_code == exit_code, done.output
 
 
 def test_only_routers_that_route_each_token_by_itself_generate(tiny_data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ it writes anything."""
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
 from typer.testing import Result
 
 from moe_dist.config.load import resolved_yaml
@@ -173,6 +175,7 @@ def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]]
         (RECORDS, lambda content: content.replace(b'"dropped_LG":[[0,0],[0,0]]', b'"dropped_LG":[[0],[0]]'), ".", DataError,
          "metrics.jsonl, step 1: arrays.dropped_LG"),
         (RECORDS, lambda content: content.replace(b"choices_LC", b"choices", 1), ".", DataError, "metrics.jsonl"),
+        (RECORDS, lambda content: content.replace(b"0.02", b"9" * 400), ".", DataError, "metrics.jsonl: not the records"),
         ("config.yaml", None, "trace/a", ConfigError, "neither a run"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -191,6 +194,17 @@ def test_bad_input_is_named(
         path.write_bytes(change(content))
     with refused(error, key, golden=False):
         open_routing(run / opened)
+
+
+def test_a_tokenizer_that_takes_all_memory_is_refused(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    made = Tokenizer(models.WordLevel({f"w{number}": number for number in range(100)}, unk_token="w0"))
+    made.decoder = decoders.Sequence([decoders.Replace("w", "ww")] * 32)
+    made.save(str(data / "t.json"))
+    values = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(values | {"tokenizer": "t.json"}))
+    done = call(run, "--data", data, "-o", tmp_path / "report.html")
+    assert (done.exit_code, "its tokenizer fails on a token" in done.stderr) == (65, True), done.output
 
 
 def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifest: Manifest) -> None:
