@@ -1,8 +1,10 @@
 from collections.abc import Iterator
 from typing import Literal
+
+from pydantic import Field
+
 from moe_dist.config.base.section import Decay, Violation, WholeConfig, unmet
 from moe_dist.config.optimizers.base import OptimizerSection
-from pydantic import Field
 
 
 class AdamWSection(OptimizerSection):
