@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -66,7 +66,6 @@ class Ranks:
 
     Args:
         logs: Log file of each rank, opened for appending without a buffer; None if the ranks write where this process does.
-        base_env: Environment to which the variables of each command are added.
         terminal: Shows rank 0's standard error; the default is the launcher's own standard error.
     """
 
@@ -76,7 +75,6 @@ class Ranks:
         logs: Sequence[IO[bytes]] | None,
         *,
         timeouts: ShutdownTimeouts,
-        base_env: Mapping[str, str] = os.environ,
         terminal: IO[bytes] | None = None,
     ) -> None:
         self._ends: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks in the order in which they ended
@@ -85,7 +83,7 @@ class Ranks:
         prepare = child_of(os.getpid(), ignore_stop=False)
         try:
             for command, log in zip(commands, logs or [None] * len(commands), strict=True):
-                self._ranks.append(_start(command, log, base_env, prepare))
+                self._ranks.append(_start(command, log, prepare))
         except BaseException:
             self.kill()
             raise
@@ -143,15 +141,13 @@ class Ranks:
             process.send_signal(number)  # does nothing if the process was reaped
 
 
-def _start(
-    command: RankCommand, log: IO[bytes] | None, base_env: Mapping[str, str], prepare: Callable[[], None]
-) -> subprocess.Popen[bytes]:
+def _start(command: RankCommand, log: IO[bytes] | None, prepare: Callable[[], None]) -> subprocess.Popen[bytes]:
     """Starts a rank. Rank 0 keeps the launcher's standard output, where it draws its progress bar, and writes standard
     error to a pipe. Every other rank writes both to its log file. Without log files, all ranks keep both streams."""
     first = command.rank == 0
     return subprocess.Popen(
         command.argv,
-        env={**base_env, **command.env},
+        env={**os.environ, **command.env},
         stdin=subprocess.DEVNULL,  # ranks must not read the terminal
         stdout=None if first else log,  # None inherits the terminal
         stderr=subprocess.PIPE if first and log is not None else log,

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ def prepare(
     layout = read(config_path, fixed)
     config, plan = layout.config, plan_job(layout, cluster)
     folder = Path(config.run.root) / config.run.name
-    tasks = _tasks(config_path, fixed, cluster, sweep=sweep, folder=folder, plan=plan, read=read)
+    tasks = _tasks(sweep, folder, plan, lambda task: plan_job(read(config_path, (*fixed, *task)), cluster))
     name = time.strftime("%Y%m%dT%H%M%S-") + os.urandom(3).hex()
     snapshot = folder / "slurm" / name
     output = output_pattern(folder / "slurm", array=bool(tasks))
@@ -126,14 +126,7 @@ def _sbatch(job: Submission, options: Sequence[str]) -> list[str]:
 
 
 def _tasks(
-    config_path: Path,
-    overrides: Sequence[str],
-    cluster: Cluster,
-    *,
-    sweep: Sequence[Sequence[str]],
-    folder: Path,
-    plan: JobPlan,
-    read: ReadRun,
+    sweep: Sequence[Sequence[str]], folder: Path, plan: JobPlan, plan_of: Callable[[Sequence[str]], JobPlan]
 ) -> tuple[tuple[str, ...], ...]:
     """Returns the overrides of each array task, which also set the run's name. All tasks must need the same nodes."""
     if not sweep:
@@ -147,7 +140,7 @@ def _tasks(
     for index, line in enumerate(sweep):
         task = (*line, f"run.root={folder}", f"run.name={index}")
         try:
-            found = plan_job(read(config_path, (*overrides, *task)), cluster)
+            found = plan_of(task)
         except MoeDistError as error:
             raise type(error)([f"--array, task {index}: {problem}" for problem in error.problems]) from error
         if found.nodes != plan.nodes or found.gpus_per_node != plan.gpus_per_node:

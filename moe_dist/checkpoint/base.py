@@ -20,6 +20,7 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import misfit
 from moe_dist.checkpoint.index import Index, listed
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, TensorSpec
+from moe_dist.checkpoint.upcycle import experts_by_layer
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.parameter_names import EXPERT_NAME, Role, role_of_name
 
@@ -169,8 +170,5 @@ def _candidates(name: str, only: Mapping[str, str]) -> Iterator[str]:
 
 def _only_experts(index: Index) -> dict[str, str]:
     """Maps the name of each layer with exactly one expert to the name of that expert's group."""
-    experts: dict[str, set[tuple[str, str]]] = {}
-    for name in index.tensors:
-        if match := EXPERT_NAME.fullmatch(name):
-            experts.setdefault(match["layer"], set()).add((match["group"], match["expert"]))
-    return {layer: next(iter(found))[0] for layer, found in experts.items() if len(found) == 1}
+    found = experts_by_layer(index.tensors)
+    return {layer: next(iter(groups)) for layer, groups in found.items() if sum(map(len, groups.values())) == 1}

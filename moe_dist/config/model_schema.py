@@ -7,7 +7,7 @@ from pydantic import Field, JsonValue, PositiveFloat
 
 from moe_dist.config import attention, controllers, experts, rope, routers
 from moe_dist.config.attention.base import AttentionSection
-from moe_dist.config.attention.grouped_query import GroupedQuerySection
+from moe_dist.config.attention.kinds import GroupedQuerySection
 from moe_dist.config.base.kinds import kinds_in
 from moe_dist.config.base.section import (
     Count,

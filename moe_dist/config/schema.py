@@ -35,9 +35,7 @@ from moe_dist.config.optimizers.base import OptimizerSection
 from moe_dist.config.parallel.section import InterleavedSection, ParallelSection, PlacementSection
 from moe_dist.config.rank_balance_schema import RankBalanceSection
 from moe_dist.config.sinks.base import SinkSection
-from moe_dist.config.sinks.console import ConsoleSinkSection
-from moe_dist.config.sinks.jsonl import JsonlSinkSection
-from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
+from moe_dist.config.sinks.kinds import ConsoleSinkSection, JsonlSinkSection, TensorBoardSinkSection
 from moe_dist.config.stored_format import FORMAT
 from moe_dist.config.trace_schema import ComputeMapSection, ProfileSection, TraceSection, needs_chosen_experts
 from moe_dist.config.tuning_schema import RouterTuningSection

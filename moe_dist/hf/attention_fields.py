@@ -7,10 +7,7 @@ from typing import Any, Literal
 
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.rope.base import RopeScalingSection
-from moe_dist.config.rope.dynamic import DynamicRopeSection
-from moe_dist.config.rope.linear import LinearRopeSection
-from moe_dist.config.rope.llama3 import Llama3RopeSection
-from moe_dist.config.rope.yarn import YarnRopeSection
+from moe_dist.config.rope.kinds import DynamicRopeSection, LinearRopeSection, Llama3RopeSection, YarnRopeSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields
 

@@ -106,7 +106,7 @@ def export_model(
     if like is not None:
         refuse_code(like)
     wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
-    about = _data(contents, config, data, must=data is not None)
+    about = _data(contents, config, data)
     said = _said_fields(form.family, form.section, like, about)
     fields = _fields(form.section, form.family, said, like, list(wanted.values()))
     stored = _stored_tensors(found, wanted)
@@ -188,12 +188,12 @@ def _like(folder: Path, config: Config) -> Path | None:
     return next((each for each in beside if (each / CONFIG_FILE).is_file()), None)
 
 
-def _data(contents: Contents, config: Config, asked: Path | None, *, must: bool) -> DataFiles | MoeDistError:
-    """Returns the run's data set. If it is missing, returns the error, or raises it if `must` is True."""
+def _data(contents: Contents, config: Config, asked: Path | None) -> DataFiles | MoeDistError:
+    """Returns the run's data set. If it is missing, returns the error, or raises it if the user `asked` for a folder."""
     try:
         return find_data(contents.state.values, config.data.path, asked)
     except (ConfigError, DataError) as error:
-        if must:
+        if asked is not None:
             raise
         return error
 

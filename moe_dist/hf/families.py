@@ -157,6 +157,7 @@ KNOWN = {**FAMILIES, PLUS_PLUS.name: PLUS_PLUS}  # transformers has no class for
 
 # Fields that transformers reads for any model, but that no configuration class of the supported families defines.
 ANY_FAMILY: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "hidden_act": (("silu", "swish"), "experts are SwiGLUs"),
     "is_causal": ((True,), "a token sees no later token"),
     "attention_chunk_size": ((None,), "attention has no chunks"),
     "kv_sharing_modes": ((None,), "every layer has its own keys and values"),

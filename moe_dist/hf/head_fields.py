@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from moe_dist.config.attention.latent import LatentAttentionSection
+from moe_dist.config.attention.kinds import LatentAttentionSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.fields import Fields

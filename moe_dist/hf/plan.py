@@ -23,7 +23,6 @@ from moe_dist.hf.sections import GROUP, parsed_section
 from moe_dist.hf.source import Source
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.moe.routers.copy_init import uneven_twins
-from moe_dist.placement.parameter_names import Role, role_of_name
 
 ITEMSIZE = torch.float32.itemsize  # bytes per element, because checkpoints have fp32 weights
 
@@ -219,7 +218,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         stored = TensorPart(slot.name, slot.shape, 0, slot.shape[0], "stored", place.name, place.begin)
         parts.append(replace(stored, others=others, strides=place.strides))
     if family.layout == "plain":  # in all other layouts the source has router rows for null experts
-        parts += [_tiled(part, section) for part in parts if _has_null_rows(part, section)]
+        parts += _tiled_rows(parts, section)
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
     idle = {place.name for place, _ in idle_places(section, family)}
@@ -256,22 +255,17 @@ def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
     return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
-def _has_null_rows(part: TensorPart, section: ModelSection) -> bool:
-    """Returns True if the part consists of router rows of true experts, and the model also has null experts."""
+def _tiled_rows(parts: Sequence[TensorPart], section: ModelSection) -> list[TensorPart]:
+    """Returns the router rows of null experts, which are copies of the router rows of the true experts in `parts`."""
     (group,) = section.moe.groups.values()
-    return group.num_null > 0 and role_of_name(part.name) is Role.ROUTER and part.name.endswith(".true")
-
-
-def _tiled(gate: TensorPart, section: ModelSection) -> TensorPart:
-    """Returns the router rows of null experts. They are copies of `gate`, the router rows of the true experts."""
-    (group,) = section.moe.groups.values()
-    if gate.kind != "stored":
+    names = {router_name(section, layer, "true"): router_name(section, layer, "null") for layer in section.moe_layers}
+    gates = [part for part in parts if part.name in names] if group.num_null else []
+    if any(gate.kind != "stored" for gate in gates):
         raise ConfigError(
             f"--null-experts={group.num_null}: null experts copy router rows, and a dense model has none; leave it out"
         )
-    layer = int(gate.name.split(".")[1])
     shape = (group.num_null, section.hidden_dim)
-    return TensorPart(router_name(section, layer, "null"), shape, 0, group.num_null, "tiled", gate.source)
+    return [TensorPart(names[gate.name], shape, 0, group.num_null, "tiled", gate.source) for gate in gates]
 
 
 def _cut(part: TensorPart, shard_bytes: int) -> Iterator[TensorPart]:

@@ -59,7 +59,10 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
     read = Fields(config, family.name)
     layers, heads = read.whole(family.num_layers, most=MAX_LAYERS) * family.layers_each, read.whole("num_attention_heads")
     max_seq_len = read.whole("max_position_embeddings")
-    _check_plain(family, read)
+    for name, (allowed, why) in {**ANY_FAMILY, **family.must_be}.items():
+        read.must_be(name, allowed, why)
+    for name in family.training:
+        read.get(name, None, null=None)  # marks the field as read
     first, every, dense = _moe_layers(family, read, layers)
     experts = read.one_of(family.experts) if family.experts else 1
     ffn_dim = read.whole(family.ffn)
@@ -94,15 +97,6 @@ def read_section(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any]
         read.get(family.dense_ffn, None)  # marks the field as read even if no dense layer uses it
     family.multi_token(read, ())  # marks the fields for multi-token prediction as read
     return family, section, read.unread()
-
-
-def _check_plain(family: ModelFamily, read: Fields) -> None:
-    """Raises ConfigError if the model has a feature that moe_dist lacks."""
-    read.must_be("hidden_act", ("silu", "swish"), "experts are SwiGLUs")
-    for name, (allowed, why) in {**ANY_FAMILY, **family.must_be}.items():
-        read.must_be(name, allowed, why)
-    for name in family.training:
-        read.get(name, None, null=None)  # marks the field as read
 
 
 def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, int, bool]:

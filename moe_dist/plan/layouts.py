@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.dispatchers.base import DispatchSection
-from moe_dist.config.dispatchers.hierarchical import HierarchicalDispatchSection
-from moe_dist.config.dispatchers.known_counts import KnownCountsDispatchSection
+from moe_dist.config.dispatchers.kinds import (
+    AllToAllDispatchSection,
+    HierarchicalDispatchSection,
+    KnownCountsDispatchSection,
+)
 from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection, PinnedSection, PlacementSection
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError

@@ -32,8 +32,7 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
     from moe_dist.model.kernels.normed_rotary import normed_rotary, normed_rotary_backward
     from moe_dist.model.kernels.rotary import rotate
     from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
-    from moe_dist.moe.kernels.gather import gather_rows
-    from moe_dist.moe.kernels.row_sum import row_sum
+    from moe_dist.moe.kernels.rows import gather_rows, row_sum
     from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
     copy, (T, D, F, E, K) = job.rate("copy"), sizes(job)

@@ -23,9 +23,8 @@ from moe_dist.model.kernels.normed_rotary import sizes as rotary_sizes
 from moe_dist.model.kernels.rotary import rotate_kernel
 from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
 from moe_dist.moe.kernels.expert_choice import TINY, candidates_kernel, sums_kernel, take_kernel
-from moe_dist.moe.kernels.gather import gather_rows_kernel
 from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
-from moe_dist.moe.kernels.row_sum import row_sum_kernel
+from moe_dist.moe.kernels.rows import gather_rows_kernel, row_sum_kernel
 from moe_dist.moe.kernels.swiglu import swiglu_backward_kernel, swiglu_kernel
 
 WIDTH = {"BLOCK": 1024}

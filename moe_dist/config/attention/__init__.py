@@ -1,1 +1,1 @@
-"""Defines the kinds of attention. Each kind has a file with its keys, its rules and the costs of its projections."""
+"""Defines the kinds of attention. `kinds.py` has their keys, rules and costs of projections."""

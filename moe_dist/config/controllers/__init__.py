@@ -1,2 +1,1 @@
-"""The kinds of controllers, which change the router's selection bias. Each kind of controller has a file with the kind's
-keys and rules."""
+"""The kinds of controllers, which change the router's selection bias. `kinds.py` has the keys and rules of each kind."""

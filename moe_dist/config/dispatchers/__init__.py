@@ -1,1 +1,1 @@
-"""Defines the kinds of dispatchers. Each kind has a file with its keys, requirements and rules."""
+"""Defines the kinds of dispatchers. `kinds.py` has their keys, requirements and rules."""

@@ -8,7 +8,7 @@ from moe_dist.config.experts.base import ExpertsSection
 class ClampedFFNExpertsSection(ExpertsSection):
     """Each true expert is a separate FFN with biases and a clamped SwiGLU (gpt-oss)."""
 
-    builds = "moe_dist.moe.experts.clamped_swiglu:ClampedSwiGLU"
+    builds = "moe_dist.moe.experts.activations:ClampedSwiGLU"
     served = "clamped_ffn"
 
     kind: Literal["clamped_ffn"] = "clamped_ffn"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat
 
 from moe_dist.config.base.section import Decay, PositiveInt, Section, Violation, WholeConfig, unmet
-from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
+from moe_dist.config.dispatchers.kinds import AllToAllDispatchSection
 from moe_dist.config.experts.base import ExpertsSection
 
 EXPERTS = "model.moe.experts.kind"

@@ -1,1 +1,1 @@
-"""Defines the kinds of optimizers. Each kind has a file with its keys and rules."""
+"""Defines the kinds of optimizers. `kinds.py` has the keys and rules of each kind."""

@@ -19,8 +19,8 @@ from moe_dist.config.base.section import (
     WholeConfig,
     unmet,
 )
-from moe_dist.config.dispatchers.all_to_all import AllToAllDispatchSection
 from moe_dist.config.dispatchers.base import DispatchSection
+from moe_dist.config.dispatchers.kinds import AllToAllDispatchSection
 
 if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
     AnyDispatch = DispatchSection

@@ -1,1 +1,1 @@
-"""Defines the ways to scale rotary frequencies. Each kind has a file with its keys and rules."""
+"""Defines the ways to scale rotary frequencies. `kinds.py` has the keys and rules of each kind."""

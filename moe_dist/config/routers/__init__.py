@@ -1,1 +1,1 @@
-"""Defines the kinds of routers. Each kind has a file with its keys, capabilities and rules."""
+"""Defines the kinds of routers. A kind has its keys, capabilities and rules."""

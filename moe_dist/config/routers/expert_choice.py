@@ -7,6 +7,7 @@ from moe_dist.config.base.section import (
     Count,
     Decay,
     NonNegative,
+    PositiveInt,
     ShareByGroup,
     Violation,
     WholeConfig,
@@ -219,3 +220,21 @@ def _second_stage(section: ExpertChoiceRouterSection, config: WholeConfig) -> It
             "capacity_schedule=[[0, FACTOR]] with the first stage's last factor"
         )
         yield Violation(("train.only", f"{ROUTER}.capacity_schedule"), problem)
+
+
+class ExpertThresholdRouterSection(ExpertChoiceRouterSection):
+    """Each expert takes the tokens whose score exceeds its running threshold, also in training (Expert Threshold)."""
+
+    builds = "moe_dist.moe.routers.expert_threshold:ExpertThresholdRouter"
+    served = "expert_threshold"
+
+    # Narrowing the type is sound, because fields are frozen.
+    kind: Literal["expert_threshold"] = "expert_threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
+    causal: Literal["threshold"] = "threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Evaluation routes by the same thresholds as training, after a calibration (evaluation.calibration)."""
+    warmup_steps: PositiveInt = 100
+    """Number of first steps, in which experts choose tokens as in expert choice. A shorter run uses expert choice to its
+    end."""
+
+    def counts_unknown(self) -> str:
+        return f"with {self.name} they depend on the thresholds; set {ROUTER}.kind=expert_choice with {ROUTER}.scope=rank"

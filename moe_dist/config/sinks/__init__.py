@@ -1,1 +1,1 @@
-"""Defines the kinds of sinks, which show or store a run's records. Each kind has a file with its keys and rules."""
+"""Defines the kinds of sinks, which show or store a run's records. `kinds.py` has the keys and rules of each."""

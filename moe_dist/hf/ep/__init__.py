@@ -15,8 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("moe_dist.hf.ep needs transformers 5.24 or newer: pip install 'transformers>=5.24'") from error
 
-from moe_dist.hf.ep.absent import allow_absent_choices
-from moe_dist.hf.ep.implementation import MoeDistEP
+from moe_dist.hf.ep.implementation import MoeDistEP, allow_absent_choices
 from moe_dist.hf.ep.style import ChunkedExperts
 
 __all__ = ["ChunkedExperts", "MoeDistEP", "allow_absent_choices"]

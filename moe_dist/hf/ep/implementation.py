@@ -16,7 +16,7 @@ import math
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation
@@ -90,6 +90,19 @@ class MoeDistEP(EPImplementation):
 
     def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
         return compute_pairs(self.experts_forward, self.experts.parameters(), rows, layout)
+
+
+def allow_absent_choices(model: nn.Module) -> None:
+    """Makes the experts of a model on one rank skip choices with the index `num_experts`.
+
+    Routers with null choices need this call if `ep_size` is 1. Without it, transformers 5.24 leaves rows of `grouped_mm`
+    uninitialised for such choices: the loss is right, and the gradients are garbage. Its "eager" and "batched_mm" raise an
+    IndexError or need the call as well. Under `ep_implementation="moe_dist"` absent choices never reach the experts.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "_is_expert_parallel"):
+            module._is_expert_parallel = True
 
 
 def _num_experts(experts: Any) -> int:

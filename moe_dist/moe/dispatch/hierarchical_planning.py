@@ -6,9 +6,7 @@ the first pair of a row. A sender also sends the forwarding rank the numbers of 
 node. The forwarding rank sums these counts over all senders on the device. So it has the sizes of the second hop before
 expert ids arrive, and one host sync can read the sizes of both hops.
 
-Shape letters: T tokens on this rank, N pairs (absent pairs included), E experts, W ranks, M rows of the middle table (rows
-of own tokens with experts in this node, then rows from other nodes), A pairs of these M rows, R rows for this rank's
-experts, Q pairs computed here. G nodes of L ranks each: EP position = node * L + local.
+Shape letters are as in `hierarchical.py`, and E experts, W ranks.
 """
 
 from collections.abc import Sequence

@@ -11,10 +11,8 @@ The number of rows that a rank sends is the sum of its row of `counts_WE` over t
 these rows, combine returns as many, and backward sends as many gradients in each direction. No row is padding. Shape
 letters: T tokens, D hidden size, N pairs (all taken, sorted by expert), Q pairs computed here.
 
-`dispatch` sends pair weights and rows, `combine` sends rows back, and backward sends the gradients of all these. Every rank
-issues all collectives, even if it has nothing to send. Nothing syncs host and device. The order of pairs depends only on
-the counts. The host computes this order once for all layers of a micro-batch, and caches the last KEPT_ORDERS orders. The
-memory is that of `all_to_all`, if S is the number of (token, expert) pairs sent.
+The order of pairs depends only on the counts. The host computes this order once for all layers of a micro-batch, and caches
+the last KEPT_ORDERS orders. The memory is that of `all_to_all`, if S is the number of (token, expert) pairs sent.
 """
 
 from dataclasses import dataclass
@@ -56,8 +54,6 @@ class KnownCountsDispatcher(AllToAllDispatcher):
     """Dispatches and combines over one EP group, with known counts. All ranks make matching plans, because all have the
     same counts and placement. If assignments have no `counts_WE`, as in evaluation, in which tokens choose experts, `plan`
     works as in `AllToAllDispatcher`.
-
-    If a rank has several experts of a token, the token is sent to this rank once for each of them.
     """
 
     takes_known_counts = True

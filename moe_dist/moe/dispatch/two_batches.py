@@ -2,9 +2,8 @@
 
 `steps` is a generator. It yields when an exchange has been issued and all further computation of the half needs the
 exchanged rows. The caller then runs the other half of the micro-batch up to that half's next exchange
-(`moe_dist.model.two_batches`). `pipelined` defines the autograd nodes. The chain (an empty tensor) passes through the nodes
-of both halves. So backward runs the nodes in exactly the reverse order, and every rank issues the same collectives in the
-same order. The following table shows the order for the halves A and B. Each line is computed while the exchange of the
+(`moe_dist.model.two_batches`). `pipelined` explains the autograd nodes and their chain, which here passes through the nodes
+of both halves. The following table shows the order for the halves A and B. Each line is computed while the exchange of the
 previous line is in flight:
 
     forward     A  attention, router                    StartDispatch

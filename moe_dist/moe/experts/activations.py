@@ -33,3 +33,18 @@ class SwiGLU:
 
 
 SWIGLU = SwiGLU()
+
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """The clamped SwiGLU of experts with biases (gpt-oss): with g = min(gate, limit) and u = clamp(up, -limit, limit),
+    g sigmoid(alpha g) (u + 1)."""
+
+    alpha: float
+    limit: float
+    has_bias: ClassVar[bool] = True
+    in_row_kernels: ClassVar[bool] = False
+
+    def __call__(self, gate_QF: Tensor, up_QF: Tensor) -> Tensor:
+        gate_QF, up_QF = gate_QF.clamp(max=self.limit), up_QF.clamp(-self.limit, self.limit)
+        return gate_QF * (self.alpha * gate_QF).sigmoid() * (up_QF + 1)

@@ -13,9 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
 from moe_dist.moe.kernels.expert_choice import choice_candidates, choice_sums, choice_take
-from moe_dist.moe.kernels.gather import gather_rows
 from moe_dist.moe.kernels.interface import Choice, ExpertsSums, ExpertsTables, RowIndex, TopK
-from moe_dist.moe.kernels.row_sum import row_sum
+from moe_dist.moe.kernels.rows import gather_rows, row_sum
 from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
 
 

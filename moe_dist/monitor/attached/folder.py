@@ -15,9 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.config.sinks.jsonl import JsonlSinkSection
-from moe_dist.config.sinks.prometheus import PrometheusSinkSection
-from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
+from moe_dist.config.sinks.kinds import JsonlSinkSection, PrometheusSinkSection, TensorBoardSinkSection
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.monitor.attached.routers import GUIDE, Traced
 from moe_dist.monitor.hints import HintWatch

@@ -38,6 +38,7 @@ from moe_dist.train.build.training import (
     freeze,
     group_of_modality,
     model_args,
+    wiring,
 )
 from moe_dist.train.build.tuning import build_tuning
 from moe_dist.train.step.training_step import TrainingStep
@@ -105,15 +106,7 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     config, manifest, placement, mesh = context
     comm_stats, section = CommStats(), config.parallel
     with torch.device("meta"):
-        model = build_model(
-            config,
-            placement,
-            ep_rank=mesh.ep_rank,
-            ep_group=mesh.ep,
-            node_groups=(mesh.inter_node, mesh.intra_node),
-            comm_stats=comm_stats,
-            tracker=mesh.tracker,
-        )
+        model = build_model(config, placement, **wiring(mesh, comm_stats))
     freeze(model, config)
     if section.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[section.precision])

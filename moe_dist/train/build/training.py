@@ -80,6 +80,13 @@ def build_model(config: Config, placement: ExpertPlacement, **parts: Any) -> Any
     return named(config.engine.model)(config, placement, **parts)
 
 
+def wiring(mesh: Mesh, comm_stats: CommStats) -> dict[str, Any]:
+    """Returns the arguments of `build_transformer` that connect a model with the other ranks of `mesh`."""
+    nodes = (mesh.inter_node, mesh.intra_node)
+    groups: dict[str, Any] = {"ep_rank": mesh.ep_rank, "ep_group": mesh.ep, "node_groups": nodes}
+    return {**groups, "comm_stats": comm_stats, "tracker": mesh.tracker}
+
+
 def build_transformer(
     config: Config,
     placement: ExpertPlacement,
@@ -239,11 +246,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
         model = build_model(
             config,
             placement,
-            ep_rank=mesh.ep_rank,
-            ep_group=mesh.ep,
-            node_groups=(mesh.inter_node, mesh.intra_node),
-            comm_stats=comm_stats,
-            tracker=mesh.tracker,
+            **wiring(mesh, comm_stats),
             choice_scope=choice_scope,
             depth_scope=depth_scope,
             kernels=kernels,

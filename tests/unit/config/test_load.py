@@ -15,8 +15,7 @@ from moe_dist.config.load import (
 )
 from moe_dist.config.optimizers.base import ConstantSchedule
 from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection
-from moe_dist.config.sinks.jsonl import JsonlSinkSection
-from moe_dist.config.sinks.tensorboard import TensorBoardSinkSection
+from moe_dist.config.sinks.kinds import JsonlSinkSection, TensorBoardSinkSection
 from moe_dist.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[3] / "configs"

@@ -13,7 +13,7 @@ import torch
 
 from moe_dist.config.keys import variants_of
 from moe_dist.config.model_schema import MoESection
-from moe_dist.config.routers.relu import ReLURouterSection
+from moe_dist.config.routers.per_token import ReLURouterSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.hf.exporting import export_model

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.moe.experts import products
-from moe_dist.moe.experts.activations import SWIGLU, Activation
-from moe_dist.moe.experts.clamped_swiglu import ClampedSwiGLU
+from moe_dist.moe.experts.activations import SWIGLU, Activation, ClampedSwiGLU
 from moe_dist.moe.experts.expert_lora import ExpertLoRA
 from moe_dist.moe.experts.experts import GROUPED_ON_CPU, ExpertStack, Runs, choose_gemm
 from moe_dist.moe.experts.products import why_not_grouped

@@ -1,7 +1,7 @@
-"""A Triton kernel that sums rows in fp32 registers. Each Triton program computes a part of one row of the result. So
-nothing is added atomically, and each input row is read once.
+"""Triton kernels that gather rows, and that sum rows in fp32 registers.
 
-Shape letters: M rows of the result, D hidden size.
+Each Triton program computes a part of one row of the result. So nothing is added atomically, and a sum reads each input row
+once. Shape letters: M rows of a gathered table or of a sum, N gathered rows, D hidden size.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,24 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_dist.moe.kernels.operation import block_of, launch, operation
+
+
+@triton.jit
+def gather_rows_kernel(table, index, out, D: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(index + n).to(tl.int64)
+    values = tl.load(table + row * D + column, mask=column < D)
+    tl.store(out + n * D + column, values.to(out.dtype.element_ty), mask=column < D)
+
+
+@operation("gather_rows(Tensor table, Tensor index, ScalarType dtype) -> Tensor")
+def gather_rows(table: Tensor, index: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Returns table[index], [N, D] in `dtype`."""
+    out, width = table.new_empty((index.shape[0], table.shape[1]), dtype=dtype), table.shape[1]
+    yield out
+    block = block_of(width)
+    launch(gather_rows_kernel, (index.shape[0], triton.cdiv(width, block)), table, index, out, D=width, BLOCK=block)
 
 
 @triton.jit(do_not_specialize=["num_own"])  # otherwise Triton compiles a kernel for some values of num_own

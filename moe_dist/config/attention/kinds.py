@@ -7,6 +7,40 @@ from moe_dist.config.attention.base import AttentionSection, WholeModel
 from moe_dist.config.base.section import PositiveInt, Violation
 
 
+class GroupedQuerySection(AttentionSection):
+    """Grouped-query attention (arXiv 2305.13245): num_kv_heads heads of keys and values serve num_heads heads of
+    queries."""
+
+    builds = "moe_dist.model.attention:Attention"
+    served = "grouped_query"
+
+    kind: Literal["grouped_query"] = "grouped_query"
+
+    def widths(self, model: WholeModel) -> dict[str, tuple[int, int]]:
+        dim, width = model.hidden_dim, model.resolved_head_dim
+        heads, kv_heads = model.num_heads * width, model.num_kv_heads * width
+        return {"q": (dim, heads), "k": (dim, kv_heads), "v": (dim, kv_heads), "o": (heads, dim)}
+
+    def num_vectors(self, model: WholeModel) -> int:
+        dim, width = model.hidden_dim, model.resolved_head_dim
+        heads, kv_heads = model.num_heads * width, model.num_kv_heads * width
+        norms = {"none": 0, "head": 2 * width, "full": heads + kv_heads}[model.qk_norm]
+        return norms + {"none": 0, "qkv": heads + 2 * kv_heads, "qkvo": heads + 2 * kv_heads + dim}[model.attention_bias]
+
+    def score_width(self, model: WholeModel) -> int:
+        return 2 * model.num_heads * model.resolved_head_dim
+
+    def kept(self, model: WholeModel, *, frozen: bool) -> int:
+        heads = (model.num_heads + model.num_kv_heads) * model.resolved_head_dim
+        return heads * (2 if frozen else 3 if model.qk_norm == "none" else 4)
+
+    def rotated(self, model: WholeModel) -> int:
+        return (model.num_heads + model.num_kv_heads) * model.resolved_head_dim
+
+    def norms_again(self, model: WholeModel) -> bool:
+        return model.attention_bias == "none" and not model.attention_lora
+
+
 class LatentAttentionSection(AttentionSection):
     """Multi-head latent attention (DeepSeek-V3): queries, keys and values come from narrow latents. The last
     model.rope_dim values of a head's query and key are rotated by RoPE; all heads share the rotated values of a key."""
@@ -61,3 +95,16 @@ class LatentAttentionSection(AttentionSection):
                 value = getattr(model, name)
                 shown = "null" if value is None else value
                 yield Violation((name, "attention.kind"), f"{name}={shown}: {kind} {rule}")
+
+
+class SinkAttentionSection(GroupedQuerySection):
+    """Grouped-query attention with a sink in each head: a learned score that joins the tokens' scores in the softmax, but
+    has no value (gpt-oss)."""
+
+    builds = "moe_dist.model.sink_attention:SinkAttention"
+    served = "sinks"
+
+    kind: Literal["sinks"] = "sinks"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def num_vectors(self, model: WholeModel) -> int:
+        return super().num_vectors(model) + model.num_heads

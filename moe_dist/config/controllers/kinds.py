@@ -84,3 +84,13 @@ def _unreachable(target: float, group: Any, router: Any) -> str:
             "be null or zero-computation experts; raise the target or num_null, or lower top_k"
         )
     return ""
+
+
+class LossFreeSection(ControllerSection):
+    """After each step, raise the selection bias of experts whose load is below their group's mean load, and lower all other
+    biases (DeepSeek-V3)."""
+
+    builds = "moe_dist.moe.balance.loss_free:LossFree"
+
+    kind: Literal["loss_free"] = "loss_free"
+    rate: PositiveFloat = Field(default=1e-3, description="Amount by which a step raises or lowers a bias.")
