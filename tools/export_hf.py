@@ -90,6 +90,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
 
     from moe_dist.hf.code_checks import refuse_code
     from moe_dist.hf.exporting import new_folder
+    from moe_dist.hf.host.lora import merge_adapters
     from moe_dist.hf.host.weights import refuse_masked, write_folder
     from moe_dist.hf.source import COMPANIONS, companion
     from moe_dist.inference.loaded_run import find_trained
@@ -99,6 +100,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     run = find_trained(checkpoint, data=data)
     refuse_masked(run.config.model.moe)
     model: Any = run.load(torch.device("cpu"))
+    merge_adapters(model.family, model.adapters)
     source = Path(run.config.model.folder or "")
     there = run.config.model.folder is not None and source.is_dir()
     if there:

@@ -16,11 +16,13 @@ Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
@@ -29,18 +31,25 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.storage import write_durably, write_tensors
 from moe_dist.config.experts.clamped_ffn_lora import AdaptedClampedFFNExpertsSection
 from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
+from moe_dist.config.experts.lora import HostedLoRASection
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.data_files import README, TOKENIZER_FILE, run_lines
 from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
 from moe_dist.hf.forms import Form, choose_form
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import projection_name
+from moe_dist.hf.source import AGAIN, inside, read_configuration
 from moe_dist.moe.experts.lora import PROJECTIONS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"
 _SHARED = "mlp.shared_expert"  # name of the shared expert's module in Qwen2-MoE
+# Last parts of names that PEFT takes for weights of routed experts among target_modules, and leaves alone among
+# target_parameters.
+_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+_PLAIN = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+_PLAIN |= dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"))
 _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
@@ -61,14 +70,21 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if KEY not in contents.state.values:
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
-    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
     model = checked_config(contents).model
-    form, original = _form_of_base(base)
-    if problems := _problems(model) or _problems_of_base(model, base, form):
-        fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
-        raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
-    tensors = dict(peft_tensors(model, tensor_reader(contents)))
-    base_name = base_name or original
+    if model.lora is not None:
+        from moe_dist.hf.host.lora import hosted_tensors  # imported only here, because it takes seconds
+        from moe_dist.hf.host.weights import refuse_masked
+
+        refuse_masked(model.moe)
+        base, tensors = Path(str(model.folder)), dict(hosted_tensors(model, tensor_reader(contents)))
+        base_name = base_name or str(base.absolute())
+    else:
+        base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
+        form, original = _form_of_base(base)
+        if problems := _problems(model) or _problems_of_base(model, base, form):
+            fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
+            raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
+        base_name, tensors = base_name or original, dict(peft_tensors(model, tensor_reader(contents)))
     with new_folder(out) as folder:
         write_durably(folder / CONFIG_FILE, (json.dumps(peft_config(model, base_name), indent=2) + "\n").encode())
         write_durably(folder / README, _readme(base_name, base))
@@ -79,25 +95,73 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, rank_pattern and
     alpha_pattern contain the values for attention."""
+    if (lora := model.lora) is not None:
+        other = [each for each in lora.targets if each.rpartition(".")[2] in _OF_EXPERTS]
+        modules = [each for each in lora.targets if each not in other]
+        return _fields(lora, base_name, modules, [*lora.parameters, *(f"{each}.weight" for each in other)])
     experts, attention = model.moe.experts, model.attention_lora
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
     parts = [projection_name(target) for target in attention.targets] if attention else []
     shared = [f"{_SHARED}.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
+    parameters = [_PARAMETERS[target] for target in experts.targets] if adapted else None
+    return {
+        **_fields(main, base_name, parts + shared, parameters),
+        "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
+        "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
+    }
+
+
+def _fields(lora: Any, base_name: str | None, modules: Sequence[str], parameters: Sequence[str] | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "r": main.rank,
-        "lora_alpha": main.alpha,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": parts + shared,
-        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if adapted else None,
-        "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
-        "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
+        "target_modules": modules,
+        "target_parameters": parameters,
     }
+
+
+@contextmanager
+def open_peft(folder: Path, lora: HostedLoRASection) -> Iterator[Any]:
+    """Opens the tensors of a folder of adapters. Raises ConfigError if rank or alpha are not those of `lora`, or if a field
+    asks for more than plain LoRA. Raises DataError if files are missing or damaged."""
+    fields = {**_PLAIN, **read_configuration(folder, CONFIG_FILE)}
+    needed = {**_PLAIN, "r": lora.rank, "lora_alpha": lora.alpha}
+    if odd := [name for name, value in needed.items() if (fields.get(name) or None) != (value or None)]:
+        raise ConfigError(
+            f"model.lora.folder={str(folder)!r}: {CONFIG_FILE} has {odd[0]}={fields.get(odd[0])!r:.80}, but this run has "
+            f"{needed[odd[0]]!r}; set model.lora.rank (r) and alpha (lora_alpha) to the folder's, or take other adapters"
+        )
+    path = inside(folder, WEIGHTS_FILE)
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise DataError(f"{path}: no safetensors file: {error}; {AGAIN}") from error
+
+
+def joint(matrix: str, stack: Tensor) -> Tensor:
+    """Returns PEFT's matrix of a stack of all experts' A [n, r, I] or B [n, O, r]. `matrix` is A or B."""
+    return stack.flatten(0, 1) if matrix == "A" else stack.permute(1, 2, 0).flatten(1)
+
+
+def stacked(matrix: str, whole: Tensor, num_experts: int) -> Tensor:
+    """Undoes `joint`."""
+    if matrix == "A":
+        return whole.unflatten(0, (num_experts, -1))
+    return whole.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+
+
+def joint_shape(matrix: str, shape: Sequence[int], num_experts: int) -> tuple[int, int]:
+    """Returns the shape of PEFT's matrix for `num_experts` matrices of `shape`."""
+    rows, columns = shape
+    return (num_experts * rows, columns) if matrix == "A" else (rows, columns * num_experts)
 
 
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -121,8 +185,8 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
                 a, b = (torch.stack([read(name) for name in names]) for names in adapter_names(model, layer, target))
                 if target == "gate_up" and isinstance(experts, AdaptedClampedFFNExpertsSection):
                     b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # rows of gate and up alternate
-                yield f"{prefix}.lora_A.weight", a.flatten(0, 1)
-                yield f"{prefix}.lora_B.weight", b.permute(1, 2, 0).flatten(1)
+                yield f"{prefix}.lora_A.weight", joint("A", a)
+                yield f"{prefix}.lora_B.weight", joint("B", b)
 
 
 def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
@@ -175,13 +239,14 @@ def _problems_of_base(model: ModelSection, base: Contents, form: Form) -> list[s
     return []
 
 
-def _readme(base_name: str | None, base: Contents) -> bytes:
+def _readme(base_name: str | None, base: Contents | Path) -> bytes:
     name = base_name or "BASE"
     told = ["LoRA adapters in PEFT's form, exported by moe_dist."]
-    if base_name is None:
+    if base_name is None and isinstance(base, Contents):
         told[0] += f" moe_dist made their base; this command writes it for transformers as the folder `{name}`:"
         told += ["", "```console", f"$ moe-dist export-hf {base.folder.absolute()} --out {name}", "```"]
-    tokenizer = name if (base.folder.parent / HUGGINGFACE / TOKENIZER_FILE).is_file() else None
+    files = base if isinstance(base, Path) else base.folder.parent / HUGGINGFACE
+    tokenizer = name if (files / TOKENIZER_FILE).is_file() else None
     model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), ".")'
     lines = ["from peft import PeftModel", *run_lines(model, tokenizer=tokenizer)]
     return "\n".join([*told, "", "```python", *lines, "```", ""]).encode()

@@ -49,6 +49,7 @@ class CheckpointReader:
         freeze(self.model, config)
         group = None if mesh is None else mesh.checkpoint
         self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
+        self._config = config
         self._layout, part = rank_layout(self.placement, mesh), saved_part(config)
         self.state = capture(self.model, None, self._layout, part=part)
         self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base weights
@@ -58,7 +59,7 @@ class CheckpointReader:
         checkpoint is damaged, or the base model of its adapters is missing."""
         restored = self._manager.load(folder, self.state)
         if not self._has_base:  # the base is loaded once, because all checkpoints of a run have the same base
-            load_base(restored.values, folder, self._manager, self.model, self._layout)
+            load_base(self._config, restored.values, folder, self._manager, self.model, self._layout)
             self._has_base = True
         self.model.ready()
         return self.model
@@ -152,12 +153,15 @@ class FolderModel(LoadedRun):
         return weights_digest(self.folder)
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        from moe_dist.hf.host.weights import read_folder  # imported only here, because it takes seconds
+        from moe_dist.hf.host.lora import start_adapters  # imported only here, because it takes seconds
+        from moe_dist.hf.host.weights import read_folder
 
         ranks, rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
         placement = placement_for_use(self.config, ranks)
         model: Any = build_for_inference(self.config, placement, device, mesh)
         read_folder(model, self.folder, placement.slots[rank])
+        if self.config.model.lora is not None:
+            start_adapters(model, self.config.model.lora, placement.slots[rank], self.config.run.seed)
         model.ready()
         return model
 

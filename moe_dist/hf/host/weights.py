@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from moe_dist.config.model_schema import MoESection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE
+from moe_dist.hf.host.lora import MATRICES
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
 
@@ -58,7 +59,7 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
         if mine is not None:
             layer = _LAYER.search(name)
             by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]
-    missing = {name for name, each in state.items() if each.numel()}
+    missing = {name for name, each in state.items() if each.numel() and not name.endswith(MATRICES)}
     faults: dict[str, set[str]] = {"unknown": set(), "of another shape": set(), "not converted": set()}
     for slices in by_layer.values():
         settings = LoadStateDictConfig(weight_mapping=deepcopy(mapping), dtype=torch.float32)
