@@ -158,12 +158,6 @@ def stacked(matrix: str, whole: Tensor, num_experts: int) -> Tensor:
     return whole.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
 
 
-def joint_shape(matrix: str, shape: Sequence[int], num_experts: int) -> tuple[int, int]:
-    """Returns the shape of PEFT's matrix for `num_experts` matrices of `shape`."""
-    rows, columns = shape
-    return (num_experts * rows, columns) if matrix == "A" else (rows, columns * num_experts)
-
-
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields each matrix under PEFT's name. `read` returns a tensor of the checkpoint by its logical name. Because values
     are only moved, it may also return another tensor of the same shape, such as the gradient."""

@@ -18,7 +18,7 @@ from moe_dist.config.base.section import unknown_name
 from moe_dist.config.experts.lora import HostedLoRASection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.adapters import joint, joint_shape, open_peft, stacked
+from moe_dist.hf.adapters import joint, open_peft, stacked
 from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.parallel.initialise import set_whole
@@ -33,7 +33,7 @@ class Place(NamedTuple):
     module: str  # path in the family's model
     stack: str  # name of the stack of experts, or "" for the weight of a linear layer
     peft: str  # name of the adapter in PEFT's files
-    num_experts: int = 0
+    num_experts: int = 1
 
     def names(self) -> list[str]:
         """Returns the names of A and B among the module's parameters."""
@@ -49,9 +49,7 @@ def unknown_names(model: ModelSection) -> list[str]:
     for key, names, there, parts in (("targets", lora.targets, linear, 1), ("parameters", lora.parameters, stacks, 2)):
         known = sorted({".".join(each.split(".")[-parts:]) for each in there})
         unknown = [name for name in names if not any(_has_end(each, [name]) for each in there)]
-        problems += [
-            f"model.lora.{key}: {unknown_name(f'weight of {model.family} as {each}', each, known)}" for each in unknown
-        ]
+        problems += [f"model.lora.{key}={each}: {unknown_name('weight', each, known)}" for each in unknown]
     return problems
 
 
@@ -160,8 +158,8 @@ def merge_adapters(family: Any, places: Sequence[Place]) -> None:
 
 @torch.no_grad()
 def start_adapters(model: Any, lora: HostedLoRASection, slots: Sequence[int], seed: int) -> None:
-    """Sets the adapters with which a new run begins: those of `lora.folder`, or A with PEFT's variance 1 / (3 I), from (seed,
-    name), and B = 0. `slots` are the logical ids of this rank's experts.
+    """Sets the adapters with which a new run begins: those of `lora.folder`, or A with PEFT's variance 1 / (3 I), from
+    (seed, name), and B = 0. `slots` are the logical ids of this rank's experts.
 
     Raises:
         ConfigError: rank, alpha or the weights that have adapters are not those of `lora`, or the folder's adapters are no
@@ -184,16 +182,15 @@ def start_adapters(model: Any, lora: HostedLoRASection, slots: Sequence[int], se
         if odd := sorted(wanted ^ there):
             whose = "the folder" if odd[0] in there else "model.lora"
             raise ConfigError(
-                f"{key}: only {whose} has {odd[0]}; set model.lora.targets and model.lora.parameters to the weights on which "
-                "the folder's adapters are",
+                f"{key}: only {whose} has {odd[0]}; set model.lora.targets and parameters to the weights with adapters "
+                "in the folder",
                 see=GUIDE,
             )
         for place, matrix, name in matrices:
             parameter = model.family.get_submodule(place.module)._parameters[name]
             whole = tensors.get_tensor(found := f"{place.peft}.lora_{matrix}.weight")
-            if whole.shape != joint_shape(matrix, parameter.shape[-2:], place.num_experts or 1):
+            like = torch.empty(place.num_experts, *parameter.shape[-2:], device="meta")
+            if whole.shape != joint(matrix, like).shape:
                 problem = f"{key}: {found} is for a weight of another shape than that of model.folder"
                 raise ConfigError(f"{problem}; take adapters of this model", see=GUIDE)
-            if place.stack:
-                whole = stacked(matrix, whole, place.num_experts)[local[place.module]]
-            set_whole(parameter, whole)
+            set_whole(parameter, stacked(matrix, whole, place.num_experts)[local[place.module] if place.stack else 0])
