@@ -16,13 +16,11 @@ Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
@@ -31,25 +29,21 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.storage import write_durably, write_tensors
 from moe_dist.config.experts.clamped_ffn_lora import AdaptedClampedFFNExpertsSection
 from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
-from moe_dist.config.experts.lora import HostedLoRASection
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError
 from moe_dist.hf.data_files import README, TOKENIZER_FILE, run_lines
 from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
 from moe_dist.hf.forms import Form, choose_form
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import projection_name
-from moe_dist.hf.source import AGAIN, inside, read_configuration
+from moe_dist.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, joint
 from moe_dist.moe.experts.lora import PROJECTIONS
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"
 _SHARED = "mlp.shared_expert"  # name of the shared expert's module in Qwen2-MoE
 # Last parts of names that PEFT takes for weights of routed experts among target_modules, and leaves alone among
 # target_parameters.
 _OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-_PLAIN = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
-_PLAIN |= dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"))
 _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
@@ -70,26 +64,26 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if KEY not in contents.state.values:
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
+    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
     model = checked_config(contents).model
-    if model.lora is not None:
-        from moe_dist.hf.host.lora import hosted_tensors  # imported only here, because it takes seconds
-        from moe_dist.hf.host.weights import refuse_masked
+    form, original = _form_of_base(base)
+    if problems := _problems(model) or _problems_of_base(model, base, form):
+        fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
+        raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
+    return write_peft(out, model, base_name or original, base, peft_tensors(model, tensor_reader(contents)))
 
-        refuse_masked(model.moe)
-        base, tensors = Path(str(model.folder)), dict(hosted_tensors(model, tensor_reader(contents)))
-        base_name = base_name or str(base.absolute())
-    else:
-        base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
-        form, original = _form_of_base(base)
-        if problems := _problems(model) or _problems_of_base(model, base, form):
-            fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
-            raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
-        base_name, tensors = base_name or original, dict(peft_tensors(model, tensor_reader(contents)))
+
+def write_peft(
+    out: Path, model: ModelSection, base_name: str | None, base: Contents | Path, tensors: Iterable[tuple[str, Tensor]]
+) -> int:
+    """Writes adapters, with PEFT's names, into the new folder `out`. Returns the number of tensors. `base` is the base's
+    checkpoint or Hugging Face folder."""
+    named = {name: tensor.contiguous() for name, tensor in tensors}
     with new_folder(out) as folder:
         write_durably(folder / CONFIG_FILE, (json.dumps(peft_config(model, base_name), indent=2) + "\n").encode())
         write_durably(folder / README, _readme(base_name, base))
-        write_tensors(folder / WEIGHTS_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    return len(tensors)
+        write_tensors(folder / WEIGHTS_FILE, named)
+    return len(named)
 
 
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
@@ -125,37 +119,6 @@ def _fields(lora: Any, base_name: str | None, modules: Sequence[str], parameters
         "target_modules": modules,
         "target_parameters": parameters,
     }
-
-
-@contextmanager
-def open_peft(folder: Path, lora: HostedLoRASection) -> Iterator[Any]:
-    """Opens the tensors of a folder of adapters. Raises ConfigError if rank or alpha are not those of `lora`, or if a field
-    asks for more than plain LoRA. Raises DataError if files are missing or damaged."""
-    fields = {**_PLAIN, **read_configuration(folder, CONFIG_FILE)}
-    needed = {**_PLAIN, "r": lora.rank, "lora_alpha": lora.alpha}
-    if odd := [name for name, value in needed.items() if (fields.get(name) or None) != (value or None)]:
-        raise ConfigError(
-            f"model.lora.folder={str(folder)!r}: {CONFIG_FILE} has {odd[0]}={fields.get(odd[0])!r:.80}, but this run has "
-            f"{needed[odd[0]]!r}; set model.lora.rank (r) and alpha (lora_alpha) to the folder's, or take other adapters"
-        )
-    path = inside(folder, WEIGHTS_FILE)
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise DataError(f"{path}: no safetensors file: {error}; {AGAIN}") from error
-
-
-def joint(matrix: str, stack: Tensor) -> Tensor:
-    """Returns PEFT's matrix of a stack of all experts' A [n, r, I] or B [n, O, r]. `matrix` is A or B."""
-    return stack.flatten(0, 1) if matrix == "A" else stack.permute(1, 2, 0).flatten(1)
-
-
-def stacked(matrix: str, whole: Tensor, num_experts: int) -> Tensor:
-    """Undoes `joint`."""
-    if matrix == "A":
-        return whole.unflatten(0, (num_experts, -1))
-    return whole.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
 
 
 def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -25,6 +25,7 @@ from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.initialise import set_whole
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
@@ -153,7 +154,7 @@ class FolderModel(LoadedRun):
         return weights_digest(self.folder)
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        from moe_dist.hf.host.lora import start_adapters  # imported only here, because it takes seconds
+        from moe_dist.hf.host.lora import first_values  # imported only here, because it takes seconds
         from moe_dist.hf.host.weights import read_folder
 
         ranks, rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
@@ -161,7 +162,10 @@ class FolderModel(LoadedRun):
         model: Any = build_for_inference(self.config, placement, device, mesh)
         read_folder(model, self.folder, placement.slots[rank])
         if self.config.model.lora is not None:
-            start_adapters(model, self.config.model.lora, placement.slots[rank], self.config.run.seed)
+            for parameter, whole in first_values(
+                model, self.config.model.lora, placement.slots[rank], self.config.run.seed
+            ):
+                set_whole(parameter, whole)
         model.ready()
         return model
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.inference.loaded_run import find_trained
+from moe_dist.formats.manifest import load_manifest
+from moe_dist.inference.loaded_run import FolderModel, find_trained
 from moe_dist.placement.parameter_names import ADAPTERS, Role
 from tests.distributed.test_hosted import FSDP2, LAYOUTS, ONE, in_float64, made_folder, resumed
 from tests.support.cover import full
@@ -35,6 +36,7 @@ CHANGES: dict[str, Any] = {
     "optimizer.lr": 0.01,
     "loss": {"balance": {"schedule": [[0, 0.0]]}, "z": 0.0},
 }
+ALL = {"train.only": None}  # all weights are trained
 
 
 def adapted(folder: Path, family: str) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def peft_step(folder: Path, batches: list[Batch]) -> tuple[float, dict[str, Tens
                 logits_SV, labels_S = model(input_ids=batch.tokens_BS[b, at][None]).logits[0], batch.labels_BS[b, at]
                 losses.append(F.cross_entropy(logits_SV, labels_S, ignore_index=IGNORED, reduction="sum"))
                 labels += int((labels_S != IGNORED).sum())
-    loss = sum(losses) / labels
+    loss: Any = sum(losses) / labels
     loss.backward()
     gradients: dict[str, Tensor] = {}
     for name, each in model.named_parameters():
@@ -123,7 +125,7 @@ def peft_step(folder: Path, batches: list[Batch]) -> tuple[float, dict[str, Tens
                 gradients[f"{path.removesuffix('.base_layer')}.{stack}_{matrix}"] = parts
             else:
                 gradients[f"{path}.{matrix}"] = each.grad
-    return float(loss), gradients
+    return loss.item(), gradients
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,24 @@ def test_loss_and_gradients_are_those_of_peft_on_any_ranks(
         expected = {name: each[other["local"]] if each.ndim == 3 else each for name, each in one["gradients"].items()}
         torch.testing.assert_close(other["gradients"], expected, rtol=1e-8, atol=1e-12)
         assert other["changed"] == {Role.ADAPTER, Role.EXPERT_ADAPTER}
+
+
+def test_new_adapters_do_not_depend_on_the_ranks(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
+) -> None:
+    """A run without a folder of adapters begins with the function of the base."""
+    made_folder("qwen3_moe", tmp_path / "base")
+    lora = {"rank": 3, "alpha": 6.0, "targets": TARGETS["qwen3_moe"], "parameters": STACKS}
+    model = {"folder": str(tmp_path / "base"), "lora": lora}
+    (one,) = run_in_world(1, stepped, str(tiny_data), str(tmp_path / "1"), model, ONE)
+    (base,) = run_in_world(1, stepped, str(tiny_data), str(tmp_path / "0"), {"folder": model["folder"]}, {**ONE, **ALL})
+    assert float(one["steps"][0][0]) == pytest.approx(float(base["steps"][0][0]), rel=1e-12)
+    for other in run_in_world(2, stepped, str(tiny_data), str(tmp_path / "n"), model, UNEVEN):
+        np.testing.assert_allclose(other["steps"], one["steps"], rtol=1e-9)
+    config = hosted_config(tiny_data, tmp_path, model, CHANGES)
+    run: Any = FolderModel(tmp_path / "base", 0, config, load_manifest(config.data.path)).load(torch.device("cpu"))
+    drawn = {name: each for name, each in run.named_parameters() if "lora" in name}
+    assert all(bool(each.any()) == name.endswith("A") for name, each in drawn.items())
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", full("qwen3_moe"), full("gpt_oss")])

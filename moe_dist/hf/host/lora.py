@@ -18,10 +18,9 @@ from moe_dist.config.base.section import unknown_name
 from moe_dist.config.experts.lora import HostedLoRASection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.adapters import joint, open_peft, stacked
 from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
+from moe_dist.hf.peft_files import joint, open_peft, stacked
 from moe_dist.model.initial_weights import normal_tensor
-from moe_dist.parallel.initialise import set_whole
 from moe_dist.placement.parameter_names import Role
 
 MATRICES = ("lora_A", "lora_B")
@@ -156,10 +155,11 @@ def merge_adapters(family: Any, places: Sequence[Place]) -> None:
             del module._parameters[name]
 
 
-@torch.no_grad()
-def start_adapters(model: Any, lora: HostedLoRASection, slots: Sequence[int], seed: int) -> None:
-    """Sets the adapters with which a new run begins: those of `lora.folder`, or A with PEFT's variance 1 / (3 I), from
-    (seed, name), and B = 0. `slots` are the logical ids of this rank's experts.
+def first_values(
+    model: Any, lora: HostedLoRASection, slots: Sequence[int], seed: int
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yields each matrix of the adapters, and the tensor with which a new run begins: that of `lora.folder`, or A with PEFT's
+    variance 1 / (3 I), from (seed, name), and B = 0. `slots` are the logical ids of this rank's experts.
 
     Raises:
         ConfigError: rank, alpha or the weights that have adapters are not those of `lora`, or the folder's adapters are no
@@ -174,7 +174,7 @@ def start_adapters(model: Any, lora: HostedLoRASection, slots: Sequence[int], se
             shape, std = tuple(parameter.shape), (3 * parameter.shape[-1]) ** -0.5 if matrix == "A" else 0.0
             drawn = [normal_tensor(f"{path}.{each}", shape[1:], seed=seed, std=std) for each in local.get(place.module, ())]
             whole = torch.stack(drawn) if drawn else torch.empty(shape)
-            set_whole(parameter, whole if place.stack else normal_tensor(path, shape, seed=seed, std=std))
+            yield parameter, whole if place.stack else normal_tensor(path, shape, seed=seed, std=std)
         return
     key = f"model.lora.folder={lora.folder!r}"
     with open_peft(Path(lora.folder), lora) as tensors:
@@ -193,4 +193,4 @@ def start_adapters(model: Any, lora: HostedLoRASection, slots: Sequence[int], se
             if whole.shape != joint(matrix, like).shape:
                 problem = f"{key}: {found} is for a weight of another shape than that of model.folder"
                 raise ConfigError(f"{problem}; take adapters of this model", see=GUIDE)
-            set_whole(parameter, stacked(matrix, whole, place.num_experts)[local[place.module] if place.stack else 0])
+            yield parameter, stacked(matrix, whole, place.num_experts)[local[place.module] if place.stack else 0]

@@ -18,7 +18,7 @@ from moe_dist.config.schema import Config
 from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.family import banks_of, empty_model
-from moe_dist.hf.host.lora import add_adapters, start_adapters
+from moe_dist.hf.host.lora import add_adapters, first_values
 from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.kernels.interface import RowKernels
@@ -101,7 +101,8 @@ class HostedTraining(Training):
             return ""
         read_folder(model, Path(config.model.folder), self.local)  # pyright: ignore[reportArgumentType]
         if config.model.lora is not None:
-            start_adapters(model, config.model.lora, self.local, config.run.seed)
+            for parameter, whole in first_values(model, config.model.lora, self.local, config.run.seed):
+                set_whole(parameter, whole)
         return f"model.folder: weights of {config.model.folder}"
 
 

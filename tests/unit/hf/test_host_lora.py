@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.adapters import CONFIG_FILE, WEIGHTS_FILE
-from moe_dist.hf.host.lora import hosted_tensors, start_adapters
+from moe_dist.hf.host.lora import first_values, hosted_tensors
+from moe_dist.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted
 from tests.support.hosted import hosted_config, of_family
@@ -72,4 +72,4 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, fault: str) -> No
         (tmp_path / WEIGHTS_FILE).write_bytes(b"no tensors")
     assert config.model.lora is not None
     with refused(DataError if fault == "damaged" else ConfigError):
-        start_adapters(hosted, config.model.lora, placement.slots[0], 0)
+        list(first_values(hosted, config.model.lora, placement.slots[0], 0))
