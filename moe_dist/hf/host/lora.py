@@ -158,8 +158,8 @@ def merge_adapters(family: Any, places: Sequence[Place]) -> None:
 def first_values(
     model: Any, lora: HostedLoRASection, slots: Sequence[int], seed: int
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yields each matrix of the adapters, and the tensor with which a new run begins: that of `lora.folder`, or A with PEFT's
-    variance 1 / (3 I), from (seed, name), and B = 0. `slots` are the logical ids of this rank's experts.
+    """Yields each matrix of the adapters, and the tensor with which a new run begins: that of `lora.folder`, or A with
+    PEFT's variance 1 / (3 I), from (seed, name), and B = 0. `slots` are the logical ids of this rank's experts.
 
     Raises:
         ConfigError: rank, alpha or the weights that have adapters are not those of `lora`, or the folder's adapters are no
