@@ -40,16 +40,20 @@ def main(
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype={dtype}: must be {', '.join(DTYPES)}")
+    hosted = checked_config(open_checkpoint(find_checkpoint(checkpoint))).engine.hosts
     if adapters:
-        from moe_dist.hf.adapters import export_adapters
+        if hosted:
+            from moe_dist.hf.host.weights import export_hosted_adapters as export
+        else:
+            from moe_dist.hf.adapters import export_adapters as export
 
         unused = {"--dtype": dtype, "--family": family, "--data": data, "--shard-mb": shard_mb}
         if given := [option for option, value in unused.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: does not apply with --adapters; leave it out")
-        print(f"{export_adapters(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
+        print(f"{export(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
         print(f"{out} is made")
         return
-    if checked_config(open_checkpoint(find_checkpoint(checkpoint))).engine.hosts:
+    if hosted:
         unused = {"--dtype": dtype, "--family": family, "--like": like, "--shard-mb": shard_mb}
         if given := [option for option, value in unused.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: does not apply to a model of transformers; leave it out")
@@ -90,6 +94,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
 
     from moe_dist.hf.code_checks import refuse_code
     from moe_dist.hf.exporting import new_folder
+    from moe_dist.hf.host.lora import merge_adapters
     from moe_dist.hf.host.weights import refuse_masked, write_folder
     from moe_dist.hf.source import COMPANIONS, companion
     from moe_dist.inference.loaded_run import find_trained
@@ -99,6 +104,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     run = find_trained(checkpoint, data=data)
     refuse_masked(run.config.model.moe)
     model: Any = run.load(torch.device("cpu"))
+    merge_adapters(model.family, model.adapters)
     source = Path(run.config.model.folder or "")
     there = run.config.model.folder is not None and source.is_dir()
     if there:

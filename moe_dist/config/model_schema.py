@@ -28,7 +28,7 @@ from moe_dist.config.base.section import (
 from moe_dist.config.controllers.base import ControllerSection
 from moe_dist.config.experts.base import ExpertsSection
 from moe_dist.config.experts.ffn import FFNExpertsSection
-from moe_dist.config.experts.lora import AttentionLoRASection
+from moe_dist.config.experts.lora import AttentionLoRASection, HostedLoRASection
 from moe_dist.config.rope.base import RopeScalingSection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
@@ -205,6 +205,8 @@ class ModelSection(Section):
     config.json."""
     fields: dict[str, JsonValue] = Field(default_factory=dict)
     """Fields of the family's configuration. Other fields have the family's defaults. Only with engine.kind=transformers."""
+    lora: HostedLoRASection | None = None
+    """LoRA adapters on a model of transformers, trained by train.only=adapters. Only with engine.kind=transformers."""
     hidden_dim: Width = Field(description="Width of the residual stream (D).")
     num_layers: Layers = Field(description="Number of transformer layers.")
     num_heads: Width = Field(description="Number of query heads.")
@@ -243,7 +245,8 @@ class ModelSection(Section):
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.engine.hosts:
             return
-        for key, value in (("folder", self.folder), ("family", self.family), ("moe.layers", self.moe.layers)):
+        found = {"folder": self.folder, "family": self.family, "lora": self.lora and self.lora.model_dump()}
+        for key, value in (*found.items(), ("moe.layers", self.moe.layers)):
             if value is not None:
                 problem = (
                     f"model.{key}={value!r}: only engine.kind=transformers trains a model of transformers; set the engine, "
@@ -285,9 +288,14 @@ class ModelSection(Section):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the model has adapters on a frozen base, which are LoRA experts, or LoRA on experts or attention."""
-        experts = self.moe.experts
-        return experts.over_frozen_ffn or experts.adapts_ffns or self.attention_lora is not None
+        """Whether the model has adapters on a frozen base, which are LoRA experts, or LoRA on other weights."""
+        experts, others = self.moe.experts, (self.attention_lora, self.lora)
+        return experts.over_frozen_ffn or experts.adapts_ffns or others != (None, None)
+
+    @property
+    def freezes_routers(self) -> bool:
+        """Whether the model has adapters that are trained without the routers."""
+        return self.moe.experts.adapts_ffns or self.lora is not None
 
     @property
     def largest_dropout(self) -> float:

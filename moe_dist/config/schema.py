@@ -188,8 +188,8 @@ class TrainSection(Section):
     are not finite. If the last step is skipped, the run ends in the same way."""
     only: Literal["auxiliary_routers", "adapters", "routers", "experts"] | None = None
     """Train only these parameters. All others are loaded from run.init_from or model.folder, and frozen. auxiliary_routers:
-    the second stage of expert choice. adapters: LoRA adapters and routers. routers: router tuning (section router_tuning),
-    which engine.kind=transformers does not need. experts: routed experts. null: all parameters are trained."""
+    the second stage of expert choice. adapters: LoRA adapters, and routers of LoRA experts. routers: router tuning (section
+    router_tuning), which engine.kind=transformers does not need. experts: routed experts. null: all parameters."""
 
     frozen: Literal["routers"] | None = None
     """Freeze these parameters, loaded from run.init_from, and train all others. routers: the rows of the routers; load

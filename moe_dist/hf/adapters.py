@@ -16,7 +16,7 @@ Shape letters: n experts, r rank, I inputs and O outputs of a matrix.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ from moe_dist.hf.exporting import checked_config, new_folder, tensor_reader
 from moe_dist.hf.forms import Form, choose_form
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import projection_name
+from moe_dist.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE, joint
 from moe_dist.moe.experts.lora import PROJECTIONS
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MODEL = "base_model.model.model.layers"
 _SHARED = "mlp.shared_expert"  # name of the shared expert's module in Qwen2-MoE
+# Last parts of names that PEFT takes for weights of routed experts among target_modules, and leaves alone among
+# target_parameters.
+_OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
 
@@ -67,36 +70,54 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
     if problems := _problems(model) or _problems_of_base(model, base, form):
         fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
-    tensors = dict(peft_tensors(model, tensor_reader(contents)))
-    base_name = base_name or original
+    return write_peft(out, model, base_name or original, base, peft_tensors(model, tensor_reader(contents)))
+
+
+def write_peft(
+    out: Path, model: ModelSection, base_name: str | None, base: Contents | Path, tensors: Iterable[tuple[str, Tensor]]
+) -> int:
+    """Writes adapters, with PEFT's names, into the new folder `out`. Returns the number of tensors. `base` is the base's
+    checkpoint or Hugging Face folder."""
+    named = {name: tensor.contiguous() for name, tensor in tensors}
     with new_folder(out) as folder:
         write_durably(folder / CONFIG_FILE, (json.dumps(peft_config(model, base_name), indent=2) + "\n").encode())
         write_durably(folder / README, _readme(base_name, base))
-        write_tensors(folder / WEIGHTS_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    return len(tensors)
+        write_tensors(folder / WEIGHTS_FILE, named)
+    return len(named)
 
 
 def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     """Returns the fields of adapter_config.json. If experts and attention differ in rank or alpha, rank_pattern and
     alpha_pattern contain the values for attention."""
+    if (lora := model.lora) is not None:
+        other = [each for each in lora.targets if each.rpartition(".")[2] in _OF_EXPERTS]
+        modules = [each for each in lora.targets if each not in other]
+        return _fields(lora, base_name, modules, [*lora.parameters, *(f"{each}.weight" for each in other)])
     experts, attention = model.moe.experts, model.attention_lora
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
     parts = [projection_name(target) for target in attention.targets] if attention else []
     shared = [f"{_SHARED}.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
+    parameters = [_PARAMETERS[target] for target in experts.targets] if adapted else None
+    return {
+        **_fields(main, base_name, parts + shared, parameters),
+        "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
+        "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
+    }
+
+
+def _fields(lora: Any, base_name: str | None, modules: Sequence[str], parameters: Sequence[str] | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
-        "r": main.rank,
-        "lora_alpha": main.alpha,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": parts + shared,
-        "target_parameters": [_PARAMETERS[target] for target in experts.targets] if adapted else None,
-        "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
-        "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
+        "target_modules": modules,
+        "target_parameters": parameters,
     }
 
 
@@ -121,8 +142,8 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
                 a, b = (torch.stack([read(name) for name in names]) for names in adapter_names(model, layer, target))
                 if target == "gate_up" and isinstance(experts, AdaptedClampedFFNExpertsSection):
                     b = b.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # rows of gate and up alternate
-                yield f"{prefix}.lora_A.weight", a.flatten(0, 1)
-                yield f"{prefix}.lora_B.weight", b.permute(1, 2, 0).flatten(1)
+                yield f"{prefix}.lora_A.weight", joint("A", a)
+                yield f"{prefix}.lora_B.weight", joint("B", b)
 
 
 def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
@@ -175,13 +196,14 @@ def _problems_of_base(model: ModelSection, base: Contents, form: Form) -> list[s
     return []
 
 
-def _readme(base_name: str | None, base: Contents) -> bytes:
+def _readme(base_name: str | None, base: Contents | Path) -> bytes:
     name = base_name or "BASE"
     told = ["LoRA adapters in PEFT's form, exported by moe_dist."]
-    if base_name is None:
+    if base_name is None and isinstance(base, Contents):
         told[0] += f" moe_dist made their base; this command writes it for transformers as the folder `{name}`:"
         told += ["", "```console", f"$ moe-dist export-hf {base.folder.absolute()} --out {name}", "```"]
-    tokenizer = name if (base.folder.parent / HUGGINGFACE / TOKENIZER_FILE).is_file() else None
+    files = base if isinstance(base, Path) else base.folder.parent / HUGGINGFACE
+    tokenizer = name if (files / TOKENIZER_FILE).is_file() else None
     model = f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{name}"), ".")'
     lines = ["from peft import PeftModel", *run_lines(model, tokenizer=tokenizer)]
     return "\n".join([*told, "", "```python", *lines, "```", ""]).encode()

@@ -25,6 +25,7 @@ from moe_dist.inference.generate import Generator
 from moe_dist.inference.likelihood import Likelihood
 from moe_dist.inference.vocabulary import Vocabulary
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.initialise import set_whole
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
@@ -49,6 +50,7 @@ class CheckpointReader:
         freeze(self.model, config)
         group = None if mesh is None else mesh.checkpoint
         self._manager = CheckpointManager(checkpoints, keep=1, lease_check=lambda: None, process_group=group)
+        self._config = config
         self._layout, part = rank_layout(self.placement, mesh), saved_part(config)
         self.state = capture(self.model, None, self._layout, part=part)
         self._has_base = part != "trained"  # a checkpoint of adapters does not contain the base weights
@@ -58,7 +60,7 @@ class CheckpointReader:
         checkpoint is damaged, or the base model of its adapters is missing."""
         restored = self._manager.load(folder, self.state)
         if not self._has_base:  # the base is loaded once, because all checkpoints of a run have the same base
-            load_base(restored.values, folder, self._manager, self.model, self._layout)
+            load_base(self._config, restored.values, folder, self._manager, self.model, self._layout)
             self._has_base = True
         self.model.ready()
         return self.model
@@ -152,12 +154,18 @@ class FolderModel(LoadedRun):
         return weights_digest(self.folder)
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        from moe_dist.hf.host.weights import read_folder  # imported only here, because it takes seconds
+        from moe_dist.hf.host.lora import first_values  # imported only here, because it takes seconds
+        from moe_dist.hf.host.weights import read_folder
 
         ranks, rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
         placement = placement_for_use(self.config, ranks)
         model: Any = build_for_inference(self.config, placement, device, mesh)
         read_folder(model, self.folder, placement.slots[rank])
+        if self.config.model.lora is not None:
+            for parameter, whole in first_values(
+                model, self.config.model.lora, placement.slots[rank], self.config.run.seed
+            ):
+                set_whole(parameter, whole)
         model.ready()
         return model
 

@@ -42,8 +42,10 @@ def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
     """Returns the number of parameters in the adapters on `experts` experts of each group, over all MoE layers. Adapters of
     the shared expert are left out. An adapter that experts share counts once for each of these experts."""
     section, dim = model.moe.experts, model.hidden_dim
-    groups = model.moe.groups.items()
-    return len(model.moe_layers) * sum(section.adapter_parameters(dim, g.ffn_dim) * experts[name] for name, g in groups)
+    groups, lora = model.moe.groups.items(), model.lora
+    stacks = lora.rank * len(lora.parameters) if lora else 0  # of two widths: 2 ffn_dim x dim, and dim x ffn_dim
+    each = {name: section.adapter_parameters(dim, g.ffn_dim) + stacks * (dim + 1.5 * g.ffn_dim) for name, g in groups}
+    return len(model.moe_layers) * sum(each[name] * experts[name] for name in each)
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
@@ -56,6 +58,7 @@ def _replicated_adapters(model: ModelSection) -> float:
     """Returns the number of parameters in adapters that every rank has: on attention, on the shared expert, and those that
     experts share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
+    found += 2 * model.num_layers * model.hidden_dim * model.lora.rank * len(model.lora.targets) if model.lora else 0
     found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.adapter_is_shared else 0
     return found + len(model.moe_layers) * 3 * section.shared_expert_rank * (model.hidden_dim + model.moe.shared_ffn_dim)
 
@@ -203,7 +206,7 @@ def frozen_flops(model: ModelSection, forward: Parts, *, seq_len: int) -> float:
     """Returns forward FLOPs per token of products with frozen weights, which get no weight gradient; 0 without adapters."""
     if not model.has_adapters:
         return 0.0
-    router = 0 if model.moe.experts.adapts_ffns else forward.router
+    router = 0 if model.freezes_routers else forward.router
     return forward.total - forward.adapters - router - model.num_layers * _score_flops(model, seq_len)
 
 

@@ -155,7 +155,7 @@ def trained_parts(config: Config, experts_held: Mapping[str, float]) -> Trained:
         return Trained(tuned_parameters(config), 0.0, 0.0)
     parts, own = parameters(config.model, experts_held=experts_held), own_adapters(config.model, experts_held)
     if config.model.has_adapters:
-        return Trained(0.0 if config.model.moe.experts.adapts_ffns else parts.router, parts.adapters - own, own)
+        return Trained(0.0 if config.model.freezes_routers else parts.router, parts.adapters - own, own)
     return Trained(parts.router, parts.total - parts.router - parts.experts - own, parts.experts + own)
 
 
@@ -176,7 +176,7 @@ def checkpoint_bytes(config: Config) -> float:
     parts, moment = parameters(config.model), ITEMSIZE[config.optimizer.moments]
     if config.router_tuning is not None:
         return parts.total * FP32 + tuned_parameters(config) * 2 * moment
-    router = 0 if config.model.moe.experts.adapts_ffns else parts.router
+    router = 0 if config.model.freezes_routers else parts.router
     saved = parts.adapters + router if config.model.has_adapters else parts.total
     return saved * (FP32 + 2 * moment) - sum(_with_one_moment(config)) * moment
 

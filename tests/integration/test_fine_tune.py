@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.hf.adapters import CONFIG_FILE, WEIGHTS_FILE
 from moe_dist.hf.data_files import README
+from moe_dist.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from tests.support.guides import guide_commands, run_commands, text_losses
 from tests.support.served import run_readme
 

@@ -13,7 +13,7 @@ KIND = "engine.kind=transformers"
 # Entries (key, allowed values, reason): with this engine, the key must have one of the values.
 NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
-    ("train.only", (None, "routers", "experts"), "the family has no other parts that can be trained alone"),
+    ("train.only", (None, "routers", "experts", "adapters"), "the family has no other parts that can be trained alone"),
     ("loss.distillation", (None,), "a teacher is this project's own model"),
     ("rank_balance.replicating", (None,), "experts have no replicas"),
     ("parallel.compile", (False,), "the family's code is not compiled"),
@@ -25,7 +25,12 @@ NEEDED = (
     ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
     ("model.moe.capacity", (None,), "no token is dropped"),
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
-    ("model.attention_lora", (None,), "there are no adapters"),
+    ("model.attention_lora", (None,), "the adapters of a family are those of model.lora"),
+)
+# What else must hold with adapters.
+ADAPTED = (
+    ("run.init_from", (None,), "the base is model.folder (export a run to make its folder)"),
+    ("model.moe.balance", ((),), "the routers are frozen"),
 )
 # What else must hold with null rows in the family's routers.
 NULL_ROWS = (
@@ -76,4 +81,11 @@ class TransformersEngineSection(EngineSection):
             yield Violation(("engine.kind", "model.moe.router.kind"), problem)
         nulls = any(group.num_null for group in config.model.moe.groups.values())
         further = NULL_ROWS if nulls else ALL_CHOICES if router.softmax_top_k else ()
+        if config.model.lora is not None:
+            yield from unmet(config, "model.lora", "model.lora", ADAPTED, instead="remove model.lora")
+            if config.model.folder is None:
+                problem = "model.lora: model.folder=null leaves the frozen base untrained; set it, or remove model.lora"
+                yield Violation(("model.lora", "model.folder"), problem)
+            problems = named("moe_dist.hf.host.lora:unknown_names")(config.model)
+            yield from (Violation(("model.lora",), problem) for problem in problems)
         yield from unmet(config, "engine.kind", KIND, (*NEEDED, *further), instead="engine.kind=moe_dist")

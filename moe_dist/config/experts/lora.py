@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Decay, PositiveInt, Section, Violation, WholeConfig, unmet
+from moe_dist.config.base.section import Decay, PathText, PositiveInt, Section, Violation, WholeConfig, unmet
 from moe_dist.config.dispatchers.kinds import AllToAllDispatchSection
 from moe_dist.config.experts.base import ExpertsSection
 
@@ -49,6 +49,29 @@ class AttentionLoRASection(AdapterSection):
     targets: tuple[Literal["q", "k", "v", "o", "q_down", "q_up", "kv_down", "kv_up"], ...] = ("q", "k", "v", "o")
     """Attention projections that have an adapter. q, k, v and o are the projections of queries, keys, values and output.
     Latent attention has the projections q_down and q_up (or q), kv_down, kv_up and o."""
+
+
+class HostedLoRASection(AdapterSection):
+    """LoRA adapters on weights of a transformers model, which are named as in PEFT."""
+
+    targets: tuple[str, ...] = ()
+    """Linear layers that have an adapter, as PEFT's target_modules: names, or ends of names such as q_proj or
+    shared_expert.up_proj."""
+    parameters: tuple[str, ...] = ()
+    """Stacks of experts that have an adapter for each expert, as PEFT's target_parameters: names, or ends of names such as
+    experts.gate_up_proj."""
+    folder: PathText | None = None
+    """Folder of adapters in PEFT's form, with which a new run begins. null: B is 0 at first."""
+
+    def violations(self) -> Iterator[Violation]:
+        named = (*self.targets, *self.parameters)
+        if not named or len(set(named)) < len(named):
+            fix = "name each once" if named else "name at least one weight, or remove the section"
+            problem = f"targets={list(self.targets)}, parameters={list(self.parameters)}: {fix}"
+            yield Violation(("targets", "parameters"), problem)
+        if self.dropout:
+            problem = f"dropout={self.dropout:g}: PEFT has no dropout on stacks of experts; set it to 0"
+            yield Violation(("dropout",), problem)
 
 
 class LoRAExpertsSection(AdapterSection, ExpertsSection):
@@ -101,15 +124,17 @@ def adapter_violations(config: WholeConfig) -> Iterator[Violation]:
     if there and only != "adapters":
         problem = (
             f"train.only={only or 'null'}: the weights under adapters (model.moe.experts.kind=lora or ffn_lora, "
-            "model.attention_lora) are frozen, and only the adapters are saved; set train.only=adapters"
+            "model.attention_lora, model.lora) are frozen, and only the adapters are saved; set train.only=adapters"
         )
         yield Violation(("train.only", EXPERTS, "model.attention_lora"), problem)
     if only == "adapters" and not there:
         problem = (
             "train.only=adapters: the model has no adapters; set model.moe.experts to {kind: lora, ...} or "
-            "model.attention_lora, or set train.only=null"
+            "model.attention_lora (of a model of transformers, model.lora), or set train.only=null"
         )
         yield Violation(("train.only", EXPERTS, "model.attention_lora"), problem)
+    if config.engine.hosts:
+        return  # the base is model.folder, see the engine's section
     if only == "adapters" and config.run.init_from is None:
         problem = (
             "train.only=adapters: the base is frozen, and run.init_from=null leaves it untrained; set run.init_from to a "

@@ -29,7 +29,7 @@ GROUP = "experts"  # name of the one expert group, and of the attribute under wh
 WITH_PICTURES = ("ernie4_5_vl_moe",)  # families with an encoder of pictures that `picture_inputs` makes inputs for
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
-CHOSEN = ("modalities", "router", "balance", "num_null")  # keys that do not follow from the family
+CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that do not follow from the family
 MOST_PARTS = 4096  # of layers, experts and the like; transformers takes milliseconds for each
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Names of fields whose numbers are large and over which transformers does not loop. A loop over MOST_NUMBER takes a second.

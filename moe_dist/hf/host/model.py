@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE, Bank
+from moe_dist.hf.host.lora import Place, fold
 from moe_dist.hf.host.pictures import groups_of_types, picture_inputs
 from moe_dist.hf.pairs import compute_pairs
 from moe_dist.model.layers import ModelArgs
@@ -116,6 +117,7 @@ class FamilyExperts(nn.Module):
         stored = dict(experts._parameters)
         # Autocast does not cast the weights of grouped products. Gradients go through the casts to the stored weights.
         cast = {name: None if each is None else each.to(self._dtype) for name, each in stored.items()}
+        fold(experts, cast)
         experts._parameters.update(cast)
         try:
             return compute_pairs(self._forward, (each for each in cast.values() if each is not None), rows, layout)
@@ -145,9 +147,11 @@ class HostedModel(nn.Module):
     Attributes:
         packed: Whether the family keeps documents of one sequence apart by their positions. If not, each document is a
             sequence of its own, padded to the longest.
+        adapters: The weights that have a LoRA adapter.
     """
 
     in_halves = False
+    adapters: tuple[Place, ...] = ()
 
     def __init__(
         self,

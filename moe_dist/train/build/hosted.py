@@ -18,6 +18,7 @@ from moe_dist.config.schema import Config
 from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.family import banks_of, empty_model
+from moe_dist.hf.host.lora import add_adapters, first_values
 from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.kernels.interface import RowKernels
@@ -72,7 +73,8 @@ def build_hosted(
     context = dispatch_context(
         config.parallel, placement, all_to_all, model.hidden_dim, node_groups, kernels, tokens=tokens
     )
-    return HostedModel(
+    adapters = () if model.lora is None else add_adapters(family, model.lora)
+    hosted = HostedModel(
         family,
         model_args(config, dtype),
         banks,
@@ -81,6 +83,8 @@ def build_hosted(
         dispatcher=config.parallel.dispatch.build(context),
         recompute=config.parallel.recompute,
     )
+    hosted.adapters = adapters
+    return hosted
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,9 @@ class HostedTraining(Training):
         if config.model.folder is None:
             return ""
         read_folder(model, Path(config.model.folder), self.local)  # pyright: ignore[reportArgumentType]
+        if config.model.lora is not None:
+            for parameter, whole in first_values(model, config.model.lora, self.local, config.run.seed):
+                set_whole(parameter, whole)
         return f"model.folder: weights of {config.model.folder}"
 
 

@@ -164,7 +164,7 @@ def freeze(model: Transformer, config: Config) -> None:
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
-        routers = frozenset() if config.model.moe.experts.adapts_ffns else ROUTERS
+        routers = frozenset() if config.model.freezes_routers else ROUTERS
         trained = {
             "auxiliary_routers": {Role.AUXILIARY_ROUTER},
             "adapters": routers | ADAPTERS,

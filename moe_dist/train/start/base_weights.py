@@ -8,8 +8,9 @@ base with one expert per layer leaves padding out of its matrix products, but a 
 rounding of a matrix product depends on its number of rows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ from moe_dist.checkpoint.state import RankLayout, TensorSpec, capture
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.hf.source import weights_digest
 from moe_dist.placement.parameter_names import ADAPTERS, Role, role_of_name
 
 # Keys of `model` that must have equal values in the model and the base, so that both compute the same function. Keys that
@@ -72,22 +74,51 @@ def begin_on_base(config: Config, checkpoints: CheckpointManager, model: nn.Modu
 
 
 def load_base(
-    values: Mapping[str, object], adapters: Path, checkpoints: CheckpointManager, model: nn.Module, layout: RankLayout
+    config: Config,
+    values: Mapping[str, object],
+    adapters: Path,
+    checkpoints: CheckpointManager,
+    model: nn.Module,
+    layout: RankLayout,
 ) -> Base:
     """Loads the base that a checkpoint of adapters names, into the model's frozen parameters. Collective over all ranks.
     Raises DataError if the base is missing or damaged, or if its content hash differs from the noted hash.
 
     Args:
+        config: The configuration of the adapters' run. The base of a model of transformers is its `model.folder`.
         values: `CheckpointState.values` of the checkpoint of adapters.
         adapters: Folder of the checkpoint of adapters; error messages name it.
     """
     noted = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
+    if config.model.lora is not None:
+        slots = layout.placement.slots[layout.ep_rank]
+        checkpoints.status.phase("read model.folder", lambda: _read_folder(config, noted, adapters, model, slots))
+        return noted
     state = capture(model, None, layout, part="frozen")
     base = checkpoints.status.phase("find the base", lambda: find_base(noted, adapters))
     checkpoints.load_fitting(
         base.folder, state, sources=base_sources, check=lambda contents: noted.check(contents, adapters)
     )
     return Base.of(base, checkpoints.folder)  # the next checkpoint names the folder where the base is now
+
+
+def folder_base(config: Config) -> Base:
+    """Returns the base of a new run of adapters on `model.folder`."""
+    folder = str(config.model.folder)
+    return Base(folder, weights_digest(Path(folder)))
+
+
+def _read_folder(config: Config, noted: Base, adapters: Path, model: Any, slots: Sequence[int]) -> None:
+    from moe_dist.hf.host.weights import read_folder  # imported only here, because it takes seconds
+
+    base = folder_base(config)
+    if base.content != noted.content:
+        raise DataError(
+            f"model.folder={base.path!r}: its weights have the digest {base.content}, but the adapters of {adapters} were "
+            f"trained on {noted.content}; restore the weights of that folder",
+            see="docs/hf-engine.md",
+        )
+    read_folder(model, Path(base.path), slots)
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:

@@ -41,7 +41,7 @@ from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import record_save_seconds
 from moe_dist.train.build.training import Training, rank_layout, saved_part
-from moe_dist.train.start.base_weights import begin_on_base, load_base
+from moe_dist.train.start.base_weights import begin_on_base, folder_base, load_base
 from moe_dist.train.start.starting_weights import begin_with_weights, check_scored
 
 logger = logging.getLogger(__name__)
@@ -184,6 +184,8 @@ class Resumable:
             self.status.first("look at the weights to be tuned", lambda: check_scored(self._config))
             if (report := self.status.phase("read model.folder", self._training.begin)) and self._checkpoints.rank == 0:
                 print(report)
+            if self._config.model.lora is not None:
+                self._base = self.status.phase("look at model.folder", lambda: folder_base(self._config))
             if self._config.run.init_from is not None:
                 report = self._begin()
                 if self._checkpoints.rank == 0:
@@ -199,7 +201,7 @@ class Resumable:
         progress = progress_of(restored, self._config, newest)
         model = self._training.parallel.model
         if saved_part(self._config) == "trained":
-            self._base = load_base(restored.values, newest, self._checkpoints, model, self._layout)
+            self._base = load_base(self._config, restored.values, newest, self._checkpoints, model, self._layout)
         self._restore_controllers(restored, newest)
         states = mapping_of({"levers": {}, **restored.values}, "levers", newest)
         for name, lever in self._levers.items():

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.adapters import WEIGHTS_FILE, export_adapters, peft_tensors
+from moe_dist.hf.adapters import export_adapters, peft_tensors
 from moe_dist.hf.exporting import export_model
 from moe_dist.hf.importing import import_model
+from moe_dist.hf.peft_files import WEIGHTS_FILE
 from moe_dist.hf.plan import ImportOptions
 from moe_dist.parallel.initialise import logical_expert_names
 from moe_dist.placement.parameter_names import EXPERTS, named_parameters
