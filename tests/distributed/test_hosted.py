@@ -226,10 +226,10 @@ def test_a_part_is_trained_alone(
             assert [float(each[key]) for each in reports] == pytest.approx(expected, rel=2e-5), key
 
 
-def made_folder(family: str, folder: Path) -> None:
+def made_folder(family: str, folder: Path, seed: int = 0) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.errors import DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.loaded_run import FolderModel, find_trained
 from moe_dist.placement.parameter_names import ADAPTERS, Role
@@ -178,7 +179,7 @@ def test_a_run_goes_on_and_peft_loads_its_adapters(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
 ) -> None:
     """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed it has the same bits. Its adapters, and the
-    merged model, give the logits of the checkpoint in transformers."""
+    merged model, give the logits of the checkpoint in transformers. A base with other weights is refused."""
     from transformers import AutoModelForCausalLM
 
     model = adapted(tmp_path, family)
@@ -200,3 +201,6 @@ def test_a_run_goes_on_and_peft_loads_its_adapters(
         torch.testing.assert_close(peft_model(tmp_path / "base", tmp_path / "peft")(input_ids=ids).logits, ours)
     torch.testing.assert_close(merged, ours)
     assert (base - ours).abs().max() > 1e-2
+    made_folder(family, tmp_path / "base", seed=1)
+    with pytest.raises(DataError, match=r"base': its weights have the digest .* were trained on"):
+        find_trained(tmp_path / "tiny").load(torch.device("cpu"))

@@ -1,1 +1,1 @@
-"""Defines the kinds of attention. `kinds.py` has their keys, rules and costs of projections."""
+"""Defines the kinds of attention. `kinds.py` has the keys and rules of each, and the sizes of its projections."""

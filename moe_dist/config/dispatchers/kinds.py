@@ -8,7 +8,7 @@ from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection, KernelD
 
 
 class AllToAllDispatchSection(DispatchSection):
-    """Send each token at most once to a rank, even if the token chooses several experts on that rank."""
+    """Send a token once to each rank that has experts of the token, however many of them the rank has."""
 
     builds = "moe_dist.moe.dispatch.choice:all_to_all"
     replicas = True

@@ -13,9 +13,9 @@ class PredictedKRouterSection(AdaptiveRouterSection):
 
     kind: Literal["predicted_k"] = "predicted_k"
     normalise: Literal["true_chosen", "none"] = "none"
-    """Routing weights, before the weight of the last taken column is multiplied by a fraction. none: softmax over all
-    columns of the group. true_chosen: softmax over the taken columns without null experts; then all weights jump when a
-    token takes one column more."""
+    """How a token's routing weights are computed. The weight of its last column is then multiplied by the fraction of this
+    column that the token takes. none: softmax over all columns of the group. true_chosen: softmax over the taken columns
+    without null experts; then all weights jump when a token takes one column more."""
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
 
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 def unknown_names(model: ModelSection) -> list[str]:
-    """Returns an error text for each name in `model.lora` that no weight of the family has."""
+    """Returns an error text for each name in `targets` and `parameters` of `model.lora` that fits no weight."""
     lora, family = model.lora, _whole(model)
     assert lora is not None
     linear, stacks = _candidates(family)
@@ -76,7 +76,7 @@ def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
 
 
 def _candidates(family: Any) -> tuple[list[str], list[str]]:
-    """Returns the paths of the linear layers outside of routers, and of the stacks of experts."""
+    """Returns two lists of paths: of all linear layers but routers, and of the stacks of experts."""
     banks = banks_of(family)
     routers = tuple(f"{bank.router}." for bank in banks)
     linear = [path for path, each in family.named_modules() if isinstance(each, nn.Linear)]
@@ -90,7 +90,7 @@ def _has_end(path: str, ends: Sequence[str]) -> bool:
 
 
 def add_adapters(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
-    """Adds the adapters to a whole model, uninitialised. Returns their places."""
+    """Adds A and B, without values, for each adapted weight of a model with all experts. Returns these weights."""
     places = places_in(family, lora)
     for place in places:
         module = family.get_submodule(place.module)
@@ -105,7 +105,7 @@ def add_adapters(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
         module.roles = {**getattr(module, "roles", {}), a: role, b: role}
         module.lora_scaling = lora.alpha / lora.rank
         if not place.stack:
-            module.register_forward_hook(_add)
+            module.lora_hook = module.register_forward_hook(_add)
     return places
 
 
@@ -150,7 +150,7 @@ def merge_adapters(family: Any, places: Sequence[Place]) -> None:
             module._parameters[place.stack].copy_(weights[place.stack])
         else:
             module.weight.add_(module.lora_B @ module.lora_A, alpha=module.lora_scaling)
-            module._forward_hooks.clear()
+            module.lora_hook.remove()
         for name in place.names():
             del module._parameters[name]
 

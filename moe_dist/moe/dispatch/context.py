@@ -16,8 +16,8 @@ class DispatchContext:
         all_to_all: The all-to-all of the EP group. Its size must be the placement's number of ranks.
         max_receive_rows: Largest number of rows that a rank may receive in a layer (with two hops, in each hop); None for
             no limit. A rank never receives more than (ep - 1) x T rows, the tokens of all other EP ranks.
-        kernels: Functions that sum the rows of a token. Triton's kernels also compute the
-            dispatch plan if tokens choose their experts.
+        kernels: Functions that sum the rows of a token. Triton's kernels also compute the dispatch plan if
+            tokens choose their experts.
         hops: The two all-to-alls if rows are dispatched in two hops, else None. The first connects, in the order of nodes,
             the ranks that have the same local index as this rank. The second connects the ranks of this node.
         deterministic: Whether results must be reproducible bit for bit.

@@ -1,4 +1,4 @@
-"""Triton kernels that gather rows, and that sum rows in fp32 registers.
+"""Two Triton kernels. One gathers rows, the other sums rows in fp32 registers.
 
 Each Triton program computes a part of one row of the result. So nothing is added atomically, and a sum reads each input row
 once. Shape letters: M rows of a gathered table or of a sum, N gathered rows, D hidden size.

@@ -1,4 +1,4 @@
-"""Mistakes in model.lora and in folders of adapters are refused by name."""
+"""A mistake in model.lora, or in a folder of adapters, is refused with a message that names it."""
 
 import json
 from pathlib import Path
