@@ -89,4 +89,5 @@ class StorageError(MoeDistError):
 
 
 class IntegrityError(MoeDistError):
-    """The data that a rank received differ from the sent data. `parallel.check_exchanges` finds such errors."""
+    """Data that must be equal on several ranks differ. `parallel.check_exchanges` compares sent and received data, and
+    `monitor.compare_copies_every` compares copies of weights."""

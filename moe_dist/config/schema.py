@@ -294,6 +294,9 @@ class MonitorSection(Section):
     """At the end, show how many rows and bytes the last 100 steps sent. Also show how many rows and bytes other placements
     and dispatchers would have sent for the same choices."""
     compute_map: ComputeMapSection | None = Field(default=None, description="Map of experts per token. null: no map.")
+    compare_copies_every: PositiveInt | None = 100
+    """Steps between two comparisons of the weights, moments and buffers that several ranks hold. A difference ends the run.
+    Copies are also compared before each save. null: never."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if not self.cost_table:

@@ -94,8 +94,10 @@ class Trainer:
             StoppedError: a rank got a stop signal. The state has been saved, unless the last step was skipped.
             DivergedError: too many consecutive steps were skipped, or the last step was skipped. Or the held-out loss after
                 the last step or the state to be saved is not finite. The newest checkpoint is finite.
+            IntegrityError: copies of weights on several ranks differ. They were equal when the newest checkpoint was saved.
         """
         config, progress = self.plan.config, self.progress
+        compare_every = config.monitor.compare_copies_every
         evaluation: EvaluationResult | None = None
         save_due = False
         if self._owes_evaluation() and progress.step < config.train.steps:
@@ -103,6 +105,8 @@ class Trainer:
         while progress.step < config.train.steps:
             result = self._step()
             self.saver.writer.poll()
+            if compare_every and progress.step % compare_every == 0:
+                self.saver.compare_copies(progress)
             last = progress.step == config.train.steps
             stop = result.stop_requested and not last
             if progress.skipped_in_a_row >= (1 if last else config.train.max_skipped_in_a_row):
@@ -201,6 +205,8 @@ class Trainer:
     def _save(self, *, must: bool) -> None:
         """Saves the run's state. With `must`, the files are written when the method returns. Otherwise a thread may write
         them during the next steps."""
+        if self.plan.config.monitor.compare_copies_every:
+            self.saver.compare_copies(self.progress)
         for sink in self.sinks:
             sink.flush()  # before the save, because a run that resumes from it does not repeat these records
         for watcher in self.watchers:

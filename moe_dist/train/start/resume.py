@@ -24,6 +24,7 @@ from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base
 from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.copies import unequal_copies
 from moe_dist.checkpoint.directory import find_checkpoint, step_of
 from moe_dist.checkpoint.generators import generator_states, restore_generators
 from moe_dist.checkpoint.manager import CheckpointManager, Restored
@@ -33,11 +34,12 @@ from moe_dist.config.load import changes_on_resume, difference
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.data.order import number_at
-from moe_dist.errors import ConfigError, DataError, DivergedError
+from moe_dist.errors import ConfigError, DataError, DivergedError, IntegrityError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest, digest_problems
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.runtime.attempt import Attempt
+from moe_dist.runtime.rendezvous import ranks_text
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import record_save_seconds
 from moe_dist.train.build.training import Training, rank_layout, saved_part
@@ -139,6 +141,31 @@ class Resumable:
             told = DivergedError(f"step {progress.step} is not saved, because {error}; {self.ways_on(progress)}")
             told.consequence = error.consequence
             raise told from error
+
+    def compare_copies(self, progress: Progress) -> None:
+        """Compares weights, moments and buffers that several ranks hold (`unequal_copies`).
+
+        Raises:
+            IntegrityError: copies differ. Raised on all ranks; on the ranks whose copies are those of most ranks it is the
+                consequence of another rank's error.
+        """
+        mesh = self._mesh
+        if mesh.world_size == 1:
+            return
+        found = unequal_copies(self._training.capture(self._layout), mesh.world, mesh.device, mesh.tracker)
+        if not found:
+            return
+        (name, ranks), *more = found.items()
+        saved = "no checkpoint was saved, so the same command begins at step 1"
+        if self.newest is not None:
+            saved = f"the copies were equal when {self.newest} was saved, and the same command resumes from it"
+        error = IntegrityError(
+            f"after step {progress.step} the copies of {name}{f' and {len(more)} more tensors' if more else ''} differ on "
+            f"{ranks_text(ranks)}, though all ranks compute the same update; {saved}; if it happens again, test the "
+            f"hardware of {'this rank' if len(ranks) == 1 else 'these ranks'} (docs/reliability.md)"
+        )
+        error.consequence = mesh.rank not in ranks
+        raise error
 
     @property
     def newest(self) -> Path | None:

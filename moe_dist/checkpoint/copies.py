@@ -1,0 +1,77 @@
+"""Finds copies of a tensor that are no longer equal. Ranks with the same data (`LocalShard.copies`) compute the same
+updates, so a difference of one bit comes from broken hardware or a wrong program.
+
+The checksum of a tensor is the sum of its elements' bits, read as integers. The first of n copies adds n^2 - 1 times its
+checksum to a sum over all ranks, and copy p > 0 subtracts 2 p + 1 times its checksum. The sum is 0 if all copies are equal.
+It is not 0 if one copy differs, because an odd factor keeps a difference modulo 2^64.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from moe_dist.checkpoint.state import CheckpointState, LocalShard
+from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.names import CHECKSUMS
+from moe_dist.comm.tracker import CollectiveTracker
+from moe_dist.optim.adamw import local
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def unequal_copies(
+    state: CheckpointState, world: dist.ProcessGroup, device: torch.device, tracker: CollectiveTracker | None = None
+) -> dict[str, list[int]]:
+    """Maps the name of each tensor whose copies differ to the ranks whose copy differs from most copies, or to all ranks
+    with a copy if no value has a majority. Equal on all ranks.
+
+    Collective. Costs one pass over the tensors, an all-reduce of 8 bytes for each tensor of model and optimizer, and one
+    host sync; if copies differ, a further all-reduce and host sync for each such tensor.
+    """
+
+    def summed(numbers: Tensor) -> list[Any]:
+        return sum_over(numbers, world, name=CHECKSUMS, tracker=tracker).tolist()
+
+    names = sorted(state.specs)
+    sums = {name: _checksum(held).to(device) for name, held in state.held.items() if held.copies > 1}
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    parts = [sums[name] * _factor(state.held[name]) if name in sums else zero for name in names]
+    found: dict[str, list[int]] = {}
+    for name, total in zip(names, summed(torch.stack(parts)), strict=True):
+        if total:
+            own_W3 = torch.zeros(dist.get_world_size(world), 3, dtype=torch.int64, device=device)
+            if name in sums:
+                own_W3[dist.get_rank(world)] = torch.tensor([1, _begin(state.held[name].tensor), int(sums[name])])
+            found[name] = _different(summed(own_W3))
+    return found
+
+
+def _checksum(held: LocalShard) -> Tensor:
+    flat = local(held.tensor).detach().reshape(-1)
+    return flat.view(_BITS[flat.element_size()]).sum(dtype=torch.int64)
+
+
+def _factor(held: LocalShard) -> int:
+    return -(2 * held.position + 1) if held.position else held.copies**2 - 1
+
+
+def _different(of_ranks: list[list[int]]) -> list[int]:
+    """Returns the ranks whose checksum is not that of most ranks with the same shard. Gets three numbers of each rank: 1 if
+    it has a copy, the place of its shard, and its checksum."""
+    ranks = [rank for rank, (has, _, _) in enumerate(of_ranks) if has]
+    shards = Counter(of_ranks[rank][1] for rank in ranks)
+    values = Counter(tuple(of_ranks[rank]) for rank in ranks)
+    return [rank for rank in ranks if 2 * values[tuple(of_ranks[rank])] <= shards[of_ranks[rank][1]]]
+
+
+def _begin(tensor: Tensor) -> int:
+    """Returns the index of a shard's first element in the whole tensor, in row-major order."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(index * stride for index, stride in zip(offset, tensor.stride(), strict=True))
