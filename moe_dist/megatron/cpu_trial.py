@@ -149,6 +149,8 @@ def megatron_replacements() -> Sequence[Replacement]:
 def megatron_on_cpu() -> Iterator[Sequence[Replacement]]:
     """Makes it possible to import, build and run megatron-core on the CPU inside the context. Yields the replacements."""
     replaced: list[Replacement] = []
+    with torch.device("meta"):
+        torch.empty(0)  # torch lists its constructors once; with stand-ins in the list, `with torch.device` has no effect
     with contextlib.ExitStack() as stack:
         for replacements in (cuda_replacements, megatron_replacements):
             for each in replacements():

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._device import _device_constructors
 
 from moe_dist.errors import ConfigError
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
@@ -73,3 +75,12 @@ def test_expert_tensor_parallel_groups_are_refused() -> None:
     groups: Any = SimpleNamespace(expt_tp=SimpleNamespace(size=lambda: 2))
     with pytest.raises(ConfigError, match="expert tensor parallel group of 2 ranks"):
         _check_groups(groups)
+
+
+def test_torchs_device_contexts_work_afterwards() -> None:
+    """torch keeps the first list of its constructors, which must not be made of stand-ins."""
+    _device_constructors.cache_clear()
+    with megatron_on_cpu(), torch.device("meta"):
+        torch.ones(1)
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
