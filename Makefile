@@ -27,7 +27,7 @@ WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron test-research torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs check format data embedder tensorboard clean
+.PHONY: help train test test-slow test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron test-research torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs check format data embedder tensorboard clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,10 +40,13 @@ train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONF
 BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \
   $(TEST) $(1) $(WORLDS) tests/integration tests/distributed && exit $$unit
 
-test: $(INSTALLED)  ## Run the tests but those of test-full, test-faults and test-clusters
-	@$(call BOTH_HALVES,)
+test: $(INSTALLED)  ## Run the tests but those of test-slow, test-full, test-faults and test-clusters
+	@$(call BOTH_HALVES,-m "not slow and not full and not exhaustive")
 
-test-full: $(INSTALLED) promtool  ## Run the tests of make test, long ones, and layouts with all pairs of options
+test-slow: $(INSTALLED)  ## Run the tests that take seconds, which make test leaves out; CI runs both
+	@$(call BOTH_HALVES,-m "slow and not full and not exhaustive")
+
+test-full: $(INSTALLED) promtool  ## Run the tests of make test and test-slow, long ones, and layouts with all pairs of options
 	@$(call BOTH_HALVES,-m "not exhaustive")
 
 test-exhaustive: $(INSTALLED) promtool  ## Run the tests of test-full, all others of these files, test-megatron and test-research (over an hour more)
@@ -81,7 +84,7 @@ test-megatron: $(MEGATRON_ENV)/.installed  ## Run all Megatron tests with the ne
 
 torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under FSDP2 with the oldest torch (4.5 GB)
 	@PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python -m tests.support.import_all
-	@PYTHONPATH=$(OLDEST_TORCH) $(TEST) tests/distributed/test_training_step.py tests/unit/parallel/test_torch_floor.py
+	@PYTHONPATH=$(OLDEST_TORCH) $(TEST) -m "not exhaustive" tests/distributed/test_training_step.py tests/unit/parallel/test_torch_floor.py
 
 test-faults: $(INSTALLED)  ## Break whole runs at random and hold their ends to the undisturbed run
 	@$(TEST) -m "$(CASES)" tests/faults
