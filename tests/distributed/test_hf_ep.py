@@ -257,6 +257,35 @@ def test_families_equal_one_rank(
         assert saved == 0.0
 
 
+def compiled(rank: RankContext) -> dict[str, tuple[int, float]]:
+    """Returns for each implementation the number of graph breaks in a forward, and the loss of the compiled model."""
+    from torch._dynamo import reset
+    from torch._dynamo.utils import counters
+
+    if rank.rank == 0:
+        save(tiny_model("qwen3_moe"), rank.folder / "model")
+    dist.barrier()
+    found = {}
+    for implementation in ("moe_dist", "all_to_all"):
+        model = loaded(rank.folder / "model", implementation, rank.world_size)
+        plain = float(logits_loss(model, row_of_tokens(rank.rank)).detach())
+        reset()
+        counters.clear()
+        loss = logits_loss(torch.compile(model, backend="aot_eager"), row_of_tokens(rank.rank))
+        loss.backward()
+        found[implementation] = sum(counters["graph_break"].values()), abs(float(loss.detach()) - plain)
+    reset()
+    return found
+
+
+@pytest.mark.full
+def test_compile_breaks_the_graph_less_often_than_transformers_own(run_in_world: Callable[..., list[Any]]) -> None:
+    for found in run_in_world(2, compiled):
+        (ours, difference), (theirs, _) = found["moe_dist"], found["all_to_all"]
+        assert 0 < ours < theirs
+        assert difference < 1e-12
+
+
 def divided_twice(rank: RankContext) -> dict[str, dict[str, float]]:
     """Returns for each implementation the ratio of an expert's and of a router's gradient to one rank's."""
     if rank.rank == 0:
