@@ -106,7 +106,6 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     exchanges."""
     training = TrainingRank(layout)
     calls, start = training.comm_stats.events, training.placement
-    assert calls is not None
     if layout.replicas:
         replicate(training.parallel, layout, start, training.comm_stats, [of_both_groups(start)] * LAYERS)
 

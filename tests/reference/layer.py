@@ -83,8 +83,6 @@ def expert_output(x_D: Tensor, column: int, group: ExpertGroup, w: ReferenceWeig
     free = column - group.num_experts - group.num_null
     if free < group.num_identity:
         return x_D
-    assert w.vector is not None
-    assert w.mix is not None
     constant = free - group.num_identity
     shares = (w.mix[constant] @ x_D).softmax(0)
     return shares[0] * x_D + shares[1] * w.vector[constant]

@@ -161,7 +161,6 @@ def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path:
     manifest, base = load_manifest(tmp_path / "set"), load_manifest(made)
     assert (manifest.modalities, manifest.vocab_size) == (base.modalities, base.vocab_size)
     source, tokenizer = manifest.sources["asked"], load_tokenizer(made / "tokenizer.json")
-    assert source.valid is not None
     assert (source.train.documents + source.valid.documents, source.valid.documents) == (20, 4)
     for split in (source.train, source.valid):
         data = IndexedSplit(tmp_path / "set", split)
@@ -189,7 +188,6 @@ def test_a_family_of_instructions_is_on_one_side_in_all_sources(tmp_path: Path) 
         manifest, _ = prepare(tmp_path / out, Inputs(instructions=sources), RECIPE, silent)
         tokenizer, found = load_tokenizer(tmp_path / out / "tokenizer.json"), {}
         for name, source in manifest.sources.items():
-            assert source.valid is not None
             data = IndexedSplit(tmp_path / out, source.valid)
             found[name] = {
                 tokenizer.decode(data.tokens(start, length).tolist()).split("?")[0]
@@ -323,7 +321,6 @@ def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         return
     manifest, _ = prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
     held_out = manifest.sources["images"].valid
-    assert held_out is not None
     assert held_out.documents == 8 * RECIPE.heldout_renders
     figures = json.loads((tmp_path / "set/recipe.json").read_text())["figures"]
     assert (figures["train_pictures"], figures["train_components"], figures["valid_components"]) == (32, 32, 8)

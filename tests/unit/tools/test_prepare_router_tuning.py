@@ -11,7 +11,6 @@ import torch
 
 from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.inference.loaded_run import LoadedRun, find_trained
-from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.train.objective.loss import forward
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.samples import Samples
@@ -77,7 +76,6 @@ def test_routing_is_the_softmax_at_the_prompts_last_token(prepared: Path, plain_
     seen: list[torch.Tensor] = []
 
     def look(router: torch.nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
-        assert isinstance(router, TopKRouter)
         seen.append(router._logits(inputs[0])[-1].detach())
 
     for layer in model.moe_modules():

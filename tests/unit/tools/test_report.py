@@ -94,8 +94,6 @@ def test_a_run_and_its_trace_have_the_same_counts(run: Path) -> None:
         assert all(np.array_equal(x, y) for x, y in zip(a[:6], b[:6], strict=True))
     assert one.placement == other.placement
     assert (one.balance_coefficient, one.window_steps) == (0.02, 5)
-    assert one.tokens is not None
-    assert other.tokens is not None
     assert len(one.tokens.token_T) == 200
     assert np.array_equal(one.tokens.ids_TLK, other.tokens.ids_TLK)
 
@@ -112,7 +110,6 @@ def test_of_several_held_out_traces_the_latest_step_is_read(run: Path, manifest:
     for step in (5, 3):  # the earlier step was traced later
         write_trace(run / "traces" / f"step_{step}" / "heldout", replace(manifest, split="held-out"), range(step, step + 1))
     tokens = open_routing(run).tokens
-    assert tokens is not None
     assert (tokens.steps, tokens.split) == ((5,), "held-out")
 
 

@@ -54,7 +54,6 @@ def test_the_report_of_a_foreign_run(tmp_path: Path) -> None:
     routing = open_routing(folder)
     assert (routing.source, routing.window_steps, routing.window.last) == ("from metrics.jsonl", 50, STEPS)
     assert routing.window.tokens_LG.tolist() == [[50 * 48], [50 * 48]]
-    assert routing.tokens is not None
     assert routing.tokens.steps == (1, 21, 41)
     assert not problems(routing)
     page = page_of(folder)

@@ -56,14 +56,12 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
         group_of_modality=torch.tensor(trained.group_of_modality),
         world=None,
     )
-    assert heldout.counts is not None
     assert np.array_equal(found.choices(), heldout.counts.choices_LC)
     assert np.array_equal(found.tokens["token"], np.concatenate([b.tokens_BS[~b.padding_BS].numpy() for b in batches]))
     label_T, modality_T = (
         np.concatenate([getattr(b, name)[~b.padding_BS].numpy() for b in batches])
         for name in ("labels_BS", "label_modality_BS")
     )
-    assert found.losses is not None
     assert np.array_equal(np.isnan(found.losses), label_T == IGNORED)
     for m, name in enumerate(trained.manifest.modalities):  # float16 has 11 bits
         of_modality = found.losses[(label_T != IGNORED) & (modality_T == m)].astype(np.float64)
@@ -127,7 +125,6 @@ def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path
             real_T = ~batch.padding_BS.flatten()
             weights_TLE.append(torch.stack([table(seen.pop(), len(real_T))[real_T] for seen in pairs_L], dim=1))
     wanted_TLE = torch.cat(weights_TLE).to(torch.float16).numpy()
-    assert found.weights is not None
     assert found.ids.shape == found.weights.shape == (*wanted_TLE.shape[:2], 4 if choosing else 3)
     traced_TLE, (token, layer, place) = np.full_like(wanted_TLE, np.nan), ((found.ids >= 0) & (found.ids < 6)).nonzero()
     traced_TLE[token, layer, found.ids[token, layer, place]] = found.weights[token, layer, place]

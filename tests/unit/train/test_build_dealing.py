@@ -39,7 +39,6 @@ def test_sequences_change_their_micro_batch_only_without_its_terms() -> None:
         dealing = build_dealing(
             tiny_config(Path("none"), Path("runs"), {"rank_balance.dealing": True, **changes}), ["text"]
         )
-        assert dealing is not None
         return dealing.mix
 
     off: dict[str, Any] = {"loss__balance__schedule": [[0, 0.0]]}

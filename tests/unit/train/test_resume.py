@@ -219,8 +219,6 @@ class Counter:
         return {"value": self.value}
 
     def restore(self, state: JsonValue) -> None:
-        assert isinstance(state, dict)
-        assert isinstance(state["value"], int)
         self.value = state["value"]
 
 
