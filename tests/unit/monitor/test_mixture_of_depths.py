@@ -1,16 +1,13 @@
 """The scalars of layers that compute only a share of the tokens have values that were computed by hand."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from moe_dist.monitor.metrics import Record, evaluation_scalars
+from moe_dist.monitor.metrics import evaluation_scalars
 from moe_dist.monitor.statistics import EvaluationResult
-from tests.unit.monitor.conftest import DEPTHS, MODALITIES
-
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import DEPTHS, MODALITIES, MakeRecord
 
 HELD_OUT = replace(DEPTHS, taken_LG=np.array([[8, 0], [100, 60]]), agreed_L=None, weight_L=None)
 RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_OUT)

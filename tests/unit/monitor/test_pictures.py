@@ -1,14 +1,10 @@
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import loads, relative_entropy
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.placement.placement import ExpertGroup
-
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import MakeRecord
 
 
 def test_a_window_sums_steps_and_starts_again(make_record: MakeRecord) -> None:

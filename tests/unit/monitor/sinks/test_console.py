@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
-
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import MakeRecord
 
 
 def plain() -> Console:
