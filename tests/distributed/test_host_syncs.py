@@ -30,6 +30,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full
+from tests.support.one_rank_layer import one_rank_layer
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -47,6 +48,13 @@ TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}
 CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))[::2]
 
 
+def capped_layer(drop: Any, dispatcher: Any, **options: Any) -> MoELayer:
+    """Returns a layer with a capacity, a selection bias, a shared expert and experts without computation."""
+    router = TopKRouter(RouterContext(D, GROUPS, capacity=Capacity(0.7, drop)), selection_bias=True)
+    more = {"norm": torch.nn.RMSNorm(D), "shared": torch.nn.Linear(D, D), **options}
+    return one_rank_layer(router, D, dispatcher=dispatcher, **more)
+
+
 def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[Any, ...]) -> MoELayer:
     gemm, budget, recompute, way = case
     placement, wire = PLACEMENTS[rank.world_size], AllToAll(mesh.ep, comm_stats)
@@ -60,21 +68,8 @@ def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[A
         dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))
     else:
         dispatcher = PipelinedDispatcher(DispatchContext(placement, wire), **TIMETABLES[way])
-    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
-    layer = MoELayer(
-        norm=torch.nn.RMSNorm(D),
-        router=TopKRouter(
-            RouterContext(D, GROUPS, capacity=Capacity(0.7, "probability" if budget else "position")), selection_bias=True
-        ),
-        experts=Experts(D, GROUPS, local, gemm=gemm, pair_budget=budget),
-        dispatcher=dispatcher,
-        shared=torch.nn.Linear(D, D),
-        free=ZeroComputationExperts(D, GROUPS),
-        recompute=recompute,
-    )
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    return layer
+    options = {"placement": placement, "rank": rank.rank, "recompute": recompute, "gemm": gemm, "pair_budget": budget}
+    return capped_layer("probability" if budget else "position", dispatcher, **options)
 
 
 def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[str], list[str]]]:

@@ -10,11 +10,20 @@ from moe_dist.monitor.metrics import Record, evaluation_scalars, group_choices, 
 from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import DEPTH_MEANING, MAX_SCALARS, MEANING, split_tag
+from moe_dist.monitor.tags import (
+    DEPTH_MEANING,
+    GROUP_FAMILIES,
+    MAX_SCALARS,
+    MEANING,
+    reproducible_part,
+    split_tag,
+    tag_plan,
+)
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
 from tests.unit.monitor.conftest import (
     DEPTHS,
+    MODALITIES,
     MakeRecord,
     MakeStatistics,
     Statistics,
@@ -246,3 +255,43 @@ def test_tokens_that_no_expert_takes_are_in_the_record_and_in_a_map(
     window.add(record)
     sums, steps = window.take()
     assert "moe/idle_fraction" in dict(heat_maps(sums, subject, steps))
+
+
+HELD_OUT = replace(DEPTHS, taken_LG=np.array([[8, 0], [100, 60]]), agreed_L=None, weight_L=None)
+RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_OUT)
+
+
+def test_scalars_by_hand(make_record: MakeRecord) -> None:
+    scalars = make_record(1, mixture_of_depths=DEPTHS).scalars
+    assert {tag: value for tag, value in scalars.items() if tag.startswith("mixture_of_depths/")} == pytest.approx(
+        {
+            "mixture_of_depths/computed/text": 46 / 200,
+            "mixture_of_depths/computed/image": 34 / 120,
+            "mixture_of_depths/agreement": 272 / 320,
+            "mixture_of_depths/gate_weight": 52 / 80,
+        }
+    )
+    assert evaluation_scalars(RESULT, MODALITIES, 2) == {
+        "eval/text": 3.0,
+        "mixture_of_depths/load_over_target": pytest.approx((8 / 160 + 1.0) / 2 / 0.25),
+    }
+
+
+def test_what_is_split_shrinks_with_groups_and_modalities() -> None:
+    assert all(vars(tag_plan(2, 2)).values())
+    assert tag_plan(1, 4).by_group == GROUP_FAMILIES
+    assert not tag_plan(1, 4).epochs_per_modality
+    assert tag_plan(3, 3).by_group == ()
+    assert tag_plan(3, 3).loss_per_modality
+    assert not any(vars(tag_plan(8, 8)).values())
+
+
+def test_reproducible_part_leaves_times_and_readings_out() -> None:
+    line = {
+        "step": 3,
+        "time": 1.0,
+        "host": {"cpu_percent": 3.0},
+        "balance_note": "timed over 4 batches",
+        "scalars": {"loss/total": 2.0, "perf/mfu": 0.1, "device/power": 90.0, "comm/seconds": 0.1, "comm/bytes_sent": 8.0},
+    }
+    assert reproducible_part(line) == {"step": 3, "scalars": {"loss/total": 2.0, "comm/bytes_sent": 8.0}}
