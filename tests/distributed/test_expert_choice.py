@@ -13,8 +13,6 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import SelectionScope

@@ -20,8 +20,6 @@ from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES as SPLIT_SIZES_OF_BOTH
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity

@@ -15,8 +15,6 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher, DeepEPPlan
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts

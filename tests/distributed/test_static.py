@@ -21,12 +21,7 @@ from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.experts.experts import Experts, on_host
 from moe_dist.moe.experts.static_storage import on_device
-from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
-from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement

@@ -5,15 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
-from moe_dist.parallel.mesh import make_mesh
 from tests.distributed.test_collective_order import recorded_pass
 from tests.support.cover import full
-from tests.support.layouts import LAYERS, Layout, batch_of, build
-from tests.support.worlds import RankContext
+from tests.support.layouts import LAYERS, Layout
 
 EXCHANGES = (DISPATCH_ROWS, COMBINE_ROWS, DISPATCH_ROWS + BACKWARD, COMBINE_ROWS + BACKWARD)
 FSDP2: dict[str, Any] = {"data": "fsdp2", "fsdp_gather": "step"}

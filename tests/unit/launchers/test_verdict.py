@@ -59,9 +59,7 @@ def by_tracker(case: Case) -> Outcome:
     for time, (rank, code) in enumerate(case.ends):
         lost = f"Node failure on {HOSTS[rank]}" if code is None else ""
         tracker.signals_due(StopSignals(), time / 10)
-        tracker.end(
-            rank, -signal.SIGKILL if code is None else code, time / 10, frozen=tuple, lost=lost
-        )
+        tracker.end(rank, -signal.SIGKILL if code is None else code, time / 10, frozen=tuple, lost=lost)
     for rank in set(range(4)) - ended.keys():  # killed by the launcher, or ended with 0
         tracker.end(rank, 0 if "exit code 0" in case.reason and rank == case.cause else -signal.SIGKILL, 99.0, frozen=tuple)
     outcome = tracker.outcome(None)
