@@ -63,21 +63,10 @@ def trained(rank: RankContext, out: Path, *, resume: Path | None = None, absent:
             layer.mlp.gate.forward = partial(with_absent_choices, layer.mlp.gate.forward)
     rows = torch.randint(0, VOCAB, (32, LENGTH), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
-        str(out),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        ddp_backend="gloo",
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        log_level="error",
-        **changes,
-    )
+        str(out), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS, save_steps=2,
+        logging_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, ddp_backend="gloo",
+        dataloader_pin_memory=False, disable_tqdm=True, log_level="error", **changes,
+    )  # fmt: skip
     trainer = ResumableTrainer(
         model,
         arguments,
