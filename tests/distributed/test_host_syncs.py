@@ -59,8 +59,7 @@ def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[A
     if way == "hierarchical":
         wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
         dispatcher: Any = HierarchicalDispatcher(
-            DispatchContext(placement, wires[0], hops=wires),
-            ranks_per_node=rank.world_size,
+            DispatchContext(placement, wires[0], hops=wires), ranks_per_node=rank.world_size
         )
     elif way == "plain":
         dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))

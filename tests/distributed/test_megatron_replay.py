@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.replayed_routers import Replay
+from tests.support.agreement import reversed_scores
 from tests.support.cover import exhaustive
 from tests.support.megatron_model import RECOMPUTE_ALL, RECOMPUTE_MOE, Layout, causal_mask, expert_layers, gradients_of
 from tests.support.megatron_run import build, megatron, tracked
 from tests.support.worlds import RankContext
 
 pytestmark = pytest.mark.megatron
-
-
-def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """The columns with the worst scores in the token's group win."""
-    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:

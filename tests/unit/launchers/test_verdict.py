@@ -168,10 +168,7 @@ def test_a_frozen_rank_is_at_fault_with_the_collective_that_its_peers_waited_in(
     ("lines", "reason"),
     [
         (
-            [
-                f"slurmstepd-n2: error: {OOM}",
-                "srun: error: n2: task 3: Out Of Memory",
-            ],
+            [f"slurmstepd-n2: error: {OOM}", "srun: error: n2: task 3: Out Of Memory"],
             f"rank 3 on n2: killed by SIGKILL, {OOM}",
         ),
         (

@@ -24,6 +24,7 @@ from moe_dist.train.evaluation.replay_step import counterfactual, replay_step
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import traced_steps
+from tests.support.agreement import reversed_scores
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 
@@ -36,11 +37,6 @@ GROUPS = torch.tensor([0, 1])
 def world() -> Iterator[None]:
     with world_of_one():
         yield
-
-
-def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """Returns negated scores, by which each token's worst columns win."""
-    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 class Traced(NamedTuple):
