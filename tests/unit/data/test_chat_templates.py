@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from typer import Typer
-from typer.testing import CliRunner
 
 from moe_dist.data.chat import Conversation, HubTokenizer
 from moe_dist.data.chat_turns import NO_STOP, REWRITTEN, Turns
@@ -23,6 +21,7 @@ from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import DataError
 from tests.support.chat_folders import TOOLS, chat_folder, write_lines
 from tests.support.cover import rest_full
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tools.prepare_data import main
 
@@ -261,11 +260,8 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
     tokenizer = chat_folder(tmp_path / "chatml", "chatml")
     with refused(DataError, "10 problems", "line 2:", "line 11:", "--skip-bad"):
         prepare(tmp_path / "set", Inputs(messages=str(path)), Recipe(tokenizer=str(tokenizer)), lambda *_: None)
-    app = Typer()
-    app.command()(main)
     options = ["--tokenizer", tokenizer, "--messages", path, "--out", tmp_path / "set", "--skip-bad"]
-    done = CliRunner().invoke(app, list(map(str, options)))
-    assert done.exit_code == 0, done.output
+    done = invoke(main, *options, code=0)
     assert done.output.count("left out: ") == 6
     assert "left out: 8 more" in done.output
     assert "note: messages: 1 row: the chat template does not print reasoning_content (the first: " in done.output

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from rich.console import Console
-from typer.testing import CliRunner
 
 from launchers import run_progress
 from launchers.run_progress import RunState, read_progress
@@ -18,6 +16,7 @@ from launchers.status import find_runs, main, many_runs, one_run
 from moe_dist.errors import ConfigError
 from moe_dist.runtime.lease import Holder, Lease
 from moe_dist.runtime.status import AttemptRecord, record_save_seconds, write_status
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 
 NOW = 1_800_000_000.0
@@ -256,11 +255,7 @@ def test_the_snapshot_of_a_job_is_no_run(tmp_path: Path) -> None:
 def test_the_command_changes_nothing(tmp_path: Path) -> None:
     folder = Folder(tmp_path).attempt(0, 75, "stopped").records(10.0)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.path.rglob("*"))}
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
     for arguments in ([], ["night"]):
-        result = CliRunner().invoke(app, [*arguments, f"--root={tmp_path}"])
-        assert result.exit_code == 0
-        assert "stopped" in result.output
-    assert CliRunner().invoke(app, ["none", f"--root={tmp_path}"]).exit_code == 78
+        assert "stopped" in invoke(main, *arguments, f"--root={tmp_path}", code=0).output
+    invoke(main, "none", f"--root={tmp_path}", code=78)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.path.rglob("*"))} == before

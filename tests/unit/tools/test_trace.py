@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import Result
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.loader import heldout_batches
@@ -25,18 +24,13 @@ from tools.trace import main
 pytestmark = pytest.mark.slow
 
 
-def call(*arguments: object) -> Result:
-    return invoke(main, *arguments)
-
-
 @pytest.fixture(scope="module")
 def run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictured_run(own_data, tmp_path_factory.mktemp("traced"), model__mixture_of_depths=None)
 
 
 def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
-    done = call(run, "--sequences", 3)
-    assert done.exit_code == 0, done.output
+    invoke(main, run, "--sequences", 3, code=0)
     trace = read_trace(run / "traces" / "step_2")
     assert trace.steps == (2,)
     found = trace.step(2)
@@ -68,8 +62,7 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
         assert of_modality.mean() == pytest.approx(heldout.loss[name], rel=2e-3)
     assert len(np.unique(found.tokens["sequence"])) == sum(int((~b.padding_BS).any(1).sum()) for b in batches)
     assert (found.manifest.split, found.manifest.rank_of_expert) == ("held-out", (0, 0, 0, 0))
-    again = call(run)
-    assert again.exit_code == 78
+    again = invoke(main, run, code=78)
     assert "step_2: it exists, and a trace is never overwritten" in again.stderr
 
 
@@ -107,8 +100,7 @@ def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path
     if choosing:
         changes |= {"loss__balance__schedule": [[0, 0.0]], "loss__z": 0.0}
     run = pictured_run(own_data, tmp_path, begin=spread, **changes)
-    done = call(run, "--sequences", 3)
-    assert done.exit_code == 0, done.output
+    invoke(main, run, "--sequences", 3, code=0)
     found = read_trace(run / "traces" / "step_2").step(2)
     trained = find_trained(run)
     model = trained.load(torch.device("cpu"))
@@ -145,7 +137,7 @@ def table(pairs: Assignments, num_tokens: int) -> torch.Tensor:
 
 
 def test_an_unwritable_folder_is_refused(run: Path) -> None:
-    done = call(run, "--out", "/dev/null/x/y")
+    done = invoke(main, run, "--out", "/dev/null/x/y")
     assert (done.exit_code, "--out /dev/null/x/y: not writable" in done.stderr) == (78, True), done.output
 
 
@@ -153,12 +145,9 @@ def test_a_trace_that_could_not_be_written_is_no_success(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_dist.monitor.trace.writer.content_check", lambda *_: 1 / 0)
-    done = call(run, "--sequences", 1, "--out", tmp_path / "broken")
-    assert done.exit_code == 1
+    done = invoke(main, run, "--sequences", 1, "--out", tmp_path / "broken", code=1)
     assert "broken/heldout: the trace is incomplete" in done.stderr
 
 
 def test_a_model_whose_choices_do_not_fit_is_refused(own_run: Path) -> None:
-    done = call(own_run)
-    assert done.exit_code == 78
-    assert "model.mixture_of_depths: needs the choices of all tokens" in done.stderr
+    assert "model.mixture_of_depths: needs the choices of all tokens" in invoke(main, own_run, code=78).stderr
