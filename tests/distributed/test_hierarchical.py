@@ -79,16 +79,11 @@ def run_cases(rank: RankContext, per_node: int, seeds: range) -> int:
 @pytest.mark.parametrize(
     ("world_size", "per_node", "seeds"),
     [
-        (1, 1, range(20)),
-        (2, 1, range(40)),
-        full(2, 2, range(40)),
-        (4, 2, range(50)),
-        full(4, 2, range(50, 100)),
-        full(4, 1, range(30)),
-        full(4, 4, range(30)),
+        (1, 1, range(20)), (2, 1, range(40)), full(2, 2, range(40)), (4, 2, range(50)), full(4, 2, range(50, 100)),
+        full(4, 1, range(30)), full(4, 4, range(30)),
     ],
     ids=str,
-)
+)  # fmt: skip
 def test_both_hops_equal_their_closed_forms_on_random_routings(
     run_in_world: Callable[..., list[Any]], world_size: int, per_node: int, seeds: range
 ) -> None:

@@ -35,16 +35,10 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     import transformers
 
     shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN_DIM,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": None,
-        "bos_token_id": None,
+        "vocab_size": VOCAB, "hidden_size": HIDDEN_DIM, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None,
         "pad_token_id": None,
-    }
+    }  # fmt: skip
     sparse = {"num_experts": 8, "num_experts_per_tok": 3}
     qwen = {**shape, **sparse, "moe_intermediate_size": 24, "intermediate_size": 20}
     qwen2, qwen3 = {**qwen, "shared_expert_intermediate_size": 28}, {**qwen, "head_dim": 16}

@@ -77,16 +77,10 @@ def test_a_running_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verdict", "state"),
     [
-        (0, RunState.DONE),
-        (75, RunState.STOPPED),
-        (78, RunState.REFUSED),
-        (69, RunState.REFUSED),
-        (65, RunState.REFUSED),
-        (70, RunState.DIVERGED),
-        (1, RunState.FAILED),
-        (None, RunState.DIED),
+        (0, RunState.DONE), (75, RunState.STOPPED), (78, RunState.REFUSED), (69, RunState.REFUSED),
+        (65, RunState.REFUSED), (70, RunState.DIVERGED), (1, RunState.FAILED), (None, RunState.DIED),
     ],
-)
+)  # fmt: skip
 def test_how_the_latest_attempt_ended(verdict: int | None, state: RunState, tmp_path: Path) -> None:
     assert read_progress(Folder(tmp_path).attempt(0, 1).attempt(1, verdict).path).state is state
 

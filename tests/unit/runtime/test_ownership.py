@@ -232,13 +232,9 @@ def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path)
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "{",
-        '{"attempts": 3}',
-        '{"attempts": [{"attempt_id": "a"}]}',
-        "\0" * 50,
+        "", "{", '{"attempts": 3}', '{"attempts": [{"attempt_id": "a"}]}', "\0" * 50,
     ],
-)
+)  # fmt: skip
 def test_an_error_about_a_damaged_status_names_the_fix(tmp_path: Path, content: str) -> None:
     config, folder = a_run(tmp_path)
     folder.status_json.write_text(content)
