@@ -102,11 +102,7 @@ def resumed(rank: RankContext) -> dict[str, Any]:
     check_traffic(rank.folder / "run" / "routing", exchanges=4, absent=0.0)
     # This run evaluates after each step. Its recomputed forwards send the rows of dispatch once more.
     check_traffic(rank.folder / "weights only" / "routing", exchanges=5, absent=1 / 6)
-    return {
-        "losses": (losses_of(whole), losses_of(again)),
-        "lines": (lines, relogged),
-        "refused": str(refused.value),
-    }
+    return {"losses": (losses_of(whole), losses_of(again)), "lines": (lines, relogged), "refused": str(refused.value)}
 
 
 def rows_of(step: Any) -> int:

@@ -37,10 +37,7 @@ GROUPS = (
     ExpertGroup("text", 4, 2, 3, 8, 0, ("text",), num_identity=2, num_constant=2),
     ExpertGroup("image", 2, 1, 2, 8, 4, ("image",)),
 )
-PLACEMENTS = {
-    1: ExpertPlacement(GROUPS, ((0, 1, 2, 3, 4, 5),)),
-    2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
-}
+PLACEMENTS = {1: ExpertPlacement(GROUPS, ((0, 1, 2, 3, 4, 5),)), 2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5)))}
 TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
 # Every second case of the product still covers all pairs of values of two axes, except pairs with the kind of GEMM.
 CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))[::2]

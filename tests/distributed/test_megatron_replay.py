@@ -68,10 +68,7 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(ep=2, uneven=True, options=RECOMPUTE_MOE),
-        exhaustive(Layout(ep=2, tp=2, options=RECOMPUTE_ALL)),
-    ],
+    [Layout(ep=2, uneven=True, options=RECOMPUTE_MOE), exhaustive(Layout(ep=2, tp=2, options=RECOMPUTE_ALL))],
     ids=str,
 )
 def test_a_replay_in_megatron_has_the_bits_of_the_record(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:

@@ -42,10 +42,7 @@ SEQUENCES = 8  # sequences of a micro-batch on all ranks together
 MICRO_BATCHES = 2
 STEPS = 3
 TEXT, IMAGE = (0, 96), (96, 192)
-GROUPS = (
-    ExpertGroup("text", 5, 3, 3, 6, 0, ("text",)),
-    ExpertGroup("image", 3, 2, 2, 10, 5, ("image",)),
-)
+GROUPS = (ExpertGroup("text", 5, 3, 3, 6, 0, ("text",)), ExpertGroup("image", 3, 2, 2, 10, 5, ("image",)))
 E = sum(group.num_experts for group in GROUPS)
 
 

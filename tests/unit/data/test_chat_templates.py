@@ -35,16 +35,10 @@ TOKENS = re.compile(
 LISTS = ("idefics3", "llava_next", "smolvlm")  # these templates print only contents that are lists of parts
 # TRL also labels the end of the generation prompt, although these templates give it to the model as input.
 TRL_PROMPTS = {
-    "deepseek_r1_distill": "<｜Assistant｜>",
-    "deepseekv3": "<｜Assistant｜>",
-    "gptoss": "<|start|>assistant",
-    "muse_glimmer": "<|start|>assistant",
-    "qwen2_5": "\n",
-    "qwen3_5_nothink": "<think>\n\n</think>\n\n",
-    "qwen3_5_think": "<think>\n",
-    "qwen3_6": "<think>\n",
-    "qwen3_8": "<think>\n",
-}
+    "deepseek_r1_distill": "<｜Assistant｜>", "deepseekv3": "<｜Assistant｜>", "gptoss": "<|start|>assistant",
+    "muse_glimmer": "<|start|>assistant", "qwen2_5": "\n", "qwen3_5_nothink": "<think>\n\n</think>\n\n",
+    "qwen3_5_think": "<think>\n", "qwen3_6": "<think>\n", "qwen3_8": "<think>\n",
+}  # fmt: skip
 TRL_TAILS = {"llava_next": " "}  # with the other templates TRL labels the white space after a turn
 # Templates whose tool calls are not compared with TRL. TRL's labels lack two things: the token that ends generation
 # after a call, and the header of an assistant's turn that follows a call.

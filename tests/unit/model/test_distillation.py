@@ -47,10 +47,7 @@ def test_values_and_gradients(top: bool, divergence: Divergence) -> None:
     words = best.indices.tolist() if top else [[list(range(V))] * S] * B
     gradient = torch.randn(B, S, dtype=torch.float64)
     results = []
-    for found in (
-        divergences(logits, output, labels),
-        reference(logits, with_most_mass, labels, words, divergence),
-    ):
+    for found in (divergences(logits, output, labels), reference(logits, with_most_mass, labels, words, divergence)):
         logits.grad = None
         (found * gradient).sum().backward()
         results.append((found.detach(), logits.grad))

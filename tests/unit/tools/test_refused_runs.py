@@ -45,11 +45,7 @@ NAMING = ("--tasks", "pictures-naming", "--split", "train")
     ids=lambda each: getattr(each, "__module__", None) or str(each),
 )
 def test_options_that_cannot_be(
-    own_run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tool: Callable[..., None],
-    options: tuple[str, ...],
-    message: str,
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, tool: Callable[..., None], options: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
     assert message in invoke(tool, own_run, *options, code=78).stderr

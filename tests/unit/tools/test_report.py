@@ -128,14 +128,9 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
         "the mean of five steps"
     )
     assert re.findall(r'<td class="e">(\d+)</td><td>(pinned|interleaved|as in the run)', text) == [
-        ("2", "as in the run"),
-        ("2", "interleaved"),
-        ("3", "pinned"),
-        ("3", "interleaved"),
-        ("4", "pinned"),
-        ("4", "interleaved"),
-        ("5", "pinned"),
-    ]
+        ("2", "as in the run"), ("2", "interleaved"), ("3", "pinned"), ("3", "interleaved"), ("4", "pinned"),
+        ("4", "interleaved"), ("5", "pinned"),
+    ]  # fmt: skip
     rows = dict(re.findall(r'<tr><td class="e">2</td><td>(as in the run|placed\.yaml)</td>(.*?)</tr>', text))
     assert rows["as in the run"] == rows["placed.yaml"]
     assert len(out.read_bytes()) < 5_000_000

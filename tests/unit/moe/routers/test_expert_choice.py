@@ -345,15 +345,11 @@ def listed(routing: Routing, num_tokens: int, width: int) -> tuple[list[list[int
 @pytest.mark.parametrize(
     ("options", "training"),
     [
-        ({"capacity": 0.5}, True),
-        ({"capacity": 0.5, "noise": 1.0}, True),
-        ({"score": "softmax"}, False),
-        ({"causal": "auxiliary"}, False),
-        ({"warmup_steps": 1}, True),
-        ({"warmup_steps": 1}, False),
+        ({"capacity": 0.5}, True), ({"capacity": 0.5, "noise": 1.0}, True), ({"score": "softmax"}, False),
+        ({"causal": "auxiliary"}, False), ({"warmup_steps": 1}, True), ({"warmup_steps": 1}, False),
     ],
     ids=str,
-)
+)  # fmt: skip
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_a_recorded_token_has_its_own_experts_the_best_first(options: dict[str, Any], training: bool, tokens: int) -> None:
     """Cases include tokens without experts, padding, and a group that has fewer experts than the largest group."""
