@@ -103,7 +103,6 @@ def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
     assert planted not in listed.stdout
     kept = [path for folder in (Path(os.environ["RAY_TMPDIR"]), run.path) for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in kept if planted.encode() in path.read_bytes()]
-    assert job.stdout is not None
     job_id = next(line.split()[1].rstrip(":") for line in job.stdout if line.startswith("job "))
     stop = begun(*launcher, "--stop", job_id, address)
     said, _ = stop.communicate()

@@ -85,7 +85,6 @@ def test_75_alone_is_followed_by_a_requeue_until_the_site_has_enough(stage: Stag
     assert "requeued: the next attempt resumes from the last checkpoint" in job.said
     assert "not requeued: it was restarted 1 times already" in job.said
     again = re.search(r"to continue anyway: (sbatch .*train\.sbatch)", job.said)
-    assert again is not None
 
     more = stage.cluster.sbatch(*shlex.split(again[1])[1:], output=stage.folder / "more.txt", PRETEND="done")
     assert more.end() == 0, more.said

@@ -39,14 +39,10 @@ EXPERTS, TOP_K, STEPS = 8, 2, 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "aux loss": {"moe_router_load_balancing_type": "aux_loss"},
     "sigmoid, recompute": {
-        "moe_router_score_function": "sigmoid",
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": 0.0,
-        "moe_z_loss_coeff": None,
-        "recompute_granularity": "selective",
-        "recompute_modules": ["moe"],
+        "moe_router_score_function": "sigmoid", "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None, "recompute_granularity": "selective", "recompute_modules": ["moe"],
     },
-}
+}  # fmt: skip
 
 
 @contextmanager

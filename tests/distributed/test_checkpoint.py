@@ -23,12 +23,7 @@ from moe_dist.checkpoint.state import CheckpointState, capture
 from moe_dist.checkpoint.storage import take_snapshot
 from moe_dist.comm.collectives import CommStats
 from moe_dist.errors import MoeDistError
-from moe_dist.optim.optimizer import (
-    MOMENTS,
-    materialise_moments,
-    set_step_count,
-    step_count,
-)
+from moe_dist.optim.optimizer import MOMENTS, materialise_moments, set_step_count, step_count
 from moe_dist.parallel.initialise import initialise
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.build.training import build_optimizer, rank_layout

@@ -24,8 +24,8 @@ from tests.support.worlds import RankContext
 
 
 def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
-    """Returns the events of one forward and backward: exchanges, and FSDP2's collectives with the parameters they
-    move."""
+    """Returns the events of one forward and backward: exchanges, FSDP2's collectives with the parameters they move, and
+    the computation of attention."""
     mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0, ranks_per_node=layout.ranks_per_node)
     events: list[str] = []
     comm_stats = CommStats(events=events)
@@ -43,6 +43,12 @@ def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
 
         return noted
 
+    def attended(_module: Any, _inputs: Any, out: torch.Tensor) -> None:
+        events.append("attention")
+        out.register_hook(lambda _: events.append("attention backward"))
+
+    for layer in parallel.model.layers:
+        layer.attention.o.register_forward_hook(attended)  # pyright: ignore
     batch = batch_of(0, 0, rank.rank, 1 + layout.halves)
     group = torch.where(batch.padding_BS, -1, batch.modality_BS)
     with (
@@ -106,7 +112,6 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     exchanges."""
     training = TrainingRank(layout)
     calls, start = training.comm_stats.events, training.placement
-    assert calls is not None
     if layout.replicas:
         replicate(training.parallel, layout, start, training.comm_stats, [of_both_groups(start)] * LAYERS)
 

@@ -18,15 +18,9 @@ from tests.support.engine_run import megatron, started_run
 
 STEPS, GOOD, PATIENCE = 12, 5, 3
 CHANGES: dict[str, Any] = {
-    "run.name": "diverging",
-    "train.steps": STEPS,
-    "train.max_skipped_in_a_row": PATIENCE,
-    "checkpoint.every": 2,
-    "checkpoint.keep": 1,
-    "evaluation.every": STEPS,
-    "evaluation.sequences": 4,
-    "evaluation.final_sequences": 4,
-}
+    "run.name": "diverging", "train.steps": STEPS, "train.max_skipped_in_a_row": PATIENCE, "checkpoint.every": 2,
+    "checkpoint.keep": 1, "evaluation.every": STEPS, "evaluation.sequences": 4, "evaluation.final_sequences": 4,
+}  # fmt: skip
 ENGINES: dict[str, dict[str, Any]] = {  # each with two ranks
     "own": {"parallel.ep": 2},
     "own, FSDP2": {"parallel.ep": 1, "parallel.edp": 2, "parallel.data": "fsdp2"},

@@ -43,7 +43,6 @@ def evaluated(rank: RankContext, layout: Layout) -> tuple[dict[str, float], dict
     heldout = heldout_losses(parallel.model, batches, **options)
     experts_off = heldout_losses(parallel.model, batches, **options, experts_off=True).loss
     assert heldout_losses(parallel.model, batches, **options).loss == heldout.loss
-    assert heldout.counts is not None
     depth = heldout.counts.depth
     assert (depth is None) == (layout.mixture_of_depths is None)
     counts = [heldout.counts.choices_LC, heldout.counts.tokens_LG]

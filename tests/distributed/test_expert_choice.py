@@ -13,8 +13,6 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import CHOICE_LOGITS
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.known_counts import KnownCountsDispatcher
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.selection import SelectionScope
@@ -23,13 +21,8 @@ from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.train.evaluation.calibration import calibrate
 from tests.support.cover import full
-from tests.support.layouts import (
-    LAYERS,
-    SEQUENCES,
-    Layout,
-    batch_of,
-    build,
-)
+from tests.support.layouts import LAYERS, SEQUENCES, Layout, batch_of, build
+from tests.support.one_rank_layer import one_rank_layer
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -50,16 +43,9 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
     scope = SelectionScope(ranks=(rank.rank,), ep_ranks=ranks)
     context = RouterContext(D, GROUPS, known_counts=True, selection_scope=scope)
     router = ExpertChoiceRouter(context, noise=1.0, causal="threshold")
-    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
-    layer = MoELayer(
-        norm=torch.nn.RMSNorm(D),
-        router=router,
-        experts=Experts(D, GROUPS, local),
-        dispatcher=KnownCountsDispatcher(DispatchContext(placement, wire)),
-        recompute=recompute,  # pyright: ignore[reportArgumentType]
-    )
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
+    options: dict[str, Any] = {"placement": placement, "rank": rank.rank, "recompute": recompute}
+    dispatcher: Any = KnownCountsDispatcher(DispatchContext(placement, wire))
+    layer = one_rank_layer(router, D, norm=torch.nn.RMSNorm(D), dispatcher=dispatcher, **options)
     # Each rank knows the groups of all ranks' tokens, and computes all counts from them. Rank 1 has only padding.
     groups = [torch.randint(-1, 2, (T,), generator=torch.Generator().manual_seed(r)) for r in ranks]
     if rank.world_size > 1:
@@ -69,8 +55,8 @@ def syncs(rank: RankContext, recompute: str) -> tuple[list[str], list[str]]:
     x_TD = torch.randn(T, D, requires_grad=True)
     plans: list[Any] = []
     reads: list[str] = []
-    plan = layer.dispatcher.plan
-    layer.dispatcher.plan = lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]  # type: ignore
+    plan = dispatcher.plan
+    dispatcher.plan = lambda *args, **options: plans.append(plan(*args, **options)) or plans[-1]
     for _ in range(2):
         with host_syncs() as seen:
             y_TD, _ = layer(x_TD, groups[rank.rank], RoutingRequest(batch_info))
@@ -116,7 +102,6 @@ def uneven(rank: RankContext) -> tuple[list[list[bool]], list[list[bool]]]:
     for router, h, group, given in ((routers[0], h_TD[mine], group_T[mine], batch_info), (routers[1], h_TD, group_T, None)):
         cache = RoutingCache(batch_info=given)
         router(h, group, cache)
-        assert cache.choice is not None
         taken.append(cache.choice.taken_TE.tolist())
     assert (comm_stats.events, comm_stats.metadata_bytes) == ([CHOICE_LOGITS], 3 * max(lengths) * 8 * 8)
     return taken[0], taken[1][mine]

@@ -36,17 +36,9 @@ from tests.support.worlds import RankContext
 
 SEQUENCES = 4
 KINDS = (
-    "mixtral",
-    "olmoe",
-    "qwen3_moe",
-    "qwen2_moe",
-    "llama",
-    "ernie4_5_moe",
-    "glm4_moe",
-    "deepseek_v3",
-    "longcat_flash",
+    "mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "llama", "ernie4_5_moe", "glm4_moe", "deepseek_v3", "longcat_flash",
     "gpt_oss",
-)
+)  # fmt: skip
 SCALED = ("mixtral sliding", "olmoe dynamic", "qwen3_moe sliding", "qwen2_moe sliding", "llama scaled")
 PARTS = (5, 7)  # the cache is filled in two calls, with 5 and with 7 tokens
 VARIANTS = ("qwen3_moe tied", "qwen2_moe dense", "llama biased", "olmoe biased", "ernie4_5_moe tied", "glm4_moe plain",

@@ -63,21 +63,10 @@ def trained(rank: RankContext, out: Path, *, resume: Path | None = None, absent:
             layer.mlp.gate.forward = partial(with_absent_choices, layer.mlp.gate.forward)
     rows = torch.randint(0, VOCAB, (32, LENGTH), generator=torch.Generator().manual_seed(0))
     arguments = TrainingArguments(
-        str(out),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=STEPS,
-        save_steps=2,
-        logging_steps=1,
-        learning_rate=1e-2,
-        report_to=[],
-        use_cpu=True,
-        ddp_backend="gloo",
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        log_level="error",
-        **changes,
-    )
+        str(out), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS, save_steps=2,
+        logging_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, ddp_backend="gloo",
+        dataloader_pin_memory=False, disable_tqdm=True, log_level="error", **changes,
+    )  # fmt: skip
     trainer = ResumableTrainer(
         model,
         arguments,
@@ -113,11 +102,7 @@ def resumed(rank: RankContext) -> dict[str, Any]:
     check_traffic(rank.folder / "run" / "routing", exchanges=4, absent=0.0)
     # This run evaluates after each step. Its recomputed forwards send the rows of dispatch once more.
     check_traffic(rank.folder / "weights only" / "routing", exchanges=5, absent=1 / 6)
-    return {
-        "losses": (losses_of(whole), losses_of(again)),
-        "lines": (lines, relogged),
-        "refused": str(refused.value),
-    }
+    return {"losses": (losses_of(whole), losses_of(again)), "lines": (lines, relogged), "refused": str(refused.value)}
 
 
 def rows_of(step: Any) -> int:

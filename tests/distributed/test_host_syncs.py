@@ -20,8 +20,6 @@ from moe_dist.moe.dispatch.hierarchical import HierarchicalDispatcher
 from moe_dist.moe.dispatch.hierarchical_planning import SPLIT_SIZES as SPLIT_SIZES_OF_BOTH
 from moe_dist.moe.dispatch.pipelined import PipelinedDispatcher
 from moe_dist.moe.dispatch.planning import SPLIT_SIZES
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.capacity import Capacity
@@ -30,6 +28,7 @@ from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.cover import full
+from tests.support.one_rank_layer import one_rank_layer
 from tests.support.syncs import host_syncs
 from tests.support.worlds import RankContext
 
@@ -38,13 +37,17 @@ GROUPS = (
     ExpertGroup("text", 4, 2, 3, 8, 0, ("text",), num_identity=2, num_constant=2),
     ExpertGroup("image", 2, 1, 2, 8, 4, ("image",)),
 )
-PLACEMENTS = {
-    1: ExpertPlacement(GROUPS, ((0, 1, 2, 3, 4, 5),)),
-    2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5))),
-}
+PLACEMENTS = {1: ExpertPlacement(GROUPS, ((0, 1, 2, 3, 4, 5),)), 2: ExpertPlacement(GROUPS, ((0, 1, 4), (2, 3, 5)))}
 TIMETABLES = {"plain": {}, "overlap": {"overlap": True}, "chunks": {"chunks": 3}, "both": {"overlap": True, "chunks": 2}}
 # Every second case of the product still covers all pairs of values of two axes, except pairs with the kind of GEMM.
 CASES = list(product(("loop", "grouped"), (None, 5), ("none", "experts", "block"), (*TIMETABLES, "hierarchical")))[::2]
+
+
+def capped_layer(drop: Any, dispatcher: Any, **options: Any) -> MoELayer:
+    """Returns a layer with a capacity, a selection bias, a shared expert and experts without computation."""
+    router = TopKRouter(RouterContext(D, GROUPS, capacity=Capacity(0.7, drop)), selection_bias=True)
+    more = {"norm": torch.nn.RMSNorm(D), "shared": torch.nn.Linear(D, D), **options}
+    return one_rank_layer(router, D, dispatcher=dispatcher, **more)
 
 
 def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[Any, ...]) -> MoELayer:
@@ -53,28 +56,14 @@ def layer_of(rank: RankContext, mesh: Mesh, comm_stats: CommStats, case: tuple[A
     if way == "hierarchical":
         wires = AllToAll(mesh.inter_node, comm_stats), AllToAll(mesh.intra_node, comm_stats)
         dispatcher: Any = HierarchicalDispatcher(
-            DispatchContext(placement, wires[0], hops=wires),
-            ranks_per_node=rank.world_size,
+            DispatchContext(placement, wires[0], hops=wires), ranks_per_node=rank.world_size
         )
     elif way == "plain":
         dispatcher = AllToAllDispatcher(DispatchContext(placement, wire))
     else:
         dispatcher = PipelinedDispatcher(DispatchContext(placement, wire), **TIMETABLES[way])
-    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
-    layer = MoELayer(
-        norm=torch.nn.RMSNorm(D),
-        router=TopKRouter(
-            RouterContext(D, GROUPS, capacity=Capacity(0.7, "probability" if budget else "position")), selection_bias=True
-        ),
-        experts=Experts(D, GROUPS, local, gemm=gemm, pair_budget=budget),
-        dispatcher=dispatcher,
-        shared=torch.nn.Linear(D, D),
-        free=ZeroComputationExperts(D, GROUPS),
-        recompute=recompute,
-    )
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    return layer
+    options = {"placement": placement, "rank": rank.rank, "recompute": recompute, "gemm": gemm, "pair_budget": budget}
+    return capped_layer("probability" if budget else "position", dispatcher, **options)
 
 
 def syncs(rank: RankContext, cases: list[tuple[Any, ...]]) -> list[tuple[list[str], list[str]]]:

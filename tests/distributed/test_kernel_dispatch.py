@@ -15,8 +15,6 @@ from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher, DeepEPPlan
 from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
-from moe_dist.moe.experts.experts import Experts
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts
@@ -27,6 +25,7 @@ from tests.reference.layer import expected_traffic
 from tests.support.cover import full
 from tests.support.deep_ep_gloo import deep_ep
 from tests.support.hybrid_ep_gloo import hybrid_ep
+from tests.support.one_rank_layer import one_rank_layer
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
 
@@ -211,16 +210,9 @@ def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | N
             lambda placement, wire: make_dispatcher(library, placement, wire, hidden_dim=16, top_k=2, tokens=12),
         ):
             torch.manual_seed(rank.rank)
-            local = [len(PLACEMENT.local_experts(rank.rank, group)) for group in GROUPS]
-            layer = MoELayer(
-                norm=torch.nn.Identity(),
-                router=TopKRouter(RouterContext(16, GROUPS)),
-                experts=Experts(16, GROUPS, local, pair_budget=pair_budget),
-                dispatcher=make(PLACEMENT, AllToAll(mesh.ep, CommStats())),
-                recompute=recompute,  # pyright: ignore[reportArgumentType]
-            )
-            for parameter in layer.parameters():
-                torch.nn.init.normal_(parameter)
+            options = {"placement": PLACEMENT, "rank": rank.rank, "recompute": recompute, "pair_budget": pair_budget}
+            dispatcher = make(PLACEMENT, AllToAll(mesh.ep, CommStats()))
+            layer = one_rank_layer(TopKRouter(RouterContext(16, GROUPS)), 16, dispatcher=dispatcher, **options)
             x_TD, group_T = torch.randn(12, 16, requires_grad=True), torch.randint(-1, 2, (12,))
             y_TD, report = layer(x_TD, group_T)
             y_TD.backward(torch.randn(y_TD.shape))

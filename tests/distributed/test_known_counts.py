@@ -49,7 +49,6 @@ def run_cases(rank: RankContext, seeds: range) -> int:
             dispatcher, assignments, placement, rank.rank, tokens_W[rank.rank], comm_stats=comm_stats, seed=seed
         )
         counts = assignments.counts_WE
-        assert counts is not None
         mine, ranks = set(placement.slots[rank.rank]), range(rank.world_size)
         sent = sum(count for expert, count in enumerate(counts[rank.rank]) if expert not in mine)
         received = sum(counts[source][expert] for source in ranks if source != rank.rank for expert in mine)

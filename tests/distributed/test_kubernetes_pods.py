@@ -24,14 +24,9 @@ from tests.support.tiny import tiny_config, tiny_dataset, write_config
 SITE = {"gpus": {"syntax": "none"}, "ranks_per_node": 2, "cpus_per_rank": 1, "signal_seconds": 60}
 PROGRAM = "launchers.kubernetes.pod"
 CHANGES: dict[str, Any] = {
-    "parallel.ep": 2,
-    "parallel.edp": 2,
-    "placement": {"policy": "interleaved"},
-    "checkpoint.every": 2,
-    "parallel.timeout_seconds": 600.0,
-    "evaluation.every": 1000,
-    "evaluation.balance_efficiency": False,
-}
+    "parallel.ep": 2, "parallel.edp": 2, "placement": {"policy": "interleaved"}, "checkpoint.every": 2,
+    "parallel.timeout_seconds": 600.0, "evaluation.every": 1000, "evaluation.balance_efficiency": False,
+}  # fmt: skip
 
 
 def free_port() -> int:

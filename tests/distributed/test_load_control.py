@@ -9,18 +9,7 @@ import torch
 
 from moe_dist.train.objective.loss import AuxSettings
 from tests.reference.layer import bias_steps
-from tests.support.layouts import (
-    CONTROLLERS,
-    GROUPS,
-    LAYERS,
-    SEQUENCES,
-    E,
-    Layout,
-    Outcome,
-    TrainingRank,
-    batch_of,
-    train,
-)
+from tests.support.layouts import CONTROLLERS, GROUPS, LAYERS, SEQUENCES, E, Layout, Outcome, TrainingRank, batch_of, train
 from tests.support.worlds import RankContext
 
 AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)

@@ -113,14 +113,9 @@ def test_adapters_of_a_mixture_go_on_on_other_ranks(run_in_world: Run, tiny_data
     base, adapted, trains = MIXTURES[kind]
     run_in_world(2, whole_run, tiny_data, tmp_path, {**base, "run.name": "base", "train.steps": 1})
     changes = {
-        **base,
-        **adapted,
-        "run.name": "adapted",
-        "run.init_from": str(tmp_path / "base"),
-        "run.init_rules": ["adapt"],
-        "train.only": "adapters",
-        "parallel.data": "fsdp2",
-    }
+        **base, **adapted, "run.name": "adapted", "run.init_from": str(tmp_path / "base"),
+        "run.init_rules": ["adapt"], "train.only": "adapters", "parallel.data": "fsdp2",
+    }  # fmt: skip
     first = run_in_world(2, whole_run, tiny_data, tmp_path, {**changes, "train.steps": 2})
     alone = {"parallel.ep": 1, "placement.policy": "interleaved", "parallel.data": "ddp"}
     (second,) = run_in_world(1, whole_run, tiny_data, tmp_path, {**changes, **alone})

@@ -134,7 +134,6 @@ class Choices(StepWatcher):
     def add(self, batch: Batch, reports: Sequence[LayerReport]) -> None:
         tokens = (~batch.padding_BS).flatten()
         for report in reports:
-            assert report.chosen is not None
             self.seen.append(tuple(each.numpy() for each in (tokens, *(part[tokens] for part in report.chosen))))
 
 

@@ -51,7 +51,6 @@ def legs(
                 parameter.data.fill_(float("nan"))  # a value that was not loaded stays NaN
             state, store = run.training.capture(layout), manager(source)
             newest = store.latest()
-            assert newest is not None
             restored = store.load(newest, state)
             run.training.loaded(state)
             for name, controller in run.training.controllers().items():

@@ -107,7 +107,6 @@ def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
     with started_run(rank, data, changes) as run:
         plan, mesh = check(config_of(data, rank.folder, changes), world_size=rank.world_size), run.mesh
         rows = build_placement_rows(run.config, plan, mesh, last=2)
-        assert rows is not None
         results = step_results(run, 0, 2, [rows])
         counted = rows.total(mesh.world, mesh.tracker)
         costs = cost_table(
@@ -131,8 +130,6 @@ def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
 
 
 def same_map(theirs: ComputeMap | None, ours: ComputeMap | None) -> None:
-    assert theirs is not None
-    assert ours is not None
     assert theirs.mean == pytest.approx(ours.mean, rel=1e-12)
     assert theirs.lines == ours.lines
     assert len(theirs.pictures) == len(ours.pictures) == 3

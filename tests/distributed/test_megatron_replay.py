@@ -11,17 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.moe.replayed_routers import Replay
+from tests.support.agreement import reversed_scores
 from tests.support.cover import exhaustive
 from tests.support.megatron_model import RECOMPUTE_ALL, RECOMPUTE_MOE, Layout, causal_mask, expert_layers, gradients_of
 from tests.support.megatron_run import build, megatron, tracked
 from tests.support.worlds import RankContext
 
 pytestmark = pytest.mark.megatron
-
-
-def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """The columns with the worst scores in the token's group win."""
-    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
@@ -72,10 +68,7 @@ def three_steps(rank: RankContext, layout: Layout) -> list[tuple[np.ndarray, dic
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(ep=2, uneven=True, options=RECOMPUTE_MOE),
-        exhaustive(Layout(ep=2, tp=2, options=RECOMPUTE_ALL)),
-    ],
+    [Layout(ep=2, uneven=True, options=RECOMPUTE_MOE), exhaustive(Layout(ep=2, tp=2, options=RECOMPUTE_ALL))],
     ids=str,
 )
 def test_a_replay_in_megatron_has_the_bits_of_the_record(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:

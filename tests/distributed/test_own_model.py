@@ -213,9 +213,7 @@ def with_unused_and_frozen(_: RankContext) -> tuple[float, bool]:
     return model.unused.item(), kept
 
 
-def test_parameters_that_nobody_used_keep_their_value(
-    run_in_world: Callable[..., list[Any]],
-) -> None:
+def test_parameters_that_nobody_used_keep_their_value(run_in_world: Callable[..., list[Any]]) -> None:
     assert run_in_world(1, with_unused_and_frozen) == [(1.0, True)]
     assert run_in_world(2, with_unused_and_frozen) == [(1.0, True)] * 2
 

@@ -34,14 +34,9 @@ ROOT = Path(__file__).parents[2]
 RANKS, STEPS = 2, 6
 WATCHDOG_SECONDS = 10.0
 SETTINGS = {
-    "train.steps": STEPS,
-    "checkpoint.every": 2,
-    "checkpoint.asynchronous": False,
-    "parallel.timeout_seconds": 600.0,
-    "evaluation.every": 1000,
-    "evaluation.balance_efficiency": False,
-    "evaluation.ablate_experts": False,
-}
+    "train.steps": STEPS, "checkpoint.every": 2, "checkpoint.asynchronous": False, "parallel.timeout_seconds": 600.0,
+    "evaluation.every": 1000, "evaluation.balance_efficiency": False, "evaluation.ablate_experts": False,
+}  # fmt: skip
 
 
 def mpirun(rank: int, start: int) -> dict[str, str]:

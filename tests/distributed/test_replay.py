@@ -26,6 +26,7 @@ from moe_dist.train.evaluation.replay_step import replay_step
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepTracer, StepWatcher
+from tests.support.agreement import reversed_scores
 from tests.support.cover import full, others_full
 from tests.support.layouts import (
     GROUPS,
@@ -67,12 +68,6 @@ class Step(NamedTuple):
     ids: np.ndarray
     weights: np.ndarray
     group: np.ndarray
-
-
-def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """Returns scores by which each token's worst columns win."""
-    outside = masked_TC == float("-inf")
-    return masked_TC.detach().neg().masked_fill(outside, float("-inf"))
 
 
 def take_step(

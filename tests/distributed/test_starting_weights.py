@@ -181,9 +181,7 @@ def test_a_trained_top_k_model_begins_as_it_is_to_the_last_bit(
 
 UPCYCLE = {"run.init_rules": ["upcycle"]}
 SEED = groups((1, 0, 1), (1, 0, 1))
-ONE_GROUP = {
-    GROUPS: {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}},
-}
+ONE_GROUP = {GROUPS: {"all": {"num_experts": 1, "top_k": 1, "ffn_dim": 16, "modalities": ["text", "image"]}}}
 SAME_WIDTH = {f"{GROUPS}.image.ffn_dim": 16}
 UPCYCLED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "one expert a group": (SEED, {**UPCYCLE, **groups((4, 0, 2), (3, 0, 1))}),
@@ -223,10 +221,7 @@ def test_an_upcycled_model_computes_what_it_was_made_of(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        (
-            {**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.normalise": "none"},
-            "a token's weights need not",
-        ),
+        ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.normalise": "none"}, "a token's weights need not"),
         ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.router.scale": 2.0}, "scale=2, the experts were scaled by 1.0"),
         (groups((4, 2, 2), (2, 0, 1)), "group text may choose null experts alone (top_k=2, num_null=2)"),
         ({**groups((4, 0, 2), (2, 0, 1)), "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
@@ -319,10 +314,7 @@ EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("world_size", "case"),
-    [(1, "two parts"), (1, "biases"), *on_two_ranks(EXPERTS_SPLIT)],
-)
+@pytest.mark.parametrize(("world_size", "case"), [(1, "two parts"), (1, "biases"), *on_two_ranks(EXPERTS_SPLIT)])
 def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
 ) -> None:

@@ -21,16 +21,11 @@ from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.dispatch.static_planning import StaticRoom
 from moe_dist.moe.experts.experts import Experts, on_host
 from moe_dist.moe.experts.static_storage import on_device
-from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.kernels import torch_kernels as rows
-from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.routers.capacity import Capacity
-from moe_dist.moe.routers.context import RouterContext
-from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import Assignments
 from moe_dist.parallel.mesh import Mesh, make_mesh
 from moe_dist.placement.placement import ExpertPlacement
-from tests.distributed.test_host_syncs import GROUPS, PLACEMENTS, D, T
+from tests.distributed.test_host_syncs import PLACEMENTS, D, T, capped_layer
 from tests.support.cover import exhaustive, full
 from tests.support.layouts import Layout, train
 from tests.support.routings import Case, random_case
@@ -130,18 +125,9 @@ def passes(rank: RankContext, recompute: Any) -> list[tuple[list[str], list[str]
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     wire, placement = wire_of(mesh), PLACEMENTS[rank.world_size]
     torch.manual_seed(rank.rank)
-    local = [len(placement.local_experts(rank.rank, group)) for group in GROUPS]
-    layer = MoELayer(
-        norm=torch.nn.RMSNorm(D),
-        router=TopKRouter(RouterContext(D, GROUPS, capacity=Capacity(0.7, "position")), selection_bias=True),
-        experts=Experts(D, GROUPS, local, storage=on_device),
-        dispatcher=StaticDispatcher(DispatchContext(placement, wire, tokens=T), room=WHOLE),
-        shared=torch.nn.Linear(D, D),
-        free=ZeroComputationExperts(D, GROUPS),
-        recompute=recompute,
-    )
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
+    dispatcher = StaticDispatcher(DispatchContext(placement, wire, tokens=T), room=WHOLE)
+    options = {"placement": placement, "rank": rank.rank, "recompute": recompute, "storage": on_device}
+    layer = capped_layer("position", dispatcher, **options)
     found = []
     mixed = torch.randint(-1, 2, (2, T))
     for group_T in (*mixed, torch.zeros(T, dtype=torch.int64), torch.full((T,), -1)):

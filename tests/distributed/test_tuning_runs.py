@@ -13,16 +13,10 @@ from tests.support.worlds import WorldError
 
 BASE = {"train.steps": 2, "evaluation.every": 100, "evaluation.final_sequences": 4, "checkpoint.every": 2}
 TUNED = {
-    **BASE,
-    "train.only": "routers",
-    "train.steps": 6,
-    "train.global_batch": 4,
-    "train.micro_batch": 1,
-    "optimizer.lr": 1e-2,
-    "optimizer.schedule": {"kind": "constant"},
-    "loss.balance.schedule": [[0, 0.0]],
+    **BASE, "train.only": "routers", "train.steps": 6, "train.global_batch": 4, "train.micro_batch": 1,
+    "optimizer.lr": 1e-2, "optimizer.schedule": {"kind": "constant"}, "loss.balance.schedule": [[0, 0.0]],
     "checkpoint.every": 3,
-}
+}  # fmt: skip
 
 
 class Site:

@@ -5,38 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
-from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
-from moe_dist.parallel.mesh import make_mesh
 from tests.distributed.test_collective_order import recorded_pass
 from tests.support.cover import full
-from tests.support.layouts import LAYERS, Layout, batch_of, build
-from tests.support.worlds import RankContext
+from tests.support.layouts import LAYERS, Layout
 
 EXCHANGES = (DISPATCH_ROWS, COMBINE_ROWS, DISPATCH_ROWS + BACKWARD, COMBINE_ROWS + BACKWARD)
 FSDP2: dict[str, Any] = {"data": "fsdp2", "fsdp_gather": "step"}
-
-
-def one_pass(rank: RankContext, layout: Layout) -> list[str]:
-    """Returns the events of one forward and backward, including those of the attention."""
-    mesh = make_mesh(ep=layout.ep, device=torch.device("cpu"), timeout=600.0)
-    events: list[str] = []
-    parallel = build(layout, mesh, CommStats(events=events))
-    for layer in parallel.model.layers:
-        layer.attention.o.register_forward_hook(lambda _m, _i, out: note(out))  # pyright: ignore
-
-    def note(out: torch.Tensor) -> None:
-        events.append("attention")
-        out.register_hook(lambda _: events.append("attention backward"))
-
-    batch = batch_of(0, 0, 2 * rank.rank, 2)
-    group = torch.where(batch.padding_BS, -1, batch.modality_BS)
-    with parallel.micro_batch(last=True):
-        logits, reports = parallel(batch.tokens_BS, batch.positions_BS, batch.documents_BS, group)
-        (logits.square().sum() + sum(report.aux.prob_LC.square().sum() for report in reports)).backward()
-    return events
 
 
 LAYOUTS = [Layout(2, 2, "interleaved", **FSDP2, halves=True), full(Layout(4, 1, "uneven", halves=True, free=True))]
@@ -57,7 +33,7 @@ def test_one_half_computes_while_the_exchange_of_the_other_is_in_flight(
     for layer in range(LAYERS):
         backward += [f"wait {sent}", "pairs backward", back] * 2
         backward += [f"wait {back}", "attention backward", *([sent] if layer + 1 < LAYERS else [])] * 2
-    for events in run_in_world(layout.world_size, one_pass, layout):
+    for events in run_in_world(layout.world_size, recorded_pass, layout):
         kept = [event for event in events if event in (*wanted, "attention backward")]
         assert kept == forward + backward
 

@@ -50,7 +50,6 @@ def test_a_run_whose_launcher_is_killed_at_any_moment_goes_on(tiny_data: Path, t
     config = tiny_config(tiny_data, tmp_path / "runs", settings("killed", ranks=RANKS) | {"checkpoint.every": 2})
     path, run = write_config(config, tmp_path / "killed.yaml"), RunFolder.of(config)
     begun = RunFolder.of(wanted).read_status().attempts[0]
-    assert begun.ended is not None
     whole = begun.ended - begun.started + 3.0  # seconds that an attempt takes with its start-up
     mark = f"{seed}-{os.getpid()}"
     for number in range(KILLS):

@@ -93,8 +93,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_gpu_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ))  # the command adds variables
     monkeypatch.setattr("tools.gpu_check.__main__.run_check", in_this_process)
-    done = invoke(main, "--json", tmp_path / "results.json")
-    assert done.exit_code == 69
+    done = invoke(main, "--json", tmp_path / "results.json", code=69)
     assert "sees no GPU" in done.stderr
     assert "--rehearse" in done.stderr
 

@@ -83,8 +83,6 @@ def expert_output(x_D: Tensor, column: int, group: ExpertGroup, w: ReferenceWeig
     free = column - group.num_experts - group.num_null
     if free < group.num_identity:
         return x_D
-    assert w.vector is not None
-    assert w.mix is not None
     constant = free - group.num_identity
     shares = (w.mix[constant] @ x_D).softmax(0)
     return shares[0] * x_D + shares[1] * w.vector[constant]
@@ -99,14 +97,12 @@ def moe_forward(
     normalise: str = "true_chosen",
     scale: float = 1.0,
     capacity: tuple[float, str] | None = None,
-    choice_sets: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Returns y_TD of the routed and zero-computation experts, without norm and shared expert. It is zero for padding and
     for tokens without an expert.
 
     Args:
         capacity: The capacity factor and the order of drops (`probability` or `position`); None drops no choices.
-        choice_sets: The selection scopes, as sets of tokens; by default all tokens are one scope.
     """
     chosen: dict[int, dict[int, Tensor]] = {}
     probability: dict[int, Tensor] = {}
@@ -119,8 +115,7 @@ def moe_forward(
             columns = choose(scores.tolist(), group.num_experts, group.top_k)
             chosen[token] = weights_of(logits_C, columns, group.num_experts, normalise, num_null=group.num_null)
     if capacity is not None:
-        for tokens in choice_sets or [range(len(group_T))]:
-            _drop(tokens, group_T, groups, chosen, probability, capacity)
+        _drop(group_T, groups, chosen, probability, capacity)
     rows = []
     for token in range(len(group_T)):
         y_D = torch.zeros_like(h_TD[token])
@@ -132,17 +127,16 @@ def moe_forward(
 
 
 def _drop(
-    tokens: Sequence[int],
     group_T: Sequence[int],
     groups: Sequence[ExpertGroup],
     chosen: dict[int, dict[int, Tensor]],
     probability: Mapping[int, Tensor],
     capacity: tuple[float, str],
 ) -> None:
-    """Removes the dropped choices of one selection scope from `chosen`."""
+    """Removes the dropped choices from `chosen`."""
     factor, drop = capacity
     for index, group in enumerate(groups):
-        members = [token for token in tokens if group_T[token] == index]
+        members = [token for token, own in enumerate(group_T) if own == index]
         share = factor * group.top_k * len(members) / group.num_columns
         room = dict.fromkeys(range(group.num_experts), math.ceil(share - 1e-9))
         pairs = [

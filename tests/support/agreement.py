@@ -52,3 +52,8 @@ def merged(ranks: Sequence[Arrays]) -> Arrays:
         for name, value in rank.items():
             np.testing.assert_array_equal(together.setdefault(name, value), value, err_msg=f"copies of {name} differ")
     return together
+
+
+def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
+    """Returns selection scores by which the worst columns of each token's group win."""
+    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))

@@ -144,7 +144,6 @@ def report(kernel: Any, arguments: str, constants: dict[str, Any], architecture:
         file.write(made.asm["ptx"])
         file.flush()
         target = re.search(r"\.target (\S+?)[,\s]", made.asm["ptx"])
-        assert target is not None
         command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target[1]}", file.name, "-o", "/dev/null"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = {name: re.search(rf"(\d+) {words}", text) for name, words in WORDS.items()}

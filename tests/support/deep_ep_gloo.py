@@ -80,7 +80,6 @@ class ElasticBuffer:
         do_zero_padding: bool = False, use_tma_aligned_col_major_sf: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
         ids = topk_idx if handle is None else handle.topk_idx
-        assert ids is not None
         num_sms = num_sms or self.get_theoretical_num_sms(num_experts, ids.shape[1])  # pyright: ignore[reportArgumentType]
         assert previous_event is None or allocate_on_comm_stream
         assert do_expand, "this stand-in has the expanded layout alone"
@@ -95,7 +94,6 @@ class ElasticBuffer:
             assert do_expand == handle.do_expand
             assert num_sms == handle.num_sms, "between nodes the number of channels comes from the number of SMs"
         else:
-            assert num_experts is not None
             assert expert_alignment in (None, 1)
             assert do_cpu_sync in (None, True), "without it the sizes are bounds"
             chosen_TX = self._chosen(ids, num_experts)

@@ -15,13 +15,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.preflight import Preflight, check
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.signals import StopRequest
-from moe_dist.train.build.training import (
-    EngineContext,
-    LoopSettings,
-    Training,
-    build_loader,
-    loop_settings,
-)
+from moe_dist.train.build.training import EngineContext, LoopSettings, Training, build_loader, loop_settings
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.trainer import Trainer
 from moe_dist.train.start.resume import Resumable

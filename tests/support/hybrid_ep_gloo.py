@@ -51,7 +51,6 @@ class HybridEPBuffer:
         assert not pad_multiple
         self._check_rows(hidden)
         if handle is None:
-            assert routing_map is not None
             assert hidden.shape[0] == routing_map.shape[0]
             assert num_of_experts_per_rank in (None, self.num_local_experts)
             handle = self._handle(routing_map, fused=fuse_permute_dispatch)

@@ -42,10 +42,7 @@ SEQUENCES = 8  # sequences of a micro-batch on all ranks together
 MICRO_BATCHES = 2
 STEPS = 3
 TEXT, IMAGE = (0, 96), (96, 192)
-GROUPS = (
-    ExpertGroup("text", 5, 3, 3, 6, 0, ("text",)),
-    ExpertGroup("image", 3, 2, 2, 10, 5, ("image",)),
-)
+GROUPS = (ExpertGroup("text", 5, 3, 3, 6, 0, ("text",)), ExpertGroup("image", 3, 2, 2, 10, 5, ("image",)))
 E = sum(group.num_experts for group in GROUPS)
 
 
@@ -133,23 +130,14 @@ FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
     None: ({}, {}),
     "longcat_flash": (
         {
-            "num_layers": 4,
-            "num_kv_heads": 4,
-            "qk_norm": "none",
-            "rope_dim": 2,
-            "rope_pairs": "adjacent",
-            "head_dim": 6,
-            "dense_ffn_dim": 10,
-            "attention": {"kind": "latent", "q_rank": 6, "kv_rank": 5, "value_dim": 3, "scaled": True},
+            "num_layers": 4, "num_kv_heads": 4, "qk_norm": "none", "rope_dim": 2, "rope_pairs": "adjacent", "head_dim": 6,
+            "dense_ffn_dim": 10, "attention": {"kind": "latent", "q_rank": 6, "kv_rank": 5, "value_dim": 3, "scaled": True},
         },
         {"every": 2, "shortcut": True, "shared_ffn_dim": 10},
     ),
     "gpt_oss": (
         {
-            "qk_norm": "none",
-            "attention_bias": "qkvo",
-            "attention": {"kind": "sinks"},
-            "sliding_window": 5,
+            "qk_norm": "none", "attention_bias": "qkvo", "attention": {"kind": "sinks"}, "sliding_window": 5,
             "sliding_layers": (0,),
         },
         {"experts": {"kind": "clamped_ffn", "limit": 0.5}, "router": {"kind": "top_k", "logit_bias": True}},
@@ -163,21 +151,15 @@ FORMS: dict[str | None, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "deepseek_v3, adapted": (
         {
-            "num_kv_heads": 4,
-            "qk_norm": "none",
-            "rope_dim": 2,
-            "head_dim": 6,
+            "num_kv_heads": 4, "qk_norm": "none", "rope_dim": 2, "head_dim": 6,
             "attention": {"kind": "latent", "q_rank": 6, "kv_rank": 5, "value_dim": 3},
             "attention_lora": {"rank": 3, "alpha": 4.0, "targets": ("q_down", "q_up", "kv_down", "kv_up", "o")},
         },
         {},
     ),
     "gating_residual": ({"num_layers": 3}, {"router": {"kind": "gating_residual"}}),
-    "clamped experts, nulls": (
-        {"attention": {"kind": "sinks"}},
-        {"experts": {"kind": "clamped_ffn", "limit": 0.5}},
-    ),
-}
+    "clamped experts, nulls": ({"attention": {"kind": "sinks"}}, {"experts": {"kind": "clamped_ffn", "limit": 0.5}}),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -255,65 +237,43 @@ def config_of(layout: Layout) -> Config:
     if layout.adaptive:
         more = {"warmup_steps": 1} if layout.choice else {}
         router = {**(router if layout.choice else {}), "kind": layout.adaptive, **more}
+    depths = {"capacity": 0.3, "scope": layout.mixture_of_depths, "causal": layout.depth_causal, "threshold_decay": 0.5}
     each = max(1, SEQUENCES // layout.world_size)
     of_model, of_moe = FORMS[layout.form]
-    return Config.model_validate(
-        {
-            "run": {"name": "layout"},
-            "model": {
-                "hidden_dim": HIDDEN_DIM,
-                "num_layers": LAYERS,
-                "num_heads": 4,
-                "num_kv_heads": 2,
-                "vocab_size": IMAGE[1],
-                "max_seq_len": SEQ_LEN,
-                "qk_norm": "full",
-                "init_std": 0.3,
-                "tie_embeddings": layout.tied,
-                "mixture_of_depths": None
-                if layout.mixture_of_depths is None
-                else {
-                    "capacity": 0.3,
-                    "scope": layout.mixture_of_depths,
-                    "causal": layout.depth_causal,
-                    "threshold_decay": 0.5,
-                },
-                "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora or layout.attention_lora else None,
-                **of_model,
-                "moe": {
-                    "shared_ffn_dim": 0 if layout.lora else 4,
-                    "experts": experts,
-                    "groups": {g.name: {size: getattr(g, size) for size in SIZES} for g in layout.groups},
-                    "router": router,
-                    "balance": controllers,
-                    "capacity": None if layout.capacity is None else {"factor": layout.capacity},
-                    **of_moe,
-                },
-            },
-            "data": {"path": "none", "seq_len": SEQ_LEN},
-            "train": {
-                "steps": STEPS,
-                "global_batch": SEQUENCES * MICRO_BATCHES,
-                "micro_batch": 2 if layout.halves else each,
-                **only,
-            },
-            "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
-            "parallel": {
-                "ep": layout.ep,
-                "edp": layout.edp,
-                "data": layout.data,
-                "recompute": layout.recompute,
-                "two_batch_overlap": layout.halves,
-                "fsdp_gather": layout.fsdp_gather,
-                "precision": "bf16" if layout.precision == "bfloat16" else "fp32",
-                "expert_pair_budget": layout.pair_budget,
-                "loss_words": layout.loss_words,
-                "dispatch": dispatch,
-            },
-            "evaluation": {"every": 1},
-            "rank_balance": {"replicating": {} if layout.replicas else None},
-        }
-    )
+    moe = {
+        "shared_ffn_dim": 0 if layout.lora else 4,
+        "experts": experts,
+        "groups": {g.name: {size: getattr(g, size) for size in SIZES} for g in layout.groups},
+        "router": router,
+        "balance": controllers,
+        "capacity": None if layout.capacity is None else {"factor": layout.capacity},
+        **of_moe,
+    }
+    parallel = {
+        "ep": layout.ep, "edp": layout.edp, "data": layout.data, "recompute": layout.recompute, "dispatch": dispatch,
+        "two_batch_overlap": layout.halves, "fsdp_gather": layout.fsdp_gather, "loss_words": layout.loss_words,
+        "precision": "bf16" if layout.precision == "bfloat16" else "fp32", "expert_pair_budget": layout.pair_budget,
+    }  # fmt: skip
+    values = {
+        "run": {"name": "layout"},
+        "model": {
+            "hidden_dim": HIDDEN_DIM, "num_layers": LAYERS, "num_heads": 4, "num_kv_heads": 2, "vocab_size": IMAGE[1],
+            "max_seq_len": SEQ_LEN, "qk_norm": "full", "init_std": 0.3, "tie_embeddings": layout.tied,
+            "mixture_of_depths": depths if layout.mixture_of_depths else None,
+            "attention_lora": {"rank": 3, "alpha": 4.0} if layout.lora or layout.attention_lora else None,
+            **of_model,
+            "moe": moe,
+        },
+        "data": {"path": "none", "seq_len": SEQ_LEN},
+        "train": {
+            "steps": STEPS, "global_batch": SEQUENCES * MICRO_BATCHES, "micro_batch": 2 if layout.halves else each, **only,
+        },
+        "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
+        "parallel": parallel,
+        "evaluation": {"every": 1},
+        "rank_balance": {"replicating": {} if layout.replicas else None},
+    }  # fmt: skip
+    return Config.model_validate(values)
 
 
 def batch_of(step: int, micro: int, first: int, count: int) -> Batch:

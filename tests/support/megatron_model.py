@@ -86,35 +86,19 @@ def transformer_config(layout: Layout) -> Any:
 
     experts = sum(group.num_experts for group in layout.settings.groups.values())
     options: dict[str, Any] = {
-        "num_layers": LAYERS,
-        "hidden_size": HIDDEN_DIM,
-        "num_attention_heads": NUM_HEADS,
-        "num_query_groups": KV_HEADS,
-        "ffn_hidden_size": DENSE_FFN_DIM,
-        "num_moe_experts": experts,
-        "moe_router_topk": 2,
-        "moe_ffn_hidden_size": 6,
+        "num_layers": LAYERS, "hidden_size": HIDDEN_DIM, "num_attention_heads": NUM_HEADS,
+        "num_query_groups": KV_HEADS, "ffn_hidden_size": DENSE_FFN_DIM, "num_moe_experts": experts,
+        "moe_router_topk": 2, "moe_ffn_hidden_size": 6,
         "moe_layer_freq": [int(layer in MOE_LAYERS) for layer in range(LAYERS)],
-        "moe_shared_expert_intermediate_size": SHARED_FFN_DIM,
-        "moe_router_load_balancing_type": "global_aux_loss",
-        "moe_aux_loss_coeff": BALANCE if layout.aux else 0.0,
-        "moe_z_loss_coeff": Z if layout.aux else None,
-        "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": 1,
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "context_parallel_size": layout.cp,
-        "sequence_parallel": layout.tp > 1,
-        "pipeline_dtype": torch.float32,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": EPS,
-        "transformer_impl": "local",
-        "use_cpu_initialization": True,
-        "init_method_std": STD,
-        **PLAIN,
-        "params_dtype": torch.float32,
-    }
+        "moe_shared_expert_intermediate_size": SHARED_FFN_DIM, "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": BALANCE if layout.aux else 0.0, "moe_z_loss_coeff": Z if layout.aux else None,
+        "moe_token_dispatcher_type": "alltoall", "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": 1, "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp, "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.tp > 1, "pipeline_dtype": torch.float32, "normalization": "RMSNorm",
+        "layernorm_epsilon": EPS, "transformer_impl": "local", "use_cpu_initialization": True, "init_method_std": STD,
+        **PLAIN, "params_dtype": torch.float32,
+    }  # fmt: skip
     return TransformerConfig(**{**options, **layout.options})
 
 

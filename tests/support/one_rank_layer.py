@@ -1,4 +1,4 @@
-"""An MoE layer on one rank, with drawn weights."""
+"""An MoE layer of one rank, with drawn weights."""
 
 from typing import Any
 
@@ -21,20 +21,33 @@ def context_of(groups: tuple[ExpertGroup, ...], **fields: Any) -> DispatchContex
 
 
 def one_rank_layer(
-    router: Any, dim: int, *, recompute: Any = "none", dispatcher: Any = None, std: float = 1.0, **experts: Any
+    router: Any,
+    dim: int,
+    *,
+    placement: ExpertPlacement | None = None,
+    rank: int = 0,
+    recompute: Any = "none",
+    dispatcher: Any = None,
+    norm: torch.nn.Module | None = None,
+    shared: torch.nn.Module | None = None,
+    std: float = 1.0,
+    **experts: Any,
 ) -> MoELayer:
     """Returns a layer with the router's groups. Its parameters and selection biases are drawn with deviation `std`.
 
     Args:
-        dispatcher: By default `AllToAllDispatcher`.
+        placement: The layer has this placement's experts of `rank`. By default it has all experts.
+        dispatcher: By default `AllToAllDispatcher` on one rank.
         experts: Options of `Experts`.
     """
     groups = tuple(router.groups)
+    local = [group.num_experts if placement is None else len(placement.local_experts(rank, group)) for group in groups]
     layer = MoELayer(
-        norm=torch.nn.Identity(),
+        norm=norm or torch.nn.Identity(),
         router=router,
-        experts=Experts(dim, groups, [group.num_experts for group in groups], **experts),
+        experts=Experts(dim, groups, local, **experts),
         dispatcher=dispatcher or AllToAllDispatcher(context_of(groups)),
+        shared=shared,
         free=ZeroComputationExperts(dim, groups) if has_zero_computation_experts(groups) else None,
         recompute=recompute,
     )

@@ -65,7 +65,6 @@ def open_site(folder: Path) -> Iterator[Site]:
         tiny_dataset(folder / "pristine")
     shutil.copytree(folder / "pristine", folder / "data", dirs_exist_ok=True)
     disk: Path | None = folder / "disk"
-    assert disk is not None
     disk.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "none", disk], capture_output=True).returncode:
         disk = None

@@ -69,11 +69,7 @@ def tiny_config(data: Path, root: Path, changes: Mapping[str, Any] | None = None
     values: dict[str, Any] = {
         "run": {"name": "tiny", "root": str(root), "seed": 0},
         "model": {
-            "hidden_dim": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "vocab_size": IMAGE_IDS[1],
+            "hidden_dim": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": IMAGE_IDS[1],
             "max_seq_len": 64,
             "moe": {
                 "groups": {
@@ -90,7 +86,7 @@ def tiny_config(data: Path, root: Path, changes: Mapping[str, Any] | None = None
         "evaluation": {"every": 2, "sequences": 4, "final_sequences": 8},
         "checkpoint": {"every": 2},
         "monitor": {"sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}]},
-    }
+    }  # fmt: skip
     for key, value in (changes or {}).items():
         *path, last = key.split(".")
         section = values

@@ -35,16 +35,10 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     import transformers
 
     shape: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "hidden_size": HIDDEN_DIM,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "eos_token_id": None,
-        "bos_token_id": None,
+        "vocab_size": VOCAB, "hidden_size": HIDDEN_DIM, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None,
         "pad_token_id": None,
-    }
+    }  # fmt: skip
     sparse = {"num_experts": 8, "num_experts_per_tok": 3}
     qwen = {**shape, **sparse, "moe_intermediate_size": 24, "intermediate_size": 20}
     qwen2, qwen3 = {**qwen, "shared_expert_intermediate_size": 28}, {**qwen, "head_dim": 16}
@@ -61,159 +55,73 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     longcat |= {"n_routed_experts": 8, "zero_expert_num": 4, "moe_topk": 4, "q_lora_rank": 20, "kv_lora_rank": 12}
     longcat |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "head_dim": 4, "v_head_dim": 6}
     del longcat["num_hidden_layers"]
-    gpt_oss = {**shape, **experts8, "intermediate_size": 24, "head_dim": 8}
-    make, values = {
-        "gpt_oss": (
-            transformers.GptOssConfig,
-            {**gpt_oss, "sliding_window": 4, "swiglu_limit": 1.5, "rope_parameters": {**yarn, "truncate": False}},
-        ),
-        "gpt_oss plain": (
-            transformers.GptOssConfig,
-            {
-                **gpt_oss,
-                "attention_bias": False,
-                "tie_word_embeddings": True,
-                "layer_types": ["full_attention"] * 2,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        ),
-        "longcat_flash": (transformers.LongcatFlashConfig, {**longcat, "routed_scaling_factor": 1.5}),
-        "longcat_flash scaled": (
-            transformers.LongcatFlashConfig,
-            {
-                **longcat,
-                "num_layers": 1,
-                "zero_expert_num": 0,
-                "v_head_dim": 8,
-                "tie_word_embeddings": True,
-                "rope_parameters": {**yarn, "mscale": 0.7, "mscale_all_dim": 1.3},
-            },
-        ),
-        "deepseek_v3": (
-            transformers.DeepseekV3Config,
-            {**deepseek, "rope_parameters": {**yarn, "mscale": 0.7, "mscale_all_dim": 1.3}},
-        ),
-        "deepseek_v3 plain": (
-            transformers.DeepseekV3Config,
-            {
-                **deepseek,
-                "q_lora_rank": None,
-                "qk_rope_head_dim": 6,
-                "rope_interleave": False,
-                "norm_topk_prob": False,
-                "n_group": 1,
-                "topk_group": 1,
-                "n_shared_experts": 2,
-                "first_k_dense_replace": 2,
-                "tie_word_embeddings": True,
-            },
-        ),
+    scaled = {**yarn, "mscale": 0.7, "mscale_all_dim": 1.3}
+    families = {  # each has a class, and the values that all its variants share
+        "gpt_oss": (transformers.GptOssConfig, {**shape, **experts8, "intermediate_size": 24, "head_dim": 8}),
+        "longcat_flash": (transformers.LongcatFlashConfig, longcat),
+        "deepseek_v3": (transformers.DeepseekV3Config, deepseek),
         "ernie4_5_moe": (transformers.Ernie4_5_MoeConfig, ernie),
-        "ernie4_5_moe tied": (
-            transformers.Ernie4_5_MoeConfig,
-            {
-                **ernie,
-                "num_hidden_layers": 4,
-                "moe_layer_interval": 2,
-                "moe_num_shared_experts": 0,
-                "tie_word_embeddings": True,
-                "head_dim": 12,
-                "rope_parameters": yarn,
-            },
-        ),
-        "glm4_moe": (
-            transformers.Glm4MoeConfig,
-            {
-                **glm,
-                "n_group": 4,
-                "topk_group": 2,
-                "routed_scaling_factor": 1.5,
-                "use_qk_norm": True,
-                "attention_bias": True,
-                "head_dim": 16,
-            },
-        ),
-        "glm4_moe plain": (
-            transformers.Glm4MoeConfig,
-            {
-                **glm,
-                "n_shared_experts": 2,
-                "norm_topk_prob": False,
-                "first_k_dense_replace": 2,
-                "num_mtp_layers": 0,
-                "rope_parameters": {**llama3, "partial_rotary_factor": 0.75},
-            },
-        ),
-        "mixtral sliding": (
-            transformers.MixtralConfig,
-            {**shape, **experts8, "intermediate_size": 24, "sliding_window": 4, "head_dim": 8, "rope_parameters": yarn},
-        ),
-        "olmoe dynamic": (  # LENGTH exceeds the original maximum length
-            transformers.OlmoeConfig,
-            {
-                **shape,
-                **sparse,
-                "intermediate_size": 24,
-                "max_position_embeddings": 8,
-                "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            },
-        ),
-        "qwen3_moe sliding": (
-            transformers.Qwen3MoeConfig,
-            {
-                **qwen3,
-                "norm_topk_prob": True,
-                "use_sliding_window": True,
-                "sliding_window": 5,
-                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
-            },
-        ),
-        "qwen2_moe sliding": (
-            transformers.Qwen2MoeConfig,
-            {**qwen2, "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
-        ),
-        "llama scaled": (transformers.LlamaConfig, {**shape, "intermediate_size": 40, "rope_parameters": llama3}),
+        "glm4_moe": (transformers.Glm4MoeConfig, glm),
         "mixtral": (transformers.MixtralConfig, {**shape, **experts8, "intermediate_size": 24}),
         "olmoe": (transformers.OlmoeConfig, {**shape, **sparse, "intermediate_size": 24}),
-        "olmoe biased": (
-            transformers.OlmoeConfig,
-            {**shape, **sparse, "intermediate_size": 24, "attention_bias": True, "norm_topk_prob": True},
-        ),
-        "qwen3_moe": (transformers.Qwen3MoeConfig, {**qwen3, "norm_topk_prob": True}),
-        "qwen3_moe tied": (
-            transformers.Qwen3MoeConfig,
-            {**qwen3, "norm_topk_prob": False, "tie_word_embeddings": True, "decoder_sparse_step": 2},
-        ),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, qwen3),
         "qwen2_moe": (transformers.Qwen2MoeConfig, qwen2),
-        "qwen2_moe dense": (
-            transformers.Qwen2MoeConfig,
-            {**qwen2, "mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False},
-        ),
         "llama": (transformers.LlamaConfig, {**shape, "intermediate_size": 40}),
-        "llama biased": (
-            transformers.LlamaConfig,
-            {**shape, "intermediate_size": 40, "attention_bias": True, "tie_word_embeddings": True, "head_dim": 12},
-        ),
-        # The shape of SmolLM2-135M, by its model card and config.json.
-        "smollm2": (
-            transformers.LlamaConfig,
-            {
-                "vocab_size": 49152,
-                "hidden_size": 576,
-                "intermediate_size": 1536,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 9,
-                "num_key_value_heads": 3,
-                "max_position_embeddings": 8192,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-                "rms_norm_eps": 1e-5,
-                "tie_word_embeddings": True,
-                "bos_token_id": 0,
-                "eos_token_id": 0,
-            },
-        ),
-    }[kind]
-    return make(**{**values, **changes})
+        "smollm2": (transformers.LlamaConfig, {}),
+    }
+    more: dict[str, dict[str, Any]] = {
+        "gpt_oss": {"sliding_window": 4, "swiglu_limit": 1.5, "rope_parameters": {**yarn, "truncate": False}},
+        "gpt_oss plain": {
+            "attention_bias": False, "tie_word_embeddings": True, "layer_types": ["full_attention"] * 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "longcat_flash": {"routed_scaling_factor": 1.5},
+        "longcat_flash scaled": {
+            "num_layers": 1, "zero_expert_num": 0, "v_head_dim": 8, "tie_word_embeddings": True, "rope_parameters": scaled,
+        },
+        "deepseek_v3": {"rope_parameters": scaled},
+        "deepseek_v3 plain": {
+            "q_lora_rank": None, "qk_rope_head_dim": 6, "rope_interleave": False, "norm_topk_prob": False, "n_group": 1,
+            "topk_group": 1, "n_shared_experts": 2, "first_k_dense_replace": 2, "tie_word_embeddings": True,
+        },
+        "ernie4_5_moe tied": {
+            "num_hidden_layers": 4, "moe_layer_interval": 2, "moe_num_shared_experts": 0, "tie_word_embeddings": True,
+            "head_dim": 12, "rope_parameters": yarn,
+        },
+        "glm4_moe": {
+            "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True,
+            "head_dim": 16,
+        },
+        "glm4_moe plain": {
+            "n_shared_experts": 2, "norm_topk_prob": False, "first_k_dense_replace": 2, "num_mtp_layers": 0,
+            "rope_parameters": {**llama3, "partial_rotary_factor": 0.75},
+        },
+        "mixtral sliding": {"sliding_window": 4, "head_dim": 8, "rope_parameters": yarn},
+        "olmoe dynamic": {  # LENGTH exceeds the original maximum length
+            "max_position_embeddings": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
+        "olmoe biased": {"attention_bias": True, "norm_topk_prob": True},
+        "qwen3_moe": {"norm_topk_prob": True},
+        "qwen3_moe sliding": {
+            "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 5,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        },
+        "qwen3_moe tied": {"norm_topk_prob": False, "tie_word_embeddings": True, "decoder_sparse_step": 2},
+        "qwen2_moe sliding": {
+            "num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2,
+        },
+        "qwen2_moe dense": {"mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False},
+        "llama scaled": {"rope_parameters": llama3},
+        "llama biased": {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12},
+        "smollm2": {  # the shape of SmolLM2-135M, by its model card and config.json
+            "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+            "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "tie_word_embeddings": True,
+            "bos_token_id": 0, "eos_token_id": 0,
+        },
+    }  # fmt: skip
+    make, values = families[kind.partition(" ")[0]]
+    return make(**{**values, **more.get(kind, {}), **changes})
 
 
 def tiny_model(kind: str, *, seed: int = 1, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:

@@ -62,13 +62,7 @@ def made_samples(
             for number, each in enumerate(samples)
         ]
     scored = [
-        Scored(
-            "made-up",
-            str(number),
-            f"question {number}",
-            sample,
-            number % count < right,
-        )
+        Scored("made-up", str(number), f"question {number}", sample, number % count < right)
         for number, sample in enumerate(samples)
     ]
     embeddings = rng.normal(size=(count, WIDTH)).astype(np.float32)

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import launchers.slurm.__main__
 import moe_dist.train.__main__
+from tests.support.invoked import invoke
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "scaling.md").read_text()
@@ -30,10 +29,7 @@ def test_a_dry_run_of_the_guide(command: str, tiny_data: Path, monkeypatch: pyte
     published = "mixtral" in command  # the published run's data are not available
     at = words.index("--dry-run")
     data = [] if published else [f"data.path={tiny_data}", "data.weights={}"]
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(MODULES[module])
-    result = CliRunner().invoke(app, [*words[:at], *data, *words[at:]])
-    assert result.exit_code == 0, result.output
+    result = invoke(MODULES[module], *words[:at], *data, *words[at:], code=0)
     overrides = dict(word.split("=", 1) for word in words if "=" in word and not word.startswith("-"))
     ranks = int(overrides.get("parallel.ep", 1)) * int(overrides.get("parallel.edp", 1))
     if module == "launchers.slurm":
@@ -47,7 +43,4 @@ def test_a_dry_run_of_the_readme_needs_no_data(command: str, tmp_path: Path, mon
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     module, *words = shlex.split(command)
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(MODULES[module])
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
+    invoke(MODULES[module], *words, code=0)

@@ -61,12 +61,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FILES = ["index.json", "state.json", "SHA256SUMS", *(shard_file(number) for number in range(RANKS))]
 
 
-def test_the_undamaged_one_is_fine(good: Path) -> None:
-    assert verify(good / "step_4")[1] == []
-    restored = load_all(states(good, 1), good / "step_4")
-    assert [each.rank_values for each in restored] == [{"generators": {"torch": f"{rank:02x}"}} for rank in range(RANKS)]
-
-
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", FILES)
 def test_a_special_file_is_refused_by_name_within_a_second(good: Path, tmp_path: Path, name: str, kind: str) -> None:

@@ -111,24 +111,15 @@ def test_a_tensor_of_many_parts_is_named_in_few_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        {"optimizer_steps": -1},
-        {"optimizer_steps": 1.5},
-        {"optimizer_steps": 10**30},
-        {"world_size": 0},
-        {"step": -2},
-        {"step": 10**30},
+        {"optimizer_steps": -1}, {"optimizer_steps": 1.5}, {"optimizer_steps": 10**30}, {"world_size": 0},
+        {"step": -2}, {"step": 10**30},
     ],
-)
+)  # fmt: skip
 def test_counters_that_cannot_be_are_a_data_error(tmp_path: Path, damage: dict[str, Any]) -> None:
     state = {
-        "save_id": "a",
-        "step": 2,
-        "world_size": 1,
-        "optimizer_steps": 2,
-        "placement": {},
-        "versions": {},
+        "save_id": "a", "step": 2, "world_size": 1, "optimizer_steps": 2, "placement": {}, "versions": {},
         "values": {},
-    }
+    }  # fmt: skip
     (tmp_path / "state.json").write_text(json.dumps({**state, **damage}))
     with refused(DataError, *damage):
         read_stored(tmp_path / "state.json", StateFile)

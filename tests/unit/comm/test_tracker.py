@@ -22,7 +22,6 @@ def test_a_rank_is_in_a_collective_until_it_leaves_it() -> None:
     assert tracker.oldest() is None
     with tracker.inside("rows", device=CPU, layer="layers.3", send=[0, 5], receive=[0, 7]):
         position = tracker.oldest()
-        assert position is not None
         assert (position.collective, position.layer, position.entered) == ("rows", "layers.3", 1)
         assert (position.send, position.receive) == ((0, 5), (0, 7))
     assert tracker.oldest() is None
@@ -55,7 +54,6 @@ def test_the_oldest_of_several_counts() -> None:
     tracker = CollectiveTracker()
     with tracker.inside("first", device=CPU), tracker.inside("second", device=CPU):
         position = tracker.oldest()
-        assert position is not None
         assert position.collective == "first"
 
 
@@ -75,7 +73,6 @@ def test_on_cuda_it_is_left_when_the_stream_has_passed(monkeypatch: pytest.Monke
     with tracker.inside("sum", device=CPU):
         pass
     position = tracker.oldest()
-    assert position is not None
     assert position.collective == "rows"  # the call has returned, but the collective has not run
     passed[0] = True
     assert tracker.oldest() is None
@@ -135,9 +132,6 @@ def test_among_unnoted_collectives_time_runs_from_the_last_noted_one() -> None:
         with tracker.inside("rows", device=CPU):
             inside = tracker.oldest()
         after = tracker.oldest()
-    assert before is not None
-    assert inside is not None
-    assert after is not None
     assert [before.collective, inside.collective, after.collective] == ["gradients", "rows", "gradients"]
     assert (before.entered, after.entered) == (0, 1)
     assert after.since >= inside.since >= before.since

@@ -48,14 +48,9 @@ def test_explains(key: str, parts: tuple[str, ...]) -> None:
 
 
 def test_command_line(path) -> None:
-    result = invoke(main, "optimizer.lr")
-    assert result.exit_code == 0
-    assert "Peak learning rate." in result.stdout
-    result = invoke(main, "optimizer.lrr")
-    assert result.exit_code == 78
-    assert "did you mean optimizer.lr?" in result.stderr
-    result = invoke(show, path, "train.steps=7")
-    assert result.exit_code == 0
+    assert "Peak learning rate." in invoke(main, "optimizer.lr", code=0).stdout
+    assert "did you mean optimizer.lr?" in invoke(main, "optimizer.lrr", code=78).stderr
+    result = invoke(show, path, "train.steps=7", code=0)
     assert "steps: 7" in result.stdout
     assert "weight_decay: 0.1" in result.stdout
     assert invoke(show, path, "train.stepz=7").exit_code == 78

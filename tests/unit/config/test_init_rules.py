@@ -20,13 +20,9 @@ TRAINED: dict[str, Any] = {
     "model.moe.groups.image.top_k": 1,
 }
 HERE = {
-    "run.init_from": "runs/trained",
-    "run.init_rules": ["copy_nulls"],
-    "model.moe.groups.text.num_null": 3,
-    "model.moe.groups.text.top_k": 4,
-    "model.moe.groups.image.num_null": 4,
-    "model.moe.groups.image.top_k": 3,
-}
+    "run.init_from": "runs/trained", "run.init_rules": ["copy_nulls"], "model.moe.groups.text.num_null": 3,
+    "model.moe.groups.text.top_k": 4, "model.moe.groups.image.num_null": 4, "model.moe.groups.image.top_k": 3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("n", "t", "k0"), list(itertools.product(range(1, 5), range(4), range(1, 5))))

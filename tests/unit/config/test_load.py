@@ -6,13 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.config import keys, partial
-from moe_dist.config.load import (
-    Change,
-    changes_on_resume,
-    difference,
-    load_config,
-    resolved_yaml,
-)
+from moe_dist.config.load import Change, changes_on_resume, difference, load_config, resolved_yaml
 from moe_dist.config.optimizers.base import ConstantSchedule
 from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection
 from moe_dist.config.sinks.kinds import JsonlSinkSection, TensorBoardSinkSection

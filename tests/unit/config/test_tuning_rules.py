@@ -23,10 +23,7 @@ SOUND: dict[str, Any] = {
     "run.init_from": "runs/base",
     "router_tuning": {"data": "none", "last_layers": 1},
 }
-ONE = {
-    "text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16},
-    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
-}
+ONE = {"text": {"num_experts": 3, "top_k": 1, "ffn_dim": 16}, "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24}}
 
 
 def config(changes: dict[str, Any]) -> Config:

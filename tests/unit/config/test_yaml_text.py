@@ -17,23 +17,11 @@ from tests.support.cover import rest_full
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("no", "no"),
-        ("on", "on"),
-        ("true", True),
-        ("null", None),
-        ("1e-4", 1e-4),
-        ("1e6", 1e6),
-        ("1.", 1.0),
-        (".inf", math.inf),
-        ("1_000_000", 1_000_000),
-        ("010", "010"),
-        ("0x10", "0x10"),
-        ("1:30", "1:30"),
-        ("2024-01-01", "2024-01-01"),
-        ("'1e-4'", "1e-4"),
-        ("[a, 1, no]", ["a", 1, "no"]),
+        ("no", "no"), ("on", "on"), ("true", True), ("null", None), ("1e-4", 1e-4), ("1e6", 1e6), ("1.", 1.0),
+        (".inf", math.inf), ("1_000_000", 1_000_000), ("010", "010"), ("0x10", "0x10"), ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"), ("'1e-4'", "1e-4"), ("[a, 1, no]", ["a", 1, "no"]),
     ],
-)
+)  # fmt: skip
 def test_scalars(text: str, value: object) -> None:
     read, problems = load_yaml(text)
     assert (read, problems) == (value, [])

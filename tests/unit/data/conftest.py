@@ -75,9 +75,8 @@ def make_set() -> MakeSet:
 
         sections = {}
         for name, (train, valid) in sources.items():
-            train_split = split(f"{name}_train", train)
-            assert train_split is not None
-            sections[name] = SourceSection(train=train_split, valid=split(f"{name}_valid", valid), licence="none")
+            sides = {"train": split(f"{name}_train", train), "valid": split(f"{name}_valid", valid)}
+            sections[name] = SourceSection(**sides, licence="none")
         manifest = Manifest(name="hand", vocab_size=10_000, modalities=MODALITIES, pad_id=0, eos_id=1, sources=sections)
         write_manifest(manifest, folder)
         return manifest

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from typer import Typer
-from typer.testing import CliRunner
 
 from moe_dist.data.chat import Conversation, HubTokenizer
 from moe_dist.data.chat_turns import NO_STOP, REWRITTEN, Turns
@@ -23,12 +21,11 @@ from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.errors import DataError
 from tests.support.chat_folders import TOOLS, chat_folder, write_lines
 from tests.support.cover import rest_full
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tools.prepare_data import main
 
 TRL = importlib.util.find_spec("trl")  # to import it takes 2 s, which each worker would need to collect this file
-assert TRL is not None
-assert TRL.origin is not None
 PUBLISHED = Path(TRL.origin).parent / "chat_templates"
 FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # the others run in the full set
 NAMES = FIRST + sorted({path.stem.removesuffix("_training") for path in PUBLISHED.glob("*.jinja")} - set(FIRST))
@@ -38,16 +35,10 @@ TOKENS = re.compile(
 LISTS = ("idefics3", "llava_next", "smolvlm")  # these templates print only contents that are lists of parts
 # TRL also labels the end of the generation prompt, although these templates give it to the model as input.
 TRL_PROMPTS = {
-    "deepseek_r1_distill": "<｜Assistant｜>",
-    "deepseekv3": "<｜Assistant｜>",
-    "gptoss": "<|start|>assistant",
-    "muse_glimmer": "<|start|>assistant",
-    "qwen2_5": "\n",
-    "qwen3_5_nothink": "<think>\n\n</think>\n\n",
-    "qwen3_5_think": "<think>\n",
-    "qwen3_6": "<think>\n",
-    "qwen3_8": "<think>\n",
-}
+    "deepseek_r1_distill": "<｜Assistant｜>", "deepseekv3": "<｜Assistant｜>", "gptoss": "<|start|>assistant",
+    "muse_glimmer": "<|start|>assistant", "qwen2_5": "\n", "qwen3_5_nothink": "<think>\n\n</think>\n\n",
+    "qwen3_5_think": "<think>\n", "qwen3_6": "<think>\n", "qwen3_8": "<think>\n",
+}  # fmt: skip
 TRL_TAILS = {"llava_next": " "}  # with the other templates TRL labels the white space after a turn
 # Templates whose tool calls are not compared with TRL. TRL's labels lack two things: the token that ends generation
 # after a call, and the header of an assistant's turn that follows a call.
@@ -263,11 +254,8 @@ def test_bad_rows_are_named_or_skipped(tmp_path: Path) -> None:
     tokenizer = chat_folder(tmp_path / "chatml", "chatml")
     with refused(DataError, "10 problems", "line 2:", "line 11:", "--skip-bad"):
         prepare(tmp_path / "set", Inputs(messages=str(path)), Recipe(tokenizer=str(tokenizer)), lambda *_: None)
-    app = Typer()
-    app.command()(main)
     options = ["--tokenizer", tokenizer, "--messages", path, "--out", tmp_path / "set", "--skip-bad"]
-    done = CliRunner().invoke(app, list(map(str, options)))
-    assert done.exit_code == 0, done.output
+    done = invoke(main, *options, code=0)
     assert done.output.count("left out: ") == 6
     assert "left out: 8 more" in done.output
     assert "note: messages: 1 row: the chat template does not print reasoning_content (the first: " in done.output

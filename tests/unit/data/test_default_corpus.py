@@ -21,7 +21,6 @@ Side = list[tuple[int, np.ndarray, np.ndarray]]
 
 
 def documents(folder: Path, split: SplitSection | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    assert split is not None
     data = IndexedSplit(folder, split)
     for start, length in zip(data.starts_D.tolist(), data.lengths_D.tolist(), strict=True):
         yield data.tokens(start, length), data.filler(start, length)

@@ -32,11 +32,7 @@ def test_a_piece_is_not_packed_with_one_of_another_window() -> None:
     assert [packing.pieces_of(q) for q in range(len(packing))] == [[0, 1], [2, 3]]
 
 
-@given(
-    lengths=st.lists(st.integers(0, 40), max_size=200),
-    seq_len=st.integers(1, 16),
-    window=st.integers(1, 50),
-)
+@given(lengths=st.lists(st.integers(0, 40), max_size=200), seq_len=st.integers(1, 16), window=st.integers(1, 50))
 def test_every_token_once(lengths: list[int], seq_len: int, window: int) -> None:
     starts = np.cumsum([0, *lengths])[:-1]
     pieces = cut(starts, np.array(lengths, np.int64), seq_len=seq_len)

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image, ImageDraw
-from typer import Typer
-from typer.testing import CliRunner
 
 from moe_dist.data import corpus_build, picture_coding
 from moe_dist.data.corpus import Corpus, HoldOut, Recipe
@@ -23,6 +21,7 @@ from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.data.tokenizer import load_tokenizer
 from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.formats.manifest import load_manifest
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tools.prepare_data import main
 
@@ -67,21 +66,11 @@ def made(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def command(*arguments: str):
-    app = Typer()
-    app.command()(main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_the_command_makes_the_same_bytes_again(own: Path, made: Path, tmp_path: Path) -> None:
     arguments = ("--text", own / "texts.jsonl", "--images", own / "pictures", "--licence", "CC0-1.0", *OPTIONS)
-    first = command("--out", tmp_path / "set", *arguments)
-    assert first.exit_code == 0, first.output
-    assert "made in" in first.output
+    assert "made in" in invoke(main, "--out", tmp_path / "set", *arguments, code=0).output
     assert contents(tmp_path / "set") == contents(made)
-    again = command("--out", tmp_path / "set", *arguments)
-    assert again.exit_code == 0
-    assert "nothing to do" in again.output
+    assert "nothing to do" in invoke(main, "--out", tmp_path / "set", *arguments, code=0).output
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["set"]
 
 
@@ -153,15 +142,12 @@ def test_instructions_on_the_ids_of_another_set(own: Path, made: Path, tmp_path:
     ]
     (own / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ("--tokenizer", made / "tokenizer.json", "--instructions", f"asked={own / 'asked.jsonl'}", *OPTIONS)
-    result = command("--out", tmp_path / "without", *arguments)
-    assert result.exit_code == 78
+    result = invoke(main, "--out", tmp_path / "without", *arguments, code=78)
     assert "20 lines have an image, but there is no codebook" in result.output.replace("\n", " ")
-    result = command("--out", tmp_path / "set", *arguments, "--codebook", made / "codebook.npy")
-    assert result.exit_code == 0, result.output
+    invoke(main, "--out", tmp_path / "set", *arguments, "--codebook", made / "codebook.npy", code=0)
     manifest, base = load_manifest(tmp_path / "set"), load_manifest(made)
     assert (manifest.modalities, manifest.vocab_size) == (base.modalities, base.vocab_size)
     source, tokenizer = manifest.sources["asked"], load_tokenizer(made / "tokenizer.json")
-    assert source.valid is not None
     assert (source.train.documents + source.valid.documents, source.valid.documents) == (20, 4)
     for split in (source.train, source.valid):
         data = IndexedSplit(tmp_path / "set", split)
@@ -189,7 +175,6 @@ def test_a_family_of_instructions_is_on_one_side_in_all_sources(tmp_path: Path) 
         manifest, _ = prepare(tmp_path / out, Inputs(instructions=sources), RECIPE, silent)
         tokenizer, found = load_tokenizer(tmp_path / out / "tokenizer.json"), {}
         for name, source in manifest.sources.items():
-            assert source.valid is not None
             data = IndexedSplit(tmp_path / out, source.valid)
             found[name] = {
                 tokenizer.decode(data.tokens(start, length).tolist()).split("?")[0]
@@ -214,8 +199,7 @@ def test_a_family_of_instructions_is_on_one_side_in_all_sources(tmp_path: Path) 
 
 def test_a_set_made_otherwise_is_not_touched(own: Path, made: Path) -> None:
     before = contents(made)
-    result = command("--out", made, "--images", own / "pictures", *OPTIONS[:-1], "0.3")
-    assert result.exit_code == 78
+    result = invoke(main, "--out", made, "--images", own / "pictures", *OPTIONS[:-1], "0.3", code=78)
     assert "recipe.val_fraction is 0.2, asked for 0.3" in result.output
     assert contents(made) == before
 
@@ -283,15 +267,14 @@ def test_a_second_writer_waits_and_finds_it_done(own: Path, made: Path, tmp_path
     ],
 )
 def test_what_cannot_be_is_78(tmp_path: Path, arguments: tuple[str, str], words: str) -> None:
-    result = command("--out", tmp_path / "set", *arguments)
-    assert result.exit_code == 78
-    assert words in result.output
+    assert words in invoke(main, "--out", tmp_path / "set", *arguments, code=78).output
     assert not (tmp_path / "set").exists()
 
 
 def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> None:
-    result = command("--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS)
-    assert result.exit_code == 78
+    result = invoke(
+        main, "--out", tmp_path / "set", "--images", own / "pictures", "--hold-out", "variants", *OPTIONS, code=78
+    )
     assert "no picture has a variant in training" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
     recipe = replace(RECIPE, hold_out=HoldOut.VARIANTS, val_fraction=0.0)
@@ -301,8 +284,7 @@ def test_without_variants_none_can_be_held_out(own: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("asked", ["--hold-out variants", "--vary place", "--vary , --caption-first 1"])
 def test_without_pictures_nothing_is_asked_of_them(own: Path, tmp_path: Path, asked: str) -> None:
-    result = command("--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS)
-    assert result.exit_code == 78
+    result = invoke(main, "--out", tmp_path / "set", "--text", own / "texts.jsonl", *asked.split(), *OPTIONS, code=78)
     named = ", ".join(word for word in asked.split() if word.startswith("--"))
     assert f"{named}: applies to pictures, and this data set has none; leave it out" in result.output.replace("\n", " ")
     assert not (tmp_path / "set").exists()
@@ -323,7 +305,6 @@ def test_held_out_variants(own: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         return
     manifest, _ = prepare(tmp_path / "set", Inputs(), replace(RECIPE, hold_out=HoldOut.VARIANTS), silent)
     held_out = manifest.sources["images"].valid
-    assert held_out is not None
     assert held_out.documents == 8 * RECIPE.heldout_renders
     figures = json.loads((tmp_path / "set/recipe.json").read_text())["figures"]
     assert (figures["train_pictures"], figures["train_components"], figures["valid_components"]) == (32, 32, 8)
@@ -388,8 +369,7 @@ def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_pat
         (texts / f"latin{number}.txt").write_bytes(b"caf\xe9")
     (pictures / "00.png").write_bytes(b"no picture")
     asked = ("--text", texts, "--images", pictures, *OPTIONS)
-    result = command("--out", tmp_path / "set", *asked)
-    assert result.exit_code == 0, result.output
+    result = invoke(main, "--out", tmp_path / "set", *asked, code=0)
     assert result.output.count("left out: ") == 6
     assert "latin0.txt: not UTF-8 at byte 3" in result.output
     assert "left out: 3 more" in result.output
@@ -397,12 +377,11 @@ def test_what_cannot_be_read_is_left_out_and_named_or_refused(own: Path, tmp_pat
     assert len(recipe["skipped"]) == 8
     assert "00.png" in recipe["skipped"][-1]
     assert recipe["figures"]["train_pictures"] + recipe["figures"]["valid_pictures"] == 39
-    again = command("--out", tmp_path / "set", *asked)
+    again = invoke(main, "--out", tmp_path / "set", *asked)
     assert again.output.count("left out: ") == 6
     assert "nothing to do" in again.output
-    assert command("--out", tmp_path / "set", *asked, "--strict").exit_code == 65
-    strict = command("--out", tmp_path / "strict", *asked, "--strict")
-    assert strict.exit_code == 65
+    assert invoke(main, "--out", tmp_path / "set", *asked, "--strict").exit_code == 65
+    strict = invoke(main, "--out", tmp_path / "strict", *asked, "--strict", code=65)
     assert "latin0.txt: not UTF-8 at byte 3" in strict.output
     assert not (tmp_path / "strict").exists()
 

@@ -109,13 +109,9 @@ def likeliest(model: Any, contexts: Sequence[str]) -> tuple[str, str]:
 
 def test_log_likelihoods_of_continuations(both: Both) -> None:
     pairs = [
-        ("text", " 12"),
-        ("", "text"),
-        ("text ", "12"),
-        ("text 1\n\ntext", " 4 text 4"),
-        ("naïve ☂", " 7"),
+        ("text", " 12"), ("", "text"), ("text ", "12"), ("text 1\n\ntext", " 4 text 4"), ("naïve ☂", " 7"),
         ("x" * 80, " y"),
-    ]
+    ]  # fmt: skip
     requests = asked("loglikelihood", [*pairs, likeliest(both.theirs, [f"text {number}" for number in range(40)])])
     ours, theirs = both.ours.loglikelihood(requests), both.theirs.loglikelihood(requests)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs] == [*[False] * len(pairs), True]
@@ -172,7 +168,6 @@ def measured(model: Any, tasks: str) -> dict[str, Any]:
 
     loaded = TaskManager(include_defaults=False).load(tasks.split(","))
     found = evaluate(model, loaded, bootstrap_iters=0)
-    assert found is not None
     return found["results"]
 
 

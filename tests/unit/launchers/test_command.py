@@ -4,8 +4,6 @@ import importlib
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from launchers.command import (
     JobPlan,
@@ -24,6 +22,7 @@ from moe_dist.plan.preflight import check
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.place import RunPlace
 from tests.support.engine_run import megatron
+from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config
 
@@ -179,10 +178,7 @@ def test_a_dry_run_shows_the_ranks_and_the_sites_variables_without_data(
         "nccl: {NCCL_IB_HCA: {value: mlx5_0, reason: the other is for storage}}\n"
     )
     monkeypatch.setenv("MOE_DIST_CLUSTER", str(site))
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(importlib.import_module(module).main)
-    result = CliRunner().invoke(app, [str(config), "--dry-run"])
-    assert result.exit_code == 0, result.output
+    result = invoke(importlib.import_module(module).main, config, "--dry-run", code=0)
     shown = ["RANK=1", "WORLD_SIZE=2", "-m moe_dist.train"]
     shown += [] if module == "launchers.local" else ["NCCL_IB_HCA=mlx5_0", "GLOO_SOCKET_IFNAME=ib0"]
     assert not [each for each in shown if each not in result.output]

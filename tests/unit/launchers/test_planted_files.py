@@ -50,11 +50,7 @@ def endless(path: Path) -> None:
     os.truncate(path, 1 << 36)  # a sparse file, without blocks on the disk
 
 
-PLANTED: dict[str, Callable[[Path], None]] = {
-    **SPECIAL,
-    "endless": endless,
-    "bomb": bomb,
-}
+PLANTED: dict[str, Callable[[Path], None]] = {**SPECIAL, "endless": endless, "bomb": bomb}
 
 
 @pytest.fixture

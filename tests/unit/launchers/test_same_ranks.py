@@ -88,7 +88,6 @@ def ranks_of(found: Iterable[tuple[str, str | None, Mapping[str, str]]]) -> Rank
     started = {}
     for rank, (name, kind, env) in sorted(each.items()):
         place = RunPlace.from_environment(env)
-        assert place is not None
         assert (place.rank, place.local_rank) == (rank, int(env["LOCAL_RANK"]))
         beside = tuple(on_node[name][local] for local in sorted(on_node[name]))
         numbers = [int(env[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "OMP_NUM_THREADS")]
@@ -158,7 +157,6 @@ def ray_node(name: str, labels: Mapping[str, str], cpus: int) -> RayNode:
 
 def on_ray(job: Job, nodes: Sequence[RayNode]) -> Ranks:
     checked = check_job(job.run, [], cluster=str(job.site_file), read=layout_of_file)
-    assert checked is not None
     plan = checked.launch.job
     chosen = assign(plan, nodes, bundle_of_rank(plan, CPUS), checked.together)
     assert (chosen.problems, chosen.waits_for) == ((), ())

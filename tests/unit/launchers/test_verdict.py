@@ -41,7 +41,6 @@ class Case:
         cause: The rank at fault.
         told: Ranks that noted in the run folder that they ended by themselves.
         record: (verdict, reason, rank) in status.json.
-        frozen: The rank that SIGSTOP suspends.
         log: Last line in the log of the rank at fault.
     """
 
@@ -51,7 +50,6 @@ class Case:
     told: Sequence[int] = ()
     record: tuple[int, str, int | None] | None = None
     code: int = 1
-    frozen: int | None = None
     log: str = "step 7"
 
 
@@ -60,11 +58,8 @@ def by_tracker(case: Case) -> Outcome:
     ended = dict(case.ends)
     for time, (rank, code) in enumerate(case.ends):
         lost = f"Node failure on {HOSTS[rank]}" if code is None else ""
-        frozen = () if case.frozen is None else (case.frozen,)
         tracker.signals_due(StopSignals(), time / 10)
-        tracker.end(
-            rank, -signal.SIGKILL if code is None else code, time / 10, frozen=lambda found=frozen: found, lost=lost
-        )
+        tracker.end(rank, -signal.SIGKILL if code is None else code, time / 10, frozen=tuple, lost=lost)
     for rank in set(range(4)) - ended.keys():  # killed by the launcher, or ended with 0
         tracker.end(rank, 0 if "exit code 0" in case.reason and rank == case.cause else -signal.SIGKILL, 99.0, frozen=tuple)
     outcome = tracker.outcome(None)
@@ -173,10 +168,7 @@ def test_a_frozen_rank_is_at_fault_with_the_collective_that_its_peers_waited_in(
     ("lines", "reason"),
     [
         (
-            [
-                f"slurmstepd-n2: error: {OOM}",
-                "srun: error: n2: task 3: Out Of Memory",
-            ],
+            [f"slurmstepd-n2: error: {OOM}", "srun: error: n2: task 3: Out Of Memory"],
             f"rank 3 on n2: killed by SIGKILL, {OOM}",
         ),
         (

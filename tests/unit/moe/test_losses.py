@@ -80,7 +80,6 @@ def test_a_group_without_tokens_contributes_zero() -> None:
     terms = balance_terms(prob_LC, torch.zeros(1, 11), torch.zeros(1, 2), TABLES)
     assert (terms == 0).all()
     terms.sum().backward()
-    assert prob_LC.grad is not None
     assert prob_LC.grad.isfinite().all()
 
 

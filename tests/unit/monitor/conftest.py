@@ -109,29 +109,16 @@ def draw_statistics(placement: ExpertPlacement, num_layers: int, step: int = 1, 
     )
     result = StepResult(
         nll_M=np.array([100.0 + i for i in range(len(names))]),
-        labels_M=np.array([40 + i for i in range(len(names))]),
-        balance=0.02,
-        z=0.001,
-        auxiliary=0.0,
-        grad_norm=0.5,
-        skipped=False,
-        tokens=1000,
+        labels_M=np.array([40 + i for i in range(len(names))]), balance=0.02, z=0.001, auxiliary=0.0, grad_norm=0.5,
+        skipped=False, tokens=1000,
         counts=counts._replace(**{name: changes.pop(name) for name in RoutingCounts._fields if name in changes}),
         ledger={
-            "payload_bytes": 80 * 4 * 128,
-            "metadata_bytes": 640,
-            "rows_remote": 80,
-            "pairs": 200,
-            "pairs_remote": 100,
-            "rows_per_pair": 100,
-            "rows_topk": 240,
-            "rows_same_active": 120,
+            "payload_bytes": 80 * 4 * 128, "metadata_bytes": 640, "rows_remote": 80, "pairs": 200,
+            "pairs_remote": 100, "rows_per_pair": 100, "rows_topk": 240, "rows_same_active": 120,
             "rows_null_remapped": 180,
         },
-        comm_seconds=0.01,
-        busy_seconds_W=np.zeros(0),
-        memory_W3=np.zeros((0, 3)),
-    )
+        comm_seconds=0.01, busy_seconds_W=np.zeros(0), memory_W3=np.zeros((0, 3)),
+    )  # fmt: skip
     changed = {"tokens": changes.pop("step_tokens", 1000)}
     changed |= {name: changes.pop(name) for name in list(changes) if name not in LOOP}
     usual = {"step": step, "tokens": 1000 * step, "epochs": {name: 0.1 * step for name in names}}

@@ -14,17 +14,11 @@ from moe_dist.train.build.training import loop_settings
 @pytest.mark.parametrize(
     ("card", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA B200", 2250),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A10", 125),
-        ("NVIDIA A10G", 70),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("", None),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("", None),
     ],
-)
+)  # fmt: skip
 def test_the_peak_of_a_card(card: str, tflops: float | None) -> None:
     assert peak_tflops(card) == tflops
 

@@ -30,12 +30,10 @@ def test_the_first_step_and_its_keys_are_found() -> None:
     other[3]["arrays"]["choices_LC"][1][0] = 5
     other[4]["losses"]["text"] = 0.0
     difference, same = first_difference(RUN, other)
-    assert difference is not None
     assert (difference.step, difference.same, same) == (4, 3, 3)
     assert [key for key, _, _ in difference.keys] == ["losses.text", "arrays.choices_LC.1"]
     assert difference.keys[1][1:] == ([3, 4], [5, 4])
     close, _ = first_difference(RUN, other, rtol=1e-6, only=["losses"])
-    assert close is not None
     assert close.step == 5
 
 
@@ -52,12 +50,10 @@ def test_a_tolerance_holds_for_each_number_of_a_list() -> None:
 
 def test_a_missing_line_is_a_difference_and_a_shorter_run_is_none() -> None:
     difference, _ = first_difference(RUN, [RUN[0], *RUN[2:]])
-    assert difference is not None
     assert difference.keys[0] == ("step", 2, 3)
     assert first_difference(RUN, RUN[:2]) == (None, 2)
 
 
 def test_a_key_that_one_lacks_is_one() -> None:
     difference, _ = first_difference(RUN, [line(1, surplus=None), *RUN[1:]])
-    assert difference is not None
     assert difference.keys == (("surplus", None, None),)

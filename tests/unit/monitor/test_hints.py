@@ -9,8 +9,8 @@ from moe_dist.monitor.hints import HintWatch, busy_rank, full_memory, loss_trend
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.placement.placement import ExpertGroup
+from tests.unit.monitor.conftest import MakeRecord
 
-MakeRecord = Callable[..., Record]
 LAYERS = (1, 3)
 
 

@@ -10,11 +10,20 @@ from moe_dist.monitor.metrics import Record, evaluation_scalars, group_choices, 
 from moe_dist.monitor.pictures import Subject, heat_maps, zero_computation_fraction
 from moe_dist.monitor.sinks.tensorboard import Window
 from moe_dist.monitor.statistics import EvaluationResult
-from moe_dist.monitor.tags import DEPTH_MEANING, MAX_SCALARS, MEANING, split_tag
+from moe_dist.monitor.tags import (
+    DEPTH_MEANING,
+    GROUP_FAMILIES,
+    MAX_SCALARS,
+    MEANING,
+    reproducible_part,
+    split_tag,
+    tag_plan,
+)
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.support.messages import refused
 from tests.unit.monitor.conftest import (
     DEPTHS,
+    MODALITIES,
     MakeRecord,
     MakeStatistics,
     Statistics,
@@ -72,83 +81,38 @@ def test_a_case_by_hand() -> None:
     groups = (ExpertGroup("text", 2, 1, 2, 8, 0, ("text",)), ExpertGroup("image", 2, 0, 1, 8, 2, ("image",)))
     placement = ExpertPlacement(groups, ((0, 1), (2, 3)))
     stats = draw_statistics(
-        placement,
-        1,
-        step=7,
-        nll_M=np.array([30.0, 0.0]),
-        labels_M=np.array([10, 0]),
-        balance=0.5,
-        z=0.25,
-        lr=0.1,
-        grad_norm=2.0,
-        skipped_steps=1,
-        tokens=70,
-        step_tokens=10,
-        choices_LC=np.array([[12, 0, 0, 0, 8]]),
-        tokens_LG=np.array([[10, 0]]),
-        entropy_LG=np.array([[6.0, 0.0]]),
-        dropped_LE=np.array([[3, 0, 0, 0]]),
+        placement, 1, step=7, nll_M=np.array([30.0, 0.0]), labels_M=np.array([10, 0]), balance=0.5, z=0.25, lr=0.1,
+        grad_norm=2.0, skipped_steps=1, tokens=70, step_tokens=10, choices_LC=np.array([[12, 0, 0, 0, 8]]),
+        tokens_LG=np.array([[10, 0]]), entropy_LG=np.array([[6.0, 0.0]]), dropped_LE=np.array([[3, 0, 0, 0]]),
         ledger={"payload_bytes": 4800, "rows_remote": 12, "rows_per_pair": 18, "rows_topk": 20, "rows_same_active": 13},
-        comm_seconds=0.125,
-        seconds=0.5,
-        epochs={"text": 0.5},
-        flops_per_token=1e3,
-        readings={"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0},
-        peak_flops=1e6,
-        peak_source="NVIDIA X1",
-        memory_W3=np.array([[10.0, 12.0, 5.0], [30.0, 35.0, 0.0], [20.0, 40.0, 1.0]]),
+        comm_seconds=0.125, seconds=0.5, epochs={"text": 0.5}, flops_per_token=1e3,
+        readings={"device/utilisation": 50.0, "device/power": None, "cpu_percent": 7.0}, peak_flops=1e6,
+        peak_source="NVIDIA X1", memory_W3=np.array([[10.0, 12.0, 5.0], [30.0, 35.0, 0.0], [20.0, 40.0, 1.0]]),
         busiest_G=np.array([2.5, 0.0]),
-    )
+    )  # fmt: skip
     record = record_of(stats, placement, ("text", "image"))
     assert record.scalars == {
-        "loss/total": 3.75,
-        "loss/text": 3.0,
-        "loss/image": None,
-        "loss/balance": 0.5,
-        "loss/z": 0.25,
-        "optim/lr": 0.1,
-        "optim/grad_norm": 2.0,
-        "optim/skipped_steps": 1.0,
-        "optim/tokens": 70.0,
-        "moe/experts_per_token/text": 0.9,
-        "moe/experts_per_token/image": None,
-        "moe/null_fraction/text": 0.4,
-        "moe/null_fraction/image": None,
-        "moe/load_imbalance/text": 2.0,
-        "moe/load_imbalance/image": None,
-        "moe/capacity_used/text": pytest.approx(12 / (20 / 3)),
-        "moe/capacity_used/image": None,
-        "moe/rank_imbalance": 2.0,
-        "moe/dropped": 3.0,
-        "moe/dead_experts": 3.0,
-        "moe/router_entropy": 0.6,
-        "comm/bytes_sent": 4800.0,
-        "comm/bytes_saved_vs_topk": 8 * 400.0,
-        "comm/bytes_saved_vs_same_active": 400.0,
-        "comm/dedup_factor": 1.5,
-        "comm/seconds": 0.125,
-        "perf/tokens_per_second": 20.0,
-        "perf/step_seconds": 0.5,
-        "perf/mfu": pytest.approx(0.02),
-        "device/utilisation": 50.0,
-        "device/memory": 40.0,
-        "device/power": None,
-        "data/epochs/text": 0.5,
-        "data/epochs/image": 0.0,
-    }
+        "loss/total": 3.75, "loss/text": 3.0, "loss/image": None, "loss/balance": 0.5, "loss/z": 0.25,
+        "optim/lr": 0.1, "optim/grad_norm": 2.0, "optim/skipped_steps": 1.0, "optim/tokens": 70.0,
+        "moe/experts_per_token/text": 0.9, "moe/experts_per_token/image": None,
+        "moe/null_fraction/text": 0.4, "moe/null_fraction/image": None,
+        "moe/load_imbalance/text": 2.0, "moe/load_imbalance/image": None,
+        "moe/capacity_used/text": pytest.approx(12 / (20 / 3)), "moe/capacity_used/image": None,
+        "moe/rank_imbalance": 2.0, "moe/dropped": 3.0, "moe/dead_experts": 3.0, "moe/router_entropy": 0.6,
+        "comm/bytes_sent": 4800.0, "comm/bytes_saved_vs_topk": 8 * 400.0, "comm/bytes_saved_vs_same_active": 400.0,
+        "comm/dedup_factor": 1.5, "comm/seconds": 0.125,
+        "perf/tokens_per_second": 20.0, "perf/step_seconds": 0.5, "perf/mfu": pytest.approx(0.02),
+        "device/utilisation": 50.0, "device/memory": 40.0, "device/power": None,
+        "data/epochs/text": 0.5, "data/epochs/image": 0.0,
+    }  # fmt: skip
     assert record.host == {
         "cpu_percent": 7.0,
-        "largest_allocated_mib": 30.0,
-        "largest_allocated_mib_rank": 1,
-        "largest_reserved_mib": 40.0,
-        "largest_reserved_mib_rank": 2,
-        "largest_allocator_retries": 5.0,
-        "largest_allocator_retries_rank": 0,
-        "largest_unused_mib": 20.0,
-        "largest_unused_mib_rank": 2,
-        "mfu_peak": "1e-06 TFLOP/s of all ranks (NVIDIA X1)",
-        "needed_capacity_factor/text": 2.5,
-    }
+        "largest_allocated_mib": 30.0, "largest_allocated_mib_rank": 1,
+        "largest_reserved_mib": 40.0, "largest_reserved_mib_rank": 2,
+        "largest_allocator_retries": 5.0, "largest_allocator_retries_rank": 0,
+        "largest_unused_mib": 20.0, "largest_unused_mib_rank": 2,
+        "mfu_peak": "1e-06 TFLOP/s of all ranks (NVIDIA X1)", "needed_capacity_factor/text": 2.5,
+    }  # fmt: skip
     assert record.labels == {"text": 10, "image": 0}
 
 
@@ -246,3 +210,43 @@ def test_tokens_that_no_expert_takes_are_in_the_record_and_in_a_map(
     window.add(record)
     sums, steps = window.take()
     assert "moe/idle_fraction" in dict(heat_maps(sums, subject, steps))
+
+
+HELD_OUT = replace(DEPTHS, taken_LG=np.array([[8, 0], [100, 60]]), agreed_L=None, weight_L=None)
+RESULT = EvaluationResult(3, {"text": 3.0}, {"text": 4}, mixture_of_depths=HELD_OUT)
+
+
+def test_scalars_by_hand(make_record: MakeRecord) -> None:
+    scalars = make_record(1, mixture_of_depths=DEPTHS).scalars
+    assert {tag: value for tag, value in scalars.items() if tag.startswith("mixture_of_depths/")} == pytest.approx(
+        {
+            "mixture_of_depths/computed/text": 46 / 200,
+            "mixture_of_depths/computed/image": 34 / 120,
+            "mixture_of_depths/agreement": 272 / 320,
+            "mixture_of_depths/gate_weight": 52 / 80,
+        }
+    )
+    assert evaluation_scalars(RESULT, MODALITIES, 2) == {
+        "eval/text": 3.0,
+        "mixture_of_depths/load_over_target": pytest.approx((8 / 160 + 1.0) / 2 / 0.25),
+    }
+
+
+def test_what_is_split_shrinks_with_groups_and_modalities() -> None:
+    assert all(vars(tag_plan(2, 2)).values())
+    assert tag_plan(1, 4).by_group == GROUP_FAMILIES
+    assert not tag_plan(1, 4).epochs_per_modality
+    assert tag_plan(3, 3).by_group == ()
+    assert tag_plan(3, 3).loss_per_modality
+    assert not any(vars(tag_plan(8, 8)).values())
+
+
+def test_reproducible_part_leaves_times_and_readings_out() -> None:
+    line = {
+        "step": 3,
+        "time": 1.0,
+        "host": {"cpu_percent": 3.0},
+        "balance_note": "timed over 4 batches",
+        "scalars": {"loss/total": 2.0, "perf/mfu": 0.1, "device/power": 90.0, "comm/seconds": 0.1, "comm/bytes_sent": 8.0},
+    }
+    assert reproducible_part(line) == {"step": 3, "scalars": {"loss/total": 2.0, "comm/bytes_sent": 8.0}}

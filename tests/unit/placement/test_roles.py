@@ -29,20 +29,14 @@ CASES: dict[str, dict[str, Any]] = {
             "image": {"num_experts": 2, "top_k": 2, "ffn_dim": 6, "num_null": 2, "num_constant": 1},
         },
         "model.moe.router": {"kind": "top_k", "selection_bias": True, "null_logit": "single"},
-        "model.moe.shared_ffn_dim": 4,
-        "model.moe.shared_gate": True,
-        "model.qk_norm": "head",
-        "model.attention_bias": "qkv",
-        "model.tie_embeddings": True,
+        "model.moe.shared_ffn_dim": 4, "model.moe.shared_gate": True, "model.qk_norm": "head",
+        "model.attention_bias": "qkv", "model.tie_embeddings": True,
     },
     "expert_choice": {
-        "model.moe.groups": PAIR,
-        "model.moe.router": {"kind": "expert_choice", "causal": "auxiliary"},
-        "model.moe.every": 2,
-        "model.dense_ffn_dim": 4,
+        "model.moe.groups": PAIR, "model.moe.router": {"kind": "expert_choice", "causal": "auxiliary"},
+        "model.moe.every": 2, "model.dense_ffn_dim": 4,
         "model.mixture_of_depths": {"every": 2, "capacity": 0.5, "causal": "auxiliary"},
-        "train.only": "auxiliary_routers",
-        "run.init_from": "elsewhere",
+        "train.only": "auxiliary_routers", "run.init_from": "elsewhere",
     },
     "thresholds": {
         "model.moe.groups": PAIR,
@@ -54,12 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
             "text": {"num_experts": 2, "top_k": 1, "ffn_dim": 4, "num_null": 1, "modalities": ["text", "image"]}
         },
         "model.moe.experts": {"kind": "lora", "rank": 2, "alpha": 4.0},
-        "model.attention_lora": {"rank": 2, "alpha": 4.0},
-        "train.only": "adapters",
-        "run.init_from": "elsewhere",
+        "model.attention_lora": {"rank": 2, "alpha": 4.0}, "train.only": "adapters", "run.init_from": "elsewhere",
         "run.init_rules": ["adapt"],
     },
-}
+}  # fmt: skip
 LATER: dict[str, dict[str, Any]] = {  # kinds that commit e0d2e61 lacks
     "ffn_lora": {**CASES["lora"], "model.moe.experts": {"kind": "ffn_lora", "rank": 2, "alpha": 4.0}},
 }

@@ -28,19 +28,9 @@ from tests.support.tiny import IMAGE_IDS
 
 ADAPTIVE = ("top_p", "relu", "threshold", "predicted_k")
 NAMES = [
-    "text",
-    "noise",
-    "layer",
-    "scores",
-    "gates",
-    "causal",
-    "experts",
-    "train",
-    "forward",
-    "auxiliary",
-    "threshold",
+    "text", "noise", "layer", "scores", "gates", "causal", "experts", "train", "forward", "auxiliary", "threshold",
     "seed",
-]
+]  # fmt: skip
 FIXES = (
     r"\b(set|take|lower|raise|give|leave|shorten|name|add|call|start|change"
     r"|train|tune|make|build|route|generate|remove|instead)\b"
@@ -120,16 +110,10 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
     return {
         "run": {"name": "drawn", "root": str(root), **init},
         "model": {
-            "hidden_dim": DIM,
-            "num_layers": LAYERS,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "vocab_size": IMAGE_IDS[1],
-            "max_seq_len": SEQ_LEN,
-            "dense_ffn_dim": 8,
+            "hidden_dim": DIM, "num_layers": LAYERS, "num_heads": 2, "num_kv_heads": 1, "vocab_size": IMAGE_IDS[1],
+            "max_seq_len": SEQ_LEN, "dense_ffn_dim": 8,
             "attention_lora": rare(None, {"rank": 2, "alpha": 4.0}, p=0.3 if lora else 0.03),
-            "mixture_of_depths": None if rng.random() < 0.85 else depths,
-            "moe": {**moe, "first": rare(0, 1, p=0.1)},
+            "mixture_of_depths": None if rng.random() < 0.85 else depths, "moe": {**moe, "first": rare(0, 1, p=0.1)},
         },
         "data": {"path": str(data), "seq_len": SEQ_LEN, "pack_window": 8},
         "train": {"steps": 2, "global_batch": 4 * ep, "micro_batch": 2, **only},
@@ -157,27 +141,24 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         },
         "placement": rare({"policy": "interleaved"}, {"policy": "pinned"}, explicit, p=0.02 if lora else 0.3),
         "evaluation": {"every": 2, "sequences": 2, "final_sequences": 2},
-    }
+    }  # fmt: skip
 
 
 def _top_k(rng: random.Random) -> dict[str, Any]:
     return {
-        "kind": "top_k",
-        "normalise": rng.choice(("true_chosen", "all_chosen", "true_all", "none")),
-        "scale": rng.choice((1.0, 2.0)),
-        "null_logit": rng.choice(("each", "single")),
+        "kind": "top_k", "normalise": rng.choice(("true_chosen", "all_chosen", "true_all", "none")),
+        "scale": rng.choice((1.0, 2.0)), "null_logit": rng.choice(("each", "single")),
         "selection_bias": rng.random() < 0.5,
-    }
+    }  # fmt: skip
 
 
 def _expert_choice(rng: random.Random) -> dict[str, Any]:
     return {
-        "kind": "expert_choice",
-        "scope": rng.choice(("rank", "ep_group", "world")),
+        "kind": "expert_choice", "scope": rng.choice(("rank", "ep_group", "world")),
         "noise": rng.choice((0.0, 0.0, 1.0)),
         "causal": rng.choice(("threshold", "threshold", "threshold", "auxiliary", None)),
         "capacity": rng.choice((None, 0.5)),
-    }
+    }  # fmt: skip
 
 
 def _adaptive(rng: random.Random) -> dict[str, Any]:
@@ -254,9 +235,7 @@ def run(numbers: range, seed: int, data: Path, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seed", "numbers"),
-    [(0, range(30)), full(0, range(30, 200)), exhaustive(1, range(2000))],
-    ids=str,
+    ("seed", "numbers"), [(0, range(30)), full(0, range(30, 200)), exhaustive(1, range(2000))], ids=str
 )
 def test_combinations_are_refused_in_words_or_take_a_step(
     tiny_data: Path, tmp_path: Path, seed: int, numbers: range

@@ -39,21 +39,15 @@ def group(num_experts: int, num_null: int, top_k: int, ffn_dim: int, **others: i
 
 def shape(*, moe: dict[str, Any] | None = None, **changes: Any) -> ModelSection:
     values: dict[str, Any] = {
-        "hidden_dim": 8,
-        "num_layers": 3,
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "vocab_size": 10,
-        "max_seq_len": 16,
-        "dense_ffn_dim": 20,
-        "qk_norm": "full",
+        "hidden_dim": 8, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 10, "max_seq_len": 16,
+        "dense_ffn_dim": 20, "qk_norm": "full",
         "moe": {
             "first": 1,
             "shared_ffn_dim": 6,
             "groups": {"text": group(3, 1, 2, 5), "image": group(2, 0, 1, 7)},
             **(moe or {}),
         },
-    }
+    }  # fmt: skip
     return ModelSection.model_validate_json(json.dumps({**values, **changes}))
 
 

@@ -53,10 +53,10 @@ def even(n: int, first: int, name: str) -> ExpertGroup:
     return ExpertGroup(name, n, 0, 2, 10, first, (name,))
 
 
-def words_of(comparison: PlanComparison, chosen: int = 0, itemsize: int = 2) -> str:
+def words_of(comparison: PlanComparison, chosen: int = 0) -> str:
     """Returns the text about one of the two plans."""
     others = [plan for n, plan in enumerate(comparison.plans) if n != chosen]
-    return verdict(comparison.plans[chosen], others, comparison.missing, itemsize=itemsize)
+    return verdict(comparison.plans[chosen], others, comparison.missing, itemsize=2)
 
 
 def test_a_skewed_mix_gives_the_pinned_ranks_uneven_work_and_fewer_rows() -> None:

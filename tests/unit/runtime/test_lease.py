@@ -42,7 +42,6 @@ def another_process(path: Path, then: str) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     try:
-        assert process.stdout is not None
         assert process.stdout.readline() == "held\n"
         yield process
     finally:
@@ -62,7 +61,6 @@ def test_a_lease_is_held_checked_and_given_back(tmp_path: Path) -> None:
     lease = Lease(path, "first").acquire(0.0)
     lease.check()
     holder = read_holder(path)
-    assert holder is not None
     assert (holder.attempt_id, holder.is_dead()) == ("first", False)
     lease.release()
     lease.release()
@@ -144,7 +142,6 @@ def test_a_resumed_writer_is_refused_and_its_heartbeats_have_no_effect(tmp_path:
     # Moves the holder to another machine, where its pid cannot be checked.
     record = path.read_bytes()
     holder = read_holder(path)
-    assert holder is not None
     path.write_bytes(record.replace(holder.machine.encode(), b"x" * len(holder.machine)))
     after = Lease(path, "after", stale_seconds=0.2).acquire(600.0)
     content = path.read_bytes().partition(b"\n")[2]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
 ENV = RankEnv(0, 1, 0, 1, "tcp://x", attempt=0, attempt_id="first")
 BOB = pwd.getpwnam("nobody")
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 PROGRAM = """
 import os, sys, traceback
 from moe_dist.config.load import load_config
@@ -47,6 +46,11 @@ try:
 except MoeDistError as error:
     print(type(error).__name__, error.exit_code, error)
 """
+
+
+def needs_root(test: Callable[..., None]) -> Callable[..., None]:
+    skipped = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+    return pytest.mark.needs_hardware(skipped(test))
 
 
 @pytest.fixture
@@ -88,7 +92,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @needs_root
-@pytest.mark.needs_hardware
 @pytest.mark.parametrize("mode", [0o755, full(0o777), full(0o700)])
 def test_another_users_run_is_refused_for_any_permissions(place: Path, mode: int) -> None:
     config, folder = a_run(place)
@@ -112,7 +115,6 @@ def test_another_users_run_is_refused_for_any_permissions(place: Path, mode: int
 
 
 @needs_root
-@pytest.mark.needs_hardware
 def test_another_users_finished_run_is_shown(place: Path) -> None:
     config, folder = a_run(place, verdict=0, steps=4)
     folder.write_summary("all well\n")
@@ -120,7 +122,6 @@ def test_another_users_finished_run_is_shown(place: Path) -> None:
 
 
 @needs_root
-@pytest.mark.needs_hardware
 def test_root_does_not_write_into_somebodys_run_either(place: Path) -> None:
     config, folder = a_run(place)
     for path in [folder.path, *folder.path.rglob("*")]:
@@ -130,7 +131,6 @@ def test_root_does_not_write_into_somebodys_run_either(place: Path) -> None:
 
 
 @needs_root
-@pytest.mark.needs_hardware
 @pytest.mark.parametrize(
     ("umask", "file_mode", "folder_mode"), [(0o027, 0o640, 0o750), full(0o077, 0o600, 0o700), full(0o002, 0o664, 0o775)]
 )
@@ -197,7 +197,6 @@ def test_nothing_is_written_through_a_link_out_of_the_run_folder(place: Path, wh
 
 
 @needs_root
-@pytest.mark.needs_hardware
 @pytest.mark.parametrize("where", ["metrics.jsonl", "log/rank_0.log", "checkpoints2", "tensorboard/text/events"])
 def test_a_link_planted_by_another_user_is_refused(place: Path, where: str) -> None:
     config, folder = a_run(place)
@@ -233,13 +232,9 @@ def test_writing_never_goes_through_a_link_or_leaves_half_a_file(tmp_path: Path)
 @pytest.mark.parametrize(
     "content",
     [
-        "",
-        "{",
-        '{"attempts": 3}',
-        '{"attempts": [{"attempt_id": "a"}]}',
-        "\0" * 50,
+        "", "{", '{"attempts": 3}', '{"attempts": [{"attempt_id": "a"}]}', "\0" * 50,
     ],
-)
+)  # fmt: skip
 def test_an_error_about_a_damaged_status_names_the_fix(tmp_path: Path, content: str) -> None:
     config, folder = a_run(tmp_path)
     folder.status_json.write_text(content)

@@ -24,6 +24,16 @@ def config_with(tmp_path: Path, changes: dict[str, Any] | None = None) -> Config
     return tiny_config(tmp_path / "data", tmp_path / "runs", changes)
 
 
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return config_with(tmp_path)
+
+
+@pytest.fixture
+def folder(config: Config) -> RunFolder:
+    return RunFolder.of(config)
+
+
 def attempt(config: Config, env: RankEnv = ENV, *, verdict: int | None, last_step: int = 0) -> RunFolder:
     """Runs one whole attempt. With `verdict=None` it dies without recording a verdict."""
     folder = RunFolder.of(config)
@@ -34,9 +44,7 @@ def attempt(config: Config, env: RankEnv = ENV, *, verdict: int | None, last_ste
     return folder
 
 
-def test_a_new_run_has_its_configuration_provenance_and_status(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
+def test_a_new_run_has_its_configuration_provenance_and_status(config: Config, folder: RunFolder, tmp_path: Path) -> None:
     assert folder.inspect(config) is Start.NEW
     assert not folder.path.exists()
     lease = folder.open(config, ENV)
@@ -51,14 +59,12 @@ def test_a_new_run_has_its_configuration_provenance_and_status(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("verdict", [None, 75, 1, 70])
-def test_the_same_configuration_resumes_after_every_unsuccessful_end(tmp_path: Path, verdict: int | None) -> None:
-    config = config_with(tmp_path)
+def test_the_same_configuration_resumes_after_every_unsuccessful_end(config: Config, verdict: int | None) -> None:
     folder = attempt(config, verdict=verdict, last_step=2)
     assert folder.inspect(config) is Start.RESUME
 
 
-def test_a_finished_run_is_finished_until_more_steps_are_asked_for(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
+def test_a_finished_run_is_finished_until_more_steps_are_asked_for(config: Config, tmp_path: Path) -> None:
     folder = attempt(config, verdict=0, last_step=4)
     assert folder.inspect(config) is Start.FINISHED
     assert folder.inspect(config_with(tmp_path, {"train.steps": 6})) is Start.RESUME
@@ -97,11 +103,11 @@ def test_the_stored_configuration_is_that_of_the_last_resume(tmp_path: Path) -> 
     assert folder.read_config() == longer
 
 
-def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(
+    config: Config, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing synchronises the ranks yet, so a folder that rank 0 has half opened must not look like the folder of
     another run."""
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
     seen: list[Start] = []
     for owner, name in ((Path, "mkdir"), (os, "replace")):
         original = getattr(owner, name)
@@ -119,9 +125,7 @@ def test_other_ranks_may_inspect_while_rank_0_opens_the_folder(tmp_path: Path, m
     assert set(seen) == {Start.NEW, Start.RESUME}
 
 
-def test_overwrite_moves_aside_as_often_as_it_is_asked(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
+def test_overwrite_moves_aside_as_often_as_it_is_asked(config: Config, folder: RunFolder, tmp_path: Path) -> None:
     for number in (1, 2):
         attempt(config_with(tmp_path, {"optimizer.lr": 0.1 * number}), verdict=0)
         assert folder.start(config, ENV, overwrite=True) is Start.NEW
@@ -132,16 +136,14 @@ def test_overwrite_moves_aside_as_often_as_it_is_asked(tmp_path: Path) -> None:
     assert folder.start(config, ENV, overwrite=True) is Start.NEW  # no run is left to move
 
 
-def test_overwrite_is_ignored_in_a_restart_and_left_to_rank_0(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
+def test_overwrite_is_ignored_in_a_restart_and_left_to_rank_0(config: Config) -> None:
     folder = attempt(config, verdict=75)
     assert folder.start(config, replace(ENV, attempt=1), overwrite=True) is Start.RESUME
     assert folder.start(config, replace(ENV, rank=1), overwrite=True) is Start.NEW
     assert folder.config_yaml.is_file()
 
 
-def test_overwrite_does_not_touch_a_run_that_somebody_writes_to(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
+def test_overwrite_does_not_touch_a_run_that_somebody_writes_to(config: Config) -> None:
     lease = RunFolder.of(config).open(config, ENV)
     with refused(LeaseError):
         RunFolder.of(config).move_aside()
@@ -150,9 +152,7 @@ def test_overwrite_does_not_touch_a_run_that_somebody_writes_to(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_no_run_is_neither_used_nor_moved(tmp_path: Path, overwrite: bool) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
+def test_a_folder_that_is_no_run_is_neither_used_nor_moved(config: Config, folder: RunFolder, overwrite: bool) -> None:
     folder.path.mkdir(parents=True)
     (folder.path / "thesis.tex").write_text("x")
     with refused(ConfigError, "config.yaml"):
@@ -160,18 +160,14 @@ def test_a_folder_that_is_no_run_is_neither_used_nor_moved(tmp_path: Path, overw
     assert (folder.path / "thesis.tex").exists()
 
 
-def test_remains_of_a_start_that_never_opened_the_folder_are_accepted(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
+def test_remains_of_a_start_that_never_opened_the_folder_are_accepted(config: Config, folder: RunFolder) -> None:
     folder.logs.mkdir(parents=True)
     folder.log_of(0).write_text("x")
     (folder.path / ".config.yaml.77").write_text("half")
     assert attempt(config, verdict=75).inspect(config) is Start.RESUME
 
 
-def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
+def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(config: Config, folder: RunFolder) -> None:
     lease = folder.open(config, ENV)
     write = {"last_step": 3, "attempt_id": "first"}
     assert folder.write_status(verdict=65, reason="damaged", rank=1, **write)
@@ -183,10 +179,8 @@ def test_the_first_verdict_of_an_attempt_stays_whichever_rank_gives_it(tmp_path:
 
 @pytest.mark.parametrize("then", ["nobody", "a holder", "one that has come and gone"])
 def test_rank_0_may_release_the_lease_while_another_rank_records_the_verdict(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+    config: Config, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
     lease, fsync = folder.open(config, ENV), os.fsync
 
     def meanwhile(descriptor: int) -> None:
@@ -206,8 +200,7 @@ def test_rank_0_may_release_the_lease_while_another_rank_records_the_verdict(
     assert (latest.attempt_id, latest.verdict) == (("first", 75) if written else ("second", None))
 
 
-def test_earlier_attempts_are_kept_and_a_later_one_has_its_own_verdict(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
+def test_earlier_attempts_are_kept_and_a_later_one_has_its_own_verdict(config: Config) -> None:
     attempt(config, verdict=75, last_step=2)
     attempt(config, replace(ENV, attempt_id="died", attempt=1), verdict=None)
     folder = attempt(config, replace(ENV, attempt_id="third", attempt=2), verdict=0, last_step=4)
@@ -221,10 +214,10 @@ def test_earlier_attempts_are_kept_and_a_later_one_has_its_own_verdict(tmp_path:
     assert not list(folder.path.glob(".verdict_first"))
 
 
-def test_times_come_from_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_come_from_the_clock_of_the_file_system(
+    config: Config, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clocks of hosts differ: the attempt begins on one host, and ends on another whose clock is two hours ahead."""
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
     lease, now = folder.open(config, ENV), time.time
     monkeypatch.setattr(time, "time", lambda: now() + 7200.0)
     assert folder.write_status(verdict=1, reason="killed", last_step=0, attempt_id=ENV.attempt_id)
@@ -235,9 +228,7 @@ def test_times_come_from_the_clock_of_the_file_system(tmp_path: Path, monkeypatc
     assert (never.restarts, never.verdict, round((never.ended or 0.0) - never.started)) == (1, 1, 5)
 
 
-def test_a_killed_attempt_shows_its_last_record(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    folder = RunFolder.of(config)
+def test_a_killed_attempt_shows_its_last_record(config: Config, folder: RunFolder) -> None:
     lease = folder.open(config, ENV)
     folder.metrics_jsonl.write_text('{"step":5,"kind":"step"}\n{"step":6,"ki')  # the kill has cut the last line
     lease.release()

@@ -1,12 +1,10 @@
 """Tools use a run of adapters together with its base, and refuse it without its base."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 
 from moe_dist.config.tuning_schema import RouterTuningSection
 from moe_dist.errors import ConfigError
@@ -34,10 +32,6 @@ ADAPTED: dict[str, Any] = {
     "train__only": "adapters",
     "run__init_rules": ["adapt"],
 }
-
-
-def call(tool: ModuleType, *arguments: object) -> Result:
-    return invoke(tool.main, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +62,7 @@ def test_without_its_base_it_is_refused(trained: tuple[Path, OneRank]) -> None:
     base.rename(away)
     try:
         for tool, options in ((verify_checkpoint, ()), (generate, ("--prompt", "a"))):
-            done = call(tool, folder, *options)
-            assert done.exit_code == 65, done.output
+            done = invoke(tool.main, folder, *options, code=65)
             assert "is missing; restore it" in done.stderr
             assert str(base) in done.stderr.replace("\n", "")
     finally:
@@ -84,7 +77,9 @@ def test_adapters_are_no_start_of_another_run_and_no_run_to_tune(trained: tuple[
         with refused(ConfigError):
             other.resumable.restore()
     embedder = tiny_embedder(tmp_path / "embedder")
-    done = call(prepare_router_tuning, folder, "--tasks", "pictures", "--out", tmp_path / "out", "--embedder", embedder)
+    done = invoke(
+        prepare_router_tuning.main, folder, "--tasks", "pictures", "--out", tmp_path / "out", "--embedder", embedder
+    )
     assert done.exit_code == 78
     assert "take a run without adapters" in done.stderr
 
@@ -124,9 +119,8 @@ def test_adapters_on_experts_are_resumed_sampled_and_evaluated(
     assert torch.equal(logits_of(model, tokens)[0], expected)
     base = find_trained(tmp_path / "base").load(torch.device("cpu"))
     assert not torch.allclose(logits_of(base, tokens)[0], expected)
-    done = call(generate, folder, "--prompt", "text 1", "--tokens", 5)
-    assert done.exit_code == 0, done.output
-    done = call(evaluate, folder, "--tasks", "pictures", "--split", "train", "--limit", 4, "--out", tmp_path / "out")
-    assert done.exit_code == 0, done.output
-    done = call(verify_checkpoint, folder)
-    assert done.exit_code == 0, done.output
+    invoke(generate.main, folder, "--prompt", "text 1", "--tokens", 5, code=0)
+    invoke(
+        evaluate.main, folder, "--tasks", "pictures", "--split", "train", "--limit", 4, "--out", tmp_path / "out", code=0
+    )
+    invoke(verify_checkpoint.main, folder, code=0)

@@ -4,10 +4,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from click.testing import Result
 
 from moe_dist.checkpoint.index import MAX_FAULTS, read_index
 from tests.support.invoked import invoke
@@ -28,10 +26,6 @@ def checkpoints(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         yield run.folder
 
 
-def call(module: ModuleType, *arguments: object) -> Result:
-    return invoke(module.main, *arguments)
-
-
 def flipped(folder: Path) -> Path:
     """Flips the last bit of the last tensor. Returns the file."""
     shard = folder / "shard_00000.safetensors"
@@ -43,7 +37,7 @@ def flipped(folder: Path) -> Path:
 
 @pytest.mark.parametrize("way", ["step_2", ".", ".."])
 def test_a_whole_checkpoint_is_0_whatever_the_path_names(checkpoints: Path, way: str) -> None:
-    done = call(verify_checkpoint, (checkpoints / way).resolve())
+    done = invoke(verify_checkpoint.main, (checkpoints / way).resolve())
     tensors = len(read_index(checkpoints / "step_2").tensors)
     assert done.exit_code == 0, done.output
     assert f"{checkpoints / 'step_2'}: step 2, {tensors} tensors in 1 files" in done.stdout
@@ -52,11 +46,10 @@ def test_a_whole_checkpoint_is_0_whatever_the_path_names(checkpoints: Path, way:
 
 def test_a_damaged_checkpoint_is_65_with_file_and_tensor(tmp_path: Path) -> None:
     folder = SmallRun(tmp_path).train(1).save(1)
-    done = call(verify_checkpoint, tmp_path)
+    done = invoke(verify_checkpoint.main, tmp_path)
     assert (done.exit_code, "it has no configuration to tell which tensors" in done.stdout) == (0, True)
     flipped(folder)
-    done = call(verify_checkpoint, tmp_path)
-    assert done.exit_code == 65
+    done = invoke(verify_checkpoint.main, tmp_path, code=65)
     assert done.stdout.splitlines() == [
         "damaged: shard_00000.safetensors: optimizer.exp_avg_sq.2.weight: its bits differ from those that were saved",
         f"{folder}: 1 faults",
@@ -66,7 +59,7 @@ def test_a_damaged_checkpoint_is_65_with_file_and_tensor(tmp_path: Path) -> None
 def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tmp_path).model_dump(mode="json")
     SmallRun(tmp_path).train(1).save(1, config=config)
-    done, every = call(verify_checkpoint, tmp_path), call(verify_checkpoint, tmp_path, "--every")
+    done, every = invoke(verify_checkpoint.main, tmp_path), invoke(verify_checkpoint.main, tmp_path, "--every")
     assert done.exit_code == every.exit_code == 65
     for problem in (
         "incomplete: index.json: layers.1.moe.experts.image.1.gate: in the model, but not in the checkpoint",
@@ -79,8 +72,7 @@ def test_what_the_configuration_calls_for_and_is_not_there_is_65(tmp_path: Path)
 
 
 def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
-    done = call(inspect_checkpoint, checkpoints.parent, "--tensors")
-    assert done.exit_code == 0, done.output
+    done = invoke(inspect_checkpoint.main, checkpoints.parent, "--tensors", code=0)
     index = read_index(checkpoints / "step_2")
     for wanted in (
         "2, 2 of them by the optimizer",
@@ -96,9 +88,9 @@ def test_what_is_in_a_checkpoint_is_shown(checkpoints: Path) -> None:
 
 def test_a_checkpoint_cut_short_is_65_to_look_at(tmp_path: Path) -> None:
     shard = flipped(SmallRun(tmp_path).train(1).save(1))
-    assert call(inspect_checkpoint, tmp_path).exit_code == 0, "it reads no tensor"
+    assert invoke(inspect_checkpoint.main, tmp_path).exit_code == 0, "it reads no tensor"
     shard.write_bytes(shard.read_bytes()[:-1])
-    done = call(inspect_checkpoint, tmp_path)
+    done = invoke(inspect_checkpoint.main, tmp_path)
     assert (done.exit_code, done.stdout) == (65, "")
     assert "truncated: shard_00000.safetensors" in done.stderr
 

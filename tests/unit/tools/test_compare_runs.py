@@ -3,7 +3,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from tests.support.invoked import invoke
 from tools import compare_runs
@@ -21,22 +20,17 @@ def record(folder: Path, losses: list[float]) -> Path:
     return folder
 
 
-def call(*arguments: object) -> Result:
-    return invoke(compare_runs.main, *arguments)
-
-
 def test_the_first_difference_is_shown_and_1(tmp_path: Path) -> None:
     a, b = record(tmp_path / "a", [3.0, 2.0, 1.0]), record(tmp_path / "b", [3.0, 2.5, 9.0])
-    done = call(a, b)
-    assert done.exit_code == 1
+    done = invoke(compare_runs.main, a, b, code=1)
     assert done.stdout.splitlines() == [
         "first difference: step 2, step; the 1 lines before it are equal",
         "  scalars.loss/total: 2.0 and 2.5",
         "  losses.text: 2.0 and 2.5",
     ]
-    assert call(a, b, "--rtol", "0.5").stdout.startswith("first difference: step 3")
-    assert "scalars" not in call(a, b, "--only", "losses").stdout
-    assert call(a, b, "--only", "ledger").exit_code == 65, "no line has such a key"
+    assert invoke(compare_runs.main, a, b, "--rtol", "0.5").stdout.startswith("first difference: step 3")
+    assert "scalars" not in invoke(compare_runs.main, a, b, "--only", "losses").stdout
+    assert invoke(compare_runs.main, a, b, "--only", "ledger").exit_code == 65, "no line has such a key"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +39,7 @@ def test_the_first_difference_is_shown_and_1(tmp_path: Path) -> None:
 def test_a_hostile_record_is_refused_or_escaped(tmp_path: Path, change: dict[str, Any], code: int) -> None:
     a, b = record(tmp_path / "a", [3.0, 2.0]), record(tmp_path / "b", [3.0, 2.0])
     (b / "metrics.jsonl").write_text(f"{json.dumps(line(1, 3.0) | change)}\n" * 2)
-    done = call(b, a)
+    done = invoke(compare_runs.main, b, a)
     assert (done.exit_code, "\x1b" in done.output) == (code, False)
 
 
@@ -53,15 +47,15 @@ def test_a_hostile_record_is_refused_or_escaped(tmp_path: Path, change: dict[str
 def test_nothing_to_compare_is_65(tmp_path: Path, content: str) -> None:
     a, b = record(tmp_path / "a", [3.0]), record(tmp_path / "b", [])
     (b / "metrics.jsonl").write_text(content)
-    assert call(a, b).exit_code == 65
+    assert invoke(compare_runs.main, a, b).exit_code == 65
 
 
 def test_no_record_is_78_and_a_damaged_one_65(tmp_path: Path) -> None:
     a = record(tmp_path / "a", [3.0])
-    done = call(a, tmp_path)
+    done = invoke(compare_runs.main, a, tmp_path)
     assert (done.exit_code, done.stdout) == (78, "")
     assert f"compare_runs: {tmp_path / 'metrics.jsonl'} is not there" in done.stderr
     (record(tmp_path / "b", []) / "metrics.jsonl").write_text('{"step": 1,\n{"step": 2}\n')
-    done = call(a, tmp_path / "b")
+    done = invoke(compare_runs.main, a, tmp_path / "b")
     assert (done.exit_code, done.stdout) == (65, "")
     assert done.stderr.startswith("compare_runs: ")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import Result
 from PIL import Image
 
 from moe_dist.config.routers.base import RouterSection
@@ -26,32 +25,28 @@ GROWING = {"normalizer": {"type": "Sequence", "normalizers": [_TWICE] * 34}}
 pytestmark = pytest.mark.slow
 
 
-def call(*arguments: object) -> Result:
-    return invoke(main, *arguments)
-
-
 def test_text_goes_on_and_its_tokens_are_known(own_run: Path, tmp_path: Path) -> None:
     options = ("--prompt", "text 1", "--samples", 3, "--tokens", 20, "--out", tmp_path, "--json")
-    done = call(own_run, *options)
-    assert done.exit_code == 0, done.output
+    done = invoke(main, own_run, *options, code=0)
     samples = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(samples) == 3
     for sample in samples:
         assert len(sample["tokens"]) == len(sample["modalities"]) <= 20
         assert set(sample["modalities"]) <= {"text", "image"}
-    assert call(own_run / "checkpoints" / "step_2", *options).stdout == done.stdout  # same run, same seed
-    assert call(own_run, *options, "--seed", 1).stdout != done.stdout
-    assert call(own_run, "--prompt", "text 1", "--tokens", 5).stdout.startswith("text 1")
+    assert invoke(main, own_run / "checkpoints" / "step_2", *options).stdout == done.stdout  # same run, same seed
+    assert invoke(main, own_run, *options, "--seed", 1).stdout != done.stdout
+    assert invoke(main, own_run, "--prompt", "text 1", "--tokens", 5).stdout.startswith("text 1")
 
 
 def test_a_caption_is_drawn(own_run: Path, tmp_path: Path) -> None:
-    done = call(own_run, "--prompt", "odd picture", "--draw", "--samples", 2, "--guidance", 2, "--out", tmp_path)
-    assert done.exit_code == 0, done.output
+    done = invoke(
+        main, own_run, "--prompt", "odd picture", "--draw", "--samples", 2, "--guidance", 2, "--out", tmp_path, code=0
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sample_0_0.png", "sample_1_0.png"]
     assert Image.open(tmp_path / "sample_0_0.png").size == (256, 256)
     assert f"{tmp_path / 'sample_1_0.png'}: odd picture" in done.stdout
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    done = call(own_run, "--prompt", "even picture", "--draw", "--seed", 1, "--out", tmp_path)
+    done = invoke(main, own_run, "--prompt", "even picture", "--draw", "--seed", 1, "--out", tmp_path)
     assert f"{tmp_path / 'sample_2_0.png'}: even picture" in done.stdout
     assert {path: path.read_bytes() for path in before} == before, "an earlier call's pictures stay"
 
@@ -59,8 +54,7 @@ def test_a_caption_is_drawn(own_run: Path, tmp_path: Path) -> None:
 def test_a_picture_is_described_from_a_file_or_by_number(own_run: Path, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
     for picture in (tmp_path / "red.png", 1):
-        done = call(own_run, "--picture", picture, "--prompt", "even", "--tokens", 6, "--json")
-        assert done.exit_code == 0, done.output
+        done = invoke(main, own_run, "--picture", picture, "--prompt", "even", "--tokens", 6, "--json", code=0)
         sample = json.loads(done.stdout.splitlines()[-1])
         assert set(sample["modalities"]) == {"text"}
         assert sample["pictures"] == []
@@ -68,12 +62,11 @@ def test_a_picture_is_described_from_a_file_or_by_number(own_run: Path, tmp_path
 
 def test_a_sheet_has_the_held_out_captions(own_run: Path, tmp_path: Path) -> None:
     sheet = tmp_path / "deep" / "sheet.png"
-    done = call(own_run, "--sheet", sheet, "--captions", 2, "--samples", 1)
-    assert done.exit_code == 0, done.output
+    done = invoke(main, own_run, "--sheet", sheet, "--captions", 2, "--samples", 1, code=0)
     assert "of each of 2 held-out captions" in done.stdout
     first = sheet.read_bytes()
     assert Image.open(sheet).width > 96
-    both = call(own_run, "--sheet", sheet, "--captions", 2, "--samples", 1, "--originals")
+    both = invoke(main, own_run, "--sheet", sheet, "--captions", 2, "--samples", 1, "--originals")
     assert "2 held-out captions, beside the held-out picture" in both.stdout.replace("\n", " ")
     vocabulary = find_trained(own_run, step=None, data=None, allow=lambda _: []).vocabulary()
     caption = choose_captions(vocabulary.heldout(), 2, starting="", seed=0)[0]
@@ -96,7 +89,7 @@ def test_a_planted_tokenizer(
     data = shutil.copytree(own_data, tmp_path / "data")
     values = json.loads((data / "tokenizer.json").read_text())
     (data / "tokenizer.json").write_text(json.dumps(values | added))
-    done = call(own_run, "--data", data, "--prompt", "text 1", "--tokens", 5)
+    done = invoke(main, own_run, "--data", data, "--prompt", "text 1", "--tokens", 5)
     assert (done.exit_code, message in done.output) == (exit_code, True), done.output
 
 

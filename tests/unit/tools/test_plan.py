@@ -101,7 +101,6 @@ def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest
     rows = {(ep, policy): rest.split("│") for ep, policy, rest in replayed}
     assert {ep for ep, _ in rows} == {"1", "2", "4"}
     tokens = routing.tokens
-    assert tokens is not None
     placement = ExpertPlacement.interleaved(routing.groups, 4)
     sent = traffic(tokens.ids_TLK, tokens.sequence_T, placement, (8,), micro_batch=1)
     assert float(rows["4", "interleaved"][0]) == pytest.approx(sent.rows / 1200 / 4, abs=1e-3)

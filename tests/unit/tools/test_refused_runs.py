@@ -45,23 +45,15 @@ NAMING = ("--tasks", "pictures-naming", "--split", "train")
     ids=lambda each: getattr(each, "__module__", None) or str(each),
 )
 def test_options_that_cannot_be(
-    own_run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tool: Callable[..., None],
-    options: tuple[str, ...],
-    message: str,
+    own_run: Path, monkeypatch: pytest.MonkeyPatch, tool: Callable[..., None], options: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.setattr(LoadedRun, "load", lambda *_: pytest.fail("the model was loaded"))
-    done = invoke(tool, own_run, *options)
-    assert done.exit_code == 78, done.output
-    assert message in done.stderr
+    assert message in invoke(tool, own_run, *options, code=78).stderr
 
 
 def test_packages_that_are_not_there_are_named(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    done = invoke(evaluate, own_run, "--harness", "lambada")
-    assert done.exit_code == 78, done.output
-    assert "install moe_dist[evaluate]" in done.stderr
+    assert "install moe_dist[evaluate]" in invoke(evaluate, own_run, "--harness", "lambada", code=78).stderr
 
 
 def test_a_run_without_checkpoint_tokenizer_or_codebook(tiny_data: Path, tmp_path: Path) -> None:
@@ -71,8 +63,7 @@ def test_a_run_without_checkpoint_tokenizer_or_codebook(tiny_data: Path, tmp_pat
         other = OneRank(tiny_data, tmp_path)
         other.train_and_save()
     for tool, options in ((generate, DRAW[:2]), (generate, DRAW), (generate, ("--picture", 0)), (evaluate, NAMING)):
-        done = invoke(tool, other.folder.parent, *options)
-        assert done.exit_code == 78, done.output
+        done = invoke(tool, other.folder.parent, *options, code=78)
         assert "names no tokenizer" in done.stderr or "has no image.codebook" in done.stderr
 
 
@@ -82,8 +73,7 @@ def test_other_data(own_run: Path, own_data: Path, tmp_path: Path) -> None:
     tokenizer, manifest = (moved / "tokenizer.json").read_bytes(), load_manifest(moved)
     texts = [" ".join(f"{number:03} brown foxes" for number in range(60))]
     fit_tokenizer(texts, vocab_size=310).save(str(moved / "tokenizer.json"))
-    done = invoke(evaluate, own_run, *NAMING[:2], "--data", moved)
-    assert done.exit_code == 65, done.output
+    done = invoke(evaluate, own_run, *NAMING[:2], "--data", moved, code=65)
     assert "to the data that is a picture code; it is another data set's tokenizer" in done.stderr
     (moved / "tokenizer.json").write_bytes(tokenizer)
     write_manifest(manifest.model_copy(update={"eos_id": 4}), moved)

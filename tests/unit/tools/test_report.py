@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
-from typer.testing import Result
 
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
@@ -26,10 +25,6 @@ from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
 from tools.report import main, open_routing
-
-
-def call(*arguments: object) -> Result:
-    return invoke(main, *arguments)
 
 
 def write_trace(place: Path, manifest: Manifest, steps: range, tokens: int = 40) -> list[dict[str, list[list[int]]]]:
@@ -94,8 +89,6 @@ def test_a_run_and_its_trace_have_the_same_counts(run: Path) -> None:
         assert all(np.array_equal(x, y) for x, y in zip(a[:6], b[:6], strict=True))
     assert one.placement == other.placement
     assert (one.balance_coefficient, one.window_steps) == (0.02, 5)
-    assert one.tokens is not None
-    assert other.tokens is not None
     assert len(one.tokens.token_T) == 200
     assert np.array_equal(one.tokens.ids_TLK, other.tokens.ids_TLK)
 
@@ -112,7 +105,6 @@ def test_of_several_held_out_traces_the_latest_step_is_read(run: Path, manifest:
     for step in (5, 3):  # the earlier step was traced later
         write_trace(run / "traces" / f"step_{step}" / "heldout", replace(manifest, split="held-out"), range(step, step + 1))
     tokens = open_routing(run).tokens
-    assert tokens is not None
     assert (tokens.steps, tokens.split) == ((5,), "held-out")
 
 
@@ -120,7 +112,9 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.html"
     placed = tmp_path / "placed.yaml"
     placed.write_text("slots: [[text/0, text/1, text/2], [image/0, image/1]]")  # as in the run
-    done = call(run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2", "--placement", placed)
+    done = invoke(
+        main, run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2", "--placement", placed
+    )
     assert done.exit_code == 0, done.output
     text = out.read_text()
     first, *printed, _ = done.output.splitlines()
@@ -134,14 +128,9 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
         "the mean of five steps"
     )
     assert re.findall(r'<td class="e">(\d+)</td><td>(pinned|interleaved|as in the run)', text) == [
-        ("2", "as in the run"),
-        ("2", "interleaved"),
-        ("3", "pinned"),
-        ("3", "interleaved"),
-        ("4", "pinned"),
-        ("4", "interleaved"),
-        ("5", "pinned"),
-    ]
+        ("2", "as in the run"), ("2", "interleaved"), ("3", "pinned"), ("3", "interleaved"), ("4", "pinned"),
+        ("4", "interleaved"), ("5", "pinned"),
+    ]  # fmt: skip
     rows = dict(re.findall(r'<tr><td class="e">2</td><td>(as in the run|placed\.yaml)</td>(.*?)</tr>', text))
     assert rows["as in the run"] == rows["placed.yaml"]
     assert len(out.read_bytes()) < 5_000_000
@@ -203,7 +192,7 @@ def test_a_tokenizer_that_takes_all_memory_is_refused(run: Path, tiny_data: Path
     made.save(str(data / "t.json"))
     values = json.loads((data / "manifest.json").read_text())
     (data / "manifest.json").write_text(json.dumps(values | {"tokenizer": "t.json"}))
-    done = call(run, "--data", data, "-o", tmp_path / "report.html")
+    done = invoke(main, run, "--data", data, "-o", tmp_path / "report.html")
     assert (done.exit_code, "its tokenizer fails on a token" in done.stderr) == (65, True), done.output
 
 
@@ -223,10 +212,10 @@ def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifes
         ((run, "--placement", run / "config.yaml"), "config.yaml: run: unknown key; the whole has the keys policy, slots"),
         ((run, "--placement", half), "placement.slots: no rank has text/1, text/2, image/0, image/1"),
     ):
-        done = call(*options, "-o", out)
+        done = invoke(main, *options, "-o", out)
         assert (done.exit_code, message in done.stderr) == (78, True), done.output
     assert out.read_text() == "old"
-    assert "must end with .html" in call(run, "-o", run / "config.yaml").stderr
+    assert "must end with .html" in invoke(main, run, "-o", run / "config.yaml").stderr
 
 
 def test_a_run_without_trace_and_checkpoint(run: Path, manifest: Manifest) -> None:
@@ -246,8 +235,7 @@ def test_the_report_is_in_the_folder_of_its_subject_or_in_the_current_one(
 
     def written(subject: Path) -> set[Path]:
         before = set(tmp_path.rglob("*.html"))
-        done = call(subject)
-        assert done.exit_code == 0, done.output
+        done = invoke(main, subject, code=0)
         (made,) = set(tmp_path.rglob("*.html")) - before
         return {made, Path(done.stdout.splitlines()[-1].partition(": ")[0])}
 

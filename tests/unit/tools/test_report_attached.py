@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from typer.testing import CliRunner
 
 from moe_dist.monitor import attach
 from moe_dist.monitor.report.findings import problems
+from tests.support.invoked import invoke
 from tests.support.tiny_hf import VOCAB, tiny_model
 from tools.report import main, open_routing
 
@@ -40,10 +39,7 @@ def trained(folder: Path, *, collapsed: int | None = None, **options: object) ->
 
 
 def page_of(folder: Path) -> str:
-    app = typer.Typer()
-    app.command()(main)
-    done = CliRunner().invoke(app, [str(folder), "-o", str(folder / "report.html")])
-    assert done.exit_code == 0, done.output
+    invoke(main, folder, "-o", folder / "report.html", code=0)
     return (folder / "report.html").read_text()
 
 
@@ -54,7 +50,6 @@ def test_the_report_of_a_foreign_run(tmp_path: Path) -> None:
     routing = open_routing(folder)
     assert (routing.source, routing.window_steps, routing.window.last) == ("from metrics.jsonl", 50, STEPS)
     assert routing.window.tokens_LG.tolist() == [[50 * 48], [50 * 48]]
-    assert routing.tokens is not None
     assert routing.tokens.steps == (1, 21, 41)
     assert not problems(routing)
     page = page_of(folder)

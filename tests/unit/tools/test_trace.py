@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import Result
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.loader import heldout_batches
@@ -25,18 +24,13 @@ from tools.trace import main
 pytestmark = pytest.mark.slow
 
 
-def call(*arguments: object) -> Result:
-    return invoke(main, *arguments)
-
-
 @pytest.fixture(scope="module")
 def run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictured_run(own_data, tmp_path_factory.mktemp("traced"), model__mixture_of_depths=None)
 
 
 def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
-    done = call(run, "--sequences", 3)
-    assert done.exit_code == 0, done.output
+    invoke(main, run, "--sequences", 3, code=0)
     trace = read_trace(run / "traces" / "step_2")
     assert trace.steps == (2,)
     found = trace.step(2)
@@ -56,22 +50,19 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
         group_of_modality=torch.tensor(trained.group_of_modality),
         world=None,
     )
-    assert heldout.counts is not None
     assert np.array_equal(found.choices(), heldout.counts.choices_LC)
     assert np.array_equal(found.tokens["token"], np.concatenate([b.tokens_BS[~b.padding_BS].numpy() for b in batches]))
     label_T, modality_T = (
         np.concatenate([getattr(b, name)[~b.padding_BS].numpy() for b in batches])
         for name in ("labels_BS", "label_modality_BS")
     )
-    assert found.losses is not None
     assert np.array_equal(np.isnan(found.losses), label_T == IGNORED)
     for m, name in enumerate(trained.manifest.modalities):  # float16 has 11 bits
         of_modality = found.losses[(label_T != IGNORED) & (modality_T == m)].astype(np.float64)
         assert of_modality.mean() == pytest.approx(heldout.loss[name], rel=2e-3)
     assert len(np.unique(found.tokens["sequence"])) == sum(int((~b.padding_BS).any(1).sum()) for b in batches)
     assert (found.manifest.split, found.manifest.rank_of_expert) == ("held-out", (0, 0, 0, 0))
-    again = call(run)
-    assert again.exit_code == 78
+    again = invoke(main, run, code=78)
     assert "step_2: it exists, and a trace is never overwritten" in again.stderr
 
 
@@ -109,8 +100,7 @@ def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path
     if choosing:
         changes |= {"loss__balance__schedule": [[0, 0.0]], "loss__z": 0.0}
     run = pictured_run(own_data, tmp_path, begin=spread, **changes)
-    done = call(run, "--sequences", 3)
-    assert done.exit_code == 0, done.output
+    invoke(main, run, "--sequences", 3, code=0)
     found = read_trace(run / "traces" / "step_2").step(2)
     trained = find_trained(run)
     model = trained.load(torch.device("cpu"))
@@ -127,7 +117,6 @@ def test_each_token_has_its_own_number_of_experts(own_data: Path, tmp_path: Path
             real_T = ~batch.padding_BS.flatten()
             weights_TLE.append(torch.stack([table(seen.pop(), len(real_T))[real_T] for seen in pairs_L], dim=1))
     wanted_TLE = torch.cat(weights_TLE).to(torch.float16).numpy()
-    assert found.weights is not None
     assert found.ids.shape == found.weights.shape == (*wanted_TLE.shape[:2], 4 if choosing else 3)
     traced_TLE, (token, layer, place) = np.full_like(wanted_TLE, np.nan), ((found.ids >= 0) & (found.ids < 6)).nonzero()
     traced_TLE[token, layer, found.ids[token, layer, place]] = found.weights[token, layer, place]
@@ -148,7 +137,7 @@ def table(pairs: Assignments, num_tokens: int) -> torch.Tensor:
 
 
 def test_an_unwritable_folder_is_refused(run: Path) -> None:
-    done = call(run, "--out", "/dev/null/x/y")
+    done = invoke(main, run, "--out", "/dev/null/x/y")
     assert (done.exit_code, "--out /dev/null/x/y: not writable" in done.stderr) == (78, True), done.output
 
 
@@ -156,12 +145,9 @@ def test_a_trace_that_could_not_be_written_is_no_success(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moe_dist.monitor.trace.writer.content_check", lambda *_: 1 / 0)
-    done = call(run, "--sequences", 1, "--out", tmp_path / "broken")
-    assert done.exit_code == 1
+    done = invoke(main, run, "--sequences", 1, "--out", tmp_path / "broken", code=1)
     assert "broken/heldout: the trace is incomplete" in done.stderr
 
 
 def test_a_model_whose_choices_do_not_fit_is_refused(own_run: Path) -> None:
-    done = call(own_run)
-    assert done.exit_code == 78
-    assert "model.mixture_of_depths: needs the choices of all tokens" in done.stderr
+    assert "model.mixture_of_depths: needs the choices of all tokens" in invoke(main, own_run, code=78).stderr

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from typer.testing import CliRunner
 
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError
 from moe_dist.train.start.dry_run import bytes_text, count_text, dry_run, estimate, render
+from tests.support.invoked import invoke
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -70,14 +70,10 @@ def test_a_placement_that_cannot_work_is_refused() -> None:
 
 
 def test_the_command_ends_with_78_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    import typer
 
     from moe_dist.train.__main__ import main
 
-    app = typer.Typer()
-    app.command()(main)
-    result = CliRunner().invoke(app, [str(CONFIGS / "olmoe_1b7b_8gpu.yaml"), "data.seq_len=8192", "--dry-run"])
-    assert result.exit_code == 78
+    result = invoke(main, CONFIGS / "olmoe_1b7b_8gpu.yaml", "data.seq_len=8192", "--dry-run", code=78)
     assert "data.seq_len=8192: longer than model.max_seq_len=4096" in result.output + result.stderr
 
 

@@ -69,18 +69,12 @@ def test_a_run_with_the_same_data_steps_and_seed_is_compared(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.steps": 6},
-        {"train.global_batch": 16},
-        {"run.seed": 1},
-        {"data.seq_len": 48},
-        {"optimizer.lr": 1e-3},
-        {"model.hidden_dim": 64},
-        {"model.moe.groups.text.ffn_dim": 32},
-        {"evaluation.final_sequences": 4},
+        {"train.steps": 6}, {"train.global_batch": 16}, {"run.seed": 1}, {"data.seq_len": 48}, {"optimizer.lr": 1e-3},
+        {"model.hidden_dim": 64}, {"model.moe.groups.text.ffn_dim": 32}, {"evaluation.final_sequences": 4},
         {"loss": {"z": 0.5}},
     ],
     ids=lambda changes: next(iter(changes)),
-)
+)  # fmt: skip
 def test_figures_of_another_run_are_not_shown(prepared: tuple[Path, Manifest, Path], changes: dict[str, Any]) -> None:
     assert _sentence(prepared, changes) == ""
 

@@ -5,12 +5,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from launchers import local
 from moe_dist.config.load import load_config
 from moe_dist.train import __main__ as train
+from tests.support.invoked import invoke
 from tests.support.tiny import tiny_config, write_config
 
 
@@ -21,10 +20,8 @@ def test_init_from_is_the_override_of_that_key(
     given: list[list[str]] = []
     monkeypatch.setattr(module, called, lambda _config, overrides, *_, **__: given.append(overrides) or 0)
     path = write_config(tiny_config(tmp_path, tmp_path), tmp_path / "x.yaml")
-    app = typer.Typer()
-    app.command()(module.main)
     for arguments in (["train.steps=7"], ["train.steps=7", "--init-from", "runs/a b"]):
-        assert CliRunner().invoke(app, [str(path), *arguments]).exit_code == 0
+        invoke(module.main, path, *arguments, code=0)
     without, begun = (load_config(path, overrides) for overrides in given)
     assert (without.run.init_from, begun.run.init_from) == (None, "runs/a b")
     assert without.train.steps == begun.train.steps == 7

@@ -20,8 +20,8 @@ from moe_dist.train.start.node_check import check_at_start
 from tests.support.tiny import tiny_config
 
 
-def rank_env(rank: int, *, world_size: int = 4, per_node: int = 2) -> RankEnv:
-    return RankEnv(rank, world_size, rank % per_node, per_node, "published", 0, "job.1", launched=True)
+def rank_env(rank: int, *, world_size: int = 4) -> RankEnv:
+    return RankEnv(rank, world_size, rank % 2, 2, "published", 0, "job.1", launched=True)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from moe_dist.train.evaluation.replay_step import counterfactual, replay_step
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import traced_steps
+from tests.support.agreement import reversed_scores
 from tests.support.messages import refused
 from tests.support.one_rank import OneRank, world_of_one
 
@@ -36,11 +37,6 @@ GROUPS = torch.tensor([0, 1])
 def world() -> Iterator[None]:
     with world_of_one():
         yield
-
-
-def reversed_scores(masked_TC: Tensor, _: Tensor) -> Tensor:
-    """Returns negated scores, by which each token's worst columns win."""
-    return masked_TC.detach().neg().masked_fill(masked_TC == float("-inf"), float("-inf"))
 
 
 class Traced(NamedTuple):
@@ -61,7 +57,6 @@ def traced_run(data: Path, root: Path, **changes: Any) -> Traced:
         layer.router._selection_scores = reversed_scores  # pyright: ignore[reportArgumentType]
     aux, numbers = one.run.plan.aux(0), one.run.loader.numbers
     with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=numbers) as tracer:
-        assert tracer is not None
         result = one.training.step(batches, lr=1e-3, aux=aux, watchers=[tracer])
     return Traced(folder.path, batches, aux, result, one.weights(), read_trace(folder.path).step(1))
 
@@ -105,7 +100,6 @@ def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) 
     found = torch.stack([each.chosen.column_TK for each in reports if each.chosen is not None], 1)
     assert np.array_equal(found[~batch.padding_BS.flatten()], np.concatenate(rows))
     for report, layer in zip(reports, model.moe_modules(), strict=True):
-        assert report.chosen is not None
         assert (report.chosen.weight_TK[~batch.padding_BS.flatten()] > 0).all()
         assert all(parameter.grad.abs().sum() > 0 for parameter in layer.router.parameters())  # pyright: ignore
 

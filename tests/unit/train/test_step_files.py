@@ -49,11 +49,7 @@ def preset(name: str) -> dict[str, Any]:
     }
 
 
-JOBS = {
-    "default": preset("adamoe_moma_tiny_cpu.yaml"),
-    "moma": preset("moma_tiny_cpu.yaml"),
-    "deepseek_v3": DEEPSEEK,
-}
+JOBS = {"default": preset("adamoe_moma_tiny_cpu.yaml"), "moma": preset("moma_tiny_cpu.yaml"), "deepseek_v3": DEEPSEEK}
 
 
 def files_entered(action: Callable[[], Any]) -> set[str]:

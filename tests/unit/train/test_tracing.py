@@ -38,7 +38,6 @@ def take_steps(tiny_data: Path, tmp_path: Path, changes: dict[str, Any]) -> Trac
         loader, steps = one.run.loader, []
         folder, aux = RunFolder.of(config), one.run.plan.aux(0)
         with traced_steps(plan, folder, ENV, attempt_id="one", step=0, position=0, numbers=loader.numbers) as tracer:
-            assert tracer is not None
             for number in range(3):
                 batches = loader.batches(number * config.train.global_batch)
                 due = tracer if tracer.due(number) else None
@@ -72,7 +71,6 @@ def test_counts_of_a_trace_equal_those_of_the_records(tiny_data: Path, tmp_path:
         assert np.array_equal(found.tokens["modality"], real_tokens(batches, "modality_BS"))
         first = (traced - 1) * run.global_batch
         assert set(found.tokens["sequence"]) == set(range(first, first + run.global_batch))
-        assert found.weights is not None
         taken_TLK = (found.ids >= 0) & (found.ids < run.num_experts)
         assert not found.weights[~taken_TLK].any()
         assert (found.weights[taken_TLK] > 0).all()

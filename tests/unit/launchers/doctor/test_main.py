@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from launchers.doctor.__main__ import main
 from moe_dist.runtime.status import record_save_seconds
+from tests.support.invoked import invoke
 from tests.support.stand_ins import stand_in
 from tests.support.tiny import tiny_config, write_config
 
@@ -17,9 +16,7 @@ ROOT = Path(__file__).parents[4]
 
 def says(*arguments: str | Path) -> tuple[int, list[str]]:
     """Returns exit code and output lines."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = invoke(main, *arguments)
     return result.exit_code, result.output.splitlines()
 
 

@@ -52,16 +52,13 @@ class Kept:
         self.pid = int(self.hear()["pid"])
 
     def say(self, line: str) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n".encode())
         self.process.stdin.flush()
 
     def hear(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
     def actor_dies(self) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.stdin = None
 

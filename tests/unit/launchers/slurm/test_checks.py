@@ -78,14 +78,10 @@ def test_an_unreachable_slurm_gives_one_result() -> None:
 @pytest.mark.parametrize(
     ("gres", "gpus"),
     [
-        ("(null)", 0),
-        ("gpu:2", 2),
-        ("gpu:h100:8(S:0-1)", 8),
-        ("nic:1,gpu:a100:4", 4),
-        ("gpu:a100:4,gpu:v100:2", 6),
+        ("(null)", 0), ("gpu:2", 2), ("gpu:h100:8(S:0-1)", 8), ("nic:1,gpu:a100:4", 4), ("gpu:a100:4,gpu:v100:2", 6),
         ("mps:100", 0),
     ],
-)
+)  # fmt: skip
 def test_gpus_in_a_list_of_resources(gres: str, gpus: int) -> None:
     assert gpus_of(gres) == gpus
 

@@ -209,7 +209,6 @@ def test_the_count_goes_on_after_slurm_itself_requeued_the_job(node: Node, capsy
     assert node.attempt("exit 0", restarts=2) == 0
     assert [each[:3] for each in json.loads(attempts.read_text())] == [[75, 0, 3], [1, 3, 3], [0, 3, 3]]
     record = node.run.read_status().of(lost)
-    assert record is not None
     assert record.reason == "ranks 0-1: Node failure on n1"
     assert json.loads(attempts.with_name("job_12_2_ranks.json").read_text()) == {"n1": [0, 1]}
     attempts.write_text("[[75, 0, 3], [1, 3, 3], [null, 3, 3]]")

@@ -42,14 +42,9 @@ TWO_KINDS = JobPlan(
 def test_gpus_are_asked_for_as_the_site_wants_it(gpus: dict[str, str], option: str) -> None:
     cluster = Cluster.model_validate({"gpus": gpus, "cpus_per_rank": 12})
     assert part_options(parts(TWO_KINDS)[1], TWO_KINDS, cluster) == [
-        "--nodes=1",
-        "--ntasks=1",
-        "--ntasks-per-node=1",
-        "--cpus-per-task=12",
-        option,
-        "--constraint=vision",
+        "--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=12", option, "--constraint=vision",
         "--exclusive",
-    ]
+    ]  # fmt: skip
     assert not [each for each in part_options(parts(ONE_KIND)[0], ONE_KIND, cluster) if "gpu" in each]
 
 

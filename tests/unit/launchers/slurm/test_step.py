@@ -162,7 +162,6 @@ def test_a_batch_script_that_was_killed_after_a_stop_signal_was_asked_to_stop(ru
     for attempt_id in (JOB.attempt_id, "slurm-c1-12-2"):
         assert name_unconcluded(run, attempt_id, {}, asked=True, restarts=2) == 75
         record = run.read_status().of(attempt_id)
-        assert record is not None
         assert (record.verdict, record.rank) == (75, None)
         assert "KillWait is too short" in record.reason
 

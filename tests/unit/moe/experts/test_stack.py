@@ -137,9 +137,7 @@ def test_what_a_kernel_leaves_uninitialised_reaches_nobody(
     x = torch.randn(runs.num_rows, D, requires_grad=True)
     stack(x, runs)[: sum(counts)].sum().backward()
     for gradient in (each.grad for each in stack.parameters()):
-        assert gradient is not None
         assert gradient.isfinite().all()
-    assert x.grad is not None
     assert x.grad[: sum(counts)].isfinite().all()
 
 

@@ -138,7 +138,6 @@ def test_counting_plans_as_torch(name: str, batch: str) -> None:
         assert (plan.rows, plan.pairs, plan.slot_counts) == (expected.rows, expected.pairs, expected.slot_counts)
         check_equal(plan, expected, "pair_P", "row_S", "row_O", "order_Q", "row_of_pair_Q")
         num_rows = plan.num_own_rows + sum(plan.rows.receive)
-        assert plan.row_items is not None
         for items, index in (
             (plan.table_index.items_of_rows, expected.table_index),
             (plan.row_items, RowIndex((expected.row_of_pair_Q,), num_rows)),

@@ -1,5 +1,6 @@
 """Every router in which tokens choose experts equals a loop over tokens, counts the chosen columns, ignores padding,
-and repeats its choice in recomputation. The other files of this folder test properties of single routers."""
+and repeats its choice in recomputation. Where tokens have different numbers of experts, a controller holds the mean
+number. The other files of this folder test properties of single routers."""
 
 from collections.abc import Callable
 from itertools import product
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.moe.balance.active_experts import ActiveExperts
+from moe_dist.moe.balance.controller import BiasController
 from moe_dist.moe.routers.adaptive import AdaptiveRouter
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
@@ -22,6 +25,7 @@ from moe_dist.placement.placement import ExpertGroup
 from tests.reference import adaptive as slow
 from tests.reference.gating_residual import top_k_weights
 from tests.reference.group_limited import limited_weights
+from tests.support.cover import full_unless
 
 T, D = 60, 6
 PLAIN = (ExpertGroup("all", 8, 0, 4, 8, 0, ("text", "image")),)
@@ -137,7 +141,6 @@ def test_counts_are_of_what_is_taken_and_recomputation_takes_the_same(name: str)
     assert torch.equal(first.counts.choices_LC[0][: router.num_experts], taken_E)
     again = router(h_TD + 0.5, group_T, cache)
     assert torch.equal(again.assignments.expert_N, first.assignments.expert_N)
-    assert first.chosen is not None
     number_T = (first.chosen.column_TK != ABSENT).sum(1)
     assert int(number_T.sum()) == int(first.counts.choices_LC.sum()), "the trace has the choices that count"
 
@@ -163,3 +166,34 @@ def test_arithmetic_and_weights_are_fp32_for_bf16_tokens(name: str) -> None:
     exact = router.double()(h_TD.double(), group_T)
     assert coarse.assignments.weight_N.dtype == coarse.aux.prob_LC.dtype == torch.float32
     torch.testing.assert_close(coarse.assignments.weight_N.double(), exact.assignments.weight_N, rtol=1e-4, atol=1e-5)
+
+
+NAMES = ("top_p", "top_p, normalised", "relu", "threshold", "predicted_k", "predicted_k, normalised")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "nulls"),
+    full_unless(
+        lambda name, target, nulls: (
+            ((target, nulls) == (1.5, 0) and "normalised" not in name) or (name, nulls) == ("threshold", 4)
+        ),
+        [(name, target, nulls) for name in NAMES for target, nulls in ((1.5, 0), (3.0, 0), (1.0, 4))],
+    ),
+)
+def test_a_controller_holds_the_mean_number_of_true_experts(name: str, target: float, nulls: int) -> None:
+    group = ExpertGroup("all", 8, nulls, 8, 8, 0, ("text",))
+    router = made(name, (group,), bias=0.0)
+    rate = 20.0 if name.startswith(("relu", "predicted_k")) else 2.0  # relu's and predicted_k's biases are logits
+    rule = ActiveExperts({"all": target}, rate=rate, decay_steps=50, proportional=rate / 4)
+    gate: Any = router.gate(group)
+    gate.bias[:8] += 1.0  # starts with too many experts per token
+    moved, loads = BiasController([[gate]], (group,), [rule]), []
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(300):
+        h_TD = torch.randn(256, D, dtype=torch.double, generator=generator)
+        with torch.no_grad():
+            routed = router(h_TD, torch.zeros(256, dtype=torch.int64))
+        moved.after_step(routed.counts)
+        loads.append(float(routed.counts.choices_LC[0][:8].sum()) / 256)
+    assert loads[0] > target + 0.3
+    assert sum(loads[-100:]) / 100 == pytest.approx(target, rel=0.02)

@@ -83,7 +83,6 @@ def test_weights_stay_finite_for_huge_logits() -> None:
     weight_N = router(h_TD, torch.zeros(20, dtype=torch.int64)).assignments.weight_N
     weight_N.square().sum().backward()
     assert weight_N.isfinite().all()
-    assert h_TD.grad is not None
     assert h_TD.grad.isfinite().all()
 
 

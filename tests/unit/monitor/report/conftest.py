@@ -44,16 +44,9 @@ def draw_routing(
         tokens_LG = np.tile(np.bincount(modality_T, minlength=len(groups)), (layers, 1))
         frames.append(Frame(step, step, np.stack(counts), tokens_LG, np.zeros_like(tokens_LG), np.zeros(len(groups))))
     return Routing(
-        name="runs/made <b>",
-        source="made up",
-        placement=placement,
-        layers=tuple(range(1, layers + 1)),
-        modalities=tuple(name for group in groups for name in group.modalities),
-        frames=tuple(frames),
-        window=total(frames),
-        window_steps=steps,
-        configuration=CONFIGURATION,
-        balance_coefficient=0.01,
+        name="runs/made <b>", source="made up", placement=placement, layers=tuple(range(1, layers + 1)),
+        modalities=tuple(name for group in groups for name in group.modalities), frames=tuple(frames),
+        window=total(frames), window_steps=steps, configuration=CONFIGURATION, balance_coefficient=0.01,
         tokens=Tokens(
             token_T,
             modality_T,
@@ -66,4 +59,4 @@ def draw_routing(
             name_of=lambda token: WORDS[token % 10] if token < 100 else None,
             picture_of=lambda token: np.full((4, 4, 3), token, np.uint8) if token >= 100 else None,
         ),
-    )
+    )  # fmt: skip

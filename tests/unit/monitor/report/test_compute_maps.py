@@ -22,7 +22,6 @@ TOKENS = [[7, 8, 101, 102, 103, 104, 105, 106, 9], [107, 108, 109, 110, 1, 101, 
 def mapped(**changes: object) -> tuple[str, Routing]:
     length = sum(map(len, TOKENS))
     routing = draw_routing(tokens=length)
-    assert routing.tokens is not None
     places = {
         "token_T": np.concatenate(TOKENS),
         "sequence_T": np.repeat([4, 5], [len(each) for each in TOKENS]),
@@ -35,7 +34,6 @@ def mapped(**changes: object) -> tuple[str, Routing]:
 
 def test_whole_pictures_and_texts_have_their_tokens_experts() -> None:
     page, routing = mapped()
-    assert routing.tokens is not None
     experts_T = ((routing.tokens.ids_TLK >= 0) & (routing.tokens.ids_TLK < routing.placement.num_experts)).sum(2).mean(1)
     images = [np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))) for text in re.findall(r'base64,([^"]+)', page)]
     places = {2: [101, 102, 103, 104, 105, 106], 14: [101, 101, 101, 102, 102, 103]}

@@ -29,7 +29,6 @@ def test_distance_of_choices() -> None:
 
 def test_pairs_of_experts() -> None:
     routing = draw_routing(tokens=200)
-    assert routing.tokens is not None
     for group in routing.groups:
         ids_TK = routing.tokens.ids_TLK[:, 1]
         sets = [{int(e) for e in row if e in group.experts} for row in ids_TK]
@@ -64,7 +63,6 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int)
     """In the second layer experts 0 and 9 have `replicas` replicas each."""
     routing = draw_routing(tokens=120, layers=2)
     tokens = routing.tokens
-    assert tokens is not None
     tokens.ids_TLK[::7, 0, 0] = -2 - 3  # a dropped pair sends nothing
     placement = ExpertPlacement.interleaved(routing.groups, ranks)
     if pinned:

@@ -6,22 +6,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
-
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import MakeRecord
 
 
 def plain() -> Console:
     return Console(file=io.StringIO(), force_terminal=False, width=80, highlight=False)
-
-
-def output(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def ticking(seconds: float) -> Callable[[], float]:
@@ -36,7 +29,7 @@ def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRec
     for step in range(1, 26):
         sink.step(make_record(step))
     sink.close()
-    lines = output(console).splitlines()
+    lines = console.file.getvalue().splitlines()
     assert [line.split("/")[0] for line in lines] == ["step 1", "step 10", "step 20", "step 25"]
     scalars = make_record(10).scalars
     assert lines[-1].endswith("  evaluating")
@@ -48,24 +41,17 @@ def test_plain_lines_come_every_few_steps_and_stay_one_line(make_record: MakeRec
     )
 
 
-def test_evaluation_shows_what_changed(make_record: MakeRecord) -> None:
+def test_evaluation_shows_what_changed_over_equal_tokens(make_record: MakeRecord) -> None:
     console = plain()
     sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
-    sink.evaluation(EvaluationResult(5, {"text": 4.0, "image_no_filler": 3.0}, {}), {})
-    sink.evaluation(EvaluationResult(10, {"text": 3.5, "image_no_filler": 3.25}, {}, {}, 0.812, 0.9), {})
-    assert output(console).splitlines() == [
-        "evaluation after step 5: held-out text 4.000, image no filler 3.000",
-        "evaluation after step 10: held-out text 3.500 (-0.500), image no filler 3.250 (+0.250); balance efficiency "
-        "0.81 by time, 0.90 by count",
+    sink.evaluation(EvaluationResult(5, {"text": 4.0, "image_no_filler": 3.0, "image": 3.0}, {"image": 50}), {})
+    losses = {"text": 3.5, "image_no_filler": 3.25, "image": 2.5}
+    sink.evaluation(EvaluationResult(10, losses, {"image": 60}, {}, 0.812, 0.9), {})  # of other image tokens
+    assert console.file.getvalue().splitlines() == [
+        "evaluation after step 5: held-out text 4.000, image no filler 3.000, image 3.000",
+        "evaluation after step 10: held-out text 3.500 (-0.500), image no filler 3.250 (+0.250), image 2.500; balance "
+        "efficiency 0.81 by time, 0.90 by count",
     ]
-
-
-def test_losses_over_other_tokens_are_not_compared() -> None:
-    console = plain()
-    sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
-    sink.evaluation(EvaluationResult(5, {"text": 4.0, "image": 3.0}, {"text": 100, "image": 50}), {})
-    sink.evaluation(EvaluationResult(10, {"text": 3.5, "image": 2.5}, {"text": 100, "image": 60}), {})
-    assert output(console).splitlines()[-1] == "evaluation after step 10: held-out text 3.500 (-0.500), image 2.500"
 
 
 def test_hints_are_printed_and_logged_once(
@@ -76,7 +62,7 @@ def test_hints_are_printed_and_logged_once(
     sink = ConsoleSink(SinkContext(Path(), total_steps=99, subject=subject), every=50, console=console)
     for step in (2, 3, 4):
         sink.step(make_record(step, skipped=True, skipped_steps=step))
-    hints = [line for line in output(console).splitlines() if line.startswith("hint")]
+    hints = [line for line in console.file.getvalue().splitlines() if line.startswith("hint")]
     assert len(hints) == 1
     assert hints[0].startswith("hint (step 2): step 2 was skipped on all ranks")
     (logged,) = caplog.messages  # rank 0's log file gets this line
@@ -94,7 +80,7 @@ def test_a_bar_on_a_terminal(make_record: MakeRecord, width: int, shown: str) ->
     sink.evaluation(EvaluationResult(100, {"text": 4.0}, {}), {})
     sink.close()
     sink.close()
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output(console))
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     last = text.rstrip().splitlines()[-1].split("\r")[-1]
     assert "100/200" in last
     assert re.search(shown, last)

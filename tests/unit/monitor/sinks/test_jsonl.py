@@ -14,14 +14,12 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import CheckpointError, DataError
-from moe_dist.monitor.metrics import Record, evaluation_scalars
+from moe_dist.monitor.metrics import evaluation_scalars
 from moe_dist.monitor.sinks.jsonl import MOST_UNREADABLE, JsonlSink, drop_lines_after, read_lines
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from tests.support.messages import refused
-from tests.unit.monitor.conftest import DEPTHS
-
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import DEPTHS, MakeRecord
 
 
 def evaluation(step: int) -> EvaluationResult:

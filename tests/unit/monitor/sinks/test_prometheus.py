@@ -1,19 +1,17 @@
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.prometheus import PrometheusSink, exposition, metric_name
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.tags import DEPTH_MEANING, MEANING, meaning, split_tag
+from tests.unit.monitor.conftest import MakeRecord
 
-MakeRecord = Callable[..., Record]
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 

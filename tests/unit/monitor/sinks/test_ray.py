@@ -1,13 +1,10 @@
 import json
 import socket
-from collections.abc import Callable
 from pathlib import Path
 
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.prometheus import RaySink
 from moe_dist.monitor.statistics import EvaluationResult
-
-MakeRecord = Callable[..., Record]
+from tests.unit.monitor.conftest import MakeRecord
 
 
 def test_a_step_is_one_datagram_of_samples_and_an_evaluation_another(tmp_path: Path, make_record: MakeRecord) -> None:

@@ -1,7 +1,6 @@
 """The tests read the events with TensorBoard's own reader."""
 
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.monitor.tags import curve_of
+from tests.unit.monitor.conftest import MakeRecord
 
-MakeRecord = Callable[..., Record]
 MAP = ComputeMap({"text": 1.5}, 2)
 
 

@@ -5,20 +5,18 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_dist.errors import ConfigError
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.wandb import WandbSink
 from tests.support.messages import refused
-from tests.unit.monitor.conftest import send
+from tests.unit.monitor.conftest import MakeRecord, send
 
-MakeRecord = Callable[..., Record]
 BLOCK = 32768
 
 

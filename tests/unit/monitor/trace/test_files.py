@@ -113,7 +113,6 @@ def test_a_killed_writer_leaves_a_readable_trace(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(place)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[4]
     ) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "going\n"
         process.send_signal(signal.SIGKILL)
     trace = read_trace(tmp_path)

@@ -14,14 +14,10 @@ PLACE = error("a", "x", "y")
 @pytest.mark.parametrize(
     ("results", "code"),
     [
-        ([], 0),
-        ([ok("a", "x"), note("a", "x")], 0),
-        ([ok("a", "x"), warning("a", "x", "y")], 1),
-        ([warning("a", "x", "y"), PLACE], 69),
-        ([PLACE, DATA], 65),
-        ([PLACE, DATA, CONFIG], 78),
+        ([], 0), ([ok("a", "x"), note("a", "x")], 0), ([ok("a", "x"), warning("a", "x", "y")], 1),
+        ([warning("a", "x", "y"), PLACE], 69), ([PLACE, DATA], 65), ([PLACE, DATA, CONFIG], 78),
     ],
-)
+)  # fmt: skip
 def test_the_exit_code_says_the_worst(results: list[CheckResult], code: int) -> None:
     assert exit_code(results) == code
 

@@ -32,7 +32,6 @@ class Case(NamedTuple):
 
     @property
     def map(self) -> ComputeMap:
-        assert self.evaluation.compute_map is not None
         return self.evaluation.compute_map
 
     def tokens(self) -> Iterator[tuple[int, float]]:
@@ -76,7 +75,6 @@ def by_hand(one: OneRank) -> Iterator[tuple[Batch, np.ndarray]]:
             _, reports = forward(model.eval(), batch, groups, RoutingRequest(keep_choices=True))
             experts = np.zeros(batch.tokens_BS.numel())
             for report in reports:
-                assert report.chosen is not None
                 for token, columns in enumerate(report.chosen.column_TK.tolist()):
                     experts[token] += sum(0 <= column < plan.placement.num_experts for column in columns)
             yield batch, (experts / len(reports)).reshape(tuple(batch.tokens_BS.shape))
@@ -109,7 +107,6 @@ def test_the_map_changes_nothing_else_and_is_the_same_again(case: Case) -> None:
     assert vars(case.evaluation) | {"compute_map": None} == vars(case.without)
     assert torch.equal(*case.random_state)
     again = case.evaluator(0).compute_map
-    assert again is not None
     assert (again.mean, again.lines) == (case.map.mean, case.map.lines)
 
 
@@ -127,7 +124,6 @@ def test_the_map_of_experts_that_choose_has_up_to_all_experts(tiny_data: Path, t
         layer.router.gates()[0].threshold.fill_(0.5)  # pyright: ignore[reportCallIssue]
     found = evaluator_of(one)(0).compute_map
     experts = np.concatenate([experts[~batch.padding_BS.numpy()] for batch, experts in by_hand(one)])
-    assert found is not None
     assert found.most == 3
     assert (experts.min(), experts.max()) == (0.0, 3.0)
     shown = {load for picture in found.pictures for load in picture.experts.ravel().tolist()}

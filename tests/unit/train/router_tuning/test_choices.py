@@ -29,7 +29,6 @@ def batch_of(folder: Path) -> ChoiceBatch:
         Samples(folder), ChoiceMaker(MANIFEST), seed=0, global_batch=20, micro_batch=20, rank=0, world_size=1
     )
     (batch,) = loader.batches(0)
-    assert isinstance(batch, ChoiceBatch)
     return batch
 
 
@@ -42,7 +41,6 @@ def test_a_row_is_a_prompt_and_its_label_the_answers_first_token() -> None:
     assert batch.label_modality_BS.tolist() == [[0, 0, 0], [0, 0, 0]]
     assert batch.probe_tokens_B.tolist() == [2, 3]
     moved = batch.to("cpu")
-    assert isinstance(moved, ChoiceBatch)
     assert moved.choices().tolist() == [[4, 9, 100], [-1, -1, -1]]
     assert moved.numbers == (7, 9)
     assert SampleMaker(MANIFEST).make(samples).to("cpu").choices() is None

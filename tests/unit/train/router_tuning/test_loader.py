@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
+from moe_dist.train.router_tuning.loader import SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.samples import Samples, TuningSample
 from tests.support.tuned import MANIFEST
 
@@ -48,15 +48,10 @@ def test_no_sample_is_a_row_of_padding() -> None:
 def test_ranks_and_micro_batches_share_one_stream(folder: Path) -> None:
     alone = loader(folder)
     for position in (0, 16):  # the second batch spans two epochs of 20 samples
-        wanted = [number for batch in alone.batches(position) for number in numbers(batch)]
+        wanted = [number for batch in alone.batches(position) for number in batch.numbers]
         parts = [loader(folder, rank, 2, 2).batches(position) for rank in range(2)]
-        found = [number for micro in range(2) for rank in range(2) for number in numbers(parts[rank][micro])]
+        found = [number for micro in range(2) for rank in range(2) for number in parts[rank][micro].numbers]
         assert found == wanted
-
-
-def numbers(batch: Batch) -> tuple[int, ...]:
-    assert isinstance(batch, SampleBatch)
-    return batch.numbers
 
 
 def test_each_sample_once_an_epoch_in_another_order(folder: Path) -> None:
@@ -71,7 +66,6 @@ def test_each_sample_once_an_epoch_in_another_order(folder: Path) -> None:
 def test_rows_hold_their_samples(folder: Path) -> None:
     samples = Samples(folder)
     (batch, _) = loader(folder).batches(0)
-    assert isinstance(batch, SampleBatch)
     for row, number in enumerate(batch.numbers):
         sample = samples.sample(number)
         scored = batch.labels_BS[row] != IGNORED

@@ -66,7 +66,6 @@ def batch_of(folder: Path) -> SampleBatch:
         Samples(folder), SampleMaker(MANIFEST), seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1
     )
     (batch,) = loader.batches(0)
-    assert isinstance(batch, SampleBatch)
     return batch
 
 
@@ -146,8 +145,6 @@ def test_a_refresh_reads_the_routers_of_now(folder: Path) -> None:
     now = {name: parameter.clone() for name, parameter in model.named_parameters()}
     assert torch.equal(tuning.begin([batch], 3, CPU)[0].target_BKR, fresh), "of step 2, not of now"
     state = tuning.state()
-    assert isinstance(state, dict)
-    assert isinstance(state["routers"], dict)
     assert {name.split(".")[4] for name in state["routers"]} == {"text", "image"}, "kept under logical names"
     assert all(torch.equal(parameter, now[name]) for name, parameter in model.named_parameters()), "weights are put back"
     assert model.training
@@ -161,7 +158,6 @@ def test_a_state_of_other_samples_or_none_is_refused(folder: Path, tmp_path: Pat
     other = made_samples(tmp_path / "other", ids=(0, 192), layers=(0, 1), columns=13, model={}, seed=1)
     with refused(DataError):
         make_tuning(other, model, 1).restore(state)
-    assert isinstance(state, dict)
     for broken in (None, {}, {**state, "refreshed": 2}, {**state, "refreshed": -1.5}, {**state, "routers": {"x": ""}}):
         with refused(DataError):
             tuning.restore(broken)  # pyright: ignore[reportArgumentType]
