@@ -20,13 +20,11 @@ from torch import Tensor
 
 from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base, find_base
-from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
-from moe_dist.checkpoint.fits import DTYPES as OURS
-from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
-from moe_dist.checkpoint.storage import open_tensors, sync, write_durably, write_tensors
+from moe_dist.checkpoint.storage import sync, write_durably, write_tensors
+from moe_dist.checkpoint.whole_tensors import Read, merged_reader, tensor_reader
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
@@ -38,7 +36,6 @@ from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.forms import choose_form, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
-from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
 from moe_dist.hf.sections import meaning, parsed_section, write_fields
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
@@ -94,7 +91,9 @@ def export_model(
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if merged := BASE in contents.state.values:
-        contents, read = _merged(contents)
+        adapters = contents
+        contents = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
+        read = merged_reader(contents, adapters, checked_config(adapters).model)
     else:
         read = tensor_reader(contents)
     config = checked_config(contents)
@@ -128,19 +127,6 @@ def export_model(
             write_durably(folder / name, content)
     nulls = [sum(group.num_null for group in model.moe.groups.values()) for model in (config.model, form.section)]
     return Exported(form.family.name, len(stored), num_shards, nulls[0] - nulls[1], like, merged, form.reasons)
-
-
-def _merged(adapters: Contents) -> tuple[Contents, Read]:
-    """Returns the base of LoRA adapters, and a function that reads a tensor of the base and merges adapters into it.
-
-    Raises:
-        ConfigError: the adapters cannot be merged.
-        DataError: the base is missing or damaged, or is not the base on which the adapters were trained.
-    """
-    model = checked_config(adapters).model
-    check_mergeable(model)
-    base = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
-    return base, merged_reader(tensor_reader(base), tensor_reader(adapters), base.index, adapters.index, model)
 
 
 def checked_config(contents: Contents) -> Config:
@@ -242,35 +228,6 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
         return found is family and meaning(parsed_section(values)) == meaning(section)
     except (ConfigError, ValidationError):
         return False
-
-
-def tensor_reader(contents: Contents) -> Read:
-    """Makes a function that reads a whole logical tensor of a checkpoint and verifies its fingerprint.
-
-    The made function raises DataError if the tensor is missing or damaged.
-    """
-
-    checked: set[int] = set()
-
-    def read(name: str) -> Tensor:
-        entry = contents.index.tensors.get(name)
-        if entry is None:
-            raise DataError(f"{contents.folder}: {name}: is missing")
-        whole = torch.empty(entry.shape, dtype=OURS[entry.dtype])
-        for chunk in entry.chunks:
-            if chunk.shard not in checked:  # once per shard, because its header names all tensors in it
-                open_shard(contents, chunk.shard)
-                checked.add(chunk.shard)
-            with open_tensors(contents.folder, chunk.shard) as file:
-                box = tuple(slice(at, at + length) for at, length in zip(chunk.offsets, chunk.shape, strict=True))
-                whole[box] = file.get_tensor(name)
-        if hexadecimal(fingerprint(whole)) != entry.fingerprint:
-            files = ", ".join(dict.fromkeys(shard_file(chunk.shard) for chunk in entry.chunks))
-            found = CheckpointProblem("damaged", files, "its bits are not those that were saved", name)
-            raise DamagedError(f"checkpoint {contents.folder} is not what was saved", [found])
-        return whole
-
-    return read
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.whole_tensors import Read
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.families import FAMILIES, KNOWN, PLUS_PLUS
 from moe_dist.hf.family import ModelFamily
-from moe_dist.hf.merging import Read
 from moe_dist.hf.names import router_name
 from moe_dist.hf.sections import misfits, read_section
 from moe_dist.hf.served_fields import SERVED, read_served, served_problems, unserved

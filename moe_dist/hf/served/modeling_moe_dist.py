@@ -15,12 +15,13 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_attention_with_sinks
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
 from transformers.models.llama.modeling_llama import eager_attention_forward as eager_attention
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_moe_dist import MoeDistConfig
@@ -28,7 +29,7 @@ from .configuration_moe_dist import MoeDistConfig
 # Added (times the scale of attention) to the score of a token that skipped the layer, so that its probability is exactly 0.
 SKIPPED = -1e4
 # The name of transformers' cache of keys and values, which was `past_key_values` before version 5.24.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
@@ -46,16 +47,6 @@ class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
         exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float) / dim
         angles = (position_ids[..., None].float() * base[..., None] ** -exponents).repeat(1, 1, 2)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-
-
-def eager_attention_with_sinks(module, query, key, value, attention_mask, scaling, **kwargs):
-    scores = query @ repeat_kv(key, module.num_key_value_groups).transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    sinks = module.sinks[:, None, None].expand(*scores.shape[:-1], 1)
-    weights = torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)[..., :-1]
-    output = weights @ repeat_kv(value, module.num_key_value_groups)
-    return output.transpose(1, 2).contiguous(), weights
 
 
 def in_halves(x, rotated):
@@ -628,27 +619,7 @@ class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Computes, with `labels`, the cross entropy without a balance loss."""
-        given = {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache, **kwargs}
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **given)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        states, attentions, cache = outputs.hidden_states, outputs.attentions, getattr(outputs, CACHE)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=states, attentions=attentions, **{CACHE: cache})
+    forward = LlamaForCausalLM.forward  # the loss, with `labels`, is the cross entropy without a balance loss
 
 
 __all__ = ["MoeDistForCausalLM", "MoeDistModel", "MoeDistPreTrainedModel"]
