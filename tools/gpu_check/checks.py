@@ -9,7 +9,6 @@ CHECKS: Mapping[str, Check] = {
     "kernels": Check("tools.gpu_check.kernels:kernels", 120, "Triton kernels = torch in float64, values and gradients"),
     "attention": Check("tools.gpu_check.layers:attention", 240, "attention inside documents = dense masks in float64"),
     "layer": Check("tools.gpu_check.layers:layer", 90, "MoE layer on the GPU = on the CPU in float64"),
-    "workloads": Check("tools.gpu_check.workloads:workloads", 150, "W0 to W7, from balanced to bursts = in float64"),
     "races": Check("tools.gpu_check.races:races", 180, "no operation touches rows that an exchange has in flight"),
     "dispatch": Check("tools.gpu_check.layers:dispatch", 150, "layer on N ranks = on one rank of the CPU, in float64"),
     "DeepEP": Check("tools.gpu_check.gpus:deep_ep", 120, "layer over DeepEP V2 = in float64"),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE
 from moe_dist.hf.host.model import Choice, FamilyRouter
+from moe_dist.moe.routers.adaptive import TopPRouter
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.routing.types import RoutingCache
 
 

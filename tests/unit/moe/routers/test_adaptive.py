@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.rules import ActiveExperts
 from moe_dist.placement.placement import ExpertGroup
 from tests.support.cover import full_unless
 from tests.unit.moe.routers.test_contract import D, made
