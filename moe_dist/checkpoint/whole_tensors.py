@@ -24,7 +24,7 @@ from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
 from moe_dist.checkpoint.fits import DTYPES
 from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
 from moe_dist.checkpoint.storage import open_tensors
-from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
+from moe_dist.config.experts.ffn import AdaptedFFNExpertsSection
 from moe_dist.config.experts.lora import LoRAExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError

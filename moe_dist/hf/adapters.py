@@ -28,8 +28,7 @@ from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.storage import write_durably, write_tensors
 from moe_dist.checkpoint.whole_tensors import tensor_reader
-from moe_dist.config.experts.clamped_ffn_lora import AdaptedClampedFFNExpertsSection
-from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
+from moe_dist.config.experts.ffn import AdaptedClampedFFNExpertsSection, AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.data_files import README, TOKENIZER_FILE, run_lines

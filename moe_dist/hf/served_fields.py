@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
+from moe_dist.config.experts.ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest

@@ -47,8 +47,6 @@ PLAIN: Mapping[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
 }
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules by parallel.recompute
 NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"

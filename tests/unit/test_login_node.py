@@ -17,7 +17,6 @@ TORCH_FREE = (
     "moe_dist/train/__main__.py",
     "moe_dist/checkpoint/contents.py",
     "moe_dist/checkpoint/directory.py",
-    "moe_dist/monitor/compare.py",
     "tools/compare_runs.py",
     "tools/inspect_checkpoint.py",
     "tools/plan.py",

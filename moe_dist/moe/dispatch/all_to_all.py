@@ -34,9 +34,9 @@ from moe_dist.moe.routing.types import Assignments
 
 
 class CountingPlanner(DispatchPlanner):
-    """Plans by counting if there is one chunk and pairs are sorted by token (`Assignments.num_choices`). Triton kernels that
-    count (`kernels/plan.py`) then replace about 40 torch operations. Otherwise plans like `DispatchPlanner`, which makes the
-    same plans, and whose file explains the shape letters."""
+    """Plans by counting if there is one chunk and pairs are sorted by token (`Assignments.num_choices`): Triton kernels
+    (`kernels/plan.py`) replace about 40 torch operations. Otherwise plans like `DispatchPlanner`, which makes the same
+    plans, and whose file explains the shape letters."""
 
     def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> tuple[tuple[AllToAllPlan, ...], OwnPairs]:
         if assignments.num_choices is None or self.chunks > 1 or self.own_apart:
