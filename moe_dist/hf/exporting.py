@@ -101,10 +101,13 @@ def export_model(
     dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the imported base matrix
     form = choose_form(config.model, read, family or noted, must=family is not None)
     found = _account(contents, config.model, form.section, form.family)
-    like = like or _like(contents.folder, config)
+    beside = [contents.folder.absolute().parent, *([Path(config.run.init_from)] if config.run.init_from else [])]
+    like = like or next((each / HUGGINGFACE for each in beside if (each / HUGGINGFACE / CONFIG_FILE).is_file()), None)
     if like is not None:
         refuse_code(like)
-    wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
+    wanted = {slot.name: dtype or dtypes.get(slot.name) or contents.index.tensors[slot.name].dtype for slot in found}
+    if odd := [f"{name} is {each}" for name, each in wanted.items() if each not in DTYPES]:
+        raise ConfigError(f"{odd[0]}; say --dtype {', '.join(DTYPES)}")
     about = _data(contents, config, data)
     said = _said_fields(form.family, form.section, like, about)
     fields = _fields(form.section, form.family, said, like, list(wanted.values()))
@@ -159,19 +162,6 @@ def _account(contents: Contents, model: ModelSection, section: ModelSection, fam
     if problems:
         raise DataError([f"{contents.folder}: {problem}" for problem in sorted(problems)])
     return [slot for slot in needed if slot.places]
-
-
-def _stored(contents: Contents, name: str) -> str:
-    found = contents.index.tensors[name].dtype
-    if found not in DTYPES:
-        raise ConfigError(f"{name} is {found}; say --dtype {', '.join(DTYPES)}")
-    return found
-
-
-def _like(folder: Path, config: Config) -> Path | None:
-    beside = [folder.absolute().parent / HUGGINGFACE]
-    beside += [Path(config.run.init_from) / HUGGINGFACE] if config.run.init_from else []
-    return next((each for each in beside if (each / CONFIG_FILE).is_file()), None)
 
 
 def _data(contents: Contents, config: Config, asked: Path | None) -> DataFiles | MoeDistError:
@@ -254,18 +244,13 @@ class StoredTensor:
                 whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
         # The tensor is checked piece by piece, because `isfinite` allocates tensors of its argument's size.
         if not all(torch.isfinite(piece).all() for piece in whole.view(-1).split(1 << 16)):
-            raise DataError(self._not_finite(read, whole))
+            count = int((~torch.isfinite(whole)).sum())
+            damaged = [name for name, rows, _ in self.parts if not torch.isfinite(read(name)[rows]).all()]
+            cause = f"some weights are too large for {self.dtype}; take --dtype float32 or bfloat16"
+            if damaged:
+                cause = f"{', '.join(damaged)} of the checkpoint has such numbers; export an earlier checkpoint"
+            raise DataError(f"{self.name}: {count} of {whole.numel()} numbers would be infinite or NaN: {cause}")
         return whole
-
-    def _not_finite(self, read: Read, whole: Tensor) -> str:
-        count = int((~torch.isfinite(whole)).sum())
-        damaged = [name for name, rows, _ in self.parts if not torch.isfinite(read(name)[rows]).all()]
-        cause = (
-            f"{', '.join(damaged)} of the checkpoint has such numbers; export an earlier checkpoint"
-            if damaged
-            else f"some weights are too large for {self.dtype}; take --dtype float32 or bfloat16"
-        )
-        return f"{self.name}: {count} of {whole.numel()} numbers would be infinite or NaN: {cause}"
 
 
 def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[StoredTensor]:

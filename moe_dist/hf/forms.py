@@ -7,7 +7,7 @@ experts differs between tokens, which no plain family can express.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,27 +60,22 @@ def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool
         raise ConfigError(f"--family={name}: known are {', '.join(FORMS)}")
     if problems := unserved(model):
         raise ConfigError(problems, see=GUIDE)
-    if name == SERVED.name:
-        return _served(model)
-    fits: list[Callable[[], Form]] = [lambda: _plus_plus(model)] if name == PLUS_PLUS.name else []
-    fits += [] if fits and must else [lambda: _plain(model, read, name, must=must)]
+    fits: list[Callable[[], Form]] = [] if name == SERVED.name else [lambda: _plain(model, read, name, must=must)]
+    if name == PLUS_PLUS.name:
+        fits = [lambda: _plus_plus(model), *([] if must else fits)]
     reasons: Sequence[str] = ()
     for fit in fits:
         try:
             return fit()
         except ConfigError as error:
             reasons = error.problems
-    if not must:
-        return replace(_served(model), reasons=reasons)
-    leave = f"--family={name}: leave it out, and the export takes the form {SERVED.name}"
-    other = served_problems(model) or [leave]
-    raise ConfigError([*reasons, *other], see=GUIDE)
-
-
-def _served(model: ModelSection) -> Form:
-    if problems := served_problems(model):
+    problems = served_problems(model)
+    if must and fits:
+        leave = f"--family={name}: leave it out, and the export takes the form {SERVED.name}"
+        raise ConfigError([*reasons, *(problems or [leave])], see=GUIDE)
+    if problems:
         raise ConfigError(problems, see=GUIDE)
-    return Form(SERVED, model)
+    return Form(SERVED, model, reasons)
 
 
 def _plus_plus(model: ModelSection) -> Form:

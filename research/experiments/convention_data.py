@@ -21,7 +21,7 @@ import typer
 from tokenizers import Tokenizer
 
 from moe_dist.data.codebook import load_codebook
-from moe_dist.data.corpus_openmoji import LANGUAGES
+from moe_dist.data.corpus_packages import LANGUAGES
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, special_ids

@@ -13,8 +13,8 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model import compiled
-from moe_dist.model.distillation import Divergence
 from moe_dist.model.initial_weights import normal_tensor
+from moe_dist.model.objective import Divergence
 from moe_dist.moe.losses import BalanceKind, StepLoad
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.parallel.initialise import initialise, set_whole

@@ -40,7 +40,7 @@ from moe_dist.train.start.dry_run import estimate
 from moe_dist.train.step.result import StepResult
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.profiled import profiled
+from tools.gpu_check.rates import profiled
 
 SMALL = "adamoe_moma_small_1gpu"
 VOCABULARY = 512

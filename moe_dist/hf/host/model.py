@@ -62,8 +62,22 @@ class FamilyRouter(TopKRouter):
             self.gate(group)._parameters.clear()  # the family has the rows; a selection bias stays
 
     def learn(self, family: str, choice: Choice) -> None:
-        """Finds out, from a choice of the family's router, how the family makes weights from logits."""
-        self.sigmoid = _by_sigmoid(family, choice)
+        """Finds out, from a choice of the family's router, whether the weights of chosen experts are proportional to the
+        sigmoids of their logits, and not to their exponentials. Raises ConfigError if the router records no logits."""
+        scores_TE = choice.scores_TE.detach().double()
+        if bool((scores_TE >= 0).all()) and bool(((scores_TE.sum(1) - 1).abs() < 1e-2).all()):
+            raise ConfigError(
+                f"model.family: the router of {family} records probabilities, but this engine makes reports and losses "
+                "from logits; this family cannot be trained by this engine yet",
+                see=GUIDE,
+            )
+        logits_TK = scores_TE.gather(1, choice.ids_TK.long())
+
+        def unequal(scores_TK: Tensor) -> Tensor:
+            ratio_TK = choice.weights_TK.detach().double() / scores_TK
+            return (ratio_TK.amax(1) / ratio_TK.amin(1)).max()
+
+        self.sigmoid = bool(unequal(logits_TK.sigmoid()) < unequal(logits_TK.exp()))
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
         assert self.choice is not None, "the family's router runs before its experts"
@@ -369,25 +383,6 @@ class _Routed:
         if again or not torch.is_grad_enabled():
             here.caches.pop(layer.name)
         return y_TD.to(h_TD.dtype)
-
-
-def _by_sigmoid(family: str, choice: Choice) -> bool:
-    """Returns whether the weights of chosen experts are proportional to the sigmoids of their logits, and not to their
-    exponentials. Raises ConfigError if the router records no logits."""
-    scores_TE = choice.scores_TE.detach().double()
-    if bool((scores_TE >= 0).all()) and bool(((scores_TE.sum(1) - 1).abs() < 1e-2).all()):
-        raise ConfigError(
-            f"model.family: the router of {family} records probabilities, but this engine makes reports and losses from "
-            "logits; this family cannot be trained by this engine yet",
-            see=GUIDE,
-        )
-    logits_TK = scores_TE.gather(1, choice.ids_TK.long())
-
-    def unequal(scores_TK: Tensor) -> Tensor:
-        ratio_TK = choice.weights_TK.detach().double() / scores_TK
-        return (ratio_TK.amax(1) / ratio_TK.amin(1)).max()
-
-    return bool(unequal(logits_TK.sigmoid()) < unequal(logits_TK.exp()))
 
 
 def _in_order(report: LayerReport, place_T: Tensor) -> LayerReport:

