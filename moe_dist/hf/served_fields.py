@@ -132,6 +132,7 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
         "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"
     )
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
+    read.must_be("hidden_act", ("silu",), "experts are SwiGLUs")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
     moe["shortcut"] = read.get("moe_shortcut", False)  # older exports lack this field and the next one

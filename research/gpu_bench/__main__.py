@@ -4,8 +4,7 @@
 from collections.abc import Mapping
 
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
-from tools.gpu_check.__main__ import GpuCheckOptions, take_checks
-from tools.gpu_check.checks import CHECKS
+from tools.gpu_check.__main__ import CHECKS, GpuCheckOptions, take_checks
 from tools.gpu_check.session import Check
 
 MEASUREMENTS: Mapping[str, Check] = {

@@ -21,7 +21,7 @@ from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.evaluation.calibration import calibrate
+from moe_dist.train.evaluation.evaluator import calibrate
 from tests.support.cover import full
 from tests.support.layouts import (
     LAYERS,

@@ -23,7 +23,7 @@ from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.parameter_names import logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import replicated_placement
-from moe_dist.train.build.routing import build_balance, build_scopes, depth_thresholds
+from moe_dist.train.build.moe_layers import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build.training import build_model, build_optimizer, freeze
 from moe_dist.train.objective.distillation import Distillation, Teacher
 from moe_dist.train.objective.loss import AuxSettings

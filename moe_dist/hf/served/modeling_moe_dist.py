@@ -21,6 +21,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbeddin
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_attention_with_sinks
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
 from transformers.models.llama.modeling_llama import eager_attention_forward as eager_attention
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -54,17 +55,6 @@ def in_halves(x, rotated):
     return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], dim=-1)
 
 
-class MoeDistMLP(nn.Module):
-    def __init__(self, config: MoeDistConfig, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class MoeDistClampedMLP(nn.Module):
     """An expert of gpt-oss: biases, a bounded gate, and a bounded `up` plus 1."""
 
@@ -80,7 +70,7 @@ class MoeDistClampedMLP(nn.Module):
         return self.down_proj(gate * (self.alpha * gate).sigmoid() * (up + 1))
 
 
-EXPERTS = {"ffn": MoeDistMLP, "clamped_ffn": MoeDistClampedMLP}
+EXPERTS = {"ffn": Qwen2MoeMLP, "clamped_ffn": MoeDistClampedMLP}
 
 
 class MoeDistAttention(nn.Module):
@@ -446,7 +436,7 @@ class MoeDistSparseMoeBlock(nn.Module):
         self.has_shared_expert, self.has_shared_gate = config.shared_expert_intermediate_size > 0, config.shared_expert_gate
         self.has_shortcut = config.moe_shortcut
         if self.has_shared_expert:
-            self.shared_expert = MoeDistMLP(config, config.shared_expert_intermediate_size)
+            self.shared_expert = Qwen2MoeMLP(config, config.shared_expert_intermediate_size)
         if self.has_shared_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -500,7 +490,7 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = ATTENTIONS[config.attention["kind"]](config, layer_idx)
         self.is_sparse, self.has_depths = layer_idx in config.moe_layers, layer_idx in config.depth_layers
-        self.mlp = MoeDistSparseMoeBlock(config) if self.is_sparse else MoeDistMLP(config, config.intermediate_size)
+        self.mlp = MoeDistSparseMoeBlock(config) if self.is_sparse else Qwen2MoeMLP(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.has_depths:

@@ -29,7 +29,7 @@ from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
-from moe_dist.train.build.routing import build_balance, router_context
+from moe_dist.train.build.moe_layers import build_balance, router_context
 from moe_dist.train.build.training import (
     COMPUTE_DTYPES,
     EngineContext,
