@@ -1,4 +1,5 @@
-"""Held-out evaluation during a run: loss by modality, loss without the experts' output, and balance efficiency."""
+"""Held-out evaluation during a run: loss by modality, loss without the experts' output, and balance efficiency. Before it
+the thresholds of routers are calibrated."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from moe_dist.train.evaluation.heldout import Heldout, heldout_losses
 from moe_dist.train.objective.loss import depth_statistics, forward
 
 TIMED_BATCHES = 4
+HALVINGS = 30  # 30 halvings of [0, 1] give a width of 1e-9, below the resolution of fp32 scores
 
 
 class Evaluator:
@@ -153,9 +155,6 @@ class Evaluator:
                 for batch in heldout_batches(config.data.path, self._manifest, source=source, **options)
             ]
         return self._cached[sequences]
-
-
-HALVINGS = 30  # 30 halvings of [0, 1] give a width of 1e-9, below the resolution of fp32 scores
 
 
 def by_threshold(model: Transformer) -> list[ChoosingRouter]:
