@@ -118,7 +118,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _keys_page(title: str, what: str, root: Any) -> str:
-    from moe_dist.config.explain import meaning_of
+    from launchers.explain import meaning_of
     from moe_dist.config.keys import walk
 
     lines = [f"# {title}", "", f"{what} may have these keys. `moe-dist explain KEY` prints the keys of a run.", ""]

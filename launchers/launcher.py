@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import typer
 
 from launchers.command import JobPlan, plan_job
 from moe_dist.config.cluster import Cluster
@@ -12,6 +15,13 @@ from moe_dist.plan.preflight import PlannedLayout
 from moe_dist.runtime.node.check_result import CheckResult, note
 from moe_dist.runtime.node.checks import Needs, check_folders
 from moe_dist.runtime.node.facts import NodeFacts
+
+ConfigPath = Annotated[Path, typer.Argument(help="Configuration of the run, a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value, as train.steps=200; later ones win.")]
+ClusterName = Annotated[
+    str | None, typer.Option(help="Cluster file, or its name in configs/clusters; default $MOE_DIST_CLUSTER.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Rename an old run of this name first.")]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from launchers.command import (
     rank_commands,
 )
 from launchers.fit import check_graces
-from launchers.launcher import Examination, Launcher
-from launchers.options import ConfigPath, Overrides, Overwrite
+from launchers.launcher import ConfigPath, Examination, Launcher, Overrides, Overwrite
 from launchers.rank_tracker import Outcome, ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.config.cluster import MAX_RESTARTS, Cluster

@@ -1,16 +1,98 @@
 """Shows the first step at which the metrics.jsonl of two runs differ. Measured times and measurements of the device are
 not compared."""
 
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from moe_dist.checkpoint.directory import run_path
 from moe_dist.errors import ConfigError, DataError, printable
-from moe_dist.monitor.compare import first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
+from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.command_line import reports_errors, run_command
+
+# Keys that records of earlier versions lack. If only one file has such a key, this is no difference.
+ADDED = frozenset({"ledger.rows_bound", "ledger.rows_padding"})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first line of metrics.jsonl in which two runs differ.
+
+    Attributes:
+        keys: Each entry is (dotted key, value in the first run, value in the second run). None stands for a missing key.
+        same: Number of equal lines before this line.
+    """
+
+    step: int
+    kind: str
+    keys: tuple[tuple[str, Any, Any], ...]
+    same: int
+
+
+def first_difference(
+    first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
+) -> tuple[Difference | None, int]:
+    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. A line that
+    has none of the compared keys is not counted. If one file has more lines, its additional lines are ignored.
+
+    Args:
+        rtol: Numbers, also in lists, may differ by this fraction of the larger of the two; 0 compares exactly.
+        only: Dotted prefixes of the keys to compare, such as `losses` or `scalars.loss/total`; if empty, compares all keys.
+    """
+    same = 0
+    for one, other in zip(first, second, strict=False):  # ignores the additional lines of the longer file
+        part = _part(one, only)
+        keys = tuple(_differing(part, _part(other, only), rtol))
+        if (one["step"], one.get("kind")) != (other["step"], other.get("kind")):
+            keys = (("step", one["step"], other["step"]), ("kind", one.get("kind"), other.get("kind")))
+        if keys:
+            return Difference(one["step"], str(one.get("kind")), keys, same), same
+        same += bool(part)
+    return None, same
+
+
+def _part(line: Mapping[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    leaves = dict(_leaves(reproducible_part({"scalars": {}, **line})))
+    wanted = tuple(f"{prefix}." for prefix in only) or ("",)
+    return {key: value for key, value in leaves.items() if f"{key}.".startswith(wanted)}
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], rtol: float) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*one, *other]):
+        if key in ADDED and not (key in one and key in other):
+            continue
+        a, b = one.get(key), other.get(key)
+        if not (key in one and key in other and (a == b or _close(a, b, rtol))):
+            yield key, a, b
+
+
+def _close(a: Any, b: Any, rtol: float) -> bool:
+    if isinstance(a, list):
+        same = isinstance(b, list) and len(a) == len(b)
+        return same and all(_close(one, other, rtol) for one, other in zip(a, b, strict=True))
+    numbers = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool)
+    try:
+        return numbers and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
+    except OverflowError:  # an integer above the floats, and it is not the other number
+        return False
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each leaf of a nested mapping as (dotted key, value). A list of numbers counts as one value."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and any(isinstance(each, list | Mapping) for each in value):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{prefix}.{number}")
+    else:
+        yield prefix, value
+
 
 RECORD = "metrics.jsonl"
 SHOWN = 20

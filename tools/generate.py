@@ -15,9 +15,8 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, Request, check_lengths
+from moe_dist.inference.generate import Generator, Request, Sampling, check_lengths
 from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
-from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of, png
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 

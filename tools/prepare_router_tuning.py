@@ -23,8 +23,8 @@ from moe_dist.plan.tuning_rules import tokenizer_digest
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.train.router_tuning.loader import SampleMaker
-from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import check_place, write_samples
+from moe_dist.train.router_tuning.tuning import RoutingReader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
 from moe_dist.formats.split_files import data_digest
 from moe_dist.inference.loaded_run import choose_device
-from moe_dist.model.distillation import TeacherOutput
+from moe_dist.model.objective import TeacherOutput
 from moe_dist.plan.preflight import check_file
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.progress import shown_progress

@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launchers.command import JobPlan
-from launchers.launcher import Examination
-from launchers.options import ClusterName, ConfigPath, Overrides
+from launchers.launcher import ClusterName, ConfigPath, Examination, Overrides
 from launchers.table import launcher_table, load_launcher
 from moe_dist.config.cluster import load_cluster
 from moe_dist.errors import MoeDistError, ResourceError

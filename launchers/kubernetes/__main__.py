@@ -12,8 +12,7 @@ import yaml
 
 from launchers.command import JobPlan, paths_of, plan_job, relative_paths
 from launchers.kubernetes.manifests import FILES, Manifest, Manifests, parts_of, uncovered
-from launchers.launcher import Examination, Launcher
-from launchers.options import ClusterName, ConfigPath, Overrides
+from launchers.launcher import ClusterName, ConfigPath, Examination, Launcher, Overrides
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, cluster_file, load_cluster
 from moe_dist.config.schema import Config

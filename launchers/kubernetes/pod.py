@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from launchers.command import JobPlan, LaunchPlan, plan_job, rank_commands
-from launchers.options import ClusterName, ConfigPath, Overrides
+from launchers.launcher import ClusterName, ConfigPath, Overrides
 from launchers.rank_tracker import ShutdownTimeouts
 from launchers.supervise import Ranks
 from moe_dist.config.cluster import load_cluster

@@ -15,8 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from launchers.command import JobPlan, absolute_paths, commands_text, rank_commands, relative_paths
-from launchers.launcher import Examination, Launcher
-from launchers.options import ClusterName, Overrides, Overwrite
+from launchers.launcher import ClusterName, Examination, Launcher, Overrides, Overwrite
 from launchers.ray import submit as ray_submit
 from launchers.ray.job import check_job, path_on_nodes
 from launchers.ray.nodes import bundle_of_rank

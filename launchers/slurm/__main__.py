@@ -19,8 +19,7 @@ import typer
 
 from launchers.command import TRAIN, JobPlan, ReadRun, absolute_paths, plan_job
 from launchers.fit import unmet
-from launchers.launcher import Examination, Launcher
-from launchers.options import ClusterName, ConfigPath, Overrides, Overwrite
+from launchers.launcher import ClusterName, ConfigPath, Examination, Launcher, Overrides, Overwrite
 from launchers.slurm import checks
 from launchers.slurm.job import rank_step
 from launchers.slurm.nodes import SlurmError, ask, outside_jobs

@@ -35,7 +35,9 @@ MAX_HEADER_LISTS, MAX_HEADER_VALUES = 1 << 20, 1 << 22
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
-class _Part(StoredModel):
+class HeaderEntry(StoredModel):
+    """What a safetensors header says of a tensor."""
+
     dtype: str
     shape: Shape
     data_offsets: Annotated[tuple[Length, Length], Field(strict=False)]
@@ -124,7 +126,7 @@ def read_shard_header(folder: Path, number: int) -> ShardHeader:
 def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
     entries = _VALUES.validate_json(bounded(raw, MAX_HEADER_LISTS, MAX_HEADER_VALUES))
     metadata = _Metadata.model_validate(entries.pop("__metadata__"))
-    parts = {name: _Part.model_validate(entry) for name, entry in entries.items()}
+    parts = {name: HeaderEntry.model_validate(entry) for name, entry in entries.items()}
     offsets: dict[str, Any] = _VALUES.validate_json(metadata.DCP_SHARDING_INFO)
     sums = {name: _FINGERPRINT.fullmatch(str(each)) for name, each in _VALUES.validate_json(metadata.fingerprints).items()}
     if wrong := [name for name in parts if sums.get(name) is None]:

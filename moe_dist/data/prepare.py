@@ -242,8 +242,7 @@ def _sources(inputs: Inputs, skip: Skip) -> Corpus:
     _check_names(inputs)
     pictures, texts = None, []
     if inputs.text is None and inputs.images is None and not inputs.instructions:
-        from moe_dist.data.corpus_openmoji import LANGUAGES, openmoji
-        from moe_dist.data.corpus_python import python_library
+        from moe_dist.data.corpus_packages import LANGUAGES, openmoji, python_library
 
         if unknown := sorted(set(inputs.languages) - set(LANGUAGES)):
             raise ConfigError(f"--languages {unknown[0]}: the pictures have names in {', '.join(LANGUAGES)}")

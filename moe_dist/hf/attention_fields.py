@@ -162,18 +162,12 @@ def layer_types(section: ModelSection) -> list[str]:
 
 def write_windows(section: ModelSection, windows: Windows) -> dict[str, Any]:
     """Returns the fields of config.json that describe sliding windows."""
-    fields: Mapping[Windows, dict[str, Any]] = {
-        "none": {},
-        "always": {"sliding_window": section.sliding_window},
-        "flag": {"use_sliding_window": section.sliding_window is not None, "sliding_window": section.sliding_window},
-        "layers": {
-            "use_sliding_window": section.sliding_window is not None,
-            "sliding_window": section.sliding_window or DEFAULT_WINDOW,
-            "layer_types": layer_types(section),
-        },
-        "alternate": {
-            "sliding_window": section.sliding_window or DEFAULT_ALTERNATE,
-            "layer_types": layer_types(section),
-        },
-    }
-    return fields[windows]
+    if windows == "none":
+        return {}
+    fields: dict[str, Any] = {"sliding_window": section.sliding_window}
+    if windows in ("flag", "layers"):
+        fields["use_sliding_window"] = section.sliding_window is not None
+    if windows in ("layers", "alternate"):
+        fields["sliding_window"] = section.sliding_window or (DEFAULT_WINDOW if windows == "layers" else DEFAULT_ALTERNATE)
+        fields["layer_types"] = layer_types(section)
+    return fields

@@ -36,33 +36,28 @@ _SPECIAL_TOKENS = "special_tokens_map.json"  # transformers merges its fields in
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 
 
-def entries(values: Any) -> Iterator[tuple[str, Any]]:
-    """Yields each key of JSON values with its value, at any depth. A list gives its elements, each with the list's key."""
-    rest = [("", values)]
-    for key, value in rest:  # the list grows in this loop
-        if isinstance(value, list):
-            rest += [(key, each) for each in value]
-            continue
-        yield key, value
-        if isinstance(value, dict):
-            rest += [(str(name), each) for name, each in value.items()]
-
-
-def code_keys(values: Any) -> Iterator[str]:
-    """Yields an error text for each key, at any depth, that could make a library run code. Visits each value once."""
+def entries(values: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yields each key of JSON values, at any depth, with its value; before both the key around them that names kernels, or
+    "". Visits each value once. A list gives its elements, each with the list's key."""
     rest: list[tuple[str, str, Any]] = [("", "", values)]
-    for kernels, key, value in rest:  # the list grows in this loop; `kernels` is the key around the value that names them
+    for kernels, key, value in rest:  # the list grows in this loop
         if isinstance(value, list):
             rest += [(kernels, key, each) for each in value]
             continue
-        if key in _KEYS and value:
-            yield f"{key}={_SHORT.repr(value)}: {_KEYS[key]}"
         if key.removeprefix("_").removesuffix("_internal") in _KERNELS:
             kernels = key
-        if kernels and isinstance(value, str) and value not in _SHIPPED:
-            yield f"{kernels}={value!r:.80}: transformers could download and run kernels, except for {', '.join(_SHIPPED)}"
+        yield kernels, key, value
         if isinstance(value, dict):
             rest += [(kernels, str(name), each) for name, each in value.items()]
+
+
+def code_keys(values: Any) -> Iterator[str]:
+    """Yields an error text for each key, at any depth, that could make a library run code."""
+    for kernels, key, value in entries(values):
+        if key in _KEYS and value:
+            yield f"{key}={_SHORT.repr(value)}: {_KEYS[key]}"
+        if kernels and isinstance(value, str) and value not in _SHIPPED:
+            yield f"{kernels}={value!r:.80}: transformers could download and run kernels, except for {', '.join(_SHIPPED)}"
 
 
 def config_problems(folder: Path, names: Sequence[str]) -> list[str]:

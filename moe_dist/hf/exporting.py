@@ -20,13 +20,11 @@ from torch import Tensor
 
 from moe_dist.checkpoint.base import KEY as BASE
 from moe_dist.checkpoint.base import Base, find_base
-from moe_dist.checkpoint.contents import Contents, open_checkpoint, open_shard
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
-from moe_dist.checkpoint.fits import DTYPES as OURS
-from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
-from moe_dist.checkpoint.storage import open_tensors, sync, write_durably, write_tensors
+from moe_dist.checkpoint.storage import sync, write_durably, write_tensors
+from moe_dist.checkpoint.whole_tensors import Read, merged_reader, tensor_reader
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
@@ -38,7 +36,6 @@ from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.forms import choose_form, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
-from moe_dist.hf.merging import Read, check_mergeable, merged_reader
 from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
 from moe_dist.hf.sections import meaning, parsed_section, write_fields
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
@@ -94,7 +91,9 @@ def export_model(
         raise ConfigError(f"{out} exists; nothing is overwritten: remove it, or choose another folder")
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if merged := BASE in contents.state.values:
-        contents, read = _merged(contents)
+        adapters = contents
+        contents = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
+        read = merged_reader(contents, adapters, checked_config(adapters).model)
     else:
         read = tensor_reader(contents)
     config = checked_config(contents)
@@ -102,10 +101,13 @@ def export_model(
     dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the imported base matrix
     form = choose_form(config.model, read, family or noted, must=family is not None)
     found = _account(contents, config.model, form.section, form.family)
-    like = like or _like(contents.folder, config)
+    beside = [contents.folder.absolute().parent, *([Path(config.run.init_from)] if config.run.init_from else [])]
+    like = like or next((each / HUGGINGFACE for each in beside if (each / HUGGINGFACE / CONFIG_FILE).is_file()), None)
     if like is not None:
         refuse_code(like)
-    wanted = {slot.name: dtype or dtypes.get(slot.name) or _stored(contents, slot.name) for slot in found}
+    wanted = {slot.name: dtype or dtypes.get(slot.name) or contents.index.tensors[slot.name].dtype for slot in found}
+    if odd := [f"{name} is {each}" for name, each in wanted.items() if each not in DTYPES]:
+        raise ConfigError(f"{odd[0]}; say --dtype {', '.join(DTYPES)}")
     about = _data(contents, config, data)
     said = _said_fields(form.family, form.section, like, about)
     fields = _fields(form.section, form.family, said, like, list(wanted.values()))
@@ -128,19 +130,6 @@ def export_model(
             write_durably(folder / name, content)
     nulls = [sum(group.num_null for group in model.moe.groups.values()) for model in (config.model, form.section)]
     return Exported(form.family.name, len(stored), num_shards, nulls[0] - nulls[1], like, merged, form.reasons)
-
-
-def _merged(adapters: Contents) -> tuple[Contents, Read]:
-    """Returns the base of LoRA adapters, and a function that reads a tensor of the base and merges adapters into it.
-
-    Raises:
-        ConfigError: the adapters cannot be merged.
-        DataError: the base is missing or damaged, or is not the base on which the adapters were trained.
-    """
-    model = checked_config(adapters).model
-    check_mergeable(model)
-    base = find_base(Base.noted(adapters.state.values, adapters.folder), adapters.folder)
-    return base, merged_reader(tensor_reader(base), tensor_reader(adapters), base.index, adapters.index, model)
 
 
 def checked_config(contents: Contents) -> Config:
@@ -173,19 +162,6 @@ def _account(contents: Contents, model: ModelSection, section: ModelSection, fam
     if problems:
         raise DataError([f"{contents.folder}: {problem}" for problem in sorted(problems)])
     return [slot for slot in needed if slot.places]
-
-
-def _stored(contents: Contents, name: str) -> str:
-    found = contents.index.tensors[name].dtype
-    if found not in DTYPES:
-        raise ConfigError(f"{name} is {found}; say --dtype {', '.join(DTYPES)}")
-    return found
-
-
-def _like(folder: Path, config: Config) -> Path | None:
-    beside = [folder.absolute().parent / HUGGINGFACE]
-    beside += [Path(config.run.init_from) / HUGGINGFACE] if config.run.init_from else []
-    return next((each for each in beside if (each / CONFIG_FILE).is_file()), None)
 
 
 def _data(contents: Contents, config: Config, asked: Path | None) -> DataFiles | MoeDistError:
@@ -244,35 +220,6 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
         return False
 
 
-def tensor_reader(contents: Contents) -> Read:
-    """Makes a function that reads a whole logical tensor of a checkpoint and verifies its fingerprint.
-
-    The made function raises DataError if the tensor is missing or damaged.
-    """
-
-    checked: set[int] = set()
-
-    def read(name: str) -> Tensor:
-        entry = contents.index.tensors.get(name)
-        if entry is None:
-            raise DataError(f"{contents.folder}: {name}: is missing")
-        whole = torch.empty(entry.shape, dtype=OURS[entry.dtype])
-        for chunk in entry.chunks:
-            if chunk.shard not in checked:  # once per shard, because its header names all tensors in it
-                open_shard(contents, chunk.shard)
-                checked.add(chunk.shard)
-            with open_tensors(contents.folder, chunk.shard) as file:
-                box = tuple(slice(at, at + length) for at, length in zip(chunk.offsets, chunk.shape, strict=True))
-                whole[box] = file.get_tensor(name)
-        if hexadecimal(fingerprint(whole)) != entry.fingerprint:
-            files = ", ".join(dict.fromkeys(shard_file(chunk.shard) for chunk in entry.chunks))
-            found = CheckpointProblem("damaged", files, "its bits are not those that were saved", name)
-            raise DamagedError(f"checkpoint {contents.folder} is not what was saved", [found])
-        return whole
-
-    return read
-
-
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor to write. `parts` are the logical tensors whose rows it contains, as (name, rows, place). A tensor without
@@ -297,18 +244,13 @@ class StoredTensor:
                 whole.view(-1)[place.begin : place.begin + part.numel()] = part.flatten()
         # The tensor is checked piece by piece, because `isfinite` allocates tensors of its argument's size.
         if not all(torch.isfinite(piece).all() for piece in whole.view(-1).split(1 << 16)):
-            raise DataError(self._not_finite(read, whole))
+            count = int((~torch.isfinite(whole)).sum())
+            damaged = [name for name, rows, _ in self.parts if not torch.isfinite(read(name)[rows]).all()]
+            cause = f"some weights are too large for {self.dtype}; take --dtype float32 or bfloat16"
+            if damaged:
+                cause = f"{', '.join(damaged)} of the checkpoint has such numbers; export an earlier checkpoint"
+            raise DataError(f"{self.name}: {count} of {whole.numel()} numbers would be infinite or NaN: {cause}")
         return whole
-
-    def _not_finite(self, read: Read, whole: Tensor) -> str:
-        count = int((~torch.isfinite(whole)).sum())
-        damaged = [name for name, rows, _ in self.parts if not torch.isfinite(read(name)[rows]).all()]
-        cause = (
-            f"{', '.join(damaged)} of the checkpoint has such numbers; export an earlier checkpoint"
-            if damaged
-            else f"some weights are too large for {self.dtype}; take --dtype float32 or bfloat16"
-        )
-        return f"{self.name}: {count} of {whole.numel()} numbers would be infinite or NaN: {cause}"
 
 
 def _stored_tensors(found: Sequence[Slot], dtypes: Mapping[str, str]) -> list[StoredTensor]:

@@ -8,10 +8,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from moe_dist.hf.family import SILENT, ModelFamily, SharedExpert, ZeroComputation
+from moe_dist.hf.family import (
+    SILENT,
+    Alternate,
+    Between,
+    DenseFirst,
+    GroupedHeads,
+    LatentHeads,
+    Listed,
+    ModelFamily,
+    SharedExpert,
+    ZeroComputation,
+)
 from moe_dist.hf.fields import Choices, Fields, Part, Value
-from moe_dist.hf.head_fields import GroupedHeads, LatentHeads
-from moe_dist.hf.layer_fields import Alternate, Between, DenseFirst, Listed
 
 _ALWAYS: Choices = {"true_chosen": {}}  # in this family a token's routing weights always sum to 1
 _NORM: Choices = {"none": {"norm_topk_prob": False}, "true_chosen": {"norm_topk_prob": True}}

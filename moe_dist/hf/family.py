@@ -1,19 +1,181 @@
 """Classes that describe a Hugging Face model family, its fields and its tensors, as data (used by `families.py`)."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from moe_dist.config.model_schema import GroupSection, MoESection
+from moe_dist.config.attention.kinds import LatentAttentionSection
+from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.attention_fields import Windows
 from moe_dist.hf.fields import Choices, Fields, Part
-from moe_dist.hf.head_fields import GroupedHeads, LatentHeads
-from moe_dist.hf.layer_fields import AllLayers
 
 SILENT: Choices = {"none": {}}  # the family has neither this field nor this feature
 # The layout of the tensors of MoE layers, explained in `moe_dist.hf.names`.
 Layout = Literal["plain", "identity", "interleaved", "zero_computation", "moe_dist"]
+
+
+@dataclass(frozen=True)
+class GroupedHeads:
+    """Describes heads of grouped-query attention, or of another `kind` with the same widths."""
+
+    kind: str = "grouped_query"  # `model.attention.kind`
+    width: int | None = None  # default of head_dim; None means hidden_size / num_attention_heads
+    field: bool = True  # True if config.json has the field head_dim
+    null: bool = False  # True if head_dim may be null, which means hidden_size / num_attention_heads
+    kv_heads: int | None = None  # default of num_key_value_heads; None means num_attention_heads, also for a null field
+    rope_share: float | None = None  # default of partial_rotary_factor; None if the family lacks this field
+
+    def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
+        """Returns values of the section `model`, and how many values of a head rotate if partial_rotary_factor is 1."""
+        width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
+        if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
+            raise ConfigError(
+                f"config.json: head_dim={width}: a {read.family} model has heads of hidden_size / num_attention_heads"
+            )
+        if self.kv_heads is None:
+            kv_heads = read.whole("num_key_value_heads", num_heads, null=num_heads)
+        else:
+            kv_heads = read.whole("num_key_value_heads", self.kv_heads)
+        section = {"num_kv_heads": kv_heads, "head_dim": width, "attention": {"kind": self.kind}}
+        return section, width or read.whole("hidden_size") // num_heads
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        width = {"head_dim": section.resolved_head_dim} if self.field else {}
+        return {"num_key_value_heads": section.num_kv_heads, **width}
+
+
+@dataclass(frozen=True)
+class LatentHeads:
+    """Describes heads of multi-head latent attention, which have a part without rotation and a rotated part."""
+
+    kind: ClassVar[str] = "latent"
+    kv_heads: int | None = 128
+    rope_share: float | None = None
+    head_dim: int | None = None  # default of head_dim; None means qk_rope_head_dim
+    plain_queries: bool = True  # True if q_lora_rank may be null, which means that queries have no latent
+    scaled: bool = False
+
+    def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
+        plain, rotated = read.whole("qk_nope_head_dim"), read.whole("qk_rope_head_dim")
+        kv_heads = read.whole("num_key_value_heads", self.kv_heads or num_heads, null=num_heads)
+        if kv_heads != num_heads:
+            raise ConfigError(
+                f"config.json: num_key_value_heads={kv_heads}: latent attention makes keys and values for all "
+                f"num_attention_heads={num_heads} heads; set both to the same number"
+            )
+        if (width := read.whole("head_dim", self.head_dim or rotated)) != rotated:
+            raise ConfigError(f"config.json: head_dim={width} is not supported: it must be qk_rope_head_dim={rotated}")
+        read.must_be("qk_head_dim", (plain + rotated,), "it must be qk_nope_head_dim + qk_rope_head_dim")
+        attention = {
+            "kind": "latent",
+            "q_rank": read.whole("q_lora_rank", **({"null": None} if self.plain_queries else {})),
+            "kv_rank": read.whole("kv_lora_rank"),
+            "value_dim": read.whole("v_head_dim"),
+            "scaled": self.scaled,
+        }
+        section = {"num_kv_heads": num_heads, "head_dim": plain + rotated, "rope_dim": rotated, "attention": attention}
+        return section, rotated
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        attention, rotated = section.attention, section.rope_dim or 0
+        assert isinstance(attention, LatentAttentionSection)
+        width = {} if self.head_dim is None else {"head_dim": rotated}
+        return {
+            **width,
+            "num_key_value_heads": section.num_heads,
+            "qk_nope_head_dim": section.resolved_head_dim - rotated,
+            "qk_rope_head_dim": rotated,
+            "q_lora_rank": attention.q_rank,
+            "kv_lora_rank": attention.kv_rank,
+            "v_head_dim": attention.value_dim,
+        }
+
+
+@dataclass(frozen=True)
+class AllLayers:
+    """Every layer has experts. This is also the base class of the other rules in this file."""
+
+    names: Sequence[str] = ()  # names of the fields; empty if all layers of the family have experts
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        """Returns the indices of the layers with experts."""
+        return list(range(num_layers))
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class DenseFirst(AllLayers):
+    """The first layers are dense, and all later layers have experts."""
+
+    names: Sequence[str] = ("first_k_dense_replace",)
+    first: int = 1  # default of the field with the number of dense layers
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        return list(range(read.count(self.names[0], self.first), num_layers))
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        return {self.names[0]: section.moe_layers[0]}
+
+
+@dataclass(frozen=True)
+class Listed(AllLayers):
+    """Every n-th layer has experts, except the layers in the list `mlp_only_layers` (Qwen)."""
+
+    names: Sequence[str] = ("mlp_only_layers", "decoder_sparse_step")
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        step, only = read.whole("decoder_sparse_step", 1), read.many("mlp_only_layers", [], null=[])
+        return [layer for layer in range(num_layers) if layer not in only and (layer + 1) % step == 0]
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        dense = [layer for layer in range(section.num_layers) if layer not in section.moe_layers]
+        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+
+@dataclass(frozen=True)
+class Between(AllLayers):
+    """Every n-th layer of the model has experts if it lies between two given layers (Ernie 4.5)."""
+
+    names: Sequence[str] = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval")
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        first, step = read.count("moe_layer_start_index", 1), read.whole("moe_layer_interval", 1)
+        last = read.count("moe_layer_end_index", -1, least=-1)
+        last = num_layers - 1 if last == -1 else last
+        return [layer for layer in range(num_layers) if first <= layer <= last and (layer + 1) % step == 0]
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        layers = section.moe_layers
+        values = (layers[0], layers[-1], section.moe.every if len(layers) > 1 else 1)
+        return dict(zip(self.names, values, strict=True))
+
+
+@dataclass(frozen=True)
+class Alternate(AllLayers):
+    """Each layer of LongCat-Flash is two layers of moe_dist, and the first of the two has experts.
+
+    Each field of the family has two possible names. If config.json has both, transformers may use either value, so the two
+    values must be equal.
+    """
+
+    names: Sequence[str] = ("num_layers",)
+
+    def sparse(self, read: Fields, num_layers: int) -> list[int]:
+        read.must_be("num_hidden_layers", (num_layers,), "it must be 2 num_layers")
+        for alias, name in {
+            "num_local_experts": "n_routed_experts",
+            "num_experts_per_tok": "moe_topk",
+            "intermediate_size": "ffn_hidden_size",
+            "moe_intermediate_size": "expert_ffn_hidden_size",
+        }.items():
+            read.must_be(alias, (read.whole(name),), f"it must be {name}")
+        return list(range(0, num_layers, 2))
+
+    def write(self, section: ModelSection) -> dict[str, Any]:
+        return {"num_layers": section.num_layers // 2}
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ experts differs between tokens, which no plain family can express.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moe_dist.checkpoint.whole_tensors import Read
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.config.routers.top_k import TopKRouterSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.families import FAMILIES, KNOWN, PLUS_PLUS
 from moe_dist.hf.family import ModelFamily
-from moe_dist.hf.merging import Read
 from moe_dist.hf.names import router_name
 from moe_dist.hf.sections import misfits, read_section
 from moe_dist.hf.served_fields import SERVED, read_served, served_problems, unserved
@@ -60,27 +60,22 @@ def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool
         raise ConfigError(f"--family={name}: known are {', '.join(FORMS)}")
     if problems := unserved(model):
         raise ConfigError(problems, see=GUIDE)
-    if name == SERVED.name:
-        return _served(model)
-    fits: list[Callable[[], Form]] = [lambda: _plus_plus(model)] if name == PLUS_PLUS.name else []
-    fits += [] if fits and must else [lambda: _plain(model, read, name, must=must)]
+    fits: list[Callable[[], Form]] = [] if name == SERVED.name else [lambda: _plain(model, read, name, must=must)]
+    if name == PLUS_PLUS.name:
+        fits = [lambda: _plus_plus(model), *([] if must else fits)]
     reasons: Sequence[str] = ()
     for fit in fits:
         try:
             return fit()
         except ConfigError as error:
             reasons = error.problems
-    if not must:
-        return replace(_served(model), reasons=reasons)
-    leave = f"--family={name}: leave it out, and the export takes the form {SERVED.name}"
-    other = served_problems(model) or [leave]
-    raise ConfigError([*reasons, *other], see=GUIDE)
-
-
-def _served(model: ModelSection) -> Form:
-    if problems := served_problems(model):
+    problems = served_problems(model)
+    if must and fits:
+        leave = f"--family={name}: leave it out, and the export takes the form {SERVED.name}"
+        raise ConfigError([*reasons, *(problems or [leave])], see=GUIDE)
+    if problems:
         raise ConfigError(problems, see=GUIDE)
-    return Form(SERVED, model)
+    return Form(SERVED, model, reasons)
 
 
 def _plus_plus(model: ModelSection) -> Form:

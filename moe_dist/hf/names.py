@@ -67,7 +67,7 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     for layer in range(section.num_layers):
         ours, (theirs, part) = f"layers.{layer}", family.place(layer)
         found.append(_whole(f"{ours}.attention.norm.weight", f"{theirs}.input_layernorm{part}.weight", dim))
-        found += _ATTENTIONS[section.attention.kind](section, f"{ours}.attention", f"{theirs}.self_attn{part}")
+        found += _attention(section, f"{ours}.attention", f"{theirs}.self_attn{part}")
         ffn_norm = f"{theirs}.post_attention_layernorm{part}.weight"
         if layer in section.moe_layers:
             found.append(_whole(f"{ours}.moe.norm.weight", ffn_norm, dim))
@@ -106,15 +106,20 @@ def _whole(ours: str, theirs: str, *shape: int) -> Slot:
     return Slot(ours, shape, (TensorPlace(theirs, shape),))
 
 
-def _grouped_query(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
-    width = section.resolved_head_dim
+def _attention(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
     for part, (columns, rows) in section.attention_widths.items():
-        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{part}_proj.weight", rows, columns)
+        projection = f"{theirs}.{projection_name(part)}"
+        yield _whole(f"{ours}.{part}.weight", f"{projection}.weight", rows, columns)
         if section.attention_bias != "none" and part in section.attention_bias:
-            yield _whole(f"{ours}.{part}.bias", f"{theirs}.{part}_proj.bias", rows)
+            yield _whole(f"{ours}.{part}.bias", f"{projection}.bias", rows)
         if section.qk_norm != "none" and part in "qk":
-            size = width if section.qk_norm == "head" else rows
+            size = section.resolved_head_dim if section.qk_norm == "head" else rows
             yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_norm.weight", size)
+        if part.endswith("_up"):  # of latent attention
+            latent = part.removesuffix("_up")
+            yield _whole(f"{ours}.{latent}_norm.weight", f"{theirs}.{latent}_a_layernorm.weight", columns)
+    if section.attention.kind == "sinks":
+        yield _whole(f"{ours}.sinks", f"{theirs}.sinks", section.num_heads)
 
 
 def projection_name(part: str) -> str:
@@ -122,29 +127,7 @@ def projection_name(part: str) -> str:
     return _LATENT.get(part, f"{part}_proj")
 
 
-_LATENT = {"q": "q_proj", "q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa", "kv_up": "kv_b_proj",
-           "o": "o_proj"}  # fmt: skip
-
-
-def _latent(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
-    widths = section.attention_widths
-    for part, (columns, rows) in widths.items():
-        yield _whole(f"{ours}.{part}.weight", f"{theirs}.{projection_name(part)}.weight", rows, columns)
-    for part in ("q", "kv"):
-        if f"{part}_up" in widths:
-            yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_a_layernorm.weight", widths[f"{part}_up"][0])
-
-
-def _sinks(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
-    yield from _grouped_query(section, ours, theirs)
-    yield _whole(f"{ours}.sinks", f"{theirs}.sinks", section.num_heads)
-
-
-_ATTENTIONS: Mapping[str, Callable[[ModelSection, str, str], Iterator[Slot]]] = {
-    "grouped_query": _grouped_query,
-    "latent": _latent,
-    "sinks": _sinks,
-}
+_LATENT = {"q_down": "q_a_proj", "q_up": "q_b_proj", "kv_down": "kv_a_proj_with_mqa", "kv_up": "kv_b_proj"}
 
 
 def _swiglu(ours: str, theirs: str, dim: int, ffn_dim: int) -> Iterator[Slot]:

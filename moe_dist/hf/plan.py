@@ -18,7 +18,7 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields
-from moe_dist.hf.names import EMBEDDING, HEAD, Slot, idle_places, router_name, shards, slots
+from moe_dist.hf.names import EMBEDDING, HEAD, idle_places, router_name, shards, slots
 from moe_dist.hf.sections import GROUP, parsed_section
 from moe_dist.hf.source import Source
 from moe_dist.model.initial_weights import normal_tensor
@@ -115,8 +115,7 @@ def changed_section(section: Mapping[str, Any], family: ModelFamily, options: Im
     ConfigError, with the reason and the valid values, if an option does not fit the model."""
     if family.layout != "plain":
         return _parsed({**section["moe"], "groups": _unchanged_groups(section, family, options)}, section)
-    group = dict(section["moe"]["groups"][GROUP])
-    router = dict(section["moe"]["router"])
+    group, router = dict(section["moe"]["groups"][GROUP]), dict(section["moe"]["router"])
     if options.experts != 1 or options.experts_top_k != 1:
         if family.experts:
             raise ConfigError(f"--experts={options.experts}: {family.name} has experts already; only a dense FFN is copied")
@@ -202,7 +201,9 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
     for slot in slots(section, family):
         place = next((place for place in slot.places if place.name in source.tensors), None)
         if place is None and not slot.places:
-            parts.append(_drawn(slot, section))
+            # A dense model has no router. With one expert the router's row has no effect on the output.
+            kind = "zeros" if slot.shape[0] == 1 else "normal"
+            parts.append(TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std))
             continue
         place = place or slot.places[0]
         for each in (place, *slot.next_rows):
@@ -237,9 +238,9 @@ def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
     DataError if the copies differ, because according to config.json the model has only one tensor."""
     for copy, original in plan.copies.items():
         shape, expected = source.tensors[copy].shape, source.tensors[original].shape
-        rows = max(1, shard_bytes // (2 * ITEMSIZE * math.prod(expected[1:])))
-        parts = ((begin, min(rows, expected[0] - begin)) for begin in range(0, expected[0], rows))
-        boxes = ((begin * math.prod(expected[1:]), (count, *expected[1:])) for begin, count in parts)
+        width = math.prod(expected[1:])
+        rows = max(1, shard_bytes // (2 * ITEMSIZE * width))
+        boxes = [(at * width, (min(rows, expected[0] - at), *expected[1:])) for at in range(0, expected[0], rows)]
         if shape != expected or not all(
             torch.equal(source.read(copy, *box).float(), source.read(original, *box).float()) for box in boxes
         ):
@@ -247,12 +248,6 @@ def check_copies(source: Source, plan: ImportPlan, *, shard_bytes: int) -> None:
                 f"{source.folder}: {copy} differs from {original}, but config.json: tie_word_embeddings=true says that "
                 "they are the same; set it to false if the model has both"
             )
-
-
-def _drawn(slot: Slot, section: ModelSection) -> TensorPart:
-    """Returns the initial router rows for a dense model, which has no router of its own."""
-    kind = "zeros" if slot.shape[0] == 1 else "normal"  # with one expert the router's row has no effect on the output
-    return TensorPart(slot.name, slot.shape, 0, slot.shape[0], kind, std=section.init_std)
 
 
 def _tiled_rows(parts: Sequence[TensorPart], section: ModelSection) -> list[TensorPart]:

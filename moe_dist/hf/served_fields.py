@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.experts.clamped_ffn import ClampedFFNExpertsSection
+from moe_dist.config.experts.ffn import ClampedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
@@ -132,6 +132,7 @@ def read_served(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
         "auto_map", (AUTO_MAP, OLD_AUTO_MAP), "the code beside the weights is never run, and must be that of an export"
     )
     read.must_be("architectures", ([SERVED.architecture],), "it must be a language model")
+    read.must_be("hidden_act", ("silu",), "experts are SwiGLUs")
     section = {ours: read.get(theirs, null=None) for ours, theirs in _FIELDS.items()}
     moe = {ours: read.get(theirs) for ours, theirs in _MOE_FIELDS.items()}
     moe["shortcut"] = read.get("moe_shortcut", False)  # older exports lack this field and the next one

@@ -5,7 +5,6 @@ memory limit.
 """
 
 import hashlib
-import json
 import math
 import re
 import struct
@@ -19,8 +18,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from moe_dist.checkpoint.index import Length, Shape, StoredModel
-from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES, MAX_HEADER_LISTS, MAX_HEADER_VALUES
+from moe_dist.checkpoint.shard_header import MAX_HEADER_BYTES, MAX_HEADER_LISTS, MAX_HEADER_VALUES, HeaderEntry
 from moe_dist.config.json_text import bounded
 from moe_dist.errors import DataError
 from moe_dist.hf.fields import read_object
@@ -43,15 +41,6 @@ _MOST_FILES = 10_000  # of weights; DeepSeek-V3 has 163
 _DIGESTED = 1024  # elements of a tensor
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # name of a buffer in old Llama checkpoints, which is ignored
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
-
-
-class _Entry(StoredModel):
-    dtype: str
-    shape: Shape
-    data_offsets: tuple[Length, Length]
-
-
-_HEADER = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -234,9 +223,9 @@ def _read_header(path: Path) -> tuple[dict[str, Stored], str]:
     if len(start) < 8 or (len(raw) < length and length <= MAX_HEADER_BYTES):
         raise DataError(f"{path}: {size:,} bytes, cut short inside its header; {AGAIN}")
     try:
-        entries = _HEADER.validate_json(bounded(raw, MAX_HEADER_LISTS, MAX_HEADER_VALUES))
+        entries = TypeAdapter(dict[str, Any]).validate_json(bounded(raw, MAX_HEADER_LISTS, MAX_HEADER_VALUES))
         entries.pop("__metadata__", None)
-        parts = {name: _Entry.model_validate_json(json.dumps(entry)) for name, entry in entries.items()}
+        parts = {name: HeaderEntry.model_validate(entry) for name, entry in entries.items()}
     except (ValidationError, ValueError) as error:
         raise DataError(f"{path}: no safetensors file: {str(error).splitlines()[0]}; {AGAIN}") from error
     end, before = 0, 8 + length

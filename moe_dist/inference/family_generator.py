@@ -8,8 +8,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, Request, check_lengths
-from moe_dist.inference.sampling import UniformDraws, draw, probabilities
+from moe_dist.inference.generate import Generator, Request, UniformDraws, check_lengths, draw, probabilities
 
 
 class FamilyGenerator(Generator):

@@ -11,9 +11,8 @@ from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.generate import Generator, Request
+from moe_dist.inference.generate import Generator, Request, Sampling
 from moe_dist.inference.likelihood import Continuation, Likelihood
-from moe_dist.inference.sampling import Sampling
 from moe_dist.inference.vocabulary import Vocabulary
 
 _MAX_NEW_TOKENS = 256  # largest number of new tokens if a task sets no limit

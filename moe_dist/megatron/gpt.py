@@ -4,11 +4,12 @@ Weights and training steps equal those of this project's own engine. Initial wei
 is the same, and a step's loss is summed over ranks and micro-batches (Megatron's per-token loss without its division).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
@@ -29,12 +30,23 @@ from moe_dist.config.schema import Config
 from moe_dist.megatron.core_attention import DocumentAttention
 from moe_dist.megatron.decoder_layer import decoder_layer_spec
 from moe_dist.megatron.layer_watch import LayerWatch
-from moe_dist.megatron.plain_layers import PLAIN
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.megatron.tensors import Piece, Place, pieces
 from moe_dist.model.layers import RMSNorm
 from moe_dist.placement.placement import ExpertPlacement
 
+# Arguments for Megatron's TransformerConfig that select SwiGLU layers without biases, dropout or Apex kernels.
+PLAIN: Mapping[str, Any] = {
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "add_bias_linear": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules by parallel.recompute
 NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"

@@ -66,7 +66,7 @@ class DepthRouter(ChoosingRouter):
 
     `router` [1, D] is w. `causal="threshold"` adds three buffers [1]: `threshold` (a score; 0 admits every token), the
     running `mean` and the number of `steps`. The buffers have no gradient. Each step and each calibration
-    (`moe_dist.train.evaluation.calibration`) changes them, and checkpoints contain them.
+    (`moe_dist.train.evaluation.evaluator`) changes them, and checkpoints contain them.
 
     Args:
         capacity: c, the fraction of the scope's tokens that the layer computes.

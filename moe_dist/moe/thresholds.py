@@ -9,7 +9,7 @@ the running mean: at first 1 / (number of steps), later 1 - decay.
     c = m + d               only a calibration of the thresholds changes d
 
 With d = 0 evaluation might admit more or fewer tokens than training, for example because m lags behind drifting scores.
-`moe_dist.train.evaluation.calibration` sets d so that evaluation and training admit the same fraction of tokens.
+`moe_dist.train.evaluation.evaluator` sets d so that evaluation and training admit the same fraction of tokens.
 
 These scores contain no noise, because evaluation adds no noise. All ranks get the same thresholds, because q is computed
 from sums over all ranks. Shape letters: L layers, E choosers of a layer, G groups, n choosers of one gate.

@@ -17,7 +17,7 @@ import typer
 
 from moe_dist.runtime.command_line import reports_errors, run_command
 from research.bench.expert_copies import Copied, solve_with_copies
-from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
+from research.gpu_bench.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 Solver = Callable[[np.ndarray, np.ndarray], Copied]
 RANDOM, LAYERS = 1000, 4

@@ -24,8 +24,8 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ResourceError
 from moe_dist.plan.preflight import Preflight, check_file
 from moe_dist.runtime.signals import child_of
+from research.gpu_bench.token_imbalance import WorkloadShape, workload_step
 from tools.calibrate import RANK_ENV
-from tools.gpu_check.token_imbalance import WorkloadShape, workload_step
 
 TIMEOUT = 900.0
 FIRST, STEPS = 1, 7  # numbers of untimed steps and of timed steps in a visit

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
+from research.gpu_bench.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 ABSENT = -1
 HOT_EXPERTS = 4  # number of experts that get most choices in a skewed routing; "95%:4": 4 experts get 95 % of the choices

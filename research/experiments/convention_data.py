@@ -21,13 +21,13 @@ import typer
 from tokenizers import Tokenizer
 
 from moe_dist.data.codebook import load_codebook
-from moe_dist.data.corpus_openmoji import LANGUAGES
+from moe_dist.data.corpus_packages import LANGUAGES
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.tokenizer import BOS, EOS, encode_texts, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection, load_manifest
-from moe_dist.inference.questions.pictures import OPENMOJI
+from moe_dist.inference.questions.catalogue import OPENMOJI
 from moe_dist.runtime.command_line import reports_errors, run_command
 from research.experiments.instructed import (
     Document,

@@ -19,7 +19,7 @@ import typer
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.corpus import Corpus, Picture, Recipe, Source, Text, content_family
 from moe_dist.data.corpus_build import build
-from moe_dist.data.corpus_openmoji import openmoji
+from moe_dist.data.corpus_packages import openmoji
 from moe_dist.data.prepare import renamed_when_complete
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest, write_manifest

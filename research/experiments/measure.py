@@ -33,7 +33,7 @@ from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.files import write_atomically
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.build.training import LoopSettings, build_loader, group_of_modality, loop_settings
-from moe_dist.train.evaluation.calibration import by_threshold, calibrate
+from moe_dist.train.evaluation.evaluator import by_threshold, calibrate
 from moe_dist.train.loop.trainer import Loader
 from moe_dist.train.objective.loss import forward
 from research.experiments import probes

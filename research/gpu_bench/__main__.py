@@ -4,13 +4,13 @@
 from collections.abc import Mapping
 
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
-from tools.gpu_check.__main__ import GpuCheckOptions, take_checks
-from tools.gpu_check.checks import CHECKS
+from tools.gpu_check.__main__ import CHECKS, GpuCheckOptions, take_checks
 from tools.gpu_check.session import Check
 
 MEASUREMENTS: Mapping[str, Check] = {
     "ceilings": CHECKS["ceilings"],
     "sanitizer": Check("research.gpu_bench.sanitizer:sanitizer", 180, "no kernel reads or writes outside its tensors"),
+    "workloads": Check("research.gpu_bench.workloads:workloads", 150, "W0 to W7, from balanced to bursts = in float64"),
     "graph": Check("research.gpu_bench.graph:graph", 90, "an MoE layer in a CUDA graph = with sizes read on the host"),
     "kernel rates": Check("research.gpu_bench.rates:kernel_rates", 60, "time of each kernel over bytes / copy rate"),
     "grouped product": Check("research.gpu_bench.rates:grouped", 60, "grouped product over the dense rate"),

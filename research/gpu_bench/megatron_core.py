@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_dist.megatron.plain_layers import PLAIN
+from moe_dist.megatron.gpt import PLAIN
 from moe_dist.moe.layer import Router
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import ABSENT, NO_REQUEST, LayerReport, RoutingRequest

@@ -21,8 +21,8 @@ from research.mutants.reach import ORDER, REACH_BASE, add_probes, read_durations
 from research.mutants.seeds import FILES, ROOT, Fault, load_faults
 
 DEFAULT = "not full and not exhaustive"
-# Maps names of sets of tests, in the order in which they run, to (folders, marks). CI runs the first two sets; the first one
-# has the tests of `make test` and `make test-slow`.
+# Maps names of sets of tests, in the order in which they run, to (folders, marks). CI runs the first two sets. The first
+# one has the tests of `make test` and `make test-slow`.
 SETS: dict[str, list[tuple[str, str]]] = {
     "test": [("tests/unit", DEFAULT), ("tests/integration tests/distributed", DEFAULT)],
     "clusters": [("tests/faults tests/browser", "not exhaustive"), ("tests/clusters", "not exhaustive")],

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.model.layers import RMSNorm, SwiGLU
-from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
+from moe_dist.moe.balance.rules import ActiveExperts
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.experts.experts import Experts
@@ -31,15 +31,11 @@ from moe_dist.moe.experts.lora import LoRAExperts, LoRALayer
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.losses import BalanceKind, ColumnTables, balance_terms
-from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.routers.adaptive import AdaptiveRouter, PredictedKRouter, ReLURouter, ThresholdRouter, TopPRouter
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.expert_choice import ExpertChoiceRouter
 from moe_dist.moe.routers.expert_threshold import ExpertThresholdRouter
-from moe_dist.moe.routers.predicted_k import PredictedKRouter
-from moe_dist.moe.routers.relu import ReLURouter
-from moe_dist.moe.routers.threshold import ThresholdRouter
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.routing.types import LayerReport, Routing, RoutingCache
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.placement.parameter_names import group_module

@@ -19,7 +19,7 @@ from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.moe.routing.types import GlobalBatchInfo, RoutingCache, RoutingRequest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
-from moe_dist.train.evaluation.calibration import calibrate
+from moe_dist.train.evaluation.evaluator import calibrate
 from tests.support.cover import full
 from tests.support.layouts import LAYERS, SEQUENCES, Layout, batch_of, build
 from tests.support.one_rank_layer import one_rank_layer

@@ -16,7 +16,7 @@ from moe_dist.moe.routing.types import ExpertsChoice
 from moe_dist.monitor.costs import Cost, cost_table
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
 from moe_dist.plan.preflight import check
-from moe_dist.train.evaluation import calibration
+from moe_dist.train.evaluation import evaluator as evaluator_file
 from moe_dist.train.evaluation.balance import even_routing
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.evaluation.heldout import heldout_losses
@@ -56,7 +56,7 @@ def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[li
     """Takes all steps. Returns them and the final evaluation, which uses calibrated thresholds. These are multiples of
     1/256, because an exact threshold lies between scores of tokens with equal inputs."""
     by_rounded = mock.patch.object(selection, "choose", choose_by_rounded)
-    coarse = mock.patch.object(calibration, "HALVINGS", 8)
+    coarse = mock.patch.object(evaluator_file, "HALVINGS", 8)
     with by_rounded, coarse, started_run(rank, data, {**CHOOSING, **changes}) as run:
         steps = take_steps(run, 0, run.config.train.steps)
         groups = run.training.step.group_of_modality

@@ -13,8 +13,7 @@ import torch
 
 from tests.support.invoked import invoke
 from tools.gpu_check import session
-from tools.gpu_check.__main__ import main
-from tools.gpu_check.checks import CHECKS
+from tools.gpu_check.__main__ import CHECKS, main
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 from tools.gpu_check.process import function_of
 from tools.gpu_check.session import Check, run_checks

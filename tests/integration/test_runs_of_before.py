@@ -17,13 +17,13 @@ from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.config.load import load_config, load_stored_config, resolved_yaml
 from moe_dist.errors import ConfigError
 from moe_dist.inference.loaded_run import find_trained
-from moe_dist.monitor.compare import first_difference
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.runtime.run_folder import RunFolder, Start
 from moe_dist.train.start.resume import saved_config
 from tests.support.cover import exhaustive, full
 from tests.support.tiny import tiny_dataset
 from tools import compare_runs, inspect_checkpoint, verify_checkpoint
+from tools.compare_runs import first_difference
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = ROOT / "tests/data/run_of_e0d2e61"

@@ -13,8 +13,8 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch, BatchMaker, Segment
 from moe_dist.model import compiled
-from moe_dist.model.distillation import Divergence
 from moe_dist.model.initial_weights import normal_tensor
+from moe_dist.model.objective import Divergence
 from moe_dist.moe.losses import BalanceKind, StepLoad
 from moe_dist.moe.thresholds import ThresholdUpdater
 from moe_dist.parallel.initialise import initialise, set_whole
@@ -23,7 +23,7 @@ from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.parameter_names import logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import replicated_placement
-from moe_dist.train.build.routing import build_balance, build_scopes, depth_thresholds
+from moe_dist.train.build.moe_layers import build_balance, build_scopes, depth_thresholds
 from moe_dist.train.build.training import build_model, build_optimizer, freeze
 from moe_dist.train.objective.distillation import Distillation, Teacher
 from moe_dist.train.objective.loss import AuxSettings

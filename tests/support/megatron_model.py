@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.parallel.section import InterleavedSection
-from moe_dist.megatron.plain_layers import PLAIN
+from moe_dist.megatron.gpt import PLAIN
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.megatron.tensors import Place, pieces
 from moe_dist.model.layers import ModelArgs, RMSNorm, SwiGLU

@@ -9,7 +9,7 @@ from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from moe_dist.train.build.dispatch import dispatch_context
-from moe_dist.train.rank_balance.expert_replicas import give_replicas
+from moe_dist.train.rank_balance.levers import give_replicas
 from tests.support.layouts import HIDDEN_DIM, Layout, config_of
 
 

@@ -12,9 +12,8 @@ from moe_dist.placement.parameter_names import named_parameters
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
-from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
-from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
+from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, RoutingReader
 from moe_dist.train.step.result import StepResult
 from tests.support.layouts import IMAGE, STEPS, TEXT, Layout, TrainingRank
 from tests.support.whole_tensors import carry

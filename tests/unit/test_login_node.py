@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 TORCH_FREE = (
     "moe_dist/__init__.py", "moe_dist/errors.py", "moe_dist/config", "moe_dist/placement", "moe_dist/plan",
     "moe_dist/runtime", "moe_dist/formats", "moe_dist/train/__main__.py", "moe_dist/checkpoint/contents.py",
-    "moe_dist/checkpoint/directory.py", "moe_dist/monitor/compare.py", "tools/compare_runs.py",
+    "moe_dist/checkpoint/directory.py", "tools/compare_runs.py",
     "tools/inspect_checkpoint.py", "tools/plan.py", "launchers",
 )  # fmt: skip
 

@@ -25,9 +25,8 @@ from moe_dist.config.load import load_config
 from moe_dist.config.schema import Config
 from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
-from moe_dist.inference.generate import Generator, Request
+from moe_dist.inference.generate import Generator, Request, Sampling
 from moe_dist.inference.grammar import grammar_of
-from moe_dist.inference.sampling import Sampling
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh

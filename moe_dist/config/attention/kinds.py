@@ -101,7 +101,7 @@ class SinkAttentionSection(GroupedQuerySection):
     """Grouped-query attention with a sink in each head: a learned score that joins the tokens' scores in the softmax, but
     has no value (gpt-oss)."""
 
-    builds = "moe_dist.model.sink_attention:SinkAttention"
+    builds = "moe_dist.model.attention:SinkAttention"
     served = "sinks"
 
     kind: Literal["sinks"] = "sinks"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -91,12 +91,13 @@ def kinds_in(package: ModuleType, base: type[KindSection], *, default: str | Non
     `default`."""
     names = sorted(each.name for each in iter_modules(package.__path__) if each.name != "base")
     modules = [import_module(f"{package.__name__}.{name}") for name in names]
-    sections = {
+    found = {
         kind_of(each): each
         for module in modules
         for each in vars(module).values()
         if isinstance(each, type) and issubclass(each, base) and each.__module__ == module.__name__
     }
+    sections = dict(sorted(found.items()))
     others, kind_in = OtherKinds(f"moe_dist.{package.__name__.rpartition('.')[2]}", base), kind_or(default)
 
     def tag(value: Any) -> str | None:

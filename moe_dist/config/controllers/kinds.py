@@ -19,7 +19,7 @@ from moe_dist.config.controllers.base import ControllerSection
 class ActiveExpertsSection(ControllerSection):
     """Change the selection bias so that the mean number of true experts per token stays at a target (LongCat-Flash)."""
 
-    builds = "moe_dist.moe.balance.active_experts:ActiveExperts"
+    builds = "moe_dist.moe.balance.rules:ActiveExperts"
 
     kind: Literal["active_experts"] = "active_experts"
     target: dict[GroupName, PositiveFloat] = Field(min_length=1)
@@ -90,7 +90,7 @@ class LossFreeSection(ControllerSection):
     """After each step, raise the selection bias of experts whose load is below their group's mean load, and lower all other
     biases (DeepSeek-V3)."""
 
-    builds = "moe_dist.moe.balance.loss_free:LossFree"
+    builds = "moe_dist.moe.balance.rules:LossFree"
 
     kind: Literal["loss_free"] = "loss_free"
     rate: PositiveFloat = Field(default=1e-3, description="Amount by which a step raises or lowers a bias.")

@@ -8,7 +8,7 @@ from moe_dist.config.routers.base import AdaptiveRouterSection
 class PredictedKRouterSection(AdaptiveRouterSection):
     """A linear head predicts the number of experts that a token takes, at most top_k."""
 
-    builds = "moe_dist.moe.routers.predicted_k:PredictedKRouter"
+    builds = "moe_dist.moe.routers.adaptive:PredictedKRouter"
     served = "predicted_k"
 
     kind: Literal["predicted_k"] = "predicted_k"
@@ -25,7 +25,7 @@ class PredictedKRouterSection(AdaptiveRouterSection):
 class ReLURouterSection(AdaptiveRouterSection):
     """Each token takes the experts with positive logits, at most top_k. The weights are ReLU(logit) (ReMoE)."""
 
-    builds = "moe_dist.moe.routers.relu:ReLURouter"
+    builds = "moe_dist.moe.routers.adaptive:ReLURouter"
     served = "relu"
 
     kind: Literal["relu"] = "relu"
@@ -35,7 +35,7 @@ class ReLURouterSection(AdaptiveRouterSection):
 class ThresholdRouterSection(AdaptiveRouterSection):
     """Each token takes the experts for which its score exceeds a learned threshold, at most top_k (DynMoE)."""
 
-    builds = "moe_dist.moe.routers.threshold:ThresholdRouter"
+    builds = "moe_dist.moe.routers.adaptive:ThresholdRouter"
     served = "threshold"
 
     kind: Literal["threshold"] = "threshold"

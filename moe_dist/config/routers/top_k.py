@@ -3,7 +3,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Share, Violation, WholeConfig
+from moe_dist.config.base.section import PositiveInt, Share, Violation, WholeConfig
 from moe_dist.config.routers.base import ROUTER, AdaptiveRouterSection, RouterSection
 
 
@@ -48,7 +48,7 @@ class TopKRouterSection(RouterSection):
 class TopPRouterSection(AdaptiveRouterSection):
     """Each token takes its most probable experts until their probabilities add up to p, but at most top_k (DTop-p)."""
 
-    builds = "moe_dist.moe.routers.top_p:TopPRouter"
+    builds = "moe_dist.moe.routers.adaptive:TopPRouter"
     served = "top_p"
     hosted = "moe_dist.hf.host.choices:FamilyTopP"
     least_columns = 1
@@ -60,3 +60,89 @@ class TopPRouterSection(AdaptiveRouterSection):
     """Routing weights. none: the probabilities. true_chosen: the probabilities of the taken columns without null experts,
     divided by their sum."""
     scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
+
+
+class GatingResidualRouterSection(RouterSection):
+    """Top-k with the gating residual of MoE++: a learned map of the previous MoE layer's logits is added to the logits."""
+
+    builds = "moe_dist.moe.routers.gating_residual:GatingResidualRouter"
+    needs_previous = True
+    needs = (
+        ("model.mixture_of_depths", (None,), "a token that skips a layer has no logits there to add"),
+        ("engine.passes_logits", (True,), "logits must pass to the next layer"),
+    )
+
+    kind: Literal["gating_residual"] = "gating_residual"
+    normalise: Literal["true_chosen", "all_chosen", "true_all", "none"] = "true_chosen"
+    """Columns over which the routing weights are a softmax, as with kind=top_k."""
+    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight.")
+    selection_bias: bool = Field(default=False, description="Choose by softmax + bias, as with kind=top_k.")
+
+    def further_parameters(self, columns: int) -> int:
+        return columns**2
+
+
+class GroupLimitedRouterSection(RouterSection):
+    """Each token takes the top_k experts by sigmoid + bias, from only a few node groups (DeepSeek-V3, GLM-4.5, Kimi K2)."""
+
+    builds = "moe_dist.moe.routers.group_limited:GroupLimitedRouter"
+    served = "group_limited"
+    adapted = True
+
+    kind: Literal["group_limited"] = "group_limited"
+    n_group: PositiveInt = 1
+    """Number of node groups into which each group's true experts are divided, in order. Null and zero-computation experts
+    belong to no node group."""
+    topk_group: PositiveInt = 1
+    """Number of node groups from which a token takes experts. These are the node groups whose two best scores have the
+    largest sums."""
+    normalise: Literal["true_chosen", "none"] = "true_chosen"
+    """Routing weights. true_chosen: the sigmoids of the chosen true experts, divided by their sum. none: the sigmoids."""
+    scale: PositiveFloat = Field(default=1.0, description="Factor of every routing weight (routed_scaling_factor).")
+    selection_bias: bool = True
+    """Choose by sigmoid + bias instead of the sigmoid. The bias starts at 0, and model.moe.balance changes it. It does not
+    change the weights."""
+
+    @property
+    def node_limit(self) -> tuple[int, int]:
+        return (self.n_group, self.topk_group)
+
+    def equal_score(self, group: Any) -> float:
+        return 0.5
+
+    def equal_share(self, group: Any) -> int | None:
+        if self.topk_group < self.n_group:
+            return None
+        return group.num_experts if self.normalise == "true_chosen" else 2  # the sigmoid of 0 is 1 / 2
+
+    def growth_of_scale(self, parts: int) -> int | None:
+        if self.topk_group < self.n_group:
+            return None
+        return parts if self.normalise == "true_chosen" else 1
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        if self.topk_group > self.n_group:
+            problem = (
+                f"{ROUTER}.topk_group={self.topk_group}: there are {ROUTER}.n_group={self.n_group} node groups; lower it, "
+                "or raise n_group"
+            )
+            yield Violation((f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem)
+            return
+        for name, group in config.model.moe.groups.items():
+            key, size = f"model.moe.groups.{name}", group.num_experts // self.n_group
+            if group.num_experts % self.n_group or (self.n_group > 1 and size < 2):
+                problem = (
+                    f"{ROUTER}.n_group={self.n_group}: {key}.num_experts={group.num_experts} must divide into node groups "
+                    f"of equal size with at least 2 experts; take a divisor of it up to {max(1, group.num_experts // 2)}, "
+                    "or another num_experts"
+                )
+                yield Violation((f"{ROUTER}.n_group", f"{key}.num_experts"), problem)
+                continue
+            open_columns = self.topk_group * size + group.num_null + group.num_zero_computation
+            if group.top_k > open_columns:
+                problem = (
+                    f"{key}.top_k={group.top_k}: with {ROUTER}.topk_group={self.topk_group} of {self.n_group} node groups "
+                    f"a token has {open_columns} columns to take; lower top_k, or raise topk_group"
+                )
+                yield Violation((f"{key}.top_k", f"{ROUTER}.topk_group", f"{ROUTER}.n_group"), problem)

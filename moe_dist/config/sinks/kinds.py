@@ -29,7 +29,7 @@ class JsonlSinkSection(SinkSection):
 class MlflowSinkSection(SinkSection):
     """Send records to an MLflow tracking server."""
 
-    builds = "moe_dist.monitor.sinks.mlflow:MlflowSink"
+    builds = "moe_dist.monitor.sinks.trackers:MlflowSink"
 
     kind: Literal["mlflow"] = "mlflow"
     experiment: str = Field(description="Name of the MLflow experiment; created if the server has none of that name.")
@@ -61,7 +61,7 @@ class TensorBoardSinkSection(SinkSection):
 class WandbSinkSection(SinkSection):
     """Send records to Weights & Biases."""
 
-    builds = "moe_dist.monitor.sinks.wandb:WandbSink"
+    builds = "moe_dist.monitor.sinks.trackers:WandbSink"
 
     kind: Literal["wandb"] = "wandb"
     project: str = Field(description="Name of the Weights & Biases project.")

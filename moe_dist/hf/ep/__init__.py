@@ -5,7 +5,7 @@
     parallel = DistributedConfig(fsdp_size=4, ep_size=4, ep_implementation="moe_dist")
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=parallel)
 
-The import also registers the parallel style "moe_dist_shard", for experts whose number the ranks do not divide (`style`).
+The import also registers the parallel style "moe_dist_shard", for experts whose number the ranks do not divide.
 Needs transformers 5.24 or newer. Only this package and `moe_dist.hf.host` import transformers.
 """
 
@@ -15,8 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("moe_dist.hf.ep needs transformers 5.24 or newer: pip install 'transformers>=5.24'") from error
 
-from moe_dist.hf.ep.implementation import MoeDistEP, allow_absent_choices
-from moe_dist.hf.ep.style import ChunkedExperts
+from moe_dist.hf.ep.implementation import ChunkedExperts, MoeDistEP, allow_absent_choices
 
 __all__ = ["ChunkedExperts", "MoeDistEP", "allow_absent_choices"]
 

@@ -18,12 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers.distributed.expert_parallel import EPImplementation
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from transformers.distributed.expert_parallel import EPImplementation, MoEParamShard
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.errors import ConfigError
-from moe_dist.hf.ep.style import chunks
 from moe_dist.hf.pairs import compute_pairs
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
@@ -133,3 +132,46 @@ def _divide_gradients_once(experts: Any) -> None:
 
     # transformers calls this method after FSDP2 has sharded the module, later than it builds this implementation.
     experts.set_gradient_divide_factor = set_factor
+
+
+class ChunkedExperts(MoEParamShard):
+    """The parallel style "moe_dist_shard", for the place of transformers' "grouped_gemm" in `DistributedConfig.ep_plan`.
+    Gives each rank a run of experts, as `torch.chunk` cuts them: 9 experts on 2 ranks are 5 and 4. DTensor saves and loads
+    no other cut.
+
+        experts = "model.layers.*.mlp.experts"
+        ep_plan = {f"{experts}.gate_up_proj": "moe_dist_shard", f"{experts}.down_proj": "moe_dist_shard"}
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Shard(0), shards_expert_dim=True)
+
+    def shard_param(self, module: Any, param: str, mesh: DeviceMesh) -> None:
+        """Shards one parameter [E, ...], and gives the module the number of this rank's experts.
+
+        Raises:
+            ConfigError: a rank would hold no expert.
+        """
+        whole = module._parameters.get(param)
+        if whole is None:  # a bias that this model does not have
+            return
+        chunks(whole.shape[0], mesh.size())  # refuses ranks without experts
+        shard = distribute_tensor(whole, mesh, [self.placement], src_data_rank=None)
+        module.num_experts, module._is_expert_parallel = shard.to_local().shape[0], True
+        module._parameters[param] = nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+
+def chunks(num_experts: int, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the experts of each rank, as DTensor cuts dimension 0.
+
+    Raises:
+        ConfigError: a rank would hold no expert.
+    """
+    runs = tuple(tuple(run.tolist()) for run in torch.arange(num_experts).chunk(num_ranks))
+    if len(runs) < num_ranks:
+        raise ConfigError(
+            f"ep_size={num_ranks}: {num_experts} experts in runs of {len(runs[0])} fill only {len(runs)} ranks, and "
+            f"transformers cannot load a rank without experts; give ep_size={len(runs)}, or another number of ranks that "
+            "such runs fill"
+        )
+    return runs

@@ -5,6 +5,7 @@ unchanged. Shape letters: T tokens, C columns, E true experts, K choices of a to
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE
 from moe_dist.hf.host.model import Choice, FamilyRouter
+from moe_dist.moe.routers.adaptive import TopPRouter
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.routing.types import RoutingCache
 
 
@@ -87,23 +88,18 @@ def add_null_rows(router: Any, num_null: int) -> None:
     the router returns."""
     true_ED = router.weight
     router.weight = nn.Parameter(true_ED.new_empty(len(true_ED) + num_null, true_ED.shape[1]))
-    router.forward = _WithNullRows(router, router.forward, len(true_ED))
+    router.forward = partial(_with_null_rows, router, router.forward, len(true_ED))
 
 
-class _WithNullRows:
+def _with_null_rows(router: Any, forward: Callable[..., Any], num_experts: int, h_TD: Tensor) -> Any:
     """The forward of a family's router on its true rows, and the null rows' logits behind the true ones. A product of n
     rows at a time gives a null row that repeats a true one the same bits (`TopKRouter`)."""
-
-    def __init__(self, router: Any, forward: Callable[..., Any], num_experts: int) -> None:
-        self._router, self._forward, self._num_experts = router, forward, num_experts
-
-    def __call__(self, h_TD: Tensor) -> Any:
-        whole_CD = self._router._parameters["weight"]
-        true_ED, *nulls = whole_CD.split(self._num_experts)
-        self._router._parameters["weight"] = true_ED
-        try:
-            logits_TE, *more = self._forward(h_TD)
-        finally:
-            self._router._parameters["weight"] = whole_CD
-        h_TD = h_TD.reshape(-1, whole_CD.shape[1])
-        return torch.cat([logits_TE, *(F.linear(h_TD, rows) for rows in nulls)], dim=1), *more
+    whole_CD = router._parameters["weight"]
+    true_ED, *nulls = whole_CD.split(num_experts)
+    router._parameters["weight"] = true_ED
+    try:
+        logits_TE, *more = forward(h_TD)
+    finally:
+        router._parameters["weight"] = whole_CD
+    h_TD = h_TD.reshape(-1, whole_CD.shape[1])
+    return torch.cat([logits_TE, *(F.linear(h_TD, rows) for rows in nulls)], dim=1), *more

@@ -172,7 +172,7 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
     """Raises ConfigError for fields, at any depth, that could make transformers run code, print control characters, or work
     for hours."""
     problems = [f"{problem}; remove it" for problem in code_keys(fields)]
-    for name, value in entries(fields):
+    for _, name, value in entries(fields):
         if _is_private(name):
             problems.append(f"{name}: is a note that transformers makes itself; remove it")
         elif _NUM_PARTS.search(name) and isinstance(value, int | float) and value > MOST_PARTS:

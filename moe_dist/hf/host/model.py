@@ -11,6 +11,7 @@ pairs on this rank, R rows on this rank.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -61,8 +62,22 @@ class FamilyRouter(TopKRouter):
             self.gate(group)._parameters.clear()  # the family has the rows; a selection bias stays
 
     def learn(self, family: str, choice: Choice) -> None:
-        """Finds out, from a choice of the family's router, how the family makes weights from logits."""
-        self.sigmoid = _by_sigmoid(family, choice)
+        """Finds out, from a choice of the family's router, whether the weights of chosen experts are proportional to the
+        sigmoids of their logits, and not to their exponentials. Raises ConfigError if the router records no logits."""
+        scores_TE = choice.scores_TE.detach().double()
+        if bool((scores_TE >= 0).all()) and bool(((scores_TE.sum(1) - 1).abs() < 1e-2).all()):
+            raise ConfigError(
+                f"model.family: the router of {family} records probabilities, but this engine makes reports and losses "
+                "from logits; this family cannot be trained by this engine yet",
+                see=GUIDE,
+            )
+        logits_TK = scores_TE.gather(1, choice.ids_TK.long())
+
+        def unequal(scores_TK: Tensor) -> Tensor:
+            ratio_TK = choice.weights_TK.detach().double() / scores_TK
+            return (ratio_TK.amax(1) / ratio_TK.amin(1)).max()
+
+        self.sigmoid = bool(unequal(logits_TK.sigmoid()) < unequal(logits_TK.exp()))
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
         assert self.choice is not None, "the family's router runs before its experts"
@@ -183,17 +198,17 @@ class HostedModel(nn.Module):
                 recompute="experts" if recompute == "experts" else "none",
                 name=f"layers.{number}",
             )
-            routed = _Routed(layer, self._pass, args.compute_dtype)
+            routed, keep = _Routed(layer, self._pass, args.compute_dtype), partial(_keep, layer.router)
             for bank in parts:
                 router = family.get_submodule(bank.router)
-                router.forward = _InFullPrecision(router.forward)
+                router.forward = partial(_in_full_precision, router.forward)
                 if not bank.block:
-                    router.register_forward_hook(_Keep(layer.router))
+                    router.register_forward_hook(keep)
                     family.get_submodule(bank.experts).forward = routed
             if parts[0].block:
                 block = family.get_submodule(parts[0].block)
                 routers = [family.get_submodule(each.router) for each in parts]
-                block.forward = OneExchange(block, routers, _Keep(layer.router), routed)
+                block.forward = OneExchange(block, routers, keep, routed)
             layers.append(layer)
         self._layers = tuple(layers)  # in a tuple, because the parameters are the family's
         self.gates = nn.ModuleList(gate for layer in layers for gate in layer.router.children())  # with selection biases
@@ -326,25 +341,15 @@ class HostedModel(nn.Module):
                     buffer.copy_(made[name])
 
 
-class _Keep:
+def _keep(router: Any, module: nn.Module, inputs: Any, output: Any) -> None:
     """A hook that keeps a family's choice for the MoE layer that follows."""
-
-    def __init__(self, router: Any) -> None:
-        self._router = router
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._router.choice = Choice(*output[:3])
+    router.choice = Choice(*output[:3])
 
 
-class _InFullPrecision:
+def _in_full_precision(forward: Callable[..., Any], h_TD: Tensor, *more: Any, **named: Any) -> Any:
     """The forward of a family's router without autocast, from fp32 inputs."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward = forward
-
-    def __call__(self, h_TD: Tensor, *more: Any, **named: Any) -> Any:
-        with torch.autocast(h_TD.device.type, enabled=False):
-            return self._forward(h_TD.to(accumulation_dtype(h_TD.dtype)), *more, **named)
+    with torch.autocast(h_TD.device.type, enabled=False):
+        return forward(h_TD.to(accumulation_dtype(h_TD.dtype)), *more, **named)
 
 
 class _Routed:
@@ -378,25 +383,6 @@ class _Routed:
         if again or not torch.is_grad_enabled():
             here.caches.pop(layer.name)
         return y_TD.to(h_TD.dtype)
-
-
-def _by_sigmoid(family: str, choice: Choice) -> bool:
-    """Returns whether the weights of chosen experts are proportional to the sigmoids of their logits, and not to their
-    exponentials. Raises ConfigError if the router records no logits."""
-    scores_TE = choice.scores_TE.detach().double()
-    if bool((scores_TE >= 0).all()) and bool(((scores_TE.sum(1) - 1).abs() < 1e-2).all()):
-        raise ConfigError(
-            f"model.family: the router of {family} records probabilities, but this engine makes reports and losses from "
-            "logits; this family cannot be trained by this engine yet",
-            see=GUIDE,
-        )
-    logits_TK = scores_TE.gather(1, choice.ids_TK.long())
-
-    def unequal(scores_TK: Tensor) -> Tensor:
-        ratio_TK = choice.weights_TK.detach().double() / scores_TK
-        return (ratio_TK.amax(1) / ratio_TK.amin(1)).max()
-
-    return bool(unequal(logits_TK.sigmoid()) < unequal(logits_TK.exp()))
 
 
 def _in_order(report: LayerReport, place_T: Tensor) -> LayerReport:

@@ -1,7 +1,7 @@
 """Weights of a hosted model: read from a Hugging Face folder, and written to one."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -12,14 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe_dist.checkpoint.contents import open_checkpoint
-from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.config.model_schema import MoESection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.adapters import write_peft
-from moe_dist.hf.exporting import checked_config, tensor_reader
 from moe_dist.hf.host.family import GUIDE
-from moe_dist.hf.host.lora import MATRICES, hosted_tensors
+from moe_dist.hf.host.lora import MATRICES
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
 
@@ -55,7 +51,10 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     converters: list[Any] = [each for each in mapping if isinstance(each, WeightConverter)]
     state = family.state_dict()
     routers, num_experts = model.router_weights(), int(cast(Any, model.moe_modules()[0].router).num_experts)
-    for name, tensor in _tensors(folder):
+    source = open_source(folder)
+    files = {name: safe_open(folder / name, framework="pt") for name in source.files}
+    for name, stored in source.tensors.items():
+        tensor = files[stored.file].get_slice(name)
         target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
         mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
         if target in routers and tensor.get_shape()[0] == num_experts:  # null rows repeat the true ones (AdaMoE)
@@ -121,14 +120,6 @@ class _Slice:
         return (torch.cat(parts) if parts else self._tensor[:0])[index]
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the name and the slice of each tensor in the folder's files. Reads headers and no values."""
-    source = open_source(folder)
-    files = {name: safe_open(folder / name, framework="pt") for name in source.files}
-    for name, stored in source.tensors.items():
-        yield name, files[stored.file].get_slice(name)
-
-
 def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool) -> tuple[str, Any] | None:
     """Returns name and tensor, cut to this rank's experts. None for an expert of another rank.
 
@@ -171,18 +162,6 @@ def write_folder(model: HostedModel, out: Path) -> None:
     """Writes a model that holds all experts as the family's own Hugging Face folder, in shards of 4 GB."""
     assert not any(isinstance(each, DTensor) for each in model.parameters()), "the caller loads a model of one rank"
     model.family.save_pretrained(out, max_shard_size="4GB")
-
-
-def export_hosted_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None) -> int:
-    """Does for a run of a transformers model what `moe_dist.hf.adapters.export_adapters` does. The base is its
-    `model.folder`."""
-    contents = open_checkpoint(find_checkpoint(checkpoint))
-    model = checked_config(contents).model
-    if model.lora is None:
-        raise ConfigError(f"{contents.folder}: holds no adapters, model.lora is null; export it without --adapters")
-    refuse_masked(model.moe)
-    base = Path(str(model.folder)).absolute()
-    return write_peft(out, model, base_name or str(base), base, hosted_tensors(model, tensor_reader(contents)))
 
 
 def refuse_masked(moe: MoESection) -> None:

@@ -31,6 +31,7 @@ class MoeDistConfig(PreTrainedConfig):
     """
 
     model_type = "moe_dist"
+    hidden_act = "silu"  # read by Qwen2MoeMLP
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     vocab_size: int = 1024

@@ -15,12 +15,14 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding, apply_rotary_pos_emb
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, repeat_kv
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as eager_attention_with_sinks
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm
 from transformers.models.llama.modeling_llama import eager_attention_forward as eager_attention
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_moe_dist import MoeDistConfig
@@ -28,7 +30,7 @@ from .configuration_moe_dist import MoeDistConfig
 # Added (times the scale of attention) to the score of a token that skipped the layer, so that its probability is exactly 0.
 SKIPPED = -1e4
 # The name of transformers' cache of keys and values, which was `past_key_values` before version 5.24.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
@@ -48,30 +50,9 @@ class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
-def eager_attention_with_sinks(module, query, key, value, attention_mask, scaling, **kwargs):
-    scores = query @ repeat_kv(key, module.num_key_value_groups).transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    sinks = module.sinks[:, None, None].expand(*scores.shape[:-1], 1)
-    weights = torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)[..., :-1]
-    output = weights @ repeat_kv(value, module.num_key_value_groups)
-    return output.transpose(1, 2).contiguous(), weights
-
-
 def in_halves(x, rotated):
     """Moves the values 2 i and 2 i + 1 of a head's first `rotated` values to i and i + `rotated` / 2."""
     return torch.cat([x[..., 0:rotated:2], x[..., 1:rotated:2], x[..., rotated:]], dim=-1)
-
-
-class MoeDistMLP(nn.Module):
-    def __init__(self, config: MoeDistConfig, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoeDistClampedMLP(nn.Module):
@@ -89,7 +70,7 @@ class MoeDistClampedMLP(nn.Module):
         return self.down_proj(gate * (self.alpha * gate).sigmoid() * (up + 1))
 
 
-EXPERTS = {"ffn": MoeDistMLP, "clamped_ffn": MoeDistClampedMLP}
+EXPERTS = {"ffn": Qwen2MoeMLP, "clamped_ffn": MoeDistClampedMLP}
 
 
 class MoeDistAttention(nn.Module):
@@ -455,7 +436,7 @@ class MoeDistSparseMoeBlock(nn.Module):
         self.has_shared_expert, self.has_shared_gate = config.shared_expert_intermediate_size > 0, config.shared_expert_gate
         self.has_shortcut = config.moe_shortcut
         if self.has_shared_expert:
-            self.shared_expert = MoeDistMLP(config, config.shared_expert_intermediate_size)
+            self.shared_expert = Qwen2MoeMLP(config, config.shared_expert_intermediate_size)
         if self.has_shared_gate:
             self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
@@ -509,7 +490,7 @@ class MoeDistDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = ATTENTIONS[config.attention["kind"]](config, layer_idx)
         self.is_sparse, self.has_depths = layer_idx in config.moe_layers, layer_idx in config.depth_layers
-        self.mlp = MoeDistSparseMoeBlock(config) if self.is_sparse else MoeDistMLP(config, config.intermediate_size)
+        self.mlp = MoeDistSparseMoeBlock(config) if self.is_sparse else Qwen2MoeMLP(config, config.intermediate_size)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if self.has_depths:
@@ -628,27 +609,7 @@ class MoeDistForCausalLM(MoeDistPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Computes, with `labels`, the cross entropy without a balance loss."""
-        given = {"inputs_embeds": inputs_embeds, "cache": cache, "use_cache": use_cache, **kwargs}
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **given)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        states, attentions, cache = outputs.hidden_states, outputs.attentions, getattr(outputs, CACHE)
-        return CausalLMOutputWithPast(loss, logits, hidden_states=states, attentions=attentions, **{CACHE: cache})
+    forward = LlamaForCausalLM.forward  # the loss, with `labels`, is the cross entropy without a balance loss
 
 
 __all__ = ["MoeDistForCausalLM", "MoeDistModel", "MoeDistPreTrainedModel"]

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
-from moe_dist.hf.host.bias import share_biases
+from moe_dist.errors import ConfigError
 from moe_dist.hf.host.choices import add_null_rows
-from moe_dist.hf.host.family import banks_of, empty_model
+from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
 from moe_dist.hf.host.lora import add_adapters, first_values
 from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.weights import read_folder
@@ -26,9 +26,10 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.losses import StepLoad
 from moe_dist.parallel.initialise import allocate, set_whole
 from moe_dist.parallel.parallelize import ParallelModel, shard
+from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
-from moe_dist.train.build.routing import build_balance, router_context
+from moe_dist.train.build.moe_layers import build_balance, router_context
 from moe_dist.train.build.training import (
     COMPUTE_DTYPES,
     EngineContext,
@@ -145,6 +146,31 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     )
     dispatch = context_on(mesh, config, placement, comm_stats)
     yield HostedTraining(parallel, optimizer, step, dispatch, balance, tuning, load, config=config, local=local)
+
+
+def share_biases(model: HostedModel) -> None:
+    """Makes the family's selection biases [E] those of this project's routers, which controllers change in place. They are
+    the one saved buffer of this shape in each router, or in the block that has the router. Raises ConfigError if there is
+    not one. Must be called when the buffers have memory."""
+    layers = {layer.name: layer for layer in model.moe_modules()}
+    for bank in model.banks:
+        num_experts = len(bank.ids)
+        block = model.family.get_submodule(bank.router.rpartition(".")[0])
+        found = [
+            each for module in (model.family.get_submodule(bank.router), block) for each in _saved(module, num_experts)
+        ]
+        if len(found) != 1:
+            raise ConfigError(
+                f"model.moe.balance: controllers change the selection bias of a family's router, but {bank.router} has "
+                f"{len(found)} saved buffers of {num_experts} numbers, and not one; remove the controllers",
+                see=GUIDE,
+            )
+        layers[f"layers.{bank.layer}"].router.get_submodule(group_module(bank.group)).register_buffer("bias", found[0])
+
+
+def _saved(module: nn.Module, num_experts: int) -> list[Tensor]:
+    buffers, others = dict(module.named_buffers(recurse=False)), module._non_persistent_buffers_set
+    return [each for name, each in buffers.items() if tuple(each.shape) == (num_experts,) and name not in others]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import role_of_name
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import build_all_to_all, dispatch_context
-from moe_dist.train.build.routing import build_balance, build_router, build_thresholds, router_context
+from moe_dist.train.build.moe_layers import build_balance, build_router, build_thresholds, router_context
 from moe_dist.train.build.training import EngineContext, Training, check_expert_gemm, group_of_modality, state_specs
 
 

@@ -47,8 +47,15 @@ from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.dealing import build_dealing
 from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
-from moe_dist.train.build.experts import LayerParts, attention_adapters, make_layers
-from moe_dist.train.build.routing import build_balance, build_scopes, build_targets, depth_thresholds
+from moe_dist.train.build.moe_layers import (
+    LayerParts,
+    attention_adapters,
+    build_balance,
+    build_scopes,
+    build_targets,
+    depth_thresholds,
+    make_layers,
+)
 from moe_dist.train.build.tuning import build_tuning
 from moe_dist.train.objective.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.objective.loss import AuxSettings, aux_at

@@ -11,9 +11,8 @@ from moe_dist.formats.manifest import Manifest
 from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.train.router_tuning.loader import SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex, Neighbours
-from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
-from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning
+from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, RoutingReader
 
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning | None:

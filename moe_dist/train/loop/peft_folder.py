@@ -17,15 +17,12 @@ def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
     """
     if config.train.only != "adapters":
         return ""
-    if config.engine.hosts:
-        from moe_dist.hf.host.weights import export_hosted_adapters as export  # imported only here: few runs need PEFT
-    else:
-        from moe_dist.hf.adapters import export_adapters as export
+    from moe_dist.hf.adapters import export_adapters  # imported only here: few runs need PEFT
 
     out = folder.path / "adapters" / f"step_{step}"
     try:
         if not out.exists():
-            export(folder.checkpoints, out)
+            export_adapters(folder.checkpoints, out)
     except ConfigError as error:
         return f"no adapters in PEFT's form: {error.problems[0]}"
     return f"adapters in PEFT's form: {out}"

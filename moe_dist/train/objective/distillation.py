@@ -23,7 +23,7 @@ from moe_dist.config.partial import read_stored
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
-from moe_dist.model.distillation import Divergence, TeacherOutput
+from moe_dist.model.objective import Divergence, TeacherOutput
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.objective.loss import MicroLoss, forward
 

@@ -17,8 +17,7 @@ from moe_dist.comm.collectives import pack, start_sum, unpack
 from moe_dist.comm.names import ROUTING_COUNTS
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.model.distillation import TeacherOutput
-from moe_dist.model.objective import Choices
+from moe_dist.model.objective import Choices, TeacherOutput
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.losses import AuxSettings, ColumnTables, StepLoad, balance_terms, z_terms
 from moe_dist.moe.routing.counts import FRACTIONAL, AuxSums, DepthCounts, RoutingCounts

@@ -28,7 +28,7 @@ from moe_dist.config.schema import Config
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.numpy_file import load_array
-from moe_dist.model.distillation import TeacherOutput
+from moe_dist.model.objective import TeacherOutput
 
 GUIDE = "docs/adapt.md"
 KEY = "loss.distillation.top_logits"

@@ -19,7 +19,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica, hosts_of, shares
-from moe_dist.train.rank_balance.load_lever import LoadLever
+from moe_dist.train.rank_balance.moving_lever import LoadLever
 
 LEAST_GAIN = 0.02  # a gain below this fraction of a layer's busiest rank's load is taken for noise
 # Number of FLOPs per parameter of an expert in forward and backward of one token.

@@ -3,8 +3,7 @@
 import pytest
 from rich.console import Console
 
-from launchers.explain import main, show
-from moe_dist.config.explain import explain
+from launchers.explain import explain, main, show
 from moe_dist.config.keys import type_text, walk
 from moe_dist.config.schema import Config
 from tests.support.invoked import invoke

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launchers.explain import explain
 from moe_dist.config.base.kinds import PACKAGE as KEY
-from moe_dist.config.explain import explain
 from moe_dist.config.load import difference, load_config, load_stored_config, resolved_yaml
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config

@@ -88,7 +88,7 @@ def make_set() -> MakeSet:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Prepares the default corpus with two renders per picture. Rendering takes most of the time of the data tests."""
     from moe_dist.data import corpus_build, picture_coding
-    from moe_dist.data.corpus_openmoji import openmoji
+    from moe_dist.data.corpus_packages import openmoji
     from moe_dist.data.prepare import Inputs, prepare
 
     divisions: list[Division] = []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_dist.data.codebook import encode, load_codebook, to_patches
-from moe_dist.data.corpus_python import python_library
+from moe_dist.data.corpus_packages import python_library
 from moe_dist.data.families import near_pairs
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.pictures import augmented, plain, rasterise

@@ -10,11 +10,10 @@ import torch
 
 from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.bias import share_biases
 from moe_dist.hf.host.family import complete, read_fields
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.plan.policies import expert_groups, replicated_placement
-from moe_dist.train.build.hosted import build_hosted
+from moe_dist.train.build.hosted import build_hosted, share_biases
 from tests.support.hosted import FAMILIES, hosted_config, of_family
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config, write_config

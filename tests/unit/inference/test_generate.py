@@ -10,9 +10,8 @@ from torch import Tensor
 
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import load_manifest
-from moe_dist.inference.generate import Generator, Request, check_lengths
+from moe_dist.inference.generate import Generator, Request, Sampling, check_lengths
 from moe_dist.inference.grammar import grammar_of
-from moe_dist.inference.sampling import Sampling
 from moe_dist.model.attention import QKNorm
 from moe_dist.model.transformer import Transformer
 from tests.support.causal_models import evaluated_model

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError
-from moe_dist.inference.sampling import Sampling, UniformDraws, draw, guided, probabilities
+from moe_dist.inference.generate import Sampling, UniformDraws, draw, guided, probabilities
 
 
 def slow_probabilities(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.model import attention
-from moe_dist.model.attention import attend, dense_mask, flex_mask
-from moe_dist.model.sink_attention import attend_with_sinks
+from moe_dist.model.attention import attend, attend_with_sinks, dense_mask, flex_mask
 
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]], dtype=torch.int32)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.data.batch import IGNORED
-from moe_dist.model.distillation import Divergence, TeacherOutput, divergences
+from moe_dist.model.objective import Divergence, TeacherOutput, divergences
 from moe_dist.train.objective.distillation import Distillation
 from moe_dist.train.objective.loss import MicroLoss
 

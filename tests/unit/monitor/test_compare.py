@@ -1,7 +1,7 @@
 import copy
 from typing import Any
 
-from moe_dist.monitor.compare import first_difference
+from tools.compare_runs import first_difference
 
 
 def line(step: int, **changes: Any) -> dict[str, Any]:

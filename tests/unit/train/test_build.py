@@ -15,7 +15,7 @@ from moe_dist.moe.routers.context import RouterContext
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.plan.flops import forward_flops
 from moe_dist.train.build.dealing import build_dealing, sequence_costs
-from moe_dist.train.build.routing import build_router
+from moe_dist.train.build.moe_layers import build_router
 from moe_dist.train.build.training import check_expert_gemm, state_specs
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config

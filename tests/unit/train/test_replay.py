@@ -1,5 +1,4 @@
-"""Steps of a trace on disk are replayed. Wrong traces are refused, and the error names them. A counterfactual equals a
-forward pass with one changed choice."""
+"""Steps of a trace on disk are replayed. Wrong traces are refused, and the error names them."""
 
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
-from moe_dist.train.evaluation.replay_step import counterfactual, replay_step
+from moe_dist.train.evaluation.replay_step import replay_step
 from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import traced_steps
@@ -127,35 +126,3 @@ def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path) -> None:
         make(traced.step._replace(manifest=replace(traced.step.manifest, layers=(0,))))
     with refused(DataError, "expert group"):
         make(group_of_modality=torch.tensor([0, 0]))
-
-
-def test_a_counterfactual_changes_one_choice(tiny_data: Path, tmp_path: Path) -> None:
-    """The reference is a forward pass whose selection scores force the choices."""
-    one = OneRank(tiny_data, tmp_path)
-    model, batch = one.training.parallel.model, one.run.loader.batches(0)[0]
-    with torch.no_grad():
-        before, reports = forward(model, batch, GROUPS, RoutingRequest(keep_choices=True), losses=True)
-    (token,) = (batch.modality_BS.flatten() == 0).nonzero().flatten()[[7]].tolist()
-    chosen = [report.chosen.column_TK.long() for report in reports if report.chosen is not None]
-    for layer in (0, 1):
-        other = [column for column in (0, 1, 2, 5) if column not in chosen[layer][token]]
-        found = counterfactual(model, batch, GROUPS, token=token, layer=layer, choice=other)
-        wanted = [columns.clone() for columns in chosen]
-        wanted[layer][token] = torch.tensor(other)
-        for each, columns in zip(model.moe_modules(), wanted, strict=True):
-            each.router._selection_scores = lambda masked_TC, _, columns=columns: (  # pyright: ignore
-                torch.full_like(masked_TC, -1.0).scatter(
-                    1, columns.clamp_min(0), torch.tensor([[2.0, 1.0]]).expand_as(columns)
-                )
-            )
-        with torch.no_grad():
-            after, _ = forward(model, batch, GROUPS, losses=True)
-        for each in model.moe_modules():
-            del each.router._selection_scores
-        assert torch.equal(found, after - before)
-        assert found.flatten()[token].abs() > 1e-7
-        assert found.flatten()[:token].abs().max() < 1e-5
-    with refused(ConfigError, "token=99999"):
-        counterfactual(model, batch, GROUPS, token=99999, layer=0, choice=[0, 1])
-    with refused(DataError, "counterfactual: "):
-        counterfactual(model, batch, GROUPS, token=token, layer=0, choice=[0, 3])

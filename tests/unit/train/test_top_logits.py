@@ -13,7 +13,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.formats.split_files import data_digest
-from moe_dist.model.distillation import divergences
+from moe_dist.model.objective import divergences
 from moe_dist.train.build.training import build_distillation, build_loader
 from moe_dist.train.objective.top_logits import TopLogits
 from tests.support.invoked import invoke

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.inference.fact import Fact, Question, lemma_keys
-from moe_dist.inference.questions.catalogue import task_names
+from moe_dist.inference.questions.catalogue import pictures, task_names
 from moe_dist.inference.questions.files import fact_lines, read_facts
-from moe_dist.inference.questions.pictures import pictures
 from moe_dist.inference.questions.split import Side, make_questions, on_side, side_of
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 from tests.support.messages import refused

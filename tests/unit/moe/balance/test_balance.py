@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_dist.errors import DataError
-from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.balance.loss_free import LossFree
+from moe_dist.moe.balance.rules import ActiveExperts, LossFree
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import RoutingCounts

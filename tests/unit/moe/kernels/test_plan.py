@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_dist.comm.all_to_all import AllToAll, Splits
 from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.dispatch.counting_planner import CountingPlanner
+from moe_dist.moe.dispatch.all_to_all import CountingPlanner
 from moe_dist.moe.dispatch.planning import DispatchPlanner
 from moe_dist.moe.kernels import plan as kernels
 from moe_dist.moe.kernels.interface import RowIndex

@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.moe.balance.active_experts import ActiveExperts
 from moe_dist.moe.balance.controller import BiasController
-from moe_dist.moe.routers.adaptive import AdaptiveRouter
+from moe_dist.moe.balance.rules import ActiveExperts
+from moe_dist.moe.routers.adaptive import AdaptiveRouter, PredictedKRouter, ReLURouter, ThresholdRouter, TopPRouter
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.group_limited import GroupLimitedRouter
-from moe_dist.moe.routers.predicted_k import PredictedKRouter
-from moe_dist.moe.routers.relu import ReLURouter
-from moe_dist.moe.routers.threshold import ThresholdRouter
 from moe_dist.moe.routers.top_k import KINDS, TopKRouter
-from moe_dist.moe.routers.top_p import TopPRouter
 from moe_dist.moe.routing.types import ABSENT, Routing, RoutingCache, group_columns
 from moe_dist.placement.placement import ExpertGroup
 from tests.reference import adaptive as slow

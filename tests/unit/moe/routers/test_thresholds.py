@@ -13,7 +13,7 @@ from moe_dist.moe.thresholds import ThresholdUpdater, updated
 from moe_dist.parallel.initialise import initialise
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.build.training import build_model
-from moe_dist.train.evaluation.calibration import calibrate
+from moe_dist.train.evaluation.evaluator import calibrate
 from moe_dist.train.evaluation.heldout import heldout_losses
 from tests.support.counts import counts_with
 from tests.support.layouts import Layout, batch_of, config_of, placement_of

@@ -10,8 +10,8 @@ import pytest
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.sinks.mlflow import MlflowSink
 from moe_dist.monitor.sinks.sink import SinkContext
+from moe_dist.monitor.sinks.trackers import MlflowSink
 from tests.support.messages import refused
 from tests.unit.monitor.conftest import send
 

@@ -13,7 +13,7 @@ import pytest
 
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.sinks.sink import SinkContext
-from moe_dist.monitor.sinks.wandb import WandbSink
+from moe_dist.monitor.sinks.trackers import WandbSink
 from tests.support.messages import refused
 from tests.unit.monitor.conftest import MakeRecord, send
 

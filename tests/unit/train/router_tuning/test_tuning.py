@@ -18,9 +18,8 @@ from moe_dist.train.build.training import build_model
 from moe_dist.train.objective.loss import MicroLoss, forward
 from moe_dist.train.router_tuning.loader import SampleBatch, SampleLoader, SampleMaker
 from moe_dist.train.router_tuning.neighbours import NeighbourIndex
-from moe_dist.train.router_tuning.reading import RoutingReader
 from moe_dist.train.router_tuning.samples import Samples
-from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, freeze_all_but_routers
+from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, RoutingReader, freeze_all_but_routers
 from tests.support.layouts import Layout, config_of
 from tests.support.manifold import manifold_term_reference
 from tests.support.messages import refused

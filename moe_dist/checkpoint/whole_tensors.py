@@ -1,4 +1,5 @@
-"""Merges LoRA adapters into the matrices of their base for an export: W becomes W + (alpha / r) B A.
+"""Reads whole tensors of a checkpoint, and merges LoRA adapters into the matrices of their base: W becomes W + (alpha / r)
+B A.
 
 A matrix and its adapters can be merged only if all tokens that use the matrix also use these adapters with equal weights.
 This always holds for adapters of attention and of an MoE base's experts. For LoRA experts on an FFN it requires
@@ -8,20 +9,25 @@ This always holds for adapters of attention and of an MoE base's experts. For Lo
 - one expert, whose weight is then exactly 1; or several experts that every token chooses (top_k = num_experts) with a
   weight of exactly 1 (straight_through, published). The products B A of several experts are summed.
 
-Otherwise the export is refused.
+Otherwise the merge is refused.
 """
 
 import re
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.base import GUIDE, base_names
-from moe_dist.checkpoint.index import Index
-from moe_dist.config.experts.ffn_lora import AdaptedFFNExpertsSection
+from moe_dist.checkpoint.contents import Contents, open_shard
+from moe_dist.checkpoint.fingerprint import fingerprint, hexadecimal
+from moe_dist.checkpoint.fits import DTYPES
+from moe_dist.checkpoint.index import CheckpointProblem, DamagedError, shard_file
+from moe_dist.checkpoint.storage import open_tensors
+from moe_dist.config.experts.ffn import AdaptedFFNExpertsSection
 from moe_dist.config.experts.lora import LoRAExpertsSection
 from moe_dist.config.model_schema import ModelSection
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.placement.parameter_names import EXPERT_NAME
 
 Read = Callable[[str], Tensor]
@@ -32,8 +38,36 @@ _TARGETS = {"gate": "gate_up", "up": "gate_up", "down": "down"}  # maps a matrix
 _FFN = re.compile(r"layers\.(?P<layer>\d+)\.moe\.ffn\.(?P<target>gate|up|down)")
 
 
-def check_mergeable(model: ModelSection) -> None:
-    """Raises ConfigError, with all reasons, if the adapters cannot be merged."""
+def tensor_reader(contents: Contents) -> Read:
+    """Makes a function that reads a whole logical tensor of a checkpoint and verifies its fingerprint.
+
+    The made function raises DataError if the tensor is missing or damaged.
+    """
+
+    checked: set[int] = set()
+
+    def read(name: str) -> Tensor:
+        entry = contents.index.tensors.get(name)
+        if entry is None:
+            raise DataError(f"{contents.folder}: {name}: is missing")
+        whole = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        for chunk in entry.chunks:
+            if chunk.shard not in checked:  # once per shard, because its header names all tensors in it
+                open_shard(contents, chunk.shard)
+                checked.add(chunk.shard)
+            with open_tensors(contents.folder, chunk.shard) as file:
+                box = tuple(slice(at, at + length) for at, length in zip(chunk.offsets, chunk.shape, strict=True))
+                whole[box] = file.get_tensor(name)
+        if hexadecimal(fingerprint(whole)) != entry.fingerprint:
+            files = ", ".join(dict.fromkeys(shard_file(chunk.shard) for chunk in entry.chunks))
+            found = CheckpointProblem("damaged", files, "its bits are not those that were saved", name)
+            raise DamagedError(f"checkpoint {contents.folder} is not what was saved", [found])
+        return whole
+
+    return read
+
+
+def _check_mergeable(model: ModelSection) -> None:
     experts, groups, problems = model.moe.experts, model.moe.groups, []
     if not isinstance(experts, LoRAExpertsSection):
         return
@@ -59,22 +93,23 @@ def check_mergeable(model: ModelSection) -> None:
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
 
 
-def merged_reader(base: Read, adapters: Read, base_index: Index, adapter_index: Index, model: ModelSection) -> Read:
+def merged_reader(base: Contents, adapters: Contents, model: ModelSection) -> Read:
     """Makes a function that reads a tensor of the base and merges adapters into it, in fp32. A tensor that the checkpoint
-    of adapters contains whole, such as the router of an MoE base, is read from there. `check_mergeable` must have accepted
-    `model`, the section of the adapters' run."""
-    ffn_names = base_names(base_index)
+    of adapters contains whole, such as the router of an MoE base, is read from there. `model` is the section of the
+    adapters' run. Raises ConfigError, with all reasons, if the adapters cannot be merged."""
+    _check_mergeable(model)
+    ffn_names, read_base, read_adapters = base_names(base.index), tensor_reader(base), tensor_reader(adapters)
 
     def read(name: str) -> Tensor:
-        if name in adapter_index.tensors:
-            return adapters(name)
-        whole = base(name)
+        if name in adapters.index.tensors:
+            return read_adapters(name)
+        whole = read_base(name)
         for a, b, scale in _pairs(name, ffn_names, model):
-            if a in adapter_index.tensors:
-                rows = adapters(b)
+            if a in adapters.index.tensors:
+                rows = read_adapters(b)
                 if rows.shape[-2] == 2 * len(whole):  # gate and up share one adapter
                     rows = rows.chunk(2, dim=-2)[name.endswith(".up")]
-                whole = whole + scale * _product(rows, adapters(a)).to(whole.dtype)
+                whole = whole + scale * _product(rows, read_adapters(a)).to(whole.dtype)
         return whole
 
     return read

@@ -1,4 +1,5 @@
-"""Keeps the mean number of true (not null) experts per token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
+"""The rules of `BiasController`: `LossFree` balances true (not null) experts. `ActiveExperts` keeps their mean number per
+token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2):
 
 The paper calls this controller PID. It is an integral controller, because each bias is the sum of all its updates. A token
 has k choices among n true experts and the router's other columns. A step has T tokens, and c_i of them choose true expert
@@ -114,3 +115,26 @@ class ActiveExperts:
                     f"but the model has {here}: {rows[name]!r:.80}"
                 )
         self._last = {name: error_Ln.to(device) for name, error_Ln in found.items()}
+
+
+class LossFree:
+    """Rule of `BiasController` that balances a group's true experts (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv
+    2412.19437).
+
+        b_i += rate * sign(mean of c - c_i)     c_i choices of true expert i in a step
+
+    In a group with null or zero-computation columns, the mean of all signs is subtracted from each sign. The mean bias then
+    does not change. The mean bias determines the number of true experts that a token takes, and only `ActiveExperts` may
+    change this number. In all other groups the mean bias affects no choice, so the published rule is used.
+    """
+
+    def __init__(self, *, rate: float) -> None:
+        self.rate = rate
+
+    def delta(self, group: ExpertGroup, true_Ln: Tensor, tokens_L1: Tensor, step: int) -> Tensor | None:
+        """See `moe_dist.moe.balance.controller.Rule`."""
+        # compares the integers n c_i and the sum of c, because rounding a mean could flip a sign
+        sign_Ln = torch.sign(true_Ln.sum(dim=1, keepdim=True) - group.num_experts * true_Ln)
+        if group.num_columns > group.num_experts:
+            sign_Ln = sign_Ln - sign_Ln.mean(dim=1, keepdim=True)  # keeps the mean bias
+        return self.rate * sign_Ln

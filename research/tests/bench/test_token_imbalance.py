@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tools.gpu_check.token_imbalance import WORKLOADS, WorkloadShape, workload_step
+from research.gpu_bench.token_imbalance import WORKLOADS, WorkloadShape, workload_step
 
 SHAPE = WorkloadShape(num_tokens=640, num_experts=16, top_k=3, num_shards=4)
 SHAPES = [

