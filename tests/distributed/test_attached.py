@@ -168,6 +168,7 @@ def dropping(rank: RankContext) -> str:
 
 
 @pytest.mark.megatron
+@pytest.mark.slow
 def test_a_capacity_of_megatron_is_refused(run_in_world: Callable[..., list[Any]]) -> None:
     (message,) = run_in_world(1, dropping)
     assert "decoder.layers.1.mlp.router, moe_expert_capacity_factor=1" in message

@@ -176,6 +176,7 @@ def saved(run_in_world: Callable[..., list[Any]], tmp_path_factory: pytest.TempP
     ],
     ids=lambda value: f"from {len(value)}" if isinstance(value, list) else str(value),
 )
+@pytest.mark.slow
 def test_every_layout_loads_every_other(
     run_in_world: Callable[..., list[Any]], saved: Callable[[Layout], Path], layout: Layout, writers: list[Layout]
 ) -> None:

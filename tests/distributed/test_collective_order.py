@@ -77,6 +77,7 @@ def _unit(name: str) -> str:
     Layout(2, 2, "interleaved", "fsdp2", overlap=True, chunks=2, replicas=True),
     full(Layout(4, 2, "uneven", "fsdp2", "block", chunks=2, replicas=True)),
 ], ids=str)  # fmt: skip
+@pytest.mark.slow
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     all_events = run_in_world(layout.world_size, recorded_pass, layout)
     first, last = (" 0", f" {layout.chunks - 1}") if layout.chunks > 1 else ("", "")

@@ -102,6 +102,7 @@ def trained(rank: Any, data: str, root: Path, changes: Mapping[str, Any], cause:
         [(engine, cause) for engine in ENGINES for cause in CAUSES],
     ),
 )
+@pytest.mark.slow
 def test_a_diverged_run_keeps_a_finite_checkpoint_and_its_ways_out_lead_on(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, engine: str, cause: str
 ) -> None:

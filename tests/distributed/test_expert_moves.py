@@ -133,6 +133,7 @@ def three_runs(rank: RankContext, layout: Layout) -> Seen:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.slow
 def test_moved_experts_train_on(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
     seen = run_in_world(layout.world_size, three_runs, layout)
     before, after, plain, moved, resumed = (merged([getattr(each, field) for each in seen]) for field in Seen._fields)

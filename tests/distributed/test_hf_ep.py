@@ -243,6 +243,7 @@ UNEVEN = {f"model.layers.*.mlp.experts.{name}": "moe_dist_shard" for name in ("g
         ("qwen3_moe", {"num_experts": 9}, UNEVEN, "float64", 1e-11),
     ],
 )
+@pytest.mark.slow
 def test_families_equal_one_rank(
     run_in_world: Callable[..., list[Any]],
     family: str,

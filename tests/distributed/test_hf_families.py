@@ -29,6 +29,7 @@ def test_page_is_what_the_record_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name if name == QUICK else exhaustive(name) for name in NAMES])
+@pytest.mark.slow
 def test_verdict(tmp_path: Path, name: str) -> None:
     """Runs a family again, on two ranks and on one."""
     record = tmp_path / "record.json"

@@ -129,6 +129,7 @@ def check_traffic(folder: Path, *, exchanges: int, absent: float) -> None:
         assert scalars["comm/dedup_factor"] == pytest.approx(line["ledger"]["pairs_remote"] / rows)
 
 
+@pytest.mark.slow
 def test_trainer_resumes_to_the_same_losses_and_is_recorded(run_in_world: Callable[..., list[Any]]) -> None:
     for found in run_in_world(2, resumed):
         whole, again = found["losses"]

@@ -72,6 +72,7 @@ def steps(
     ("family", "layout"),
     full_unless(lambda *case: case in IN_TEST, [(family, layout) for family in FAMILIES for layout in LAYOUTS]),
 )
+@pytest.mark.slow
 def test_n_ranks_equal_one(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str, layout: str
 ) -> None:
@@ -177,6 +178,7 @@ def _difference(run: Run, own: Any) -> float:
         [(family, layout) for family in FAMILIES for layout in ("uneven", "fsdp2")],
     ),
 )
+@pytest.mark.slow
 def test_a_folder_is_read_trained_and_written(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str, layout: str
 ) -> None:
@@ -208,6 +210,7 @@ def test_a_folder_is_read_trained_and_written(
         full("experts", "gpt_oss", "uneven, recompute=block"),
     ],
 )
+@pytest.mark.slow
 def test_a_part_is_trained_alone(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, only: str, family: str, layout: str
 ) -> None:
@@ -251,6 +254,7 @@ def biases(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", full("lfm2_moe")])
+@pytest.mark.slow
 def test_selection_biases_are_controlled(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
 ) -> None:
@@ -299,6 +303,7 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("rule", ["adamw", full("muon"), "top_p", "nulls"])
+@pytest.mark.slow
 def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, rule: str) -> None:
     """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed on the same layout it has the same bits, and
     on FSDP2 with 8 experts a rank the same losses but for rounding."""
@@ -317,6 +322,7 @@ def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, 
     assert exported.exit_code == (0 if rule in ("adamw", "muon") else 78)  # transformers would take all choices
 
 
+@pytest.mark.slow
 def test_moved_experts_change_no_loss(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:
     """The lever moves experts between two ranks after step 2. The run has the losses of a run without moves, but for
     rounding. Stopped after step 3 and resumed, it ends with the same bits."""

@@ -91,6 +91,7 @@ def steps(
 
 
 @pytest.mark.parametrize("layout", [name if name == "pinned" else full(name) for name in LAYOUTS])
+@pytest.mark.slow
 def test_n_ranks_equal_one(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, layout: str) -> None:
     """Whichever of the four ranks have pictures: one exchange a layer sends the tokens of both banks."""
     changes = LAYOUTS[layout]
@@ -145,6 +146,7 @@ def from_folder(
         return float((losses_BS - expected_BS).abs().max()), held
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_trained_and_written(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def reference(folder: Path, samples: Samples, numbers: list[int], objective: str
         full("gpt_oss", "tokens", "uneven", None),  # its documents are sequences of their own
     ],
 )
+@pytest.mark.slow
 def test_loss_and_gradient_are_the_equations_on_any_ranks(
     run_in_world: Callable[..., list[Any]],
     tiny_data: Path,

@@ -69,6 +69,7 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
 @pytest.mark.parametrize(
     ("tp", "cp", "per_token"), [(2, 2, True), (1, 2, False), exhaustive(1, 4, True), exhaustive(2, 1, False)]
 )
+@pytest.mark.slow
 def test_the_shares_of_all_ranks_sum_to_the_term(
     run_in_world: Callable[..., list[Any]], tp: int, cp: int, per_token: bool
 ) -> None:

@@ -58,6 +58,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {  # changes, and the number of
 
 
 @pytest.mark.parametrize("name", ["ep2-cp2", *map(full, list(LAYOUTS)[1:3]), *map(exhaustive, list(LAYOUTS)[3:])])
+@pytest.mark.slow
 def test_losses_equal_those_of_the_own_engine(
     run_engine: Run, own_losses: Callable[..., list[dict[str, Any]]], name: str
 ) -> None:
@@ -85,6 +86,7 @@ ROUTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] 
 
 
 @pytest.mark.parametrize("name", ["top_p", full("scaled"), *map(exhaustive, list(ROUTERS)[2:])])
+@pytest.mark.slow
 def test_routers_and_their_biases_follow_the_loads_of_all_ranks(
     run_engine: Run, own_losses: Callable[..., list[dict[str, Any]]], name: str
 ) -> None:

@@ -158,6 +158,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", [marked(kind) for kind in KINDS])
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -371,6 +371,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("trained", "changes", "fault"), REFUSED)
+@pytest.mark.slow
 def test_weights_that_would_compute_something_else_are_refused(
     run_in_world: Callable[..., list[Any]],
     tiny_data: Path,

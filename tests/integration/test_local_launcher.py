@@ -118,6 +118,7 @@ def stopped(data: Path, root: Path) -> tuple[RunFolder, Path, str]:
     return run, path, terminal.shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on_to_its_end(tiny_data: Path, tmp_path: Path) -> None:
     """tests/distributed/test_resume.py compares the steps of a resumed run with those of an undisturbed run."""
     run, path, shown = stopped(tiny_data, tmp_path)

@@ -18,6 +18,7 @@ HERE = [path for path in sorted(TUTORIALS.glob("*.ipynb")) if path.stem not in (
     + [TUTORIALS / "own_model.ipynb"],
     ids=lambda path: path.stem,
 )
+@pytest.mark.slow
 def test_a_tutorial_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if (DATA / "openmoji" / "manifest.json").exists():  # otherwise notebooks that need this data prepare it in a minute

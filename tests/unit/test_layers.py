@@ -285,6 +285,7 @@ RULES: dict[Callable[[list[Source]], list[str]], tuple[Source, ...]] = {
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+@pytest.mark.slow
 def test_holds(rule: Callable[[list[Source]], list[str]], sources: list[Source]) -> None:
     assert not (problems := rule(sources)), "\n".join(problems)
 

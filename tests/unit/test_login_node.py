@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # Folders and files that a login node imports without torch.
 TORCH_FREE = (
@@ -32,6 +34,7 @@ def import_without_torch(modules: list[str]) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, "-c", code, *modules], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_login_node_needs_no_torch() -> None:
     paths = [path for top in TORCH_FREE for path in ([ROOT / top] if top.endswith(".py") else (ROOT / top).rglob("*.py"))]
     parts = [path.relative_to(ROOT).with_suffix("").parts for path in paths]

@@ -113,6 +113,7 @@ def made(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(("line", "code", "words"), MISTAKES, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.slow
 def test_a_mistake_is_told(line: str, code: int, words: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "200")

@@ -24,6 +24,7 @@ def problems(path: Path, *overrides: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda preset: preset.stem)
+@pytest.mark.slow
 def test_every_preset_loads(preset: Path) -> None:
     config = load_config(preset)
     assert re.fullmatch(r"[a-z0-9_]+_[a-z0-9]+_[a-z0-9]+", preset.stem)
@@ -189,6 +190,7 @@ def test_paths_without_control_characters(path: Path) -> None:
     ],
     ids=["keys", "keys of a section", "items"],
 )
+@pytest.mark.slow
 def test_a_file_with_thousands_of_faults_is_refused_after_the_first_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, last: str
 ) -> None:

@@ -335,6 +335,7 @@ CASES = {f"{base}-{change}": (base, change) for base, every in REFUSED.items() f
 
 
 @pytest.mark.parametrize(("base", "change"), CASES.values(), ids=CASES)  # the golden file's keys are these ids
+@pytest.mark.slow
 def test_what_does_not_fit_is_named_with_its_rule_and_fix(file: Path, base: str, change: str) -> None:
     found = faults(file, base, change)
     names = [name for override in change.split(" | ") for name in override.partition("=")[0].split(".")[-2:]]

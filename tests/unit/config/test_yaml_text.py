@@ -60,6 +60,7 @@ def bomb(first: str, again: str, lines: int) -> str:
     ],
     ids=["lists", "merges", "a number of a thousand digits", "deep", "itself", "brackets"],
 )
+@pytest.mark.slow
 def test_aliases_that_stand_for_too_many_values_are_refused_at_once(text: str) -> None:
     began = time.process_time()
     value, problems = load_yaml(text)
@@ -96,6 +97,7 @@ def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, m
     assert steps["fetch_more_tokens"] <= 4 * MAX_VALUES
 
 
+@pytest.mark.slow
 def test_a_value_may_nest_as_deep_as_the_limit() -> None:
     levels = MAX_DEPTH - 1
     assert load_yaml("[" * levels + "x" + "]" * levels)[1] == []

@@ -70,6 +70,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", rest_full(KINDS))
+@pytest.mark.slow
 def test_a_thousand_conversations_are_transformers_own(tmp_path: Path, folders: dict[str, Path], kind: str) -> None:
     lines = write_lines(tmp_path / "lines.jsonl", ROWS)
     found = stored(tmp_path / "set", made(tmp_path / "set", folders[kind], messages=str(lines)))
@@ -219,6 +220,7 @@ def panicking() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("spoil", [blown_up, panicking])
+@pytest.mark.slow
 def test_a_hostile_tokenizer_ends_no_more_than_its_row(
     tmp_path: Path, folders: dict[str, Path], spoil: Callable[[], dict[str, Any]]
 ) -> None:

@@ -316,6 +316,7 @@ def picture_documents(folder: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.slow
 def test_captions_are_before_the_picture_in_the_share_asked_for(own: Path, tmp_path: Path, share: float) -> None:
     recipe = replace(RECIPE, renders=8, caption_first=share, vary=())
     prepare(tmp_path / "set", Inputs(images=str(own / "pictures")), recipe, silent)

@@ -59,6 +59,7 @@ def test_readers_of_one_file_refuse_it_by_name(tmp_path: Path, name: str, kind: 
         READERS[name](tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_whose_configuration_takes_all_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_labels": 10**9}))
     with pytest.raises(DataError, match=r"config\.json: transformers makes no configuration of it"):

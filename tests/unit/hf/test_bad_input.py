@@ -269,6 +269,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
+@pytest.mark.slow
 def test_is_refused(theirs: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
     spoil, error, message = BAD[case]
     spoil(theirs)

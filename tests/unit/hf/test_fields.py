@@ -309,6 +309,7 @@ def logits(section: Any, weights: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", rest_full(FAMILIES))
+@pytest.mark.slow
 def test_every_field_is_used_without_effect_or_refused(kind: str) -> None:
     values = base_of(kind)
     assert assert_theirs(values, {})

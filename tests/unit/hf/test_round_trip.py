@@ -51,6 +51,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind if " " not in kind or kind in PARTED else full(kind) for kind in KINDS])
+@pytest.mark.slow
 def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
     theirs = save(tiny_model(kind, dtype=torch.bfloat16), tmp_path / "theirs")
     done = import_model(theirs, tmp_path / "ours", shard_bytes=5000)
@@ -70,6 +71,7 @@ def test_bits_and_fields_come_back(tmp_path: Path, kind: str) -> None:
         "longcat_flash", "gpt_oss",
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tmp_path: Path, kind: str) -> None:
     import_model(save(tiny_model(kind), tmp_path / "theirs"), tmp_path / "ours", shard_bytes=5000)
     folder, config = find_checkpoint(tmp_path / "ours"), load_config(tmp_path / "ours/config.yaml")

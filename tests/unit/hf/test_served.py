@@ -124,6 +124,7 @@ def prompts() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", [case if case in COVER else full(case) for case in CASES], ids=list(CASES))
+@pytest.mark.slow
 def test_logits_gradients_and_tokens_are_ours_and_bits_come_back(tmp_path: Path, data: Path, case: str) -> None:
     ours = saved_model(tmp_path / "run", data, CASES[case])
     done = export_model(tmp_path / "run", tmp_path / "hf", shard_bytes=9000)

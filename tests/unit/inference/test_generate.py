@@ -174,6 +174,7 @@ def test_pictures_are_whole_and_modalities_kept(generator: Generator) -> None:
     assert len(only_one[0]) == CELLS + 1
 
 
+@pytest.mark.slow
 def test_seeds_repeat_and_samples_do_not_depend_on_their_number(generator: Generator) -> None:
     request = Request(12, Sampling(1.0, 0.9), seed=7, text_only=True)
     three = generator([[9, 10]] * 3, request)
@@ -184,6 +185,7 @@ def test_seeds_repeat_and_samples_do_not_depend_on_their_number(generator: Gener
     assert len(set(map(tuple, three))) > 1
 
 
+@pytest.mark.slow
 def test_guidance_of_the_captions_own_prompt_changes_nothing(generator: Generator) -> None:
     prompts = [[9, BEGIN_IMAGE], [10, 11, BEGIN_IMAGE]]
     request = Request(CELLS + 1, seed=2, one_picture=True)

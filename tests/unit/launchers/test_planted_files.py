@@ -73,6 +73,7 @@ def plant(run: RunFolder, name: str, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", PLANTED)
 @pytest.mark.parametrize("name", READ_BY_STATUS)
+@pytest.mark.slow
 def test_the_state_of_a_run_is_shown_whatever_another_user_puts_there(run: RunFolder, name: str, kind: str) -> None:
     plant(run, name, kind)
     with reads_little():

@@ -69,6 +69,7 @@ def test_an_installed_package_adds_a_launcher_without_an_import(package: Path, m
         load_launcher("broken")
 
 
+@pytest.mark.slow
 def test_all_commands_know_an_installed_launcher(package: Path, tmp_path: Path, tiny_data: Path) -> None:
     config = write_config(tiny_config(tiny_data, tmp_path / "runs"), tmp_path / "x.yaml")
     path = os.pathsep.join([str(ROOT), str(package)])

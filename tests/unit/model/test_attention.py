@@ -32,6 +32,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, win
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on a CPU
 @pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
 @pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, None), (4, None), (2, 1), (2, 2), (2, 6)])
+@pytest.mark.slow
 def test_equals_a_loop_over_what_each_token_may_see(make_mask: object, kv_heads: int, window: int | None) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 4, 6, 8)

@@ -98,6 +98,7 @@ def leak(model: Transformer) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.slow
 def test_later_tokens_change_nothing_earlier(name: str) -> None:
     worst, changed = leak(model_of(name))
     assert worst <= EXACT

@@ -112,6 +112,7 @@ def by_reference(model: Transformer, tokens: Tensor, group: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("capacity", "windows"), [(0.05, ()), (0.3, ()), (0.7, ()), (1.0, ()), (0.3, (2, 3, 2)), (0.7, (None, 3, 2))]
 )
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_the_slow_form(
     capacity: float, windows: tuple[int | None, ...], training: bool
 ) -> None:

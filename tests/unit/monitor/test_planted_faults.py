@@ -163,5 +163,6 @@ HEALTHY: dict[str, Run] = {
 
 
 @pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.slow
 def test_a_healthy_run_is_not_accused(name: str) -> None:
     assert hints(HEALTHY[name], steps=60) == []

@@ -61,6 +61,7 @@ def test_experts_of_several_holders_need_a_newer_torch(monkeypatch: pytest.Monke
         built(Layout(1, 2, data="fsdp2"))
 
 
+@pytest.mark.slow
 def test_no_other_private_name_is_imported_at_the_start() -> None:
     files = [each for each in read_sources(ROOT) if not each.path.startswith(("docs", "tests"))]
     private = {

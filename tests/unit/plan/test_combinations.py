@@ -237,6 +237,7 @@ def run(numbers: range, seed: int, data: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("seed", "numbers"), [(0, range(30)), full(0, range(30, 200)), exhaustive(1, range(2000))], ids=str
 )
+@pytest.mark.slow
 def test_combinations_are_refused_in_words_or_take_a_step(
     tiny_data: Path, tmp_path: Path, seed: int, numbers: range
 ) -> None:

@@ -28,6 +28,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, int]:
     return load_LE * (rng.random((layers, experts)) < rng.choice([0.5, 1.0])), ranks
 
 
+@pytest.mark.slow
 def test_never_worse_than_the_published_greedy_on_a_thousand_loads() -> None:
     rng, gained = np.random.default_rng(0), []
     for _ in range(1000):

@@ -44,6 +44,7 @@ def test_the_last_line_says_how_to_start(tmp_path: Path, gpus: str, command: str
     assert f"start it with {command}" in " ".join(said.split())
 
 
+@pytest.mark.slow
 def test_a_plan_without_a_trace(tmp_path: Path) -> None:
     code, said = plan(tmp_path, "--gpus", "2..4", "--price", "2", overrides=FOUR)
     assert code == 0, said
@@ -83,6 +84,7 @@ def test_numbers_of_gpus_that_are_left_out_are_named(tmp_path: Path, monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_a_plan_from_a_trace_of_real_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(CONFIG)
 

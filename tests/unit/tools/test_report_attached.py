@@ -59,6 +59,7 @@ def test_the_report_of_a_foreign_run(tmp_path: Path) -> None:
     assert "bytes a token" in page
 
 
+@pytest.mark.slow
 def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "moe_dist"):
         folder = trained(tmp_path, collapsed=1)

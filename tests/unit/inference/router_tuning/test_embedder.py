@@ -128,6 +128,7 @@ def test_what_needs_code_or_lacks_files_is_refused(made: Path, tmp_path: Path, n
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_labels", "vocab_size"])
+@pytest.mark.slow
 def test_a_model_without_an_end_is_refused(made: Path, tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(made, tmp_path / "endless")
     field(folder, **{key: 10**9})

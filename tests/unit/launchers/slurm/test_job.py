@@ -169,6 +169,7 @@ def test_slurm_requeues_what_the_other_launchers_restart(node: Node, line: str, 
     assert node.requeues == requeued
 
 
+@pytest.mark.slow
 def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     fails = "echo 'srun: error: n1: task 1: Killed' >&2; exit 137"
     assert [node.attempt(fails, restarts=restarts) for restarts in range(2)] == [1, 1]

@@ -37,6 +37,7 @@ def results(routing: Routing, inputs: list[torch.Tensor]) -> tuple[list[torch.Te
         full(NULLS, "all_chosen"), (WIDE, "none"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_one_kernel_routes_as_torch(groups: tuple[ExpertGroup, ...], normalise: str, tokens: str) -> None:
     group_T = torch.tensor(TOKENS[tokens], dtype=torch.int64)
     if len(groups) > 1 and len(group_T) > 3:

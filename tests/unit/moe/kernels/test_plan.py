@@ -129,6 +129,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         product(PLACEMENTS, BATCHES),
     ),
 )
+@pytest.mark.slow
 def test_counting_plans_as_torch(name: str, batch: str) -> None:
     placement = ExpertPlacement(GROUPS, PLACEMENTS[name])
     pairs = [drawn(batch, rank, placement.num_ranks) for rank in range(placement.num_ranks)]

@@ -62,6 +62,7 @@ def no_compiler(*args: Any) -> Any:
         full("swiglu", no_compiler, "the Triton kernels failed: RuntimeError: PassManager::run failed"),
     ],
 )
+@pytest.mark.slow
 def test_a_fault_is_named(method: str, fault: Any, words: str) -> None:
     kernels = TritonKernels()
     setattr(kernels, method, fault)

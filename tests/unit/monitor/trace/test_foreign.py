@@ -114,6 +114,7 @@ def test_flame_moe_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ],
     ids=["column", "ragged", "float", "flat", "empty", "bomb", "name", "cut"],
 )
+@pytest.mark.slow
 def test_bad_files_of_flame_moe_are_named(tmp_path: Path, columns: Mapping[str, object] | None, name: str) -> None:
     path = flame(tmp_path, columns or {"indices": [[1, 2]]}, name)
     if columns is None:
