@@ -20,11 +20,14 @@ from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.index import ITEMSIZE, Index, StateFile, shard_file
 from moe_dist.config.yaml_text import dump_yaml
 from moe_dist.errors import ConfigError, printable
-from moe_dist.placement.parameter_names import ADAPTERS, EXPERT_NAME, ROUTERS, role_of_name
+from moe_dist.placement.parameter_names import ADAPTERS, ROUTERS, Role, role_of_name
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.runtime.command_line import reports_errors, run_command
 
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
+_EXPERT = re.compile(  # this project's models: moe.experts.GROUP; of transformers: mlp.experts, or mlp.GROUP.experts
+    r"(?P<layer>layers\.\d+)\.(?=.*\bexperts\.)\w+\.(experts\.)?(?P<group>\w+?)(\.experts)?\.(?P<expert>\d+)\.(?P<tensor>\w+)"
+)
 
 
 @reports_errors("inspect_checkpoint")
@@ -72,7 +75,7 @@ def _families(index: Index) -> Iterator[tuple[str, ...]]:
         entries = [index.tensors[name] for name in members[kind]]
         numbers = sum(math.prod(entry.shape) for entry in entries)
         nbytes = sum(math.prod(entry.shape) * ITEMSIZE[entry.dtype] for entry in entries)
-        found = [match for name in members[kind] if (match := EXPERT_NAME.search(name))]
+        found = [match for name in members[kind] if (match := _EXPERT.search(name))]
         detail = ""
         if found:
             layers, experts = {m["layer"] for m in found}, {m["expert"] for m in found}
@@ -117,7 +120,7 @@ def _placement_lines(state: StateFile) -> list[str]:
 
 def _kind(name: str) -> str:
     role = role_of_name(name)
-    if role not in ADAPTERS and (match := EXPERT_NAME.fullmatch(name)):
+    if role is Role.EXPERT and (match := _EXPERT.search(name)):
         return f"experts of {match['group']}"
     return "routers" if role in ROUTERS else "adapters" if role in ADAPTERS else "dense"
 

@@ -158,12 +158,6 @@ class MoESection(Section):
         """Largest number of router columns that a token chooses. A trace has this many ids for each token and layer."""
         return max(self.router.most_columns(group) for group in self.groups.values())
 
-    @property
-    def no_task_gradient(self) -> bool:
-        """True if cross entropy gives routers no gradient, because a token chooses one expert, whose weight is normalised
-        to 1."""
-        return self.router.normalises_chosen and all(group.top_k == 1 for group in self.groups.values())
-
 
 def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterator[Violation]:
     """Yields a violation for each modality that several expert groups name. `key` is the dotted key of the groups."""
@@ -296,6 +290,13 @@ class ModelSection(Section):
     def freezes_routers(self) -> bool:
         """Whether the model has adapters that are trained without the routers."""
         return self.moe.experts.adapts_ffns or self.lora is not None
+
+    @property
+    def no_task_gradient(self) -> bool:
+        """True if cross entropy gives routers no gradient, because a token chooses one expert, whose weight is normalised
+        to 1. The weights of a family are known only to `HostedModel.no_task_gradient`."""
+        moe = self.moe
+        return not self.family and moe.router.normalises_chosen and all(each.top_k == 1 for each in moe.groups.values())
 
     @property
     def largest_dropout(self) -> float:

@@ -124,7 +124,7 @@ def _layer_violations(section: RouterTuningSection, config: WholeConfig) -> Iter
         what = f"layers {wrong} hold no experts" if wrong else "a layer is listed twice"
         problem = f"{KEY}.layers={list(section.layers)}: {what}; take some of {list(there)}, each once"
         yield Violation((f"{KEY}.layers", "model.num_layers", "model.moe"), problem)
-    if section.weight == 0.0 and moe.no_task_gradient:
+    if section.weight == 0.0 and config.model.no_task_gradient:
         problem = (
             f"{KEY}.weight=0: with top_k=1 and normalised weights ({moe.router.said}) each weight is always 1, so that "
             f"cross entropy gives no router a gradient; set {KEY}.weight above 0, or tune a run with top_k of 2 or more"

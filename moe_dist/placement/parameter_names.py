@@ -52,6 +52,11 @@ _ROLES_OF_NAMES = (  # special patterns come first, because the first match deci
     (re.compile(r"layers\.\d+\.((attention|moe)\.adapters|moe\.shared\.[a-z]+\.adapter)\..+"), Role.ADAPTER),
     (re.compile(r"embedding\.weight"), Role.EMBEDDING),
     (re.compile(r"(.+[._])?norm\.weight"), Role.NORM),
+    # models of transformers, whose experts and routers have these names in all families
+    (re.compile(r"family\..+\.experts\.\d+\..+_lora_[AB]"), Role.EXPERT_ADAPTER),
+    (re.compile(r"family\..+\.experts\.\d+\..+"), Role.EXPERT),
+    (re.compile(r"family\..+\.lora_[AB]"), Role.ADAPTER),
+    (re.compile(r"family\..+\.(gate|router)\..+"), Role.ROUTER),
 )
 
 

@@ -229,11 +229,11 @@ def test_a_part_is_trained_alone(
             assert [float(each[key]) for each in reports] == pytest.approx(expected, rel=2e-5), key
 
 
-def made_folder(family: str, folder: Path, seed: int = 0) -> None:
+def made_folder(family: str, folder: Path, seed: int = 0, **changes: Any) -> None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**FAMILIES[family])).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**FAMILIES[family], **changes})).save_pretrained(folder)
 
 
 def controlled(

@@ -14,7 +14,7 @@ from moe_dist.hf.host.family import banks_of
 from moe_dist.hf.source import weights_digest
 from moe_dist.train.router_tuning.samples import Samples
 from tests.distributed.test_hosted import LAYOUTS, ONE, in_float64, made_folder
-from tests.support.cover import full
+from tests.support.cover import full, rest_full
 from tests.support.engine_run import built_run, step_results
 from tests.support.hosted import hosted_config
 from tests.support.manifold import manifold_term_reference
@@ -86,6 +86,15 @@ def reference(folder: Path, samples: Samples, numbers: list[int], objective: str
     return [loss.item(), term.item()], {f"{bank.router}.{name}": each.grad for name, each in router.items()}
 
 
+def sampled_folder(data: Path, root: Path, family: str, **changes: Any) -> tuple[Path, Path]:
+    """Makes a folder of the family and samples for it. Returns the paths of both."""
+    folder, made = root / "folder", root / "samples"
+    made_folder(family, folder, **changes)
+    model = hosted_config(data, root, {"folder": str(folder)}, {}).model
+    options = {"model": model.model_dump(mode="json"), "checkpoint": weights_digest(folder)}
+    return folder, made_samples(made, ids=(4, IMAGE_IDS[1]), layers=model.moe_layers, columns=8, **options)
+
+
 @pytest.mark.parametrize(
     ("family", "objective", "layout", "refresh_every"),
     [
@@ -106,11 +115,7 @@ def test_loss_and_gradient_are_the_equations_on_any_ranks(
     layout: str,
     refresh_every: int | None,
 ) -> None:
-    folder, made = tmp_path / "folder", tmp_path / "samples"
-    made_folder(family, folder)
-    model = hosted_config(tiny_data, tmp_path, {"folder": str(folder)}, {}).model
-    options = {"model": model.model_dump(mode="json"), "checkpoint": weights_digest(folder)}
-    made_samples(made, ids=(4, IMAGE_IDS[1]), layers=model.moe_layers, columns=8, **options)
+    folder, made = sampled_folder(tiny_data, tmp_path, family)
     section = {"data": str(made), "last_layers": 1, "objective": objective, "refresh_every": refresh_every}
     changes = {"router_tuning": {**section, "weight": WEIGHT, "bandwidth": BANDWIDTH}}
     given = (str(tiny_data), str(tmp_path / "1"), str(folder))
@@ -123,3 +128,18 @@ def test_loss_and_gradient_are_the_equations_on_any_ranks(
         np.testing.assert_allclose(other["steps"], one["steps"], rtol=1e-9)
         torch.testing.assert_close(other["gradients"], one["gradients"], rtol=0, atol=1e-9)
         assert other["changed"] == one["changed"]
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", *rest_full(["qwen3_moe", "deepseek_v3", "lfm2_moe"], keep=0)])
+def test_cross_entropy_trains_routers_of_one_choice_unless_the_family_normalises_it(
+    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
+) -> None:
+    folder, made = sampled_folder(tiny_data, tmp_path, family, num_experts_per_tok=1)
+    given = (str(tiny_data), str(tmp_path / "1"), str(folder))
+    changes = {"router_tuning": {"data": str(made), "last_layers": 1, "weight": 0.0}}
+    if family == "olmoe":
+        (one,) = run_in_world(1, tuned, *given, {**ONE, **changes})
+        assert min(norm for _, _, norm in one["steps"]) > 0
+    else:
+        with pytest.raises(Exception, match=f"routers of {family} give a token's single expert a constant weight"):
+            run_in_world(1, tuned, *given, {**ONE, **changes})

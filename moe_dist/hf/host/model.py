@@ -163,9 +163,10 @@ class HostedModel(nn.Module):
         packed: Whether the family keeps documents of one sequence apart by their positions. If not, each document is a
             sequence of its own, padded to the longest.
         adapters: The weights that have a LoRA adapter.
+        no_task_gradient: Whether a token chooses one expert, whose weight the family normalises to a constant.
     """
 
-    in_halves = False
+    in_halves = no_task_gradient = False
     adapters: tuple[Place, ...] = ()
 
     def __init__(
@@ -301,6 +302,8 @@ class HostedModel(nn.Module):
         self.train(training)
         # Masked attention gives the embeddings of the other document gradients of exactly 0, in every dtype.
         self.packed = not gradient[:, :length].any()
+        weights_TK = choices[0].weights_TK
+        self.no_task_gradient = weights_TK.shape[1] == 1 and torch.allclose(weights_TK, weights_TK[:1], rtol=1e-3)
         for layer in self._layers:
             cast(Any, layer.router).learn(type(self.family).__name__, choices[0])
 

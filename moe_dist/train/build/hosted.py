@@ -42,7 +42,7 @@ from moe_dist.train.build.training import (
     model_args,
     wiring,
 )
-from moe_dist.train.build.tuning import build_tuning
+from moe_dist.train.build.tuning import NO_TASK_GRADIENT, build_tuning
 from moe_dist.train.step.training_step import TrainingStep
 
 
@@ -127,8 +127,17 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     groups = group_of_modality(manifest, placement)
     tuning = build_tuning(config, manifest, parallel, groups)
     model.ready()  # later than all that reads parameters, because FSDP2 leaves the last ones gathered
-    layers = model.moe_modules()
     nulls = any(group.num_null for group in placement.groups)
+    if tuning is not None and model.no_task_gradient and not nulls:
+        if not tuning.weight:
+            raise ConfigError(
+                f"router_tuning.weight=0: the routers of {config.model.family} give a token's single expert a constant "
+                "weight, so that cross entropy gives no router a gradient; set it above 0, or tune a model of more experts "
+                "a token"
+            )
+        if mesh.rank == 0:
+            print(NO_TASK_GRADIENT)
+    layers = model.moe_modules()
     if config.model.moe.router.softmax_top_k and config.model.moe.balance and not nulls:
         share_biases(model)
     balance = build_balance(config.model.moe, [layer.router for layer in layers], placement.groups, mesh.device)

@@ -14,6 +14,8 @@ from moe_dist.train.router_tuning.neighbours import NeighbourIndex, Neighbours
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import Chosen, RouterTuning, RoutingReader
 
+NO_TASK_GRADIENT = "router tuning: with top_k=1 and normalised weights only the regulariser trains routers, not the loss"
+
 
 def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, groups: Sequence[int]) -> RouterTuning | None:
     """Returns the router tuning of a run, or None if the configuration has no section `router_tuning`. `groups` has the
@@ -21,8 +23,8 @@ def build_tuning(config: Config, manifest: Manifest, parallel: ParallelModel, gr
     section, mesh = config.router_tuning, parallel.mesh
     if section is None:
         return None
-    if mesh.rank == 0 and config.model.moe.no_task_gradient:
-        print("router tuning: with top_k=1 and normalised weights only the regulariser trains routers, not the loss")
+    if mesh.rank == 0 and config.model.no_task_gradient:
+        print(NO_TASK_GRADIENT)
     samples, layers = Samples(section.data), section.chosen_layers(config.model.moe_layers)
     stored = samples.manifest.layers
     chosen = Chosen(

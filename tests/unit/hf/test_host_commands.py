@@ -1,6 +1,7 @@
 """Commands on a run of a model of transformers (engine.kind=transformers)."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tests.support.one_rank import world_of_one
 from tests.support.pictured import VOCAB
 from tests.support.tiny import write_config
 from tests.support.tiny_embedder import tiny_embedder
-from tools import evaluate, export_hf, generate, prepare_router_tuning
+from tools import evaluate, export_hf, generate, inspect_checkpoint, prepare_router_tuning
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +75,12 @@ def test_a_picture_is_drawn_without_guidance(run: Path, tmp_path: Path) -> None:
     refused = invoke(generate.main, run, *options, "--guidance", 2)
     assert refused.exit_code == 78
     assert "--guidance 1" in refused.stderr
+
+
+def test_experts_and_routers_are_shown(run: Path) -> None:
+    shown = invoke(inspect_checkpoint.main, run).stdout
+    assert re.search(r"experts of experts .* 2 layers x 8 experts x down_proj, gate_up_proj ", shown), shown
+    assert re.search(r"│ routers +│ 4 ", shown), shown
 
 
 def test_a_run_is_evaluated(run: Path, questions: Path, tmp_path: Path) -> None:

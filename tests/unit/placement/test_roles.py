@@ -98,6 +98,11 @@ def test_every_role_is_taken() -> None:
         ("layers.0.moe.router.adapters.threshold", Role.ROUTER),
         ("layers.0.moe.adapters.router.gate_a", Role.ADAPTER),
         ("layers.0.moe.free.experts.vector", Role.ZERO_COMPUTATION),
+        ("family.model.layers.0.mlp.experts.3.gate_up_proj", Role.EXPERT),
+        ("family.model.layers.0.mlp.experts.3.gate_up_proj_lora_A", Role.EXPERT_ADAPTER),
+        ("family.model.layers.0.mlp.shared_experts.gate_proj.lora_B", Role.ADAPTER),
+        ("family.model.layers.0.mlp.shared_expert_gate.weight", Role.DENSE),
+        ("family.model.layers.0.mlp.router.bias", Role.ROUTER),
     ],
 )
 def test_a_group_may_be_called_like_a_role(name: str, role: Role) -> None:
