@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.errors import ConfigError
+from moe_dist.monitor.attached.attach import attach
 from moe_dist.monitor.report.panels import nulls
 from moe_dist.monitor.report.routing import Subject
 from moe_dist.monitor.sinks.jsonl import read_lines
@@ -146,3 +147,31 @@ def test_trainer_resumes_to_the_same_losses_and_is_recorded(run_in_world: Callab
             assert [len(each) for each in line["arrays"]["rows_LR"]] == [2] * LAYERS, "a row for each rank"
             assert line["arrays"] == other["arrays"], "a resumed run takes the same choices"
             assert line["scalars"]["loss/total"] == pytest.approx(loss)
+
+
+def recorded_with_tensor_parallelism(rank: RankContext) -> None:
+    """Accelerate refuses tensor parallelism on a CPU, so no Trainer trains."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    import moe_dist.hf.ep  # noqa: F401
+
+    if rank.rank == 0:
+        save(tiny_model("qwen3_moe"), rank.folder / "model")
+    dist.barrier()
+    with launched(rank):
+        parallel = DistributedConfig(tp_size=2, ep_size=2, ep_implementation="moe_dist")
+        model = AutoModelForCausalLM.from_pretrained(rank.folder / "model", distributed_config=parallel).train()
+    tokens_BS = torch.arange(2 * LENGTH).view(2, LENGTH) % VOCAB
+    with attach(model, rank.folder / "run", sinks=["jsonl"], trace_every=1) as watch:
+        model(input_ids=tokens_BS)
+        record = watch.step()
+    dist.barrier()
+    assert len(read_trace(rank.folder / "run").step(1).tokens) == tokens_BS.numel()
+    if record is not None:
+        assert record.arrays["tokens_LG"].tolist() == [[tokens_BS.numel()]] * LAYERS
+        assert record.ledger["pairs"] == record.arrays["choices_LC"].sum() == TOP_K * tokens_BS.numel() * LAYERS
+
+
+def test_ranks_with_the_same_tokens_count_them_once(run_in_world: Callable[..., list[Any]]) -> None:
+    run_in_world(2, recorded_with_tensor_parallelism)

@@ -78,6 +78,9 @@ class Attached:
                 f"last_step={last_step}: none may be negative, nor the first and third 0; give larger numbers",
                 see=GUIDE,
             )
+        mesh = getattr(model, "_device_mesh", None)  # of a transformers model
+        # Tensor parallelism gives ranks the same tokens: the first of them counts.
+        most = 0 if group is None and mesh is not None and mesh.get_local_rank("tp") else None
         self._group = group = dist.group.WORLD if group is None and dist.is_initialized() else group
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         routers, self._step, self._tokens = find_routers(model), last_step, 0
@@ -120,7 +123,7 @@ class Attached:
             model.register_forward_pre_hook(counts.see, with_kwargs=True),
             model.register_forward_hook(counts.forget, always_call=True),
             *(  # prepended, to run before FSDP2 reshards the router's weight and before another hook replaces the output
-                router.register_forward_hook(RouterHook(counts, routers.kind, layer), prepend=True)
+                router.register_forward_hook(RouterHook(counts, routers.kind, layer, most), prepend=True)
                 for layer, router in enumerate(routers.modules)
             ),
         ]

@@ -221,15 +221,17 @@ class Counts:
 
 
 class RouterHook:
-    """The forward hook of one router. It counts only in training mode, and not when backward recomputes a forward pass."""
+    """The forward hook of one router. It counts only in training mode, and not when backward recomputes a forward pass.
+    `most` is the largest number of tokens that it counts, or None."""
 
-    def __init__(self, counts: Counts, kind: RouterKind, layer: int) -> None:
-        self._counts, self._kind, self._layer = counts, kind, layer
+    def __init__(self, counts: Counts, kind: RouterKind, layer: int, most: int | None) -> None:
+        self._counts, self._kind, self._layer, self._most = counts, kind, layer, most
 
     @torch.no_grad()
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if router.training and not in_backward():
-            self._counts.add(self._layer, self._kind.read(router, inputs, output))
+            choices = self._kind.read(router, inputs, output)
+            self._counts.add(self._layer, Choices(*(each[: self._most] for each in choices)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _NoHook, ()

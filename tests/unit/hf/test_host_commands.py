@@ -29,6 +29,7 @@ from tests.support.tiny_embedder import tiny_embedder
 from tools import evaluate, export_hf, generate, inspect_checkpoint, prepare_router_tuning
 
 pytestmark = pytest.mark.slow
+GREEDY = ("--prompt", "text 1", "--temperature", 0, "--tokens", 12)
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +47,32 @@ def run(own_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "tiny"
 
 
-def sampled(run: Path, *options: object) -> Any:
-    done = invoke(generate.main, run, *options, "--json")
+def printed(command: Any, *arguments: object) -> str:
+    done = invoke(command, *arguments)
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
 
 
-def test_greedy_tokens_are_transformers_own(run: Path, tmp_path: Path) -> None:
-    """Of the ids that the grammar of the data allows, both take the likeliest."""
-    from transformers import AutoModelForCausalLM
+def sampled(run: Path, *options: object) -> Any:
+    return json.loads(printed(generate.main, run, *options, "--json").splitlines()[-1])
 
-    made = sampled(run, "--prompt", "text 1", "--temperature", 0, "--tokens", 12)
-    exported = invoke(export_hf.main, run, "--out", tmp_path / "out")
-    assert exported.exit_code == 0, exported.output
+
+def likeliest(model: Any, run: Path) -> list[int]:
+    """Returns the likeliest tokens that the grammar of the data allows, by transformers' own `generate`."""
     vocabulary = find_trained(run).vocabulary()
     prompt = torch.tensor([vocabulary.text_prompt("text 1")])
     never = np.flatnonzero(~vocabulary.grammar.allowed_SV[GrammarState.TEXT_ONLY]).tolist()
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": vocabulary.grammar.eos_id}
-    own = model.generate(prompt, attention_mask=torch.ones_like(prompt), suppress_tokens=never, **options)
-    assert made["tokens"] == own[0, prompt.shape[1] :].tolist()
+    own = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), suppress_tokens=never, **options)
+    return own[0, prompt.shape[1] :].tolist()
+
+
+def test_greedy_tokens_are_transformers_own(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    printed(export_hf.main, run, "--out", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert sampled(run, *GREEDY)["tokens"] == likeliest(model, run)
 
 
 def test_a_picture_is_drawn_without_guidance(run: Path, tmp_path: Path) -> None:
@@ -84,9 +91,8 @@ def test_experts_and_routers_are_shown(run: Path) -> None:
 
 
 def test_a_run_is_evaluated(run: Path, questions: Path, tmp_path: Path) -> None:
-    done = invoke(evaluate.main, run, "--questions", questions, "--limit", 4, "--out", tmp_path, "--json")
-    assert done.exit_code == 0, done.output
-    assert [task["questions"] for task in json.loads(done.stdout)["tasks"].values()] == [4, 4]
+    done = printed(evaluate.main, run, "--questions", questions, "--limit", 4, "--out", tmp_path, "--json")
+    assert [task["questions"] for task in json.loads(done)["tasks"].values()] == [4, 4]
 
 
 @pytest.mark.parametrize("family", [full("olmoe"), exhaustive("qwen3_moe"), exhaustive("deepseek_v3")])
@@ -102,26 +108,51 @@ def test_routers_of_a_folder_are_tuned_by_commands(own_data: Path, questions: Pa
     changes |= {"data.seq_len": 96, "loss": {"balance": {"schedule": [[0, 0.0]]}, "z": 0.0}}
     write_config(hosted_config(own_data, tmp_path, {"folder": str(folder)}, changes), path)
 
-    def run(command: Any, *arguments: object) -> str:
-        done = invoke(command, *arguments)
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
     asked = ("--questions", questions, "--limit", 24, "--json")
-    before = json.loads(run(evaluate.main, path, *asked))
+    before = json.loads(printed(evaluate.main, path, *asked))
     embedder = ("--embedder", tiny_embedder(tmp_path / "embedder"))
-    run(prepare_router_tuning.main, path, "--questions", questions, "--no-rotations", *embedder, "--out", samples)
+    printed(prepare_router_tuning.main, path, "--questions", questions, "--no-rotations", *embedder, "--out", samples)
     assert launch(path) == 0
-    after = json.loads(run(evaluate.main, tmp_path / "tiny", *asked))
+    after = json.loads(printed(evaluate.main, tmp_path / "tiny", *asked))
     assert (before["step"], after["step"]) == (0, 4)
     assert before["tasks"].keys() == after["tasks"].keys()
     assert len(list((tmp_path / "tiny/evaluations").glob("step_?_1.json"))) == 2
-    run(export_hf.main, tmp_path / "tiny", "--out", out)
+    printed(export_hf.main, tmp_path / "tiny", "--out", out)
     old, new = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float32).state_dict() for each in (folder, out))
     changed = [name for name, tensor in new.items() if not torch.equal(tensor, old[name])]
     assert changed == [f"model.layers.{fields['num_hidden_layers'] - 1}.mlp.gate.weight"]
     with pytest.raises(ConfigError, match="made from the weights"):
         check_scored(hosted_config(own_data, tmp_path, {"folder": str(out)}, changes))
+
+
+def test_adapters_are_used_by_commands(own_data: Path, questions: Path, tmp_path: Path) -> None:
+    """The trained run, and a run that begins with its exported adapters, answer and generate as PEFT's own model does."""
+    from peft import PeftModel
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    base, out, path = (tmp_path / name for name in ("base", "out", "lora.yaml"))
+    fields = {**FAMILIES["qwen3_moe"], "vocab_size": VOCAB, "max_position_embeddings": 192}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_moe"](**fields)).save_pretrained(base)
+
+    def begin_with(folder: Path | None) -> None:
+        lora = {"rank": 2, "alpha": 64.0, "targets": ["o_proj"], "parameters": ["experts.down_proj"]}
+        model = {"folder": str(base), "lora": {**lora, "folder": folder and str(folder)}}
+        changes = {"train.only": "adapters", "data.seq_len": 96, "loss": {"balance": {"schedule": [[0, 0.0]]}, "z": 0.0}}
+        write_config(hosted_config(own_data, tmp_path, model, {**changes, "optimizer.lr": 0.05}), path)
+
+    def used(run: Path) -> tuple[Any, list[int]]:
+        told = printed(evaluate.main, run, "--questions", questions, "--limit", 12, "--json", "--out", tmp_path)
+        return json.loads(told)["tasks"], sampled(run, *GREEDY)["tokens"]
+
+    begin_with(None)
+    before = used(path)
+    assert launch(path) == 0
+    trained = used(tmp_path / "tiny")
+    printed(export_hf.main, tmp_path / "tiny", "--out", out, "--adapters")
+    begin_with(out)
+    assert used(path) == trained != before
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), out)
+    assert likeliest(model, tmp_path / "tiny") == trained[1] != before[1]
 
 
 def test_a_folders_tokenizer_reads_prompts(own_data: Path) -> None:
