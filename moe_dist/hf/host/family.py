@@ -7,8 +7,10 @@ routers. So no family is known by name.
 import json
 import logging
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +37,8 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Names of fields whose numbers are large and over which transformers does not loop. A loop over MOST_NUMBER takes a second.
 _LARGE = re.compile(r"theta|position|len|window|size|seed|base|context|token|pixel|id$")
 MOST_NUMBER = 1 << 18
-_NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)$")  # field names
+# Names of fields that are numbers of parts.
+_NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)(_per_\w+)?$")
 _NOTES = ("transformers_version", "torch_dtype", "dtype")
 
 
@@ -242,7 +245,10 @@ def banks_of(model: nn.Module) -> list[Bank]:
     a router is not found."""
     name = type(model).__name__
     experts = [path for path, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
-    routers = [path for path, module in model.named_modules() if isinstance(module, recorded_routers(model))]
+    classes, routers = recorded_routers(model), defaultdict[str, list[str]](list)
+    for path, module in model.named_modules():
+        if isinstance(module, classes):
+            routers[path.rpartition(".")[0]].append(path)
     if not experts:
         raise ConfigError(
             f"model.family: {name} does not use transformers' interface for experts (ALL_EXPERTS_FUNCTIONS), which shards "
@@ -252,7 +258,7 @@ def banks_of(model: nn.Module) -> list[Bank]:
     found: list[Bank] = []
     for path in experts:
         holder, layer = path.rpartition(".")[0], _LAYER.search(path)
-        own = [router for router in routers if f"{holder}.".startswith(f"{router.rpartition('.')[0]}.")]
+        own = [router for above in accumulate(holder.split("."), "{}.{}".format) for router in routers.get(above, ())]
         if layer is None or len(own) != 1 or path.rpartition(".")[2] != GROUP:
             raise ConfigError(
                 f"model.family: {name}: {path} must be named {GROUP} and have one router beside it, whose logits the model "
@@ -261,10 +267,11 @@ def banks_of(model: nn.Module) -> list[Bank]:
             )
         found.append(Bank(int(layer[1]), path, own[0]))
     banks: list[Bank] = []
+    users = Counter(bank.router for bank in found)
     for bank in found:
         first = banks[-1].ids.stop if banks and banks[-1].block == bank.router else 0
         ids = range(first, first + next(model.get_submodule(bank.experts).parameters()).shape[0])
-        if [each.router for each in found].count(bank.router) == 1:
+        if users[bank.router] == 1:
             banks.append(bank._replace(ids=ids))
         else:  # the model records the block around several banks, each of which has a router of its own
             holder = bank.experts.rpartition(".")[0]

@@ -78,11 +78,12 @@ def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
 def _candidates(family: Any) -> tuple[list[str], list[str]]:
     """Returns two lists of paths: of all linear layers but routers, and of the stacks of experts."""
     banks = banks_of(family)
-    routers = tuple(f"{bank.router}." for bank in banks)
-    linear = [path for path, each in family.named_modules() if isinstance(each, nn.Linear)]
+    routers = {each for bank in banks for each in family.get_submodule(bank.router).modules()}
+    modules = family.named_modules()
+    linear = [path for path, each in modules if isinstance(each, nn.Linear) and each not in routers]
     parameters = [(bank.experts, family.get_submodule(bank.experts).named_parameters(recurse=False)) for bank in banks]
     stacks = [f"{path}.{name}" for path, own in parameters for name, each in own if each.ndim == 3]
-    return [path for path in linear if not f"{path}.".startswith(routers)], stacks
+    return linear, stacks
 
 
 def _has_end(path: str, ends: Sequence[str]) -> bool:
