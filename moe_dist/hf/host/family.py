@@ -21,6 +21,7 @@ from torch import nn
 from moe_dist.config.base.section import Section, did_you_mean
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.formats.hub_folder import offline
 from moe_dist.hf.code_checks import code_keys, entries, refuse_code
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.copy_init import uneven_twins
@@ -218,7 +219,8 @@ def family_config(family: str, fields: Mapping[str, Any]) -> Any:
             see=GUIDE,
         )
     try:
-        return CONFIG_MAPPING[family](**fields)
+        with offline():  # some defaults name models of the hub
+            return CONFIG_MAPPING[family](**fields)
     except Exception as error:  # each family checks its fields in its own way
         raise ConfigError(f"model.fields: {family}: transformers refuses them: {error}; correct them", see=GUIDE) from error
 
@@ -231,13 +233,15 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     auto: Any = AutoModelForImageTextToText if family in WITH_PICTURES else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        return auto.from_config(config, attn_implementation="sdpa", **options)
+        with offline():
+            return auto.from_config(config, attn_implementation="sdpa", **options)
     except Exception as error:  # each family checks its fields in its own way
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
             raise ConfigError(
                 f"model.family={family!r}: transformers cannot make it: {error}; correct model.fields", see=GUIDE
             ) from error
-        return auto.from_config(config, attn_implementation="eager", **options)
+        with offline():
+            return auto.from_config(config, attn_implementation="eager", **options)
 
 
 def banks_of(model: nn.Module) -> list[Bank]:
