@@ -20,6 +20,7 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
 from moe_dist.hf.peft_files import joint, open_peft, stacked
+from moe_dist.hf.source import DTYPES
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.placement.parameter_names import Role
 
@@ -189,7 +190,11 @@ def first_values(
             )
         for place, matrix, name in matrices:
             parameter = model.family.get_submodule(place.module)._parameters[name]
-            whole = tensors.get_tensor(found := f"{place.peft}.lora_{matrix}.weight")
+            found = f"{place.peft}.lora_{matrix}.weight"
+            if (dtype := tensors.get_slice(found).get_dtype()) not in DTYPES:
+                problem = f"{key}: {found} is of dtype {dtype}; adapters must be {', '.join(DTYPES)}"
+                raise ConfigError(f"{problem}; save them in one of these", see=GUIDE)
+            whole = tensors.get_tensor(found)
             like = torch.empty(place.num_experts, *parameter.shape[-2:], device="meta")
             if whole.shape != joint(matrix, like).shape:
                 problem = f"{key}: {found} is for a weight of another shape than that of model.folder"
