@@ -18,13 +18,13 @@ from jinja2.exceptions import SecurityError, TemplateSyntaxError
 
 from moe_dist.config.json_text import read_json
 from moe_dist.config.regular_file import read_regular
-from moe_dist.config.timed import TimedCalls
 from moe_dist.data.chat_losses import check_losses
 from moe_dist.data.chat_masks import Messages, Span, TurnFinder
 from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_turns, rendered_turns
 from moe_dist.data.picture_coding import Document
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.formats.tokenizer_file import MAX_ADDED_BYTES, MAX_BYTES, checked_tokenizer, tokenizer_errors
+from moe_dist.formats.hub_folder import offline, outside_keys
+from moe_dist.formats.tokenizer_file import MAX_ADDED_BYTES, MAX_BYTES, checked_tokenizer, limited, tokenizer_errors
 
 GUIDE = "docs/data.md"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers finds {% generation %} by this pattern
@@ -65,7 +65,7 @@ class HubTokenizer:
     def __init__(self, folder: Path, template: str | None = None, turns: Turns = Turns.LAST) -> None:
         self._named = f"--tokenizer {folder}"
         try:
-            from transformers import AutoTokenizer
+            import transformers  # noqa: F401 (imported before `limited` counts its time)
             from transformers.utils.chat_template_utils import render_jinja_template
         except ImportError as error:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
@@ -77,19 +77,17 @@ class HubTokenizer:
             is_small = path.name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
             if path.stat().st_size > (MAX_ADDED_BYTES if is_small else MAX_BYTES):
                 raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be of a tokenizer; remove the file")
-        try:
-            TimedCalls(_make_configuration, seconds=10)(folder)
-        except (TimeoutError, ChildProcessError, MemoryError) as error:
-            problem = f"{folder / 'config.json'}: transformers makes no configuration of it: {error!r:.80}; correct it"
-            raise DataError(problem) from error
-        with tokenizer_errors(f"{self._named}: copy or download its files again, because transformers cannot read it"):
+        problem = f"{self._named}: copy or download its files again, because transformers cannot read it"
+        with tokenizer_errors(problem):
             if (folder / "tokenizer.json").exists():
                 checked_tokenizer(folder / "tokenizer.json")
-            options = folder / "tokenizer_config.json"
-            if options.exists() and "fast_tokenizer_files" in read_json(options, most_bytes=MAX_ADDED_BYTES):
-                raise ValueError(f"{options.name} names another tokenizer.json in fast_tokenizer_files; remove the key")
-            found: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if not found.is_fast:
+            outside = outside_keys(folder)
+        if outside:
+            raise DataError([f"{folder}: {each}; remove the key" for each in outside])
+        limited(lambda: _load(folder) is None, problem, seconds=10)()  # fields of several files can make it endless
+        with tokenizer_errors(problem):
+            found = _load(folder)
+        if not getattr(found, "is_fast", False):
             problem = (
                 f"{self._named}: {type(found).__name__} does not tell which characters a token covers, which loss masks "
                 "need; give a folder with a tokenizer.json"
@@ -233,16 +231,11 @@ class HubTokenizer:
             )
 
 
-def _make_configuration(folder: Path) -> None:
-    """Makes transformers' configuration object, as AutoTokenizer may. A number in config.json can make it endless."""
-    from transformers import AutoConfig
+def _load(folder: Path) -> Any:
+    from transformers import AutoTokenizer
 
-    try:
-        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except MemoryError:
-        raise
-    except Exception:  # AutoTokenizer reports it, if it needs config.json
-        return
+    with offline():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def _read(path: Path) -> str:

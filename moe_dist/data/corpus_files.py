@@ -36,7 +36,7 @@ def text_files(name: str, path: Path, licence: str, skip: Skip = refuse) -> Sour
     if path.exists() and (path.is_file() or holds_table(path)):
         found = [(where.rpartition(" ")[2], row_text(row, where)) for where, row in raw_rows("text", path)]
     elif path.is_dir():
-        found = [(str(file.relative_to(path)), _utf8(file, noted)) for file in _visible(path) if _may_be_text(file)]
+        found = [(str(file.relative_to(path)), _utf8(file, noted)) for file in _visible(path, skip) if _may_be_text(file)]
     else:
         raise ConfigError(f"text {str(path)!r}: no such file or folder")
     texts = tuple(Text(key, content_family(text.encode()), text) for key, text in found if text.strip())
@@ -56,10 +56,11 @@ def picture_files(name: str, folder: Path, licence: str, skip: Skip = refuse) ->
     if not folder.is_dir():
         raise ConfigError(f"images {str(folder)!r}: no such folder")
     pictures = []
-    for path in _visible(folder):
+    files = _visible(folder, skip)
+    for path in files:
         if path.suffix.lower() in PICTURE_SUFFIXES:
             beside = path.with_suffix(".txt")
-            caption = _utf8(beside, skip).strip() if beside.is_file() else ""
+            caption = _utf8(beside, skip).strip() if beside in files else ""
             family = content_family(_picture_bytes(path))
             pictures.append(Picture(str(path.relative_to(folder)), family, path, (caption,) if caption else ()))
     if not pictures:
@@ -117,9 +118,18 @@ def _instruction(path: Path, where: str, line: dict[str, Any]) -> Instruction:
     return Instruction(family, line["prompt"], line["answer"], image, side)
 
 
-def _visible(folder: Path) -> list[Path]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+def _visible(folder: Path, skip: Skip) -> dict[Path, None]:
+    """Returns the files under a folder in order, without those whose name begins with a dot. Skips links to files outside
+    of the folder, because whoever gave the folder may not be allowed to read them."""
+    found: dict[Path, None] = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if path.resolve().is_relative_to(folder.resolve()):
+            found[path] = None
+        else:
+            skip(DataError(f"{path}: is a link to a file outside of {folder}; copy it there, or remove the link"))
+    return found
 
 
 def _may_be_text(path: Path) -> bool:

@@ -20,6 +20,7 @@ from moe_dist.data.corpus_files import MOST_BYTES
 from moe_dist.errors import DataError
 
 RASTER = 64
+MOST_PIXELS = 50_000_000  # a file of a few kilobytes can have so many, and the raster of each takes up to 12 bytes
 FORMATS = ("PNG", "JPEG")  # other formats are unsafe: for EPS, whatever the file's name, Pillow starts `gs`
 SCALES = (0.75, 1.1)
 # The colours are light, so that black outlines stay visible on each background.
@@ -39,7 +40,7 @@ class Render:
 
 def rasterise(path: str | Path, *, svg: bool = False) -> np.ndarray:
     """Rasterises a picture file (PNG or JPEG). A picture that is not square gets transparent margins. Raises DataError if
-    the file is damaged or has an unknown format.
+    the file is damaged, has an unknown format or more than MOST_PIXELS pixels.
 
     Args:
         svg: Whether the file is an SVG of a trusted package. resvg limits neither time nor memory, and reads files that an
@@ -54,10 +55,12 @@ def rasterise(path: str | Path, *, svg: bool = False) -> np.ndarray:
             image = Image.open(io.BytesIO(bytes(png)), formats=FORMATS).convert("RGBA")
         else:
             content = io.BytesIO(read_regular(path, most_bytes=MOST_BYTES))
-            image = ImageOps.exif_transpose(Image.open(content, formats=FORMATS)).convert("RGBA")
+            image = Image.open(content, formats=FORMATS)
+            if image.width * image.height > MOST_PIXELS:
+                raise Image.DecompressionBombError
+            image = ImageOps.exif_transpose(image).convert("RGBA")
     except Image.DecompressionBombError as error:
-        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow raises an error for more pixels than this
-        raise DataError(f"picture {str(path)!r} has more than {limit:,} pixels; scale it down") from error
+        raise DataError(f"picture {str(path)!r} has more than {MOST_PIXELS:,} pixels; scale it down") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # errors of Pillow's decoders
         if isinstance(error, OSError) and error.errno:  # an error of the file system; errors of decoders have no errno
             raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error

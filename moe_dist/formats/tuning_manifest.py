@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError
 
 from moe_dist.config.json_text import first_fault
 from moe_dist.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ ARRAYS: Mapping[str, type[np.generic]] = {
     "choices.npy": np.int32,
 }
 _AGAIN = "prepare the folder again"
-_MAX_BYTES = 1 << 24  # largest size of a manifest; a valid manifest has a few kilobytes
+_MAX_BYTES = 1 << 20  # largest size of a manifest; a valid manifest has a few kilobytes
 _Size = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -66,7 +66,7 @@ class TuningManifest(_Stored):
     samples: _Size
     right: _Size  # number of samples that the run answered correctly; they come first
     longest: _Size  # number of input tokens of the longest sample; its last token is only a label
-    layers: tuple[_Size, ...]  # indices of the L transformer layers with stored routing
+    layers: Annotated[tuple[_Size, ...], FailFast()]  # indices of the L transformer layers with stored routing
     columns: _Size  # number C of router columns in a layer
     width: _Size  # width of an embedding
     # number of columns (K) in choices.npy; None in folders of older versions, which lack this file

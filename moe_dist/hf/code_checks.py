@@ -11,20 +11,21 @@ from reprlib import Repr
 from typing import Any
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.hub_folder import OUTSIDE
 from moe_dist.hf.data_files import README
 from moe_dist.hf.forms import FORMS
 from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, SERVED
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Maps keys, at any depth of a JSON file, to a text that says which library would run which code because of the key.
+# Maps keys, at any depth of a JSON file, to a text that says what a library would run or read because of the key.
 _KEYS = {
     "auto_map": "transformers would run the classes that it names",
     "auto_mapping": "PEFT would import the library that it names",
     "custom_pipelines": "transformers' pipelines would run the classes that it names",
     "custom_generate": "transformers would generate by the code that it names",
-    "fast_tokenizer_files": "transformers would read another tokenizer than the one that is checked here",
     "attribute_map": "transformers would read other fields in place of those that are checked here",
+    **OUTSIDE,
 }
 # Keys whose value names an implementation. For one that is not in _SHIPPED, transformers may download and run kernels.
 _KERNELS = ("attn_implementation", "experts_implementation")

@@ -7,8 +7,10 @@ routers. So no family is known by name.
 import json
 import logging
 import re
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from torch import nn
 from moe_dist.config.base.section import Section, did_you_mean
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError, MoeDistError
+from moe_dist.formats.hub_folder import offline
 from moe_dist.hf.code_checks import code_keys, entries, refuse_code
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.copy_init import uneven_twins
@@ -35,7 +38,8 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Names of fields whose numbers are large and over which transformers does not loop. A loop over MOST_NUMBER takes a second.
 _LARGE = re.compile(r"theta|position|len|window|size|seed|base|context|token|pixel|id$")
 MOST_NUMBER = 1 << 18
-_NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)$")  # field names
+# Names of fields that are numbers of parts.
+_NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)(_per_\w+)?$")
 _NOTES = ("transformers_version", "torch_dtype", "dtype")
 
 
@@ -215,7 +219,8 @@ def family_config(family: str, fields: Mapping[str, Any]) -> Any:
             see=GUIDE,
         )
     try:
-        return CONFIG_MAPPING[family](**fields)
+        with offline():  # some defaults name models of the hub
+            return CONFIG_MAPPING[family](**fields)
     except Exception as error:  # each family checks its fields in its own way
         raise ConfigError(f"model.fields: {family}: transformers refuses them: {error}; correct them", see=GUIDE) from error
 
@@ -228,13 +233,15 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     auto: Any = AutoModelForImageTextToText if family in WITH_PICTURES else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        return auto.from_config(config, attn_implementation="sdpa", **options)
+        with offline():
+            return auto.from_config(config, attn_implementation="sdpa", **options)
     except Exception as error:  # each family checks its fields in its own way
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
             raise ConfigError(
                 f"model.family={family!r}: transformers cannot make it: {error}; correct model.fields", see=GUIDE
             ) from error
-        return auto.from_config(config, attn_implementation="eager", **options)
+        with offline():
+            return auto.from_config(config, attn_implementation="eager", **options)
 
 
 def banks_of(model: nn.Module) -> list[Bank]:
@@ -242,7 +249,10 @@ def banks_of(model: nn.Module) -> list[Bank]:
     a router is not found."""
     name = type(model).__name__
     experts = [path for path, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
-    routers = [path for path, module in model.named_modules() if isinstance(module, recorded_routers(model))]
+    classes, routers = recorded_routers(model), defaultdict[str, list[str]](list)
+    for path, module in model.named_modules():
+        if isinstance(module, classes):
+            routers[path.rpartition(".")[0]].append(path)
     if not experts:
         raise ConfigError(
             f"model.family: {name} does not use transformers' interface for experts (ALL_EXPERTS_FUNCTIONS), which shards "
@@ -252,7 +262,7 @@ def banks_of(model: nn.Module) -> list[Bank]:
     found: list[Bank] = []
     for path in experts:
         holder, layer = path.rpartition(".")[0], _LAYER.search(path)
-        own = [router for router in routers if f"{holder}.".startswith(f"{router.rpartition('.')[0]}.")]
+        own = [router for above in accumulate(holder.split("."), "{}.{}".format) for router in routers.get(above, ())]
         if layer is None or len(own) != 1 or path.rpartition(".")[2] != GROUP:
             raise ConfigError(
                 f"model.family: {name}: {path} must be named {GROUP} and have one router beside it, whose logits the model "
@@ -261,10 +271,11 @@ def banks_of(model: nn.Module) -> list[Bank]:
             )
         found.append(Bank(int(layer[1]), path, own[0]))
     banks: list[Bank] = []
+    users = Counter(bank.router for bank in found)
     for bank in found:
         first = banks[-1].ids.stop if banks and banks[-1].block == bank.router else 0
         ids = range(first, first + next(model.get_submodule(bank.experts).parameters()).shape[0])
-        if [each.router for each in found].count(bank.router) == 1:
+        if users[bank.router] == 1:
             banks.append(bank._replace(ids=ids))
         else:  # the model records the block around several banks, each of which has a router of its own
             holder = bank.experts.rpartition(".")[0]

@@ -20,6 +20,7 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
 from moe_dist.hf.peft_files import joint, open_peft, stacked
+from moe_dist.hf.source import DTYPES
 from moe_dist.model.initial_weights import normal_tensor
 from moe_dist.placement.parameter_names import Role
 
@@ -78,11 +79,12 @@ def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
 def _candidates(family: Any) -> tuple[list[str], list[str]]:
     """Returns two lists of paths: of all linear layers but routers, and of the stacks of experts."""
     banks = banks_of(family)
-    routers = tuple(f"{bank.router}." for bank in banks)
-    linear = [path for path, each in family.named_modules() if isinstance(each, nn.Linear)]
+    routers = {each for bank in banks for each in family.get_submodule(bank.router).modules()}
+    modules = family.named_modules()
+    linear = [path for path, each in modules if isinstance(each, nn.Linear) and each not in routers]
     parameters = [(bank.experts, family.get_submodule(bank.experts).named_parameters(recurse=False)) for bank in banks]
     stacks = [f"{path}.{name}" for path, own in parameters for name, each in own if each.ndim == 3]
-    return [path for path in linear if not f"{path}.".startswith(routers)], stacks
+    return linear, stacks
 
 
 def _has_end(path: str, ends: Sequence[str]) -> bool:
@@ -188,7 +190,11 @@ def first_values(
             )
         for place, matrix, name in matrices:
             parameter = model.family.get_submodule(place.module)._parameters[name]
-            whole = tensors.get_tensor(found := f"{place.peft}.lora_{matrix}.weight")
+            found = f"{place.peft}.lora_{matrix}.weight"
+            if (dtype := tensors.get_slice(found).get_dtype()) not in DTYPES:
+                problem = f"{key}: {found} is of dtype {dtype}; adapters must be {', '.join(DTYPES)}"
+                raise ConfigError(f"{problem}; save them in one of these", see=GUIDE)
+            whole = tensors.get_tensor(found)
             like = torch.empty(place.num_experts, *parameter.shape[-2:], device="meta")
             if whole.shape != joint(matrix, like).shape:
                 problem = f"{key}: {found} is for a weight of another shape than that of model.folder"

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from moe_dist.config.regular_file import read_regular
 from moe_dist.errors import ConfigError, DataError
@@ -13,6 +14,7 @@ from moe_dist.inference.fact import Fact
 from moe_dist.inference.questions.split import Side
 
 MOST_BYTES = 1 << 28  # largest size of a file of facts
+_Texts = Annotated[tuple[str, ...], FailFast()]  # pydantic would otherwise collect the faults of millions of texts
 
 
 class FactLine(BaseModel):
@@ -24,10 +26,10 @@ class FactLine(BaseModel):
     answer: str = Field(min_length=1)
     task: str = Field(default="", pattern=r"^[\w.-]*$")
     id: str = ""
-    keys: tuple[str, ...] = ()
-    wrong: tuple[str, ...] = ()
+    keys: _Texts = ()
+    wrong: _Texts = ()
     pool: str = ""
-    closed: tuple[str, ...] = ()
+    closed: _Texts = ()
     side: Side | None = None
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, FailFast, Field, TypeAdapter
 
 from moe_dist.config.base.section import MAX_LAYERS, NAME_PATTERN, Count, Name, PositiveInt, Ranks
 from moe_dist.config.model_schema import MAX_EXPERTS
@@ -83,19 +83,19 @@ class Manifest:
     attempt: Count
     from_step: Count
     ranks: Ranks
-    layers: Annotated[tuple[_Layer, ...], Field(min_length=1, max_length=MAX_LAYERS)]
+    layers: Annotated[tuple[_Layer, ...], FailFast(), Field(min_length=1, max_length=MAX_LAYERS)]
     choices: _Columns
     weights: bool
-    groups: Annotated[tuple[_Group, ...], Field(min_length=1)]
-    rank_of_expert: tuple[_EPRank, ...]
-    modalities: tuple[Name, ...]
+    groups: Annotated[tuple[_Group, ...], FailFast(), Field(min_length=1)]
+    rank_of_expert: Annotated[tuple[_EPRank, ...], FailFast()]
+    modalities: Annotated[tuple[Name, ...], FailFast()]
     every: Count = 1  # 0 means a folder of `attach` without a trace
     tokens: PositiveInt | None = None
     tokenizer: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
     split: Literal["training", "held-out", "recorded"] = "training"
     losses: bool = False
-    replicas: tuple[tuple[Replica, ...], ...] = ()
+    replicas: Annotated[tuple[Annotated[tuple[Replica, ...], FailFast()], ...], FailFast()] = ()
 
     @property
     def num_columns(self) -> int:

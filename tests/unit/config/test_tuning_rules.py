@@ -1,17 +1,19 @@
 """Before training, router tuning checks its configuration and its folder of samples; errors name field, value, rule and
 fix."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from moe_dist.config.load import resolved_yaml, rule_violations
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
-from moe_dist.formats.tuning_manifest import load_tuning_manifest
+from moe_dist.formats.tuning_manifest import TuningManifest, load_tuning_manifest
 from moe_dist.plan.preflight import check
 from moe_dist.plan.tuning_rules import check_tuning_data, model_problems
 from tests.support.messages import refused
@@ -120,6 +122,12 @@ def test_preflight_tells_all_of_it(made: Path, tiny_data: Path, tmp_path: Path) 
     fits = tiny_config(tiny_data, tmp_path, {**SOUND, **tuned(data=str(made))})
     assert check(fits).config == fits
     assert "router_tuning:" in resolved_yaml(fits)
+
+
+def test_only_the_first_fault_of_a_list_is_collected(made: Path) -> None:
+    with pytest.raises(ValidationError) as error:
+        TuningManifest.model_validate_json(json.dumps(load_tuning_manifest(made).model_dump() | {"layers": [None, None]}))
+    assert error.value.error_count() == 1
 
 
 def test_a_run_with_more_in_its_model_is_another(made: Path) -> None:

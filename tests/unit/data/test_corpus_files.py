@@ -95,6 +95,24 @@ def test_pictures_with_and_without_captions(tmp_path: Path) -> None:
     assert source.items[0].family == source.items[2].family != source.items[1].family
 
 
+def test_links_out_of_a_folder_are_skipped(tmp_path: Path) -> None:
+    """The folder itself may be a link, and a link inside it may name another of its files."""
+    real, skipped = tmp_path / "real", []
+    real.mkdir()
+    for folder in (tmp_path, real):
+        (folder / "own.txt").write_text("a secret" if folder == tmp_path else "own")
+        Image.new("RGB", (9, 9)).save(folder / "a.png")
+    (tmp_path / "data").symlink_to(real)
+    for name, target in (("in.md", "own.txt"), ("out.md", "../own.txt"), ("a.txt", "../own.txt"), ("b.png", "../a.png")):
+        (real / name).symlink_to(target)
+    assert [text.key for text in text_files("t", tmp_path / "data", "", skipped.append).items] == ["in.md", "own.txt"]
+    pictures = picture_files("p", tmp_path / "data", "", skipped.append).items
+    assert [(picture.key, picture.captions) for picture in pictures] == [("a.png", ())]
+    assert len(skipped) == 6
+    with refused(DataError, "a link to a file outside of"):
+        text_files("t", tmp_path / "data", "")
+
+
 def test_nothing_there_is_told(tmp_path: Path) -> None:
     with refused(ConfigError):
         text_files("t", tmp_path / "missing", "")

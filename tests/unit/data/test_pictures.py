@@ -60,6 +60,12 @@ def test_rasterise_turns_a_photo_as_its_camera_says(tmp_path: Path) -> None:
     assert (raster[:, 16:48, 3] == 255).all()
 
 
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
+    Image.new("1", (10_000, 5_001)).save(tmp_path / "vast.png")
+    with pytest.raises(DataError, match=r"vast\.png' has more than 50,000,000 pixels; scale it down"):
+        rasterise(tmp_path / "vast.png")
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(evil) print\nshowpage\n%%EOF\n"
 
 

@@ -1,9 +1,12 @@
 """If a FIFO or a device stands in place of a data file, the error names it, and no read blocks or runs forever."""
 
 import json
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,8 @@ from moe_dist.inference.questions.files import read_facts
 from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.training import build_loader
+from tests.support.chat_folders import chat_folder
+from tests.support.cover import full
 from tests.support.special_files import SPECIAL, reads_little
 from tests.support.tiny import tiny_config
 
@@ -62,7 +67,7 @@ def test_readers_of_one_file_refuse_it_by_name(tmp_path: Path, name: str, kind: 
 @pytest.mark.slow
 def test_a_tokenizer_whose_configuration_takes_all_memory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_labels": 10**9}))
-    with pytest.raises(DataError, match=r"config\.json: transformers makes no configuration of it"):
+    with pytest.raises(DataError, match=r"transformers cannot read it: "):
         HubTokenizer(tmp_path)
     (tmp_path / "config.json").unlink()
     SPECIAL["fifo"](tmp_path / "config.json")
@@ -87,11 +92,49 @@ def test_a_sparse_chat_template_is_refused(tmp_path: Path) -> None:
         HubTokenizer(tmp_path)
 
 
-def test_a_second_tokenizer_is_refused(tmp_path: Path) -> None:
-    """transformers would read `other.json`, which is checked nowhere, in place of tokenizer.json."""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"fast_tokenizer_files": ["other.json"]}))
-    with pytest.raises(DataError, match=r"names another tokenizer\.json in fast_tokenizer_files"):
-        HubTokenizer(tmp_path)
+OPTIONS, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
+BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        # transformers would read other files, which are checked nowhere
+        (OPTIONS, {"fast_tokenizer_files": ["other.json"]}, "fast_tokenizer_files=['other.json']: "),
+        (OPTIONS, {"vocab_file": "/etc/passwd"}, "vocab_file='/etc/passwd': "),
+        (SPECIALS, {"tokenizer_file": "other.txt"}, "tokenizer_file='other.txt': "),
+        (SPECIALS, {"gguf_file": "x.gguf", "name_or_path": "evil/repo", "cache_dir": "out"}, "gguf_file='x.gguf': "),
+        ("config.json", {"model_type": "rt_detr", "backbone": "evil/repo"}, "backbone='evil/repo': "),
+        full(OPTIONS, {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 10**9}, "transformers cannot read it: "),
+        (OPTIONS, {"added_tokens_decoder": {"900": {"content": "a", "normalized": True}}}, "transformers cannot read it: "),
+        (OPTIONS, {"tokenizer_class": "RagTokenizer"}, "RagTokenizer does not tell"),
+    ],
+)
+def test_a_folder_that_leads_elsewhere_or_without_end_is_refused(
+    tmp_path: Path, name: str, fields: dict[str, Any], said: str
+) -> None:
+    folder = chat_folder(tmp_path / "hub", "chatml")
+    bombed = {"normalizer": {"type": "Sequence", "normalizers": [BOMB] * 9}} if "added_tokens_decoder" in fields else {}
+    for file, more in (("tokenizer.json", bombed), (name, fields)):
+        path = folder / file
+        path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **more}))
+    with pytest.raises((ConfigError, DataError), match=re.escape(said)):
+        HubTokenizer(folder)
+
+
+def test_an_honest_folder_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers ignores such notes in published files. A model inside another may name a third."""
+    from huggingface_hub import constants
+
+    folder, asked = chat_folder(tmp_path / "hub", "chatml"), []
+    notes = {"name_or_path": "a/b", "special_tokens_map_file": "/a/b.json", "tokenizer_file": None, "init_inputs": []}
+    (folder / OPTIONS).write_text(json.dumps({**json.loads((folder / OPTIONS).read_text()), **notes}))
+    inner = {"encoder": {"model_type": "rt_detr", "backbone": "evil/repo"}, "decoder": {"model_type": "bert"}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "encoder-decoder", **inner}))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *_, **__: asked.append(host) or (_ for _ in ()).throw(OSError))
+    HubTokenizer(folder)
+    assert asked == []
 
 
 def header(shape: str) -> bytes:

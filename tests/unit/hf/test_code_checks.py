@@ -37,6 +37,7 @@ PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "tokenizer": ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}),
     "another's tokenizer": ("tokenizer_config.json", {"auto_map": ["somebody/else--planted.Planted", None]}),
     "special tokens": ("special_tokens_map.json", {"auto_map": {"AutoTokenizer": ["planted.Planted", None]}}),
+    "another file": ("special_tokens_map.json", {"gguf_file": "x.gguf", "name_or_path": "somebody/else"}),
     "processor": ("processor_config.json", {"auto_map": {"AutoProcessor": "planted.Planted"}}),
     "pictures": ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "planted.Planted"}}),
     "generation": ("generation_config.json", {"auto_map": {"GenerationConfig": "planted.Planted"}}),

@@ -10,8 +10,10 @@ import torch
 
 from moe_dist.config.load import load_config, resolved_yaml
 from moe_dist.errors import ConfigError
+from moe_dist.hf.host import family
 from moe_dist.hf.host.family import complete, read_fields
 from moe_dist.hf.host.weights import read_folder
+from moe_dist.moe.routers.recorded import recorded_routers
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted, share_biases
 from tests.support.hosted import FAMILIES, hosted_config, of_family
@@ -52,6 +54,15 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
 def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
     with refused(ConfigError, key, golden="wide" not in str(model)):  # that text is transformers' own
         hosted_config(tmp_path, tmp_path, model, {})
+
+
+def test_all_layers_share_one_search_for_routers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search visits all layers, so that a search for each would take minutes with 4,096 layers."""
+    searches: list[Any] = []
+    monkeypatch.setattr(family, "recorded_routers", lambda model: searches.append(model) or recorded_routers(model))
+    with torch.device("meta"):
+        banks = family.banks_of(family.empty_model("olmoe", FAMILIES["olmoe"]))
+    assert (len(searches), len(banks) > 1) == (1, True)
 
 
 def test_fields_beside_a_folder_must_be_its_own(tmp_path: Path) -> None:
@@ -95,6 +106,8 @@ CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}
         ("qwen3_moe", {"num_hidden_layers": 10**6}, "num_hidden_layers=1000000"),
         ("qwen3_moe", {"decoder_sparse_step": 10**10}, "decoder_sparse_step=10000000000"),
         ("fuyu", {"text_config": {"num_labels": 10**9}}, "num_labels=1000000000"),
+        ("hrm_text", {"num_layers_per_stack": 5000}, "num_layers_per_stack=5000"),
+        ("qwen3_moe", {"text_config": {"backbone": "evil/repo"}}, "backbone='evil/repo'"),
     ],
 )
 @pytest.mark.parametrize("folder", [None, "nowhere"])  # with a folder, as in a checkpoint's stored configuration

@@ -44,7 +44,7 @@ def test_a_section_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
         hosted_config(tmp_path, tmp_path, {**of_family("qwen3_moe"), "lora": {**LORA, **changes}}, {})
 
 
-@pytest.mark.parametrize("fault", ["r", "use_dora", "missing", "unknown", "shape", "damaged"])
+@pytest.mark.parametrize("fault", ["r", "use_dora", "missing", "unknown", "shape", "dtype", "damaged"])
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, fault: str) -> None:
     model = {**of_family("qwen3_moe"), "lora": {**LORA, "folder": str(tmp_path)}}
     config = hosted_config(tmp_path, tmp_path, model, {"parallel.ep": 1})
@@ -66,6 +66,8 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, fault: str) -> No
         tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(2, 32)
     elif fault == "shape":
         tensors[first] = tensors[first][:-1]
+    elif fault == "dtype":
+        tensors[first] = tensors[first].to(torch.int8)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(fields))
     save_file({name: each.clone() for name, each in tensors.items()}, tmp_path / WEIGHTS_FILE)
     if fault == "damaged":

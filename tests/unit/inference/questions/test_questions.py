@@ -117,13 +117,15 @@ def test_a_line_needs_a_question_and_an_answer_only(tmp_path: Path) -> None:
         ('{"asked": "a", "answer": "b", "side": "all"}', "line 2: side: "),
         ('{"asked": "a", "answer": "b", "hint": "c"}', "line 2: hint: "),
         ('{"asked": "a", "answer": "b", "id": "x"}', "line 2: id='x'"),
+        ('{"asked": "a", "answer": "b", "wrong": [1, 2]}', "line 2: wrong.0: "),
     ],
 )
 def test_lines_that_are_no_facts_are_named(tmp_path: Path, line: str, key: str) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text('{"asked": "a", "answer": "b", "id": "x"}\n' + line + "\n")
-    with refused(DataError, key, golden=False):
+    with refused(DataError, key, golden=False) as error:
         read_facts([path])
+    assert "wrong.1: " not in str(error.value)  # a list may have millions of faults
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from moe_dist.errors import DataError
 from moe_dist.monitor.trace.format import ENTRY, TOKEN, Manifest, entry_check
@@ -178,6 +179,13 @@ def test_a_hostile_manifest_is_refused(tmp_path: Path, case: str) -> None:
     with reads_little(), refused(DataError, "manifest.json", golden=False) as error:
         read_trace(tmp_path)
     assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["layers", "groups", "rank_of_expert", "modalities", "replicas"])
+def test_only_the_first_fault_of_a_list_is_collected(key: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        Manifest.from_json(json.loads(MANIFEST.to_json()) | {key: [None] * 9})
+    assert error.value.error_count() < 3  # pydantic may add that the list is too short
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"format":[' + b"[]," * (1 << 18) + b"[]]}"], ids=["deep", "long"])
