@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
-from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import ConsoleSink
-from moe_dist.monitor.sinks.sink import SinkContext
+from moe_dist.monitor.sinks.sink import GuardedSinks, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.placement.placement import ExpertGroup
 
 MakeRecord = Callable[..., Record]
+LAYERS = (1, 3, 5)
 
 
 def plain() -> Console:
@@ -69,11 +71,13 @@ def test_losses_over_other_tokens_are_not_compared() -> None:
 
 
 def test_hints_are_printed_and_logged_once(
-    make_record: MakeRecord, subject: Subject, caplog: pytest.LogCaptureFixture
+    make_record: MakeRecord, groups: tuple[ExpertGroup, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     console = plain()
-    sink = ConsoleSink(SinkContext(Path(), total_steps=99, subject=subject), every=50, console=console)
+    sink = GuardedSinks(
+        [ConsoleSink(SinkContext(Path(), total_steps=99), every=50, console=console)], HintWatch(groups, LAYERS)
+    )
     for step in (2, 3, 4):
         sink.step(make_record(step, skipped=True, skipped_steps=step))
     hints = [line for line in output(console).splitlines() if line.startswith("hint")]
