@@ -15,6 +15,7 @@ from moe_dist.config.regular_file import read_regular
 from moe_dist.config.yaml_text import read_yaml
 from moe_dist.errors import ConfigError, DataError, DivergedError, ResourceError, StoppedError
 from moe_dist.runtime.files import lines_from_end
+from moe_dist.runtime.hints import RecordedHint, read_hints
 from moe_dist.runtime.lease import Holder, read_holder
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import AttemptRecord, Number, measured_save_seconds
@@ -76,6 +77,7 @@ class RunProgress:
         checkpoint_step: Step of the newest committed checkpoint; 0 without a checkpoint.
         save_seconds: Longest of the last saves; None before the first save.
         holder: The process that holds the lease; None without a holder.
+        hints: Last hint of each kind, in the order of their steps.
     """
 
     name: str
@@ -94,6 +96,7 @@ class RunProgress:
     losses: Mapping[str, float] | None = None
     attempts: tuple[AttemptRecord, ...] = ()
     holder: Holder | None = None
+    hints: tuple[RecordedHint, ...] = ()
 
     @property
     def remaining_seconds(self) -> float | None:
@@ -142,6 +145,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
         losses=_losses(records[0]) if records else None,
         attempts=attempts,
         holder=holder,
+        hints=read_hints(folder.metrics_jsonl, most_bytes=RECORDS_READ),
     )
 
 

@@ -16,6 +16,7 @@ from launchers.run_progress import RunProgress, RunState, is_run, read_progress
 from launchers.table import launcher_table
 from moe_dist.errors import EXIT_DONE, ConfigError, printable
 from moe_dist.runtime.command_line import reports_errors, run_command
+from moe_dist.runtime.hints import warning_lines, warnings_text
 from moe_dist.runtime.status import AttemptRecord
 
 WIDTH = 120  # width of the output if standard output is no terminal
@@ -149,6 +150,7 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
     if run.losses:
         facts.append(("loss", ", ".join(f"{name} {value:.3f}" for name, value in islice(run.losses.items(), LOSSES_SHOWN))))
     saves = f"; the last saves took {run.save_seconds:.1f} s at most" if run.save_seconds is not None else ""
+    facts += [("warning", line) for line in warning_lines(run.hints)]
     facts.append(("checkpoint", (f"step {_checkpoint(run)}" if run.checkpoint_step else "none yet") + saves))
     if run.holder is not None:
         beat = f", last heartbeat {duration(run.beat_age)} ago" if run.beat_age is not None else ""
@@ -206,7 +208,8 @@ def _reason(ending: AttemptRecord) -> str:
 
 
 def _state(run: RunProgress) -> Text:
-    return Text(run.state.value, style=_STYLES.get(run.state, "bold red"))
+    style = "yellow" if run.hints and run.state is RunState.DONE else _STYLES.get(run.state, "bold red")
+    return Text(run.state.value + warnings_text(run.hints), style=style)
 
 
 def _steps(run: RunProgress) -> str:

@@ -11,6 +11,7 @@ from launchers.command import rank_ranges, ranks_of
 from launchers.rank_tracker import SUDDEN, Outcome
 from launchers.restart import STOPPED, committed_step, is_final
 from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
+from moe_dist.runtime.hints import warning_lines, warnings_text
 from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.runtime.status import AttemptRecord
@@ -149,6 +150,8 @@ def _report(folder: RunFolder, attempt_id: str, outcome: Outcome, cause: int) ->
     if ends:
         others = ", ".join(f"{rank_ranges(ranks)} ({end})" for end, ranks in ends.items())
         lines += ["", f"the other ranks ended after it: {others}"]
+    if hints := folder.hints():
+        lines += ["", f"the run went{warnings_text(hints)}:", *warning_lines(hints)]
     _say("\n".join(lines))
 
 

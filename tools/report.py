@@ -42,6 +42,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
+from moe_dist.runtime.hints import warning_lines
 from moe_dist.runtime.run_folder import RunFolder
 
 MOST_BYTES = 5_000_000
@@ -88,7 +89,7 @@ def main(options: ReportOptions) -> None:
     write_atomically(out, page)
     wrong = problems(routing)
     print(printable(verdict(routing, wrong)[1]))
-    for sentence in (*wrong, *facts(routing)):
+    for sentence in (*wrong, *routing.hints, *facts(routing)):
         print(printable(f"- {sentence}"))
     print_done(f"{out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
 
@@ -186,6 +187,7 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0, *, opti
         balance_coefficient=math.nan,
         tokens=last_tokens(trace, **_names(manifest.configuration, data, manifest.tokenizer)) if trace.steps else None,
         split=split,
+        hints=tuple(warning_lines(RunFolder(path).hints())),
     )
 
 
@@ -221,6 +223,7 @@ def _of_run(path: Path, data: Path | None) -> Routing:
         configuration=config.model_dump(mode="json"),
         balance_coefficient=coefficient,
         tokens=None,
+        hints=tuple(warning_lines(folder.hints())),
     )
     return routing if trace is None else replace(routing, tokens=last_tokens(trace, **_names(routing.configuration, data)))
 

@@ -6,7 +6,7 @@ Most hints consider a window of steps, because a single unusual batch proves not
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 
 import numpy as np
@@ -30,10 +30,19 @@ class HintWatch:
     Args:
         groups: Expert groups in the order of the columns of `Record.arrays`.
         quiet: Number of steps after a hint in which hints of the same kind are not repeated.
+        said: Last step of each kind of hint that earlier attempts of the run have given.
+        words: Rewrites the text of each hint.
     """
 
     def __init__(
-        self, groups: Sequence[ExpertGroup], moe_layers: Sequence[int], *, window: int = 50, quiet: int = 200
+        self,
+        groups: Sequence[ExpertGroup],
+        moe_layers: Sequence[int],
+        *,
+        window: int = 50,
+        quiet: int = 200,
+        said: Mapping[str, int] | None = None,
+        words: Callable[[str], str] = str,
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
         self._window, self._quiet = window, quiet
@@ -41,7 +50,7 @@ class HintWatch:
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._speeds: deque[float] = deque(maxlen=window)
         self._first_loss: float | None = None
-        self._said: dict[str, int] = {}  # kind of hint -> last step with such a hint
+        self._said, self._words = dict(said or {}), words  # kind of hint -> last step with such a hint
 
     def update(self, record: Record) -> list[Hint]:
         """Adds the record of the next step. Returns the hints of this step, except repeats within `quiet` steps."""
@@ -51,9 +60,12 @@ class HintWatch:
             self._losses.append(loss)
         if speed is not None:
             self._speeds.append(speed)
-        due = [hint for hint in self._judge(record) if record.step - self._said.get(hint.kind, -math.inf) >= self._quiet]
-        self._said.update({hint.kind: record.step for hint in due})
-        return due
+        return self._due(self._judge(record), record.step)
+
+    def _due(self, hints: Iterator[Hint], step: int) -> list[Hint]:
+        due = [hint for hint in hints if step - self._said.get(hint.kind, -math.inf) >= self._quiet]
+        self._said.update({hint.kind: step for hint in due})
+        return [Hint(hint.kind, self._words(hint.text)) for hint in due]
 
     def _judge(self, record: Record) -> Iterator[Hint]:
         yield from skipped_step(record)

@@ -15,7 +15,7 @@ MAX_SCALARS = 40
 
 # Prefixes of the tags of times and device readings. Scalars without these prefixes are bit-equal in two runs with one seed.
 TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
-TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note")
+TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note", "hints")  # some hints depend on times
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
 DEPTH_FAMILY = "computed"  # the full tag is mixture_of_depths/computed
@@ -63,6 +63,9 @@ DEPTH_MEANING: dict[str, str] = {
     "mixture_of_depths/gate_weight": "Gate weight of a computed token, mean over tokens and layers.",
     "mixture_of_depths/load_over_target": "Computed share of the held-out tokens over the target share; 1 is on target.",
 }
+
+# Numbers that only sinks without texts get.
+HINT_MEANING: dict[str, str] = {"hints/{kind}": "Hints of this kind since the start of this attempt."}
 
 # Picture or histogram -> meaning. A map of layers x groups that replaces scalars has the scalars' meaning.
 PICTURE_MEANING: dict[str, str] = {
@@ -132,6 +135,8 @@ def split_tag(tag: str) -> tuple[str, str | None, str | None]:
     head, _, rest = tag.partition("/")
     if head in ("loss", "eval"):
         return head, "term" if head == "loss" else "part", rest
+    if head == "hints":
+        return head, "kind", rest
     name, _, label = rest.partition("/")
     if head == "data":
         return f"{head}/{name}", "modality", label
@@ -156,9 +161,9 @@ def curve_of(tag: str) -> tuple[str, str]:
 
 @cache
 def meaning(tag: str) -> str:
-    """Returns the text of `MEANING` or `DEPTH_MEANING` for a tag. Raises KeyError if the tag does not exist."""
+    """Returns the text that one of the tables above has for a tag. Raises KeyError if the tag does not exist."""
     family, label, _ = split_tag(tag)
-    return (MEANING | DEPTH_MEANING)[f"{family}/{{{label}}}" if label else family]
+    return (MEANING | DEPTH_MEANING | HINT_MEANING)[f"{family}/{{{label}}}" if label else family]
 
 
 def picture_meaning(tag: str) -> str:
@@ -172,5 +177,5 @@ def picture_meaning(tag: str) -> str:
 def reproducible_part(line: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a line of metrics.jsonl without times and device readings; it is bit-equal in two runs with one seed."""
     part = {key: value for key, value in line.items() if key not in TIMING_FIELDS}
-    part["scalars"] = {tag: value for tag, value in line["scalars"].items() if not tag.startswith(TIMING_TAGS)}
+    part["scalars"] = {tag: value for tag, value in line.get("scalars", {}).items() if not tag.startswith(TIMING_TAGS)}
     return part

@@ -26,6 +26,7 @@ from moe_dist.config.stored_format import FORMER_DEFAULTS
 from moe_dist.errors import EXIT_DONE, ConfigError, MoeDistError, printable
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import lines_from_end, write_atomically
+from moe_dist.runtime.hints import RecordedHint, read_hints
 from moe_dist.runtime.lease import WAIT_SECONDS, Holder, Lease, LeaseError, read_holder
 from moe_dist.runtime.ownership import give_to_group, in_words, other_owner, refuse_planted_files
 from moe_dist.runtime.provenance import record_provenance
@@ -237,6 +238,10 @@ class RunFolder:
             if found := re.match(rb'\{"step":(\d+),', line):
                 return int(found[1])
         return 0
+
+    def hints(self) -> tuple[RecordedHint, ...]:
+        """Returns the last hint of each kind, in the order of their steps."""
+        return read_hints(self.metrics_jsonl)
 
     def has_verdict(self, attempt_id: str) -> bool:
         """Returns True if a rank of this attempt has recorded a verdict."""

@@ -19,9 +19,8 @@ from moe_dist.config.sinks.kinds import JsonlSinkSection, PrometheusSinkSection,
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.monitor.attached.routers import GUIDE, Traced
 from moe_dist.monitor.hints import HintWatch
-from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
-from moe_dist.monitor.routing_hints import for_another_trainer
+from moe_dist.monitor.routing_hints import Hint, for_another_trainer
 from moe_dist.monitor.sinks.jsonl import METRICS, read_lines
 from moe_dist.monitor.sinks.sink import GuardedSinks, Sink, SinkContext
 from moe_dist.monitor.trace.foreign import NO_ID
@@ -35,18 +34,13 @@ logger = logging.getLogger(__name__)
 class HintSink(Sink):
     """Logs each hint as a warning."""
 
-    def __init__(self, context: SinkContext) -> None:
-        assert context.subject is not None
-        self._watch = HintWatch(context.subject.groups, context.subject.moe_layers)
-
-    def step(self, record: Record) -> None:
-        for hint in self._watch.update(record):
-            logger.warning("step %d: %s", record.step, for_another_trainer(hint.text))
+    def hint(self, hint: Hint, step: int) -> None:
+        logger.warning("step %d: %s", step, hint.text)
 
 
 # Name of a sink -> function that makes this sink.
 SINKS: dict[str, Callable[[SinkContext], Sink]] = {
-    "hints": HintSink,
+    "hints": lambda _: HintSink(),
     "jsonl": JsonlSinkSection().build,
     "tensorboard": TensorBoardSinkSection().build,  # imports TensorBoard, which takes seconds
     "prometheus": PrometheusSinkSection().build,
@@ -88,7 +82,8 @@ def open_together(
         )
     try:
         if rank == 0:
-            opened = GuardedSinks(_open_sinks(sinks, folder, subject, manifest.from_step, pictures_every))
+            made = _open_sinks(sinks, folder, subject, manifest.from_step, pictures_every)
+            opened = GuardedSinks(made, HintWatch(subject.groups, subject.moe_layers, words=for_another_trainer))
         if manifest.every:
             place = _place(folder, manifest.from_step, attempt)
             writer = ChoiceWriter(place, rank, manifest, sequence_first=sequence_first)

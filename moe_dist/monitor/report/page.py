@@ -84,10 +84,10 @@ def render(subject: Subject) -> str:
 def _findings(routing: Routing) -> str:
     wrong = problems(routing)
     state, head = verdict(routing, wrong)
-    lines = "".join(f"<li>{escape(text)}</li>" for text in wrong)
+    lines = "".join(f"<li>{escape(text)}</li>" for text in (*wrong, *routing.hints))
     numbers = "".join(f"<li>{escape(text)}</li>" for text in facts(routing))
     return (
-        f'<div class="found {state}" role="status"><h2>{head}</h2>{f"<ul>{lines}</ul>" if wrong else ""}</div>'
+        f'<div class="found {state}" role="status"><h2>{head}</h2>{f"<ul>{lines}</ul>" if lines else ""}</div>'
         f"<h2>In words</h2><ul>{numbers}</ul>"
     )
 

@@ -95,6 +95,7 @@ class Routing:
         window: Sums over the last `WINDOW` recorded steps. `window_steps` is the actual number of these steps.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
         split: Split to which the counted tokens belong: `training`, or the split of the trace.
+        hints: A line for each of the last warnings in the records.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Routing:
     balance_coefficient: float
     tokens: Tokens | None
     split: str = "training"
+    hints: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:

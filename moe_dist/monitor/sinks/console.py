@@ -12,8 +12,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from moe_dist.monitor.compute_map import loads_text
-from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record, depth_metrics
+from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 
@@ -47,8 +47,6 @@ class ConsoleSink(Sink):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total, self._every, self._clock = context.total_steps, every, clock
-        subject = context.subject
-        self._hints = None if subject is None else HintWatch(subject.groups, subject.moe_layers)
         self._console = console or Console(highlight=False)
         # start of this attempt; the remaining time is estimated from it
         self._began_at, self._began_step = clock(), context.resume_step
@@ -75,9 +73,10 @@ class ConsoleSink(Sink):
             self._progress.update(self._task, completed=record.step, numbers=escape(numbers), left=short)
         elif record.step % self._every == 0 or record.step == self._total or record.step == self._began_step + 1:
             self._print(f"step {record.step}/{self._total}  {line_numbers(record.scalars)}  {left}")
-        for hint in self._hints.update(record) if self._hints else []:
-            self._print(f"hint (step {record.step}): {hint.text}", style="yellow")
-            logger.info("hint: %s", hint.text)  # rank 0's log file does not contain standard output
+
+    def hint(self, hint: Hint, step: int) -> None:
+        self._print(f"hint (step {step}): {hint.text}", style="yellow")
+        logger.info("hint: %s", hint.text)  # rank 0's log file does not contain standard output
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._print(evaluation_line(result, self._previous), style="bold")

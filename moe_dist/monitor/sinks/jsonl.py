@@ -1,5 +1,5 @@
-"""Defines the sink that writes metrics.jsonl, one line for each step and evaluation. All curves and pictures of a run can
-be made from this file.
+"""Defines the sink that writes metrics.jsonl, one line for each step, evaluation and hint. All curves and
+pictures of a run can be made from this file.
 
 A crash loses at most the line that is just being written. If the disk is full or fails, no line is lost: lines wait in
 memory until the disk accepts them. A checkpoint is committed only when all lines up to its step are on disk. A restarted
@@ -21,6 +21,7 @@ from pydantic_core import from_json
 
 from moe_dist.errors import CheckpointError, DataError
 from moe_dist.monitor.metrics import Record, depth_line
+from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
 
@@ -43,7 +44,8 @@ class JsonlSink(Sink):
     def __init__(self, context: SinkContext, *, arrays_every: int = 1, clock: Callable[[], float] = time.time) -> None:
         self._path, self._arrays_every, self._clock = context.folder / METRICS, arrays_every, clock
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(self._path, context.resume_step, evaluation_owed=context.evaluation_owed)
+        # Kind of hint -> its last step. Each later step repeats it, so that a reader of the file's end misses no hint.
+        self._said = drop_lines_after(self._path, context.resume_step, evaluation_owed=context.evaluation_owed)
         self._file = self._path.open("ab", buffering=0)  # unbuffered, so that a killed process loses no written line
         self._waiting = bytearray()  # bytes that the disk has not accepted yet
         self._told = False  # True if the current disk error is in the log already
@@ -57,6 +59,7 @@ class JsonlSink(Sink):
             **({"load": record.load} if record.load else {}),
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
             **({"rank_balance": [each.line for each in record.levers]} if record.levers else {}),
+            **({"hints": self._said} if self._said else {}),
         }
         if record.step % self._arrays_every == 0:
             line["arrays"] = {name: array.tolist() for name, array in record.arrays.items()}  # arrays fill most of a line
@@ -80,6 +83,10 @@ class JsonlSink(Sink):
                 **({} if result.mixture_of_depths is None else {"mixture_of_depths": depth_line(result.mixture_of_depths)}),
             }
         )
+
+    def hint(self, hint: Hint, step: int) -> None:
+        self._said[hint.kind] = step
+        self._write({"step": step, "kind": "hint", "time": self._clock(), "hint": hint.kind, "text": hint.text})
 
     def flush(self) -> None:
         """Returns when all lines are on disk. Raises CheckpointError if the disk does not accept them. They then stay in
@@ -107,7 +114,7 @@ class JsonlSink(Sink):
 
     def _write(self, line: Mapping[str, Any]) -> None:
         # Lines are not synced to disk here. A killed process loses no line; a power cut loses those since the last flush().
-        odd = {tag: str(v) for tag, v in line["scalars"].items() if v is not None and not math.isfinite(v)}
+        odd = {tag: str(v) for tag, v in line.get("scalars", {}).items() if v is not None and not math.isfinite(v)}
         finite = _finite({**line, **({"non_finite": odd} if odd else {})})  # as text, `non_finite` has each nan and inf
         self._waiting += json.dumps(finite, allow_nan=False, separators=(",", ":")).encode() + b"\n"
         try:
@@ -138,23 +145,26 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}: line {number} is not a record")
 
 
-def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> None:
+def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> dict[str, int]:
     """Drops the lines of steps after `step`, and unreadable lines, such as a line that a crash cut short. `evaluation_owed`
     also drops the evaluation of `step`, because the resumed run repeats it. Warns if steps up to `step` have no record.
+    Returns the last step of each kind of hint that is kept.
 
     One rename replaces metrics.jsonl. A crash therefore leaves the old file whole. If an earlier writer was suspended and
     wakes up, it writes to a deleted file. The file is read once. If more than MOST_UNREADABLE bytes are no records, raises
     DataError and leaves the file unchanged."""
     recorded = bytearray(step)  # 1 for each step whose record is kept
+    said: dict[str, int] = {}
     if not path.exists():
         _warn_of_missing(path, recorded)
-        return
+        return said
     kept_path = path.with_name(path.name + ".kept")
     unreadable = dropped = size = 0
     with path.open("rb", buffering=BUFFER) as old, kept_path.open("wb") as new:
         while text := old.readline(LONGEST_LINE):
             begin = LINE_BEGIN.match(text)
-            if begin is None or _parsed(text) is None:  # the line is incomplete, or its end is not on disk
+            line = _parsed(text)
+            if begin is None or line is None:  # the line is incomplete, or its end is not on disk
                 unreadable, size = unreadable + 1, size + len(text)
                 if size >= MOST_UNREADABLE:
                     kept_path.unlink()
@@ -169,6 +179,8 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
                 new.write(text)
                 if begin[2] == b"step" and int(begin[1]):
                     recorded[int(begin[1]) - 1] = 1
+                elif begin[2] == b"hint":
+                    said[str(line.get("hint"))] = int(begin[1])
         new.flush()
         os.fsync(new.fileno())  # the content must be on disk before the rename
     os.replace(kept_path, path)
@@ -176,6 +188,7 @@ def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) ->
         told = "%s: going on after step %d: dropped %d lines that are written again and %d unfinished ones"
         logger.info(told, path, step, dropped, unreadable)
     _warn_of_missing(path, recorded)
+    return said
 
 
 def _parsed(text: bytes) -> Any:

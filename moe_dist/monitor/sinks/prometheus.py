@@ -9,21 +9,35 @@ import json
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import ScalarSink, SinkContext
 from moe_dist.monitor.tags import meaning, split_tag
 
 PREFIX = "moe_dist_"
 
 
-class PrometheusSink(ScalarSink):
+class CountingSink(ScalarSink):
+    """A sink that shows the number of hints of each kind, because samples have no texts."""
+
+    def __init__(self) -> None:
+        self._hints: Counter[str] = Counter()
+
+    def hint(self, hint: Hint, step: int) -> None:
+        self._hints[hint.kind] += 1
+        self.log({f"hints/{hint.kind}": float(self._hints[hint.kind])}, step)
+
+
+class PrometheusSink(CountingSink):
     """Replaces the file `path` in each step by renaming a new file over it, so that a reader never sees a partial file. By
     default `path` is metrics.prom in the run folder. node_exporter reads only files whose names end in .prom."""
 
     def __init__(self, context: SinkContext, *, path: str | None = None) -> None:
+        super().__init__()
         self._path = Path(path or context.folder / "metrics.prom")
         self._run_name = context.run_name
         self._latest: dict[str, float | None] = {}
@@ -85,7 +99,7 @@ def _escape(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-class RaySink(ScalarSink):
+class RaySink(CountingSink):
     """Sends the scalars of each step to the actor of rank 0 (`launchers/ray/rank.py`), as one datagram to a Unix socket.
 
     The Ray launcher enables this sink by an environment variable, so that a run has the same configuration with any
@@ -94,6 +108,7 @@ class RaySink(ScalarSink):
     """
 
     def __init__(self, *, socket_path: str, run_name: str, resume_step: int = 0) -> None:
+        super().__init__()
         self._path, self._run_name = socket_path, run_name
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)  # training must not wait for a reader

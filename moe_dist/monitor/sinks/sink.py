@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_dist.errors import CheckpointError
+from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.statistics import EvaluationResult
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ class SinkContext:
             later steps, so that each step appears exactly once, however often the run resumes.
         evaluation_owed: Whether the resumed run will repeat the evaluation of `resume_step`. If so, a sink that stores
             evaluations drops the earlier evaluation.
-        subject: The run that pictures and hints show; None if there are no pictures and hints.
+        subject: The run that pictures show; None if there are no pictures.
     """
 
     folder: Path
@@ -52,6 +54,9 @@ class Sink:
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         """Is called with an evaluation and its scalars (`metrics.evaluation_scalars`), after the step's record."""
 
+    def hint(self, hint: Hint, step: int) -> None:
+        """Is called with a warning, after the record of the step or evaluation that gave it."""
+
     def text(self, tag: str, markdown: str) -> None:
         """Is called with a page of text, such as the configuration."""
 
@@ -71,6 +76,9 @@ class ScalarSink(Sink, ABC):
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self.log(scalars, result.step)
+
+    def hint(self, hint: Hint, step: int) -> None:
+        self.text(f"hint/{hint.kind}", f"step {step}: {hint.text}")
 
     @abstractmethod
     def log(self, scalars: Mapping[str, float | None], step: int) -> None:
@@ -103,17 +111,25 @@ class GuardedSinks(Sink):
 
     A sink whose `flush` raises CheckpointError (JsonlSink) is still called. No checkpoint is committed until `flush`
     succeeds for all such sinks.
+
+    Args:
+        watch: Judges each record. All sinks get its hints, so that they say the same. None makes no hints.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = list(sinks)
+    def __init__(self, sinks: Sequence[Sink], watch: HintWatch | None = None) -> None:
+        self._sinks, self._watch = list(sinks), watch
         self._unwritten: CheckpointError | None = None
 
     def step(self, record: Record) -> None:
         self._each(lambda sink: sink.step(record))
+        for hint in self._watch.update(record) if self._watch else ():
+            self.hint(hint, record.step)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._each(lambda sink: sink.evaluation(result, scalars))
+
+    def hint(self, hint: Hint, step: int) -> None:
+        self._each(lambda sink: sink.hint(hint, step))
 
     def text(self, tag: str, markdown: str) -> None:
         self._each(lambda sink: sink.text(tag, markdown))

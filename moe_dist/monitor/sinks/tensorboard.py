@@ -19,6 +19,7 @@ from moe_dist.monitor.compute_map import draw_map
 from moe_dist.monitor.heatmaps import Axis, draw, linear_scale
 from moe_dist.monitor.metrics import Record, depth_metrics
 from moe_dist.monitor.pictures import Subject, change_map, heat_maps, loads
+from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, EVALUATION_TAGS, curve_of, meaning, picture_meaning, tag_plan
@@ -83,6 +84,9 @@ class TensorBoardSink(Sink):
         if result.compute_map is not None:
             picture = draw_map(result.compute_map, title=f"Compute map after step {result.step}")
             self._add_picture(summary.image("moe/compute_map", picture, dataformats="HWC"), result.step)
+
+    def hint(self, hint: Hint, step: int) -> None:
+        self._writer("").add_summary(summary.text(f"hint/{hint.kind}", hint.text), step)
 
     def text(self, tag: str, markdown: str) -> None:
         # The text belongs to the attempt's first step. A later resume from an earlier step thus removes the text, too.

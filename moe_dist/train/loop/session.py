@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.load import resolved_yaml
@@ -24,6 +25,7 @@ from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.compute_map import console_text, draw_map
 from moe_dist.monitor.costs import costs_markdown, render_costs
 from moe_dist.monitor.devices import DeviceMonitor
+from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.console import choice_lines, summary_table
 from moe_dist.monitor.sinks.prometheus import RaySink
@@ -36,6 +38,7 @@ from moe_dist.plan.preflight import Preflight
 from moe_dist.plan.summary import start_text
 from moe_dist.runtime.attempt import Attempt
 from moe_dist.runtime.environment import RAY_METRICS, RankEnv
+from moe_dist.runtime.hints import warning_lines, warnings_text
 from moe_dist.runtime.place import Found, RunPlace, check_place
 from moe_dist.runtime.rendezvous import StartWait
 from moe_dist.runtime.run_folder import RunFolder
@@ -190,7 +193,10 @@ def open_sinks(
             print(f"the attempt before this one diverged after step {before.last_step}: {printable(before.reason)}")
             print(f"this attempt goes on after step {progress.step}")
     attempt.lease.check()  # another attempt may have taken the run's lease meanwhile
-    sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *_build_sinks(checked, folder, progress)])
+    made = _build_sinks(checked, folder, progress)  # first drops the hints of steps that are repeated
+    said = {each.kind: each.step for each in folder.hints()}
+    watch = HintWatch(checked.placement.groups, checked.config.model.moe_layers, said=said)
+    sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *made], watch)
     attempt.require(sinks.check_written)
     try:
         yield [sinks]
@@ -292,4 +298,7 @@ def _print_summary(finished: Finished, folder: RunFolder, checked: Preflight, be
         console.print(adapters)
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
+    hints = folder.hints()
+    for line in (f"done{warnings_text(hints)}", *warning_lines(hints)):  # the last lines, as a launcher ends with them
+        console.print(escape(line), style="yellow" if hints else "green")
     folder.write_summary(console.export_text())

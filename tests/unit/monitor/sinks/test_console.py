@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.sinks.console import ConsoleSink
-from moe_dist.monitor.sinks.sink import SinkContext
+from moe_dist.monitor.sinks.sink import GuardedSinks, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.placement.placement import ExpertGroup
 from tests.unit.monitor.conftest import MakeRecord
+
+LAYERS = (1, 3, 5)
 
 
 def plain() -> Console:
@@ -55,11 +58,13 @@ def test_evaluation_shows_what_changed_over_equal_tokens(make_record: MakeRecord
 
 
 def test_hints_are_printed_and_logged_once(
-    make_record: MakeRecord, subject: Subject, caplog: pytest.LogCaptureFixture
+    make_record: MakeRecord, groups: tuple[ExpertGroup, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     console = plain()
-    sink = ConsoleSink(SinkContext(Path(), total_steps=99, subject=subject), every=50, console=console)
+    sink = GuardedSinks(
+        [ConsoleSink(SinkContext(Path(), total_steps=99), every=50, console=console)], HintWatch(groups, LAYERS)
+    )
     for step in (2, 3, 4):
         sink.step(make_record(step, skipped=True, skipped_steps=step))
     hints = [line for line in console.file.getvalue().splitlines() if line.startswith("hint")]
