@@ -42,12 +42,15 @@ def main(
         raise ConfigError(f"--dtype={dtype}: must be {', '.join(DTYPES)}")
     hosted = checked_config(open_checkpoint(find_checkpoint(checkpoint))).engine.hosts
     if adapters:
-        from moe_dist.hf.adapters import export_adapters
+        if hosted:
+            from moe_dist.hf.host.weights import export_hosted_adapters as export
+        else:
+            from moe_dist.hf.adapters import export_adapters as export
 
         unused = {"--dtype": dtype, "--family": family, "--data": data, "--shard-mb": shard_mb}
         if given := [option for option, value in unused.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: does not apply with --adapters; leave it out")
-        print(f"{export_adapters(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
+        print(f"{export(checkpoint, out, base_name=None if like is None else str(like))} matrices of adapters")
         print(f"{out} is made")
         return
     if hosted:

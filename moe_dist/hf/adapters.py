@@ -53,7 +53,7 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
     Args:
         checkpoint: Folder of a checkpoint of adapters, or of a run with such a checkpoint.
         base_name: Name or folder of the base as a Hugging Face model, for `base_model_name_or_path`. If None, the
-            folder that was imported is used, unless the import changed the model; for a model of transformers, its folder.
+            folder that was imported is used, unless the import changed the model.
 
     Raises:
         ConfigError: `out` exists, PEFT cannot express the adapters, or transformers cannot express the base. The message
@@ -62,25 +62,15 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
         CheckpointError: `out` cannot be written.
     """
     contents = open_checkpoint(find_checkpoint(checkpoint))
-    config, read = checked_config(contents), tensor_reader(contents)
-    model = config.model
-    if config.engine.hosts:
-        from moe_dist.hf.host.lora import hosted_tensors  # imported only here, because it takes seconds
-        from moe_dist.hf.host.weights import refuse_masked
-
-        if model.lora is None:
-            raise ConfigError(f"{contents.folder}: holds no adapters, model.lora is null; export it without --adapters")
-        refuse_masked(model.moe)
-        folder = Path(str(model.folder)).absolute()
-        return write_peft(out, model, base_name or str(folder), folder, hosted_tensors(model, read))
     if KEY not in contents.state.values:
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
     base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
+    model = checked_config(contents).model
     form, original = _form_of_base(base)
     if problems := _problems(model) or _problems_of_base(model, base, form):
         fix = "export the merged model (without --adapters), or use the run itself (tools.generate, tools.evaluate)"
         raise ConfigError([f"{problem}; {fix}" for problem in problems], see=GUIDE)
-    return write_peft(out, model, base_name or original, base, peft_tensors(model, read))
+    return write_peft(out, model, base_name or original, base, peft_tensors(model, tensor_reader(contents)))
 
 
 def write_peft(

@@ -12,10 +12,15 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.directory import find_checkpoint
+from moe_dist.checkpoint.whole_tensors import tensor_reader
 from moe_dist.config.model_schema import MoESection
 from moe_dist.errors import ConfigError
+from moe_dist.hf.adapters import write_peft
+from moe_dist.hf.exporting import checked_config
 from moe_dist.hf.host.family import GUIDE
-from moe_dist.hf.host.lora import MATRICES
+from moe_dist.hf.host.lora import MATRICES, hosted_tensors
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
 
@@ -162,6 +167,18 @@ def write_folder(model: HostedModel, out: Path) -> None:
     """Writes a model that holds all experts as the family's own Hugging Face folder, in shards of 4 GB."""
     assert not any(isinstance(each, DTensor) for each in model.parameters()), "the caller loads a model of one rank"
     model.family.save_pretrained(out, max_shard_size="4GB")
+
+
+def export_hosted_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None) -> int:
+    """Does for a run of a transformers model what `moe_dist.hf.adapters.export_adapters` does. The base is its
+    `model.folder`."""
+    contents = open_checkpoint(find_checkpoint(checkpoint))
+    model = checked_config(contents).model
+    if model.lora is None:
+        raise ConfigError(f"{contents.folder}: holds no adapters, model.lora is null; export it without --adapters")
+    refuse_masked(model.moe)
+    base = Path(str(model.folder)).absolute()
+    return write_peft(out, model, base_name or str(base), base, hosted_tensors(model, tensor_reader(contents)))
 
 
 def refuse_masked(moe: MoESection) -> None:

@@ -17,12 +17,15 @@ def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
     """
     if config.train.only != "adapters":
         return ""
-    from moe_dist.hf.adapters import export_adapters  # imported only here: few runs need PEFT
+    if config.engine.hosts:
+        from moe_dist.hf.host.weights import export_hosted_adapters as export  # imported only here: few runs need PEFT
+    else:
+        from moe_dist.hf.adapters import export_adapters as export
 
     out = folder.path / "adapters" / f"step_{step}"
     try:
         if not out.exists():
-            export_adapters(folder.checkpoints, out)
+            export(folder.checkpoints, out)
     except ConfigError as error:
         return f"no adapters in PEFT's form: {error.problems[0]}"
     return f"adapters in PEFT's form: {out}"
