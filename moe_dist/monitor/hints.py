@@ -7,17 +7,28 @@ Most hints consider a window of steps, because a single unusual batch proves not
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 
 from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.training_hints import (
+    EVERY,
+    Evaluated,
+    exploding,
+    first_bad_layer,
+    loss_spikes,
+    loss_trend,
+    odd_rank,
+    overfit,
+    repeated_data,
+    same_choices,
+)
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_RANK = 1.5  # warns if, summed over layers, the busiest rank's work is at least this many times a rank's mean work
-LOSS_RISE = 1.05  # the loss has risen if (mean loss / mean loss in the previous window) exceeds this number
-LOSS_FALL = 0.99  # the loss has fallen if (mean loss / mean loss in the first window) is below this number
 SLOW_RANK = 1.5  # a rank is slow if its seconds are at least this many times the median of the other ranks
 SLOW_SECONDS = 0.005  # a rank is slow only if its seconds exceed the other ranks' median by at least this number
 SPEED_DROP = 0.6  # the speed has dropped if it is below this many times the median of the earlier steps
@@ -48,8 +59,10 @@ class HintWatch:
         self._window, self._quiet = window, quiet
         self._records: deque[Record] = deque(maxlen=window)  # each has the arrays of its step
         self._losses: deque[float] = deque(maxlen=2 * window)
+        self._evaluations: list[Evaluated] = []
+        self._broken: tuple[Hint, ...] = ()  # hints of `same_choices`
         self._speeds: deque[float] = deque(maxlen=window)
-        self._first_loss: float | None = None
+        self._first_losses: tuple[float, ...] = ()  # of the run's first window
         self._said, self._words = dict(said or {}), words  # kind of hint -> last step with such a hint
 
     def update(self, record: Record) -> list[Hint]:
@@ -62,25 +75,42 @@ class HintWatch:
             self._speeds.append(speed)
         return self._due(self._judge(record), record.step)
 
+    def evaluate(self, result: EvaluationResult) -> list[Hint]:
+        """Adds an evaluation, which follows the record of its step. Returns its hints, except repeats."""
+        self._evaluations.append(Evaluated.of(result, tuple(self._records)))
+        epochs = self._records[-1].epochs if self._records else {}
+        return self._due(overfit(self._evaluations, epochs), result.step)
+
     def _due(self, hints: Iterator[Hint], step: int) -> list[Hint]:
         due = [hint for hint in hints if step - self._said.get(hint.kind, -math.inf) >= self._quiet]
         self._said.update({hint.kind: step for hint in due})
         return [Hint(hint.kind, self._words(hint.text)) for hint in due]
 
     def _judge(self, record: Record) -> Iterator[Hint]:
-        yield from skipped_step(record)
+        yield from skipped_step(record, first_bad_layer(record, self._moe_layers) if record.skipped else None)
+        if record.step % EVERY == 0:
+            records = tuple(self._records)
+            self._broken = tuple(same_choices(records, self._groups, self._moe_layers))
+            yield from self._broken
+            yield from exploding(records)
+            yield from repeated_data(records)
+            yield from odd_rank(records)
+            yield from loss_spikes(records)
         yield from slower(tuple(self._speeds))
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
             return
         # Only the whole run's first window counts, because a resumed run's loss is low from the start and falls slowly.
-        if self._first_loss is None and len(self._losses) >= self._window and record.step <= 2 * self._window:
-            self._first_loss = fmean(tuple(self._losses)[: self._window])
-        yield from loss_trend(tuple(self._losses), self._first_loss, self._window)
+        if not self._first_losses and len(self._losses) >= self._window and record.step <= 2 * self._window:
+            self._first_losses = tuple(self._losses)[: self._window]
+        if record.step % EVERY == 0:
+            yield from loss_trend(tuple(self._losses), self._first_losses, self._window)
         names = ("choices_LC", "tokens_LG", "dropped_LG")
         arrays = {name: np.sum([past.arrays[name] for past in self._records], axis=0) for name in names}
         sums = WindowSums(**arrays, steps=self._window, balance_coefficient=record.balance_coefficient)
-        yield from routing_hints(sums, self._groups, self._moe_layers)
+        groups = [hint.kind.partition("/")[2] for hint in self._broken]
+        caused = {f"{kind}/{group}" for group in groups for kind in ("busy", "dead")}  # the router is named as the cause
+        yield from (each for each in routing_hints(sums, self._groups, self._moe_layers) if each.kind not in caused)
         yield from unread_modality(tuple(self._records))
         yield from slow_rank([past.busy_seconds_W for past in self._records])
         yield from busy_rank(np.sum([past.arrays["weighted_rows_LR"] for past in self._records], axis=0))
@@ -145,34 +175,20 @@ def full_memory(memory: Sequence[np.ndarray]) -> Iterator[Hint]:
         )
 
 
-def loss_trend(losses: Sequence[float], first: float | None, window: int) -> Iterator[Hint]:
-    """Warns if the mean loss of the last window is higher than that of the previous window, or has not fallen below that of
-    the run's first window, which is `first`."""
-    if len(losses) < 2 * window or first is None:
-        return
-    before, now = fmean(losses[:window]), fmean(losses[window:])
-    if now > LOSS_RISE * before:
-        yield Hint(
-            "loss",
-            f"the loss rose from {before:.3f} to {now:.3f} (means of {window} steps); see loss/total and optim/grad_norm; "
-            "try a lower optimizer.lr or a longer warm-up",
-        )
-    elif now > LOSS_FALL * first:
-        yield Hint(
-            "loss",
-            f"the loss does not fall: {now:.3f} now, {first:.3f} at first (means of {window} steps); see loss/total and "
-            "optim/lr; try another optimizer.lr, and look at the data",
-        )
-
-
-def skipped_step(record: Record) -> Iterator[Hint]:
-    """Warns if a step was skipped because its loss or gradient was not finite."""
+def skipped_step(record: Record, layer: int | None = None) -> Iterator[Hint]:
+    """Warns if a step was skipped because its loss or gradient was not finite. `layer` is the first layer whose router had
+    scores that were not finite."""
     if record.skipped:
         so_far = int(record.scalars["optim/skipped_steps"] or 0)
         yield Hint(
             "skipped",
-            f"step {record.step} was skipped on all ranks: its loss or gradient was not finite ({so_far} so far); see "
-            "optim/grad_norm; try a lower optimizer.lr or optimizer.clip_norm",
+            f"step {record.step} was skipped on all ranks: its loss or gradient was not finite ({so_far} so far)"
+            + (
+                "; see optim/grad_norm; try a lower optimizer.lr or optimizer.clip_norm"
+                if layer is None
+                else f": the router of layer {layer} is the first with scores that are not finite; look at the weights of "
+                "this router, and of this layer's attention"
+            ),
         )
 
 

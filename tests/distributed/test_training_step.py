@@ -156,3 +156,14 @@ def test_a_capacity_factor_of_the_largest_load_in_a_micro_batch_drops_nothing(
     for factor, drops in ((needed, False), (0.8 * needed, True)):
         (_, capped), _ = run_in_world(2, two_steps, replace(layout, capacity=factor))
         assert (capped.counts.dropped_LE.sum() > 0) == drops
+
+
+def test_each_ranks_data_and_loss_are_known_in_the_next_step(run_in_world: Callable[..., list[Any]]) -> None:
+    (first, second), (_, other) = run_in_world(2, two_steps, Layout(2, 1, "interleaved"))
+    assert first.data_D3.size == 0
+    assert (second.data_D3 == other.data_D3).all()
+    digest_D, nats_D, labels_D = second.data_D3.T
+    assert 0 < digest_D[0] != digest_D[1] > 0
+    assert nats_D.sum() == pytest.approx(first.nll_M.sum())
+    assert nats_D.all()
+    assert labels_D.sum() == first.labels_M.sum()

@@ -127,6 +127,8 @@ class GuardedSinks(Sink):
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._each(lambda sink: sink.evaluation(result, scalars))
+        for hint in self._watch.evaluate(result) if self._watch else ():
+            self.hint(hint, result.step)
 
     def hint(self, hint: Hint, step: int) -> None:
         self._each(lambda sink: sink.hint(hint, step))

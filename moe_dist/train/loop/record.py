@@ -14,6 +14,7 @@ from moe_dist.monitor.metrics import (
     Record,
     comm_scalars,
     depth_scalars,
+    divide,
     group_metrics,
     ratio,
     reduce_known,
@@ -95,6 +96,7 @@ def build_record(
         },
         busy_seconds_W=result.busy_seconds_W,
         memory_W3=result.memory_W3,
+        data_D2=data_of_ranks(result.data_D3),
         load=active_against_target(counts.choices_LC, counts.tokens_LG, placement.groups, target),
         target_G=np.array([target.get(group.name, np.nan) for group in placement.groups], np.float64),
         mixture_of_depths=depths,
@@ -129,6 +131,11 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
     by_name["unused_mib"] = reserved_W - allocated_W
     largest = {f"largest_{name}": float(value_W.max()) for name, value_W in by_name.items()}
     return largest | {f"largest_{name}_rank": int(value_W.argmax()) for name, value_W in by_name.items()}
+
+
+def data_of_ranks(data_D3: np.ndarray) -> np.ndarray:
+    """Returns `Record.data_D2` from `StepResult.data_D3`."""
+    return np.stack([data_D3[:, 0], divide(data_D3[:, 1], data_D3[:, 2])], axis=1)
 
 
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:

@@ -53,11 +53,14 @@ class Readings(NamedTuple):
         seconds_W: Seconds that each rank spent on computing and on reading data, without waits for other ranks.
         memory_W3: Result of `train.step.training_step.largest_memory` on each rank.
         busiest_WG: `Forwarded.busiest_G` of each rank; 0 if unknown.
+        digest_D, nats_D2: Columns of `StepResult.data_D3`. Here each rank fills the row of its reader.
     """
 
     seconds_W: Any
     memory_W3: Any
     busiest_WG: Any
+    digest_D: Any = np.zeros(0)
+    nats_D2: Any = np.zeros((0, 2))
 
 
 class StepStart(NamedTuple, Generic[Number]):
@@ -120,6 +123,8 @@ class StepResult:
             for other ranks; empty in the first step.
         memory_W3: `largest_memory` of each rank at the end of the previous step; empty in the first step.
         busiest_G: Largest `Forwarded.busiest_G` of any rank in the previous step; 0 if unknown, empty in the first step.
+        data_D3: For each reader in the previous step: checksum of its token ids (0 without tokens), sum of its losses in
+            nats, and number of its labels; empty in the first step.
         stop_requested: True if a rank got a stop signal.
         mixture_of_depths: Statistics of the mixture-of-depths layers; None if the model has none.
     """
@@ -138,5 +143,6 @@ class StepResult:
     busy_seconds_W: np.ndarray
     memory_W3: np.ndarray
     busiest_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    data_D3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     stop_requested: bool = False
     mixture_of_depths: DepthStatistics | None = None

@@ -8,6 +8,7 @@ Shape letters: I micro-batches of this rank, M modalities, G expert groups, R re
 ranks of the world.
 """
 
+import hashlib
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -118,6 +119,7 @@ class TrainingStep:
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches) if self.parallel.counts_tokens else 0
+        digest = checksum(batches) if tokens else 0
 
         # 1. Divisors of the loss: one all-reduce of a few counts. With `needs_global_batch_info`, the host waits for it.
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
@@ -132,7 +134,7 @@ class TrainingStep:
 
         # 3. Sums over the ranks: one all-reduce. On CUDA the host first waits twice: for the seconds of the exchanges, and
         # for this rank's counts for the ledger.
-        local = self._share(found, labels_M, tokens, stop_requested, clock)
+        local = self._share(found, labels_M, tokens, stop_requested, clock, digest)
         summed: StepSums[Tensor] = unpack(
             sum_over(pack(local, mesh.device), mesh.world, name=STEP_SUMS, tracker=mesh.tracker), local
         )
@@ -300,13 +302,17 @@ class TrainingStep:
         return Forwarded(loss._replace(total=loss.total.detach()), counts, own, sent)
 
     def _share(
-        self, found: Forwarded, labels_M: Tensor, tokens: int, stop_requested: bool, clock: "_BusyClock"
+        self, found: Forwarded, labels_M: Tensor, tokens: int, stop_requested: bool, clock: "_BusyClock", digest: int
     ) -> StepSums[Any]:
         """Returns this rank's contribution to the step's sums. Keeps this rank's readings for the next step."""
         inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets this counter to 0
         payload, metadata, seconds = self.comm_stats.take()  # a host sync on CUDA, where it waits for the seconds
-        self._readings = self._read(clock.seconds(seconds), found.busiest_G)
-        loss, traffic = found.loss, {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
+        loss, (reader, readers) = found.loss, self.parallel.reader
+        digest_D, nats_D2 = np.zeros(readers), labels_M.new_zeros((readers, 2))
+        digest_D[reader], nats_D2[reader] = digest, torch.stack([loss.nll_M.sum().to(labels_M.dtype), labels_M.sum()])
+        read = self._read(clock.seconds(seconds), found.busiest_G)
+        self._readings = read._replace(digest_D=digest_D, nats_D2=nats_D2)
+        traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         norm_squared = self._norm_squared()
         sent, ledger = self._ledger(found)
         return StepSums(
@@ -392,6 +398,7 @@ class TrainingStep:
             busy_seconds_W=readings.seconds_W,
             memory_W3=readings.memory_W3,
             busiest_G=readings.busiest_WG.max(0) if len(readings.busiest_WG) else np.zeros(0),
+            data_D3=np.column_stack([readings.digest_D, readings.nats_D2]),
             stop_requested=bool(sums.stop_requested > 0),
             mixture_of_depths=None if depth is None else depth_statistics(model, self.placement, depth, **more),
         )
@@ -406,6 +413,15 @@ def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -
         choices_Ln = choices_LC[:, group.first_expert : group.first_expert + group.num_experts]
         most_G.append((choices_Ln.amax(1) / even_L.clamp_min(1e-9)).amax())
     return torch.stack(most_G)
+
+
+def checksum(batches: Sequence[Batch]) -> int:
+    """Returns a checksum of the token ids of all micro-batches, which are on the host as a loader makes them. It has 48
+    bits, so that float64 represents it exactly."""
+    digest = hashlib.blake2b(digest_size=6)
+    for batch in batches:
+        digest.update(batch.tokens_BS.cpu().contiguous().numpy().data)
+    return int.from_bytes(digest.digest())
 
 
 class _BusyClock:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_dist.monitor.hints import HintWatch, busy_rank, full_memory, loss_trend, slow_rank, slower
+from moe_dist.monitor.hints import HintWatch, busy_rank, full_memory, slow_rank, slower
 from moe_dist.monitor.metrics import Record
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
+from moe_dist.monitor.training_hints import loss_trend
 from moe_dist.placement.placement import ExpertGroup
 from tests.unit.monitor.conftest import MakeRecord
 
@@ -57,13 +58,16 @@ def test_a_rank_the_others_wait_for() -> None:
 
 
 def test_a_loss_that_rises_or_stays() -> None:
-    (rose,) = loss_trend([2.0] * 5 + [2.3] * 5, 5.0, 5)
-    assert rose.text.startswith("the loss rose from 2.000 to 2.300 (means of 5 steps)")
-    (stays,) = loss_trend([5.0] * 10, 5.0, 5)
-    assert stays.text.startswith("the loss does not fall: 5.000 now, 5.000 at first")
-    assert not list(loss_trend([4.0] * 5 + [3.9] * 5, 5.0, 5))
-    assert not list(loss_trend([5.0] * 9, 5.0, 5))
-    assert not list(loss_trend([2.0] * 10, None, 5))
+    first, noisy = [5.0] * 5, [2.0, 2.4, 1.6, 2.2, 1.8]
+    (rose,) = loss_trend([2.0] * 5 + [2.05] * 5, first, 5)
+    assert rose.text.startswith("the loss rose from 2.000 to 2.050 (medians of 5 steps)")
+    (stays,) = loss_trend([4.98] * 10, first, 5)
+    assert stays.text.startswith("the loss does not fall: 4.980 now, 5.000 at first")
+    assert not list(loss_trend([2.0] * 5 + [2.03] * 5, first, 5)), "a small rise is no news"
+    assert not list(loss_trend([*noisy, *(loss + 0.2 for loss in noisy)], first, 5)), "within the noise"
+    assert not list(loss_trend([4.0] * 5 + [3.9] * 5, first, 5))
+    assert not list(loss_trend([5.0] * 9, first, 5))
+    assert not list(loss_trend([2.0] * 10, (), 5))
 
 
 def test_a_run_that_slows_down() -> None:

@@ -1,0 +1,229 @@
+"""Makes hints about training from the records of a window of steps: losses, gradients, routers' scores, and ranks' data.
+
+Rules compare a number with its own history by median and median absolute deviation, because a loss has no usual scale.
+All rules are pure functions. Shape letters are as in `metrics.py`; S is the number of steps, D the number of ranks that
+read different data.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_dist.monitor.metrics import Record, group_choices
+from moe_dist.monitor.routing_hints import ENOUGH, Hint
+from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.placement.placement import ExpertGroup
+
+EVERY = 5  # most rules judge every so many steps, because some take milliseconds with many ranks
+RECENT = 10  # a rule that needs no whole window judges this many last steps
+SURE = 8.0  # a difference counts if it is this many times its standard error, or a step's noise
+STEADY = 0.02  # a training loss that rises by less than this fraction is no news, however small its noise
+LOSS_FALL = 0.99  # a loss does not fall if it is above this many times the first window's
+SPIKE, SPIKES = 0.1, 3  # a spike is at least this fraction of the loss, and a hint needs this many spikes in a window
+GROWTH, GROWN = 10.0, 5  # a gradient explodes if the median of the last GROWN steps is GROWTH times that of older steps
+GAP = 1.5  # held-out loss over training loss that a run which repeats its data should not reach
+ODD_RANK = 0.1  # fraction by which a rank's loss may exceed the other ranks'
+REPEATS = 3  # the number of times that a batch may recur by chance is below this
+
+
+class Evaluated(NamedTuple):
+    """Held-out losses after a step, their numbers of tokens, and the median training losses of the last steps, all by
+    modality. Expert choice sees later tokens in training, so that its held-out loss of the same kind is taken."""
+
+    step: int
+    held_out: Mapping[str, float]
+    tokens: Mapping[str, int]
+    training: Mapping[str, float]
+
+    @classmethod
+    def of(cls, result: EvaluationResult, records: Sequence[Record]) -> "Evaluated":
+        known = {name: [v for r in records if (v := r.losses.get(name)) is not None] for name in result.loss}
+        training = {name: float(np.median(losses)) for name, losses in known.items() if len(losses) >= RECENT}
+        return cls(result.step, {**result.loss, **result.choice_loss}, result.tokens, training)
+
+
+def noise(values: np.ndarray) -> float:
+    """Returns the standard deviation of most values, from their median absolute deviation. Outliers change it little."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if values.size else 0.0
+
+
+def loss_trend(losses: Sequence[float], first: Sequence[float], window: int) -> Iterator[Hint]:
+    """Warns if the last window's loss is above that of the window before, or is no lower than `first`, the losses of the
+    run's first window (empty if unknown), and does not fall."""
+    if len(losses) < 2 * window or not first:
+        return
+    before, now = np.array(losses[:window]), np.array(losses[window:])
+    begin, middle, end = (float(np.median(part)) for part in (first, before, now))
+    # Of the difference of two medians. Differences of neighbours have the noise of two steps, and no trend.
+    error = 1.25 * math.sqrt((noise(np.diff(before)) ** 2 + noise(np.diff(now)) ** 2) / 2 / window)
+    if end - middle > max(SURE * error, STEADY * abs(middle)):
+        yield Hint(
+            "loss",
+            f"the loss rose from {middle:.3f} to {end:.3f} (medians of {window} steps); see loss/total and "
+            "optim/grad_norm; try a lower optimizer.lr or a longer warm-up",
+        )
+    elif end > LOSS_FALL * begin and middle - end <= SURE * error:
+        yield Hint(
+            "loss",
+            f"the loss does not fall: {end:.3f} now, {begin:.3f} at first (medians of {window} steps); see loss/total and "
+            "optim/lr; try another optimizer.lr, and look at the data: can a label be told from its inputs?",
+        )
+
+
+def loss_spikes(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns about a modality whose loss jumps in several single steps and then returns, as it does for corrupt batches."""
+    for name in records[-1].losses:
+        known = [(r.step, v, r.labels[name]) for r in records if (v := r.losses.get(name)) is not None]
+        enough = np.median([labels for *_, labels in known]) / 4 if known else 0.0
+        steps_S, loss_S = (
+            np.array([each[:2] for each in known if each[2] >= enough and math.isfinite(each[1])]).reshape(-1, 2).T
+        )
+        if len(loss_S) < 3 * RECENT:
+            continue
+        # A step is compared with its neighbours, because the loss falls. The first and last steps have too few of these.
+        usual_S = np.median(np.lib.stride_tricks.sliding_window_view(loss_S, RECENT + 1), axis=1)
+        steps_S, loss_S = steps_S[RECENT // 2 : -RECENT // 2], loss_S[RECENT // 2 : -RECENT // 2]
+        above_S = loss_S - usual_S
+        spikes = np.flatnonzero(above_S > np.maximum(SURE * noise(above_S), SPIKE * np.abs(usual_S)))
+        if len(spikes) >= SPIKES:
+            last = spikes[-1]
+            steps = ", ".join(f"{steps_S[at]:.0f}" for at in spikes[-SPIKES:])
+            yield Hint(
+                f"spike/{name}",
+                f"the {name} loss jumped in {len(spikes)} of the last {len(loss_S)} steps, to {loss_S[last]:.3f} at last "
+                f"(usual: {usual_S[last]:.3f}), and returned; see loss/{name}; look at the data that these steps read "
+                f"(steps {steps}): are they corrupt, or of another source?",
+            )
+
+
+def growth(values: Sequence[float]) -> float:
+    """Returns the last steps' median over the median of the older half of the steps. Returns 0 if this is no clear growth.
+    The newer half may have grown already."""
+    known = np.array([v for v in values if v > 0 and math.isfinite(v)])
+    if len(known) < 3 * RECENT:
+        return 0.0
+    before, now = np.log(known[: len(known) // 2]), float(np.median(np.log(known[-GROWN:])))
+    grown = now - float(np.median(before))
+    return math.exp(grown) if grown > max(math.log(GROWTH), SURE / 2 * noise(before)) else 0.0
+
+
+def exploding(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns if the routers' logits or the gradient explode, which is seen before the loss rises."""
+    found = {tag: growth([v for r in records if (v := r.scalars.get(tag))]) for tag in ("loss/z", "optim/grad_norm")}
+    if found["loss/z"]:
+        yield Hint(
+            "logits",
+            f"the routers' logits explode: loss/z is {found['loss/z']:.3g} x its median before; see loss/z and "
+            "moe/router_entropy; try a larger loss.z, and a lower optimizer.lr",
+        )
+    elif found["optim/grad_norm"]:
+        yield Hint(
+            "gradient",
+            f"the gradient explodes: its norm is {found['optim/grad_norm']:.3g} x its median before; see optim/grad_norm; "
+            "try a lower optimizer.lr or optimizer.clip_norm, or a longer warm-up",
+        )
+
+
+def overfit(evaluations: Sequence[Evaluated], epochs: Mapping[str, float]) -> Iterator[Hint]:
+    """Warns if a held-out loss rises while the training loss falls, or is far above the training loss."""
+    last = evaluations[-1]
+    for name in last.training:
+        # Only losses over the same tokens are compared; the final evaluation has more tokens.
+        alike = [e for e in evaluations if e.tokens.get(name) == last.tokens.get(name) and name in e.training]
+        held = [e.held_out[name] for e in alike[-3:]]
+        rises = len(held) == 3 and held[0] < held[1] < held[2] and held[2] > 1.005 * held[0]
+        if rises and last.training[name] < alike[-3].training[name]:
+            what = f"rose from {held[0]:.3f} to {held[2]:.3f} in three evaluations, while the training loss fell"
+        elif last.held_out[name] > GAP * last.training[name]:
+            what = f"is {last.held_out[name]:.3f}"
+        else:
+            continue
+        best = min((e for e in evaluations if name in e.held_out), key=lambda e: e.held_out[name])
+        yield Hint(
+            f"overfit/{name}",
+            f"the held-out {name} loss {what}, but the training loss is {last.training[name]:.3f}: the model learns its "
+            f"data by heart ({epochs.get(name, 0.0):.1f} epochs so far); see eval/{name}, loss/{name} and data/epochs; try "
+            f"more data or fewer steps (the best evaluation was after step {best.step}); does a rank repeat its data?",
+        )
+
+
+def same_choices(records: Sequence[Record], groups: Sequence[ExpertGroup], moe_layers: Sequence[int]) -> Iterator[Hint]:
+    """Warns about a router that gives all tokens the same scores, or ranks the experts in the same order for all tokens."""
+    if len(records) < RECENT:
+        return
+    choices_LC, tokens_LG = (np.sum([r.arrays[n] for r in records[-RECENT:]], axis=0) for n in ("choices_LC", "tokens_LG"))
+    entropy_LG = records[-1].arrays.get("entropy_LG", np.zeros(tokens_LG.shape))
+    for g, (group, part) in enumerate(zip(groups, group_choices(choices_LC, groups), strict=True)):
+        columns_LC, tokens_L = np.concatenate(part, axis=1), tokens_LG[:, g]
+        none_LC = columns_LC == 0
+        same_L = (none_LC | (columns_LC == tokens_L[:, None])).all(1) & none_LC.any(1) & (tokens_L >= ENOUGH)
+        for layer in np.flatnonzero(same_L)[:1]:
+            taken = ", ".join(str(each) for each in np.flatnonzero(~none_LC[layer])[: group.top_k])
+            equal = entropy_LG[layer, g] > 0.999 * math.log(group.num_columns)
+            what = (
+                "gives all tokens the same scores (as with weights of zero)"
+                if equal
+                else "ranks the experts in the same order for all tokens"
+            )
+            yield Hint(
+                f"router/{group.name}",
+                f"the router of layer {moe_layers[layer]} {what}, so that all {group.name} tokens choose {taken}; "
+                f"see moe/load/{group.name} and moe/relative_entropy; look at the weights and the gradient of this router",
+            )
+
+
+def first_bad_layer(record: Record, moe_layers: Sequence[int]) -> int | None:
+    """Returns the first layer whose router had scores that were not finite; None if there was none."""
+    entropy_LG, tokens_LG = record.arrays.get("entropy_LG"), record.arrays["tokens_LG"]
+    bad_L = np.zeros(0, bool) if entropy_LG is None else (~np.isfinite(entropy_LG) & (tokens_LG > 0)).any(1)
+    return moe_layers[int(bad_L.argmax())] if bad_L.any() else None
+
+
+def repeated_data(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns about a rank whose batches equal its own earlier batches, or those of another rank."""
+    first, last = records[0], records[-1]
+    passed = [last.epochs[name] - first.epochs[name] for name in last.epochs if last.epochs[name] > first.epochs[name]]
+    if min(passed, default=0.0) > LOSS_FALL:  # the data are small, and batches recur by right
+        return
+    digests = np.concatenate([record.data_D2[:, 0] for record in records])
+    digests = digests[digests > 0]
+    if len(np.unique(digests)) == len(digests):
+        return
+    seen: dict[float, int] = {}
+    again: Counter[tuple[int, int]] = Counter()  # (rank, rank that read the batch before) -> number of batches
+    for record in records:
+        for rank, digest in enumerate(record.data_D2[:, 0].tolist()):
+            if digest:
+                again[rank, seen.get(digest, -1)] += digest in seen
+                seen.setdefault(digest, rank)
+    (rank, other), times = max(again.items(), key=lambda each: each[1], default=((0, 0), 0))
+    if times >= REPEATS:
+        whose = "of its earlier steps" if rank == other else f"that rank {other} reads"
+        yield Hint(
+            "repeats",
+            f"rank {rank} reads the same batches {whose}: {times} times in the last {len(records)} steps, though the run "
+            f"passed {max(passed, default=0.0):.2g} epochs of its data; look at how this rank reads its data: its rank "
+            "number, seed and position",
+        )
+
+
+def odd_rank(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns about a rank whose loss is always above that of the other ranks, which read the same mix of data."""
+    known = [r.data_D2[:, 1] for r in records if len(r.data_D2) > 1 and np.isfinite(r.data_D2).all()]
+    if len(known) < 2 * RECENT:
+        return
+    loss_SD = np.stack(known)
+    rank = int(np.median(loss_SD, axis=0).argmax())
+    others_S = np.median(np.delete(loss_SD, rank, axis=1), axis=1)
+    above_S = loss_SD[:, rank] - others_S
+    above, others = float(np.median(above_S)), float(np.median(others_S))
+    if above > max(ODD_RANK * others, SURE * 1.25 * noise(above_S) / math.sqrt(len(above_S))):
+        yield Hint(
+            "data",
+            f"rank {rank} has a loss of {above + others:.3f}, and the other ranks have {others:.3f} (medians of "
+            f"{len(loss_SD)} steps), although all read the same mix; look at the data that this rank reads: are they "
+            "corrupt, or of another source?",
+        )
