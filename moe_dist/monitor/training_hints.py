@@ -152,7 +152,7 @@ def overfit(evaluations: Sequence[Evaluated], epochs: Mapping[str, float]) -> It
 
 def same_choices(records: Sequence[Record], groups: Sequence[ExpertGroup], moe_layers: Sequence[int]) -> Iterator[Hint]:
     """Warns about a router that gives all tokens the same scores, or ranks the experts in the same order for all tokens."""
-    if len(records) < RECENT:
+    if len(records) < RECENT or records[-1].skipped:  # scores of nan choose the same experts, too
         return
     choices_LC, tokens_LG = (np.sum([r.arrays[n] for r in records[-RECENT:]], axis=0) for n in ("choices_LC", "tokens_LG"))
     entropy_LG = records[-1].arrays.get("entropy_LG", np.zeros(tokens_LG.shape))

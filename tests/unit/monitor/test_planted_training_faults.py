@@ -95,7 +95,8 @@ def same(equal: bool) -> Change:
     return change
 
 
-def nan_router(step: int, changes: dict[str, Any], _: np.random.Generator) -> None:
+def nan_router(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
+    same(False)(step, changes, rng)  # nan chooses the first experts
     if step >= BEGIN:
         changes["entropy_LG"][1:] = np.nan
         changes |= {"skipped": True, "grad_norm": math.nan}
@@ -131,6 +132,10 @@ def test_a_planted_fault_is_named(name: str) -> None:
     assert found, "the fault is not named"
     assert words in found[0][1]
     assert found[0][0] <= last
+
+
+def test_a_router_of_nan_is_called_nothing_else() -> None:
+    assert {hint.kind for _, hint in hints(nan_router)} == {"skipped"}
 
 
 def noisy(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
