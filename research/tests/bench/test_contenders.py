@@ -54,11 +54,7 @@ def measure_floor(rank: RankContext) -> dict[str, Any]:
         with Copies() as seen:
             runs[name]()
         copies[name] = (dict(seen.operations), seen.rows)
-    return {
-        "sent": sent,
-        "copies": copies,
-        "rows": (sum(plan.rows.send), sum(plan.rows.receive), plan.row_O.shape[0]),
-    }
+    return {"sent": sent, "copies": copies, "rows": (sum(plan.rows.send), sum(plan.rows.receive), plan.row_O.shape[0])}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -171,12 +171,7 @@ def test_a_control_has_the_loads_of_its_method_and_its_rate(tiny_data: Path, tmp
         assert config.model.moe.groups["all"].top_k == 4, "a modality may take all experts"
     records = {
         (arm, seed): record(arm, seed, loss + seed, load)
-        for arm, loss, load in (
-            ("fixed", 3.0, 1.5),
-            ("adamoe", 2.9, 1.5),
-            ("adamoe_loads", 2.8, 1.5),
-            ("remoe", 3.1, 1.6),
-        )
+        for arm, loss, load in (("fixed", 3.0, 1.5), ("adamoe", 2.9, 1.5), ("adamoe_loads", 2.8, 1.5), ("remoe", 3.1, 1.6))
         for seed in (1, 2, 3)
     }
     text = write_comparison(one, study, records)

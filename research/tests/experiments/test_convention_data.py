@@ -11,14 +11,7 @@ from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.data.pictures import BACKGROUNDS
 from moe_dist.data.tokenizer import encode_texts, fit_tokenizer, load_tokenizer
 from moe_dist.errors import ConfigError
-from moe_dist.formats.manifest import (
-    ImageSection,
-    Manifest,
-    SourceSection,
-    SplitSection,
-    load_manifest,
-    write_manifest,
-)
+from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, load_manifest, write_manifest
 from research.experiments.convention_data import COLOURS, CONVENTIONS, TEMPLATES, TONGUES, Asked, answer, make, paraphrases
 from research.experiments.tokens import right_documents
 from tests.support.messages import refused

@@ -46,12 +46,7 @@ def manifest(path: str) -> Manifest:
     split = SplitSection(path="x", documents=2, tokens=2, tokens_by_modality=dict(zip(modalities, (1, 1), strict=False)))
     source = SourceSection(train=split, valid=split, licence="")
     return Manifest(
-        name="x",
-        vocab_size=vocab_size,
-        modalities=modalities,
-        pad_id=0,
-        eos_id=1,
-        sources=dict.fromkeys(names, source),
+        name="x", vocab_size=vocab_size, modalities=modalities, pad_id=0, eos_id=1, sources=dict.fromkeys(names, source)
     )
 
 

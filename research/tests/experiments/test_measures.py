@@ -20,14 +20,7 @@ from moe_dist.moe.routing.counts import AuxSums, RoutingCounts
 from moe_dist.moe.routing.types import ABSENT, Assignments, Routing
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from research.experiments.measure import Spent, planned, spent_by_step
-from research.experiments.probes import (
-    bound_for_load,
-    changed_routing,
-    flip,
-    flip_depths,
-    second_weights,
-    threshold,
-)
+from research.experiments.probes import bound_for_load, changed_routing, flip, flip_depths, second_weights, threshold
 from research.experiments.tokens import SentRows, Tokens, binned, input_filler, loads, losses, tables_of
 from tests.support.messages import refused
 

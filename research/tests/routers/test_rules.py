@@ -10,10 +10,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.plan.preflight import check, layout_without_data
 from tests.support.tiny import tiny_config
 
-GROUPS = {
-    "text": {"num_experts": 4, "top_k": 2, "ffn_dim": 16},
-    "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24},
-}
+GROUPS = {"text": {"num_experts": 4, "top_k": 2, "ffn_dim": 16}, "image": {"num_experts": 2, "top_k": 1, "ffn_dim": 24}}
 SOUND: dict[str, Any] = {
     "model.moe.groups": GROUPS,
     "model.moe.router": {"kind": "scheduled_top_k", "active_experts": {"text": [1.5, 2.0], "image": [1.0, 0.5]}},
@@ -56,10 +53,7 @@ def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
             "[0], which compute some",
         ),
         ({"train.only": "auxiliary_routers"}, "model.moe.router.kind=scheduled_top_k has no auxiliary routers"),
-        (
-            {"parallel.dispatch": {"kind": "known_counts"}},
-            "with model.moe.router.kind=scheduled_top_k the tokens choose",
-        ),
+        ({"parallel.dispatch": {"kind": "known_counts"}}, "with model.moe.router.kind=scheduled_top_k the tokens choose"),
     ],
 )
 def test_what_does_not_is_refused(tiny_data: Path, tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
