@@ -56,7 +56,7 @@ def wait_for_step(folder: RunFolder, step: int, pods: Sequence[subprocess.Popen[
 
 
 def records(folder: RunFolder) -> list[dict[str, Any]]:
-    return [reproducible_part(each) for each in read_lines(folder.metrics_jsonl)]
+    return [reproducible_part(each) for each in read_lines(folder.metrics_jsonl) if each["kind"] != "hint"]
 
 
 @pytest.mark.exhaustive  # takes three minutes; test_plain_launchers.py tests four faults of a single pod

@@ -107,7 +107,7 @@ class Job:
         return [rank.exitcode for rank in self.ranks]
 
     def records(self) -> list[Mapping[str, Any]]:
-        return list(map(reproducible_part, read_lines(self.run.metrics_jsonl)))
+        return [reproducible_part(line) for line in read_lines(self.run.metrics_jsonl) if line["kind"] != "hint"]
 
     def __enter__(self) -> "Job":
         return self
