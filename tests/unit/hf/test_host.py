@@ -107,7 +107,7 @@ CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}
         ("qwen3_moe", {"decoder_sparse_step": 10**10}, "decoder_sparse_step=10000000000"),
         ("fuyu", {"text_config": {"num_labels": 10**9}}, "num_labels=1000000000"),
         ("hrm_text", {"num_layers_per_stack": 5000}, "num_layers_per_stack=5000"),
-        ("qwen3_moe", {"text_config": {"backbone": "evil/repo"}}, "backbone='evil/repo'"),
+        ("fuyu", {"text_config": {"backbone": "evil/repo"}}, "backbone='evil/repo'"),
     ],
 )
 @pytest.mark.parametrize("folder", [None, "nowhere"])  # with a folder, as in a checkpoint's stored configuration
