@@ -15,7 +15,9 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # launchers and tools are imported from the clone
+sys.path.insert(0, str(ROOT))  # launchers and tools are imported from the clone; mkdocs takes this entry away again
+from launchers.explain import meaning_of  # noqa: E402
+
 OUTSIDE = {
     "README.md": "index.md",
     "slurm/README.md": "slurm.md",
@@ -118,7 +120,6 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
 
 
 def _keys_page(title: str, what: str, root: Any) -> str:
-    from launchers.explain import meaning_of
     from moe_dist.config.keys import walk
 
     lines = [f"# {title}", "", f"{what} may have these keys. `moe-dist explain KEY` prints the keys of a run.", ""]
