@@ -1,13 +1,16 @@
 """Finds copies of a tensor that are no longer equal. Ranks with the same data (`LocalShard.copies`) compute the same
 updates, so a difference of one bit comes from broken hardware or a wrong program.
 
-The checksum of a tensor is the sum of its elements' bits, read as integers. The first of n copies adds n^2 - 1 times its
-checksum to a sum over all ranks, and copy p > 0 subtracts 2 p + 1 times its checksum. The sum is 0 if all copies are equal.
-It is not 0 if one copy differs, because an odd factor keeps a difference modulo 2^64.
+The checksum c of a tensor is the sum of its elements' bit patterns, read as integers. For each tensor with copies 0 to
+n - 1, one all-reduce computes
+
+    sum over p = 1 .. n - 1 of (2 p + 1) (c_0 - c_p)  mod 2^64
+
+which is 0 if all copies are equal. If a single copy differs, the sum is not 0: an odd factor maps no other number to 0. The
+factors of c_0 add up to n^2 - 1.
 """
 
 from collections import Counter
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,29 +29,25 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def unequal_copies(
     state: CheckpointState, world: dist.ProcessGroup, device: torch.device, tracker: CollectiveTracker | None = None
-) -> dict[str, list[int]]:
-    """Maps the name of each tensor whose copies differ to the ranks whose copy differs from most copies, or to all ranks
-    with a copy if no value has a majority. Equal on all ranks.
+) -> tuple[list[str], list[int]]:
+    """Returns the names of the tensors whose copies differ, and the ranks whose copy of the first of these tensors differs
+    from most copies; all ranks with a copy if no value has a majority. Equal on all ranks.
 
     Collective. Costs one pass over the tensors, an all-reduce of 8 bytes for each tensor of model and optimizer, and one
-    host sync; if copies differ, a further all-reduce and host sync for each such tensor.
+    host sync; if copies differ, a second all-reduce and host sync.
     """
-
-    def summed(numbers: Tensor) -> list[Any]:
-        return sum_over(numbers, world, name=CHECKSUMS, tracker=tracker).tolist()
-
     names = sorted(state.specs)
     sums = {name: _checksum(held).to(device) for name, held in state.held.items() if held.copies > 1}
     zero = torch.zeros((), dtype=torch.int64, device=device)
     parts = [sums[name] * _factor(state.held[name]) if name in sums else zero for name in names]
-    found: dict[str, list[int]] = {}
-    for name, total in zip(names, summed(torch.stack(parts)), strict=True):
-        if total:
-            own_W3 = torch.zeros(dist.get_world_size(world), 3, dtype=torch.int64, device=device)
-            if name in sums:
-                own_W3[dist.get_rank(world)] = torch.tensor([1, _begin(state.held[name].tensor), int(sums[name])])
-            found[name] = _different(summed(own_W3))
-    return found
+    totals = sum_over(torch.stack(parts), world, name=CHECKSUMS, tracker=tracker).tolist()
+    unequal = [name for name, total in zip(names, totals, strict=True) if total]
+    if not unequal:
+        return [], []
+    of_ranks_W3 = torch.zeros(dist.get_world_size(world), 3, dtype=torch.int64, device=device)
+    if (name := unequal[0]) in sums:
+        of_ranks_W3[dist.get_rank(world)] = torch.tensor([1, _begin(state.held[name].tensor), int(sums[name])])
+    return unequal, _different(sum_over(of_ranks_W3, world, name=CHECKSUMS, tracker=tracker).tolist())
 
 
 def _checksum(held: LocalShard) -> Tensor:

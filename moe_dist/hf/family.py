@@ -94,7 +94,7 @@ class LatentHeads:
 
 @dataclass(frozen=True)
 class AllLayers:
-    """Every layer has experts. This is also the base class of the other rules in this file."""
+    """The rule of families in which every layer has experts. The classes of the other rules inherit from it."""
 
     names: Sequence[str] = ()  # names of the fields; empty if all layers of the family have experts
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from moe_dist.checkpoint.copies import unequal_copies
 from moe_dist.errors import IntegrityError
 from moe_dist.optim.adamw import local
 from moe_dist.train.build.training import rank_layout
+from moe_dist.train.start.resume import Progress
 from tests.support.cover import full
 from tests.support.engine_run import megatron, ranks, started_run, take_steps
 from tests.support.worlds import RankContext
@@ -31,13 +33,13 @@ def flip_bit(tensor: Tensor) -> None:
     local(tensor).view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])[-1] ^= 1
 
 
-def flipped(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tuple[str, int, dict[str, list[int]]]]:
+def flipped(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tuple[str, int, list[str], list[int]]]:
     """Flips a bit on the last rank and flips it back, in a tensor of each kind of which it has a copy, one after the other.
     Returns each time the tensor's name, its number of copies, and the differences that are found."""
     with started_run(rank, data, changes) as run:
         take_steps(run, 0, 2)
         state = run.training.capture(rank_layout(run.placement, run.mesh))
-        assert unequal_copies(state, run.mesh.world, run.mesh.device) == {}
+        assert unequal_copies(state, run.mesh.world, run.mesh.device) == ([], [])
         held = {name: each for name, each in state.held.items() if each.copies > 1}
         kinds = {(name.startswith("optimizer"), name.split(".")[-1]): (name, each.copies) for name, each in held.items()}
         box = [[*kinds.values()]]
@@ -47,7 +49,7 @@ def flipped(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tu
             for _ in range(2):
                 if rank.rank == rank.world_size - 1:
                     flip_bit(held[name].tensor)
-                found.append((name, copies, unequal_copies(state, run.mesh.world, run.mesh.device)))
+                found.append((name, copies, *unequal_copies(state, run.mesh.world, run.mesh.device)))
         return found
 
 
@@ -60,10 +62,9 @@ def test_one_bit_is_found(run_in_world: Callable[..., list[Any]], tiny_data: Pat
     results = run_in_world(world, flipped, str(tiny_data), changes)
     assert all(each == results[0] for each in results)
     names = set()
-    for (name, copies, found), (_, _, again) in zip(results[0][::2], results[0][1::2], strict=True):
-        assert again == {}
-        (blamed,) = found.values()
-        assert list(found) == [name]
+    for (name, copies, found, blamed), (*_, again, nobody) in zip(results[0][::2], results[0][1::2], strict=True):
+        assert again == nobody == []
+        assert found == [name]
         assert world - 1 in blamed
         assert len(blamed) == (1 if copies > 2 else 2)
         names.add(name)
@@ -71,6 +72,20 @@ def test_one_bit_is_found(run_in_world: Callable[..., list[Any]], tiny_data: Pat
     if layout == "ddp":
         assert any(".router." in name and name.endswith(".bias") for name in names)
         assert any(".experts." in name for name in names)
+
+
+def sharded(rank: RankContext, data: str) -> int:
+    """Returns how often a comparison reads the state of a run whose ranks have no copies."""
+    with started_run(rank, data, {**ranks(1, 2), **megatron(distributed_optimizer=True)}) as run:
+        take_steps(run, 0, 1)
+        with mock.patch.object(type(run.training), "capture") as capture:
+            run.saver().compare_copies(Progress(step=1))
+        return capture.call_count
+
+
+@pytest.mark.full
+def test_a_distributed_optimizer_is_not_gathered_in_vain(run_in_world: Callable[..., list[Any]], tiny_data: Path) -> None:
+    assert run_in_world(2, sharded, str(tiny_data)) == [0, 0]
 
 
 def drifting(rank: RankContext, data: str, root: str) -> tuple[str, bool, str]:

@@ -136,8 +136,8 @@ def _divide_gradients_once(experts: Any) -> None:
 
 class ChunkedExperts(MoEParamShard):
     """The parallel style "moe_dist_shard", for the place of transformers' "grouped_gemm" in `DistributedConfig.ep_plan`.
-    Gives each rank a run of experts, as `torch.chunk` cuts them: 9 experts on 2 ranks are 5 and 4. DTensor saves and loads
-    no other cut.
+    Each rank gets consecutive experts, in the numbers of `torch.chunk`: of 9 experts, the first of 2 ranks gets 5 and the
+    second 4. DTensor can save and load no other division.
 
         experts = "model.layers.*.mlp.experts"
         ep_plan = {f"{experts}.gate_up_proj": "moe_dist_shard", f"{experts}.down_proj": "moe_dist_shard"}

@@ -21,6 +21,7 @@ from moe_dist.config.json_text import read_json
 from moe_dist.config.regular_file import open_regular
 from moe_dist.config.timed import TimedCalls
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.hub_folder import offline
 from moe_dist.formats.tokenizer_file import read_tokenizer
 from moe_dist.hf.code_checks import code_keys
 
@@ -112,9 +113,9 @@ class Embedder:
             parameters = TimedCalls(_num_parameters, MOST_SECONDS)(self._root)
             if parameters > (stored := (self._root / "model.safetensors").stat().st_size):
                 raise ValueError(f"config.json has {parameters:,} parameters, model.safetensors only {stored:,} bytes")
-            model = AutoModel.from_pretrained(
-                self._root, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-            )
+            options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+            with offline():
+                model = AutoModel.from_pretrained(self._root, trust_remote_code=False, **options)
         except Exception as error:  # for wrong fields, models of transformers raise errors of any kind
             raise DataError(f"{self._root}: its model cannot be loaded: {error!r:.300}", see=GUIDE) from error
         return model.to(self._device).eval()
@@ -125,8 +126,8 @@ def _num_parameters(root: Path) -> int:
     can make the construction endless."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
+    with offline(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         return AutoModel.from_config(config, trust_remote_code=False).num_parameters()
 
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_dist.errors import CheckpointError
 from moe_dist.monitor.hints import HintWatch
@@ -122,13 +123,11 @@ class GuardedSinks(Sink):
 
     def step(self, record: Record) -> None:
         self._each(lambda sink: sink.step(record))
-        for hint in self._watch.update(record) if self._watch else ():
-            self.hint(hint, record.step)
+        self._judge(HintWatch.update, record)
 
     def evaluation(self, result: EvaluationResult, scalars: Mapping[str, float | None]) -> None:
         self._each(lambda sink: sink.evaluation(result, scalars))
-        for hint in self._watch.evaluate(result) if self._watch else ():
-            self.hint(hint, result.step)
+        self._judge(HintWatch.evaluate, result)
 
     def hint(self, hint: Hint, step: int) -> None:
         self._each(lambda sink: sink.hint(hint, step))
@@ -159,6 +158,18 @@ class GuardedSinks(Sink):
                 logger.error(
                     "%s did not close in %g s: what it has not sent is not shown", type(sink).__name__, CLOSE_SECONDS
                 )
+
+    def _judge(self, judge: Callable[[HintWatch, Any], list[Hint]], judged: Record | EvaluationResult) -> None:
+        """Gives all sinks the hints about a record or an evaluation. After an error of a rule, there are no more hints."""
+        if self._watch is None:
+            return
+        try:
+            hints = judge(self._watch, judged)
+        except Exception:  # a wrong rule must not end the run
+            logger.exception("step %d: hints failed; there are no more until the next start", judged.step)
+            self._watch, hints = None, []
+        for hint in hints:
+            self.hint(hint, judged.step)
 
     def _each(self, call: Callable[[Sink], None]) -> CheckpointError | None:
         """Calls each sink. Returns the last CheckpointError, or None."""

@@ -42,6 +42,11 @@ class MegatronTraining(Training):
         values, of_rank = options.get("values") or {}, options.get("rank_values") or {}
         return CheckpointState(held, specs, layout, self.state.counted, values, of_rank)
 
+    @property
+    def has_copies(self) -> bool:
+        """Returns False with a distributed optimizer: each rank updates a shard, and `capture` gathers equal tensors."""
+        return not getattr(self.config and self.config.engine, "distributed_optimizer", False)
+
     def loaded(self, state: CheckpointState) -> None:
         self.state.loaded(state.tensors())
 

@@ -211,6 +211,11 @@ class Training:
         """Returns the state of this rank's model and optimizer, as `moe_dist.checkpoint.state.capture` does."""
         return capture(self.parallel.model, self.optimizer, layout, **options)
 
+    @property
+    def has_copies(self) -> bool:
+        """Returns True if `capture` returns tensors of which several ranks have computed copies."""
+        return True
+
     def begin(self) -> str:
         """Loads a new run's first weights if the engine reads them from files. Returns a line to print, or ""."""
         return ""

@@ -205,7 +205,8 @@ class Trainer:
     def _save(self, *, must: bool) -> None:
         """Saves the run's state. With `must`, the files are written when the method returns. Otherwise a thread may write
         them during the next steps."""
-        if self.plan.config.monitor.compare_copies_every:
+        every = self.plan.config.monitor.compare_copies_every
+        if every and self.progress.step % every:  # else `fit` has compared them after this step
             self.saver.compare_copies(self.progress)
         for sink in self.sinks:
             sink.flush()  # before the save, because a run that resumes from it does not repeat these records

@@ -150,17 +150,17 @@ class Resumable:
                 consequence of another rank's error.
         """
         mesh = self._mesh
-        if mesh.world_size == 1:
+        if mesh.world_size == 1 or not self._training.has_copies:
             return
-        found = unequal_copies(self._training.capture(self._layout), mesh.world, mesh.device, mesh.tracker)
-        if not found:
+        names, ranks = unequal_copies(self._training.capture(self._layout), mesh.world, mesh.device, mesh.tracker)
+        if not names:
             return
-        (name, ranks), *more = found.items()
+        more = f" and {len(names) - 1} more tensors" if names[1:] else ""
         saved = "no checkpoint was saved, so the same command begins at step 1"
         if self.newest is not None:
             saved = f"the copies were equal when {self.newest} was saved, and the same command resumes from it"
         error = IntegrityError(
-            f"after step {progress.step} the copies of {name}{f' and {len(more)} more tensors' if more else ''} differ on "
+            f"after step {progress.step} the copies of {names[0]}{more} differ on "
             f"{ranks_text(ranks)}, though all ranks compute the same update; {saved}; if it happens again, test the "
             f"hardware of {'this rank' if len(ranks) == 1 else 'these ranks'} (docs/reliability.md)"
         )

@@ -37,7 +37,8 @@ def usual(step: int, rng: np.random.Generator) -> dict[str, Any]:
 
 
 def hints(change: Change, *, steps: int = 120, held_out: Callable[[int], float] = lambda _: 0.0) -> list[tuple[int, Hint]]:
-    """Returns the hints of training, with their steps. `held_out` is added to the held-out loss that fits the step."""
+    """Simulates a run that `change` alters. Returns the hints about training, each with its step. A healthy run's held-out
+    loss falls with the training loss; `held_out` returns what is added to it after a step."""
     rng, placement = np.random.default_rng(0), draw_placement(GROUPS, RANKS)
     watch, said = HintWatch(GROUPS, (1, 2, 3)), []
     for step in range(1, steps + 1):

@@ -1,4 +1,4 @@
-"""A hint is judged once, and every place shows it: sinks, records, the state of the run and the report."""
+"""Each hint is computed once. The sinks, metrics.jsonl, `status`, the summary and the report all show it."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -50,6 +50,17 @@ def attempt(
     sinks = GuardedSinks(made, HintWatch(subject.groups, subject.moe_layers, quiet=10, said=said))
     for step in steps:
         sinks.step(make_record(step, skipped=step in faulty, skipped_steps=1))
+
+
+def test_a_wrong_rule_ends_the_hints_and_not_the_run(
+    make_record: MakeRecord, subject: Subject, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sinks = GuardedSinks([TextSink()], HintWatch(subject.groups, subject.moe_layers))
+    monkeypatch.setattr(HintWatch, "update", lambda *_: 1 // 0)
+    for step in (1, 2):
+        sinks.step(make_record(step))
+    assert caplog.text.count("step 1: hints failed") == 1
+    assert "step 2" not in caplog.text
 
 
 @pytest.fixture
