@@ -1,4 +1,4 @@
-"""Every dry run in docs/scaling.md and README.md runs as written. The dry runs in README.md need no data."""
+"""Every dry run in docs/scaling.md and docs/launching.md runs as written. Those of docs/launching.md need no data."""
 
 import re
 import shlex
@@ -38,8 +38,8 @@ def test_a_dry_run_of_the_guide(command: str, tiny_data: Path, monkeypatch: pyte
         assert f": {ranks} ranks (ep" in result.output
 
 
-@pytest.mark.parametrize("command", dry_runs((ROOT / "README.md").read_text()))
-def test_a_dry_run_of_the_readme_needs_no_data(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", dry_runs((ROOT / "docs/launching.md").read_text()))
+def test_a_dry_run_of_launching_needs_no_data(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     module, *words = shlex.split(command)

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from tests.support.tiny_embedder import tiny_embedder
 from tools import evaluate, export_hf, generate, inspect_checkpoint, prepare_router_tuning
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
 GREEDY = ("--prompt", "text 1", "--temperature", 0, "--tokens", 12)
 
 
@@ -163,3 +167,23 @@ def test_a_folders_tokenizer_reads_prompts(own_data: Path) -> None:
     of_folder = Vocabulary(own_data, unnamed, vocab_size=VOCAB, model_folder=str(own_data))
     assert of_folder.text_prompt("<bos>text 1") == own.text_prompt("text 1")
     assert of_folder.text(own.text_prompt("text 1")[1:]) == "text 1"
+
+
+@pytest.mark.full
+def test_the_readmes_commands_for_an_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands run in order on the folder that docs/examples/tiny_qwen3_moe.py makes, for two steps."""
+    text = (ROOT / "README.md").read_text()
+    (commands,) = re.findall(r"```console\n(\$ moe-dist prepare-data --tokenizer.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    made = [sys.executable, str(ROOT / "docs/examples/tiny_qwen3_moe.py"), "MODEL", "chats.jsonl"]
+    subprocess.run(made, check=True, capture_output=True)
+    for line in commands.splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        trial = ["train.steps=2", "evaluation.every=2", "checkpoint.every=2"] if "launch" in words else []
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_dist", *words[1:], *trial], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "tuned/config.json").exists()
+    assert (tmp_path / "runs/fine_tune/report.html").exists()
