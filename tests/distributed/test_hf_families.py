@@ -38,7 +38,9 @@ def test_verdict(tmp_path: Path, name: str) -> None:
     assert {key.partition(".")[0] for key in found} == {name}
     for key, result in found.items():
         wanted = RECORD["families"][key]
-        assert ("refused" in result, result["needs"].keys()) == ("refused" in wanted, wanted["needs"].keys()), result
+        assert ("refused" in result) == ("refused" in wanted), result
+        # The needs of a refused family depend on which rank's error is read first.
+        assert "refused" in result or result["needs"].keys() == wanted["needs"].keys(), result
 
 
 def test_every_class_is_in_the_record() -> None:
