@@ -11,7 +11,7 @@ from moe_dist.plan.estimate import Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates
-from moe_dist.plan.rows import Expected
+from moe_dist.plan.rows import Expected, group_starts
 from moe_dist.plan.solver import rank_loads
 
 PARTS = (("busy", "#4c78a8"), ("imbalance", "#e45756"), ("exchange", "#f58518"), ("tail", "#72b7b2"))
@@ -39,9 +39,13 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
         return [each for each in best_of_each(same, choice) if choice(each) != choice(best)]
 
     for each in sorted(rivals(lambda e: e.config.parallel.ep), key=lambda e: e.config.parallel.ep):
-        ep = each.config.parallel.ep
-        leaves = ep > rates.ranks_per_node
-        where = f"leaves the node with {each.bytes_between / 1e9:,.0f} GB a step" if leaves else "stays in the node"
+        ep, edp, node = each.config.parallel.ep, each.config.parallel.edp, rates.ranks_per_node
+        crossing = sum(groups for first, groups in group_starts(ep, edp, node).items() if first + ep > node)
+        where = "stays in the node"
+        if crossing:
+            where = (
+                f"sends {each.bytes_between / 1e9:,.3g} GB a step between nodes ({crossing} of {edp} EP groups cross nodes)"
+            )
         yield (
             f"EP {ep} {where}: {each.exchange / each.seconds:.0%} of its step is exchange and "
             f"{each.tail / each.seconds:.0%} gathers, sums and optimizer; EP {best.config.parallel.ep} with edp "

@@ -18,7 +18,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import flops, memory
 from moe_dist.plan.costs import Costs
 from moe_dist.plan.rates import GUIDE, Mark, Rates, weakest
-from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire
+from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire, group_starts
 from moe_dist.plan.step_model import Order, Played, collective_seconds, expected_longest, micro_batch, play
 
 LIBRARIES = 1.5e9  # number of bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
@@ -102,14 +102,21 @@ class LayoutEstimator:
                 f"--gpus {self.rates.ranks_per_node}",
                 see=GUIDE,
             )
-        load, times = self._load(config, placement), train.global_batch // (train.micro_batch * world)
-        played = self._play(config, placement, load)
-        micro = expected_longest(played.seconds_S, parallel.edp)
+        times = train.global_batch // (train.micro_batch * world)
+        starts = group_starts(parallel.ep, parallel.edp, self.rates.ranks_per_node)
+        loads = {first: self._load(config, placement, first) for first in starts}
+        plays = {first: self._play(config, placement, first) for first in starts}
+        micros = {first: expected_longest(plays[first].seconds_S, groups) for first, groups in starts.items()}
+        slowest = max(micros, key=micros.__getitem__)  # the step waits for the EP groups that cross nodes most
+        load, played, micro = loads[slowest], plays[slowest], micros[slowest]
         busy_S, busiest_S = played.busy_SR.mean(1), played.busy_SR.max(1)
         tail = self._tail(config, placement, played, times)
         bytes_row = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
-        exchanges = EXCHANGES[parallel.recompute] * times * parallel.edp * bytes_row
-        layers = len(config.model.moe_layers) / load.rows.shape[1]
+        exchanges = EXCHANGES[parallel.recompute] * times * bytes_row * len(config.model.moe_layers) / load.rows.shape[1]
+
+        def sent(field: str) -> float:
+            return sum(groups * float(getattr(loads[at], field).sum((1, 2)).mean()) for at, groups in starts.items())
+
         memories, chance = self._memory_of(config, placement, load, times)
         mean_busy, mean_busiest = float(busy_S.mean()), float(busiest_S.mean())
         return Estimate(
@@ -121,29 +128,30 @@ class LayoutEstimator:
             exchange=times * (micro - mean_busiest),
             tail=tail,
             wire=times * float(played.wire_S.mean()),
-            bytes_inside=exchanges * layers * float(load.sent_inside.sum((1, 2)).mean()),
-            bytes_between=exchanges * layers * float(load.sent_between.sum((1, 2)).mean()),
+            bytes_inside=exchanges * sent("sent_inside"),
+            bytes_between=exchanges * sent("sent_between"),
             memory=memories,
             out_of_memory=chance,
             mark=weakest(self.rates.source, load.mark, "fitted" if self.rates.source == "fitted" else "extrapolated"),
             rows_mark=load.mark,
         )
 
-    def _load(self, config: Config, placement: ExpertPlacement) -> Load:
+    def _load(self, config: Config, placement: ExpertPlacement, first: int) -> Load:
         dispatch, tokens = config.parallel.dispatch, config.train.micro_batch * config.data.seq_len
-        wire = Wire(dispatch.node_size or self.rates.ranks_per_node, 2 if dispatch.node_size else 1, dispatch.each_pair)
+        node = dispatch.node_size
+        wire = Wire(node or self.rates.ranks_per_node, 2 if node else 1, dispatch.each_pair, 0 if node else first)
         key = (placement.slots, wire, tokens)
         if key not in self._loads:
             layers = len(config.model.moe_layers)
             self._loads[key] = self.source.load(placement, wire, tokens=tokens, layers=layers)
         return self._loads[key]
 
-    def _play(self, config: Config, placement: ExpertPlacement, load: Load) -> Played:
-        parallel, dispatch = config.parallel, config.parallel.dispatch
+    def _play(self, config: Config, placement: ExpertPlacement, first: int) -> Played:
+        parallel, dispatch, load = config.parallel, config.parallel.dispatch, self._load(config, placement, first)
         # All ranks of a node share its cores. Only one EP group is simulated, so it gets a proportional part of the cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
-        key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores)
+        key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores, first)
         if key not in self._played:
             cost = Costs(config, placement, self.rates, self.token_mix)
             order = Order(

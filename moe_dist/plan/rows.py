@@ -6,6 +6,7 @@ a micro-batch, L MoE layers (1 if all are alike), R ranks of an EP group, Q trac
 experts, K choices, G groups.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,11 +53,24 @@ class Load:
 @dataclass(frozen=True)
 class Wire:
     """Determines which rows a dispatcher sends. `node` is the number of ranks in a node. `hops` is 2 if each token is sent
-    only once to a node. `each_pair` is True if each (token, expert) pair is sent as a separate row."""
+    only once to a node. `each_pair` is True if each (token, expert) pair is sent as a separate row. `first` is the position
+    in its node of the EP group's first rank; with two hops it is 0."""
 
     node: int
     hops: int = 1
     each_pair: bool = False
+    first: int = 0
+
+    def nodes(self, ranks: int) -> np.ndarray:
+        """Returns the node of each rank of an EP group, counted from the node of its first rank, [R]."""
+        return (self.first + np.arange(ranks)) // self.node
+
+
+def group_starts(ep: int, edp: int, node: int) -> dict[int, int]:
+    """Returns how many of `edp` EP groups of `ep` consecutive ranks begin at which position of a node. Groups that stay in
+    one node count as position 0, because they exchange alike."""
+    firsts = (group * ep % node for group in range(edp))
+    return dict(Counter(first if first + ep > node else 0 for first in firsts))
 
 
 class Expected:
@@ -76,7 +90,7 @@ class Expected:
         taken_G = np.array([g.expected_experts_per_token / g.num_experts for g in groups])
         pair_RG = share_G * taken_G * here_RG  # mean number of pairs per token, by group and by the experts' rank
         row_R = pair_RG.sum(1) if wire.each_pair else _reached(groups, share_G, here_RG)
-        nodes = np.arange(ranks) // wire.node
+        nodes = wire.nodes(ranks)
         node_N = _reached(groups, share_G, np.stack([here_RG[nodes == node].sum(0) for node in range(nodes[-1] + 1)]))
         rows_1R = tokens * row_R[None]
         sent = _by_level(np.repeat(rows_1R, ranks, 0), np.tile(tokens * node_N, (ranks, 1)), wire)
@@ -123,7 +137,7 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
         nodes_RN: Number of tokens of each rank that take an expert on each node.
     """
     ranks = len(rows_RR)
-    node_R = np.arange(ranks) // wire.node
+    node_R = wire.nodes(ranks)
     same_RR = node_R[:, None] == node_R
     away_RR = np.where(np.eye(ranks, dtype=bool), 0.0, rows_RR)
     near_RR, far_RR = np.where(same_RR, away_RR, 0.0), np.where(same_RR, 0.0, away_RR)
@@ -193,7 +207,7 @@ class Traced:
         width_E = np.array(placement.width_of_expert, float)
         pairs_QLE = self.pairs_of_experts(placement.num_experts)
         pairs_QLR, work_QLR = pairs_QLE @ on_ER, (pairs_QLE * width_E) @ on_ER
-        reach_QLR, nodes_QLN = self.rows(rank_E), self.rows(rank_E // wire.node)
+        reach_QLR, nodes_QLN = self.rows(rank_E), self.rows(wire.nodes(ranks)[rank_E])
         rows_QLR = pairs_QLR if wire.each_pair else reach_QLR
         rng = np.random.default_rng(self.seed)
         found: list[list[np.ndarray]] = [[] for _ in range(8)]

@@ -12,7 +12,7 @@ from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import LinkSection, Rates, weakest
-from moe_dist.plan.rows import Expected, Wire
+from moe_dist.plan.rows import Expected, Wire, group_starts
 from tests.support.messages import refused
 from tests.unit.plan.test_step_model import RATES
 
@@ -63,6 +63,40 @@ def test_bytes_are_those_of_the_dispatch_contract() -> None:
     assert found.seconds == pytest.approx(found.busy + found.imbalance + found.exchange + found.tail)
     assert found.imbalance == pytest.approx(0)
     assert (found.mark, found.rows_mark) == ("extrapolated", "extrapolated")
+
+
+@pytest.mark.parametrize(("ep", "edp"), [(3, 4), (6, 2), (5, 4), (2, 4)])
+def test_groups_that_straddle_nodes_send_between_them(ep: int, edp: int) -> None:
+    """Nodes have four ranks. The slow count asks for each pair of ranks of an EP group whether they share a node."""
+    config = load_config("olmoe_1b7b_8gpu")
+    parallel = config.parallel.model_copy(update={"ep": ep, "edp": edp})
+    config = config.model_copy(update={"parallel": parallel, "train": config.train.model_copy(update={"micro_batch": 1})})
+    groups = expert_groups(config.model.moe)
+    placement = ExpertPlacement.interleaved(groups, ep)
+    reached_R = [groups[0].reached(len(placement.slots[rank])) for rank in range(ep)]
+    far = sum(
+        reached_R[there]
+        for group in range(edp)
+        for here in range(ep)
+        for there in range(ep)
+        if (group * ep + here) // 4 != (group * ep + there) // 4
+    )
+    micro_batches = config.train.global_batch // (ep * edp)
+    found = estimated(config)
+    assert found.bytes_between == pytest.approx(4 * micro_batches * config.data.seq_len * 16 * far * 2048 * 2)
+    apart = group_starts(ep, edp, 4)
+    assert sum(apart.values()) == edp
+    assert (far > 0) == any(first + ep > 4 for first in apart)
+
+
+@pytest.mark.parametrize(("edp", "crosses"), [(1, False), (2, True)])
+def test_a_group_that_straddles_nodes_waits_for_the_links_between_them(edp: int, crosses: bool) -> None:
+    """Of two EP groups of three ranks on nodes of four, the second one crosses nodes."""
+    config = load_config("olmoe_1b7b_8gpu")
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"ep": 3, "edp": edp})})
+    near = RATES.model_copy(update=FAST)
+    far = near.model_copy(update={"between": LinkSection(ranks=8, latency=0.0, bytes_per_second=1e-3)})
+    assert (estimated(config, rates=far).exchange > estimated(config, rates=near).exchange) == crosses
 
 
 def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
