@@ -186,8 +186,9 @@ def _logical(
                 held[name] = _hold(tensor.detach(), layout.world_size, layout.rank)
             continue
         prefix, group_name, tensor_name = name.rsplit(".", 2)
-        around = prefix.rpartition(".")[2]  # families with several banks of experts name the module around each bank
-        group = next(group for group in layout.placement.groups if group.name in (group_name, around))
+        groups = {group.name: group for group in layout.placement.groups}
+        # Families with several banks of experts name the module around each bank.
+        group = groups[group_name if group_name in groups else prefix.rpartition(".")[2]]
         spec = TensorSpec(tuple(parameter.shape[1:]), dtype or parameter.dtype)
         names = {e: f"{prefix}.{group_name}.{e - group.first_expert}.{tensor_name}" for e in group.experts}
         specs |= dict.fromkeys(names.values(), spec)

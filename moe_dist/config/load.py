@@ -77,7 +77,13 @@ def completed(values: dict[str, Any]) -> dict[str, Any]:
     engine, model = values.get("engine"), values.get("model")
     kind = engine.get("kind") if isinstance(engine, dict) else None
     section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
-    if section is None or not issubclass(section, EngineSection) or not isinstance(model, dict):
+    if not isinstance(model, dict):
+        return values
+    hosted = [f"model.{key}" for key in ("folder", "family") if model.get(key) is not None]
+    if hosted and "hidden_dim" not in model and not (section and getattr(section, "hosts", False)):
+        way = "set engine={kind: transformers}, which trains it, or write the keys of `model` for this project's own model"
+        raise ConfigError([f"engine.kind={kind!r}: {' and '.join(hosted)} names a model of transformers; {way}"])
+    if section is None or not issubclass(section, EngineSection):
         return values
     return {**values, "model": section.complete_model(model)}
 
