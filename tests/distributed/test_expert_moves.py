@@ -35,7 +35,7 @@ AUX = AuxSettings(kind="null_averaged", balance=0.02, z=1e-3)
 LAYOUTS = [
     exhaustive(Layout(2, 1)),
     exhaustive(Layout(2, 1, "interleaved", "fsdp2", "block", overlap=True, chunks=2)),
-    # FSDP2 shards the stack of 3 experts inside each expert, and the stack of 2 experts by experts
+    # edp 2 does not divide a stack of 3 experts, so FSDP2 shards inside each expert; it shards a stack of 2 by experts
     Layout(2, 2, "interleaved", "fsdp2"),
     exhaustive(Layout(4, 1, "uneven")),  # a rank without experts
     full(Layout(4, 1, "uneven", "fsdp2", "block", ranks_per_node=2)),

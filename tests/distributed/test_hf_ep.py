@@ -155,7 +155,7 @@ def expected_rows(case: Case) -> np.ndarray:
 def test_equals_one_rank(run_in_world: Callable[..., list[Any]], name: str) -> None:
     case = CASES[name]
     one = experts_module(case)
-    one._is_expert_parallel = True  # skips choices of the index E
+    one._is_expert_parallel = True  # the reference skips the index E, which stands for no expert, as experts under EP do
     batches = [case.batch(group) for group in range(len(case.tokens))]
     for batch in batches:
         batch[1][batch[1] < 0] = case.experts  # the index -1 is read by moe_dist alone

@@ -110,8 +110,8 @@ class FamilyRouter(TopKRouter):
 
 
 class FamilyExperts(nn.Module):
-    """Computes rows by a family's module of experts, which holds this rank's stacks. Owns no parameters: the module stays
-    in the family's model."""
+    """Computes rows by a family's module of experts, which holds this rank's stacks. Registers no child: that module, with
+    its parameters, stays in the family's model."""
 
     def __init__(self, experts: Any, local: Sequence[int], args: ModelArgs) -> None:
         super().__init__()
