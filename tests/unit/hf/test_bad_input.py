@@ -268,7 +268,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[MoeDistError], str]] = {
     "layers without end": (config(num_hidden_layers=10**8), ConfigError, "num_hidden_layers=100000000 must be"),
     "experts without end": (config(num_local_experts=10**9), ConfigError, "num_experts=1000000000"),
     "long added token": (long_added_token, DataError, "its added_tokens have 9,000,000 characters"),
-    "slow normalizer": (slow_normalizer, DataError, "tokenizer.json.*remove either: took more than 10 s of CPU"),
+    "slow normalizer": (slow_normalizer, DataError, "tokenizer.json.*cannot load it: took more than 10 s of CPU"),
     "growing normalizer": (growing_normalizer, DataError, "tokenizer.json.*the library tokenizers cannot load it"),
     "slow pattern": (slow_pattern, DataError, "tokenizer.json.*cannot load it"),
     "header of floats": (header_of_floats, DataError, f"{SECOND}: .* 1 validation error for"),
