@@ -14,7 +14,7 @@ import numpy as np
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-from moe_dist.errors import ConfigError
+from moe_dist.errors import ConfigError, printable
 from moe_dist.inference.generate import Generator, Request, Sampling, check_lengths
 from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
 from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of, png
@@ -178,7 +178,8 @@ def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number:
         print(json.dumps({**record, "tokens": sample.tokens, "modalities": sample.modalities}))
         return
     if not options.draw:
-        print(f"{label}{sample.text}")
+        text = f"{label}{sample.text}"
+        print(printable(text, most=len(text)))  # a tokenizer of others may name terminal commands
     for file in files:
         print(f"{file}: {label}" if options.draw else file)
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from tokenizers import Tokenizer
 
 from moe_dist.checkpoint.directory import CheckpointDirectory, run_path
 from moe_dist.config.load import load_stored_config
@@ -47,6 +48,7 @@ from moe_dist.runtime.run_folder import RunFolder
 
 MOST_BYTES = 5_000_000
 MOST_RANKS = 4096
+LONGEST_NAME = 80  # largest number of shown characters of a token
 LARGEST_EP = 64  # largest EP size in the byte ledger, except sizes in --ep
 
 
@@ -307,8 +309,7 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
     try:
         if data is None and tokenizer_json and "data" not in configuration:
             alone = read_tokenizer(tokenizer_json)
-            decode = limited(alone.decode, f"{tokenizer_json}: fails on a token; report without this tokenizer")
-            return {"name_of": lambda token: decode([token], False) or None}
+            return {"name_of": _decoder(alone, f"{tokenizer_json}: fails on a token; report without this tokenizer")}
         folder = data or Path(configuration["data"]["path"])
         manifest = load_manifest(folder)
         tokenizer = read_tokenizer(folder / manifest.tokenizer) if manifest.tokenizer else None
@@ -321,17 +322,21 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
         return {}
     first, end = manifest.modalities.get("image", ((0, 0),))[0]
 
-    decode = tokenizer and limited(tokenizer.decode, f"{folder}: its tokenizer fails on a token; correct it")
+    decode = tokenizer and _decoder(tokenizer, f"{folder}: its tokenizer fails on a token; correct it")
 
-    @cache
     def name_of(token: int) -> str | None:
         pictured = codes is not None and first <= token < end
-        return (decode([token], False) or None) if decode and not pictured else None
+        return decode(token) if decode and not pictured else None
 
     def picture_of(token: int) -> np.ndarray | None:
         return codes[token - first] if codes is not None and first <= token < min(end, first + len(codes)) else None
 
     return {"name_of": name_of, "picture_of": picture_of, "grid": manifest.image.grid if manifest.image else (0, 0)}
+
+
+def _decoder(tokenizer: Tokenizer, problem: str) -> Callable[[int], str | None]:
+    """Returns a function that returns the first characters of a token, or None. It raises as `limited` does."""
+    return cache(limited(lambda token: tokenizer.decode([token], False)[:LONGEST_NAME] or None, problem))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config.json_text import parse_json
+from moe_dist.config.json_text import parse_json, read_json
 from moe_dist.config.regular_file import open_regular
 from moe_dist.config.timed import TimedCalls
-from moe_dist.errors import ConfigError, DataError
+from moe_dist.errors import ConfigError, DataError, MoeDistError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
 _BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of a table's rows ends at either number
@@ -85,7 +85,7 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         yield from lines(path)
         return
     try:
-        import datasets
+        import datasets  # noqa: F401 (imported before a child process counts its time)
     except ImportError as error:
         raise ConfigError(f"{option} {path}: needs the package datasets; install moe_dist[hf]") from error
     if (path / "dataset_dict.json").is_file():
@@ -93,26 +93,32 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         raise ConfigError(f"{option} {path}: has the splits {splits}, and one is needed; name one, as {path}/SPLIT")
     try:
         if (path / "state.json").is_file():
-            table: Any = datasets.load_from_disk(str(path))  # maps the files; the child's memory limit leaves them out
-            rows: Iterator[Any] = (_without_nulls(row, table.features) for row in table)
+            files = _saved_files(path)
         else:
             files = [path] if path.is_file() else _parquet_files(option, path)
-            rows = _parquet_rows(files)
-        yield from _limited_rows(path, rows)
-    except (OSError, ValueError, TypeError, KeyError, MemoryError, NotImplementedError) as error:
+        yield from _limited_rows(path, _table_rows(files))
+    except MoeDistError:
+        raise
+    except Exception as error:  # the child sends any error of pyarrow and datasets
         why = str(error) or "it needs too much memory"
         raise DataError(f"{option} {path}: cannot be read: {why}; copy or save it again") from error
 
 
-def _parquet_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+def _table_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """Yields the rows of parquet and arrow files. datasets would also open the files and addresses that rows name."""
     from datasets import Features
-    from pyarrow import parquet
+    from pyarrow import ipc, parquet
 
     for file in files:
         with open_regular(file) as stream:
-            table = parquet.ParquetFile(stream)
-            features = Features.from_arrow_schema(table.schema_arrow)
-            for batch in table.iter_batches(_BATCH_ROWS):  # datasets would decode a whole row group
+            if file.suffix == ".parquet":
+                table = parquet.ParquetFile(stream)
+                schema, batches = table.schema_arrow, table.iter_batches(_BATCH_ROWS)  # a row group may be large
+            else:
+                batches = ipc.open_stream(stream)
+                schema = batches.schema
+            features = Features.from_arrow_schema(schema)
+            for batch in batches:
                 yield from (_without_nulls(row, features) for row in batch.to_pylist())
 
 
@@ -123,7 +129,9 @@ def _limited_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[
         found, size = [], 0
         while size < _BATCH_BYTES and len(found) < _BATCH_ROWS and (row := next(rows, None)) is not None:
             found.append(row)
-            size += len(repr(row))
+            if (length := len(repr(row))) > MOST_LINE:
+                raise ValueError(f"a row has {length:,} characters, and at most {MOST_LINE:,} are possible")
+            size += length
         return found, size
 
     read, number, total = TimedCalls(batch, _BATCH_SECONDS, _BATCH_MEMORY), 0, 0
@@ -135,6 +143,14 @@ def _limited_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[
         for row in answer[0]:
             number += 1
             yield f"{path}, row {number}", row
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Returns the files that state.json of a saved dataset names. Raises ValueError if one is not in the folder."""
+    names = [each["filename"] for each in read_json(folder / "state.json", most_bytes=1 << 24)["_data_files"]]
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"state.json names {outside[0]!r:.200}, which is not in the folder")
+    return [folder / name for name in names]
 
 
 def _parquet_files(option: str, folder: Path) -> list[Path]:

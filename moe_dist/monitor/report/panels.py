@@ -201,7 +201,7 @@ def sent(subject: Subject) -> str:
     if not window.ledger:
         return elsewhere
     names = ("rows_remote", "rows_per_pair", "payload_bytes", "metadata_bytes")
-    cells = [f"{window.ledger[name] / subject.routing.window_steps:,.0f}" for name in names]
+    cells = [f"{window.ledger.get(name, 0) / subject.routing.window_steps:,.0f}" for name in names]
     head = ("rows sent", "rows if one for each (token, expert)", "bytes of rows", "bytes of counts, indices and weights")
     caption = f"Sum of a step over ranks and layers, mean of {window.words}. Bytes include backward and recomputation."
     return table(head, [cells], caption=caption) + elsewhere

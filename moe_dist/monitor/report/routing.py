@@ -209,10 +209,10 @@ def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> 
                 coefficient = line["balance_coefficient"]  # null if another trainer wrote the file
                 needed = [line.get("host", {}).get(NEEDED + name, 0.0) for name in names] or [0.0] * groups
                 needed_G = np.array(needed, np.float64)
-                ledger = {key: int(value) for key, value in dict(line.get("ledger") or {}).items()}
+                ledger = {key: int(np.int64(value)) for key, value in dict(line.get("ledger") or {}).items()}
                 frame = Frame(line["step"], line["step"], **arrays, needed_G=needed_G, ledger=ledger)
                 yield frame, float("nan" if coefficient is None else coefficient)
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 
 

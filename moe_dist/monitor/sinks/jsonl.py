@@ -138,7 +138,7 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
         while text := file.readline(LONGEST_LINE):
             number += 1
             line = _parsed(text)
-            record = isinstance(line, dict) and isinstance(line.get("step"), int)
+            record = isinstance(line, dict) and isinstance(step := line.get("step"), int) and 0 <= step < 1 << 53
             if record and isinstance(line.get("scalars", {}), dict):
                 yield line
             elif file.read(1):

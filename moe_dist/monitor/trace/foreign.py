@@ -22,6 +22,7 @@ NO_ID = -1
 _LIMITS = (TimeoutError, ChildProcessError, MemoryError)  # errors of TimedCalls
 FLAME_TOKENS = 1 << 16  # largest number of tokens read from each file of FLAME-MoE-Traces
 _MOST_BYTES, _MOST_FLAME = 1 << 30, 1 << 27  # largest sizes of an array's file, and of a parquet file's first rows
+_MOST_LINE = 1 << 27  # largest number of bytes in a line of Megatron-Core's trace; a longer one is cut, and no JSON
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L), and ids [T, L, K] of one sequence or one rank
 
 
@@ -100,13 +101,15 @@ def _megatron(files: Sequence[Path]) -> Parts:
         lines: dict[int, dict[int, list[np.ndarray]]] = defaultdict(lambda: defaultdict(list))
         width = None
         with open_file(file) as stream:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(iter(lambda: stream.readline(_MOST_LINE), b""), 1):
                 try:
                     record = parse_json(line)
                     if record["block"] == "decoder":
                         step, layer, tokens, top_k = (record[key] for key in ("step", "layer", "num_tokens", "topk"))
                         width = width or top_k
-                        if top_k != width or any(type(each) is not int or each < 0 for each in (step, layer, tokens)):
+                        if top_k != width or any(
+                            type(each) is not int or not 0 <= each < 1 << 53 for each in (step, layer, tokens)
+                        ):
                             raise ValueError("step, layer, num_tokens and topk must be whole numbers, and topk the same")
                         lines[step][layer].append(np.array(record["top_indices"], np.int64).reshape(tokens, top_k))
                 except (ValueError, KeyError, TypeError, OverflowError) as error:

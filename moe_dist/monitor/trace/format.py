@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 
 MAX_COLUMNS = (1 << 15) - 1  # an int16 also holds -2 - c for each column c
 MAX_EP = 1 << 14  # EP ranks
+MAX_NAMES = 1 << 8  # groups, modalities, and modalities of a group
 
 # Number of the sequence in the run's stream, index in this sequence, token id, and index in `Manifest.modalities`.
 TOKEN = np.dtype([("sequence", "<i8"), ("position", "<i4"), ("token", "<i4"), ("modality", "<i2")])
@@ -45,6 +46,8 @@ def _checked_group(group: ExpertGroup) -> ExpertGroup:
     counts = [value for value in asdict(group).values() if isinstance(value, int)]
     if not all(re.fullmatch(NAME_PATTERN, name) for name in (group.name, *group.modalities)):
         raise ValueError(f"a group's name or modality is no name: {group.name!r:.80}, {group.modalities!r:.80}")
+    if len(group.modalities) > MAX_NAMES:
+        raise ValueError(f"group {group.name}: {len(group.modalities):,} modalities, and at most {MAX_NAMES} are possible")
     if not 0 <= min(counts) <= max(counts) < 1 << 31 or group.num_columns > MAX_COLUMNS:
         raise ValueError(
             f"group {group.name}: its numbers must be from 0 to 2**31, and its columns at most {MAX_COLUMNS:,}"
@@ -86,9 +89,9 @@ class Manifest:
     layers: Annotated[tuple[_Layer, ...], FailFast(), Field(min_length=1, max_length=MAX_LAYERS)]
     choices: _Columns
     weights: bool
-    groups: Annotated[tuple[_Group, ...], FailFast(), Field(min_length=1)]
+    groups: Annotated[tuple[_Group, ...], FailFast(), Field(min_length=1, max_length=MAX_NAMES)]
     rank_of_expert: Annotated[tuple[_EPRank, ...], FailFast()]
-    modalities: Annotated[tuple[Name, ...], FailFast()]
+    modalities: Annotated[tuple[Name, ...], FailFast(), Field(max_length=MAX_NAMES)]
     every: Count = 1  # 0 means a folder of `attach` without a trace
     tokens: PositiveInt | None = None
     tokenizer: str | None = None

@@ -1,8 +1,11 @@
 """Sources of a data set are read from a user's own files."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
+import pyarrow.ipc
 import pytest
 from PIL import Image
 from pyarrow import parquet
@@ -80,6 +83,44 @@ def test_a_table_of_one_repeated_text_is_refused(tmp_path: Path, monkeypatch: py
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", compression="zstd", store_schema=False)
     with pytest.raises(DataError, match="over 1000 times the bytes of its files"):
         text_files("t", tmp_path / "t.parquet", "")
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"file": "../secret.arrow"}, "names '../secret.arrow', which is not in the folder"),
+        ({"texts": ["x" * (1 << 28)]}, "a row has 268,435,468 characters"),
+        ({"features": "[" * 5000 + "]" * 5000}, "maximum recursion depth exceeded"),
+        ({"pictures": [{"bytes": None, "path": "../secret.png"}]}, None),
+    ],
+    ids=lambda each: each and next(iter(each)),
+)
+def test_a_saved_dataset_reads_its_folder_alone(tmp_path: Path, saved: dict[str, Any], words: str | None) -> None:
+    folder, columns = tmp_path / "saved", {"text": saved.get("texts", ["hello"])}
+    folder.mkdir()
+    features = json.dumps({"text": {"dtype": "string", "_type": "Value"}, "image": {"_type": "Image"}})
+    if "pictures" in saved:
+        columns["image"] = saved["pictures"]
+    else:
+        features = saved.get("features", features.partition(', "image"')[0] + "}")
+    table = pyarrow.table(columns).replace_schema_metadata({"huggingface": f'{{"info": {{"features": {features}}}}}'})
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    for path in (folder / "data.arrow", tmp_path / "secret.arrow"):
+        with pyarrow.ipc.new_stream(path, table.schema, options=options) as stream:
+            stream.write_table(table)
+    state = dict.fromkeys(("fingerprint", "format_columns", "format_type", "split"))
+    state |= {
+        "data_files": [{"filename": saved.get("file", "data.arrow")}],
+        "format_kwargs": {},
+        "output_all_columns": False,
+    }
+    (folder / "state.json").write_text(json.dumps({f"_{key}": value for key, value in state.items()}))
+    (folder / "dataset_info.json").write_text(f'{{"features": {features}}}')
+    if words is None:  # the picture is not opened
+        assert len(text_files("t", folder, "").items) == 1
+        return
+    with pytest.raises(DataError, match=words):
+        text_files("t", folder, "")
 
 
 def test_pictures_with_and_without_captions(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tools.generate import choose_captions, main
 PADDING = {"padding": {"strategy": {"Fixed": 10**5}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
                        "pad_type_id": 0, "pad_token": "<pad>"}}  # fmt: skip
 _TWICE = {"type": "Replace", "pattern": {"String": "t"}, "content": "tt"}
+ESCAPES = {"decoder": {"type": "Replace", "pattern": {"Regex": "."}, "content": "\x1b[2J"}}
 GROWING = {"normalizer": {"type": "Sequence", "normalizers": [_TWICE] * 34}}
 
 pytestmark = pytest.mark.slow
@@ -79,13 +80,13 @@ def test_a_sheet_has_the_held_out_captions(own_run: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("added", "exit_code", "message"),
-    [(PADDING, 0, ""), (GROWING, 65, "the tokenizer fails on a text; give another one: ")],
-    ids=["padding", "growing"],
+    [(PADDING, 0, ""), (GROWING, 65, "the tokenizer fails on a text; give another one: "), (ESCAPES, 0, r"\x1b[2J")],
+    ids=["padding", "growing", "escapes"],
 )
 def test_a_planted_tokenizer(
     own_run: Path, own_data: Path, tmp_path: Path, added: dict[str, object], exit_code: int, message: str
 ) -> None:
-    """One asks for padding, which is left out. The other makes 2^34 letters of one, and is stopped."""
+    """One asks for padding, which is left out. One makes 2^34 letters of one, and is stopped. One clears the terminal."""
     data = shutil.copytree(own_data, tmp_path / "data")
     values = json.loads((data / "tokenizer.json").read_text())
     (data / "tokenizer.json").write_text(json.dumps(values | added))

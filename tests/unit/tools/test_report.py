@@ -139,7 +139,7 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
 TRACE, MANIFEST, RECORDS = "trace", "trace/a/manifest.json", "metrics.jsonl"
 
 
-def groups_with(image: dict[str, int]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def groups_with(image: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda manifest: {"groups": [manifest["groups"][0], manifest["groups"][1] | image]}
 
 
@@ -164,6 +164,12 @@ def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]]
         (RECORDS, lambda content: content.replace(b'"dropped_LG":[[0,0],[0,0]]', b'"dropped_LG":[[0],[0]]'), ".", DataError,
          "metrics.jsonl, step 1: arrays.dropped_LG"),
         (RECORDS, lambda content: content.replace(b"choices_LC", b"choices", 1), ".", DataError, "metrics.jsonl"),
+        (MANIFEST, lambda _: {"modalities": ["text"] * 257}, TRACE, DataError, "modalities"),
+        (MANIFEST, groups_with({"modalities": ["text"] * 257}), TRACE, DataError, "257 modalities"),
+        (MANIFEST, lambda manifest: {"groups": manifest["groups"] * 129}, TRACE, DataError, "groups"),
+        (RECORDS, lambda content: content.replace(b'"step":2', b'"step":' + b"9" * 400), ".", DataError, "not the records"),
+        (RECORDS, lambda content: content.replace(b'"balance', b'"host":[0],"balance'), ".", DataError, "not the records"),
+        (RECORDS, lambda content: content.replace(b"1000000", b"9" * 400), ".", DataError, "not the records"),
         (RECORDS, lambda content: content.replace(b"0.02", b"9" * 400), ".", DataError, "metrics.jsonl: not the records"),
         ("config.yaml", None, "trace/a", ConfigError, "neither a run"),
     ],
@@ -194,6 +200,18 @@ def test_a_tokenizer_that_takes_all_memory_is_refused(run: Path, tiny_data: Path
     (data / "manifest.json").write_text(json.dumps(values | {"tokenizer": "t.json"}))
     done = invoke(main, run, "--data", data, "-o", tmp_path / "report.html")
     assert (done.exit_code, "its tokenizer fails on a token" in done.stderr) == (65, True), done.output
+
+
+def test_long_tokens_are_cut_and_a_ledger_may_lack_numbers(run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The classes of tokens are regular expressions whose time is quadratic, and a page shows a token many times."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    Tokenizer(models.WordLevel({"1" * 100_000 + "x": 0}, unk_token="1")).save(str(data / "t.json"))
+    values = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(values | {"tokenizer": "t.json"}))
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().replace("rows_remote", "rows"))
+    done = invoke(main, run, "--data", data, "-o", tmp_path / "report.html")
+    assert done.exit_code == 0, done.output
+    assert max(map(len, re.findall("1+", (tmp_path / "report.html").read_text()))) == 80
 
 
 def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifest: Manifest) -> None:

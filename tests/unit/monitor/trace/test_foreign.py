@@ -11,6 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.monitor.trace import foreign
 from moe_dist.monitor.trace.foreign import read_foreign
 from tests.support.messages import refused
 
@@ -154,10 +155,20 @@ def test_bad_arrays_are_named(tmp_path: Path, content: np.ndarray | None) -> Non
 
 @pytest.mark.parametrize(
     "change",
-    [{"top_indices": [[10**30, 1]]}, {"step": "10"}, {"layer": 1.5}, {"num_tokens": -1}, {"topk": 1, "num_tokens": 12}],
-    ids=lambda change: min(change),
+    [
+        {"top_indices": [[10**30, 1]]},
+        {"step": "10"},
+        {"step": 1 << 53},
+        {"text": "x" * 5000},
+        {"layer": 1.5},
+        {"num_tokens": -1},
+        {"topk": 1, "num_tokens": 12},
+    ],
 )
-def test_bad_lines_of_megatron_are_named(tmp_path: Path, change: Mapping[str, object]) -> None:
+def test_bad_lines_of_megatron_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Mapping[str, object]
+) -> None:
+    monkeypatch.setattr(foreign, "_MOST_LINE", 5000)
     file = megatron(tmp_path / "trace") / "router_trace_rank0.jsonl"
     first, second, *rest = file.read_text().splitlines()
     file.write_text("\n".join([first, json.dumps(json.loads(second) | change), *rest]))
