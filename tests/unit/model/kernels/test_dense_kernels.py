@@ -143,6 +143,20 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(TRITON.token_losses(logits, labels), TORCH.token_losses(logits, labels))
 
 
+@pytest.mark.parametrize("masked", [slice(0, 4096), slice(4096, 5000), slice(0, 4999)])
+def test_excluded_words_have_no_share_of_the_loss(masked: slice) -> None:
+    """Whole blocks of logits may be -inf."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 2, 5000), torch.full((1, 2), IGNORED)
+    logits[..., masked] = float("-inf")
+    labels[0, 0] = 4999 if masked.start == 0 else 7
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    for kernels, x in ((TRITON, ours), (TORCH, theirs)):
+        kernels.token_losses(x, labels).sum().backward()
+    torch.testing.assert_close(TRITON.token_losses(logits, labels), TORCH.token_losses(logits, labels))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(2, 3, 100), (5, 6), (1, 1, 2), (3, 2056), (2, 9, 3, 24), (0, 4, 8), (70, 700)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
