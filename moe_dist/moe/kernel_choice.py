@@ -34,8 +34,8 @@ Results = list[tuple[str, Tensor]]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels, and a reason or None. The reason says why `auto` on CUDA uses torch. `auto` first tests the
-    Triton kernels (`why_not`). Raises ValueError if kind is `triton` and `why_not_triton` returns a reason."""
+    """Returns the kernels, and None or the reason why `triton`, or `auto` on CUDA, cannot use Triton kernels. `auto` first
+    tests the Triton kernels (`why_not`)."""
     if kind == "torch" or (kind == "auto" and device.type != "cuda"):
         return TORCH, None
     reason = why_not_triton(device, dtype)
@@ -45,8 +45,6 @@ def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype
         reason = why_not(TRITON, device, dtype) if kind == "auto" else None
         if reason is None:
             return TRITON, None
-    if kind == "triton":
-        raise ValueError(f"parallel.kernels.kind=triton: {reason}; take auto or torch (docs/gpu.md)")
     return TORCH, reason
 
 

@@ -289,10 +289,11 @@ def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerByt
 
 
 def _has_triton(config: Config) -> bool:
-    """Returns whether the run uses Triton kernels. A run in bf16 without a configured device is assumed to have GPUs."""
+    """Returns whether the run is sure to use Triton kernels. A run in bf16 without a configured device is assumed to have
+    GPUs."""
     parallel = config.parallel
     on_gpu = parallel.device == "cuda" or (parallel.device == "auto" and parallel.precision == "bf16")
-    return config.engine.own_kernels and on_gpu and parallel.kernels.kind != "torch"
+    return config.engine.own_kernels and on_gpu and parallel.kernels.kind != "torch" and not parallel.kernels.fallback
 
 
 def _has_dense_kernels(config: Config) -> bool:

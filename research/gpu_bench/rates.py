@@ -28,9 +28,7 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
     if reason := why_not_triton(torch.device(job.device), torch.bfloat16):
         raise NotPossibleError(reason)
     from moe_dist.model.kernels.cross_entropy import cross_entropy, cross_entropy_backward
-    from moe_dist.model.kernels.norm import rms_norm, rms_norm_backward
-    from moe_dist.model.kernels.normed_rotary import normed_rotary, normed_rotary_backward
-    from moe_dist.model.kernels.rotary import rotate
+    from moe_dist.model.kernels.norm_rotary import norm_rotary, norm_rotary_backward
     from moe_dist.moe.kernels.choose import AMONG, choose, choose_backward
     from moe_dist.moe.kernels.rows import gather_rows, row_sum
     from moe_dist.moe.kernels.swiglu import swiglu, swiglu_backward
@@ -64,14 +62,18 @@ def kernel_rates(job: CheckJob) -> list[Reading]:
     norm_D, words, labels = torch.rand(D, device=job.device), drawn(job, T, V), row_Q[:T] % V
     x, tables = table.view(T, heads, D // heads), [torch.rand(T, D // heads // 2, device=job.device) for _ in range(2)]
     loss, log_z = cross_entropy(words, labels)
-    half = BF16 * T * D
+    half, row, none = BF16 * T * D, table[:, None], (None, None, 1e-5)
     measured |= {
-        "rms_norm": (lambda: rms_norm(table, norm_D, 1e-5, False), 2 * half, 0.7),
-        "rms_norm, for the router": (lambda: rms_norm(table, norm_D, 1e-5, True), 4 * half, 0.7),
-        "rms_norm_backward": (lambda: rms_norm_backward(table, None, table, norm_D, 1e-5), 3 * half, 0.7),
-        "rotate": (lambda: rotate(x, *tables, False, False), 2 * half, 0.7),
-        "normed_rotary": (lambda: normed_rotary(x, norm_D, *tables, 1e-5, False), 2 * half, 0.7),
-        "normed_rotary_backward": (lambda: normed_rotary_backward(x, x, norm_D, *tables, 1e-5, False), 3 * half, 0.7),
+        "norm": (lambda: norm_rotary(row, norm_D, *none, False, False, False), 2 * half, 0.7),
+        "norm, for the router": (lambda: norm_rotary(row, norm_D, *none, False, False, True), 4 * half, 0.7),
+        "norm, backward": (lambda: norm_rotary_backward(row, None, row, norm_D, *none, False), 3 * half, 0.7),
+        "rotate": (lambda: norm_rotary(x, None, *tables, 0.0, False, False, False), 2 * half, 0.7),
+        "normed rotary": (lambda: norm_rotary(x, norm_D, *tables, 1e-5, False, False, False), 2 * half, 0.7),
+        "normed rotary, backward": (
+            lambda: norm_rotary_backward(x, None, x, norm_D, *tables, 1e-5, False),
+            3 * half,
+            0.7,
+        ),
         "cross_entropy": (lambda: cross_entropy(words, labels), BF16 * T * V, 0.7),
         "cross_entropy_backward": (lambda: cross_entropy_backward(words, labels, log_z, loss), 2 * BF16 * T * V, 0.7),
     }

@@ -17,10 +17,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from moe_dist.model.kernels.cross_entropy import BLOCK, cross_entropy_backward_kernel, cross_entropy_kernel
-from moe_dist.model.kernels.norm import blocks, rms_norm_backward_kernel, rms_norm_kernel
-from moe_dist.model.kernels.normed_rotary import normed_rotary_backward_kernel, normed_rotary_kernel
-from moe_dist.model.kernels.normed_rotary import sizes as rotary_sizes
-from moe_dist.model.kernels.rotary import rotate_kernel
+from moe_dist.model.kernels.norm_rotary import norm_rotary_backward_kernel, norm_rotary_kernel
+from moe_dist.model.kernels.norm_rotary import sizes as row_sizes
 from moe_dist.moe.kernels.choose import choose_backward_kernel, choose_kernel
 from moe_dist.moe.kernels.expert_choice import TINY, candidates_kernel, sums_kernel, take_kernel
 from moe_dist.moe.kernels.plan import arrive_kernel, collect_kernel, count_kernel, place_kernel, scan_kernel
@@ -100,28 +98,34 @@ for words, experts, ranks, choices in (("64 experts", 64, 8, 8), ("300 experts",
         {"ROWS": 512 // slots, "SLOTS": slots},
     )
 
-HEAD = {"H": 16, "D": 128, "HALF": 64, "STEP": 1, "FAR": 64, "SIGN": 1.0, "HEADS": 16, "PAIRS": 64, "REST": 1}
-PART = {**HEAD, "D": 192, "HALF": 32, "FAR": 32, "PAIRS": 32, "REST": 128}
-NEIGHBOURS = {**HEAD, "STEP": 2, "FAR": 1}
-for words, shape in (("halves", HEAD), ("part of a head", PART), ("neighbours", NEIGHBOURS)):
-    KERNELS[f"rotate, {words}"] = (rotate_kernel, "x:*bf16 cos:*fp32 sin:*fp32 out:*bf16", shape)
-for width in (128, 2048, 7168):
-    norm = {"D": width, **blocks(width)}
-    for words, wide in (("", False), (", for the router", True)):
-        arguments = "x:*bf16 weight:*bf16 out:*bf16 wide:*fp32 eps:fp32 M:i32"
-        KERNELS[f"norm, {width}{words}"] = (rms_norm_kernel, arguments, {**norm, "WIDE": wide})
-        arguments = "grad:*bf16 grad_wide:*fp32 x:*bf16 weight:*bf16 out:*bf16 sums:*fp32 eps:fp32 M:i32 steps:i32"
-        KERNELS[f"norm backward, {width}{words}"] = (rms_norm_backward_kernel, arguments, {**norm, "WIDE": wide})
-for words, heads, width, weights, adjacent in (
-    ("16 heads", 16, 128, 2048, False),
-    ("64 heads, each", 64, 128, 128, False),
-    ("3 heads, neighbours", 3, 80, 240, True),
+ROWS = "weight:*bf16 cos:*fp32 sin:*fp32 out:*bf16"
+for words, heads, width, weights, angles, adjacent in (
+    ("norm, 128", 1, 128, 128, 0, False),
+    ("norm, 2048", 1, 2048, 2048, 0, False),
+    ("norm, 7168", 1, 7168, 7168, 0, False),
+    ("rotate, halves", 16, 128, 0, 64, False),
+    ("rotate, part of a head", 16, 192, 0, 32, False),
+    ("rotate, neighbours", 16, 128, 0, 64, True),
+    ("normed rotary, 16 heads", 16, 128, 2048, 64, False),
+    ("normed rotary, 64 heads, each", 64, 128, 128, 64, False),
+    ("normed rotary, 3 heads, neighbours", 3, 80, 240, 40, True),
 ):
-    constants = rotary_sizes(torch.empty(1, heads, width), torch.empty(weights), adjacent)
-    arguments = "x:*bf16 weight:*bf16 cos:*fp32 sin:*fp32 out:*bf16 eps:fp32"
-    KERNELS[f"normed rotary, {words}"] = (normed_rotary_kernel, arguments, constants)
-    arguments = "grad:*bf16 x:*bf16 weight:*bf16 cos:*fp32 sin:*fp32 out:*bf16 sums:*fp32 eps:fp32 T:i32 steps:i32"
-    KERNELS[f"normed rotary backward, {words}"] = (normed_rotary_backward_kernel, arguments, constants)
+    weight, cos = (torch.empty(size) if size else None for size in (weights, angles))
+    constants = row_sizes(torch.empty(1, heads, width), weight, cos, adjacent)
+    flags = {"NORM": weights > 0, "SIGN": 1.0, "REST": 128 if width > 2 * constants["HALF"] else 0}
+    for wide in (False, True) if not angles else (False,):
+        name = f"{words}{', for the router' * wide}"
+        KERNELS[name] = (
+            norm_rotary_kernel,
+            f"x:*bf16 {ROWS} wide:*fp32 eps:fp32 M:i32",
+            {**constants, **flags, "WIDE": wide},
+        )
+        if weights:
+            KERNELS[f"backward of {name}"] = (
+                norm_rotary_backward_kernel,
+                f"grad:*bf16 grad_wide:*fp32 x:*bf16 {ROWS} sums:*fp32 eps:fp32 M:i32 steps:i32",
+                {**constants, "WIDE": wide},
+            )
 LOSS = {"V": 50304, "BLOCK": BLOCK}
 KERNELS["cross entropy"] = (cross_entropy_kernel, "logits:*bf16 label_T:*i64 loss:*fp32 log_z:*fp32", LOSS)
 KERNELS["cross entropy backward"] = (

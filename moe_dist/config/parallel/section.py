@@ -33,9 +33,12 @@ GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements per 16 bytes; in grouped GEMM,
 
 class KernelsSection(Section):
     """Kernels that gather, weight and sum rows before and after the experts' matrix products. torch: operations of torch.
-    triton: this project's Triton kernels, for CUDA. auto: triton on CUDA if the package triton is installed, else torch."""
+    triton: this project's Triton kernels, for CUDA. auto: triton on CUDA after a trial at the start, else torch."""
 
     kind: Literal["auto", "torch", "triton"] = "auto"
+    fallback: bool = False
+    """Use torch on all ranks if a rank of a run on CUDA cannot use Triton kernels, or if they fail their trial there. torch
+    takes more memory, which the dry run then plans. false: the run ends with the reason."""
 
 
 class ParallelSection(Section):

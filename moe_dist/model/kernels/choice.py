@@ -1,6 +1,5 @@
 """Makes the dense parts of a transformer use Triton kernels after a trial on this machine (see `moe/kernel_choice.py`)."""
 
-import logging
 from functools import partial
 
 import torch
@@ -11,10 +10,9 @@ from moe_dist.model.kernels.interface import TORCH, DenseKernels
 from moe_dist.model.layers import RMSNorm, rotary_table
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe import kernel_choice
-from moe_dist.moe.kernel_choice import KernelKind, Results, random
+from moe_dist.moe.kernel_choice import Results, random
 from moe_dist.moe.layer import MoELayer
 
-logger = logging.getLogger(__name__)
 HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # with WORDS words, a kernel needs several blocks
 
 
@@ -35,16 +33,11 @@ def _normed(norm: RMSNorm, kernels: DenseKernels, x: Tensor) -> tuple[Tensor, Te
     return kernels.norm_for_router(x, norm.weight, norm.eps)
 
 
-def use_triton(model: Transformer, kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Makes the model use the Triton kernels. Call this function only if the experts also use Triton kernels. `auto` tests
-    the kernels first. If the test fails, the model keeps torch, and the log contains the reason."""
-    from moe_dist.model.kernels.triton_kernels import TRITON  # imports Triton, which a machine without a GPU may lack
+def triton_kernels() -> DenseKernels:
+    """Imports Triton, which a machine without a GPU may lack."""
+    from moe_dist.model.kernels.triton_kernels import TRITON
 
-    reason = why_not(TRITON, device, dtype) if kind == "auto" else None
-    if reason is None:
-        use(model, TRITON)
-    else:
-        logger.warning("parallel.kernels.kind=auto takes torch for norms, attention and loss: %s (docs/gpu.md)", reason)
+    return TRITON
 
 
 def why_not(kernels: DenseKernels, device: torch.device, dtype: torch.dtype) -> str | None:

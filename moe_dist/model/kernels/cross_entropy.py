@@ -29,7 +29,8 @@ def cross_entropy_kernel(logits, label_T, loss, log_z, V: tl.constexpr, BLOCK: t
         word = start + tl.arange(0, BLOCK)
         x = tl.load(logits + t * V + word, mask=word < V, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(most, tl.max(x, 0))
-        total = total * tl.exp(most - larger) + tl.sum(tl.exp(x - larger), 0)
+        base = tl.maximum(larger, -3e38)  # finite if all logits so far are -inf
+        total = total * tl.exp(most - base) + tl.sum(tl.exp(x - base), 0)
         most = larger
     label = tl.load(label_T + t)
     chosen = tl.load(logits + t * V + tl.minimum(tl.maximum(label, 0), V - 1)).to(tl.float32)

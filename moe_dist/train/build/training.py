@@ -23,7 +23,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.split_files import data_digest
 from moe_dist.model.compiled import compile_dense
-from moe_dist.model.kernels.choice import use_triton
+from moe_dist.model.kernels import choice as dense_kernels
 from moe_dist.model.layers import ModelArgs
 from moe_dist.model.mixture_of_depths import DepthRouter
 from moe_dist.model.transformer import Transformer
@@ -253,7 +253,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     comm_stats = CommStats()
     check_expert_gemm(config, mesh.device)
     choice_scope, depth_scope = build_scopes(config, mesh, comm_stats)
-    kernels = row_kernels(config, mesh.device)
+    kernels = row_kernels(config, mesh.device, mesh.checkpoint)
     with torch.device("meta"):
         model = build_model(
             config,
@@ -267,7 +267,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     if config.parallel.compile:
         compile_dense(model)
     elif kernels is not TORCH:  # torch.compile fuses these operations itself
-        use_triton(model, config.parallel.kernels.kind, device=mesh.device, dtype=model.args.compute_dtype)
+        dense_kernels.use(model, dense_kernels.triton_kernels())
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])
     initialise(model, placement, ep_rank=mesh.ep_rank, device=mesh.device, seed=config.run.seed, std=config.model.init_std)
@@ -347,17 +347,27 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
             raise ConfigError(str(error)) from error
 
 
-def row_kernels(config: Config, device: torch.device) -> RowKernels:
-    """Returns the kernels of `parallel.kernels`. If `auto` cannot use Triton kernels on CUDA, logs the reason. Raises
-    ConfigError if `parallel.kernels` is triton but this device cannot use Triton kernels."""
-    dtype = COMPUTE_DTYPES[config.parallel.precision]
-    try:
-        kernels, reason = choose_kernels(config.parallel.kernels.kind, device=device, dtype=dtype)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if reason is not None:
-        logger.warning("parallel.kernels.kind=auto takes torch: %s (docs/gpu.md)", reason)
-    return kernels
+def row_kernels(config: Config, device: torch.device, ranks: dist.ProcessGroup | None = None) -> RowKernels:
+    """Returns the kernels of `parallel.kernels`, the same on all `ranks` (gloo). Raises ConfigError if a rank cannot use
+    Triton kernels, or if they fail their trial there, unless `parallel.kernels.fallback` allows torch on all ranks."""
+    chosen, dtype = config.parallel.kernels, COMPUTE_DTYPES[config.parallel.precision]
+    kernels, reason = choose_kernels(chosen.kind, device=device, dtype=dtype)
+    if kernels is not TORCH and chosen.kind == "auto" and not config.parallel.compile:
+        reason = dense_kernels.why_not(dense_kernels.triton_kernels(), device, dtype)
+    failed = torch.zeros(dist.get_world_size(ranks) if ranks else 1, dtype=torch.int64, device="cpu")
+    failed[dist.get_rank(ranks) if ranks else 0] = reason is not None
+    if ranks is not None:
+        dist.all_reduce(failed, group=ranks)
+    if not failed.any():
+        return kernels
+    reason = reason or f"rank {int(failed.argmax())} cannot use Triton kernels, and its log has the reason"
+    if not chosen.fallback:
+        raise ConfigError(
+            f"parallel.kernels.kind={chosen.kind}: {reason}; set parallel.kernels.fallback=true or "
+            "parallel.kernels.kind=torch to compute by torch, which takes more memory (docs/gpu.md)"
+        )
+    logger.warning("parallel.kernels.kind=%s takes torch: %s (docs/gpu.md)", chosen.kind, reason)
+    return TORCH
 
 
 def group_of_modality(manifest: Manifest, placement: ExpertPlacement) -> list[int]:

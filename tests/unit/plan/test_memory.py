@@ -116,6 +116,14 @@ def test_router_tuning_keeps_the_layers_from_its_lowest_on_and_moments_of_its_ro
     assert checkpoint_bytes(cfg) == 4 * whole + 8 * routers
 
 
+def test_where_torch_may_replace_kernels_its_memory_is_planned() -> None:
+    sure, torchs, either = (
+        estimated(config(parallel={"device": "cuda", "kernels": kernels})).total
+        for kernels in ({}, {"kind": "torch"}, {"fallback": True})
+    )
+    assert sure < torchs == either
+
+
 def test_states_of_a_rank() -> None:
     cfg = config(parallel={"ep": 4})
     placement = placed(cfg, 4)

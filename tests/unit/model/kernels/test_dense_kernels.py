@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.data.batch import IGNORED
-from moe_dist.model.kernels import norm
+from moe_dist.model.kernels import norm_rotary
 from moe_dist.model.kernels.choice import use, why_not
 from moe_dist.model.kernels.interface import TORCH, DenseKernels
 from moe_dist.model.kernels.triton_kernels import TRITON
@@ -83,7 +83,7 @@ def test_rotary_embedding(shape: str, dtype: torch.dtype, pairs: RopePairs) -> N
 def test_norm_with_rotary_embedding(
     shape: tuple[int, ...], dtype: torch.dtype, whole: bool, pairs: RopePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(norm, "PROGRAMS", 4)  # fewer programs than tokens; the last program gets fewer tokens
+    monkeypatch.setattr(norm_rotary, "PROGRAMS", 4)  # fewer programs than tokens; the last program gets fewer tokens
     batch, length, heads, width = shape
     torch.manual_seed(0)
     x, weight = (
@@ -143,11 +143,25 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(TRITON.token_losses(logits, labels), TORCH.token_losses(logits, labels))
 
 
+@pytest.mark.parametrize("masked", [slice(0, 4096), slice(4096, 5000), slice(0, 4999)])
+def test_excluded_words_have_no_share_of_the_loss(masked: slice) -> None:
+    """Whole blocks of logits may be -inf."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(1, 2, 5000), torch.full((1, 2), IGNORED)
+    logits[..., masked] = float("-inf")
+    labels[0, 0] = 4999 if masked.start == 0 else 7
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    for kernels, x in ((TRITON, ours), (TORCH, theirs)):
+        kernels.token_losses(x, labels).sum().backward()
+    torch.testing.assert_close(TRITON.token_losses(logits, labels), TORCH.token_losses(logits, labels))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 3, 100), (5, 7), (1, 1, 1), (3, 2056), (2, 9, 3, 24), (0, 4, 8), (70, 700)])
+@pytest.mark.parametrize("shape", [(2, 3, 100), (5, 6), (1, 1, 2), (3, 2056), (2, 9, 3, 24), (0, 4, 8), (70, 700)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some shapes have more rows than programs, so that the last program has fewer rows."""
-    monkeypatch.setattr(norm, "PROGRAMS", 4)
+    monkeypatch.setattr(norm_rotary, "PROGRAMS", 4)
     torch.manual_seed(0)
     x, weight = torch.randn(shape).to(dtype).requires_grad_(), torch.randn(shape[-1]).requires_grad_()
     exact = [each.detach().double().requires_grad_() for each in (x, weight)]
@@ -159,6 +173,12 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.Mo
     assert [each.dtype for each in gradients] == [dtype, torch.float32]
     close(gradients[0], expected[0], dtype)
     close(gradients[1], expected[1], torch.float32)
+
+
+@pytest.mark.parametrize("width", [7, norm_rotary.LARGEST + 2])
+def test_norms_without_a_kernel_take_torch(width: int) -> None:
+    x, weight = torch.randn(3, width), torch.randn(width)
+    assert torch.equal(TRITON.rms_norm(x, weight, 1e-5), TORCH.rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -52,21 +52,27 @@ def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fallback_has_a_reason_in_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lack, reason: str
 ) -> None:
-    config = {kind: tiny_config(tmp_path, tmp_path, {"parallel.kernels.kind": kind}) for kind in ("auto", "triton")}
     lack(monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        assert row_kernels(config["auto"], CUDA) is TORCH
-        assert row_kernels(config["auto"], CPU) is TORCH
-    (record,) = caplog.records
-    assert reason in record.getMessage()
-    with refused(ConfigError, reason):
-        row_kernels(config["triton"], CUDA)
+    for kind in ("auto", "triton"):
+        config = tiny_config(tmp_path, tmp_path, {"parallel.kernels.kind": kind})
+        allowed = tiny_config(tmp_path, tmp_path, {"parallel.kernels.kind": kind, "parallel.kernels.fallback": True})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert row_kernels(allowed, CUDA) is TORCH
+        (record,) = caplog.records
+        assert reason in record.getMessage()
+        with refused(ConfigError, reason):
+            row_kernels(config, CUDA)
+    assert row_kernels(tiny_config(tmp_path, tmp_path), CPU) is TORCH
 
 
 def test_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    with refused(ValueError, "need CUDA, and this rank computes on cpu"):
-        choose_kernels("triton", device=CPU, dtype=torch.float32)
-    with refused(ValueError, "not enough for a float64 model"):
-        choose_kernels("triton", device=CUDA, dtype=torch.float64)
+    for device, dtype, words in (
+        (CPU, torch.float32, "need CUDA, and this rank computes on cpu"),
+        (CUDA, torch.float64, "not enough for a float64 model"),
+    ):
+        kernels, reason = choose_kernels("triton", device=device, dtype=dtype)
+        assert kernels is TORCH
+        assert words in str(reason)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose_kernels("triton", device=CPU, dtype=torch.float32) == (TRITON, None)

@@ -12,8 +12,8 @@ import pytest
 SHARED = {"swiglu backward": 16, "choose": 2048, "choose backward": 4096}
 SHARED |= {"plan: scan": 32, "plan: count": 512, "plan: collect": 256, "plan: place": 4096}
 SHARED |= {f"experts choose: {name}": size for name, size in (("candidates", 2048), ("take", 4096), ("sums", 2048))}
-SHARED |= {"norm": 16_384, "norm backward": 16_384, "cross entropy": 16}
-SHARED |= {"normed rotary": 64, "normed rotary backward": 4096}
+SHARED |= {"norm": 16_384, "backward of norm": 16_384, "cross entropy": 16}
+SHARED |= {"normed rotary": 64, "backward of normed rotary": 4096}
 MOST_REGISTERS = 128  # per thread, so that 4 blocks of 128 threads fit on a multiprocessor
 
 
