@@ -69,26 +69,29 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
     read = draft(Config, values)
     # The engine would have filled in the keys that an incomplete section lacks.
     shown = [each for each in read.problems if not (incomplete and each.startswith("model."))]
-    return PartialConfig(read.value, (*problems, *_missing_as_one(shown)), read.wrong)
+    return PartialConfig(read.value, (*problems, *_missing_as_one(shown, _engine(values).example)), read.wrong)
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """Returns `values` with a complete section `model`: the engine's section completes the section `model` of the file."""
-    engine, model = values.get("engine"), values.get("model")
+    model = values.get("model")
+    return {**values, "model": _engine(values).complete_model(model)} if isinstance(model, dict) else values
+
+
+def _engine(values: dict[str, Any]) -> type[EngineSection]:
+    engine = values.get("engine")
     kind = engine.get("kind") if isinstance(engine, dict) else None
     section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
-    if section is None or not issubclass(section, EngineSection) or not isinstance(model, dict):
-        return values
-    return {**values, "model": section.complete_model(model)}
+    return section if section is not None and issubclass(section, EngineSection) else EngineSection
 
 
-def _missing_as_one(problems: Sequence[str]) -> list[str]:
-    """Returns the error texts. If several sections are missing, one text replaces the separate texts about them."""
+def _missing_as_one(problems: Sequence[str], example: str) -> list[str]:
+    """Returns the error texts. If several sections are missing, one text, which names `example`, replaces theirs."""
     missing = [problem for problem in problems if re.match(r"\w+: missing; give section", problem)]
     if len(missing) < 2:
         return list(problems)
     names = ", ".join(problem.partition(":")[0] for problem in missing)
-    fix = "start from a complete configuration: `moe-dist show moma_tiny_cpu > new.yaml`"
+    fix = f"start from a complete configuration: {example}"
     return [*(problem for problem in problems if problem not in missing), f"{names}: these sections are missing; {fix}"]
 
 
