@@ -69,32 +69,35 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
     read = draft(Config, values)
     # The engine would have filled in the keys that an incomplete section lacks.
     shown = [each for each in read.problems if not (incomplete and each.startswith("model."))]
-    return PartialConfig(read.value, (*problems, *_missing_as_one(shown)), read.wrong)
+    return PartialConfig(read.value, (*problems, *_missing_as_one(shown, _engine(values).example)), read.wrong)
 
 
 def completed(values: dict[str, Any]) -> dict[str, Any]:
     """Returns `values` with a complete section `model`: the engine's section completes the section `model` of the file."""
-    engine, model = values.get("engine"), values.get("model")
-    kind = engine.get("kind") if isinstance(engine, dict) else None
-    section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
+    model, engine = values.get("model"), _engine(values)
     if not isinstance(model, dict):
         return values
     hosted = [f"model.{key}" for key in ("folder", "family") if model.get(key) is not None]
-    if hosted and "hidden_dim" not in model and not (section and getattr(section, "hosts", False)):
+    if hosted and "hidden_dim" not in model and not engine.hosts:
         way = "set engine={kind: transformers}, which trains it, or write the keys of `model` for this project's own model"
-        raise ConfigError([f"engine.kind={kind!r}: {' and '.join(hosted)} names a model of transformers; {way}"])
-    if section is None or not issubclass(section, EngineSection):
-        return values
-    return {**values, "model": section.complete_model(model)}
+        raise ConfigError([f"{' and '.join(hosted)}: names a model of transformers, and `engine` another engine; {way}"])
+    return {**values, "model": engine.complete_model(model)}
 
 
-def _missing_as_one(problems: Sequence[str]) -> list[str]:
-    """Returns the error texts. If several sections are missing, one text replaces the separate texts about them."""
+def _engine(values: dict[str, Any]) -> type[EngineSection]:
+    engine = values.get("engine")
+    kind = engine.get("kind") if isinstance(engine, dict) else None
+    section = find(Config, "engine")[0].sections.get(kind) if isinstance(kind, str) else None
+    return section if section is not None and issubclass(section, EngineSection) else EngineSection
+
+
+def _missing_as_one(problems: Sequence[str], example: str) -> list[str]:
+    """Returns the error texts. If several sections are missing, one text, which names `example`, replaces theirs."""
     missing = [problem for problem in problems if re.match(r"\w+: missing; give section", problem)]
     if len(missing) < 2:
         return list(problems)
     names = ", ".join(problem.partition(":")[0] for problem in missing)
-    fix = "start from a complete configuration: `moe-dist show moma_tiny_cpu > new.yaml`"
+    fix = f"start from a complete configuration: {example}"
     return [*(problem for problem in problems if problem not in missing), f"{names}: these sections are missing; {fix}"]
 
 

@@ -22,6 +22,7 @@ class EngineSection(KindSection):
     hosts: ClassVar[bool] = False  # whether model.folder or model.family names a transformers model
     needs_modules: ClassVar[tuple[str, ...]] = ()  # Python modules that the engine needs
     source: ClassVar[str] = ""  # how to install these modules
+    example: ClassVar[str] = "`moe-dist show moma_tiny_cpu > new.yaml`"  # a complete configuration, for messages
     dense_text: ClassVar[str] = "dense ones on every rank"  # says which ranks have the dense weights
     own_kernels: ClassVar[bool] = True  # whether dense parts run this project's kernels (parallel.kernels)
     passes_logits: ClassVar[bool] = True  # whether a layer gets the previous MoE layer's router logits

@@ -55,6 +55,7 @@ class TransformersEngineSection(EngineSection):
     hosts = True
     needs_modules = ("transformers",)
     source = "pip install 'moe_dist[hf]'"
+    example = "the first one of docs/hf-engine.md"
     own_kernels = False
     passes_logits = False
     passes_token_ids = False

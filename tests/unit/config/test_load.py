@@ -216,7 +216,16 @@ def test_a_file_with_thousands_of_faults_is_refused_after_the_first_of_them(
         ("just text", "must be a mapping of sections"),
         ("run: !!python/object/apply:os.system [ls]\n", "no value may name its type (!...); write plain values"),
         ("a: &a [*a]\n", "contains its own alias"),
-        ("", "run, model, data, train, optimizer, evaluation: these sections are missing; "),
+        (
+            "",
+            "run, model, data, train, optimizer, evaluation: these sections are missing; "
+            "start from a complete configuration: `moe-dist show moma_tiny_cpu > new.yaml`",
+        ),
+        (
+            "engine: {kind: transformers}\nrun: {name: a}\nmodel: {folder: nowhere}\n",
+            "data, train, optimizer, evaluation: these sections are missing; "
+            "start from a complete configuration: the first one of docs/hf-engine.md",
+        ),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path: Path, text: str, fault: str) -> None:
