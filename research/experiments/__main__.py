@@ -26,6 +26,7 @@ from research.experiments.report import write_report
 from research.experiments.results import check_rules, read_records, results_path
 from research.experiments.runner import STOP_SECONDS, Runner
 from research.experiments.study import FOLDER, ROOT, Study, StudyJob, config_of, find_file, jobs_of, load_study, run_folder
+from research.experiments.summary import write_summary
 from research.experiments.verdicts import Records, failed_gates, judge_gates
 
 
@@ -57,6 +58,7 @@ def main(
         print(write_report(study))
         if CLAIMS_PAGE.is_file():
             write_claims(CLAIMS_PAGE)
+            write_summary()
 
 
 def _status_text(study: Study, jobs: Sequence[StudyJob], *, pilot: bool) -> str:

@@ -1,4 +1,4 @@
-"""Writes the table of claims in docs/results.md: each rule of some experiments, with its verdict and its effect. The
+"""Writes the table of claims in docs/results_all.md: each rule of some experiments, with its verdict and its effect. The
 page names the experiments in the comment `<!-- begin claims NAME NAME ... -->`."""
 
 import re
@@ -12,7 +12,7 @@ from research.experiments.study import FOLDER, Study, find_file, load_study
 from research.experiments.verdict_figure import unit_of
 from research.experiments.verdicts import Verdict, judge
 
-PAGE = Path("docs/results.md")
+PAGE = Path("docs/results_all.md")
 TABLE = re.compile(r"(<!-- begin claims ((?:[\w-]+ )+)-->\n).*?(<!-- end claims -->)", re.DOTALL)
 
 
@@ -40,11 +40,11 @@ def _rows(study: Study) -> Sequence[Sequence[str]]:
     rows = []
     for each in _verdicts(study):
         effect, unit, seeds = _effect(each)
-        rows.append([link, each.rule.claim, f"**{_outcome(each)}**", effect, judged[each.rule.by], unit, seeds])
+        rows.append([link, each.rule.claim, f"**{outcome_of(each)}**", effect, judged[each.rule.by], unit, seeds])
     return rows
 
 
-def _outcome(verdict: Verdict) -> str:
+def outcome_of(verdict: Verdict) -> str:
     """Returns `verdict.outcome`. Adds that the claim is refuted if even the lower bound is above the margin."""
     refuted = verdict.outcome == "fail" and verdict.paired is not None and verdict.paired.lower > verdict.rule.margin
     return "fail, refuted" if refuted else verdict.outcome

@@ -1,4 +1,4 @@
-"""Pages and tables in research/records agree with the records there, and docs/results.md shows these tables."""
+"""Pages and tables in research/records agree with the records there, and docs/method-comparison.md shows these tables."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_tables_say_what_the_records_say(name: str, monkeypatch: pytest.MonkeyPa
     assert len(asked.seeds) == 3
     text = table_text(asked, study, read_records(results_path(study, pilot=False)))
     assert (ROOT / name / "table.md").read_text() == text, "--report writes the table anew"
-    assert text.split("\n\n")[1] in Path("docs/results.md").read_text()
+    assert text.split("\n\n")[1] in Path("docs/method-comparison.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(path.name.removesuffix(".jsonl.gz") for path in STUDIES.glob("*.jsonl.gz")))
