@@ -137,27 +137,12 @@ class BalanceSection(Section):
 class DistillationSection(Section):
     """Distillation: train the model to predict a teacher's distribution of the next token."""
 
-    teacher: PathText | None = None
+    teacher: PathText
     """Checkpoint or run folder of the teacher. Every rank has a frozen copy of the whole teacher."""
-    top_logits: PathText | None = None
-    """Folder to which `moe-dist teach` wrote the teacher's most likely next tokens for the sequences of this run. Excludes
-    the key teacher."""
     weight: Share = 1.0
     """Weight of the KL divergence from the teacher in the loss. Cross entropy has the weight 1 - this value."""
     divergence: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || model). reverse: KL(model || teacher); needs the key teacher."""
-
-    def violations(self) -> Iterator[Violation]:
-        if (self.teacher is None) == (self.top_logits is None):
-            problem = f"teacher={self.teacher!r}, top_logits={self.top_logits!r}: give one of the two, and only one"
-            yield Violation(("teacher", "top_logits"), problem)
-        if self.divergence == "reverse" and self.top_logits is not None:
-            problem = (
-                f"divergence=reverse, top_logits={self.top_logits!r}: the reverse KL has the logarithm of the teacher's "
-                "probability of all words that are not kept, which may be rounding alone; set teacher in place of "
-                "top_logits, or divergence to forward"
-            )
-            yield Violation(("divergence", "top_logits"), problem)
+    """forward: KL(teacher || model). reverse: KL(model || teacher)."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.router_tuning is not None:

@@ -21,7 +21,6 @@ from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
-from moe_dist.formats.split_files import data_digest
 from moe_dist.model.compiled import compile_dense
 from moe_dist.model.kernels.choice import use_triton
 from moe_dist.model.layers import ModelArgs
@@ -59,7 +58,6 @@ from moe_dist.train.build.moe_layers import (
 from moe_dist.train.build.tuning import build_tuning
 from moe_dist.train.objective.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.objective.loss import AuxSettings, aux_at
-from moe_dist.train.objective.top_logits import TopLogits
 from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
@@ -282,7 +280,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" and layers else None
     distillation, taught = None, config.loss.distillation
     if taught is not None:
-        status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
+        status = CollectiveStatus(taught.teacher, mesh.checkpoint, mesh.tracker)
         read = partial(build_distillation, config, manifest, mesh.device)
         distillation = status.phase("load the teacher", read)  # the load fails either on all ranks or on none
     step = TrainingStep(
@@ -312,13 +310,9 @@ def context_on(
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
-    """Makes the distillation term of the loss. Loads the teacher on this rank, or opens the file with its output."""
+    """Makes the distillation term of the loss. Loads the teacher on this rank."""
     section = config.loss.distillation
     assert section is not None, "the caller checks the section"
-    if section.top_logits is not None:
-        digest = data_digest(config.data.path, manifest)
-        return Distillation(TopLogits(section.top_logits, config, digest), weight=section.weight)
-    assert section.teacher is not None, "the section has one of the two"
     folder, model = teacher_section(section.teacher, config.model, manifest, seq_len=config.data.seq_len)
     placement = replicated_placement(expert_groups(model.moe))
     teacher = build_for_inference(config.model_copy(update={"model": model}), placement, device)
