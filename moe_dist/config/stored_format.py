@@ -33,7 +33,7 @@ VALUES = {
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
 # Maps removed keys to the value with which they had no effect. A stored key with this value is left out, also if the
 # configuration has a format number. With another value the key stays, and is refused as an unknown key.
-REMOVED = {"loss.distillation.top_logits": None}
+REMOVED = {"loss.distillation.top_logits": None, "parallel.check_exchanges": False}
 
 
 def translate(values: Any) -> Any:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.state import CheckpointState, Part, RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.base.section import named
@@ -45,7 +46,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.dealing import build_dealing
-from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
+from moe_dist.train.build.dispatch import NodeGroups, dispatch_context
 from moe_dist.train.build.moe_layers import (
     LayerParts,
     attention_adapters,
@@ -119,7 +120,7 @@ def build_transformer(
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
-    all_to_all = build_all_to_all(config.parallel, ep_group, stats, tracker)
+    all_to_all = AllToAll(ep_group, stats, tracker)
     parts = LayerParts(config, placement, ep_rank, all_to_all, node_groups, choice_scope, kernels)
 
     def make_depths(layer: int) -> DepthRouter:
@@ -304,7 +305,7 @@ def context_on(
     mesh: Mesh, config: Config, placement: ExpertPlacement, comm_stats: CommStats, kernels: RowKernels = TORCH
 ) -> DispatchContext:
     """Returns the arguments of a dispatcher over the ranks of `mesh`."""
-    wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
+    wire, nodes = AllToAll(mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
     tokens = config.train.micro_batch * config.data.seq_len
     return dispatch_context(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
 
