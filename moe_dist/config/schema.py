@@ -53,11 +53,11 @@ class RunSection(Section):
     init_from: PathText | None = None
     """Checkpoint or run folder from which a new run loads the weights whose names and shapes fit. A resumed run ignores
     this key."""
-    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "split_experts", "adapt"], ...] = ()
+    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "adapt"], ...] = ()
     """Changes to the weights of init_from. copy_nulls copies a true expert's router row to each null expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
-    expert of the group. split divides a dense FFN among the experts of the group. split_experts divides each expert of a
-    mixture into smaller experts. adapt adds new adapters to the unchanged model (train.only=adapters)."""
+    expert of the group. split divides a dense FFN among the experts of the group. adapt adds new adapters to the unchanged
+    model (train.only=adapters)."""
     keep_position: bool = False
     """With init_from: continue in the data at that checkpoint's position. Needs the same data, data section and seed as in
     the checkpoint. Steps and learning rate still start at the beginning."""

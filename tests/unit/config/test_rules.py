@@ -265,10 +265,6 @@ REFUSED = {
         f"run.init_rules=[split] | {CHOICE}",
         "run.init_rules=[split] | model.moe.groups.image.num_constant=1",
         "run.init_rules=[split] | model.moe.experts={kind: clamped_ffn}",
-        "run.init_rules=[split_experts, copy_nulls]",
-        f"run.init_rules=[split_experts] | {CHOICE}",
-        "run.init_rules=[split_experts] | model.moe.groups.image.num_constant=1",
-        "run.init_rules=[split_experts] | model.moe.experts={kind: clamped_ffn}",
     ),
     "static": (
         "model.mixture_of_depths={capacity: 0.5}",
