@@ -28,7 +28,6 @@ COMMANDS = (
     ("show", "launchers.explain:show", "Print a whole configuration, defaults included."),
     ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
     ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
-    ("teach", "tools.teach:main", "Write a teacher's most likely words for distillation."),
     ("evaluate", "tools.evaluate:main", "Test a trained run with multiple-choice questions."),
     ("trace", "tools.trace:main", "Trace the experts of held-out tokens."),
     ("report", "tools.report:main", "Draw the routing of a run or a trace as HTML."),

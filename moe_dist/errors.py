@@ -89,5 +89,4 @@ class StorageError(MoeDistError):
 
 
 class IntegrityError(MoeDistError):
-    """Data that must be equal on several ranks differ. `parallel.check_exchanges` compares sent and received data, and
-    `monitor.compare_copies_every` compares copies of weights."""
+    """Copies of weights that must be equal on several ranks differ (`monitor.compare_copies_every`)."""

@@ -4,9 +4,9 @@ docs/planning.md."""
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -21,8 +21,7 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.monitor.report.numbers import traffic
-from moe_dist.monitor.report.replayed_counts import capped, without_nulls
-from moe_dist.monitor.report.routing import Routing, group_of_modality, model_shape
+from moe_dist.monitor.report.routing import Routing, model_shape
 from moe_dist.plan.answers import answers, best_of_each, hot_expert, modality_answer, picture
 from moe_dist.plan.estimate import Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
@@ -48,8 +47,6 @@ class PlanOptions:
         typer.Option(help="Number of GPUs, or a range whose doublings are taken, as 8..10240; by default the configured."),
     ] = None
     trace: Annotated[Path | None, typer.Option(help="A run or trace of this model, for real routing.")] = None
-    nulls: Annotated[Literal["traced", "real"], typer.Option(help="real: null choices become true experts.")] = "traced"
-    capacity: Annotated[float | None, typer.Option(min=0.01, help="Capacity factor for the traced choices.")] = None
     cluster: Annotated[str | None, typer.Option(help="Cluster file with gpus.type and between_gbytes.")] = None
     rates: Annotated[Path | None, typer.Option(help="Rates that moe-dist calibrate measured.")] = None
     machine: Annotated[str, typer.Option(help="Machine of --rates, if it is not this one.")] = platform.node()
@@ -81,7 +78,7 @@ def main(options: PlanOptions) -> None:
         return
     source, routing = Expected(mix), None
     if options.trace is not None:
-        routing = changed(routing_of(options.trace, config), options, config.train.micro_batch)
+        routing = routing_of(options.trace, config)
         assert routing.tokens is not None
         source = Traced(routing.tokens.ids_TLK, routing.tokens.sequence_T)
         counted = np.bincount(routing.tokens.modality_T, minlength=len(routing.modalities))
@@ -131,9 +128,8 @@ def _launch(config: Config, path: Path, ranks_per_node: int) -> str:
 def refuse_unused(options: PlanOptions, engine: EngineSection) -> None:
     """Raises ConfigError for options about step times if no step times are simulated for the engine. Also raises
     ConfigError if the layouts of the engine are unknown."""
-    values = {"--trace": options.trace, "--capacity": options.capacity, "--price": options.price}
-    given = [name for name, value in values.items() if value is not None] + ["--nulls real"] * (options.nulls == "real")
-    if given:
+    values = {"--trace": options.trace, "--price": options.price}
+    if given := [name for name, value in values.items() if value is not None]:
         raise ConfigError(
             f"{', '.join(given)}: no step times are simulated for engine.kind={engine.kind}; leave the option out, or set "
             "engine.kind=moe_dist",
@@ -240,18 +236,6 @@ def routing_of(path: Path, config: Config) -> Routing:
     if routing.tokens is None:
         raise ConfigError(f"--trace {path}: the run has no trace of tokens; set monitor.trace, or use moe-dist trace")
     return routing
-
-
-def changed(routing: Routing, options: PlanOptions, micro_batch: int) -> Routing:
-    """Returns the routing after the options --nulls and --capacity have changed the traced choices."""
-    tokens, groups = routing.tokens, routing.groups
-    assert tokens is not None
-    group_T, ids_TLK = group_of_modality(groups, routing.modalities)[tokens.modality_T], tokens.ids_TLK
-    if options.nulls == "real":
-        ids_TLK = without_nulls(ids_TLK, group_T, groups)
-    if options.capacity is not None:
-        ids_TLK = capped(ids_TLK, group_T, tokens.sequence_T // micro_batch, groups, options.capacity)
-    return replace(routing, tokens=replace(tokens, ids_TLK=ids_TLK))
 
 
 def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> None:

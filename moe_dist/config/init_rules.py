@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 from moe_dist.config.base.section import Violation, WholeConfig
 from moe_dist.config.model_schema import GroupSection, ModelSection
-from moe_dist.config.split_experts_rule import UNKNOWN_ROUTER, split_experts_violations
 
 KEY = "run.init_rules"
 ROUTER = "model.moe.router"
+UNKNOWN_ROUTER = "the checkpoint does not say by which router it was trained (model.moe in its state.json)"
 
 
 def _split_violations(config: WholeConfig) -> Iterator[Violation]:
@@ -57,13 +57,6 @@ def _split_violations(config: WholeConfig) -> Iterator[Violation]:
             yield Violation(("run.init_rules", f"{ROUTER}.scale", key), problem)
 
 
-# Maps each rule of `run.init_rules` that must be the only rule to the function that checks it, and the reason.
-_ALONE = {
-    "split": (_split_violations, "split sets all router rows to 0 and takes whole FFNs"),
-    "split_experts": (split_experts_violations, "split_experts takes experts and routers of the checkpoint as they are"),
-}
-
-
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
     """Returns the values of top_k with which a token takes the same `true_choices` true experts before and after the
     router's m null rows become copies of its n true rows, m / n copies of each.
@@ -94,18 +87,18 @@ def init_violations(config: WholeConfig) -> Iterator[Violation]:
     if "adapt" in rules and len(set(rules)) > 1:
         problem = f"{KEY}={list(rules)}: under adapters the base stays unchanged; remove the other rules, or adapt"
         yield Violation((KEY,), problem)
-    for rule, (check, why) in _ALONE.items():
-        if rule in rules and len(set(rules)) > 1:
-            yield Violation((KEY,), f"{KEY}={list(rules)}: {why}; remove the other rules")
-        elif rule in rules:
-            experts = config.model.moe.experts
-            if experts.num_biases(1, 1):
-                problem = (
-                    f"{KEY}: {rule}: experts of kind={experts.kind} have a bias of their output, which each part would "
-                    "add; take model.moe.experts.kind=ffn, or remove the rule"
-                )
-                yield Violation((KEY, "model.moe.experts.kind"), problem)
-            yield from check(config)
+    if "split" in rules and len(set(rules)) > 1:
+        problem = f"{KEY}={list(rules)}: split sets all router rows to 0 and takes whole FFNs; remove the other rules"
+        yield Violation((KEY,), problem)
+    elif "split" in rules:
+        experts = config.model.moe.experts
+        if experts.num_biases(1, 1):
+            problem = (
+                f"{KEY}: split: experts of kind={experts.kind} have a bias of their output, which each part would add; "
+                "take model.moe.experts.kind=ffn, or remove the rule"
+            )
+            yield Violation((KEY, "model.moe.experts.kind"), problem)
+        yield from _split_violations(config)
     if "copy_nulls" in rules:
         yield from _copy_violations(config)
 

@@ -53,11 +53,11 @@ class RunSection(Section):
     init_from: PathText | None = None
     """Checkpoint or run folder from which a new run loads the weights whose names and shapes fit. A resumed run ignores
     this key."""
-    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "split_experts", "adapt"], ...] = ()
+    init_rules: tuple[Literal["copy_nulls", "upcycle", "split", "adapt"], ...] = ()
     """Changes to the weights of init_from. copy_nulls copies a true expert's router row to each null expert, so that a
     trained top-k model starts unchanged (AdaMoE). upcycle copies a dense FFN, or the only expert of a group, into every
-    expert of the group. split divides a dense FFN among the experts of the group. split_experts divides each expert of a
-    mixture into smaller experts. adapt adds new adapters to the unchanged model (train.only=adapters)."""
+    expert of the group. split divides a dense FFN among the experts of the group. adapt adds new adapters to the unchanged
+    model (train.only=adapters)."""
     keep_position: bool = False
     """With init_from: continue in the data at that checkpoint's position. Needs the same data, data section and seed as in
     the checkpoint. Steps and learning rate still start at the beginning."""
@@ -137,27 +137,12 @@ class BalanceSection(Section):
 class DistillationSection(Section):
     """Distillation: train the model to predict a teacher's distribution of the next token."""
 
-    teacher: PathText | None = None
+    teacher: PathText
     """Checkpoint or run folder of the teacher. Every rank has a frozen copy of the whole teacher."""
-    top_logits: PathText | None = None
-    """Folder to which `moe-dist teach` wrote the teacher's most likely next tokens for the sequences of this run. Excludes
-    the key teacher."""
     weight: Share = 1.0
     """Weight of the KL divergence from the teacher in the loss. Cross entropy has the weight 1 - this value."""
     divergence: Literal["forward", "reverse"] = "forward"
-    """forward: KL(teacher || model). reverse: KL(model || teacher); needs the key teacher."""
-
-    def violations(self) -> Iterator[Violation]:
-        if (self.teacher is None) == (self.top_logits is None):
-            problem = f"teacher={self.teacher!r}, top_logits={self.top_logits!r}: give one of the two, and only one"
-            yield Violation(("teacher", "top_logits"), problem)
-        if self.divergence == "reverse" and self.top_logits is not None:
-            problem = (
-                f"divergence=reverse, top_logits={self.top_logits!r}: the reverse KL has the logarithm of the teacher's "
-                "probability of all words that are not kept, which may be rounding alone; set teacher in place of "
-                "top_logits, or divergence to forward"
-            )
-            yield Violation(("divergence", "top_logits"), problem)
+    """forward: KL(teacher || model). reverse: KL(model || teacher)."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if config.router_tuning is not None:

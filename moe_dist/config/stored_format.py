@@ -1,11 +1,12 @@
 """Translates configurations that runs and checkpoints stored before the key `format` existed.
 
 Such a configuration has former names of keys and kinds. It lacks keys whose present defaults differ from the behaviour at
-that time. A configuration with a format number is not translated. If a later version changes names or defaults such that
-stored runs would change, that version must increase the number and add a translation.
+that time. In a configuration with a format number only removed keys are left out. If a later version changes names or
+defaults such that stored runs would change, that version must increase the number and add a translation.
 """
 
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 FORMAT = 1  # number of the present format
@@ -30,21 +31,33 @@ VALUES = {
 }
 # Maps keys to the values that apply if a stored configuration lacks the key.
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
+# Maps removed keys to the value with which they had no effect. A stored key with this value is left out, also if the
+# configuration has a format number. With another value the key stays, and is refused as an unknown key.
+REMOVED = {"loss.distillation.top_logits": None, "parallel.check_exchanges": False}
 
 
 def translate(values: Any) -> Any:
     """Returns a stored configuration (plain values, as in YAML or JSON) in the present format."""
-    if not isinstance(values, Mapping) or "format" in values:
+    if not isinstance(values, Mapping):
         return values
-    found = _renamed(values, "")
-    for key, value in FORMER_DEFAULTS.items():
-        *holders, name = key.split(".")
-        section = found
-        for holder in holders:
-            section = section.get(holder) if isinstance(section, dict) else None
-        if isinstance(section, dict):
-            section.setdefault(name, value)
+    found = deepcopy(values) if "format" in values else _renamed(values, "")
+    for key, value in FORMER_DEFAULTS.items() if "format" not in values else ():
+        section, name = _holder(found, key)
+        section.setdefault(name, value)
+    for key, value in REMOVED.items():
+        section, name = _holder(found, key)
+        if name in section and section[name] == value:
+            del section[name]
     return found
+
+
+def _holder(values: Any, key: str) -> tuple[dict[str, Any], str]:
+    """Returns the section that has the dotted key, and the last part of the key. The section is a new {} if it is
+    missing."""
+    *holders, name = key.split(".")
+    for holder in holders:
+        values = values.get(holder) if isinstance(values, dict) else None
+    return (values if isinstance(values, dict) else {}), name
 
 
 def _renamed(value: Any, key: str) -> Any:

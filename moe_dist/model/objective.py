@@ -52,20 +52,15 @@ Divergence = Literal["forward", "reverse"]
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """Distillation: the teacher's log-probabilities of the next token, for all words or only for `word_BSK`, without a
-    gradient. The loss is the divergence between the model's and the teacher's distributions (Hinton et al., arXiv
-    1503.02531, at temperature 1).
+    """Distillation: the teacher's log-probabilities of the next token, for all words, without a gradient. The loss is the
+    divergence between the model's and the teacher's distributions (Hinton et al., arXiv 1503.02531, at temperature 1).
 
         forward KL = sum over words v of p_v (log p_v - log q_v)        p: teacher, q: model
         reverse KL = sum over words v of q_v (log q_v - log p_v)
-
-    If only the teacher's K most likely words are known, all other words count as one additional word, which has the
-    remaining probability. The forward KL over K + 1 words is at most the forward KL over all words.
     """
 
-    log_prob_BSK: Tensor  # fp32 (float64 for a float64 model)
-    word_BSK: Tensor | None = None  # int64, K < V different words; None for all words in order (K = V)
-    divergence: Divergence = "forward"  # `reverse` needs all words
+    log_prob_BSV: Tensor  # fp32 (float64 for a float64 model)
+    divergence: Divergence = "forward"
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns cross entropies and divergences [2, B, S]; see `Objective`."""
@@ -77,14 +72,7 @@ def divergences(logits_BSV: Tensor, teacher: TeacherOutput, labels_BS: Tensor) -
     """Returns the KL divergence of each token [B, S] in nats, fp32 (float64 for a float64 model); 0 where the label is
     negative. Keeps about five tensors of B x S x V numbers until backward."""
     dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-    log_q_BSV, log_p_BSK = logits_BSV.to(dtype).log_softmax(-1), teacher.log_prob_BSK.to(dtype)
-    if teacher.word_BSK is None:
-        to_from = (log_q_BSV, log_p_BSK) if teacher.divergence == "forward" else (log_p_BSK, log_q_BSV)
-        kl_BS = F.kl_div(*to_from, reduction="none", log_target=True).sum(-1)
-    else:
-        p_BSK, log_q_BSK = log_p_BSK.exp(), log_q_BSV.gather(-1, teacher.word_BSK)
-        rest_BS = (1.0 - p_BSK.sum(-1)).clamp_min(0.0)
-        # sums q over words outside the K words, because 1 - (sum of q) loses all digits if the sum is near 1
-        log_q_rest_BS = log_q_BSV.scatter(-1, teacher.word_BSK, float("-inf")).logsumexp(-1)
-        kl_BS = (p_BSK * (log_p_BSK - log_q_BSK)).sum(-1) + torch.xlogy(rest_BS, rest_BS) - rest_BS * log_q_rest_BS
+    log_q_BSV, log_p_BSV = logits_BSV.to(dtype).log_softmax(-1), teacher.log_prob_BSV.to(dtype)
+    to_from = (log_q_BSV, log_p_BSV) if teacher.divergence == "forward" else (log_p_BSV, log_q_BSV)
+    kl_BS = F.kl_div(*to_from, reduction="none", log_target=True).sum(-1)
     return torch.where(labels_BS < 0, 0.0, kl_BS)

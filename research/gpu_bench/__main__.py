@@ -12,6 +12,7 @@ MEASUREMENTS: Mapping[str, Check] = {
     "sanitizer": Check("research.gpu_bench.sanitizer:sanitizer", 180, "no kernel reads or writes outside its tensors"),
     "workloads": Check("research.gpu_bench.workloads:workloads", 150, "W0 to W7, from balanced to bursts = in float64"),
     "graph": Check("research.gpu_bench.graph:graph", 90, "an MoE layer in a CUDA graph = with sizes read on the host"),
+    "layer rate": Check("research.gpu_bench.rates:layer_rate", 120, "time of layers over their least time"),
     "kernel rates": Check("research.gpu_bench.rates:kernel_rates", 60, "time of each kernel over bytes / copy rate"),
     "grouped product": Check("research.gpu_bench.rates:grouped", 60, "grouped product over the dense rate"),
     "null fraction": Check("research.gpu_bench.rates:null_fraction", 60, "time of a layer as choices become null"),

@@ -17,9 +17,20 @@ from moe_dist.model.attention import attend, make_mask
 from moe_dist.moe.experts.products import grouped_product, why_not_grouped
 from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex
-from tools.gpu_check.layers import passes, single_group
+from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.layer import MoELayer
+from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
-from tools.gpu_check.rates import BF16, bf16_layer, drawn, seconds_of, sizes
+from tools.gpu_check.profiled import profiled
+from tools.gpu_check.rates import BF16, drawn, seconds_of, sizes
+
+# T, D, F, E and K of other models. If E counts the experts of one rank, T counts the tokens that reach them.
+SHAPES = {
+    "Mixtral": (8192, 4096, 14336, 8, 2),
+    "DeepSeek-V3, 32 of 256 experts": (16_384, 7168, 2048, 32, 2),
+    "MoMa, a group": (16_384, 2048, 5440, 4, 1),
+    "OLMoE, 32,768 tokens": (32_768, 2048, 1024, 64, 8),
+}
 
 
 def kernel_rates(job: CheckJob) -> list[Reading]:
@@ -146,3 +157,42 @@ def _attention_seconds(job: CheckJob, device: torch.device, heads: int, length: 
     runs = (lambda: attend(q, k, v, mask), lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     inside, causal = (seconds_of(job, lambda run=run: torch.autograd.grad(run(), (q, k, v), direction)) for run in runs)
     return inside, causal
+
+
+def layer_rate(job: CheckJob) -> list[Reading]:
+    """Times forward and backward of one layer on one rank, in the shapes of four models. The least time has two parts:
+    the time of the matrix products at the rate of dense products, and the time of reading and writing the bytes of
+    gathers, SwiGLU and sums at the rate of copies.
+    """
+    gemm, copy, device, readings = job.rate("gemm"), job.rate("copy"), torch.device(job.device), []
+    for name, (T, D, F, E, K) in {"OLMoE": sizes(job), **({} if job.rehearse else SHAPES)}.items():
+        ours, Q = bf16_layer(D, single_group(E, 0, K, F), device), T * K
+        x_TD, group_T = drawn(job, T, D), torch.zeros(T, dtype=torch.int64, device=device)
+        pairs = ours.router(x_TD, group_T)[0]
+
+        def run(ours: MoELayer = ours, x_TD: torch.Tensor = x_TD, group_T: torch.Tensor = group_T) -> Any:
+            return passes(ours, x_TD, group_T, x_TD)
+
+        router = seconds_of(job, lambda ours=ours, x_TD=x_TD, group_T=group_T: ours.router(x_TD, group_T))
+        plan = seconds_of(job, lambda ours=ours, pairs=pairs, T=T: ours.dispatcher.plan(pairs, T))
+        seconds = seconds_of(job, run)
+        forward = D * (T + Q) + 3 * Q * F + D * (Q + T)  # elements read and written by gather, SwiGLU and sum
+        backward = D * (T + Q) + 5 * Q * F + D * (2 * Q + T)  # the sum also reads the rows of the gradients of gate and up
+        flops = 3 * 3 * 2 * Q * D * F  # gate, up, down: 1 product in forward, 2 in backward
+        least = flops / gemm + BF16 * (forward + backward) / copy
+        readings += [
+            job.timed(f"{name}: router", router * 1e3, "ms"),
+            job.timed(f"{name}: plan", plan * 1e3, "ms"),
+            Reading(f"{name}: kernels of forward and backward", profiled(job, run).launches),
+            job.timed(f"{name}: forward and backward", seconds * 1e3, "ms"),
+            job.timed(f"{name}: its least time", least * 1e3, "ms"),
+            job.timed(f"{name}: seconds / least", seconds / least, most=1.25),
+        ]
+    return readings
+
+
+def bf16_layer(hidden: int, groups: Any, device: torch.device) -> MoELayer:
+    """Makes a layer with bf16 experts, like a training step that keeps bf16 copies of the weights."""
+    made = make_layer(hidden, groups, kernels=triton_or_none(device, torch.bfloat16) or TORCH, made_on=device)
+    made.experts.to(torch.bfloat16)
+    return made

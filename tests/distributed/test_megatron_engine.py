@@ -101,7 +101,7 @@ def test_routers_and_their_biases_follow_the_loads_of_all_ranks(
 DISPATCH: dict[str, dict[str, Any]] = {
     "uneven": UNEVEN,
     "overlap": {"parallel.dispatch": {"kind": "all_to_all", "overlap": True, "chunks": 2}},
-    "hierarchical": {"parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}, "parallel.check_exchanges": True},
+    "hierarchical": {"parallel.dispatch": {"kind": "hierarchical", "ranks_per_node": 2}},
     "static": {"parallel.dispatch": {"kind": "static", "room": 4.0}},
 }
 

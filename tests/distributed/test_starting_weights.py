@@ -275,61 +275,6 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
             assert torch.equal(torch.cat([*parts], dim=1 if name == "down" else 0), whole)
 
 
-FINER = {"run.init_rules": ["split_experts"], f"{GROUPS}.text.ffn_dim": 8, f"{GROUPS}.image.ffn_dim": 12}
-MIXTURE = groups((4, 2, 2), (2, 0, 1))
-FINE = {**FINER, **groups((8, 4, 4), (4, 0, 2)), "model.moe.router.scale": 2.0}
-
-
-def nodes(**fields: Any) -> dict[str, Any]:
-    return {"model.moe.router": {"kind": "group_limited", "n_group": 2, "topk_group": 2, **fields}}
-
-
-EXPERTS_SPLIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "two parts": (MIXTURE, FINE),
-    "two and three parts": (  # with independent sigmoid weights each group may have its own number of parts
-        {**MIXTURE, "model.moe.router": {"kind": "group_limited", "normalise": "none"}},
-        {
-            **FINER,
-            "model.moe.router": {"kind": "group_limited", "normalise": "none"},
-            **groups((8, 4, 4), (6, 0, 3)),
-            f"{GROUPS}.image.ffn_dim": 8,
-        },
-    ),
-    "shares of sigmoids": (
-        {**MIXTURE, **nodes(scale=1.5), f"{GROUPS}.image.num_experts": 4},
-        {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=3.0)},
-    ),
-    "a shared expert and a single null row, sharded": (
-        {**MIXTURE, "model.moe.router": {"null_logit": "single", "normalise": "none"}, "model.moe.shared_ffn_dim": 8,
-         "parallel.data": "fsdp2"},
-        {**FINE, "model.moe.router": {"null_logit": "single", "normalise": "none", "scale": 2.0},
-         "model.moe.shared_ffn_dim": 8, "parallel.data": "fsdp2"},
-    ),
-    "biases": (
-        {**MIXTURE, "model.moe.router": {"selection_bias": True, "normalise": "true_all"},
-         "model.moe.balance": [{"kind": "loss_free", "rate": 0.2}]},
-        {**FINE, "model.moe.router": {"selection_bias": True, "normalise": "true_all", "scale": 2.0},
-         "model.moe.balance": [{"kind": "loss_free", "rate": 0.2}]},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("world_size", "case"), [(1, "two parts"), (1, "biases"), *on_two_ranks(EXPERTS_SPLIT)])
-def test_the_parts_of_experts_are_chosen_together_and_are_the_experts(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, world_size: int, case: str
-) -> None:
-    trained, changes = EXPERTS_SPLIT[case]
-    parts = {group: changes[f"{GROUPS}.{group}.top_k"] // MIXTURE[f"{GROUPS}.{group}.top_k"] for group in ("text", "image")}
-    for told in begun_unchanged(run_in_world(world_size, begun, tiny_data, tmp_path, trained, changes)):
-        before, after = told["loads"]
-        assert after == [load * parts[group] for load, group in zip(before, ("text", "image") * 2, strict=True)]
-        assert "the output of an expert is the sum of its parts" in told["report"]
-        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts, joined, are the expert
-            stack, whole = (told[each][f"layers.1.moe.experts.text.{name}"] for each in ("parameters", "trained"))
-            for expert in range(4):
-                assert torch.equal(torch.cat([*stack[2 * expert :][:2]], dim=1 if name == "down" else 0), whole[expert])
-
-
 BARE = groups((3, 0, 2), (2, 0, 1))
 COPIED = {**COPY, **groups((3, 3, 3), (2, 2, 2))}
 MORE = {**UPCYCLE, **groups((4, 0, 2), (2, 0, 1))}
@@ -357,16 +302,6 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({**SEED, "model.moe.router.scale": 2.0}, SUMMED, "model.moe.router.scale=2.0, but the parts start with weight 1"),
     (SEED, {**SUMMED, "model.moe.shared_ffn_dim": 8}, "shared.gate.weight stays as initialised"),
     (SEED, {**SUMMED, "model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}, "model.mixture_of_depths="),
-    (MIXTURE, {**FINE, f"{GROUPS}.text.top_k": 3}, "model.moe.groups.text.top_k=3: with 2 parts of each of 4 experts a "
-     "token takes what it took only for top_k=4; take it"),
-    (MIXTURE, {**FINE, f"{GROUPS}.text.num_null": 2}, "takes what it took only for num_null=4"),
-    (MIXTURE, {**FINE, "model.moe.router.scale": 1.0}, "model.moe.router.scale=1: 2 parts of an expert in group text "
-     "have the weight of the expert with scale=2; take it"),
-    (MIXTURE, {**FINE, **groups((6, 4, 4), (4, 0, 2))}, "num_experts=6: must be a multiple of the checkpoint's 4"),
-    (MIXTURE, {**FINE, f"{GROUPS}.text.ffn_dim": 7}, "2 parts, and 2 x ffn_dim=7 must be the width 16 of layers.0.moe"),
-    (MIXTURE, {**FINE, "model.moe.router.normalise": "none"}, "normalise='none': the checkpoint has 'true_chosen'"),
-    ({**MIXTURE, **nodes(topk_group=1), f"{GROUPS}.image.num_experts": 4},
-     {**FINER, **groups((8, 4, 4), (8, 0, 2)), **nodes(scale=2.0)}, "takes experts of 1 of 2 node groups"),
 ]  # fmt: skip
 
 

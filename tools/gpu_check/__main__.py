@@ -35,7 +35,6 @@ CHECKS: Mapping[str, Check] = {
     "syncs": Check("tools.gpu_check.layers:syncs", 60, "host syncs of an MoE layer and of a step"),
     "ceilings": Check("tools.gpu_check.rates:ceilings", 60, "rates of copies and matrix products; launches"),
     "power": Check("tools.gpu_check.machine:power", 30, "NVML reads power, load and memory"),
-    "layer rate": Check("tools.gpu_check.rates:layer_rate", 120, "time of layers over their least time"),
     "exchanges": Check("tools.gpu_check.gpus:exchanges", 120, "rate of exchanges between GPUs, and what hides them"),
     "contexts": Check("tools.gpu_check.gpus:contexts", 60, "no rank has a context on another's GPU"),
     "preset": Check("tools.gpu_check.training:preset", 240, "tokens/s, MFU and memory of OLMoE, cut to fit"),

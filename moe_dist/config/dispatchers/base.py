@@ -41,7 +41,6 @@ class KernelDispatchSection(DispatchSection):
         ("model.mixture_of_depths", (None,), "its buffers have room for the same number of tokens in each layer"),
         ("parallel.precision", ("bf16",), "rows are sent in bf16"),
         ("parallel.device", ("cuda", "auto"), "its kernels need GPUs"),
-        ("parallel.check_exchanges", (False,), "checks cannot see the rows that its kernels send"),
         ("parallel.max_receive_rows", (None,), "its kernels allocate the receive buffer themselves"),
     )
 

@@ -24,7 +24,6 @@ NEEDS = (
     ("parallel.dispatch", (AllToAllDispatchSection(),), ALL_HERE),
     ("parallel.expert_pair_budget", (None,), ALL_HERE),
     ("parallel.max_receive_rows", (None,), ALL_HERE),
-    ("parallel.check_exchanges", (False,), ALL_HERE),
     ("parallel.expert_gemm", ("auto", "loop"), ALL_HERE),
 )
 

@@ -91,9 +91,6 @@ class ParallelSection(Section):
     watchdog_seconds: PositiveFloat | None = None
     """Seconds after which the watchdog ends a run that hangs in a collective. Every rank writes its position, and a report
     names the rank for which the others wait. null: 0.8 x timeout_seconds, which is also the largest value."""
-    check_exchanges: bool = False
-    """Compare a checksum of every exchanged row. The error for a damaged row names layer, ranks and row. Only for
-    debugging, because the checks are slow (docs/parallelism.md)."""
 
     @property
     def resolved_watchdog_seconds(self) -> float:

@@ -85,11 +85,6 @@ class RouterSection(KindSection):
         None if a token would not take all true experts of the group."""
         return None
 
-    def growth_of_scale(self, parts: int) -> int | None:
-        """Returns the factor by which `scale` must grow if each column is replaced by `parts` equal columns whose weights
-        add up to the weight of the former column. Returns None if tokens would then take other columns."""
-        return None
-
     @property
     def selection_scope(self) -> Literal["rank", "ep_group", "world"]:
         """The ranks whose tokens compete for an expert: one rank, the ranks of an EP group, or all ranks."""

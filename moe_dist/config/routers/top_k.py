@@ -41,9 +41,6 @@ class TopKRouterSection(RouterSection):
         true, null = group.num_experts, group.num_null
         return {"true_chosen": true, "all_chosen": group.top_k, "true_all": true, "none": true + null}[self.normalise]
 
-    def growth_of_scale(self, parts: int) -> int | None:
-        return parts
-
 
 class TopPRouterSection(AdaptiveRouterSection):
     """Each token takes its most probable experts until their probabilities add up to p, but at most top_k (DTop-p)."""
@@ -114,11 +111,6 @@ class GroupLimitedRouterSection(RouterSection):
         if self.topk_group < self.n_group:
             return None
         return group.num_experts if self.normalise == "true_chosen" else 2  # the sigmoid of 0 is 1 / 2
-
-    def growth_of_scale(self, parts: int) -> int | None:
-        if self.topk_group < self.n_group:
-            return None
-        return parts if self.normalise == "true_chosen" else 1
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)

@@ -1,11 +1,8 @@
-"""Makes all-to-alls over process groups, and the context from which the dispatcher of all MoE layers is made."""
+"""Makes the context from which the dispatcher of all MoE layers is made."""
 
 import torch.distributed as dist
 
 from moe_dist.comm.all_to_all import AllToAll
-from moe_dist.comm.collectives import CommStats
-from moe_dist.comm.integrity import CheckedAllToAll
-from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.parallel.section import ParallelSection
 from moe_dist.model.transformer import Transformer
@@ -15,19 +12,6 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.placement.placement import ExpertPlacement
 
 NodeGroups = tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]  # group between nodes, group inside this node
-
-
-def build_all_to_all(
-    section: ParallelSection,
-    group: dist.ProcessGroup | None,
-    comm_stats: CommStats,
-    tracker: CollectiveTracker | None,
-    *,
-    between_nodes: bool = False,
-) -> AllToAll:
-    """Makes the all-to-all of one group. If `parallel.check_exchanges` is set, it checks each exchange."""
-    all_to_all = AllToAll(group, comm_stats, tracker, between_nodes=between_nodes)
-    return CheckedAllToAll(all_to_all) if section.check_exchanges else all_to_all
 
 
 def dispatch_context(
@@ -41,7 +25,7 @@ def dispatch_context(
 ) -> DispatchContext:
     """Returns the arguments with which `section.dispatch` builds a dispatcher."""
     between, inside = (
-        build_all_to_all(section, group, all_to_all.comm_stats, all_to_all.tracker, between_nodes=place == 0)
+        AllToAll(group, all_to_all.comm_stats, all_to_all.tracker, between_nodes=place == 0)
         for place, group in enumerate(node_groups)
     )
     return DispatchContext(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
@@ -28,7 +29,7 @@ from moe_dist.parallel.initialise import allocate, set_whole
 from moe_dist.parallel.parallelize import ParallelModel, shard
 from moe_dist.placement.parameter_names import group_module
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
+from moe_dist.train.build.dispatch import NodeGroups, dispatch_context
 from moe_dist.train.build.moe_layers import build_balance, router_context
 from moe_dist.train.build.training import (
     COMPUTE_DTYPES,
@@ -63,7 +64,7 @@ def build_hosted(
     model = config.model
     assert model.family is not None, "the engine's section completes the model's"
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
-    all_to_all = build_all_to_all(config.parallel, ep_group, comm_stats or CommStats(), tracker)
+    all_to_all = AllToAll(ep_group, comm_stats or CommStats(), tracker)
     family = empty_model(model.family, model.fields)
     family.train()
     banks = banks_of(family)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from moe_dist.checkpoint.state import CheckpointState, RankLayout
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
 from moe_dist.formats.manifest import Manifest
@@ -19,7 +20,7 @@ from moe_dist.parallel.initialise import initial_value
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import role_of_name
 from moe_dist.placement.placement import ExpertPlacement
-from moe_dist.train.build.dispatch import build_all_to_all, dispatch_context
+from moe_dist.train.build.dispatch import dispatch_context
 from moe_dist.train.build.moe_layers import build_balance, build_router, build_thresholds, router_context
 from moe_dist.train.build.training import EngineContext, Training, check_expert_gemm, group_of_modality, state_specs
 
@@ -89,7 +90,7 @@ def build_megatron_training(config: Config, manifest: Manifest, placement: Exper
     comm_stats = CommStats()
     scope = _selection_scope(config, mesh, comm_stats)
     make = partial(build_router, model, router_context(config, placement.groups, selection_scope=scope))
-    all_to_all = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker)
+    all_to_all = AllToAll(mesh.ep, comm_stats, mesh.tracker)
     nodes, tokens = (mesh.inter_node, mesh.intra_node), config.train.micro_batch * config.data.seq_len
     tokens //= engine.tp * engine.cp
     context = dispatch_context(config.parallel, placement, all_to_all, model.hidden_dim, nodes, tokens=tokens)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from moe_dist.checkpoint.collective_status import CollectiveStatus
 from moe_dist.checkpoint.state import CheckpointState, Part, RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.base.section import named
@@ -21,7 +22,6 @@ from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
-from moe_dist.formats.split_files import data_digest
 from moe_dist.model.compiled import compile_dense
 from moe_dist.model.kernels import choice as dense_kernels
 from moe_dist.model.layers import ModelArgs
@@ -46,7 +46,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.flops import model_flops_per_token
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.dealing import build_dealing
-from moe_dist.train.build.dispatch import NodeGroups, build_all_to_all, dispatch_context
+from moe_dist.train.build.dispatch import NodeGroups, dispatch_context
 from moe_dist.train.build.moe_layers import (
     LayerParts,
     attention_adapters,
@@ -59,7 +59,6 @@ from moe_dist.train.build.moe_layers import (
 from moe_dist.train.build.tuning import build_tuning
 from moe_dist.train.objective.distillation import Distillation, Teacher, load_teacher, teacher_section
 from moe_dist.train.objective.loss import AuxSettings, aux_at
-from moe_dist.train.objective.top_logits import TopLogits
 from moe_dist.train.router_tuning.loader import MAKERS, SampleLoader
 from moe_dist.train.router_tuning.samples import Samples
 from moe_dist.train.router_tuning.tuning import RouterTuning, freeze_all_but_routers
@@ -121,7 +120,7 @@ def build_transformer(
     """
     section, stats = config.model, comm_stats or CommStats()
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
-    all_to_all = build_all_to_all(config.parallel, ep_group, stats, tracker)
+    all_to_all = AllToAll(ep_group, stats, tracker)
     parts = LayerParts(config, placement, ep_rank, all_to_all, node_groups, choice_scope, kernels)
 
     def make_depths(layer: int) -> DepthRouter:
@@ -282,7 +281,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     load = StepLoad(placement.groups, len(layers), mesh.device) if config.loss.balance.scope == "step" and layers else None
     distillation, taught = None, config.loss.distillation
     if taught is not None:
-        status = CollectiveStatus(taught.teacher or taught.top_logits or "", mesh.checkpoint, mesh.tracker)
+        status = CollectiveStatus(taught.teacher, mesh.checkpoint, mesh.tracker)
         read = partial(build_distillation, config, manifest, mesh.device)
         distillation = status.phase("load the teacher", read)  # the load fails either on all ranks or on none
     step = TrainingStep(
@@ -306,19 +305,15 @@ def context_on(
     mesh: Mesh, config: Config, placement: ExpertPlacement, comm_stats: CommStats, kernels: RowKernels = TORCH
 ) -> DispatchContext:
     """Returns the arguments of a dispatcher over the ranks of `mesh`."""
-    wire, nodes = build_all_to_all(config.parallel, mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
+    wire, nodes = AllToAll(mesh.ep, comm_stats, mesh.tracker), (mesh.inter_node, mesh.intra_node)
     tokens = config.train.micro_batch * config.data.seq_len
     return dispatch_context(config.parallel, placement, wire, config.model.hidden_dim, nodes, kernels, tokens=tokens)
 
 
 def build_distillation(config: Config, manifest: Manifest, device: torch.device) -> Distillation:
-    """Makes the distillation term of the loss. Loads the teacher on this rank, or opens the file with its output."""
+    """Makes the distillation term of the loss. Loads the teacher on this rank."""
     section = config.loss.distillation
     assert section is not None, "the caller checks the section"
-    if section.top_logits is not None:
-        digest = data_digest(config.data.path, manifest)
-        return Distillation(TopLogits(section.top_logits, config, digest), weight=section.weight)
-    assert section.teacher is not None, "the section has one of the two"
     folder, model = teacher_section(section.teacher, config.model, manifest, seq_len=config.data.seq_len)
     placement = replicated_placement(expert_groups(model.moe))
     teacher = build_for_inference(config.model_copy(update={"model": model}), placement, device)

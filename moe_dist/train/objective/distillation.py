@@ -3,8 +3,8 @@
     loss = (1 - weight) cross entropy + weight KL       means over the labels of the step
     KL = KL(teacher || model), or with the divergence `reverse` KL(model || teacher)
 
-Every rank either holds the whole teacher (frozen, in evaluation mode) and runs it on the rank's own tokens, or reads the
-teacher's output from a file (`top_logits.py`). In both cases the term needs no collective.
+Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on the rank's own tokens. The term needs no
+collective.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ class Distillation:
     """Adds the distillation term to the loss of micro-batches.
 
     Args:
-        outputs: Returns the teacher's output for a micro-batch: a `Teacher`, or `TopLogits`, which reads a file.
+        outputs: Returns the teacher's output for a micro-batch, as a `Teacher` does.
         weight: Weight of the KL divergence in the loss; cross entropy has weight 1 - `weight`.
     """
 

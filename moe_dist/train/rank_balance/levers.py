@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
@@ -62,8 +61,7 @@ def give_replicas(parallel: ParallelModel, section: DispatchSection, context: Di
     the same two steps. Dispatchers with the capability `replicas` make all plans with their attribute `planner`."""
     mesh, layers, placement = parallel.mesh, parallel.model.moe_modules(), context.placement
     assert isinstance(placement, PlacementWithReplicas)
-    # `context.all_to_all` may compute checksums of rows, and an expert is too long for them, so it is not used here.
-    wire = AllToAll(mesh.ep, context.all_to_all.comm_stats, mesh.tracker)
+    wire = context.all_to_all
     dispatcher: Any = section.build(context)
     of_layer: dict[str, tuple[Tensor, Any]] = {}
     for number, layer in enumerate(layers):

@@ -3,7 +3,6 @@ loaded if the checkpoint has one of equal name, shape and dtype, else initialise
 
 upcycle       all experts of a group become copies of a dense FFN or of one expert (checkpoint/upcycle.py)
 split         a dense FFN is cut into the experts of a group; their outputs sum to the FFN's output (checkpoint/split.py)
-split_experts each expert of an MoE model is cut into finer experts, which are chosen together (checkpoint/split.py)
 copy_nulls    router rows of null experts become copies of true experts' rows; the function stays the same (AdaMoE)
 
 All checks run before the first step. The report lists the loaded tensors. If the model does not compute the same function
@@ -14,43 +13,38 @@ from collections.abc import Callable, Mapping
 from itertools import cycle
 from pathlib import Path
 
-import torch
-
 from moe_dist.checkpoint.base import GUIDE, KEY, content_hash
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.fits import ABSENT, Taken, fitting
 from moe_dist.checkpoint.index import Source
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.split import fitting_or_split, fitting_or_split_experts, stored_tensors
+from moe_dist.checkpoint.split import fitting_or_split
 from moe_dist.checkpoint.state import CheckpointState, TensorSpec
 from moe_dist.checkpoint.upcycle import fitting_or_upcycled
 from moe_dist.config.init_rules import source_problems
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
-from moe_dist.config.split_experts_rule import split_experts_problems
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.tuning_manifest import load_tuning_manifest
 from moe_dist.hf.source import weights_digest
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.routers.top_k import GroupGate
-from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, logical_name, role_of_name
+from moe_dist.placement.parameter_names import EXPERT_NAME, Role, group_module, role_of_name
 
 # Maps a rule to a text that says how rounding still changes the function that the checkpoint's model computes.
 _SAME = {
     "upcycle": "",
     "split": "; the output of an FFN is the sum of its parts, added in order, so its last bits may differ",
-    "split_experts": "; the output of an expert is the sum of its parts, and routers have more rows: last bits may differ",
     "copy_nulls": ", to the last bit",
 }
 _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[str, Source]]] = {
     "upcycle": fitting_or_upcycled,
     "split": fitting_or_split,
-    "split_experts": fitting_or_split_experts,
 }
 # Rules that set router tensors, or leave them on purpose with their initial values.
-_RULES_OF_ROUTERS = {"upcycle", "split", "split_experts"}
+_RULES_OF_ROUTERS = {"upcycle", "split"}
 STAIR = 0.02  # for null experts of a split model: difference of their biases / score of a router row of zeros
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names or shapes show their changes.
@@ -83,14 +77,11 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         if config.train.only == "auxiliary_routers" and (problem := _other_score(config, source)):
             raise ConfigError(f"run.init_from={config.run.init_from!r}: {problem}", see="docs/routing.md")
         # Upcycling needs no `source_problems`: a group's experts are then equal, so every choice gives equal outputs.
-        checks = {"split_experts": split_experts_problems, **({} if upcycle else {"copy_nulls": source_problems})}
-        if problems := [
-            f"run.init_rules: {rule}: {path}: {problem}"
-            for rule, problems_of in checks.items()
-            if rule in rules
-            for problem in problems_of(config, source)
-        ]:
-            raise ConfigError(problems, see="docs/routing.md")
+        problems = source_problems(config, source) if copy and not upcycle else []
+        if problems:
+            raise ConfigError(
+                [f"run.init_rules: copy_nulls: {path}: {problem}" for problem in problems], see="docs/routing.md"
+            )
 
     taken = checkpoints.load_fitting(path, state, sources=sources, check=check)
     lines = [taken.report()]
@@ -102,10 +93,6 @@ def begin_with_weights(config: Config, checkpoints: CheckpointManager, state: Ch
         gates = _gates(model, config)  # ordered by layer, then by group
         rows = sum(gate.zero_rows(STAIR * score) for gate, score in zip(gates, cycle(scores)))
         lines.append(f"set {rows} router rows to 0, so that every token takes all parts of an FFN, each with the weight 1")
-    if "split_experts" in rules:
-        divides = config.model.moe.router.softmax_top_k
-        rows = checkpoints.status.phase("read the routers", lambda: split_routers(model, path, divides_bias=divides))
-        lines.append(f"filled {rows} router rows, those of the parts of an expert with the expert's row")
     if rules:
         misfits, changes = _misfits(config, source, taken), _changes(config, source, taken)
         if misfits or (changes and not upcycle):
@@ -271,20 +258,3 @@ def _scaled(source: ModelSection | None, taken: Taken) -> list[str]:
     """Returns a reason for `_changes` if the split expert had a weight other than 1 in the checkpoint's model."""
     scale = _old_scale(source, taken)
     return [] if scale == 1.0 else [f"the checkpoint's model.moe.router.scale={scale}, but the parts start with weight 1"]
-
-
-@torch.no_grad()
-def split_routers(model: Transformer, path: Path, *, divides_bias: bool) -> int:
-    """Fills a model's router rows and selection biases from a checkpoint with fewer experts. A model with m times as many
-    experts gets each router row and bias m times in succession. Returns the number of filled router rows. Every rank reads
-    the checkpoint. Raises DataError if a file or tensor is damaged. `divides_bias` divides biases by m; biases that are
-    added to probabilities need this, because with m times as many experts each probability is m times smaller."""
-    own = {logical_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
-    own = {name: tensor for name, tensor in own.items() if role_of_name(name) is Role.ROUTER}
-    rows = 0
-    for name, stored in stored_tensors(open_checkpoint(find_checkpoint(path)), list(own)).items():
-        times = own[name].shape[0] // stored.shape[0]
-        is_bias = name.endswith(".bias")
-        own[name].copy_(stored.repeat_interleave(times, dim=0) / (times if is_bias and divides_bias else 1))
-        rows += own[name].shape[0] if own[name].ndim == 2 else 0
-    return rows

@@ -148,12 +148,11 @@ REFUSED = {
         "parallel.dispatch.ranks_per_node=2",
         "parallel.dispatch={kind: known_counts}",
         "parallel.dispatch={kind: deep_ep_v2} | model.mixture_of_depths={}",
-        "parallel.dispatch={kind: deep_ep_v2} | parallel.max_receive_rows=8 | parallel.ep=1 | "
-        "parallel.check_exchanges=true",
+        "parallel.dispatch={kind: deep_ep_v2} | parallel.max_receive_rows=8 | parallel.ep=1",
         "parallel.dispatch={kind: deep_ep_v2} | parallel.precision=bf16 | parallel.device=cuda | model.hidden_dim=256 | "
         "model.moe.groups.text={num_experts: 40, num_null: 1, top_k: 33, ffn_dim: 8}",
         "parallel.dispatch={kind: hybrid_ep} | parallel.max_receive_rows=8 | parallel.ep=1 | "
-        "parallel.check_exchanges=true | train.micro_batch=1 | data.seq_len=30 | "
+        "train.micro_batch=1 | data.seq_len=30 | "
         "model.hidden_dim=72 | model.num_heads=9 | model.num_kv_heads=3",
         "parallel.two_batch_overlap=true | train.micro_batch=1 | parallel.dispatch.chunks=2 | parallel.recompute=block | "
         "parallel.data=fsdp2 | model.mixture_of_depths={} | model.moe.capacity={factor: 1.0}",
@@ -217,7 +216,6 @@ REFUSED = {
         "placement={policy: pinned}",
         "parallel.dispatch={kind: all_to_all, overlap: true}",
         "parallel.expert_pair_budget=10",
-        "parallel.check_exchanges=true",
         "model.mixture_of_depths={capacity: 0.5}",
         "model.moe.experts.rank=0",
         "model.moe.experts.alpha=-1",
@@ -267,10 +265,6 @@ REFUSED = {
         f"run.init_rules=[split] | {CHOICE}",
         "run.init_rules=[split] | model.moe.groups.image.num_constant=1",
         "run.init_rules=[split] | model.moe.experts={kind: clamped_ffn}",
-        "run.init_rules=[split_experts, copy_nulls]",
-        f"run.init_rules=[split_experts] | {CHOICE}",
-        "run.init_rules=[split_experts] | model.moe.groups.image.num_constant=1",
-        "run.init_rules=[split_experts] | model.moe.experts={kind: clamped_ffn}",
     ),
     "static": (
         "model.mixture_of_depths={capacity: 0.5}",

@@ -8,7 +8,7 @@ import pytest
 from moe_dist.config.keys import find
 from moe_dist.config.load import load_config, load_stored_config, resolved_yaml
 from moe_dist.config.schema import BalanceSection, Config
-from moe_dist.config.stored_format import FORMAT, KEYS, VALUES, translate
+from moe_dist.config.stored_format import FORMAT, KEYS, REMOVED, VALUES, translate
 from moe_dist.config.yaml_text import load_yaml
 from moe_dist.errors import ConfigError
 
@@ -52,6 +52,20 @@ def test_a_stored_configuration_gets_the_balance_loss_of_its_time() -> None:
     numbered = {"format": FORMAT, "loss": {"balance": {"kind": "vanilla"}}, "model": {"depths": None}}
     assert translate(numbered) == numbered, "a configuration with a number is as it was written"
     assert BalanceSection().scope == "step"  # the default in a new configuration
+
+
+def test_a_removed_key_is_left_out_only_if_it_had_no_effect() -> None:
+    for key, value in REMOVED.items():
+        *holders, name = key.split(".")
+        for head in ({}, {"format": FORMAT}):
+            stored: Any = {name: value, "kept": 1}
+            read: Any = {"kept": 1}
+            for holder in reversed(holders):
+                stored, read = {holder: stored}, {holder: read}
+            assert translate({**head, **stored}) == {**head, **translate(read)}, key
+        assert not find(Config, key), key
+    used = {"format": FORMAT, "loss": {"distillation": {"top_logits": "words"}}}
+    assert translate(used) == used, "it is refused as an unknown key"
 
 
 def test_every_new_name_is_in_the_schema_and_no_old_one() -> None:

@@ -137,7 +137,6 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
             "dispatch": dispatch,
             "expert_gemm": rare("auto", "loop", "grouped"),
             "expert_pair_budget": rare(None, 8, p=0.02 if lora else 0.2),
-            "check_exchanges": rare(False, True, p=0.02 if lora else 0.2),
         },
         "placement": rare({"policy": "interleaved"}, {"policy": "pinned"}, explicit, p=0.02 if lora else 0.3),
         "evaluation": {"every": 2, "sequences": 2, "final_sequences": 2},
