@@ -18,6 +18,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "megatron, tp, pp": (4, {**ranks(1, 4), **megatron(tp=2, pp=2)}),
     "megatron, ep": (4, {**ranks(2, 2), **megatron()}),
 }
+CASES = [pytest.param("ddp, ep", marks=pytest.mark.slow), *map(full, ("fsdp2, ep", "megatron, tp, pp", "megatron, ep"))]
 
 
 def measured(rank: RankContext, data: str, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def measured(rank: RankContext, data: str, changes: Mapping[str, Any]) -> dict[s
         return dict(zip(table.names, np.sqrt(table.squares_N3).tolist(), strict=True))
 
 
-@pytest.mark.parametrize("layout", ["ddp, ep", full("fsdp2, ep"), full("megatron, tp, pp"), full("megatron, ep")])
+@pytest.mark.parametrize("layout", CASES)
 def test_all_layouts_measure_the_same(run_in_world: Callable[..., list[Any]], tiny_data: Path, layout: str) -> None:
     """Shards are sampled at other elements than whole tensors, so their norms are only close."""
     (alone,) = run_in_world(1, measured, str(tiny_data), LAYOUTS["one rank"][1])
