@@ -9,7 +9,7 @@ Every tensor shares the memory of its parameter or moment, so loading into the t
 """
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -129,6 +129,17 @@ def capture(
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
     return CheckpointState(held, specs, layout, optimizer, values or {}, rank_values or {})
+
+
+def trained_tensors(
+    model: nn.Module, layout: RankLayout, *, gradients: bool = False
+) -> tuple[Mapping[str, LocalShard], Sequence[str]]:
+    """Returns this rank's part of each trained parameter, or of its gradient, by logical name, and the names of the
+    trained parameters of all ranks. The tensors share memory with the model. Calls no collective."""
+    parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
+    found = {n: t.grad for n, t in parameters.items() if t.grad is not None} if gradients else parameters
+    held, specs = _logical(parameters, found, layout, _expert_stacks(model))
+    return held, tuple(specs)
 
 
 def moment_specs(

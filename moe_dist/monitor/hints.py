@@ -26,6 +26,7 @@ from moe_dist.monitor.training_hints import (
     repeated_data,
     same_choices,
 )
+from moe_dist.monitor.weight_hints import matrix_ratio, weight_hints
 from moe_dist.placement.placement import ExpertGroup
 
 BUSY_RANK = 1.5  # warns if, summed over layers, the busiest rank's work is at least this many times a rank's mean work
@@ -62,6 +63,7 @@ class HintWatch:
         self._evaluations: list[Evaluated] = []
         self._broken: tuple[Hint, ...] = ()  # hints of `same_choices`
         self._speeds: deque[float] = deque(maxlen=window)
+        self._measured: tuple[Record, ...] = ()  # the last two records with weights
         self._first_losses: tuple[float, ...] = ()  # of the run's first window
         self._said, self._words = dict(said or {}), words  # kind of hint -> last step with such a hint
 
@@ -96,6 +98,9 @@ class HintWatch:
             yield from repeated_data(records)
             yield from odd_rank(records)
             yield from loss_spikes(records)
+        if record.weights is not None:
+            self._measured = (*self._measured[-1:], record)
+            yield from weight_hints(self._measured, self._groups, self._moe_layers)
         yield from slower(tuple(self._speeds))
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
@@ -104,7 +109,8 @@ class HintWatch:
         if not self._first_losses and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_losses = tuple(self._losses)[: self._window]
         if record.step % EVERY == 0:
-            yield from loss_trend(tuple(self._losses), self._first_losses, self._window)
+            ratio = matrix_ratio(self._measured[-1].weights if self._measured else None)
+            yield from loss_trend(tuple(self._losses), self._first_losses, self._window, ratio)
         names = ("choices_LC", "tokens_LG", "dropped_LG")
         arrays = {name: np.sum([past.arrays[name] for past in self._records], axis=0) for name in names}
         sums = WindowSums(**arrays, steps=self._window, balance_coefficient=record.balance_coefficient)

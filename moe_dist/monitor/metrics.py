@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_dist.moe.routing.counts import RoutingCounts
-from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, LeverDecision
+from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult, LeverDecision, WeightTable
 from moe_dist.monitor.tags import DEPTH_FAMILY, GROUP_FAMILIES, TagPlan, tag_plan
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -46,6 +46,7 @@ class Record:
         target_G: float64, the target of each group in `load`; nan for a group without a target.
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
         levers: Decisions that the levers of `rank_balance` made after this step.
+        weights: Norms of weights and updates; None in most steps, in which they are not measured.
     """
 
     step: int
@@ -65,6 +66,7 @@ class Record:
     target_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
     mixture_of_depths: DepthStatistics | None = None
     levers: Sequence[LeverDecision] = ()
+    weights: WeightTable | None = None
 
 
 def routing_scalars(

@@ -135,7 +135,7 @@ def dead_experts(window: GroupWindow) -> Iterator[Hint]:
     dead = np.argwhere((true_Ln == 0) & (true_Ln.mean(1, keepdims=True) >= ENOUGH))
     if not len(dead):
         return
-    names = _names([f"{expert} (layer {window.moe_layers[layer]})" for layer, expert in dead])
+    names = named_few([f"{expert} (layer {window.moe_layers[layer]})" for layer, expert in dead])
     yield Hint(
         f"dead/{window.group.name}",
         f"{window.group.name} expert{'s' if len(dead) > 1 else ''} {names} took no token in the last {window.steps} steps; "
@@ -152,7 +152,7 @@ def dead_layers(window: GroupWindow) -> Iterator[Hint]:
     dead = np.flatnonzero(dead_L).tolist()
     if not dead or dead_L.all():
         return
-    layers = _names([str(window.moe_layers[layer]) for layer in dead])
+    layers = named_few([str(window.moe_layers[layer]) for layer in dead])
     kept = window.kept[dead].sum() / max(1, window.tokens_L[dead].sum())
     yield Hint(
         f"layer/{window.group.name}",
@@ -227,6 +227,7 @@ def no_tokens(window: GroupWindow) -> Hint:
     )
 
 
-def _names(names: Sequence[str]) -> str:
+def named_few(names: Sequence[str]) -> str:
+    """Returns the first names, and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

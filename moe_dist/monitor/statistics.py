@@ -137,3 +137,17 @@ class EvaluationResult:
     choice_experts_per_token: Mapping[str, float] = field(default_factory=dict)
     mixture_of_depths: DepthStatistics | None = None
     compute_map: ComputeMap | None = None
+
+
+class WeightTable(NamedTuple):
+    """Measures of the N trained tensors of a model around one update. An expert's tensors have their own rows.
+
+    Attributes:
+        names: Logical names.
+        squares_N3: Squared norms of the weight, the update and the gradient, estimated from some elements; float64.
+        sketch_NX: Some elements of each weight, float64. Equal weights have equal sketches.
+    """
+
+    names: Sequence[str]
+    squares_N3: np.ndarray
+    sketch_NX: np.ndarray

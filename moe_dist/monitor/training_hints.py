@@ -26,6 +26,7 @@ SPIKE, SPIKES = 0.1, 3  # a spike is at least this fraction of the loss, and a h
 GROWTH, GROWN = 10.0, 5  # a gradient explodes if the median of the last GROWN steps is GROWTH times that of older steps
 GAP = 1.5  # held-out loss over training loss that a run which repeats its data should not reach
 ODD_RANK = 0.1  # fraction by which a rank's loss may exceed the other ranks'
+SMALL_UPDATE = 2e-4  # if the loss does not fall, updates below this fraction of the weights are the cause
 REPEATS = 3  # the number of times that a batch may recur by chance is below this
 
 
@@ -50,9 +51,9 @@ def noise(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if values.size else 0.0
 
 
-def loss_trend(losses: Sequence[float], first: Sequence[float], window: int) -> Iterator[Hint]:
+def loss_trend(losses: Sequence[float], first: Sequence[float], window: int, update: float = math.nan) -> Iterator[Hint]:
     """Warns if the last window's loss is above that of the window before, or is no lower than `first`, the losses of the
-    run's first window (empty if unknown), and does not fall."""
+    run's first window (empty if unknown), and does not fall. `update` is the size of an update / that of the weights."""
     if len(losses) < 2 * window or not first:
         return
     before, now = np.array(losses[:window]), np.array(losses[window:])
@@ -69,7 +70,11 @@ def loss_trend(losses: Sequence[float], first: Sequence[float], window: int) -> 
         yield Hint(
             "loss",
             f"the loss does not fall: {end:.3f} now, {begin:.3f} at first (medians of {window} steps); see loss/total and "
-            "optim/lr; try another optimizer.lr, and look at the data: can a label be told from its inputs?",
+            + (
+                f"optim/lr: an update is only {update:.1g} of the weights (usual: 0.001 to 0.03); try a higher optimizer.lr"
+                if update < SMALL_UPDATE
+                else "optim/lr; try another optimizer.lr, and look at the data: can a label be told from its inputs?"
+            ),
         )
 
 

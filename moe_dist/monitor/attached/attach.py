@@ -28,6 +28,7 @@ from moe_dist.monitor.attached.folder import open_together
 from moe_dist.monitor.attached.routers import EXTRA, GUIDE, Counts, RouterHook, Routers, find_routers
 from moe_dist.monitor.metrics import Record, comm_scalars, ratio, routing_arrays, routing_scalars
 from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import Sink
 from moe_dist.monitor.tags import tag_plan
 from moe_dist.monitor.trace.foreign import routed_group
@@ -36,6 +37,10 @@ from moe_dist.placement.placement import ExpertPlacement
 
 GIVEN = 4  # this many numbers follow the summed counts: loss, gradient norm, and for each the number of ranks that pass it
 
+NO_TOKEN = (
+    "attach counted no token in this step: only forward passes in training mode count (call model.train()); and code that "
+    "torch.compile made before attach runs no hooks: attach first, or call torch.compiler.reset() once"
+)
 # Tags whose values are known only if moe_dist sends the rows (`moe_dist.hf.ep`); the seconds are never known.
 UNKNOWN_COSTS = (
     "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active", "comm/dedup_factor", "comm/seconds",
@@ -83,7 +88,7 @@ class Attached:
         most = 0 if group is None and mesh is not None and mesh.get_local_rank("tp") else None
         self._group = group = dist.group.WORLD if group is None and dist.is_initialized() else group
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        routers, self._step, self._tokens = find_routers(model), last_step, 0
+        routers, self._step, self._tokens, self._told = find_routers(model), last_step, 0, False
         routed = routed_group(routers.num_experts, routers.top_k)
         named = (getattr(module, "traffic", None) for module in model.modules())
         self._traffic = [each for each in named if isinstance(each, ModuleTraffic)]
@@ -165,6 +170,9 @@ class Attached:
             ledger = {key: round(total) for key, total in zip(own, totals.tolist(), strict=True)}
             record = self._record(counts.reshape(sums_LX.shape), ledger, mean_loss, mean_norm, lr)
             self._sinks.step(record)
+            if not counts.any() and not self._told:
+                self._told = True
+                self._sinks.hint(Hint("tokens", NO_TOKEN), self._step)
         self._prepare()
         return record
 

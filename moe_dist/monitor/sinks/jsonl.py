@@ -24,6 +24,7 @@ from moe_dist.monitor.metrics import Record, depth_line
 from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import EvaluationResult
+from moe_dist.monitor.weight_hints import update_ratios
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -58,6 +59,7 @@ class JsonlSink(Sink):
             **{name: getattr(record, name) for name in STORED},
             **({"load": record.load} if record.load else {}),
             **({} if record.mixture_of_depths is None else {"mixture_of_depths": depth_line(record.mixture_of_depths)}),
+            **({} if record.weights is None else {"updates": update_ratios(record.weights)}),
             **({"rank_balance": [each.line for each in record.levers]} if record.levers else {}),
             **({"hints": self._said} if self._said else {}),
         }

@@ -1,13 +1,13 @@
 """Makes the model, optimizer and training step of the Megatron-Core engine (engine.kind=megatron)."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
-from moe_dist.checkpoint.state import CheckpointState, RankLayout
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, CheckpointState, LocalShard, RankLayout
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.schema import Config
@@ -15,6 +15,7 @@ from moe_dist.formats.manifest import Manifest
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel, process_groups
 from moe_dist.moe.routers.selection import SelectionScope
+from moe_dist.optim.adamw import MOMENTS
 from moe_dist.optim.optimizer import NO_DECAY
 from moe_dist.parallel.initialise import initial_value
 from moe_dist.parallel.mesh import Mesh
@@ -42,6 +43,15 @@ class MegatronTraining(Training):
             raise AssertionError(f"not of this model: {sorted(strange)[:4]}")
         values, of_rank = options.get("values") or {}, options.get("rank_values") or {}
         return CheckpointState(held, specs, layout, self.state.counted, values, of_rank)
+
+    def trained_tensors(self, layout: RankLayout, *, gradients: bool) -> tuple[Mapping[str, LocalShard], Sequence[str]]:
+        return self.state.trained(gradients=gradients), self._trained
+
+    @cached_property
+    def _trained(self) -> tuple[str, ...]:
+        assert self.config is not None
+        moments = f"{OPTIMIZER_PREFIX}{MOMENTS[0]}."
+        return tuple(name.removeprefix(moments) for name in state_specs(self.config) if name.startswith(moments))
 
     @property
     def has_copies(self) -> bool:

@@ -61,6 +61,15 @@ class GptState:
         }
         return found | dict(self._buffers())
 
+    def trained(self, *, gradients: bool) -> dict[str, LocalShard]:
+        """Returns this rank's weights, or gradients, by logical name. Needs an optimizer that is not distributed."""
+        found = {}
+        for chunk, name, parameter in self._gpt.parameters():
+            main: Any = parameter  # Megatron adds the gradient in fp32
+            whole = main.main_grad if gradients else self._whole("", parameter)
+            found |= {key: self._shard(piece) for key, piece in self._pieces(chunk, name, "", whole)}
+        return found
+
     @torch.no_grad()
     def loaded(self, tensors: Mapping[str, Tensor]) -> None:
         """Call this after a checkpoint is loaded into the tensors of `held`. Copies their values to model and optimizer,

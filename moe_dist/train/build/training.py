@@ -1,7 +1,7 @@
 """Makes the model, optimizer and data loader from the configuration, together with the other files of this folder."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from moe_dist.checkpoint.collective_status import CollectiveStatus
-from moe_dist.checkpoint.state import CheckpointState, Part, RankLayout, TensorSpec, capture, moment_specs
+from moe_dist.checkpoint.state import (
+    CheckpointState,
+    LocalShard,
+    Part,
+    RankLayout,
+    TensorSpec,
+    capture,
+    moment_specs,
+    trained_tensors,
+)
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
@@ -209,6 +218,10 @@ class Training:
     def capture(self, layout: RankLayout, **options: Any) -> CheckpointState:
         """Returns the state of this rank's model and optimizer, as `moe_dist.checkpoint.state.capture` does."""
         return capture(self.parallel.model, self.optimizer, layout, **options)
+
+    def trained_tensors(self, layout: RankLayout, *, gradients: bool) -> tuple[Mapping[str, LocalShard], Sequence[str]]:
+        """See `moe_dist.checkpoint.state.trained_tensors`."""
+        return trained_tensors(self.parallel.model, layout, gradients=gradients)
 
     @property
     def has_copies(self) -> bool:

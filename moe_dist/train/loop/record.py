@@ -22,7 +22,7 @@ from moe_dist.monitor.metrics import (
     routing_scalars,
     slowest_rank,
 )
-from moe_dist.monitor.statistics import LeverDecision
+from moe_dist.monitor.statistics import LeverDecision, WeightTable
 from moe_dist.monitor.tags import DEPTH_FAMILY, tag_plan
 from moe_dist.placement.placement import ExpertGroup
 from moe_dist.train.build.training import LoopSettings
@@ -39,6 +39,7 @@ def build_record(
     epochs: Mapping[str, float],
     readings: Mapping[str, float | None] | None = None,
     levers: Sequence[LeverDecision] = (),
+    weights: WeightTable | None = None,
 ) -> Record:
     """Builds the record of a step. Raises ValueError if a modality has the name of a loss term.
 
@@ -47,6 +48,7 @@ def build_record(
         readings: Latest readings of `devices.DeviceMonitor`. Readings whose names begin with device/ become scalars, all
             others become part of `Record.host`.
         levers: Decisions that the levers of `rank_balance` made after this step.
+        weights: Weights and updates of this step, if they were measured.
     """
     counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
     tags = tag_plan(len(placement.groups), len(modalities), mixture_of_depths=depths is not None)
@@ -101,6 +103,7 @@ def build_record(
         target_G=np.array([target.get(group.name, np.nan) for group in placement.groups], np.float64),
         mixture_of_depths=depths,
         levers=levers,
+        weights=weights,
     )
 
 

@@ -34,6 +34,7 @@ from moe_dist.train.start.resume import Progress, Resumable
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import StepWatcher
 from moe_dist.train.step.training_step import TrainingStep
+from moe_dist.train.step.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +83,12 @@ class Trainer:
     levers: Mapping[str, Lever] = field(default_factory=dict)
     placement_rows: PlacementRows | None = None
     _reader: ReadAhead = field(init=False)
+    _weights: WeightWatch | None = field(init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
     def __post_init__(self) -> None:
         self._reader = ReadAhead(self.loader.batches)
+        self._weights = self.saver.weight_watch()
 
     def fit(self) -> Finished:
         """Trains until the last step.
@@ -132,6 +135,7 @@ class Trainer:
         plan, progress, train = self.plan, self.progress, self.plan.config.train
         following = progress.position + train.global_batch if progress.step + 1 < train.steps else None
         batches = self._reader.batches(progress.position, following=following)
+        watch = self._weights if self._weights is not None and self._weights.due(progress.step) else None
         with self.profile(progress.step + 1):
             result = self.take_step(
                 batches,
@@ -141,6 +145,7 @@ class Trainer:
                 began=begin,
                 number=progress.step,
                 watchers=[each for each in self.watchers if each.due(progress.step)],
+                around_update=None if watch is None else watch.around_update(),
             )
         progress.step += 1
         progress.position += train.global_batch
@@ -151,7 +156,8 @@ class Trainer:
         decisions = self._pull_levers(result)
         _collect(progress.step)
         if self.sinks:
-            self._show(result, time.perf_counter() - begin, decisions)
+            weights = None if watch is None else watch.take()
+            self._show(result, weights=weights, levers=decisions, seconds=time.perf_counter() - begin)
         for each in decisions:
             if each.placement is not None:
                 self.follow(each.placement)
@@ -173,10 +179,9 @@ class Trainer:
         for watcher in self.watchers:
             watcher.follow(placement, self.progress.step)
 
-    def _show(self, result: StepResult, seconds: float, levers: Sequence[LeverDecision]) -> None:
+    def _show(self, result: StepResult, **options: Any) -> None:
         epochs, readings = self.loader.epochs(self.progress.position), self.devices.latest if self.devices else None
-        options: dict[str, Any] = {"seconds": seconds, "epochs": epochs, "readings": readings, "levers": levers}
-        record = build_record(result, self.plan, self.progress, **options)
+        record = build_record(result, self.plan, self.progress, epochs=epochs, readings=readings, **options)
         for sink in self.sinks:
             sink.step(record)
 

@@ -45,6 +45,7 @@ from moe_dist.runtime.status import record_save_seconds
 from moe_dist.train.build.training import Training, rank_layout, saved_part
 from moe_dist.train.start.base_weights import begin_on_base, folder_base, load_base
 from moe_dist.train.start.starting_weights import begin_with_weights, check_scored
+from moe_dist.train.step.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,13 @@ class Resumable:
         )
         error.consequence = mesh.rank not in ranks
         raise error
+
+    def weight_watch(self) -> WeightWatch | None:
+        """Returns what measures the run's weights. None if the optimizer shards them, so that ranks would gather them."""
+        training = self._training
+        if not training.has_copies:
+            return None
+        return WeightWatch(lambda gradients: training.trained_tensors(self._layout, gradients=gradients), self._mesh)
 
     @property
     def newest(self) -> Path | None:

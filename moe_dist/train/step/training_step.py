@@ -12,6 +12,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,6 +109,7 @@ class TrainingStep:
         began: float | None = None,
         number: int = 0,
         watchers: Sequence[StepWatcher] = (),
+        around_update: AbstractContextManager[None] | None = None,
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
@@ -115,6 +117,7 @@ class TrainingStep:
             began: Value of time.perf_counter when this rank began the step; None for the time of the call.
             number: Number of the step (0-based). It is a part of the seed of random draws.
             watchers: Objects that get the expert choices of every token of the step.
+            around_update: Is entered before the update, unless the step is skipped, and left after the update.
         """
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -148,7 +151,8 @@ class TrainingStep:
         # 5. Update, without a sync. All ranks decide equally: all have the same sums, and NaN on one rank makes a sum NaN.
         finite = bool(np.isfinite([sums.norm_squared, sums.balance, sums.z, sums.auxiliary, *sums.nll_M]).all())
         if finite:
-            self._apply(summed.norm_squared.sqrt(), lr)
+            with around_update or nullcontext():
+                self._apply(summed.norm_squared.sqrt(), lr)
             for controller in self.controllers:
                 controller.after_step(found.counts)
         self._clear()

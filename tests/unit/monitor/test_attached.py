@@ -205,6 +205,30 @@ def test_the_forwards_wait_for_nothing_and_a_step_waits_once(tmp_path: Path) -> 
         assert seen == ["cpu", "numpy"]
 
 
+@pytest.mark.parametrize("kind", ["eval", pytest.param("compiled before", marks=pytest.mark.slow)])
+def test_a_step_without_tokens_is_told_once(tmp_path: Path, kind: str) -> None:
+    """The advice of the hint helps: after it, tokens are counted."""
+    model = tiny_model("mixtral")
+    if kind == "eval":
+        model.eval()
+    else:
+        model.compile(backend="eager")
+        step_of(model, (1,))
+    with attach(model, tmp_path, sinks=("jsonl",), trace_every=0) as watch:
+        for _ in range(2):
+            step_of(model, (1,))
+            watch.step()
+        model.train()
+        torch.compiler.reset()
+        step_of(model, (1,))
+        record = watch.step()
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["kind"] == "hint"]
+    assert [line["step"] for line in lines] == [1]
+    assert "attach counted no token in this step" in lines[0]["text"]
+    assert record is not None
+    assert record.arrays["tokens_LG"].all()
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     with refused(ConfigError, "Linear has no router of a known class", "router_logits", "ROUTERS"):
