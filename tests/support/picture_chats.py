@@ -105,7 +105,7 @@ def rows(folder: Path, count: int, seed: int = 0) -> tuple[Path, list[dict[str, 
             turns = [{"from": "human", "value": "<image>\n" * len(names) + question}, {"from": "gpt", "value": answer}]
             turns += [{"from": "human" if each["role"] == "user" else "gpt", "value": each["content"]} for each in last]
             lines.append({"image": names if len(names) != 1 else names[0], "conversations": turns})
-            plain[-1][0]["content"][-1]["text"] = question.strip("\n")
+            plain[-1][0]["content"][-1]["text"] = question.strip("\n") if names else question
     file = folder / "chats.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file, plain

@@ -73,7 +73,7 @@ def test_documents_are_those_of_the_processor(made: tuple[Path, Path, list[dict[
             text = text.replace("<|image|>", "<|placeholder|>" * (int(grid_3.prod()) // 4), 1)
         wanted = tokenizer(text.replace("<|placeholder|>", "<|image|>"), add_special_tokens=False)["input_ids"]
         assert split.tokens(start, length).tolist() == wanted, number
-        masks = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        masks: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         assert int((~split.prompt(start, length)).sum()) == sum(masks["assistant_masks"])
         refs = split.pictures(start)
         assert len(refs) == len(images)
@@ -111,9 +111,8 @@ def test_ranks_together_read_what_one_rank_reads(made: tuple[Path, Path, list[di
         assert torch.equal(whole.tokens_BS, torch.cat([part.tokens_BS for part in parts]))
         wanted: Any = whole.family_inputs()
         for name, each in wanted.items():
-            assert torch.equal(
-                each, torch.cat([part.family_inputs()[name] for part in parts if name in part.family_inputs()])
-            )
+            found: list[Any] = [part.family_inputs() for part in parts]
+            assert torch.equal(each, torch.cat([more[name] for more in found if name in more]))
         patches = [sum(ref.patches for piece in one.sequence(position + row) for ref in piece.pictures) for row in range(4)]
         assert max(patches) <= most
         placeholders_BS = whole.tokens_BS == load_manifest(data).pictures.token_id  # pyright: ignore[reportOptionalMemberAccess]
@@ -131,9 +130,9 @@ def test_held_out_pictures_are_not_kept(
     manifest, _ = prepared(tmp_path / "out", made[1], folder, val_fraction=0.3)
     share: dict[str, Any] = {"micro_batch": 2, "rank": 0, "world_size": 1}
     batches = heldout_batches(tmp_path / "out", manifest, source="messages", seq_len=256, sequences=4, **share)
-    more: Any = batches[0]
-    assert callable(more.more)
-    assert batches[0].to("cpu").family_inputs()["pixel_values"].shape[1] == 96
+    batch: Any = batches[0]
+    assert callable(batch.more)
+    assert batch.to("cpu").family_inputs()["pixel_values"].shape[1] == 96
 
 
 def _png(height: int, width: int) -> bytes:
