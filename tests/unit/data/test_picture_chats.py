@@ -58,6 +58,7 @@ def test_documents_are_those_of_the_processor(made: tuple[Path, Path, list[dict[
 
     from moe_dist.data.picture_encoder import PictureEncoder
 
+    plain: Any
     data, _, plain = made
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
