@@ -51,6 +51,9 @@ class PrepareOptions:
         Turns,
         typer.Option(help="Turns to train where the chat template rewrites earlier ones: each has a document of its own."),
     ] = Recipe.turns
+    most_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that a conversation with pictures may have: data.seq_len of the run.")
+    ] = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be encoded; name them.")] = False
     codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy instead of fitting one.")] = None
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens of the BPE tokenizer.")] = Recipe.vocab_size

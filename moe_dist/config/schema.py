@@ -80,6 +80,8 @@ class DataSection(Section):
     """Relative number of sequences from each source of the manifest. Empty: in proportion to the sources' tokens."""
     pack_window: PositiveInt = 512
     """Number of documents that are packed into sequences at a time. A larger window needs less padding."""
+    most_patches: PositiveInt | None = None
+    """Patches of pictures in a sequence, whose number bounds the encoder's memory and time. null: any number."""
     skip: tuple[tuple[Count, Count], ...] = ()
     """Pairs [first, last] of numbers of sequences in the training stream, counted from 0, that the run leaves out. Traces
     and the error of a diverged run name the numbers of sequences."""

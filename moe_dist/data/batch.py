@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from moe_dist.data.picture_files import PictureRef
 from moe_dist.errors import DataError
 
 IGNORED = -100  # label of a position without loss; equals the default ignore_index of torch's cross_entropy
@@ -66,6 +67,7 @@ class Segment:
     filler: np.ndarray  # bool per token, true for filler (a picture cell that shows only background)
     length: int  # number of input tokens
     prompt: np.ndarray | None = None  # bool per token, true for a token that is no label; None if all tokens are labels
+    pictures: Sequence[PictureRef] = ()  # the pictures of the placeholder tokens, in order
 
 
 class BatchMaker:

@@ -8,6 +8,7 @@ For a template without generation blocks, `chat_masks` finds the labels.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,7 @@ class HubTokenizer:
         self._render_template: Any = render_jinja_template
         self._added = {str(token) for token in found.added_tokens_decoder.values()}
         self._turns = turns
+        self.parts: tuple[str, ...] = ("text",)  # types of the parts that contents may have
         self.size = max(found.get_vocab().values()) + 1
         self.eos_id = int(found.eos_token_id)
         self.pad_id = self.eos_id if found.pad_token_id is None else int(found.pad_token_id)
@@ -132,7 +134,7 @@ class HubTokenizer:
             ConfigError: the chat template is missing or invalid, or leaves jinja's sandbox.
             DataError: the conversation is malformed, it has no text of an assistant, or the template fails for it.
         """
-        messages, tools = _checked_messages(row, where), _checked_tools(row, where)
+        messages, tools = _checked_messages(row, self.parts, where), _checked_tools(row, where)
         template, is_marked = self._template_for(tools, where)
         finder = TurnFinder(partial(self._rendered, template, tools), self._added)
         try:
@@ -245,7 +247,7 @@ def _read(path: Path) -> str:
         raise ConfigError(f"--chat-template {path}: cannot be read as UTF-8: {error}; name a file of a template") from error
 
 
-def _checked_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _checked_messages(row: dict[str, Any], types: Sequence[str], where: str) -> list[dict[str, Any]]:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         shown = "is missing" if messages is None else f"is {json.dumps(messages)[:80]}"
@@ -256,10 +258,10 @@ def _checked_messages(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
             raise DataError(f'{where}: messages.{number} is {shown}; it must be an object with a "role" that is a string')
         content = message.get("content")
         for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict) or part.get("type") != "text":
+            if not isinstance(part, dict) or part.get("type") not in types:
                 raise DataError(
-                    f"{where}: messages.{number}.content has {json.dumps(part)[:80]}; only parts of type text can be "
-                    "encoded: remove the others, or the row"
+                    f"{where}: messages.{number}.content has {json.dumps(part)[:80]}; only parts of type "
+                    f"{' and '.join(types)} can be encoded: remove the others, or the row"
                 )
     return messages
 

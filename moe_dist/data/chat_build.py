@@ -1,23 +1,27 @@
 """Builds a data set of conversations and texts with the tokenizer of a Hugging Face folder."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from moe_dist.data.baselines import count_baselines
 from moe_dist.data.chat import HubTokenizer
+from moe_dist.data.chat_pictures import PictureChats
 from moe_dist.data.chat_rows import MESSAGES, Encoded, Part, Row, encode_conversation, encode_text, write_parts
 from moe_dist.data.corpus import Recipe, Skip
 from moe_dist.data.corpus_build import write_split
 from moe_dist.data.corpus_files import text_files
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.picture_coding import Document
+from moe_dist.data.picture_encoder import PictureEncoder, picture_ids
 from moe_dist.data.tables import holds_table, raw_rows
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.formats.manifest import Manifest, SourceSection, write_manifest
+from moe_dist.formats.manifest import Manifest, PicturesSection, SourceSection, write_manifest
 from moe_dist.runtime.progress import Report
 
+PICTURES = "pictures"  # link in a data set to the folder of its pictures
 NAMED = 10  # number of bad rows that an error names
 
 
@@ -47,10 +51,20 @@ def build_chat(
             bad, and the recipe does not skip bad rows.
     """
     hub = HubTokenizer(Path(recipe.tokenizer or ""), recipe.chat_template, recipe.turns)
-    modalities = {"text": ((0, hub.size),)}
+    ids, pictures, encoder = picture_ids(Path(recipe.tokenizer or "")), None, None
+    modalities = _modalities(hub.size, ids[1] if ids else ())
+    if ids is not None:
+        encoder, hub.parts = PictureEncoder(Path(recipe.tokenizer or "")), ("text", "image")
+        encoder.save(folder)
+        pictures = PicturesSection(token_id=ids[0], folder=PICTURES)
     sources, notes = {}, []
     for source, path in paths.items():
         rows = _SourceRows(source, Path(path), recipe, report, skip)
+        if encoder is not None and pictures is not None and source == MESSAGES:
+            root = Path(path).resolve()
+            root = root.parent if root.is_file() else root
+            (folder / PICTURES).symlink_to(root)
+            rows.encode = PictureChats(encoder, root, pictures.token_id, recipe.most_tokens)
         files = rows.encoded(hub, parts, licence)
         splits = {
             side: write_split(
@@ -67,6 +81,7 @@ def build_chat(
         modalities=modalities,
         pad_id=hub.pad_id,
         eos_id=hub.eos_id,
+        pictures=pictures,
         sources=sources,
     )
     report("count baselines", 0, 1)
@@ -75,6 +90,13 @@ def build_chat(
     write_manifest(manifest, folder)
     report("count baselines", 1, 1)
     return manifest, notes
+
+
+def _modalities(size: int, ids: Sequence[int]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Returns the id ranges of texts and, if a model has `ids` of pictures, of pictures."""
+    edges = [-1, *ids, size]
+    text = tuple((before + 1, after) for before, after in pairwise(edges) if before + 1 < after)
+    return {"text": text, **({"image": tuple((each, each + 1) for each in ids)} if ids else {})}
 
 
 class _SourceRows:
@@ -87,12 +109,15 @@ class _SourceRows:
         self._sizes: list[np.ndarray] = []
         self._families: list[bytes] = []
         self._bad: list[str] = []
+        self.encode: Callable[..., Encoded] = encode_conversation
         self._notes: dict[str, tuple[int, str]] = {}  # for each warning, number of rows and place of the first row
 
     def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
         """Returns the files of encoded rows."""
         self._report(f"encode {self._source}", 0, self._bytes or 1)
-        files = write_parts(parts, self._source, *self._rows(licence), hub, self._count)
+        # Pictures take tens of milliseconds each.
+        limits = {"batch_rows": 16, "seconds": 60} if hub.parts != ("text",) and self._source == MESSAGES else {}
+        files = write_parts(parts, self._source, *self._rows(licence), hub, self._count, **limits)
         if self._bad and not self._recipe.skip_bad:
             self._refuse()
         if not files:
@@ -118,7 +143,7 @@ class _SourceRows:
 
     def _rows(self, licence: str) -> tuple[Iterable[Row], Callable[..., Encoded]]:
         if self._source == MESSAGES:
-            return raw_rows(self._option, self._path), encode_conversation
+            return raw_rows(self._option, self._path), self.encode
         if self._path.is_file() or (self._path.exists() and holds_table(self._path)):
             return raw_rows(self._option, self._path), encode_text
         items = text_files(self._source, self._path, licence, self._skip).items

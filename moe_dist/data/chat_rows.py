@@ -20,13 +20,14 @@ from moe_dist.data.chat import GUIDE, HubTokenizer
 from moe_dist.data.corpus import content_family
 from moe_dist.data.corpus_files import row_text
 from moe_dist.data.picture_coding import Document
+from moe_dist.data.picture_files import PictureRef
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import ConfigError, DataError
 
 BATCH_SECONDS = 10  # limit of the CPU time of a batch, and of a single row; a usual conversation takes 1 ms
 MESSAGES = "messages"  # name of the source that contains conversations
 MESSAGES_ROW = '{"messages": [...]}'
-_BATCH_BYTES, _BATCH_ROWS = 1 << 19, 500
+_BATCH_BYTES = 1 << 19
 Row = tuple[str, bytes | dict[str, Any]]  # (place for error texts, row), as from `raw_rows`
 Encoded = tuple[str, Sequence[Document], Sequence[str]]  # (family, documents, notes)
 
@@ -48,10 +49,11 @@ class Part:
     families_D: np.ndarray
     bad: Sequence[str] = ()
     notes: Sequence[tuple[str, str]] = ()
+    pictures: Sequence[Sequence[PictureRef]] = ()  # of each document; empty if no document has pictures
 
     def save(self, path: Path) -> None:
         """Writes the part atomically."""
-        told = np.frombuffer(json.dumps([self.bad, self.notes]).encode(), np.uint8)
+        told = np.frombuffer(json.dumps([self.bad, self.notes, self.pictures]).encode(), np.uint8)
         arrays = {"lengths": self.lengths_D, "tokens": self.tokens_T.astype(np.int32), "families": self.families_D}
         with path.with_suffix(".new").open("wb") as stream:
             np.savez(stream, prompt=np.packbits(self.prompt_T), told=told, **arrays)
@@ -62,12 +64,12 @@ class Part:
         """Reads a file that `save` wrote. Raises DataError if it is damaged."""
         try:
             with np.load(path, allow_pickle=False) as found:
-                bad, notes = json.loads(found["told"].tobytes())
+                bad, notes, pictures = json.loads(found["told"].tobytes())
+                refs = [[PictureRef(*each) for each in document] for document in pictures]
                 count = len(found["tokens"]) if len(found["prompt"]) else 0
                 prompt_T = np.unpackbits(found["prompt"], count=count).astype(bool)
-                return Part(
-                    found["lengths"], found["tokens"], prompt_T, found["families"], bad, [tuple(note) for note in notes]
-                )
+                notes = [tuple(note) for note in notes]
+                return Part(found["lengths"], found["tokens"], prompt_T, found["families"], bad, notes, refs)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise DataError(f"{path}: damaged ({error!r:.100}); remove the folder {path.parent}") from error
 
@@ -77,7 +79,8 @@ class Part:
         for number in np.flatnonzero(chosen_D).tolist():
             place = slice(int(ends[number] - self.lengths_D[number]), int(ends[number]))
             tokens = self.tokens_T[place].astype(np.int64)
-            yield Document(tokens, np.zeros(len(tokens), bool), self.prompt_T[place] if len(self.prompt_T) else None)
+            prompt = self.prompt_T[place] if len(self.prompt_T) else None
+            yield Document(tokens, np.zeros(len(tokens), bool), prompt, self.pictures[number] if self.pictures else ())
 
 
 def encode_conversation(hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
@@ -103,12 +106,16 @@ def write_parts(
     encode: Callable[..., Encoded],
     hub: HubTokenizer,
     on_part: Callable[[int, Part], None],
+    *,
+    batch_rows: int = 500,
+    seconds: int | None = None,
 ) -> list[Path]:
     """Encodes rows, and writes the encoded rows to files in `folder`. Keeps files that an earlier call wrote there.
 
     Args:
         encode: Function that encodes one row. It is called in other processes.
         on_part: Function that is called with each batch's number of bytes (0 if the rows are objects) and part.
+        batch_rows, seconds: Largest number of rows of a batch, and limit of its CPU time (None: BATCH_SECONDS).
 
     Returns:
         The files, in the order of the rows.
@@ -118,7 +125,7 @@ def write_parts(
     def encoded(batch: Sequence[Row]) -> Part:
         return _encoded(hub, encode, batch)
 
-    children = [TimedCalls(encoded, BATCH_SECONDS) for _ in range(min(8, len(os.sched_getaffinity(0))))]
+    children = [TimedCalls(encoded, seconds or BATCH_SECONDS) for _ in range(min(8, len(os.sched_getaffinity(0))))]
     waiting: deque[tuple[TimedCalls, Sequence[Row], Path]] = deque()
     paths: list[Path] = []
 
@@ -128,7 +135,7 @@ def write_parts(
         part.save(path)
         on_part(_size(batch), part)
 
-    for number, batch in enumerate(_batches(rows)):
+    for number, batch in enumerate(_batches(rows, batch_rows)):
         paths.append(folder / f"{source}.{number:06}.npz")
         if paths[-1].is_file():
             on_part(_size(batch), Part.load(paths[-1]))
@@ -142,13 +149,13 @@ def write_parts(
     return paths
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _batches(rows: Iterable[Row], most: int) -> Iterator[list[Row]]:
     batch: list[Row] = []
     size = 0
     for row in rows:
         batch.append(row)
         size += len(row[1])
-        if size >= _BATCH_BYTES or len(batch) == _BATCH_ROWS:
+        if size >= _BATCH_BYTES or len(batch) == most:
             yield batch
             batch, size = [], 0
     if batch:
@@ -185,6 +192,7 @@ def _joined(parts: Sequence[Part]) -> Part:
         families_D=np.concatenate([part.families_D for part in parts]),
         bad=[each for part in parts for each in part.bad],
         notes=[each for part in parts for each in part.notes],
+        pictures=[each for part in parts for each in part.pictures],
     )
 
 
@@ -209,4 +217,5 @@ def _encoded(hub: HubTokenizer, encode: Callable[..., Encoded], batch: Sequence[
         np.frombuffer(bytes.fromhex("".join(families)), np.uint8).reshape(-1, 32),
         bad,
         notes,
+        [document.pictures for document in documents],
     )

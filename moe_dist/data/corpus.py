@@ -91,6 +91,7 @@ class Recipe:
     tokenizer: str | None = None
     chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
     turns: Turns = Turns.LAST  # turns to train on, if the chat template rewrites earlier turns
+    most_tokens: int | None = None  # rows with pictures and more tokens cannot be encoded
     skip_bad: bool = False  # True omits rows that cannot be encoded
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES

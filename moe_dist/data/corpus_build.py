@@ -19,6 +19,7 @@ from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Re
 from moe_dist.data.families import hold_out, join
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
+from moe_dist.data.picture_files import PictureRef, write_refs
 from moe_dist.data.pictures import rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
@@ -270,12 +271,14 @@ def write_split(
     filler: list[np.ndarray] = []
     prompts: list[np.ndarray] = []
     lengths: list[int] = []
+    pictures: list[Sequence[PictureRef]] = []
 
     def tokens() -> Iterator[np.ndarray]:
         for document in chain([first], documents):
             lengths.append(len(document.tokens))
             filler.extend([document.filler] if with_filler else [])
             prompts.extend([] if document.prompt is None else [document.prompt])
+            pictures.append(document.pictures)
             yield document.tokens
 
     write_indexed(prefix, tokens(), vocab_size=vocab_size)
@@ -286,6 +289,7 @@ def write_split(
         tokens_by_modality=count_by_modality(prefix, modalities),
         filler=_write_bits(folder, f"{path}_filler.npy", filler),
         prompt=_write_bits(folder, f"{path}_prompt.npy", prompts),
+        pictures=write_refs(folder, f"{path}_pictures", pictures),
     )
 
 

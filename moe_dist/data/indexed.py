@@ -6,72 +6,17 @@ calls `pread` on an open descriptor. A file that is replaced by a rename therefo
 read raises an error that names the file. Tests compare this reader and writer with Megatron's.
 """
 
-import os
-import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from moe_dist.errors import DataError, StorageError
+from moe_dist.data.checked_file import CheckedFile
+from moe_dist.data.picture_files import PictureRef, PictureRefs
+from moe_dist.errors import DataError
 from moe_dist.formats.index_header import index_paths, list_offsets, write_index
 from moe_dist.formats.manifest import SplitSection
 from moe_dist.formats.split_files import BITS, Bits, check_split
-
-
-class CheckedFile:
-    """A file that is open for random reads. Thread-safe.
-
-    Raises:
-        StorageError: the file cannot be opened.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        with _readable(self.path):
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, self._fd)
-        self.size = self._size()
-
-    def read(self, offset: int, num_bytes: int) -> bytes:
-        """Reads `num_bytes` bytes from byte `offset` on. Costs one system call, which the page cache usually answers.
-
-        Raises:
-            DataError: the file was truncated after it was opened.
-            StorageError: the file system does not answer.
-        """
-        parts: list[bytes] = []
-        missing = num_bytes
-        while missing:
-            with _readable(self.path):
-                part = os.pread(self._fd, missing, offset + num_bytes - missing)
-            if not part:
-                raise DataError(
-                    f"{self.path}: {self._size()} bytes, but there were {self.size} when it was opened: cut short while "
-                    "the run reads it; copy or prepare it again, then start again from the last checkpoint",
-                    see="docs/reliability.md",
-                )
-            parts.append(part)
-            missing -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
-
-    def _size(self) -> int:
-        with _readable(self.path):
-            return os.fstat(self._fd).st_size
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be read: {error.strerror or error}; look at the disk or file system that holds it, then start "
-            "again from the last checkpoint",
-            see="docs/reliability.md",
-        ) from error
-
 
 _UINT16_BELOW = 65500  # from this vocabulary size on, Megatron stores int32 (DType.optimal_dtype)
 
@@ -93,6 +38,7 @@ class IndexedSplit:
 
     Attributes:
         starts_D, lengths_D: int64, index of each document's first token in the file, and each document's number of tokens.
+        patches_D: int64, number of patches of each document's pictures.
 
     Raises:
         DataError: the files are damaged or disagree with the manifest.
@@ -115,6 +61,8 @@ class IndexedSplit:
         self.lengths_D = np.diff(ends[marks])
         self._bits = {bits: CheckedFile(Path(folder) / file) for bits in BITS if (file := getattr(split, bits)) is not None}
         self._bit_bytes = -(-split.tokens // 8)
+        self._refs = None if split.pictures is None else PictureRefs(Path(folder) / split.pictures, len(self.lengths_D))
+        self.patches_D = np.zeros(len(self.lengths_D), np.int64) if self._refs is None else self._refs.patches_D
 
     def tokens(self, start: int, count: int) -> np.ndarray:
         """Returns the ids of `count` tokens, beginning with token `start` of the file, int64.
@@ -135,6 +83,14 @@ class IndexedSplit:
         """Returns for each token whether it belongs to a prompt, bool. Without a prompt file, all are False. Raises the
         errors of `tokens`."""
         return self._read_bits("prompt", start, count)
+
+    def document_of(self, start: np.ndarray | int) -> np.ndarray:
+        """Returns the index of the document that has token `start` of the file."""
+        return np.searchsorted(self.starts_D, start, side="right") - 1
+
+    def pictures(self, start: int) -> Sequence[PictureRef]:
+        """Returns the pictures of the document that has token `start` of the file."""
+        return () if self._refs is None else self._refs.of(int(self.document_of(start)))
 
     def _read_bits(self, bits: Bits, start: int, count: int) -> np.ndarray:
         file = self._bits.get(bits)

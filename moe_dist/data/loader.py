@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class TrainLoader:
         weights: Fraction of sequences from each source; other sources are not used. If empty, in proportion to the sources'
             tokens.
         pack_window: Number of pieces of documents that are packed at a time.
+        most_patches: Largest number of patches of pictures in a sequence; None: any number.
         skip: Pairs (first, last), ascending, of sequences that the stream leaves out. Positions do not count them.
         seed: Seeds all shuffles.
         global_batch: Number of sequences per step on all ranks together; a multiple of world_size x micro_batch.
@@ -60,16 +62,17 @@ class TrainLoader:
         world_size: int,
         dealing: Dealing | None = None,
         skip: Sequence[tuple[int, int]] = (),
+        most_patches: int | None = None,
     ) -> None:
         self._dealing, self._skip = dealing, skip
         self._dealt: dict[int, Deal] = {}  # maps positions to the deals of the last steps
         self._share = {"global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world_size": world_size}
         self._mixture = Mixture(source_shares(manifest, weights))
+        room = Room(seq_len, pack_window, most_patches)
         self._streams = {
-            name: _Stream(folder, name, manifest.sources[name].train, seq_len=seq_len, window=pack_window, seed=seed)
-            for name in self._mixture.names
+            name: _Stream(folder, name, manifest.sources[name].train, room, seed=seed) for name in self._mixture.names
         }
-        self._maker = _batch_maker(manifest, seq_len)
+        self._maker = _batch_maker(folder, manifest, seq_len)
         self._tokens = {
             name: tokens_by_modality(folder, manifest.sources[name].train, manifest) for name in self._mixture.names
         }
@@ -172,6 +175,7 @@ def heldout_batches(
     rank: int,
     world_size: int,
     validation: bool = False,
+    most_patches: int | None = None,
 ) -> list[Batch]:
     """Returns this rank's batches of at most `sequences` held-out sequences of a source, evenly spaced in the held-out
     split. With `validation`, returns batches of equally many other sequences of that split.
@@ -189,8 +193,7 @@ def heldout_batches(
     if split is None:
         return []
     data = IndexedSplit(folder, split)
-    pieces = cut(data.starts_D, data.lengths_D, seq_len=seq_len)
-    packing = pack(pieces.length_P, seq_len=seq_len, window=_HELDOUT_WINDOW)
+    pieces, packing = _packed(data, slice(None), Room(seq_len, _HELDOUT_WINDOW, most_patches))
     count = min(sequences, len(packing))
     chosen = [len(packing) * number // count for number in range(count)]
     if validation:
@@ -198,7 +201,7 @@ def heldout_batches(
             raise ConfigError(f"all {len(packing)} held-out sequences of {source} are in the test; ask for fewer sequences")
         count = min(sequences, len(others))
         chosen = [others[len(others) * number // count] for number in range(count)]
-    maker = _batch_maker(manifest, seq_len)
+    maker = _batch_maker(folder, manifest, seq_len, lazily=True)
     run = world_size * micro_batch
     batches = []
     for first in range(rank * micro_batch, -(-count // run) * run, run):
@@ -222,15 +225,36 @@ def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str,
     return {name: share / sum(used.values()) for name, share in used.items()}
 
 
+class Room(NamedTuple):
+    """What a sequence may have, and the number of pieces that are packed at a time."""
+
+    seq_len: int
+    window: int
+    most_patches: int | None
+
+
+def _packed(data: IndexedSplit, order: np.ndarray | slice, room: Room) -> tuple[Pieces, Packing]:
+    """Cuts and packs documents. Raises ConfigError if a document with pictures does not fit into a sequence."""
+    lengths_D, patches_D, (seq_len, window, most_patches) = data.lengths_D, data.patches_D, room
+    for key, most, sizes_D in (("seq_len", seq_len, lengths_D), ("most_patches", most_patches, patches_D)):
+        if most is not None and len(large := sizes_D[(patches_D > 0) & (sizes_D > most)]):
+            raise ConfigError(
+                f"data.{key}={most}: {len(large):,} documents with pictures in {data.prefix} need more, the largest "
+                f"{large.max():,}, and none is cut; raise it, or prepare the data with --most-tokens and --skip-bad"
+            )
+    pieces = cut(data.starts_D[order], lengths_D[order], seq_len=seq_len)
+    patches_P = patches_D[data.document_of(pieces.start_P)]
+    return pieces, pack(pieces.length_P, seq_len=seq_len, window=window, patches_P=patches_P, most_patches=most_patches)
+
+
 class _Stream:
     """The endless stream of one source's sequences, epoch after epoch."""
 
-    def __init__(self, folder: str | Path, name: str, split: SplitSection, *, seq_len: int, window: int, seed: int) -> None:
+    def __init__(self, folder: str | Path, name: str, split: SplitSection, room: Room, *, seed: int) -> None:
         self._data = IndexedSplit(folder, split)
         named = (seed, zlib.crc32(name.encode()))
         order = np.random.default_rng(named).permutation(len(self._data.starts_D))
-        self._pieces = cut(self._data.starts_D[order], self._data.lengths_D[order], seq_len=seq_len)
-        self._packing = pack(self._pieces.length_P, seq_len=seq_len, window=window)
+        self._pieces, self._packing = _packed(self._data, order, room)
         if not len(self._packing):
             raise DataError(f"{self._data.prefix}: holds no token; name a source with training tokens")
         self._epochs = ShuffledEpochs(named, len(self._packing))
@@ -247,9 +271,17 @@ def _segments(data: IndexedSplit, pieces: Pieces, packing: Packing, sequence: in
     for piece in packing.pieces_of(sequence):
         start, length = int(pieces.start_P[piece]), int(pieces.length_P[piece])
         count = length + int(pieces.goes_on_P[piece])
-        segments.append(Segment(data.tokens(start, count), data.filler(start, count), length, data.prompt(start, count)))
+        bits = data.filler(start, count), length, data.prompt(start, count)
+        segments.append(Segment(data.tokens(start, count), *bits, data.pictures(start)))
     return segments
 
 
-def _batch_maker(manifest: Manifest, seq_len: int) -> BatchMaker:
-    return BatchMaker(seq_len=seq_len, pad_id=manifest.pad_id, modalities=tuple(manifest.modalities.values()))
+def _batch_maker(folder: str | Path, manifest: Manifest, seq_len: int, *, lazily: bool = False) -> BatchMaker:
+    options: dict[str, Any] = {"seq_len": seq_len, "pad_id": manifest.pad_id}
+    options["modalities"] = tuple(manifest.modalities.values())
+    if manifest.pictures is None:
+        return BatchMaker(**options)
+    from moe_dist.data.picture_encoder import PictureBatchMaker  # needs transformers
+
+    pictures = Path(folder) / manifest.pictures.folder
+    return PictureBatchMaker(folder=Path(folder), pictures=pictures, lazily=lazily, **options)

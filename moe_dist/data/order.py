@@ -59,9 +59,16 @@ def cut(starts_D: np.ndarray, lengths_D: np.ndarray, *, seq_len: int) -> Pieces:
     return Pieces(starts_D[document_P] + within_P * seq_len, np.minimum(left_P, seq_len), left_P > seq_len)
 
 
-def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
+def pack(
+    lengths_P: np.ndarray,
+    *,
+    seq_len: int,
+    window: int,
+    patches_P: np.ndarray | None = None,
+    most_patches: int | None = None,
+) -> Packing:
     """Packs each `window` consecutive pieces into sequences, by best fit, with the longest pieces first. The rest is
-    padding.
+    padding. The pieces of a sequence have at most `most_patches` patches of pictures, each piece `patches_P`.
 
     The pieces in a sequence are sorted from long to short. `lengths_P` has int64 values from 1 to seq_len. Packing 100,000
     pieces takes about a quarter of a second.
@@ -70,23 +77,29 @@ def pack(lengths_P: np.ndarray, *, seq_len: int, window: int) -> Packing:
     counts: list[int] = []
     for start in range(0, len(lengths_P), window):
         lengths = lengths_P[start : start + window].tolist()
-        for members in _best_fit(lengths, seq_len):
+        patches = None if most_patches is None or patches_P is None else patches_P[start : start + window].tolist()
+        for members in _best_fit(lengths, seq_len, patches, most_patches or 0):
             pieces.extend(start + member for member in members)
             counts.append(len(members))
     return Packing(np.array(pieces, np.int64), np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]))
 
 
-def _best_fit(lengths: list[int], seq_len: int) -> list[list[int]]:
+def _best_fit(lengths: list[int], seq_len: int, patches: list[int] | None = None, most_patches: int = 0) -> list[list[int]]:
     sequences: list[list[int]] = []
     room: list[tuple[int, int]] = []  # sorted pairs (number of free positions, sequence)
+    left: list[int] = []  # number of patches that a sequence may still take
     for piece in sorted(range(len(lengths)), key=lambda piece: -lengths[piece]):
-        tightest = bisect_left(room, (lengths[piece], 0))
+        tightest, own = bisect_left(room, (lengths[piece], 0)), patches[piece] if patches else 0
+        while tightest < len(room) and left[room[tightest][1]] < own:
+            tightest += 1
         if tightest < len(room):
             free, sequence = room.pop(tightest)
         else:
             free, sequence = seq_len, len(sequences)
             sequences.append([])
+            left.append(most_patches)
         sequences[sequence].append(piece)
+        left[sequence] -= own
         if free > lengths[piece]:
             insort(room, (free - lengths[piece], sequence))
     return sequences

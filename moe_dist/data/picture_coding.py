@@ -20,6 +20,7 @@ import numpy as np
 from moe_dist.data.codebook import GRID, decode, encode, fit, load_codebook, to_patches
 from moe_dist.data.corpus import HoldOut, Picture, Recipe, Skip, refuse
 from moe_dist.data.families import hold_out, join, near_pairs, variants
+from moe_dist.data.picture_files import PictureRef
 from moe_dist.data.pictures import Render, augmented, plain, rasterise
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS
 from moe_dist.errors import ConfigError, DataError
@@ -47,6 +48,7 @@ class Document:
     tokens: np.ndarray  # int64
     filler: np.ndarray  # bool, true if the token is filler (a picture cell that shows only background)
     prompt: np.ndarray | None = None  # bool, true if the token is never a label; None if all tokens are labels
+    pictures: Sequence[PictureRef] = ()  # the pictures of the document's placeholder tokens, in order
 
 
 def rasterise_all(

@@ -52,25 +52,34 @@ def rasterise(path: str | Path, *, svg: bool = False) -> np.ndarray:
             import resvg_py  # imported late, because only SVG files need it
 
             png = resvg_py.svg_to_bytes(svg_path=str(path), width=RASTER, height=RASTER, skip_system_fonts=True)
-            image = Image.open(io.BytesIO(bytes(png)), formats=FORMATS).convert("RGBA")
+            content = bytes(png)
         else:
-            content = io.BytesIO(read_regular(path, most_bytes=MOST_BYTES))
-            image = Image.open(content, formats=FORMATS)
-            if image.width * image.height > MOST_PIXELS:
-                raise Image.DecompressionBombError
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-    except Image.DecompressionBombError as error:
-        raise DataError(f"picture {str(path)!r} has more than {MOST_PIXELS:,} pixels; scale it down") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # errors of Pillow's decoders
-        if isinstance(error, OSError) and error.errno:  # an error of the file system; errors of decoders have no errno
+            content = read_regular(path, most_bytes=MOST_BYTES)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError):
             raise DataError(f"picture {str(path)!r} cannot be read: {error.strerror}") from error
-        kind = "SVG" if svg else "PNG or JPEG"
-        raise DataError(f"picture {str(path)!r}: not a {kind}, or damaged; replace or remove it") from error
+        raise DataError(f"picture {str(path)!r}: not an SVG, or damaged; replace or remove it") from error
+    image = decoded(content, repr(str(path))).convert("RGBA")
     factor = RASTER / max(image.size)
     image = image.resize((max(1, round(image.width * factor)), max(1, round(image.height * factor))), Image.Resampling.BOX)
     raster = Image.new("RGBA", (RASTER, RASTER))
     raster.paste(image, ((RASTER - image.width) // 2, (RASTER - image.height) // 2))
     return np.asarray(raster)
+
+
+def decoded(content: bytes, named: str, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Decodes all of a picture, and turns it upright as its EXIF says. Raises DataError as `rasterise` does."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats)
+        if image.width * image.height > MOST_PIXELS:
+            raise Image.DecompressionBombError
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"picture {named} has more than {MOST_PIXELS:,} pixels; scale it down") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error) as error:  # errors of Pillow's decoders
+        kinds = f"{', '.join(formats[:-1])} or {formats[-1]}"
+        raise DataError(f"picture {named}: not a {kinds}, or damaged; replace or remove it") from error
 
 
 def plain(raster: np.ndarray, *, mirrored: bool = False) -> Render:

@@ -174,6 +174,7 @@ def _build(
         "--messages": inputs.messages,
         "--chat-template": recipe.chat_template,
         "--turns": turns,
+        "--most-tokens": recipe.most_tokens,
         "--skip-bad": skip_bad,
     }
     for option, value in options.items():
@@ -195,7 +196,7 @@ def _build_chat(
     sources = {MESSAGES: inputs.messages, "text": inputs.text, **inputs.extra_text}
     paths = {name: path for name, path in sources.items() if path is not None}
     used = Inputs(text=inputs.text, extra_text=inputs.extra_text, licence=inputs.licence, messages=inputs.messages)
-    chat_keys = ("seed", "val_fraction", "tokenizer", "chat_template", "turns", "skip_bad")
+    chat_keys = ("seed", "val_fraction", "tokenizer", "chat_template", "turns", "most_tokens", "skip_bad")
     kept = {key: getattr(recipe, key) for key in chat_keys}
     asked, known = _as_json(inputs, recipe), _as_json(used, Recipe(**kept))
     unused = [f"--{key.replace('_', '-')}" for part in asked for key in asked[part] if asked[part][key] != known[part][key]]

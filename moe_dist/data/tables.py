@@ -9,6 +9,7 @@ from typing import Any
 from moe_dist.config.json_text import parse_json, read_json
 from moe_dist.config.regular_file import open_regular
 from moe_dist.config.timed import TimedCalls
+from moe_dist.data.shards import shard_files, shard_rows
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
@@ -64,7 +65,8 @@ def holds_table(path: Path) -> bool:
 
 def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, Any]]]:
     """Yields (place for error texts, row) for each row of a table. A table is a JSONL file, a parquet file, a folder with
-    the parquet files of one split, or a folder that `Dataset.save_to_disk` wrote. Lines of JSONL are not parsed.
+    the parquet files of one split, a folder that `Dataset.save_to_disk` wrote, or tar shards. Lines of JSONL are
+    not parsed.
 
     In parquet and arrow files, a struct column has every key in every row. The yielded rows omit keys without a value.
 
@@ -80,8 +82,13 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
             f"{option} {path}: no such file or folder; give a JSONL file, a parquet file or a datasets folder"
         )
     if not holds_table(path):
+        if shards := shard_files(path):
+            yield from shard_rows(shards)
+            return
         if path.is_dir():
-            raise ConfigError(f"{option} {path}: the folder has no {' or '.join(DATASET_SUFFIXES)} file; give a JSONL file")
+            raise ConfigError(
+                f"{option} {path}: the folder has no {', '.join(DATASET_SUFFIXES)} or .tar file; give a JSONL file"
+            )
         yield from lines(path)
         return
     try:

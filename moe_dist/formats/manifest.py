@@ -41,6 +41,8 @@ class SplitSection(Section):
     """File with one bit per token, in file order, packed by numpy.packbits. A bit is 1 for an empty cell of a picture."""
     prompt: FilePath | None = None
     """File in the format of `filler`. A bit is 1 for a token of a prompt, which is an input but not a label."""
+    pictures: FilePath | None = None
+    """Prefix of the files .jsonl and .npy, which have the pictures of each document (data/picture_files.py)."""
 
 
 class SourceSection(Section):
@@ -62,6 +64,13 @@ class ImageSection(Section):
     """A .npy file with the pixels of each code, uint8 [codes, patch, patch, 3]."""
 
 
+class PicturesSection(Section):
+    """Pictures that an encoder reads. Each has placeholder tokens. The set's folder has the preprocessor_config.json."""
+
+    token_id: Count = Field(description="Id of the placeholder tokens.")
+    folder: FilePath = Field(description="Folder, or link to a folder, of the picture files or shards.")
+
+
 class Manifest(Section):
     """A prepared data set. Paths are relative to the manifest."""
 
@@ -74,6 +83,7 @@ class Manifest(Section):
     eos_id: Count = Field(description="Id of the last token of a document.")
     tokenizer: FilePath | None = Field(default=None, description="JSON file of the library tokenizers.")
     image: ImageSection | None = None
+    pictures: PicturesSection | None = None
     sources: dict[Name, SourceSection] = Field(min_length=1)
     baselines: dict[str, float] = Field(default_factory=dict)
     """Held-out losses, in nats per token, of models that count training tokens. Keys are 'text/unigram',
@@ -89,6 +99,8 @@ class Manifest(Section):
         marks = {"pad_id": self.pad_id, "eos_id": self.eos_id}
         if self.image is not None:
             marks |= {"image.begin_id": self.image.begin_id, "image.end_id": self.image.end_id}
+        if self.pictures is not None:
+            marks["pictures.token_id"] = self.pictures.token_id
         for key, value in marks.items():
             if value >= self.vocab_size:
                 problem = f"{key}={value} lies outside [0, vocab_size={self.vocab_size})"

@@ -15,6 +15,7 @@ from moe_dist.formats.numpy_file import load_array
 
 Bits = Literal["filler", "prompt"]  # keys of a split that name a file with one bit per token
 BITS: tuple[Bits, ...] = ("filler", "prompt")
+PREPROCESSOR = "preprocessor_config.json"  # transformers' file of an image processor
 _CHUNK = 1 << 22  # number of tokens in a chunk (32 MiB of int64)
 _BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # a large file's digest covers evenly spaced blocks, in total 4 MiB
 
@@ -98,6 +99,9 @@ def data_digest(folder: str | Path, manifest: Manifest) -> dict[str, str]:
             digests |= {f"{source.train.path}.idx": _whole_digest(idx), f"{source.train.path}.bin": sampled_digest(bin_)}
             if source.train.prompt is not None:
                 digests[source.train.prompt] = sampled_digest(folder / source.train.prompt)
+            if source.train.pictures is not None:
+                files = (f"{source.train.pictures}.jsonl", f"{source.train.pictures}.npy", PREPROCESSOR)
+                digests |= {file: sampled_digest(folder / file) for file in files}
     except OSError as error:
         problem = f"{error.filename or folder}: cannot be read: {error.strerror or error}"
         raise DataError(problem, see="docs/data.md") from error

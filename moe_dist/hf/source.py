@@ -28,7 +28,8 @@ INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
 # Files that an import copies along with config.json. Of these files, only tokenizer.json is also read.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 COMPANION_BYTES = 1 << 27  # largest allowed size of each such file; the largest known tokenizers have 35 MB
 CONFIG_BYTES, MOST_FIELDS = 16 << 20, 10_000  # limits for a configuration file's size and config.json's number of fields

@@ -24,6 +24,12 @@ class FamilyGenerator(Generator):
         return [self._continued(prompt, request, first + number) for number, prompt in enumerate(prompts)]
 
     def _continued(self, prompt: Sequence[int], request: Request, number: int) -> list[int]:
+        family_config = self.model.family.config  # pyright: ignore[reportAttributeAccessIssue]
+        if {getattr(family_config, f"{kind}_token_id", None) for kind in ("image", "video")} & set(prompt):
+            raise ConfigError(
+                "--prompt: has the placeholder of a picture, but generate reads no pictures; export the run "
+                "(moe-dist export-hf), and use transformers with the processor (docs/how-to/pictures.md)"
+            )
         uniform = UniformDraws(request.seed, [number])
 
         def choose(ids_1N: Tensor, scores_1V: Tensor) -> Tensor:

@@ -134,6 +134,9 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
             f"model.vocab_size={manifest.vocab_size} or more"
         )
         yield Violation(("model.vocab_size", "data.path"), problem)
+    if manifest.pictures is not None and not config.engine.hosts:
+        problem = f"engine.kind={config.engine.kind}: the data have pictures for an encoder; set engine.kind=transformers"
+        yield Violation(("engine.kind", "data.path"), f"{problem} (docs/how-to/pictures.md)")
     routed = {modality: group.name for group in groups for modality in group.modalities}
     for name in manifest.modalities:
         if name not in routed:

@@ -29,7 +29,6 @@ from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
-WITH_PICTURES = ("ernie4_5_vl_moe",)  # families with an encoder of pictures that `picture_inputs` makes inputs for
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that do not follow from the family
@@ -230,7 +229,7 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = family_config(family, fields)
-    auto: Any = AutoModelForImageTextToText if family in WITH_PICTURES else AutoModelForCausalLM
+    auto: Any = AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
         with offline():
@@ -242,6 +241,18 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
             ) from error
         with offline():
             return auto.from_config(config, attn_implementation="eager", **options)
+
+
+def reads_pictures(config: Any) -> bool:
+    """Returns whether `picture_inputs` can make the inputs of a family with an encoder of pictures: patches of any number
+    (`pixel_values`, `image_grid_thw`), of which the encoder merges squares. Families that also have a model of texts alone
+    are trained as that model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    vision = getattr(config, "vision_config", None)
+    ids = all(isinstance(getattr(config, f"{kind}_token_id", None), int) for kind in ("image", "video"))
+    merges = hasattr(vision, "spatial_merge_size") and hasattr(vision, "patch_size")
+    return ids and merges and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def banks_of(model: nn.Module) -> list[Bank]:
@@ -303,6 +314,9 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
         "weight": (num_experts, hidden_dim)
     }
 
+    one_bank = len({bank.group for bank in banks}) == 1
+    both = ["text", "image"] if reads_pictures(model.config) else ["text"]
+
     def group(bank: Bank) -> dict[str, Any]:
         experts, router = model.get_submodule(bank.experts), model.get_submodule(bank.router)
         matrices = sum(each[0].numel() for each in experts.parameters() if each.ndim == 3)
@@ -310,7 +324,7 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
             "num_experts": len(bank.ids),
             "top_k": getattr(router, "top_k", None) or config.num_experts_per_tok,
             "ffn_dim": matrices // (hidden_dim * (3 if getattr(experts, "has_gate", True) else 2)),
-            "modalities": ["image" if bank.ids.start else "text"],
+            "modalities": both if one_bank else ["image" if bank.ids.start else "text"],
         }
 
     section = {

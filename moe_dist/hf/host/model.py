@@ -183,7 +183,7 @@ class HostedModel(nn.Module):
         super().__init__()
         self.family, self.args, self.packed = family, args, True
         self.banks, self._pass = tuple(banks), list[_Pass]()  # the innermost pass is the last
-        self._encodes = hasattr(family, "get_image_features")
+        self.encodes, self._has_banks = hasattr(family, "get_image_features"), len({bank.group for bank in banks}) > 1
         _set_roles(family, banks)
         if recompute == "block":
             family.activation_checkpointing_enable({"use_reentrant": False})
@@ -237,8 +237,8 @@ class HostedModel(nn.Module):
         try:
             with self._autocast():
                 inputs: dict[str, Any] = {"input_ids": rows[0], "position_ids": rows[1]}
-                if self._encodes:
-                    inputs = picture_inputs(self.family, *rows, more or {})
+                if self.encodes:
+                    inputs = picture_inputs(self.family, *rows, more or {}, banks=self._has_banks)
                 logits = self.family(**inputs, use_cache=False).logits
         finally:
             self._pass.pop()
@@ -279,7 +279,10 @@ class HostedModel(nn.Module):
         """Finds out, from two short documents in one sequence, whether the family keeps documents apart (`packed`), and
         whether its scores are sigmoids. Must be called once all weights are there. Collective."""
         device, length, training = next(self.parameters()).device, 8, self.training
-        ids = torch.arange(2 * length, device=device)[None] % self.args.vocab_size
+        config = self.family.config
+        pictures = [getattr(config, f"{kind}_token_id", -1) for kind in ("image", "video")] if self.encodes else [-1]
+        texts = torch.tensor([each for each in range(min(self.args.vocab_size, 2 * length + 2)) if each not in pictures])
+        ids, place = texts[torch.arange(2 * length) % len(texts)].to(device)[None], torch.arange(2 * length, device=device)
         embedded: list[Tensor] = []
 
         def keep(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
@@ -295,7 +298,7 @@ class HostedModel(nn.Module):
             router.register_forward_hook(lambda _module, _inputs, output: choices.append(Choice(*output[:3]))),
         ]
         with torch.enable_grad():
-            logits, _ = self(ids, ids % length, ids // length, torch.zeros_like(ids))
+            logits, _ = self(ids, place[None] % length, place[None] // length, torch.zeros_like(ids))
             (gradient,) = torch.autograd.grad(logits[:, length:].float().square().sum(), embedded)
         for hook in hooks:
             hook.remove()

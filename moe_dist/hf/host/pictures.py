@@ -21,10 +21,10 @@ def groups_of_types(group_BS: Tensor, more: Mapping[str, Tensor]) -> Tensor:
 
 
 def picture_inputs(
-    family: Any, tokens_BS: Tensor, positions_BS: Tensor, group_BS: Tensor, more: Mapping[str, Tensor]
+    family: Any, tokens_BS: Tensor, positions_BS: Tensor, group_BS: Tensor, more: Mapping[str, Tensor], *, banks: bool
 ) -> dict[str, Any]:
-    """Returns the keyword arguments of the family's forward. `more` has the batch's pictures (`PictureBatch.more`). Costs a
-    host sync.
+    """Returns the keyword arguments of the family's forward. `more` has the batch's pictures (`PictureBatch.more`). `banks`
+    tells whether pictures have experts of their own. Costs a host sync.
 
     Raises:
         DataError: the batch has placeholders of pictures but no pictures, or text experts would compute placeholders.
@@ -32,7 +32,8 @@ def picture_inputs(
     config, vision = family.config, family.config.vision_config
     image_BS, video_BS = tokens_BS == config.image_token_id, tokens_BS == config.video_token_id
     has_pictures = not {"pixel_values", "pixel_values_videos"}.isdisjoint(more)
-    _check(image_BS | video_BS, group_BS, has_pictures=has_pictures)
+    picture_BS = image_BS | video_BS
+    _check(picture_BS, picture_BS & (group_BS == 0) & banks, has_pictures=has_pictures)
     inputs: dict[str, Any] = {name: each for name, each in more.items() if not name.endswith("token_type_ids")}
     places_3BS = inputs.pop("position_ids", positions_BS.expand(3, *positions_BS.shape))
     if has_pictures and "position_ids" not in more:
@@ -43,13 +44,16 @@ def picture_inputs(
     if has_pictures:
         return {"input_ids": tokens_BS, **inputs}
     side, embedded_BSD = vision.spatial_merge_size, family.get_input_embeddings()(tokens_BS)
-    pixels = embedded_BSD.new_zeros(side**2, vision.in_channels * vision.patch_size**2)
-    features = family.get_image_features(pixels, tokens_BS.new_tensor([[1, side, side]]), return_dict=True).pooler_output
-    return {"inputs_embeds": embedded_BSD + 0.0 * torch.cat(features).sum(), **inputs}
+    width = vision.in_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    pixels = embedded_BSD.new_zeros(side**2, width)
+    found = family.get_image_features(pixels, tokens_BS.new_tensor([[1, side, side]]), return_dict=True)
+    features = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]  # Qwen3-VL's enter early layers
+    unused = sum(torch.cat(each).sum() for each in features)
+    return {"inputs_embeds": embedded_BSD + 0.0 * unused, **inputs}
 
 
-def _check(picture_BS: Tensor, group_BS: Tensor, *, has_pictures: bool) -> None:
-    any_picture, any_as_text = torch.stack([picture_BS.any(), (picture_BS & (group_BS == 0)).any()]).tolist()
+def _check(picture_BS: Tensor, as_text_BS: Tensor, *, has_pictures: bool) -> None:
+    any_picture, any_as_text = torch.stack([picture_BS.any(), as_text_BS.any()]).tolist()
     if any_picture and not has_pictures:
         raise DataError(
             "the batch has placeholder tokens of pictures, but no pixel_values: the model would read the placeholder's "

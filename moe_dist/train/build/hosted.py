@@ -116,6 +116,12 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
     comm_stats, section = CommStats(), config.parallel
     with torch.device("meta"):
         model = build_model(config, placement, **wiring(mesh, comm_stats))
+    if manifest.pictures is not None and not model.encodes:
+        raise ConfigError(
+            f"data.path={config.data.path!r}: the data have pictures, but {config.model.family} is trained without an "
+            "encoder of pictures; take other data, or a family such as Qwen3-VL-MoE or ERNIE-4.5-VL-MoE",
+            see=GUIDE,
+        )
     freeze(model, config)
     if section.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[section.precision])

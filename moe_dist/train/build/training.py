@@ -402,6 +402,7 @@ def build_loader(config: Config, manifest: Manifest, *, rank: int, world_size: i
         seq_len=data.seq_len,
         weights=data.weights,
         pack_window=data.pack_window,
+        most_patches=data.most_patches,
         skip=data.skip,
         dealing=build_dealing(config, tuple(manifest.modalities)),
         **share,

@@ -149,6 +149,7 @@ class Evaluator:
             config, (rank, readers) = self._config, self._parallel.reader
             share = {"micro_batch": config.train.micro_batch, "rank": rank, "world_size": readers}
             options: dict[str, Any] = {"seq_len": config.data.seq_len, "sequences": sequences, **share}
+            options["most_patches"] = config.data.most_patches
             self._cached[sequences] = [
                 batch
                 for source in self._manifest.sources

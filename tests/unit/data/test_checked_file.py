@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_dist.data.indexed import CheckedFile, IndexedSplit, write_indexed
+from moe_dist.data.checked_file import CheckedFile
+from moe_dist.data.indexed import IndexedSplit, write_indexed
 from moe_dist.errors import DataError, StorageError
 from moe_dist.formats.manifest import SplitSection
 from tests.support.messages import refused

@@ -1,0 +1,119 @@
+"""Calls the image processor of a model of transformers."""
+
+import json
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import sched_getaffinity
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from moe_dist.config.json_text import read_json
+from moe_dist.data.batch import Batch, BatchMaker, Segment
+from moe_dist.data.picture_batch import PictureBatch
+from moe_dist.data.picture_files import PictureRef, PictureSource, checked_part, digest, read_part
+from moe_dist.data.pictures import MOST_PIXELS, decoded
+from moe_dist.errors import ConfigError, DataError
+from moe_dist.formats.hub_folder import offline
+from moe_dist.formats.split_files import PREPROCESSOR
+from moe_dist.formats.tokenizer_file import MAX_BYTES
+
+GUIDE = "docs/how-to/pictures.md"
+FORMATS = ("PNG", "JPEG", "WEBP")
+# Ids of placeholders, and of the marks around them, in a family's configuration.
+_IDS = re.compile(r"(image|video|vision)_(start_|end_)?token_id")
+
+
+class PictureEncoder:
+    """The image processor in a folder. Runs no code of the folder, and downloads nothing.
+
+    Always takes the processor that works with Pillow, so that pixels do not depend on the installed packages.
+
+    Raises:
+        ConfigError: the processor does not give `pixel_values` and `image_grid_thw`, or cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoImageProcessor
+
+        try:
+            with offline():
+                self._processor: Any = AutoImageProcessor.from_pretrained(
+                    folder, backend="pil", local_files_only=True, trust_remote_code=False
+                )
+        except Exception as error:  # processors check their fields in their own ways
+            raise ConfigError(f"{folder}: transformers cannot read its image processor: {error}", see=GUIDE) from error
+        wanted = {"pixel_values", "image_grid_thw"}
+        if not wanted <= set(self._processor.model_input_names) or not hasattr(self._processor, "merge_size"):
+            raise ConfigError(
+                f"{folder}: its {type(self._processor).__name__} does not make pixel_values and image_grid_thw; only such "
+                "models, as Qwen3-VL-MoE and ERNIE-4.5-VL-MoE, can be trained with pictures",
+                see=GUIDE,
+            )
+        self.merged = self._processor.merge_size**2  # patches of a placeholder token
+
+    def save(self, folder: Path) -> None:
+        """Writes the processor's fields as preprocessor_config.json."""
+        fields = json.loads(self._processor.to_json_string())
+        (folder / PREPROCESSOR).write_text(json.dumps(fields, indent=1) + "\n")
+
+    def ref(self, source: PictureSource, name: str, row: str) -> PictureRef:
+        """Reads and decodes a picture that a row names. Raises DataError if it is damaged, or the processor refuses it."""
+        file, offset, length = source.find(name)
+        content = read_part(source.folder, file, offset, length)
+        image = decoded(content, repr(name), FORMATS)
+        try:
+            patches = int(self._processor.get_number_of_image_patches(image.height, image.width))
+        except (ValueError, ZeroDivisionError) as error:
+            size = f"{image.width} x {image.height}"
+            raise DataError(f"picture {name!r} of {size} pixels: the image processor refuses it: {error}") from error
+        if patches * self._processor.patch_size**2 > MOST_PIXELS:
+            raise DataError(f"picture {name!r}: the image processor makes {patches:,} patches of it; lower its `size`")
+        return PictureRef(file, offset, len(content), digest(content), image.height, image.width, patches, row)
+
+    def pixels(self, folder: Path, ref: PictureRef) -> dict[str, torch.Tensor]:
+        """Reads a picture again, and makes its `pixel_values` and `image_grid_thw`."""
+        image: Image.Image = decoded(checked_part(folder, ref), repr(ref.file), FORMATS).convert("RGB")
+        made = self._processor(images=[image], return_tensors="pt")
+        return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
+
+
+class PictureBatchMaker(BatchMaker):
+    """Makes batches with the pictures of their segments. Threads decode the pictures.
+
+    Args:
+        folder: Folder of the data set, with a preprocessor_config.json.
+        pictures: Folder of the pictures.
+        lazily: Whether pictures are decoded each time a batch is used, and not kept.
+    """
+
+    def __init__(self, *, folder: Path, pictures: Path, lazily: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._encoder, self._pictures, self._lazily = PictureEncoder(folder), pictures, lazily
+        self._threads = ThreadPoolExecutor(min(8, len(sched_getaffinity(0))), thread_name_prefix="pictures")
+
+    def make(self, sequences: Sequence[Sequence[Segment]]) -> Batch:
+        refs = [ref for segments in sequences for segment in segments for ref in segment.pictures]
+
+        def read() -> dict[str, torch.Tensor]:
+            made = list(self._threads.map(lambda ref: self._encoder.pixels(self._pictures, ref), refs))
+            return {name: torch.cat([each[name] for each in made]) for name in (made[0] if made else ())}
+
+        return PictureBatch(**vars(super().make(sequences)), more=read if self._lazily else read())
+
+
+def picture_ids(folder: Path) -> tuple[int, list[int]] | None:
+    """Returns the id of pictures' placeholders, and all ids of pictures and of the marks around them, in a folder's
+    config.json. Returns None if the folder's model reads no pictures."""
+    path = folder / "config.json"
+    if not path.is_file() or not any((folder / name).is_file() for name in (PREPROCESSOR, "processor_config.json")):
+        return None
+    try:
+        fields = read_json(path, most_bytes=MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: no JSON object ({error}); copy or download it again") from error
+    ids = {name: each for name, each in fields.items() if _IDS.fullmatch(name) and isinstance(each, int)}
+    return (ids["image_token_id"], sorted(set(ids.values()))) if "image_token_id" in ids else None

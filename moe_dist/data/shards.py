@@ -1,0 +1,62 @@
+"""Reads the rows of WebDataset's tar shards: a sample is the files that share a name up to the first dot."""
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config.json_text import parse_json
+from moe_dist.errors import DataError
+
+_MOST_ROW = 1 << 26  # largest number of bytes of a sample's .json
+
+
+def shard_files(path: Path) -> list[Path]:
+    """Returns the tar shards that a path names: a file, or the files of a folder."""
+    files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    return [file for file in files if file.suffix == ".tar" and file.is_file()]
+
+
+def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (place for error texts, row) for each sample. The row is that of the sample's .json, with `__shard__`, the
+    shard's name, and `__members__`, which maps the other files' names to [first byte, number of bytes]. Reads no pictures.
+
+    Raises:
+        DataError: a shard is cut short, compressed or no tar file, or a sample has no .json with an object.
+    """
+    for shard in shards:
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                members = (each for each in tar if each.isreg())
+                for key, sample in groupby(members, key=lambda each: _key(each.name)):
+                    yield f"{shard}, sample {key}", _row(shard, tar, key, list(sample))
+            _check_end(shard)
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise DataError(f"{shard}: no whole uncompressed tar file ({error}); copy it again") from error
+
+
+def _key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _row(shard: Path, tar: tarfile.TarFile, key: str, sample: list[tarfile.TarInfo]) -> dict[str, Any]:
+    rows = [each for each in sample if each.name == f"{key}.json"]
+    stream = tar.extractfile(rows[0]) if len(rows) == 1 and rows[0].size <= _MOST_ROW else None
+    try:
+        row = parse_json(stream.read()) if stream is not None else None
+    except ValueError as error:
+        raise DataError(f"{shard}, sample {key}: its .json is no JSON ({error}); correct it") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{shard}, sample {key}: needs one .json with an object of at most {_MOST_ROW:,} bytes")
+    parts = {each.name: [each.offset_data, each.size] for each in sample if each is not rows[0]}
+    return {**row, "__shard__": shard.name, "__members__": parts}
+
+
+def _check_end(shard: Path) -> None:
+    """Raises EOFError without the two blocks of zeros at the end: tarfile takes a shard cut between files for whole."""
+    with shard.open("rb") as stream:
+        stream.seek(max(0, shard.stat().st_size - 1024))
+        if stream.read().strip(b"\0") or shard.stat().st_size < 1024:
+            raise EOFError("its end is missing")
