@@ -10,6 +10,7 @@ tensors, because FSDP2 would cast them to its compute dtype. After backward, `re
 routers over the world.
 """
 
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -174,6 +175,8 @@ def shard(model: Transformer, mesh: Mesh, precision: torch.dtype) -> None:
     plain = ROUTERS if mesh.edp_size > 1 else _NOT_IN_DDP
     ignored = {each.parameter for each in named_parameters(model) if each.role in plain}
     options: dict[str, Any] = {"mesh": mesh.world_mesh, "mp_policy": policy, "ignored_params": ignored}
+    # Units return views, which FSDP2 warns about on each rank; no code changes a unit's output in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     for unit in model.units():
         fully_shard(unit, shard_placement_fn=_expert_placement(unit, mesh), **options)
     fully_shard(model, **options)  # wrapped last, because the model's unit gets all parameters that no other unit has
