@@ -27,7 +27,7 @@ from moe_dist.errors import ConfigError, DataError
 BATCH_SECONDS = 10  # limit of the CPU time of a batch, and of a single row; a usual conversation takes 1 ms
 MESSAGES = "messages"  # name of the source that contains conversations
 MESSAGES_ROW = '{"messages": [...]}'
-_BATCH_BYTES = 1 << 19
+_BATCH_ROWS, _BATCH_BYTES = 500, 1 << 19
 Row = tuple[str, bytes | dict[str, Any]]  # (place for error texts, row), as from `raw_rows`
 Encoded = tuple[str, Sequence[Document], Sequence[str]]  # (family, documents, notes)
 
@@ -107,7 +107,7 @@ def write_parts(
     hub: HubTokenizer,
     on_part: Callable[[int, Part], None],
     *,
-    batch_rows: int = 500,
+    batch_rows: int | None = None,
     seconds: int | None = None,
 ) -> list[Path]:
     """Encodes rows, and writes the encoded rows to files in `folder`. Keeps files that an earlier call wrote there.
@@ -115,7 +115,7 @@ def write_parts(
     Args:
         encode: Function that encodes one row. It is called in other processes.
         on_part: Function that is called with each batch's number of bytes (0 if the rows are objects) and part.
-        batch_rows, seconds: Largest number of rows of a batch, and limit of its CPU time (None: BATCH_SECONDS).
+        batch_rows, seconds: Largest number of rows of a batch, and limit of its CPU time. None: the constants above.
 
     Returns:
         The files, in the order of the rows.
@@ -135,7 +135,7 @@ def write_parts(
         part.save(path)
         on_part(_size(batch), part)
 
-    for number, batch in enumerate(_batches(rows, batch_rows)):
+    for number, batch in enumerate(_batches(rows, batch_rows or _BATCH_ROWS)):
         paths.append(folder / f"{source}.{number:06}.npz")
         if paths[-1].is_file():
             on_part(_size(batch), Part.load(paths[-1]))

@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -172,4 +172,12 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 def write_manifest(manifest: BaseModel, folder: str | Path) -> None:
     """Writes a manifest, of a data set or of router tuning, to `folder`/manifest.json."""
-    (Path(folder) / MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n")
+    values = _without_no_pictures(manifest.model_dump(mode="json"))
+    (Path(folder) / MANIFEST_FILE).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _without_no_pictures(values: Any) -> Any:
+    """Leaves out keys `pictures` without a value, so that equal data of earlier versions have an equal digest."""
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_no_pictures(value) for key, value in values.items() if key != "pictures" or value is not None}

@@ -36,7 +36,7 @@ from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -128,8 +128,7 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     shared.mkdir(exist_ok=True)
     before = _global_state()
     result = pickle.dumps(function(RankContext(rank, world_size, shared), *pickle.loads(call.arguments)))
-    # torch wraps an optimizer's `step` once for each class, when the first one is made.
-    after = {name: value for name, value in _global_state().items() if not hasattr(value, "hooked")}
+    after = {name: value for name, value in _global_state().items() if not _hooked(value)}
     if left := [name for name, value in after.items() if name in before and before[name] is not value]:
         raise AssertionError(f"the call changes {', '.join(left[:5])} for later calls; restore it at the call's end")
     dist.barrier()  # no rank leaves while a peer may still need it
@@ -137,6 +136,11 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
     gc.collect()  # collects groups in reference cycles
     gc.freeze()  # the next collections skip all remaining objects, which saves 0.3 s of CPU time per call and rank
     return result
+
+
+def _hooked(value: Any) -> bool:
+    """Returns whether torch wrapped this function: an optimizer's `step`, once, when the first of its class is made."""
+    return isinstance(value, FunctionType) and hasattr(value, "hooked")
 
 
 def _global_state() -> dict[str, Any]:
