@@ -31,9 +31,10 @@ VALUES = {
 }
 # Maps keys to the values that apply if a stored configuration lacks the key.
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
-# Maps removed keys to the value with which they had no effect. A stored key with this value is left out, also if the
-# configuration has a format number. With another value the key stays, and is refused as an unknown key.
-REMOVED = {"loss.distillation.top_logits": None, "parallel.check_exchanges": False}
+# Maps removed keys to the values that do not change a run. A stored key with such a value is left out, also if
+# the configuration has a format number. With another value the key stays, and is refused as an unknown key.
+REMOVED = {"loss.distillation.top_logits": (None,), "parallel.check_exchanges": (False, True)}
+REMOVED_INIT_RULE = "split_experts"  # left out, because rules of `run.init_rules` have acted before anything is stored
 
 
 def translate(values: Any) -> Any:
@@ -44,10 +45,13 @@ def translate(values: Any) -> Any:
     for key, value in FORMER_DEFAULTS.items() if "format" not in values else ():
         section, name = _holder(found, key)
         section.setdefault(name, value)
-    for key, value in REMOVED.items():
+    for key, harmless in REMOVED.items():
         section, name = _holder(found, key)
-        if name in section and section[name] == value:
+        if name in section and section[name] in harmless:
             del section[name]
+    section, name = _holder(found, "run.init_rules")
+    if isinstance(section.get(name), list):
+        section[name] = [rule for rule in section[name] if rule != REMOVED_INIT_RULE]
     return found
 
 

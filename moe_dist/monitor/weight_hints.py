@@ -44,6 +44,9 @@ def place_of(name: str, groups: tuple[str, ...]) -> Place:
         group = next((each for each in before[::-1][:2] if each in groups), "")
         return Place("experts" if role is Role.EXPERT else "adapters", layer, group, int(expert))
     if role is Role.DENSE:
+        # Names of transformers: rows of an embedding get a gradient only for their tokens, an encoder only with pictures.
+        if re.search(r"\.(embed_tokens|pos_embed|wte|visual|vision_\w+)\.", name):
+            return Place("embedding", layer)
         return Place("attention" if re.search(r"\.(self_)?att(ention|n)\.", name) else "dense", layer)
     part = "routers" if role in ROUTERS else "adapters" if role in ADAPTERS else role.value + "s" * (role is Role.NORM)
     return Place(part, layer)
@@ -110,6 +113,8 @@ def untrained(
     choices_LC = np.min([record.arrays["choices_LC"] for record in records], axis=0)
     column = {(group.name, e - group.first_expert): e for group in groups for e in group.experts}
     routed = any(group.num_columns > group.top_k for group in groups)  # else routers have nothing to decide
+    tokens = min(int(record.arrays["tokens_LG"].min(initial=ENOUGH)) for record in records)
+    routed = routed and tokens >= ENOUGH  # the router of a group without tokens gets no gradient
 
     def judged(place: Place) -> bool:
         if place.expert < 0:

@@ -33,7 +33,7 @@ GROUPED_STEP = {"bf16": 8, "fp32": 4}  # elements per 16 bytes; in grouped GEMM,
 
 class KernelsSection(Section):
     """Kernels that gather, weight and sum rows before and after the experts' matrix products. torch: operations of torch.
-    triton: this project's Triton kernels, for CUDA. auto: triton on CUDA after a trial at the start, else torch."""
+    triton: this project's Triton kernels, for CUDA. auto: triton on CUDA after a trial at the start, torch on a CPU."""
 
     kind: Literal["auto", "torch", "triton"] = "auto"
     fallback: bool = False

@@ -202,14 +202,15 @@ def norm_rotary_backward(
 
 
 def sizes(x: Tensor, weight: Tensor | None, cos: Tensor | None, adjacent: bool) -> dict[str, Any]:
-    """Returns the constants of both kernels, and a number of warps with which each thread has at most 8 pairs. STEP and FAR
+    """Returns the constants of both kernels, and a number of warps with which each thread has at most 8 pairs, or more if a
+    block's 32 warps are too few. STEP and FAR
     are the distances between the first values of neighbouring pairs, and between a pair's two values."""
     _, heads, width = x.shape
     half = width // 2 if cos is None else cos.shape[-1]
     pairs = triton.next_power_of_2(half)
     rows = heads if cos is not None else max(1, TILE // pairs)
     blocks = {"HEADS": triton.next_power_of_2(rows), "PAIRS": pairs}
-    warps = max(4, blocks["HEADS"] * triton.next_power_of_2(width // 2) // 256)
+    warps = min(32, max(4, blocks["HEADS"] * triton.next_power_of_2(width // 2) // 256))
     whole = cos is not None and weight is not None and len(weight) == heads * width
     shape = {"H": rows, "D": width, "HALF": half, "STEP": 1 + adjacent, "FAR": 1 if adjacent else half}
     return {**shape, "ROTATE": cos is not None, "WHOLE": whole, **blocks, "num_warps": warps}

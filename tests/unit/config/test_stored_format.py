@@ -55,7 +55,7 @@ def test_a_stored_configuration_gets_the_balance_loss_of_its_time() -> None:
 
 
 def test_a_removed_key_is_left_out_only_if_it_had_no_effect() -> None:
-    for key, value in REMOVED.items():
+    for key, value in ((key, value) for key, values in REMOVED.items() for value in values):
         *holders, name = key.split(".")
         for head in ({}, {"format": FORMAT}):
             stored: Any = {name: value, "kept": 1}
@@ -66,6 +66,8 @@ def test_a_removed_key_is_left_out_only_if_it_had_no_effect() -> None:
         assert not find(Config, key), key
     used = {"format": FORMAT, "loss": {"distillation": {"top_logits": "words"}}}
     assert translate(used) == used, "it is refused as an unknown key"
+    ruled = {"format": FORMAT, "run": {"init_rules": ["split_experts", "upcycle"]}}
+    assert translate(ruled)["run"] == {"init_rules": ["upcycle"]}, "a resumed run does not read the rules again"
 
 
 def test_every_new_name_is_in_the_schema_and_no_old_one() -> None:
