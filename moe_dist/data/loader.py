@@ -72,6 +72,9 @@ class TrainLoader:
         self._streams = {
             name: _Stream(folder, name, manifest.sources[name].train, room, seed=seed) for name in self._mixture.names
         }
+        for source in manifest.sources.values():
+            if source.valid is not None and source.valid.pictures is not None:
+                _check_fits(IndexedSplit(folder, source.valid), room)  # before the first step, not at the first evaluation
         self._maker = _batch_maker(folder, manifest, seq_len)
         self._tokens = {
             name: tokens_by_modality(folder, manifest.sources[name].train, manifest) for name in self._mixture.names
@@ -233,15 +236,21 @@ class Room(NamedTuple):
     most_patches: int | None
 
 
-def _packed(data: IndexedSplit, order: np.ndarray | slice, room: Room) -> tuple[Pieces, Packing]:
-    """Cuts and packs documents. Raises ConfigError if a document with pictures does not fit into a sequence."""
-    lengths_D, patches_D, (seq_len, window, most_patches) = data.lengths_D, data.patches_D, room
-    for key, most, sizes_D in (("seq_len", seq_len, lengths_D), ("most_patches", most_patches, patches_D)):
+def _check_fits(data: IndexedSplit, room: Room) -> None:
+    """Raises ConfigError if a document with pictures does not fit into a sequence."""
+    lengths_D, patches_D = data.lengths_D, data.patches_D
+    for key, most, sizes_D in (("seq_len", room.seq_len, lengths_D), ("most_patches", room.most_patches, patches_D)):
         if most is not None and len(large := sizes_D[(patches_D > 0) & (sizes_D > most)]):
             raise ConfigError(
                 f"data.{key}={most}: {len(large):,} documents with pictures in {data.prefix} need more, the largest "
                 f"{large.max():,}, and none is cut; raise it, or prepare the data with --most-tokens and --skip-bad"
             )
+
+
+def _packed(data: IndexedSplit, order: np.ndarray | slice, room: Room) -> tuple[Pieces, Packing]:
+    """Cuts and packs documents. Raises ConfigError if a document with pictures does not fit into a sequence."""
+    _check_fits(data, room)
+    lengths_D, patches_D, (seq_len, window, most_patches) = data.lengths_D, data.patches_D, room
     pieces = cut(data.starts_D[order], lengths_D[order], seq_len=seq_len)
     patches_P = patches_D[data.document_of(pieces.start_P)]
     return pieces, pack(pieces.length_P, seq_len=seq_len, window=window, patches_P=patches_P, most_patches=most_patches)
