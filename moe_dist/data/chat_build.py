@@ -51,21 +51,25 @@ def build_chat(
             bad, and the recipe does not skip bad rows.
     """
     hub = HubTokenizer(Path(recipe.tokenizer or ""), recipe.chat_template, recipe.turns)
-    ids, pictures, encoder = picture_ids(Path(recipe.tokenizer or "")), None, None
-    modalities = _modalities(hub.size, ids[1] if ids else ())
-    if ids is not None:
-        encoder, hub.parts = PictureEncoder(Path(recipe.tokenizer or "")), ("text", "image")
-        encoder.save(folder)
-        pictures = PicturesSection(token_id=ids[0], folder=PICTURES)
-    sources, notes = {}, []
+    encoded: dict[str, tuple[_SourceRows, list[Path]]] = {}
+    modalities, pictures = _modalities(hub.size, ()), None
+    ids = picture_ids(Path(recipe.tokenizer or "")) if MESSAGES in paths else None
     for source, path in paths.items():
         rows = _SourceRows(source, Path(path), recipe, report, skip)
-        if encoder is not None and pictures is not None and source == MESSAGES:
-            root = Path(path).resolve()
-            root = root.parent if root.is_file() else root
+        if source != MESSAGES or ids is None:
+            encoded[source] = rows, rows.encoded(hub, parts, licence)
+            continue
+        encoder, hub.parts = PictureEncoder(Path(recipe.tokenizer or "")), ("text", "image")
+        named = Path(path).resolve() if path.endswith(".tar") else Path(path)  # a linked shard has its own pictures
+        root = (named.parent if named.is_file() else named).resolve()
+        rows.encode = PictureChats(encoder, root, ids[0], ids[1], recipe.most_tokens)
+        encoded[source] = rows, rows.encoded(hub, parts, licence)
+        if rows.has_pictures:
+            encoder.save(folder)
             (folder / PICTURES).symlink_to(root)
-            rows.encode = PictureChats(encoder, root, pictures.token_id, recipe.most_tokens)
-        files = rows.encoded(hub, parts, licence)
+            modalities, pictures = _modalities(hub.size, ids[2]), PicturesSection(token_id=ids[0], folder=PICTURES)
+    sources, notes = {}, []
+    for source, (rows, files) in encoded.items():
         splits = {
             side: write_split(
                 folder, f"{source}_{side}", _documents(files, chosen), modalities=modalities, with_filler=False
@@ -110,6 +114,7 @@ class _SourceRows:
         self._families: list[bytes] = []
         self._bad: list[str] = []
         self.encode: Callable[..., Encoded] = encode_conversation
+        self.has_pictures = False
         self._notes: dict[str, tuple[int, str]] = {}  # for each warning, number of rows and place of the first row
 
     def encoded(self, hub: HubTokenizer, parts: Path, licence: str) -> list[Path]:
@@ -152,6 +157,7 @@ class _SourceRows:
     def _count(self, size: int, part: Part) -> None:
         self._done += size
         self._sizes.append(part.lengths_D)
+        self.has_pictures |= any(part.pictures)
         self._families += [family.tobytes() for family in part.families_D]
         for note, place in part.notes:
             count, first = self._notes.get(note, (0, place))

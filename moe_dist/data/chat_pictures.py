@@ -18,6 +18,7 @@ from moe_dist.data.chat_rows import MESSAGES_ROW, Encoded, encode_conversation
 from moe_dist.data.picture_coding import Document
 from moe_dist.data.picture_encoder import GUIDE, PictureEncoder
 from moe_dist.data.picture_files import PictureRef, PictureSource
+from moe_dist.data.shards import ShardRow
 from moe_dist.data.tables import parsed_row
 from moe_dist.errors import DataError
 
@@ -31,17 +32,24 @@ class PictureChats:
 
     Args:
         root: Folder of the pictures, in which rows name files.
-        token_id: Id of the placeholder tokens.
+        token_id, video_id: Ids of the placeholder tokens of pictures and, or -1, of videos.
         most_tokens: Rows of pictures with more tokens are refused.
     """
 
-    def __init__(self, encoder: PictureEncoder, root: Path, token_id: int, most_tokens: int | None) -> None:
-        self._encoder, self._root, self._token_id, self._most_tokens = encoder, root, token_id, most_tokens
+    def __init__(self, encoder: PictureEncoder, root: Path, token_id: int, video_id: int, most_tokens: int | None) -> None:
+        self._encoder, self._root, self._most_tokens = encoder, root, most_tokens
+        self._token_id, self._video_id = token_id, video_id
 
     def __call__(self, hub: HubTokenizer, row: bytes | dict[str, Any], where: str) -> Encoded:
         """Encodes a row. Conversations that begin with equal pictures are one family."""
-        row = parsed_row(row, where, MESSAGES_ROW)
-        source = PictureSource(self._root, row.pop("__shard__", ""), row.pop("__members__", {}))
+        try:
+            return self._encoded(hub, parsed_row(row, where, MESSAGES_ROW), where)
+        except (TypeError, ValueError, RuntimeError) as error:  # values of types that no row of a conversation has
+            raise DataError(f"{where}: cannot be encoded ({error!r:.200}); correct or remove it", see=GUIDE) from error
+
+    def _encoded(self, hub: HubTokenizer, row: dict[str, Any], where: str) -> Encoded:
+        is_of_shard = isinstance(row, ShardRow)
+        source = PictureSource(self._root, *((row["__shard__"], row["__members__"]) if is_of_shard else ()))
         row, names = plain_row(row, where)
         wanted = _places(row)
         if source.shard and wanted and not names:
@@ -71,6 +79,11 @@ class PictureChats:
                 f"{where}: placeholders: {found}, but pictures: {len(refs)}; remove its text from messages",
                 see=GUIDE,
             )
+        if (document.tokens[~is_picture] == self._video_id).any():
+            raise DataError(
+                f"{where}: has the placeholder of a video, and videos are not read; remove its text, or the row",
+                see=GUIDE,
+            )
         counts = np.ones(len(is_picture), np.int64)
         counts[is_picture] = [ref.patches // self._encoder.merged for ref in refs[:found]]
         assert document.prompt is not None
@@ -84,7 +97,7 @@ class PictureChats:
 def plain_row(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
     """Returns a row whose messages have parts {"type": "image"}, and the names of the pictures in order. Raises DataError
     if the row has another form."""
-    images = row.get("images", row.get("image", []))
+    images = row.get("images") or row.get("image") or []
     images = images if isinstance(images, list) else [images]
     if "conversations" in row:
         messages = [_from_llava(each, where) for each in _list(row["conversations"], "conversations", where)]
@@ -102,15 +115,19 @@ def plain_row(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[
 
 def _list(value: Any, key: str, where: str) -> list[Any]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: {key} is {json.dumps(value)[:80]}; it must be a list of messages", see=GUIDE)
+        raise DataError(
+            f"{where}: {key} is {json.dumps(value, default=repr)[:80]}; it must be a list of messages", see=GUIDE
+        )
     return value
 
 
 def _from_llava(turn: Any, where: str) -> dict[str, Any]:
     turn = turn if isinstance(turn, dict) else {}
-    role, text = _ROLES.get(turn.get("from", turn.get("role"))), turn.get("value", turn.get("content"))
+    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    role = _ROLES.get(role) if isinstance(role, str) else None
     if role is None or not isinstance(text, str):
-        raise DataError(f'{where}: conversations has {json.dumps(turn)[:80]}; write {{"from": "human", "value": "..."}}')
+        shown = json.dumps(turn, default=repr)[:80]
+        raise DataError(f'{where}: conversations has {shown}; write {{"from": "human", "value": "..."}}')
     if "<image>" not in text:
         return {"role": role, "content": text}
     parts: list[dict[str, Any]] = []

@@ -105,9 +105,9 @@ class PictureBatchMaker(BatchMaker):
         return PictureBatch(**vars(super().make(sequences)), more=read if self._lazily else read())
 
 
-def picture_ids(folder: Path) -> tuple[int, list[int]] | None:
-    """Returns the id of pictures' placeholders, and all ids of pictures and of the marks around them, in a folder's
-    config.json. Returns None if the folder's model reads no pictures."""
+def picture_ids(folder: Path) -> tuple[int, int, list[int]] | None:
+    """Returns the ids of pictures' and (-1: none) of videos' placeholders, and all ids of pictures and of the marks around
+    them, in a folder's config.json. Returns None if the folder's model reads no pictures."""
     path = folder / "config.json"
     if not path.is_file() or not any((folder / name).is_file() for name in (PREPROCESSOR, "processor_config.json")):
         return None
@@ -116,4 +116,6 @@ def picture_ids(folder: Path) -> tuple[int, list[int]] | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: no JSON object ({error}); copy or download it again") from error
     ids = {name: each for name, each in fields.items() if _IDS.fullmatch(name) and isinstance(each, int)}
-    return (ids["image_token_id"], sorted(set(ids.values()))) if "image_token_id" in ids else None
+    if "image_token_id" not in ids:
+        return None
+    return ids["image_token_id"], ids.get("video_token_id", -1), sorted(set(ids.values()))

@@ -45,15 +45,17 @@ class PictureRef(NamedTuple):
 def read_part(folder: Path, file: str, offset: int = 0, length: int | None = None) -> bytes:
     """Reads a part of a file, or all of it. Raises DataError if it cannot be read, or leads out of the folder."""
     path = folder / file
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"picture {file!r} leads out of the folder {folder}; copy it into this folder")
+    if length is not None and not 0 <= length <= MOST_PICTURE:
+        raise DataError(f"picture {str(path)!r} has {length:,} bytes, not 0 to {MOST_PICTURE:,}; copy it again")
     try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DataError(f"picture {file!r} leads out of the folder {folder}; copy it into this folder")
         with open_regular(path) as stream:
             stream.seek(offset)
             found = stream.read(MOST_PICTURE + 1 if length is None else length)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # `resolve` raises RuntimeError for a link to itself
         raise DataError(f"picture {str(path)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(found) > MOST_PICTURE or (length is not None and len(found) < length):
+    if len(found) > MOST_PICTURE or len(found) < (length or 0):
         problem = "is cut short" if length is not None else f"has more than {MOST_PICTURE:,} bytes"
         raise DataError(f"picture {str(path)!r} {problem}; copy it again, or remove it")
     return found

@@ -12,15 +12,19 @@ from moe_dist.errors import DataError
 _MOST_ROW = 1 << 26  # largest number of bytes of a sample's .json
 
 
+class ShardRow(dict[str, Any]):
+    """A row of a shard. `__shard__` is the shard's name; `__members__` maps the names of the sample's other files to [first
+    byte, number of bytes]."""
+
+
 def shard_files(path: Path) -> list[Path]:
     """Returns the tar shards that a path names: a file, or the files of a folder."""
     files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     return [file for file in files if file.suffix == ".tar" and file.is_file()]
 
 
-def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (place for error texts, row) for each sample. The row is that of the sample's .json, with `__shard__`, the
-    shard's name, and `__members__`, which maps the other files' names to [first byte, number of bytes]. Reads no pictures.
+def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, ShardRow]]:
+    """Yields (place for error texts, row) for each sample. Reads no pictures.
 
     Raises:
         DataError: a shard is cut short, compressed or no tar file, or a sample has no .json with an object.
@@ -28,12 +32,22 @@ def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     for shard in shards:
         try:
             with tarfile.open(shard, "r:") as tar:
-                members = (each for each in tar if each.isreg())
-                for key, sample in groupby(members, key=lambda each: _key(each.name)):
+                for key, sample in groupby(_files(tar, shard.stat().st_size), key=lambda each: _key(each.name)):
                     yield f"{shard}, sample {key}", _row(shard, tar, key, list(sample))
             _check_end(shard)
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
             raise DataError(f"{shard}: no whole uncompressed tar file ({error}); copy it again") from error
+
+
+def _files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
+    """Yields the regular files. Raises tarfile.ReadError at a header that leads back, or out of the shard's bytes."""
+    last = -1
+    for each in tar:
+        if each.offset <= last or (each.isreg() and not 0 <= each.size <= size - each.offset_data):
+            raise tarfile.ReadError(f"{each.name!r:.200} at byte {each.offset:,} does not fit into it")
+        last = each.offset
+        if each.isreg():
+            yield each
 
 
 def _key(name: str) -> str:
@@ -41,7 +55,7 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _row(shard: Path, tar: tarfile.TarFile, key: str, sample: list[tarfile.TarInfo]) -> dict[str, Any]:
+def _row(shard: Path, tar: tarfile.TarFile, key: str, sample: list[tarfile.TarInfo]) -> ShardRow:
     rows = [each for each in sample if each.name == f"{key}.json"]
     stream = tar.extractfile(rows[0]) if len(rows) == 1 and rows[0].size <= _MOST_ROW else None
     try:
@@ -51,7 +65,7 @@ def _row(shard: Path, tar: tarfile.TarFile, key: str, sample: list[tarfile.TarIn
     if not isinstance(row, dict):
         raise DataError(f"{shard}, sample {key}: needs one .json with an object of at most {_MOST_ROW:,} bytes")
     parts = {each.name: [each.offset_data, each.size] for each in sample if each is not rows[0]}
-    return {**row, "__shard__": shard.name, "__members__": parts}
+    return ShardRow({**row, "__shard__": shard.name, "__members__": parts})
 
 
 def _check_end(shard: Path) -> None:

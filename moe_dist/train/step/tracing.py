@@ -218,12 +218,9 @@ def trace_heldout(
         fields["split"] = "held-out"
         write_atomically(place / MANIFEST, _manifest(config, data, groups, rank_of_expert, **fields).to_json())
     share: dict[str, Any] = {"micro_batch": config.train.micro_batch, "rank": env.rank, "world_size": env.world_size}
+    options = {"seq_len": config.data.seq_len, "sequences": sequences, "most_patches": config.data.most_patches, **share}
     batches = [
-        batch
-        for source in data.sources
-        for batch in heldout_batches(
-            config.data.path, data, source=source, seq_len=config.data.seq_len, sequences=sequences, **share
-        )
+        batch for source in data.sources for batch in heldout_batches(config.data.path, data, source=source, **options)
     ]
     every = len(batches) * env.world_size * config.train.micro_batch
     writer = TraceWriter(place, env.rank, weights=weights, losses=True)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from moe_dist.data.batch import IGNORED
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import TrainLoader, heldout_batches
+from moe_dist.data.picture_files import read_part
 from moe_dist.data.prepare import Inputs, prepare
+from moe_dist.data.shards import shard_rows
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.formats.manifest import Manifest, load_manifest
 from tests.support.messages import refused
@@ -212,6 +215,29 @@ def test_a_shard_cut_short_ends_the_command(
         with refused(MoeDistError, "001.tar"):
             prepared(tmp_path / "out", places, folder)
         (places / "copy").replace(shard)
+
+
+@pytest.mark.parametrize("size", [-1024, 1 << 40, 1 << 70])
+def test_a_shard_with_a_size_outside_is_refused(tmp_path: Path, size: int) -> None:
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name in ("0.json", "0.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 512
+            tar.addfile(info, io.BytesIO(b"{}".ljust(512)))
+    info.size = size  # pyright: ignore[reportPossiblyUnboundVariable]
+    with shard.open("r+b") as stream:
+        stream.seek(1024)
+        stream.write(info.tobuf(tarfile.GNU_FORMAT))
+    with refused(DataError, "a.tar", "0.png", "copy it again"):
+        list(shard_rows([shard]))
+
+
+@pytest.mark.parametrize(("name", "length"), [("\ud800.png", None), ("loop.png", None), ("a.png", 1 << 50), ("a.png", -1)])
+def test_a_place_of_no_picture_is_refused(three: Path, name: str, length: int | None) -> None:
+    (three.parent / "loop.png").symlink_to("loop.png")
+    with refused(DataError, "picture", "png", golden=False):
+        read_part(three.parent, name, 0, length)
 
 
 @pytest.mark.parametrize("change", ["other", "gone"])
