@@ -250,3 +250,40 @@ def test_a_picture_that_changed_since_is_named(three: Path, folder: Path, tmp_pa
     reason = {"gone": "No such file", "other": "changed since"}[change]
     with refused(DataError, "b.png", "line 2", reason, "prepare the data again"):
         loader(tmp_path / "out", global_batch=4).batches(0)
+
+
+OK = {"messages": [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "two"}]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": ["human"], "value": "x"}]},
+        {"messages": [{"role": "user", "content": "a <|video|> b"}, {"role": "assistant", "content": "two"}]},
+    ],
+    ids=["role", "video"],
+)
+def test_a_row_of_odd_values_is_skipped_if_asked(three: Path, folder: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+    three.write_text(json.dumps(row) + "\n" + json.dumps(OK) + "\n")
+    _, skipped = prepared(tmp_path / "out", three, folder, skip_bad=True)
+    assert len(skipped) == 1
+
+
+@pytest.mark.parametrize("more", [{"__members__": None}, {"__shard__": 3}, {"image": None}, {"images": None}], ids=str)
+def test_conversations_without_pictures_are_data_of_text(
+    three: Path, folder: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """A model that reads no pictures can train on them, too. Keys that shards add have no meaning in JSONL."""
+    three.write_text("".join(json.dumps(row) + "\n" for row in ({**OK, **more}, OK)))
+    manifest, _ = prepared(tmp_path / "out", three, folder)
+    assert manifest.pictures is None
+    assert set(manifest.modalities) == {"text"}
+    assert b"pictures" not in (tmp_path / "out/manifest.json").read_bytes(), "the bytes of earlier versions"
+
+
+def test_pictures_lie_beside_a_link_to_a_jsonl(three: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    three.rename(tmp_path / "far/x.jsonl")
+    three.symlink_to(tmp_path / "far/x.jsonl")
+    manifest, _ = prepared(tmp_path / "out", three, folder)
+    assert manifest.pictures is not None
