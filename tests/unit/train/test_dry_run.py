@@ -22,6 +22,7 @@ PRESETS = sorted(path.name for path in CONFIGS.glob("*.yaml"))
         ("moma_1b4_4t4i_32gpu.yaml", 7.09, 1.47),
         ("adamoe_mixtral8x7b_64gpu_megatron.yaml", 46.7, 10.1),
         ("adamoe_mixtral8x7b_64gpu_transformers.yaml", 46.7, 10.1),
+        ("ernie_vl_28b_64gpu_transformers.yaml", 28.0, 2.08),  # without the picture encoder
         ("adamoe_grok1_512gpu_megatron.yaml", 316.5, 65.2),
     ],
 )
