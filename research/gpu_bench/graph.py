@@ -9,11 +9,11 @@ from torch import Tensor
 
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.parallel.mesh import Mesh
+from research.gpu_bench.ceilings import seconds_of
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import MOST, make_layer, passes, single_group, static_layer, triton_or_none
 from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.rates import seconds_of
 
 REPLAYS = 3
 TIMES = 20  # number of timed passes; fixed, because all ranks must run the same number

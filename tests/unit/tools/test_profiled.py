@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.gpu_check.profiled import Profiled, idle_share
+from research.gpu_bench.profiled import Profiled, idle_share
 
 
 def test_overlapping_kernels_count_once_and_gaps_are_idle() -> None:
