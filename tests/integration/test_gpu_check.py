@@ -98,7 +98,7 @@ def test_without_a_gpu_the_command_says_so(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.exhaustive
-def test_the_whole_rehearsal_passes(tmp_path: Path, job: CheckJob) -> None:
+def test_the_whole_rehearsal_passes(tmp_path: Path) -> None:
     arguments = ("--rehearse", "--minutes", "60", "--json", str(tmp_path / "results.json"))
     done = command(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -107,10 +107,6 @@ def test_the_whole_rehearsal_passes(tmp_path: Path, job: CheckJob) -> None:
         name: "not possible" if name in ONLY_ON_A_GPU else "pass" for name in CHECKS
     }
     assert all(each["readings"] for name, each in checks.items() if name not in ONLY_ON_A_GPU)
-    from research.gpu_bench.__main__ import MEASUREMENTS
-
-    moved = {name: MEASUREMENTS[name] for name in ("ceilings", "syncs", "exchanges", "preset")}
-    assert {each.verdict for each in run(job, moved).values()} == {"pass"}
     again = command(*arguments)
     assert again.returncode == 0
     assert json.loads((tmp_path / "results.json").read_text())["checks"] == checks
