@@ -14,7 +14,6 @@ class FFNExpertsSection(ExpertsSection):
     builds = "moe_dist.moe.experts.activations:SwiGLU"
     served = "ffn"
     static = True
-    replicas = True
 
     kind: Literal["ffn"] = "ffn"
 
