@@ -72,6 +72,8 @@ def main(
         )
     if done.merged:
         print("adapters merged into their base")
+    if done.folded:
+        print(f"{done.folded} null experts a layer left out: they were copies of true rows, so nothing changes")
     if done.reasons:
         print("no plain family of transformers can express this model:", *done.reasons, sep="\n  - ")
         print("the folder brings its own code, so load it with trust_remote_code=True")

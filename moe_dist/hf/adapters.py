@@ -178,7 +178,7 @@ def _form_of_base(base: Contents) -> tuple[Form, str | None]:
     """Returns the export form of the base, and the folder from which the base was imported. The folder is None if the
     family has changed since the import."""
     noted, _ = imported_values(base.state.values)
-    form = choose_form(checked_config(base).model, noted, must=False)
+    form = choose_form(checked_config(base).model, tensor_reader(base), noted, must=False)
     said = base.state.values.get(HUGGINGFACE)
     folder = said.get("folder") if isinstance(said, dict) and form.family.name == noted else None
     return form, folder if isinstance(folder, str) else None

@@ -36,7 +36,7 @@ from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.forms import choose_form, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
-from moe_dist.hf.names import Slot, TensorPlace, idle_places, shards, slots
+from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
 from moe_dist.hf.sections import meaning, parsed_section, write_fields
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE, companion, read_configuration
@@ -52,6 +52,7 @@ class Exported:
     family: str  # `model_type`
     tensors: int
     shards: int
+    folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which tokenizer files and config.json fields were copied
     merged: bool = False  # True if LoRA adapters were merged into their base
     reasons: Sequence[str] = ()  # why no plain family fits; empty if one was written, or if the user chose the form
@@ -98,8 +99,8 @@ def export_model(
     config = checked_config(contents)
     noted, dtypes = imported_values(contents.state.values)
     dtypes = {} if merged else dtypes  # a merged matrix needs more bits than the imported base matrix
-    form = choose_form(config.model, family or noted, must=family is not None)
-    found = _account(contents, form.section, form.family)
+    form = choose_form(config.model, read, family or noted, must=family is not None)
+    found = _account(contents, config.model, form.section, form.family)
     beside = [contents.folder.absolute().parent, *([Path(config.run.init_from)] if config.run.init_from else [])]
     like = like or next((each / HUGGINGFACE for each in beside if (each / HUGGINGFACE / CONFIG_FILE).is_file()), None)
     if like is not None:
@@ -127,7 +128,8 @@ def export_model(
         )
         for name, content in files.items():
             write_durably(folder / name, content)
-    return Exported(form.family.name, len(stored), num_shards, like, merged, form.reasons)
+    nulls = [sum(group.num_null for group in model.moe.groups.values()) for model in (config.model, form.section)]
+    return Exported(form.family.name, len(stored), num_shards, nulls[0] - nulls[1], like, merged, form.reasons)
 
 
 def checked_config(contents: Contents) -> Config:
@@ -141,14 +143,16 @@ def checked_config(contents: Contents) -> Config:
         ) from error
 
 
-def _account(contents: Contents, section: ModelSection, family: ModelFamily) -> list[Slot]:
+def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
     """Returns the tensors to write, and checks that they include all parameters of the checkpoint that have an effect.
     Raises DataError if the checkpoint lacks a tensor, or has a tensor with a wrong shape or without a place in the family.
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
+    plain = family.layout == "plain"
+    nulls = {router_name(model, layer, "null") for layer in model.moe_layers} if plain else set()
     problems = [f"{slot.name}: is missing" for slot in needed if slot.name not in there]
-    without_place = there - {slot.name for slot in needed}
+    without_place = there - nulls - {slot.name for slot in needed}
     problems += [f"{name}: is left over: {family.name} has no place for it" for name in without_place]
     problems += [
         f"{slot.name}: shape {contents.index.tensors[slot.name].shape}, its configuration calls for {slot.shape}"

@@ -7,6 +7,11 @@ experts, then its second best true expert, then r null experts, and so on. This 
 """
 
 
+def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
+    """Returns the number of true experts among a token's k choices after the router rows were copied: ceil(k / (r + 1))."""
+    return -(-top_k // (num_null // num_experts + 1))
+
+
 def uneven_twins(num_experts: int, num_null: int) -> str | None:
     """Returns the reason why `num_null` router rows cannot repeat the true rows, or None if they can."""
     if num_null % num_experts == 0:

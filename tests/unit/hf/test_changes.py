@@ -64,6 +64,20 @@ def test_copies_of_rows_beside_a_selection_bias_are_refused(tmp_path: Path, kind
         import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=8, top_k=5))
 
 
+def test_null_experts_that_are_still_copies_are_left_out_on_the_way_back(tmp_path: Path) -> None:
+    theirs = save(tiny_model("olmoe", dtype=torch.bfloat16), tmp_path / "theirs")
+    import_model(theirs, tmp_path / "ours", ImportOptions(null_experts=16, top_k=8))
+    assert export_model(tmp_path / "ours", tmp_path / "back").folded == 16
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(theirs))
+    model, state = load_imported(tmp_path / "ours")
+    rows = model.get_parameter("layers.1.moe.router.group:all.null")
+    with torch.no_grad():
+        rows[3, 5] += 1e-3  # as a training step would change it
+    manager(tmp_path / "trained").save(7, state)
+    with refused(ConfigError, "num_null=16"):
+        export_model(tmp_path / "trained", tmp_path / "not", family="olmoe")
+
+
 def test_weights_that_were_trained_are_what_is_written(tmp_path: Path) -> None:
     """A run that trained an imported model saves fp32 weights, and its only link to the import is `run.init_from`."""
     theirs = save(tiny_model("qwen2_moe", dtype=torch.bfloat16), tmp_path / "theirs")

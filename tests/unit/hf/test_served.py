@@ -186,9 +186,11 @@ def test_a_server_can_bring_its_own_attention(tmp_path: Path, data: Path) -> Non
 def test_an_expert_wins_a_tie_with_its_null_copies(tmp_path: Path, data: Path) -> None:
     """Every choice is an exact tie between an expert and its null copies."""
     ours = saved_model(tmp_path / "run", data, one(num_null=8, top_k=4), copies=True)
+    assert export_model(tmp_path / "run", tmp_path / "plain").folded == 8
     export_model(tmp_path / "run", tmp_path / "hf", family="moe_dist")
     tokens = prompts()
-    torch.testing.assert_close(theirs(tmp_path / "hf")(tokens).logits, logits(ours, tokens), rtol=BOUND, atol=BOUND)
+    for folder in ("plain", "hf"):
+        torch.testing.assert_close(theirs(tmp_path / folder)(tokens).logits, logits(ours, tokens), rtol=BOUND, atol=BOUND)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_the_exported_code_has_the_routers_that_are_exported() -> None:
 def test_a_plain_family_comes_first(tmp_path: Path, data: Path) -> None:
     saved_model(tmp_path / "run", data, one(num_null=0) | router(normalise="all_chosen"))
     done = export_model(tmp_path / "run", tmp_path / "plain")
-    assert (done.family, done.reasons) == ("mixtral", ())
+    assert (done.family, done.reasons, done.folded) == ("mixtral", (), 0)
     assert export_model(tmp_path / "run", tmp_path / "own", family="moe_dist").family == "moe_dist"
     with refused(ConfigError, "num_null=3"):
         saved_model(tmp_path / "nulls", data, ONE)
@@ -351,4 +353,4 @@ def test_a_gating_residual_is_in_no_form(data: Path, tmp_path: Path) -> None:
     model = tiny_config(data, tmp_path, one() | router("gating_residual")).model
     for name in (None, "qwen3_moe", "qwen3_moe_plus_plus", "moe_dist"):
         with pytest.raises(ConfigError, match=r"router\.kind=gating_residual: the exported code has no such router"):
-            choose_form(model, name, must=False)
+            choose_form(model, lambda _: pytest.fail("no tensor is needed"), name, must=False)
