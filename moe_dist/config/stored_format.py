@@ -37,7 +37,6 @@ REMOVED = {
     "loss.distillation.top_logits": (None,),
     "optimizer.moments": ("fp32",),
     "parallel.check_exchanges": (False, True),
-    "rank_balance.replicating": (None,),
 }
 REMOVED_INIT_RULE = "split_experts"  # left out, because rules of `run.init_rules` have acted before anything is stored
 

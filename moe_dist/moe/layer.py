@@ -1,7 +1,6 @@
 """The mixture-of-experts layer: norm, router, dispatch, experts and combine. `forward` sets no attribute of the module."""
 
 from collections.abc import Generator
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ class MoELayer(nn.Module):
         # all-to-all.
         zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
-        experts = partial(self.experts, recompute=self.recompute == "experts")
+        h_TD, experts = self.experts.start(h_TD, recompute=self.recompute == "experts")
         return _Routed((h_TD, routing.assignments.weight_N, plan), experts, routing, zero_TD)
 
     def _result(

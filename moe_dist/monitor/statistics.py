@@ -41,8 +41,9 @@ class LeverDecision(NamedTuple):
     Attributes:
         taken: False if the change was refused.
         before, after: Busiest rank's load / mean load of a rank, without and with the change; 1 if all loads are equal.
-        cost_steps: Time that the change costs, in units of steps.
-        placement: Placement after this step if the lever moved experts, otherwise None.
+        cost_steps: Time that the change costs, in units of steps. For a move this is the cost of the move; for replicas,
+            the total cost until the next decision.
+        placement: Placement after this step if the lever moved experts or changed replicas, otherwise None.
     """
 
     lever: str

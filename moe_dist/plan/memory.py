@@ -71,7 +71,7 @@ class RankMemory:
     optimizer: float
     # Weights in the compute dtype during a micro-batch. DDP: copies of all weights in bf16, no copies in fp32. FSDP2: the
     # weights of two units, or of all units with fsdp_gather=step; with edp=1 in bf16 also all experts, because FSDP2 does
-    # not shard them.
+    # not shard them. The weights of replicas are included.
     casts: float
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # bytes of one layer's send and receive buffers if every token goes to one rank; not in `total`
@@ -102,7 +102,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
         parameters=held * FP32,
         gradients=gradients,
         optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, held_experts(placement, rank)))) * FP32,
-        casts=_casts(config, placement, rank) * itemsize,
+        casts=(_casts(config, placement, rank) + _replicas(config)) * itemsize,
         activations=activations,
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
         in_turn=min(gradients - buckets, activations) if single else 0.0,
@@ -219,6 +219,17 @@ def _casts(config: Config, placement: ExpertPlacement, rank: int) -> float:
     # FSDP2 keeps the weights of the root unit (embedding, output) gathered. During a layer it gathers the next layer's
     # weights.
     return parts.embedding + parts.output + attention + max(moe, ffn) + kept
+
+
+def _replicas(config: Config) -> float:
+    """Returns the largest number of parameters in replicas that a rank keeps until backward, plus the number of gradients
+    of one layer's replicas."""
+    section, model = config.rank_balance.replicating, config.model
+    if section is None or config.parallel.ep == 1:
+        return 0.0
+    layers = 1 if config.parallel.recompute == "block" else len(model.moe_layers)
+    widest = max(group.ffn_dim for group in model.moe.groups.values())
+    return section.slots * 3 * model.hidden_dim * widest * (layers + 1)
 
 
 def _activation_bytes_per_token(config: Config, rows: float, pairs: float) -> float:

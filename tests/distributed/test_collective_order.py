@@ -13,11 +13,13 @@ import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as param_group
 
 from moe_dist.comm.collectives import CommStats
+from moe_dist.comm.names import BACKWARD, REPLICAS
 from moe_dist.moe.routing.types import Routing, RoutingRequest
 from moe_dist.parallel.mesh import make_mesh
 from moe_dist.train.objective.loss import AuxSettings
 from tests.support.cover import full
-from tests.support.layouts import Layout, TrainingRank, batch_of, build, placement_of
+from tests.support.layouts import LAYERS, Layout, TrainingRank, batch_of, build, placement_for, placement_of
+from tests.support.replicas import of_both_groups, replicate
 from tests.support.worlds import RankContext
 
 
@@ -28,6 +30,9 @@ def recorded_pass(rank: RankContext, layout: Layout) -> list[str]:
     events: list[str] = []
     comm_stats = CommStats(events=events)
     parallel = build(layout, mesh, comm_stats)
+    if layout.replicas:
+        start = placement_for(layout)
+        replicate(parallel, layout, start, comm_stats, [of_both_groups(start)] * LAYERS)
     gather, reduce = param_group.foreach_all_gather, param_group.foreach_reduce
 
     def note(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +74,8 @@ def _unit(name: str) -> str:
     Layout(2, 2, "interleaved", "fsdp2", "block", overlap=True, chunks=3),
     full(Layout(4, 2, "uneven", "fsdp2", chunks=2)),
     full(Layout(4, 2, "pinned", "fsdp2", "block", ranks_per_node=2)),
-    full(Layout(4, 2, "uneven", "fsdp2", "block", chunks=2)),
+    Layout(2, 2, "interleaved", "fsdp2", overlap=True, chunks=2, replicas=True),
+    full(Layout(4, 2, "uneven", "fsdp2", "block", chunks=2, replicas=True)),
 ], ids=str)  # fmt: skip
 @pytest.mark.slow
 def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., list[Any]], layout: Layout) -> None:
@@ -78,6 +84,8 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
     hop = "inter-node " if layout.ranks_per_node else ""  # a pass begins and ends with the hop between nodes
     opening = (f"{hop}dispatch rows{first}", f"{hop}combine rows backward{last}")
     closing = (f"wait {hop}combine rows{last}", f"wait {hop}dispatch rows backward{first}")
+    if layout.replicas:  # a forward starts with the weights of replicas, and a backward ends with their gradients
+        opening, closing = (REPLICAS, opening[1]), (closing[0], f"wait {REPLICAS}{BACKWARD}")
     for events in all_events:
         inside = None
         assert set(opening + closing) <= set(events)
@@ -104,7 +112,9 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     """Returns the torch.distributed calls of two training steps, with the sizes of their groups, and the named
     exchanges."""
     training = TrainingRank(layout)
-    calls = training.comm_stats.events
+    calls, start = training.comm_stats.events, training.placement
+    if layout.replicas:
+        replicate(training.parallel, layout, start, training.comm_stats, [of_both_groups(start)] * LAYERS)
 
     def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -126,8 +136,8 @@ def recorded_step(rank: RankContext, layout: Layout) -> list[str]:
     full(Layout(4, 1, "uneven")),
     full(Layout(2, 2, "pinned", recompute="block")),
     Layout(4, 1, "uneven", recompute="block", ranks_per_node=2),
-    Layout(4, 1, "uneven", recompute="block", overlap=True, chunks=2),
-    full(Layout(2, 2, "pinned", "fsdp2", chunks=3)),
+    Layout(4, 1, "uneven", recompute="block", overlap=True, chunks=2, replicas=True),
+    full(Layout(2, 2, "pinned", "fsdp2", chunks=3, replicas=True)),
 ], ids=str)  # fmt: skip
 def test_every_rank_issues_the_same_collectives_in_the_same_order(
     run_in_world: Callable[..., list[Any]], layout: Layout

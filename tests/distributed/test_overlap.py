@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS
+from moe_dist.comm.names import BACKWARD, COMBINE_ROWS, DISPATCH_ROWS, REPLICAS
 from tests.distributed.test_collective_order import recorded_pass
 from tests.support.layouts import LAYERS, Layout
 
@@ -14,7 +14,7 @@ def events_of(run_in_world: Callable[..., list[Any]], layout: Layout) -> list[st
     """Returns the events of one forward and backward of the whole model, without exchanges of metadata. All ranks must
     exchange rows in the same order."""
     everywhere = run_in_world(layout.world_size, recorded_pass, layout)
-    exchanged = (DISPATCH_ROWS, COMBINE_ROWS)
+    exchanged = (DISPATCH_ROWS, COMBINE_ROWS, REPLICAS)
     wanted = (*exchanged, *(f"wait {name}" for name in exchanged), "own pairs", "shared", "pairs")
     kept = [[event for event in events if event.startswith(wanted)] for events in everywhere]
     for events in kept:
@@ -56,10 +56,13 @@ def test_a_chunk_is_dispatched_while_the_one_before_is_computed(run_in_world: Ca
     assert events == forward * LAYERS + backward * LAYERS
 
 
-def test_own_pairs_are_computed_while_the_first_chunks_fly(run_in_world: Callable[..., list[Any]]) -> None:
-    events = events_of(run_in_world, Layout(2, 1, "interleaved", overlap=True, chunks=2))
+def test_weights_of_replicas_are_exchanged_once_around_all_chunks(run_in_world: Callable[..., list[Any]]) -> None:
+    """The weights of both groups' replicas are sent before the rows, and the shared expert overlaps with them. In
+    backward the gradients of replicas are sent after the rows."""
+    events = events_of(run_in_world, Layout(2, 1, "interleaved", overlap=True, chunks=2, replicas=True))
     forward = [
-        "dispatch rows 0", "dispatch rows 1", "shared", "own pairs", "wait dispatch rows 0",
+        REPLICAS, REPLICAS, "dispatch rows 0", "dispatch rows 1", "shared", "own pairs",
+        f"wait {REPLICAS}", f"wait {REPLICAS}", "wait dispatch rows 0",
         "pairs 0", "combine rows 0", "wait dispatch rows 1", "pairs 1", "wait combine rows 0", "combine rows 1",
         "wait combine rows 1",
     ]  # fmt: skip
@@ -67,6 +70,7 @@ def test_own_pairs_are_computed_while_the_first_chunks_fly(run_in_world: Callabl
         "combine rows backward 1", "wait combine rows backward 1", "combine rows backward 0", "pairs 1 backward",
         "dispatch rows backward 1", "wait combine rows backward 0", "pairs 0 backward", "dispatch rows backward 0",
         "own pairs backward", "shared backward", "wait dispatch rows backward 1", "wait dispatch rows backward 0",
+        *[REPLICAS + BACKWARD, f"wait {REPLICAS}{BACKWARD}"] * 2,
     ]  # fmt: skip
     assert events == forward * LAYERS + backward * LAYERS
 

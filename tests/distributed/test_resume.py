@@ -117,6 +117,9 @@ KINDS = {
     "dealt sequences and moved experts": Kind({
         **LEVERS, "rank_balance": {"dealing": True, "moving": {"every": 2, "flops_per_byte": 1e-3}},
     }),
+    "replicas of experts": Kind({
+        **LEVERS, "rank_balance": {"replicating": {"every": 2, "slots": 4, "flops_per_byte": 1e-3}},
+    }),
     "Megatron-Core": Kind({
         **NULLS, **router("top_k", selection_bias=True), **CONTROLLERS, **megatron(distributed_optimizer=True),
         "parallel.precision": "bf16",

@@ -89,6 +89,7 @@ class Layout:
     optimizer: str = "adamw"
     compiled: bool = False  # compiles dense parts by torch.compile, without code generation
     tied: bool = False  # the output layer has the embedding's weight
+    replicas: bool = False  # experts may get replicas
     depth_parts: int = 1  # for the one-rank oracle: number of equal parts of its tokens, each a selection scope
     form: str | None = None  # a key of FORMS
 
@@ -270,6 +271,7 @@ def config_of(layout: Layout) -> Config:
         "optimizer": {"kind": layout.optimizer, "lr": 1e-2},
         "parallel": parallel,
         "evaluation": {"every": 1},
+        "rank_balance": {"replicating": {} if layout.replicas else None},
     }  # fmt: skip
     return Config.model_validate(values)
 

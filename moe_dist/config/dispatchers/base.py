@@ -18,6 +18,7 @@ class DispatchSection(KindSection):
     static: ClassVar[bool] = False  # whether exchanges have fixed sizes and the host never learns the numbers of rows
     needs: ClassVar[tuple[Need, ...]] = ()  # values that the dispatcher needs in other keys of the configuration
     each_pair: ClassVar[bool] = False  # whether each (token, expert) pair is a row; counts are then known before routing
+    replicas: ClassVar[bool] = False  # whether the dispatcher works with replicas: its attribute `planner` makes all plans
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from unmet(config, KIND, self.name, self.needs, instead=FIX[3:])

@@ -11,6 +11,7 @@ class AllToAllDispatchSection(DispatchSection):
     """Send a token once to each rank that has experts of the token, however many of them the rank has."""
 
     builds = "moe_dist.moe.dispatch.choice:all_to_all"
+    replicas = True
 
     kind: Literal["all_to_all"] = "all_to_all"
     overlap: bool = False
@@ -66,6 +67,7 @@ class HierarchicalDispatchSection(DispatchSection):
     """Send each token at most once to a node, then, inside the node, at most once to a rank."""
 
     builds = "moe_dist.moe.dispatch.hierarchical:HierarchicalDispatcher"
+    replicas = True
 
     kind: Literal["hierarchical"] = "hierarchical"
     ranks_per_node: PositiveInt = Field(description="Number of consecutive ranks on one node. Must divide parallel.ep.")

@@ -24,6 +24,7 @@ NEEDED = (
     ("loss.distillation", (None,), "there is no teacher on pipeline stages"),
     ("rank_balance.dealing", (False,), "sequences do not move between ranks"),
     ("rank_balance.moving", (None,), "experts do not move between ranks"),
+    ("rank_balance.replicating", (None,), "experts have no replicas"),
     ("parallel.data", ("ddp",), "data parallelism is Megatron's; engine.distributed_optimizer shards the optimizer"),
     ("parallel.recompute", ("none", "experts"), "a layer recomputes its experts only"),
     ("parallel.compile", (False,), "Megatron compiles what it compiles"),

@@ -15,6 +15,7 @@ NEEDED = (
     ("run.init_rules", ((),), "weights of another run are loaded as they are"),
     ("train.only", (None, "routers", "experts", "adapters"), "the family has no other parts that can be trained alone"),
     ("loss.distillation", (None,), "a teacher is this project's own model"),
+    ("rank_balance.replicating", (None,), "experts have no replicas"),
     ("parallel.compile", (False,), "the family's code is not compiled"),
     ("parallel.kernels.kind", ("auto", "torch"), "rows are gathered by torch"),
     ("parallel.loss_words", (None,), "the family's own output layer makes all logits"),

@@ -14,6 +14,7 @@ class ExpertsSection(KindSection):
     adapts_ffns: ClassVar[bool] = False  # true if experts are frozen FFNs from run.init_from, with adapters
     over_frozen_ffn: ClassVar[bool] = False  # true if experts are adapters over a layer's only FFN, from run.init_from
     static: ClassVar[bool] = False  # true if the experts can compute rows whose number the host does not know
+    replicas: ClassVar[bool] = False  # true if a rank can also compute replicas of experts (rank_balance.replicating)
 
     @property
     def base(self) -> "ExpertsSection":

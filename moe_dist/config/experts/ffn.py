@@ -14,6 +14,7 @@ class FFNExpertsSection(ExpertsSection):
     builds = "moe_dist.moe.experts.activations:SwiGLU"
     served = "ffn"
     static = True
+    replicas = True
 
     kind: Literal["ffn"] = "ffn"
 

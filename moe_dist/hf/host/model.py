@@ -24,7 +24,7 @@ from moe_dist.hf.host.family import GUIDE, Bank
 from moe_dist.hf.host.lora import Place, fold
 from moe_dist.hf.host.pictures import groups_of_types, picture_inputs
 from moe_dist.model.layers import ModelArgs
-from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout, RunExperts
 from moe_dist.moe.experts.pairs import compute_pairs
 from moe_dist.moe.experts.several_banks import OneExchange, SeveralBanks
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
@@ -121,8 +121,11 @@ class FamilyExperts(nn.Module):
             experts._parameters[name] = nn.Parameter(whole.detach()[list(local)].clone())
         experts.num_experts, experts._is_expert_parallel = len(local), True
 
-    def forward(self, rows: DispatchedRows, layout: PairLayout, *, recompute: bool) -> Tensor:
-        return recomputed(self.compute, rows, layout) if recompute else self.compute(rows, layout)
+    def start(self, h_TD: Tensor, *, recompute: bool) -> tuple[Tensor, RunExperts]:
+        return h_TD, self._again if recompute else self.compute
+
+    def _again(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
+        return recomputed(self.compute, rows, layout)
 
     def compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
         (experts,) = self._experts

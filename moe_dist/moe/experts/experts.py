@@ -4,7 +4,8 @@ Input rows are sorted by slot (the index of the expert on this rank).
     y = W_down a(W_gate x, W_up x)
 
 `Experts` has an activation a (`activations.py`), an optional adapter of the matrices (`expert_lora.py`), and a storage. The
-storage is `on_host` if the host knows the experts' numbers of rows, else `on_device` (static_storage.py).
+storage is `on_host` if the host knows the experts' numbers of rows, else `on_device` (static_storage.py). Replicas
+(`replicas.py`) add experts for one forward.
 
 Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
 e number of a group's experts on this rank.
@@ -14,14 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.comm.collectives import from_host
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
 from moe_dist.moe.experts.activations import SWIGLU, Activation
 from moe_dist.moe.experts.expert_lora import ExpertLoRA
 from moe_dist.moe.experts.products import ExpertGemm, Product, grouped_product, why_not_grouped
@@ -263,6 +264,17 @@ class ExpertStack(nn.Module):
         return self.activation(*gate_and_up(gate_QF, up_QF))
 
 
+class Replicas(Protocol):
+    """Experts of other ranks that this rank also computes (`replicas.py`)."""
+
+    def start(
+        self, h_TD: Tensor, stacks: Callable[[str], ExpertStack]
+    ) -> tuple[Tensor, Callable[[], list[tuple[int, RunStack]]]]:
+        """Begins to fetch the replicas' weights. Returns the layer's input, and a function that waits for the weights. This
+        function returns, for each stack, the number of slots and a function like `ExpertStack.forward`."""
+        ...
+
+
 class Experts(nn.Module):
     """All true (not null) experts of this rank, one `ExpertStack` per group.
 
@@ -276,7 +288,12 @@ class Experts(nn.Module):
         pair_budget: Largest number of (token, expert) pairs computed at once; None for no limit. More pairs are computed in
             chunks, and backward recomputes them, so unbalanced routing costs time, not memory. `on_device` has no limit.
         kernels: Functions that gather rows, compute silu(gate) * up, and sum the outputs of pairs.
+
+    Attributes:
+        replicas: Fetches the weights of this rank's replicas in each forward; None for a layer without replicas.
     """
+
+    replicas: Replicas | None = None
 
     def __init__(
         self,
@@ -302,15 +319,32 @@ class Experts(nn.Module):
     def stack(self, group: str) -> ExpertStack:
         return self.get_submodule(group_module(group))  # pyright: ignore[reportReturnType]
 
-    def forward(self, dispatched: DispatchedRows, plan: PairLayout, *, recompute: bool = False) -> Tensor:
+    def start(self, h_TD: Tensor, *, recompute: bool = False) -> tuple[Tensor, RunExperts]:
+        """Begins the forward of a layer, before any row is sent. Issues the exchange of replicas' weights. Returns the
+        layer's input for the dispatcher, and `forward`, which the dispatcher may call several times."""
+        if self.replicas is None:
+            return h_TD, partial(self, recompute=recompute)
+        h_TD, arrived = self.replicas.start(h_TD, self.stack)
+        return h_TD, partial(self, recompute=recompute, replicas=arrived)
+
+    def forward(
+        self,
+        dispatched: DispatchedRows,
+        plan: PairLayout,
+        *,
+        recompute: bool = False,
+        replicas: Callable[[], Sequence[tuple[int, RunStack]]] = tuple,
+    ) -> Tensor:
         """Returns for each dispatched row the weighted sum of its experts' outputs: [R, D] in the rows' dtype, summed in
-        fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations."""
+        fp32 and rounded once. With `recompute`, backward computes the FFNs again instead of keeping their activations. The
+        pairs of replicas come after the pairs of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
             # The rows come from frozen layers. But all ranks, even those without experts, must issue the exchange in
             # combine's backward.
             rows_RD = rows_RD.detach().requires_grad_()
-        slots, stacks = [count for _, count in self.local], [self.stack(name) for name, _ in self.local]
+        own = [(count, self.stack(name)) for name, count in self.local]
+        slots, stacks = zip(*own, *(each for each in replicas() if each[0]), strict=True)
         chunks = self.storage(dispatched, plan, slots, self.pair_budget)
         recompute = recompute or len(chunks) > 1  # the activations of all chunks would exceed the budget
         dtype = weight_Q.dtype if len(chunks) > 1 else rows_RD.dtype

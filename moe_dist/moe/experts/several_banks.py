@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
+from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout, RunExperts
 from moe_dist.moe.routing.draws import recomputed
 
 
@@ -40,8 +40,11 @@ class SeveralBanks(nn.Module):
         super().__init__()
         self._banks = tuple(banks)
 
-    def forward(self, rows: DispatchedRows, layout: PairLayout, *, recompute: bool) -> Tensor:
-        return recomputed(self._compute, rows, layout) if recompute else self._compute(rows, layout)
+    def start(self, h_TD: Tensor, *, recompute: bool) -> tuple[Tensor, RunExperts]:
+        return h_TD, self._again if recompute else self._compute
+
+    def _again(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
+        return recomputed(self._compute, rows, layout)
 
     def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
         """Returns the sum of all banks, [R, D]. A token has experts of one bank, so the sum rounds nothing."""

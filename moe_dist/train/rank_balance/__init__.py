@@ -1,1 +1,1 @@
-"""Levers (methods) that balance the ranks' loads: move experts, deal sequences to ranks."""
+"""Levers (methods) that balance the ranks' loads: move experts, give experts replicas, deal sequences to ranks."""

@@ -1,19 +1,79 @@
-"""Defines levers, which keep the ranks equally busy during a run (section `rank_balance`). All are off by default."""
+"""Defines levers, which keep the ranks equally busy during a run (section `rank_balance`). All are off by default.
 
-from collections.abc import Callable
+This file sends no weights of replicas; each forward pass sends them (`moe/experts/replicas.py`). Shape letter: E true
+experts.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
+from torch import Tensor
+
+from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.schema import Config
 from moe_dist.data.loader import TrainLoader
+from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.replicas import ReplicaWeights
+from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.monitor.statistics import LeverDecision
+from moe_dist.parallel.parallelize import ParallelModel
 from moe_dist.placement.placement import ExpertPlacement
+from moe_dist.placement.replica_slots import PlacementWithReplicas
 from moe_dist.train.build.dispatch import dispatch_with
-from moe_dist.train.build.training import Training
+from moe_dist.train.build.training import COMPUTE_DTYPES, Training
 from moe_dist.train.rank_balance.expert_moves import move_experts
 from moe_dist.train.rank_balance.moving_lever import MovingLever
+from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
 from moe_dist.train.router_tuning.loader import SampleLoader
 from moe_dist.train.step.result import StepResult
+
+
+class ReplicaPlanner:
+    """Replaces a dispatcher's planner, so that this rank's tokens go to the replicas that serve this rank
+    (`placement/replica_slots.py`). Each layer's planner treats a replica as a separate expert.
+
+    Args:
+        plain: The planner that the dispatcher had before. It plans layers without replicas.
+        of_layer: Maps a layer's name to two values: the id of each expert's slot (int64 [E + 1]; the last id is for absent
+            pairs), and a planner for these slots, of the same kind as `plain`.
+    """
+
+    def __init__(self, plain: Any, of_layer: Mapping[str, tuple[Tensor, Any]]) -> None:
+        self._plain, self._of_layer = plain, of_layer
+
+    def plan(self, assignments: Assignments, num_tokens: int, layer: str) -> Any:
+        if layer not in self._of_layer:
+            return self._plain.plan(assignments, num_tokens, layer)
+        slot_E, planner = self._of_layer[layer]
+        # absent pairs have the index -1, which selects the last id
+        return planner.plan(assignments._replace(expert_N=slot_E[assignments.expert_N]), num_tokens, layer)
+
+    def chunk_lengths(self, num_tokens: int) -> tuple[int, ...]:
+        """Does the same as `DispatchPlanner.chunk_lengths`. The lengths are equal in all layers."""
+        return self._plain.chunk_lengths(num_tokens)
+
+
+def give_replicas(parallel: ParallelModel, section: DispatchSection, context: DispatchContext) -> None:
+    """Replaces the experts' replicas in all MoE layers by those in `context.placement`. All ranks must call this between
+    the same two steps. Dispatchers with the capability `replicas` make all plans with their attribute `planner`."""
+    mesh, layers, placement = parallel.mesh, parallel.model.moe_modules(), context.placement
+    assert isinstance(placement, PlacementWithReplicas)
+    wire = context.all_to_all
+    dispatcher: Any = section.build(context)
+    of_layer: dict[str, tuple[Tensor, Any]] = {}
+    for number, layer in enumerate(layers):
+        assert isinstance(layer.experts, Experts), "the configuration refuses replicas of other experts"
+        layer.dispatcher = dispatcher
+        layer.experts.replicas = ReplicaWeights.of(placement, number, str(layer.name), wire)
+        if placement.replicas[number]:
+            slot_E = torch.tensor([*placement.id_of_expert(number, wire.rank), ABSENT], device=mesh.device)
+            planner = section.build(replace(context, placement=placement.in_layer(number))).planner
+            of_layer[str(layer.name)] = slot_E, planner
+    dispatcher.planner = ReplicaPlanner(dispatcher.planner, of_layer)
+
 
 SHOW_EVERY = 100  # number of steps from one shown decision of the loader to the next
 
@@ -80,9 +140,29 @@ def _moving(parts: LeverParts) -> MovingLever | None:
     return MovingLever(parts.placement, move, edp=edp, layers=layers, **section.model_dump())
 
 
+def _replicating(parts: LeverParts) -> ReplicatingLever | None:
+    section, training, config = parts.config.rank_balance.replicating, parts.training, parts.config
+    if section is None or parts.placement.num_ranks == 1:
+        return None
+
+    assert training.dispatch is not None, "preflight refuses replicas where an engine cannot have them"
+    dispatch, mesh, layers = training.dispatch, training.parallel.mesh, training.parallel.model.moe_modules()
+
+    def replicate(placement: PlacementWithReplicas) -> None:
+        give_replicas(training.parallel, config.parallel.dispatch, replace(dispatch, placement=placement))
+        training.step.placement = placement
+
+    micro_batches = config.train.global_batch // (config.train.micro_batch * mesh.world_size)
+    exchanges = micro_batches * (3 if config.parallel.recompute == "block" else 2)
+    size = COMPUTE_DTYPES[config.parallel.precision].itemsize
+    fields = {"edp": mesh.edp_size, "bytes_per_value": exchanges * size, **section.model_dump()}
+    return ReplicatingLever(parts.placement, replicate, layers=len(layers), **fields)
+
+
 LEVERS: dict[str, Callable[[LeverParts], Lever | None]] = {
     "dealing": _dealing,
     "moving": _moving,
+    "replicating": _replicating,
 }
 
 

@@ -9,7 +9,9 @@ are busy at different times.
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from pydantic import JsonValue
@@ -21,15 +23,56 @@ from moe_dist.plan.solver import improve, pace, rank_loads, slots_of
 from moe_dist.train.rank_balance.expert_moves import same_shapes
 from moe_dist.train.step.result import StepResult
 
+P = TypeVar("P", bound=ExpertPlacement)
+
+
+class LoadLever(ABC, Generic[P]):
+    """A `moe_dist.train.rank_balance.levers.Lever` that decides once per window of `every` steps, after its last step."""
+
+    def __init__(self, placement: P, every: int, layers: int) -> None:
+        self.placement, self._every, self._layers = placement, every, layers
+        self._width_E = np.array(placement.width_of_expert)
+        self._pairs_SLE: list[np.ndarray] = []  # (token, expert) pairs that were computed since the last decision
+
+    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
+        """See `Lever`. Makes a decision in every `every`-th step. Returns None if the loads require no change."""
+        counts = result.counts
+        self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
+        if step % self._every:
+            return None
+        pairs_SLE, self._pairs_SLE = np.array(self._pairs_SLE), []
+        decision = self._decide(pairs_SLE * self._width_E) if len(pairs_SLE) > 1 else None
+        if decision is not None and decision.placement is not None:
+            self._place(decision.placement)  # pyright: ignore[reportArgumentType]  # made by `_decide`
+        return decision
+
+    @abstractmethod
+    def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
+        """Decides by the experts' loads in at least two steps. A load is (number of (token, expert) pairs) x FFN width."""
+
+    @abstractmethod
+    def _place(self, placement: P) -> None:
+        """Moves or replicates experts to reach `placement`."""
+
+    def _stored_pairs(self) -> JsonValue:
+        return np.array(self._pairs_SLE, np.int64).tolist()
+
+    def _read_pairs(self, stored: Any) -> list[np.ndarray]:
+        pairs_SLE = [np.array(each, np.int64) for each in stored]
+        shape = (self._layers, len(self._width_E))
+        if wrong := [each.shape for each in pairs_SLE if each.shape != shape or (each < 0).any()]:
+            raise ValueError(f"pairs of shape {wrong[0]} are no counts of {shape[0]} layers and {shape[1]} experts")
+        return pairs_SLE
+
+
 LEAST_GAIN = 0.02  # a gain below this fraction of the busiest rank's load is taken for noise
 # A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Moments in bf16, or Muon's
 # single moment, need fewer bytes. Forward and backward of one token by this expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
 
 
-class MovingLever:
-    """A `moe_dist.train.rank_balance.levers.Lever` that moves experts. It decides once per window of `every` steps,
-    after the window's last step. Checkpoints save the lever's state.
+class MovingLever(LoadLever[ExpertPlacement]):
+    """A `moe_dist.train.rank_balance.levers.Lever` that moves experts. Checkpoints save the lever's state.
 
     Args:
         move: Moves experts from the first placement to the second. Collective.
@@ -48,27 +91,12 @@ class MovingLever:
         payback_steps: int,
         flops_per_byte: float,
     ) -> None:
-        self.placement, self._every, self._layers = placement, every, layers
-        self._width_E = np.array(placement.width_of_expert)
-        self._pairs_SLE: list[np.ndarray] = []  # (token, expert) pairs that were computed since the last decision
+        super().__init__(placement, every, layers)
         self._move, self._edp, self._configured = move, edp, placement.slots
         self._payback_steps, self._flops_per_byte = payback_steps, flops_per_byte
         self._group_E = np.array([number for number, group in enumerate(placement.groups) for _ in group.experts])
 
-    def after_step(self, result: StepResult, *, step: int, position: int) -> LeverDecision | None:
-        """See `Lever`. Makes a decision in every `every`-th step. Returns None if the loads require no change."""
-        counts = result.counts
-        self._pairs_SLE.append(counts.choices_LC[:, : len(self._width_E)] - counts.dropped_LE)
-        if step % self._every:
-            return None
-        pairs_SLE, self._pairs_SLE = np.array(self._pairs_SLE), []
-        decision = self._decide(pairs_SLE * self._width_E) if len(pairs_SLE) > 1 else None
-        if decision is not None and decision.placement is not None:
-            self._place(decision.placement)
-        return decision
-
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
-        """Decides by the experts' loads in at least two steps. A load is (number of (token, expert) pairs) x FFN width."""
         ranks, rank_E = self.placement.num_ranks, np.array(self.placement.rank_of_expert)
         half = len(load_SLE) // 2
         first, second = (each.reshape(-1, load_SLE.shape[2]) for each in np.split(load_SLE, [half]))
@@ -104,7 +132,7 @@ class MovingLever:
         """Returns the current placement, the configured placement, and the routing counts since the last decision."""
         slots: list[JsonValue] = [[*each] for each in self.placement.slots]
         configured: list[JsonValue] = [[*each] for each in self._configured]
-        return {"slots": slots, "configured": configured, "pairs": np.array(self._pairs_SLE, np.int64).tolist()}
+        return {"slots": slots, "configured": configured, "pairs": self._stored_pairs()}
 
     def restore(self, state: JsonValue) -> None:
         """Moves the experts to the saved placement. Collective. The experts stay in the configured placement in two cases:
@@ -113,9 +141,7 @@ class MovingLever:
         try:
             assert isinstance(state, dict)
             slots = tuple(tuple(map(int, each)) for each in state["slots"])  # pyright: ignore
-            pairs_SLE, shape = [np.array(each, np.int64) for each in state["pairs"]], (self._layers, len(self._width_E))  # pyright: ignore
-            if wrong := [each.shape for each in pairs_SLE if each.shape != shape or (each < 0).any()]:
-                raise ValueError(f"pairs of shape {wrong[0]} are no counts of {shape[0]} layers and {shape[1]} experts")
+            pairs_SLE = self._read_pairs(state["pairs"])
             placement = ExpertPlacement(self.placement.groups, slots)
         except (ArithmeticError, AssertionError, ConfigError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"state of the lever that moves experts: {state!r:.80} is none ({error!s:.80})") from error

@@ -24,6 +24,7 @@ from moe_dist.moe.routing.types import LayerReport, RoutingRequest
 from moe_dist.monitor.trace.format import MANIFEST, TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.replica_slots import PlacementWithReplicas
 from moe_dist.plan.preflight import Preflight
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.files import write_atomically
@@ -57,7 +58,7 @@ class StepWatcher:
         """Is called before a checkpoint is saved. Returns when the data of all finished steps are on disk."""
 
     def follow(self, placement: ExpertPlacement, step: int) -> None:
-        """Is called after step `step` (1-based) if experts moved. `placement` is the new placement."""
+        """Is called after step `step` (1-based) if experts moved or replicas changed. `placement` is the new placement."""
 
 
 class StepTracer(StepWatcher):
@@ -169,6 +170,7 @@ def traced_steps(
                 weights=section.weights,
                 every=section.every,
                 tokens=section.tokens,
+                replicas=placement.replicas if isinstance(placement, PlacementWithReplicas) else (),
             )
             write_atomically(place / MANIFEST, manifest.to_json())
         return TraceWriter(place, env.rank, weights=section.weights)

@@ -52,6 +52,7 @@ BASES = {
     "static": "parallel.dispatch={kind: static}",
     "dealing": "rank_balance.dealing=true",
     "moving": "rank_balance.moving={}",
+    "replicating": "rank_balance.replicating={}",
     "Megatron": " | ".join(f"{key}={str(value).replace(chr(39), '')}" for key, value in CHANGES.items())
     + f" | model.moe.shared_gate=true | parallel.ep=2 | parallel.edp=2 | {MEGATRON}}}",
 }  # fmt: skip
@@ -80,6 +81,9 @@ SOUND = {
         TUNED + ", regulariser: l2}",
     ),
     "static": ("parallel.dispatch.room=2.0 | model.moe.capacity={factor: 1.0}",),
+    "replicating": tuple(
+        f"parallel.dispatch={{{kind}}}" for kind in ("overlap: true", "chunks: 2", "kind: hierarchical, ranks_per_node: 1")
+    ),
     "Megatron": (
         f"{CHOICE_GROUPS} | {MEGATRON}, pp: 2}} | {OFF} | "
         "model.moe.router={kind: expert_choice, causal: threshold, scope: ep_group}",
@@ -170,6 +174,7 @@ REFUSED = {
         "parallel.dispatch={kind: deep_ep_v2}",
         "parallel.dispatch={kind: known_counts} | model.moe.router={kind: expert_choice, causal: threshold, scope: world}",
         "rank_balance.dealing=true",
+        "rank_balance.replicating={}",
     ),
     "all experts": (
         "model.moe.router={kind: top_p} | " + TARGET + "{text: 0.5}}]",
@@ -272,6 +277,12 @@ REFUSED = {
         "model.mixture_of_depths={capacity: 0.5}",
     ),
     "moving": ("parallel.dispatch={kind: deep_ep_v2}",),
+    "replicating": (
+        "rank_balance.moving={}",
+        "model.moe.experts={kind: clamped_ffn}",
+        "parallel.dispatch={kind: static, room: 2.0}",
+        "parallel.two_batch_overlap=true",
+    ),
     "Megatron": (
         f"{MEGATRON}, tp: 3}}",
         f"parallel.ep=4 | parallel.edp=1 | {MEGATRON}, pp: 2}}",

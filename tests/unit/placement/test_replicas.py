@@ -11,17 +11,35 @@ GROUPS = (ExpertGroup("text", 3, 1, 2, 8), ExpertGroup("image", 2, 1, 1, 12, fir
 SLOTS = ((1, 3), (0, 4), (2,), ())
 REPLICAS = ((Replica(0, 0), Replica(1, 2), Replica(4, 0), Replica(4, 3)), ())
 PLACED = PlacementWithReplicas(GROUPS, SLOTS, REPLICAS)
-# The rank that computes each expert for the tokens of each rank: itself if it has a slot, else the expert's ranks in turn.
-SERVERS = [[0, 0, 2, 0, 0], [1, 2, 2, 0, 1], [0, 2, 2, 0, 0], [1, 0, 2, 0, 3]]
+
+
+def test_by_hand() -> None:
+    """Replicas are numbered in the order of their experts' slots. Expert 1 is on rank 0 and expert 0 is on rank 1, so
+    the replica of expert 1 comes first."""
+    one = PLACED.in_layer(0)
+    assert one.slots == ((1, 3, 6, 7), (0, 4), (2, 5), (8,))
+    assert [(group.name, group.num_experts, group.ffn_dim) for group in one.groups[2:]] == [
+        ("text replicas", 2, 8),
+        ("image replicas", 2, 12),
+    ]
+    assert [PLACED.id_of_expert(0, source) for source in range(4)] == [
+        [6, 1, 2, 3, 7],  # rank 0 itself has slots of experts 0, 1 and 4
+        [0, 5, 2, 3, 4],
+        [6, 5, 2, 3, 7],  # rank 2 has no slot of expert 4, and uses the first replica of expert 4
+        [0, 1, 2, 3, 8],
+    ]
+    assert PLACED.id_of_expert(1, 0) == [0, 1, 2, 3, 4]
+    assert PLACED.in_layer(1).slots == SLOTS
 
 
 def test_shares_are_those_of_drawn_tokens() -> None:
     """A rank's expected load agrees with a count of drawn pairs. The pairs of each source rank are drawn separately."""
     rng, share_E = np.random.default_rng(0), np.array([0.4, 0.2, 0.1, 0.1, 0.2])
     pairs_RE = rng.multinomial(100_000, share_E, size=4)
-    rank_RE, counted_R = np.array(SERVERS), np.zeros(4)
-    np.testing.assert_array_equal(PLACED.computing_ranks(0), rank_RE)
-    np.add.at(counted_R, rank_RE, pairs_RE)
+    rank_of = np.array(PLACED.in_layer(0).rank_of_expert)
+    counted_R = np.zeros(4)
+    for source, pairs_E in enumerate(pairs_RE):
+        np.add.at(counted_R, rank_of[PLACED.id_of_expert(0, source)], pairs_E)
     pairs_LE = np.stack([pairs_RE.sum(0)] * 2)
     expected_LR = PLACED.by_rank(pairs_LE)
     np.testing.assert_allclose(expected_LR[0], counted_R, rtol=0.01)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_dist.config.rank_balance_schema import RankBalanceSection
 from moe_dist.config.schema import Config
 from moe_dist.model.layers import token_losses
 from moe_dist.placement.placement import ExpertPlacement
@@ -139,6 +140,17 @@ def test_states_of_a_rank() -> None:
     assert memory.exchange_bound == 2 * 3 * 256 * 64 * 4
     bounded = config(parallel={"ep": 4, "max_receive_rows": 100})
     assert estimated(bounded, 4).exchange_bound == (3 * 256 + 100) * 64 * 4
+
+
+@pytest.mark.parametrize(("recompute", "layers"), [("none", 3), ("block", 1)])
+def test_replicas_keep_the_weights_of_experts(recompute: str, layers: int) -> None:
+    """With two replicas per rank and layer, the replicas' weights in all layers stay in memory from forward to
+    backward. Their gradients stay in memory for only one layer."""
+    plain = config(parallel={"ep": 2, "recompute": recompute})
+    section = RankBalanceSection.model_validate({"replicating": {"slots": 2}})
+    more = plain.model_copy(update={"rank_balance": section})
+    one, two = (estimated(each, 2, pairs=2.0).total for each in (plain, more))
+    assert two - one == 2 * (3 * 64 * 96) * (layers + 1) * 4
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -1,5 +1,5 @@
-"""Tests the decisions to move experts: for several hot experts, for an expert hotter than a rank's even share, under noise,
-by costs, and with a saved state."""
+"""Tests the decisions to move and to replicate experts: for several hot experts, for an expert hotter than a rank's
+even share, under noise, by costs, and with a saved state."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,9 @@ import pytest
 from moe_dist.errors import DataError
 from moe_dist.monitor.statistics import LeverDecision
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica
 from moe_dist.train.rank_balance.moving_lever import MovingLever
+from moe_dist.train.rank_balance.replicating_lever import ReplicatingLever
 
 EVERY = 16
 MANY = (ExpertGroup("all", 64, 0, 4, 8),)
@@ -21,25 +23,46 @@ CONTIGUOUS = ExpertPlacement(MANY, tuple(tuple(range(16 * rank, 16 * rank + 16))
 START = ExpertPlacement.interleaved(ONE, 4)
 
 
-class Moving:
-    """Gives a lever made-up counts, and keeps its decisions and changes. A change is a pair of placements."""
+class Played:
+    """Gives a lever made-up counts, and keeps its decisions and changes. A change is a pair of placements, or a placement
+    with replicas."""
 
-    def __init__(self, placement: ExpertPlacement, **changes: Any) -> None:
+    lever: Any
+
+    def __init__(self) -> None:
         self.changes: list[Any] = []
         self.step, self.shown = 0, list[LeverDecision]()
-        fields = {"edp": 1, "layers": 1, "every": EVERY, "payback_steps": 100, "flops_per_byte": 100.0} | changes
-        self.lever = MovingLever(placement, lambda *old_new: self.changes.append(old_new), **fields)
+
+    def rows(self, pairs_LE: np.ndarray) -> np.ndarray:
+        return self.lever.placement.by_rank(pairs_LE)
 
     def play(self, pairs_LE: np.ndarray) -> float:
         """Takes a step. Returns the step's balance efficiency, computed from counts of pairs."""
         self.step += 1
-        placement = self.lever.placement
-        weighted_LE = pairs_LE * [group.ffn_dim for group in placement.groups for _ in group.experts]
-        rows_LR = np.stack([weighted_LE[:, list(slots)].sum(1) for slots in placement.slots], axis=1)
+        rows_LR = self.rows(pairs_LE)
         result: Any = SimpleNamespace(counts=SimpleNamespace(choices_LC=pairs_LE, dropped_LE=np.zeros_like(pairs_LE)))
         decision = self.lever.after_step(result, step=self.step, position=0)
         self.shown += [] if decision is None else [decision]
         return float(rows_LR.mean(1).sum() / rows_LR.max(1).sum())
+
+
+class Moving(Played):
+    def __init__(self, placement: ExpertPlacement, **changes: Any) -> None:
+        super().__init__()
+        fields = {"edp": 1, "layers": 1, "every": EVERY, "payback_steps": 100, "flops_per_byte": 100.0} | changes
+        self.lever = MovingLever(placement, lambda *old_new: self.changes.append(old_new), **fields)
+
+    def rows(self, pairs_LE: np.ndarray) -> np.ndarray:
+        placement = self.lever.placement
+        weighted_LE = pairs_LE * [group.ffn_dim for group in placement.groups for _ in group.experts]
+        return np.stack([weighted_LE[:, list(slots)].sum(1) for slots in placement.slots], axis=1)
+
+
+class Replicating(Played):
+    def __init__(self, placement: ExpertPlacement = START, layers: int = 2, **changes: Any) -> None:
+        super().__init__()
+        fields = {"edp": 1, "bytes_per_value": 4.0, "every": EVERY, "slots": 1, "flops_per_byte": 15.0} | changes
+        self.lever = ReplicatingLever(placement, self.changes.append, layers=layers, **fields)
 
 
 def drawn(name: str, step: int) -> np.ndarray:
@@ -98,38 +121,108 @@ def hot(step: int, *, expert: int = 5, share: float = 0.5) -> np.ndarray:
     return np.stack([rng.multinomial(8192, even), rng.multinomial(8192, share * one + (1 - share) * even)])
 
 
-def test_an_expert_hotter_than_a_rank_does_not_move() -> None:
-    moving = Moving(START, layers=2, payback_steps=10_000, flops_per_byte=0.0)
+def test_an_expert_hotter_than_a_rank_is_shared() -> None:
+    """Moving the hot expert does not help, because it overloads any rank. Replicas in its layer help."""
+    moving, played = Moving(START, layers=2, payback_steps=10_000, flops_per_byte=0.0), Replicating()
     for step in range(3 * EVERY):
         moving.play(hot(step))
+    before = [played.play(hot(step)) for step in range(EVERY)]
+    after = [played.play(hot(step)) for step in range(EVERY, 3 * EVERY)]
     assert moving.shown == [], "a hot expert alone is twice a rank's even share"
+    assert np.mean(before) < 0.6
+    assert np.mean(after) >= 0.95
+    (change,) = played.changes
+    assert change.replicas[0] == ()
+    assert {expert for expert, _ in change.replicas[1]} == {5}
+    assert 1 / played.shown[0].after == pytest.approx(np.mean(after), abs=0.02), "as predicted"
+    line = json.loads(json.dumps(played.shown[0].line))
+    assert line["replicas"] == [[], [[*each] for each in change.replicas[1]]]
 
 
-def test_a_noisy_even_load_causes_no_thrashing() -> None:
-    played, rng, experts = Moving(CONTIGUOUS), np.random.default_rng(0), CONTIGUOUS.num_experts
+def test_replicas_that_cost_more_than_they_save_are_refused() -> None:
+    """Two ranks have one expert each, with loads 6 and 0, so a replica takes 3 of 6 rows from the busiest rank. One rank
+    sends the expert to the other. At 12 bytes per value and 0.5 FLOPs per byte this costs as much as one row per step. At 2
+    FLOPs per byte it costs four rows, more than the three that it saves."""
+    start, pairs = ExpertPlacement((ExpertGroup("all", 2, 0, 1, 8),), ((0,), (1,))), np.array([[6, 0]])
+    cheap, dear = (Replicating(start, 1, bytes_per_value=12.0, flops_per_byte=flops) for flops in (0.5, 2.0))
+    halved = Replicating(start, 1, bytes_per_value=12.0, flops_per_byte=1.0, edp=2)  # each EP group has half of the pairs
+    for _ in range(EVERY):
+        for each in (cheap, dear, halved):
+            each.play(pairs)
+    (yes,), (no,) = cheap.shown, dear.shown
+    assert cheap.changes == [PlacementWithReplicas(start.groups, start.slots, ((Replica(0, 1),),))]
+    assert (yes.before, yes.after) == (2.0, 1.0)
+    assert yes.cost_steps == pytest.approx(EVERY / 6)
+    assert "save 8 of 16 steps and cost 2.67, a sum of +5.33" in yes.text
+    assert (no.taken, no.placement, dear.changes) == (False, None, [])
+    assert "save 8 of 16 steps and cost 10.7, a sum of -2.67" in no.text
+    assert (halved.changes, halved.shown[0].taken) == ([], False)
+
+
+def test_replicas_follow_a_hot_spot_and_go_when_it_cools() -> None:
+    played = Replicating()
+    for step in range(EVERY):
+        played.play(hot(step))
+    for step in range(EVERY, 3 * EVERY):
+        played.play(hot(step, expert=14))
+    followed = [played.play(hot(step, expert=14)) for step in range(3 * EVERY, 4 * EVERY)]
+    for step in range(4 * EVERY, 6 * EVERY):
+        played.play(hot(step, share=0.0))
+    experts = [{expert for expert, _ in change.replicas[1]} for change in played.changes]
+    assert experts == [{5}, {14}, set()]
+    assert min(followed) >= 0.95
+
+
+def test_a_rank_has_at_most_its_slots() -> None:
+    pairs = np.stack([np.r_[4000, 4000, 4000, np.full(29, 10)]])
+    for slots in (1, 2):
+        played = Replicating(ExpertPlacement(ONE, tuple(tuple(range(8 * r, 8 * r + 8)) for r in range(4))), 1, slots=slots)
+        for _ in range(EVERY):
+            played.play(pairs)
+        ranks = [rank for _, rank in played.lever.placement.replicas[0]]
+        assert max(map(ranks.count, ranks)) == slots
+
+
+@pytest.mark.parametrize("played", [Moving(CONTIGUOUS), Replicating(flops_per_byte=0.0)], ids=["moves", "replicas"])
+def test_a_noisy_even_load_causes_no_thrashing(played: Played) -> None:
+    rng, experts = np.random.default_rng(0), played.lever.placement.num_experts
     for _ in range(30 * EVERY):
         played.play(rng.multinomial(400, np.full(experts, 1 / experts), size=2))
     assert len(played.changes) <= 1
 
 
-DAMAGES: dict[str, Callable[[Any], Any]] = {
+OF_BOTH: dict[str, Callable[[Any], Any]] = {
     "nothing": lambda state: None,
     "other experts": lambda state: {**state, "pairs": [[1, 2, 3]]},
     "other layers": lambda state: {**state, "pairs": [each * 2 for each in state["pairs"]]},
     "negative": lambda state: {**state, "pairs": [[[-1 for _ in row] for row in each] for each in state["pairs"]]},
     "huge": lambda state: {**state, "pairs": [[[10**30 for _ in row] for row in each] for each in state["pairs"]]},
     "no pairs": lambda state: {name: value for name, value in state.items() if name != "pairs"},
+}
+OF_MOVES: dict[str, Callable[[Any], Any]] = {
     "one slot": lambda state: {**state, "slots": [[0]]},
     "no slots": lambda state: {**state, "slots": 3},
 }
+OF_REPLICAS: dict[str, Callable[[Any], Any]] = {
+    "own rank": lambda state: {**state, "replicas": [[[5, 0]], []]},  # expert 5 itself is on rank 0
+    "one layer": lambda state: {**state, "replicas": [[]]},
+}
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [*OF_BOTH, *OF_MOVES])
 def test_a_state_of_other_moves_is_refused(damage: str) -> None:
     played = Moving(CONTIGUOUS)
     played.play(drawn("W2", 0))
     with pytest.raises(DataError, match="moves experts"):
-        played.lever.restore(DAMAGES[damage](played.lever.state()))
+        played.lever.restore((OF_BOTH | OF_MOVES)[damage](played.lever.state()))
+
+
+@pytest.mark.parametrize("damage", [*OF_BOTH, *OF_REPLICAS])
+def test_a_state_of_other_replicas_is_refused(damage: str) -> None:
+    played = Replicating()
+    played.play(hot(0))
+    with pytest.raises(DataError, match="lever of replicas"):
+        played.lever.restore((OF_BOTH | OF_REPLICAS)[damage](played.lever.state()))
 
 
 def test_on_other_ranks_the_configured_placement_stays() -> None:
@@ -151,3 +244,12 @@ def test_another_configured_placement_is_not_undone() -> None:
     other = Moving(CONTIGUOUS)
     other.lever.restore(saved)
     assert (other.lever.placement, other.changes) == (CONTIGUOUS, [])
+
+
+def test_on_other_ranks_there_are_no_replicas() -> None:
+    played = Replicating()
+    for step in range(EVERY):
+        played.play(hot(step))
+    other = Replicating(ExpertPlacement.interleaved(ONE, 8))
+    other.lever.restore(played.lever.state())
+    assert (other.changes, any(other.lever.placement.replicas)) == ([], False)
