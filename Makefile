@@ -76,10 +76,10 @@ test-smollm2: smollm2  ## Import, export and fine-tune a real model, SmolLM2-135
 test-vllm: $(VLLM)/.installed  ## Serve exported models with null experts by vLLM on this CPU (3.4 GB)
 	@$(TEST) -rP tests/pretrained/test_vllm.py
 
-# The marker selects the tests that run on every version of megatron-core.
+# tests/megatron needs the newest megatron-core; the marker selects the tests that run on every version.
 test-megatron: $(MEGATRON_ENV)/.installed  ## Run all Megatron tests with the newest Python and megatron-core here (up to 6 GB)
 	@$(MEGATRON_ENV)/bin/python -m pip list 2>/dev/null | grep -E '^(megatron-core|torch|triton) '
-	@$(subst $(BIN),$(MEGATRON_ENV)/bin,$(TEST)) -m megatron $(WORLDS) \
+	@$(subst $(BIN),$(MEGATRON_ENV)/bin,$(TEST)) -m megatron $(WORLDS) tests/megatron \
 	  $$(grep -rl --include='test_*.py' 'mark\.megatron' tests/unit tests/distributed tests/integration)
 
 torch-floor: $(OLDEST_TORCH)/.installed  ## Import every module and train under FSDP2 with the oldest torch (4.5 GB)

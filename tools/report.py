@@ -1,4 +1,4 @@
-"""Draws the routing of a run or a trace into one HTML file. See docs/monitoring.md."""
+"""Draws the routing of a run, or of a trace from moe_dist or another system, into one HTML file. See docs/monitoring.md."""
 
 import math
 import os
@@ -36,6 +36,7 @@ from moe_dist.monitor.report.routing import (
     model_shape,
     total,
 )
+from moe_dist.monitor.trace.foreign import READERS, read_foreign
 from moe_dist.monitor.trace.format import MANIFEST, Manifest
 from moe_dist.monitor.trace.reader import Trace, read_trace
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -62,6 +63,7 @@ class ReportOptions:
         None
     )
     ep: Annotated[str, typer.Option(help="Further EP sizes of the byte ledger, separated by commas.")] = ""
+    experts: Annotated[int, typer.Option(min=0, help="Experts of a layer, for another system's trace.")] = 0
     placement: Annotated[Path | None, typer.Option(help="YAML file with `slots`, for the byte ledger.")] = None
     node_sizes: Annotated[str, typer.Option(help="Ranks of a node in the byte ledger, separated by commas.")] = "2,4,8"
 
@@ -72,10 +74,10 @@ def main(options: ReportOptions) -> None:
     """Draw the routing of a run or a trace."""
     out = _out(options)
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
-    routing = open_routing(options.path, options.data)
+    routing = open_routing(options.path, options.data, options.experts)
     against = None
     if options.against is not None:
-        against = open_routing(options.against, options.data, option="--against")
+        against = open_routing(options.against, options.data, options.experts, option="--against")
     if against is not None and (against.groups, against.layers) != (routing.groups, routing.layers):
         raise ConfigError(
             f"--against {options.against}: it has {model_shape(against.groups, against.layers)}, but {options.path} has "
@@ -139,11 +141,12 @@ def _sizes(option: str, text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, words)))
 
 
-def open_routing(path: Path, data: Path | None = None, *, option: str = "") -> Routing:
+def open_routing(path: Path, data: Path | None = None, experts: int = 0, *, option: str = "") -> Routing:
     """Reads the routing of a run or trace.
 
     Args:
         data: Folder of the data set, if it has moved since the training.
+        experts: Number of experts of a layer if `path` is the trace of another system; 0 otherwise.
         option: Option of the command line that names `path`, for error texts; empty for an argument.
 
     Raises:
@@ -154,13 +157,16 @@ def open_routing(path: Path, data: Path | None = None, *, option: str = "") -> R
     if RunFolder(path).config_yaml.is_file() and RunFolder(path).metrics_jsonl.is_file():
         return _of_run(path, data)
     # If a trace has records beside it, another trainer trains the model; see `moe_dist.monitor.attach`.
-    counted = RunFolder(path).metrics_jsonl.is_file()
-    if any(path.glob(f"*/{MANIFEST}")) or any(path.glob(f"trace/*/{MANIFEST}")):
+    counted = not experts and RunFolder(path).metrics_jsonl.is_file()
+    if experts:
+        trace = read_foreign(path, experts)
+        manifest = trace.step(trace.steps[0]).manifest
+    elif any(path.glob(f"*/{MANIFEST}")) or any(path.glob(f"trace/*/{MANIFEST}")):
         trace, manifest = _open_trace(path, counted=counted)
     else:
         raise ConfigError(
             f"{path}: neither a run (config.yaml and metrics.jsonl) nor a trace (a folder with */{MANIFEST}); give one of "
-            "both"
+            f"both, or the trace of another system ({', '.join(READERS)}) and --experts, its number of experts"
         )
     if counted:
         shape = (len(manifest.layers), manifest.num_columns, len(manifest.groups))
@@ -310,7 +316,7 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
         codes = None
         if manifest.image is not None and manifest.image.codebook is not None:
             codes = load_codebook(folder / manifest.image.codebook)
-    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another trainer's trace has no data; names are optional
+    except (MoeDistError, OSError, KeyError, TypeError) as error:  # another system's trace has no data; names are optional
         if data is not None:
             raise ConfigError(f"--data {data}: {error}") from error
         return {}

@@ -37,6 +37,13 @@ def attached(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("attached"), collapsed=1)
 
 
+def foreign(folder: Path) -> Path:
+    """Writes arrays in the form in which vLLM and SGLang return them."""
+    rng = np.random.default_rng(0)
+    np.save(folder / "answer.npy", rng.permuted(np.tile(np.arange(16), (400, 2, 1)), axis=2)[..., :4].astype(np.int16))
+    return folder
+
+
 def write(folder: Path, routing: Routing, against: Routing | None = None) -> Path:
     path = folder / "report.html"
     path.write_text(render(Subject(routing, against, [Layout("as in the run", routing.placement)], (2, 4))))
@@ -44,7 +51,7 @@ def write(folder: Path, routing: Routing, against: Routing | None = None) -> Pat
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("case", ["healthy", "sick", "large", "without tokens", "attached"])
+@pytest.mark.parametrize("case", ["healthy", "sick", "large", "without tokens", "attached", "foreign"])
 def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, case: str, dark: bool) -> None:
     routing = {
         "healthy": lambda: draw_routing(steps=20),
@@ -52,6 +59,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, cas
         "large": lambda: draw_routing(LARGE, layers=48, ranks=64, tokens=300),
         "without tokens": lambda: replace(draw_routing(), tokens=None),
         "attached": lambda: open_routing(attached),
+        "foreign": lambda: open_routing(foreign(tmp_path), experts=16),
     }[case]()
     page.errors.clear()
     page.requests.clear()
@@ -71,7 +79,7 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, cas
         ".map(b => [b.x + scrollX, b.y + scrollY, b.width, b.height])"
     )
     image = np.asarray(Image.open(page.picture(tmp_path / "page.png")).convert("RGB"))
-    assert len(boxes) >= {"without tokens": 5, "attached": 10}.get(case, 12)
+    assert len(boxes) >= {"without tokens": 5, "foreign": 6, "attached": 10}.get(case, 12)
     for x, y, width, height in (np.array(box).astype(int) for box in boxes):
         assert len(np.unique(image[y : y + height, x : x + width].reshape(-1, 3), axis=0)) > 3, (x, y, width, height)
     assert (image[3, 3].max() < 60) == dark

@@ -18,7 +18,7 @@ from moe_dist.monitor.heatmaps import Axis
 from moe_dist.monitor.metrics import NEEDED
 from moe_dist.monitor.report.drawing import MOST_FRAMES
 from moe_dist.monitor.sinks.jsonl import read_lines
-from moe_dist.monitor.trace.foreign import NO_ID
+from moe_dist.monitor.trace.foreign import NO_ID, ForeignTrace
 from moe_dist.monitor.trace.format import MANIFEST
 from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
@@ -216,7 +216,9 @@ def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> 
         raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
 
 
-def frames_of_trace(trace: Trace, groups: Sequence[ExpertGroup], layers: int) -> tuple[list[Frame], list[Frame]]:
+def frames_of_trace(
+    trace: Trace | ForeignTrace, groups: Sequence[ExpertGroup], layers: int
+) -> tuple[list[Frame], list[Frame]]:
     """Returns frames of one step each: at most FRAMES evenly spaced steps of a trace, and the trace's last WINDOW steps."""
     last = len(trace.steps) - 1
     spaced = np.unique(np.linspace(0, last, FRAMES).astype(int)).tolist()
@@ -248,7 +250,7 @@ def group_of_modality(groups: Sequence[ExpertGroup], modalities: Sequence[str]) 
     return np.array([owners[0] for owners in found], np.int64)
 
 
-def last_tokens(trace: Trace, **names: Any) -> Tokens:
+def last_tokens(trace: Trace | ForeignTrace, **names: Any) -> Tokens:
     """Reads the tokens of a trace's last steps, but at most MOST_TOKENS tokens. `names` are values for the fields
     `name_of`, `picture_of` and `grid` of `Tokens`."""
     steps: list[TracedStep] = []

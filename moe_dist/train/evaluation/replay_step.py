@@ -31,9 +31,10 @@ def replay_step(
     Micro-batches, number of ranks and placement may therefore differ from those of the traced run.
 
     Args:
-        traced: A step of a run's trace (`read_trace`).
+        traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).
         batches, sequences: This rank's micro-batches on the host, and, for each micro-batch, the numbers of its sequences
-            in the trace. `data.order.micro_batches` gives these numbers.
+            in the trace. For a run's trace `data.order.micro_batches` gives these numbers. In another system's trace each
+            file is one sequence, and the numbers start at 0.
         group_of_modality: Index of the expert group of each modality of the batches.
 
     Raises:

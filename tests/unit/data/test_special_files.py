@@ -17,6 +17,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.formats.numpy_file import load_array
 from moe_dist.inference.questions.files import read_facts
+from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.plan.preflight import check
 from moe_dist.train.build.training import build_loader
 from tests.support.chat_folders import chat_folder
@@ -27,6 +28,7 @@ from tests.support.tiny import tiny_config
 READERS: dict[str, Callable[[Path], object]] = {
     "q.jsonl": lambda path: read_facts([path]),
     "codebook.npy": load_codebook,
+    "routed.npy": lambda path: read_foreign(path, 8),
     "a.png": rasterise,
 }
 FILES = ["manifest.json", "captions_train.bin", "prose_valid.idx", "captions_train.filler"]

@@ -14,11 +14,13 @@ from torch import Tensor
 from moe_dist.data.batch import Batch
 from moe_dist.data.order import micro_batches
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.moe.routing.types import RoutingRequest
+from moe_dist.monitor.trace.foreign import read_foreign
 from moe_dist.monitor.trace.reader import TracedStep, read_trace
 from moe_dist.runtime.environment import RankEnv
 from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.evaluation.replay_step import replay_step
-from moe_dist.train.objective.loss import AuxSettings
+from moe_dist.train.objective.loss import AuxSettings, forward
 from moe_dist.train.step.result import StepResult
 from moe_dist.train.step.tracing import traced_steps
 from tests.support.agreement import reversed_scores
@@ -78,6 +80,27 @@ def test_a_step_of_a_trace_is_taken_again(tiny_data: Path, tmp_path: Path) -> No
     assert torch.equal(one.weights(), traced.weights)
     plain = OneRank(tiny_data, tmp_path, **changes)
     assert not np.array_equal(plain.training.step(traced.batches, lr=1e-3, aux=traced.aux).nll_M, traced.result.nll_M)
+
+
+def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) -> None:
+    """The trace has one file per sequence, with an array `routed_experts` [tokens, layers, k]."""
+    group = {"num_experts": 6, "top_k": 2, "ffn_dim": 16, "modalities": ["text", "image"]}
+    changes: dict[str, Any] = {"model.moe.groups": {"all": group}}
+    one = OneRank(tiny_data, tmp_path, **changes)
+    model, batch = one.training.parallel.model, one.run.loader.batches(0)[0]
+    rng, tokens_B = np.random.default_rng(0), (~batch.padding_BS).sum(1)
+    rows = [rng.permuted(np.tile(np.arange(6), (int(n), 2, 1)), axis=2)[..., :2] for n in tokens_B]
+    for number, ids in enumerate(rows):
+        np.save(tmp_path / f"{number}.npy", ids.astype(np.int16))
+    step, groups = read_foreign(tmp_path, 6).step(1), torch.tensor([0, 0])
+    with replay_step(model, step, [batch], [range(2)], groups, source="arrays"):
+        losses, reports = forward(model, batch, groups, RoutingRequest(keep_choices=True), losses=True)
+    losses.sum().backward()
+    found = torch.stack([each.chosen.column_TK for each in reports if each.chosen is not None], 1)
+    assert np.array_equal(found[~batch.padding_BS.flatten()], np.concatenate(rows))
+    for report, layer in zip(reports, model.moe_modules(), strict=True):
+        assert (report.chosen.weight_TK[~batch.padding_BS.flatten()] > 0).all()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in layer.router.parameters())  # pyright: ignore
 
 
 def test_what_does_not_fit_is_refused(tiny_data: Path, tmp_path: Path) -> None:
