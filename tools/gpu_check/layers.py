@@ -16,9 +16,7 @@ from moe_dist.config.load import load_config
 from moe_dist.model.attention import attend, dense_mask, make_mask
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts.experts import ExpertGemm, Experts
-from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -43,7 +41,6 @@ DISPATCH = (
     "kind: hierarchical, ranks_per_node: 1",
     "kind: hierarchical, ranks_per_node: WORLD",
 )
-ROOM = 1.5  # the default of parallel.dispatch.room
 CASES = ("uneven tokens", "a rank without tokens", "all null", "one expert takes all")
 
 
@@ -225,15 +222,3 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
     q, k, v = (each.requires_grad_() for each in qkv)
     out = attend(q, k, v, mask)
     return [out, *torch.autograd.grad(out, (q, k, v), direction)]
-
-
-def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Mesh | None = None) -> MoELayer:
-    """Makes a layer with exchanges of fixed sizes, and with the router, weights and kernels of `like`."""
-    rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
-    placement, kernels = ExpertPlacement.interleaved(groups, ranks), like.experts.kernels
-    local = [len(placement.local_experts(rank, group)) for group in groups]
-    experts = Experts(hidden, groups, local, storage=on_device, kernels=kernels)
-    experts.load_state_dict(like.experts.state_dict())
-    wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
-    dispatcher = StaticDispatcher(DispatchContext(placement, wire, kernels=kernels, tokens=tokens), room=ROOM)
-    return MoELayer(norm=like.norm, router=like.router, experts=experts, dispatcher=dispatcher)
