@@ -51,7 +51,7 @@ def _attempt(config: Path, overrides: list[str], overwrite: bool) -> int:
         checked = check_file(config, overrides, world_size=env.world_size)
         start = RunFolder.of(checked.config).start(checked.config, env, overwrite=overwrite)
         if start is not Start.FINISHED:
-            if not checked.config.parallel.dispatch.needs_modules:  # DeepEP shares a buffer that must not grow
+            if not checked.config.parallel.dispatch.needs_modules:  # DeepEP and HybridEP share buffers that must not grow
                 limit_fragmentation(os.environ)
             if checked.config.parallel.device != "cpu":
                 bind_near_gpu(env.local_rank, env.local_world_size, os.environ, lower_threads=shared)

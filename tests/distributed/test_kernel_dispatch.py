@@ -1,7 +1,8 @@
-"""Tests the formats, values, gradients, bytes and recompute of the adaptor to DeepEP. A stand-in that keeps DeepEP's
-contract replaces DeepEP."""
+"""Tests the formats, values, gradients, bytes and recompute of the adaptors to DeepEP and HybridEP. Stand-ins that keep
+the libraries' contracts replace the libraries."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher
+from moe_dist.moe.dispatch.deep_ep_v2 import DeepEPDispatcher, DeepEPPlan
+from moe_dist.moe.dispatch.hybrid_ep import HybridEPDispatcher
 from moe_dist.moe.routers.context import RouterContext
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.counts import SentCounts
@@ -22,41 +24,58 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from tests.reference.layer import expected_traffic
 from tests.support.cover import full
 from tests.support.deep_ep_gloo import deep_ep
+from tests.support.hybrid_ep_gloo import hybrid_ep
 from tests.support.one_rank_layer import one_rank_layer
 from tests.support.routings import Case, D, random_case, round_trip
 from tests.support.worlds import RankContext
 
+LIBRARIES = ("DeepEP", "HybridEP")
 MOST_TOKENS = 12
 
 
-def equal_shapes(case: Case) -> Case:
-    """Pads a case so that all ranks have the same number of choices, as DeepEP needs. The padding chooses no expert."""
+def equal_shapes(case: Case, *, tokens: bool) -> Case:
+    """Pads a case so that all ranks have the same number of choices, as DeepEP needs. With `tokens` also pads all ranks
+    to the same number of tokens, as HybridEP needs. The padding chooses no expert."""
     width = max(each.shape[1] for each in case.experts_TK)
-    padded = [np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=ABSENT) for each in case.experts_TK]
+    height = max(len(each) for each in case.experts_TK) if tokens else 0
+    sizes = [(max(0, height - len(c)), width - c.shape[1]) for c in case.experts_TK]
+    padded = [
+        np.pad(chosen, ((0, more), (0, wider)), constant_values=ABSENT)
+        for chosen, (more, wider) in zip(case.experts_TK, sizes, strict=True)
+    ]
     return Case(case.slots, tuple(padded))
 
 
 def make_dispatcher(
-    placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, top_k: int, tokens: int
-) -> DeepEPDispatcher:
+    library: str, placement: ExpertPlacement, wire: AllToAll, *, hidden_dim: int, top_k: int, tokens: int
+) -> DeepEPDispatcher | HybridEPDispatcher:
     """Returns a dispatcher whose buffer fits `tokens` tokens."""
+    if library == "HybridEP":
+        return HybridEPDispatcher(DispatchContext(placement, wire, hidden_dim=hidden_dim))
     dispatcher = DeepEPDispatcher(DispatchContext(placement, wire, hidden_dim=hidden_dim), top_k=top_k)
     token_N = torch.arange(tokens).repeat_interleave(top_k)
     dispatcher.plan(Assignments(token_N, torch.full_like(token_N, ABSENT), torch.zeros(len(token_N))), tokens)
     return dispatcher
 
 
-def run_cases(rank: RankContext, seeds: range) -> int:
+def stand_in(library: str, *, strict: bool, domain: int = 0) -> AbstractContextManager[None]:
+    return deep_ep(strict=strict) if library == "DeepEP" else hybrid_ep(strict=strict, ranks_per_domain=domain)
+
+
+def run_cases(rank: RankContext, library: str, domain: int, seeds: range) -> int:
     """Runs random cases, including ranks with different numbers of expert slots."""
     mesh = make_mesh(ep=rank.world_size, device=torch.device("cpu"), timeout=600.0)
     comm_stats = CommStats(events=[])
     wire = AllToAll(mesh.ep, comm_stats)
-    with deep_ep(strict=False):
+    map_event = ["HybridEP routing map"] if library == "HybridEP" else []
+    with stand_in(library, strict=False, domain=domain):
         for seed in seeds:
-            case = equal_shapes(random_case(seed, rank.world_size))
+            case = equal_shapes(random_case(seed, rank.world_size), tokens=library == "HybridEP")
             chosen = case.experts_TK[rank.rank]
             assignments = case.assignments(rank.rank, torch.empty(chosen.size))
-            dispatcher = make_dispatcher(case.placement, wire, hidden_dim=D, top_k=chosen.shape[1], tokens=MOST_TOKENS)
+            dispatcher = make_dispatcher(
+                library, case.placement, wire, hidden_dim=D, top_k=chosen.shape[1], tokens=MOST_TOKENS
+            )
             trip = round_trip(
                 dispatcher, assignments, case.placement, rank.rank, len(chosen), comm_stats=comm_stats, seed=seed,
                 dtype=torch.float32, tolerance=2e-5,
@@ -76,34 +95,45 @@ def run_cases(rank: RankContext, seeds: range) -> int:
             assert trip.forward_bytes == (rows + arrived) * D * 4
             assert trip.total_bytes == 2 * trip.forward_bytes
             assert comm_stats.events == [
-                "sync DeepEP counts", "DeepEP dispatch", "DeepEP dispatch weights",
-                "DeepEP combine",
-                "DeepEP combine backward",
-                "DeepEP dispatch backward", "DeepEP dispatch backward weights",
+                f"sync {library} counts", f"{library} dispatch", f"{library} dispatch weights", *map_event,
+                f"{library} combine",
+                f"{library} combine backward",
+                f"{library} dispatch backward", f"{library} dispatch backward weights",
             ]  # fmt: skip
     return len(seeds)
 
 
-@pytest.mark.parametrize(("world_size", "seeds"), [(2, range(40)), full(4, range(40))], ids=str)
+@pytest.mark.parametrize(
+    ("library", "world_size", "domain", "seeds"),
+    [
+        ("DeepEP", 2, 0, range(40)),
+        full("DeepEP", 4, 0, range(40)),
+        ("HybridEP", 2, 2, range(40)),
+        full("HybridEP", 4, 4, range(40)),
+        full("HybridEP", 4, 2, range(40)),
+    ],
+    ids=str,
+)
 def test_equals_the_oracle_on_random_routings(
-    run_in_world: Callable[..., list[Any]], world_size: int, seeds: range
+    run_in_world: Callable[..., list[Any]], library: str, world_size: int, domain: int, seeds: range
 ) -> None:
+    """Runs HybridEP with one and with two NVLink domains."""
     cases = [random_case(seed, world_size) for seed in seeds]
     assert any(len({len(slots) for slots in case.slots}) > 1 for case in cases), "ranks with different numbers of slots"
     assert any(() in case.slots for case in cases)
-    assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
+    assert run_in_world(world_size, run_cases, library, domain, seeds) == [len(seeds)] * world_size
 
 
 # rank 0 holds experts 0 1 3, rank 1 holds expert 2. DeepEP numbers 3 slots per rank: experts 0 1 3 become 0 1 2, expert
-# 2 becomes 3.
+# 2 becomes 3. HybridEP numbers 4 slots per rank: experts 0 1 3 become 0 1 2, expert 2 becomes 4.
 HAND = Case(((0, 1, 3), (2,)), (np.array([[3, 2], [-1, 1], [-1, -1], [-1, -1]]), np.array([[2, -1], [-1, 2], [-1, -1], [-1, -1]])))  # fmt: skip # noqa: E501
 
 
-def hand(rank: RankContext) -> dict[str, Any]:
+def hand(rank: RankContext, library: str) -> dict[str, Any]:
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
-    with deep_ep(strict=True):
+    with stand_in(library, strict=True):
         wire = AllToAll(mesh.ep, CommStats())
-        dispatcher: Any = make_dispatcher(HAND.placement, wire, hidden_dim=256, top_k=2, tokens=4)
+        dispatcher: Any = make_dispatcher(library, HAND.placement, wire, hidden_dim=256, top_k=2, tokens=4)
         chosen = HAND.experts_TK[rank.rank]
         weight_N = torch.arange(1.0, chosen.size + 1)
         plan = dispatcher.plan(HAND.assignments(rank.rank, weight_N), len(chosen))
@@ -116,17 +146,22 @@ def hand(rank: RankContext) -> dict[str, Any]:
         torch.testing.assert_close(again.weight_Q, got.weight_Q, rtol=0, atol=0)
         assert got.sorted_pairs
         y_TD = dispatcher.combine(got.rows_RD * got.weight_Q[:, None].bfloat16(), plan)
+    sent = plan.topk_idx_TK if isinstance(plan, DeepEPPlan) else plan.routing_map_TX
     return {
-        "sent": plan.topk_idx_TK.tolist(),
+        "sent": sent.tolist() if library == "DeepEP" else sent.nonzero().tolist(),
         "pairs": sorted(zip(got.rows_RD[:, 0].tolist(), got.weight_Q.tolist(), strict=True)),
         "slots": plan.slot_counts,
         "y": y_TD[:, 0].tolist(),
     }
 
 
-def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]]) -> None:
-    sent = ([[2, 3], [-1, 1], [-1, -1], [-1, -1]], [[3, -1], [-1, 3], [-1, -1], [-1, -1]])
-    assert run_in_world(2, hand) == [
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_case_drawn_by_hand(run_in_world: Callable[..., list[Any]], library: str) -> None:
+    sent = {
+        "DeepEP": ([[2, 3], [-1, 1], [-1, -1], [-1, -1]], [[3, -1], [-1, 3], [-1, -1], [-1, -1]]),
+        "HybridEP": ([[0, 2], [0, 4], [1, 1]], [[0, 4], [1, 4]]),
+    }[library]
+    assert run_in_world(2, hand, library) == [
         {"sent": sent[0], "pairs": [(0.0, 1.0), (1.0, 4.0)], "slots": (0, 1, 1), "y": [0.0, 4.0, 0.0, 0.0]},
         {
             "sent": sent[1],
@@ -164,15 +199,15 @@ GROUPS = (ExpertGroup("text", 4, 2, 2, 6, 0, ("text",)), ExpertGroup("image", 3,
 PLACEMENT = ExpertPlacement(GROUPS, ((0, 1, 2, 4, 5), (3, 6)))
 
 
-def layers(rank: RankContext, recompute: str, pair_budget: int | None) -> list[float]:
-    """Returns the largest differences in y and in all gradients between a layer that uses DeepEP and a layer that uses
+def layers(rank: RankContext, library: str, recompute: str, pair_budget: int | None) -> list[float]:
+    """Returns the largest differences in y and in all gradients between a layer that uses the library and a layer that uses
     `all_to_all`."""
     mesh = make_mesh(ep=2, device=torch.device("cpu"), timeout=600.0)
     found = []
-    with deep_ep(strict=False):
+    with stand_in(library, strict=False):
         for make in (
             lambda placement, wire: AllToAllDispatcher(DispatchContext(placement, wire)),
-            lambda placement, wire: make_dispatcher(placement, wire, hidden_dim=16, top_k=2, tokens=12),
+            lambda placement, wire: make_dispatcher(library, placement, wire, hidden_dim=16, top_k=2, tokens=12),
         ):
             torch.manual_seed(rank.rank)
             options = {"placement": PLACEMENT, "rank": rank.rank, "recompute": recompute, "pair_budget": pair_budget}
@@ -189,9 +224,10 @@ def layers(rank: RankContext, recompute: str, pair_budget: int | None) -> list[f
     return [float((ours - theirs).abs().max()) / s for (ours, theirs), s in zip(pairs, scale, strict=True)]
 
 
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(("recompute", "pair_budget"), [("none", None), ("experts", None), ("block", None), ("none", 3)])
 def test_the_layer_equals_that_of_all_to_all(
-    run_in_world: Callable[..., list[Any]], recompute: str, pair_budget: int | None
+    run_in_world: Callable[..., list[Any]], library: str, recompute: str, pair_budget: int | None
 ) -> None:
-    for differences in run_in_world(2, layers, recompute, pair_budget):
+    for differences in run_in_world(2, layers, library, recompute, pair_budget):
         assert max(differences) < 1e-5

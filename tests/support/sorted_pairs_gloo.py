@@ -1,4 +1,4 @@
-"""The exchange of DeepEP's expanded layout, in torch over gloo.
+"""The exchange that DeepEP (expanded layout) and HybridEP (with permutation) have in common, in torch over gloo.
 
 A token sends one row to each rank that has experts of its choice. Rows arrive by source rank, then by token. Each row
 is copied for each of its pairs, and the copies are sorted by slot. Combine sums and rounds first the pairs of a row,

@@ -26,6 +26,7 @@ CHECKS: Mapping[str, Check] = {
     "races": Check("tools.gpu_check.races:races", 180, "no operation touches rows that an exchange has in flight"),
     "dispatch": Check("tools.gpu_check.layers:dispatch", 150, "layer on N ranks = on one rank of the CPU, in float64"),
     "DeepEP": Check("tools.gpu_check.gpus:deep_ep", 120, "layer over DeepEP V2 = in float64"),
+    "HybridEP": Check("tools.gpu_check.gpus:hybrid_ep", 120, "layer over HybridEP = in float64"),
     "steps": Check("tools.gpu_check.training:steps", 240, "training steps, DDP and FSDP2, fp32 and bf16 = fp32 on the CPU"),
     "repeat": Check("tools.gpu_check.training:repeat", 180, "a run repeats bit for bit, also across a checkpoint"),
     "long run": Check("tools.gpu_check.training:long_run", 120, "100 steps learn, and hold no more memory at their end"),

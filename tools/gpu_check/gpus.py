@@ -59,13 +59,19 @@ def _processes() -> int:
         pynvml.nvmlShutdown()
 
 
+def deep_ep(job: CheckJob) -> list[Reading]:
+    return _check(job, "deep_ep_v2")
+
+
+def hybrid_ep(job: CheckJob) -> list[Reading]:
+    return _check(job, "hybrid_ep")
+
+
 def _section(kind: str, ranks: int) -> ParallelSection:
     return load_config(find_config(CONFIG), [f"parallel.ep={ranks}", f"parallel.dispatch={{kind: {kind}}}"]).parallel
 
 
-def deep_ep(job: CheckJob) -> list[Reading]:
-    """Compares a layer over DeepEP V2 with a layer in float64."""
-    kind = "deep_ep_v2"
+def _check(job: CheckJob, kind: str) -> list[Reading]:
     dispatch = _section(kind, max(2, job.gpus)).dispatch
     missing = [name for name in dispatch.needs_modules if not installed(name)]
     if missing:

@@ -34,6 +34,23 @@ class DispatchSection(KindSection):
         return None
 
 
+class KernelDispatchSection(DispatchSection):
+    """A dispatcher with another project's GPU kernels. They send rows in bf16, and their buffers have fixed sizes."""
+
+    needs = (
+        ("model.mixture_of_depths", (None,), "its buffers have room for the same number of tokens in each layer"),
+        ("parallel.precision", ("bf16",), "rows are sent in bf16"),
+        ("parallel.device", ("cuda", "auto"), "its kernels need GPUs"),
+        ("parallel.max_receive_rows", (None,), "its kernels allocate the receive buffer themselves"),
+    )
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        if config.parallel.ep == 1:
+            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
+            yield Violation((KIND, "parallel.ep"), problem)
+
+
 def either(values: list[str]) -> str:
     """Joins values to a text such as `2, 4 or 8`."""
     *most, last = values

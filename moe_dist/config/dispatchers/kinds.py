@@ -4,7 +4,7 @@ from typing import Literal
 from pydantic import Field
 
 from moe_dist.config.base.section import PositiveInt, Violation, WholeConfig
-from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection, either
+from moe_dist.config.dispatchers.base import FIX, KIND, DispatchSection, KernelDispatchSection, either
 
 
 class AllToAllDispatchSection(DispatchSection):
@@ -25,28 +25,19 @@ WIDTH = 256  # in DeepEP's combine, each of the 32 threads of a warp reads 16 by
 MOST_CHOICES = 32  # DeepEP uses one thread of a warp for each choice of a token
 
 
-class DeepEPV2DispatchSection(DispatchSection):
-    """Use the GPU kernels of DeepEP V2 (ElasticBuffer). Needs the package deep_ep. Rows are sent in bf16."""
+class DeepEPV2DispatchSection(KernelDispatchSection):
+    """Use the kernels of DeepEP V2 (ElasticBuffer). Needs the package deep_ep."""
 
     builds = "moe_dist.moe.dispatch.deep_ep_v2:DeepEPDispatcher"
     # DeepEP V1 lacks this module.
     needs_modules = ("deep_ep.buffers.elastic",)
     source = "DeepEP V2 from the main branch of its repository"
-    needs = (
-        ("model.mixture_of_depths", (None,), "its buffers have room for the same number of tokens in each layer"),
-        ("parallel.precision", ("bf16",), "rows are sent in bf16"),
-        ("parallel.device", ("cuda", "auto"), "its kernels need GPUs"),
-        ("parallel.max_receive_rows", (None,), "its kernels allocate the receive buffer themselves"),
-    )
 
     kind: Literal["deep_ep_v2"] = "deep_ep_v2"
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)
         router, width = config.model.moe.router, config.model.hidden_dim
-        if config.parallel.ep == 1:
-            problem = f"{self.name}: there is no other rank with parallel.ep=1; raise parallel.ep, {FIX}"
-            yield Violation((KIND, "parallel.ep"), problem)
         if width % WIDTH:
             problem = f"{self.name}: model.hidden_dim={width} must be a multiple of {WIDTH}; change it, {FIX}"
             yield Violation((KIND, "model.hidden_dim"), problem)
@@ -84,6 +75,31 @@ class HierarchicalDispatchSection(DispatchSection):
         divisors = either([str(ranks) for ranks in range(1, ep + 1) if ep % ranks == 0])
         problem = f"{key}={self.ranks_per_node}: does not divide parallel.ep={ep}; take {divisors}, or change parallel.ep"
         yield Violation((key, "parallel.ep"), problem)
+
+
+class HybridEPDispatchSection(KernelDispatchSection):
+    """Use the kernels of HybridEP. Needs the package deep_ep from DeepEP's branch hybrid-ep."""
+
+    builds = "moe_dist.moe.dispatch.hybrid_ep:HybridEPDispatcher"
+    # HybridEP's extension is the separate module hybrid_ep_cpp, which DeepEP's main branch lacks.
+    needs_modules = ("deep_ep", "hybrid_ep_cpp")
+    source = "DeepEP from the branch hybrid-ep of its repository"
+
+    kind: Literal["hybrid_ep"] = "hybrid_ep"
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from super().violations_in(config)
+        train, width = config.train, config.model.hidden_dim
+        tokens = train.micro_batch * config.data.seq_len
+        if tokens % 4:  # TMA copies only multiples of 16 bytes
+            problem = (
+                f"{self.name}: a rank's tokens must be a multiple of 4, but train.micro_batch={train.micro_batch} times "
+                f"data.seq_len={config.data.seq_len} is {tokens}; change either, {FIX}"
+            )
+            yield Violation((KIND, "train.micro_batch", "data.seq_len"), problem)
+        if width % 16:
+            problem = f"{self.name}: model.hidden_dim={width} must be a multiple of 16; change it, {FIX}"
+            yield Violation((KIND, "model.hidden_dim"), problem)
 
 
 class KnownCountsDispatchSection(DispatchSection):

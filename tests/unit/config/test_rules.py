@@ -151,6 +151,9 @@ REFUSED = {
         "parallel.dispatch={kind: deep_ep_v2} | parallel.max_receive_rows=8 | parallel.ep=1",
         "parallel.dispatch={kind: deep_ep_v2} | parallel.precision=bf16 | parallel.device=cuda | model.hidden_dim=256 | "
         "model.moe.groups.text={num_experts: 40, num_null: 1, top_k: 33, ffn_dim: 8}",
+        "parallel.dispatch={kind: hybrid_ep} | parallel.max_receive_rows=8 | parallel.ep=1 | "
+        "train.micro_batch=1 | data.seq_len=30 | "
+        "model.hidden_dim=72 | model.num_heads=9 | model.num_kv_heads=3",
         "parallel.two_batch_overlap=true | train.micro_batch=1 | parallel.dispatch.chunks=2 | parallel.recompute=block | "
         "parallel.data=fsdp2 | model.mixture_of_depths={} | model.moe.capacity={factor: 1.0}",
     ),

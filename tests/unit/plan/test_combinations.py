@@ -102,6 +102,7 @@ def drawn(rng: random.Random, data: Path, root: Path) -> dict[str, Any]:
         {"kind": "known_counts"},
         {"kind": "static", "room": 100.0},
         {"kind": "deep_ep_v2"},
+        {"kind": "hybrid_ep"},
         p=0.02 if lora else 0.25,
     )  # fmt: skip
     slots = [f"{name}/{index}" for name in names for index in range(groups[name]["num_experts"])]
