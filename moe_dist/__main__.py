@@ -41,12 +41,22 @@ COMMANDS = (
     ("gpu-check", "tools.gpu_check.__main__:main", "Check results on the GPUs of this machine."),
 )
 
+# Maps each former subcommand to its module in a clone of the repository. An installed package does not contain `research`.
+MOVED = {
+    "bench": "research.bench",
+    "compare-methods": "research.compare_methods",
+    "reproduce": "research.experiments",
+}
+
 
 class LazyGroup(TyperGroup):
     """Lists COMMANDS, and imports a subcommand's function only when the subcommand runs or a shell completes it."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Returns the subcommand's name, its click command and the remaining arguments."""
+        """Returns the subcommand's name, its click command and the remaining arguments. For a subcommand in MOVED, the
+        error message says which command replaces it."""
+        if args[0] in MOVED:
+            ctx.fail(f"{args[0]} has moved; in a clone of the repository run `python -m {MOVED[args[0]]}`")
         name, command, rest = super().resolve_command(ctx, args)
         return name, command if name is None or isinstance(command, LazyGroup) else load_subcommand(name), rest
 
