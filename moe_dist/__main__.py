@@ -38,7 +38,7 @@ COMMANDS = (
     ("inspect", "tools.inspect_checkpoint:main", "Show the content of a checkpoint."),
     ("verify", "tools.verify_checkpoint:main", "Check every byte of a checkpoint."),
     ("compare", "tools.compare_runs:main", "Compare the records of two runs."),
-    ("gpu-check", "tools.gpu_check.__main__:main", "Check and measure the GPUs of this machine."),
+    ("gpu-check", "tools.gpu_check.__main__:main", "Check results on the GPUs of this machine."),
 )
 
 # Maps each former subcommand to its module in a clone of the repository. An installed package does not contain `research`.

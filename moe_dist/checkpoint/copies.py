@@ -22,7 +22,7 @@ from moe_dist.checkpoint.state import CheckpointState, LocalShard
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import CHECKSUMS
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.optim.adamw import local
+from moe_dist.optim.optimizer import local
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -20,8 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from moe_dist.optim.adamw import MOMENTS, local, moment_dtype
-from moe_dist.optim.optimizer import is_empty_here, materialise_moments, moments_of
+from moe_dist.optim.optimizer import MOMENTS, is_empty_here, local, materialise_moments, moments_of
 from moe_dist.placement.parameter_names import EXPERTS, logical_name, named_parameters
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
@@ -124,7 +123,7 @@ def capture(
         for moment, named in _by_moment(model, orthogonal=getattr(optimizer, "orthogonal", False)).items():
             like = {name: p for name, p in trained.items() if name in named}
             known = {name: optimizer.state[p][moment] for name, p in like.items() if p in optimizer.state}
-            moments, moment_specs = _logical(like, known, layout, stacks, moment_dtype(optimizer))
+            moments, moment_specs = _logical(like, known, layout, stacks)
             prefix = f"{OPTIMIZER_PREFIX}{moment}."
             held |= {prefix + name: each for name, each in moments.items()}
             specs |= {prefix + name: spec for name, spec in moment_specs.items()}
@@ -142,16 +141,14 @@ def trained_tensors(
     return held, tuple(specs)
 
 
-def moment_specs(
-    model: nn.Module, layout: RankLayout, *, orthogonal: bool, dtype: torch.dtype | None = None
-) -> dict[str, TensorSpec]:
+def moment_specs(model: nn.Module, layout: RankLayout, *, orthogonal: bool) -> dict[str, TensorSpec]:
     """Maps the logical name of each optimizer moment to its shape and dtype. Frozen parameters have no moments.
-    `orthogonal` is passed to `moments_of`; `dtype` is a result of `moment_dtype`."""
+    `orthogonal` is passed to `moments_of`."""
     parameters = {n: t for n, t in _distinct_tensors(model).items() if isinstance(t, nn.Parameter) and t.requires_grad}
     found: dict[str, TensorSpec] = {}
     for moment, named in _by_moment(model, orthogonal=orthogonal).items():
         like = {name: parameter for name, parameter in parameters.items() if name in named}
-        specs = _logical(like, {}, layout, _expert_stacks(model), dtype)[1]
+        specs = _logical(like, {}, layout, _expert_stacks(model))[1]
         found |= {f"{OPTIMIZER_PREFIX}{moment}.{name}": spec for name, spec in specs.items()}
     return found
 
@@ -182,17 +179,15 @@ def _logical(
     tensors: Mapping[str, Tensor],
     layout: RankLayout,
     stacks: Collection[str],
-    dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Returns this rank's part of each logical tensor in `tensors`, and the shape and dtype of every whole logical tensor
-    in `like`. `tensors` has only those names of `like` whose tensors are on this rank. `dtype` replaces the dtypes of
-    `like` unless it is None."""
+    in `like`. `tensors` has only those names of `like` whose tensors are on this rank."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
         tensor = tensors.get(name)
         if name not in stacks:
-            specs[name] = TensorSpec(tuple(parameter.shape), dtype or parameter.dtype)
+            specs[name] = TensorSpec(tuple(parameter.shape), parameter.dtype)
             if tensor is not None:
                 held[name] = _hold(tensor.detach(), layout.world_size, layout.rank)
             continue
@@ -200,7 +195,7 @@ def _logical(
         groups = {group.name: group for group in layout.placement.groups}
         # Families with several banks of experts name the module around each bank.
         group = groups[group_name if group_name in groups else prefix.rpartition(".")[2]]
-        spec = TensorSpec(tuple(parameter.shape[1:]), dtype or parameter.dtype)
+        spec = TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
         names = {e: f"{prefix}.{group_name}.{e - group.first_expert}.{tensor_name}" for e in group.experts}
         specs |= dict.fromkeys(names.values(), spec)
         if tensor is not None:

@@ -33,7 +33,11 @@ VALUES = {
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
 # Maps removed keys to the values that do not change a run. A stored key with such a value is left out, also if
 # the configuration has a format number. With another value the key stays, and is refused as an unknown key.
-REMOVED = {"loss.distillation.top_logits": (None,), "parallel.check_exchanges": (False, True)}
+REMOVED = {
+    "loss.distillation.top_logits": (None,),
+    "optimizer.moments": ("fp32",),
+    "parallel.check_exchanges": (False, True),
+}
 REMOVED_INIT_RULE = "split_experts"  # left out, because rules of `run.init_rules` have acted before anything is stored
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from moe_dist.optim.adamw import AdamW, Moments, add_moments, local
-from moe_dist.optim.optimizer import MATRIX_MOMENTS, OptimizerContext
+from moe_dist.optim.optimizer import MATRIX_MOMENTS, OptimizerContext, add_moments, local
 
 A, B, C = 3.4445, -4.7750, 2.0315  # an iteration maps a singular value s to A s + B s^3 + C s^5
 ITERATIONS = 5
@@ -37,7 +36,7 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-class Muon(AdamW):
+class Muon(torch.optim.AdamW):
     """The Muon optimizer for parameter groups from `split_parameters(..., orthogonal=True)`.
 
     A matrix that FSDP2 has sharded is gathered: each rank that has a shard computes the update of the whole matrix and
@@ -56,15 +55,22 @@ class Muon(AdamW):
         lr: float,
         betas: tuple[float, float],
         eps: float,
-        moments: Moments = "fp32",
     ) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, moments=moments)
+        # torch rejects an empty list of groups, but a rank without parameters must still take part in each step. Groups
+        # have their own weight decay.
+        given = list(groups) or [{"params": []}]
+        super().__init__(given, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
         self.momentum, self.dtype = momentum, dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        loss = super().step(closure)
-        for group in self.param_groups:
+        every = self.param_groups
+        self.param_groups = [group for group in every if "moments" not in group]  # AdamW's
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = every
+        for group in every:
             for parameter in group["params"] if "moments" in group else ():
                 if parameter.grad is not None:
                     add_moments(self, group, parameter)
@@ -73,14 +79,11 @@ class Muon(AdamW):
 
     def _update(self, parameter: Tensor, *, lr: float, weight_decay: float) -> None:
         kept = self.state[parameter][MATRIX_MOMENTS[0]]
-        weight, gradient, kept = (local(each) for each in (parameter, parameter.grad, kept))
-        mean = kept.to(weight.dtype)
+        weight, gradient, mean = (local(each) for each in (parameter, parameter.grad, kept))
         mean.lerp_(gradient, 1.0 - self.momentum)
         dtype = torch.float64 if weight.dtype == torch.float64 else self.dtype
         direction = _for_whole_matrices(gradient.lerp(mean, self.momentum), parameter, dtype)
         weight.mul_(1.0 - lr * weight_decay)
-        if mean is not kept:
-            kept.copy_(mean)
         weight.add_(direction.to(weight.dtype), alpha=-lr * 0.2 * math.sqrt(max(parameter.shape[-2:])))
 
 

@@ -18,17 +18,21 @@ from torch.optim import Optimizer
 
 from moe_dist.comm.collectives import from_host
 from moe_dist.errors import ConfigError
-from moe_dist.optim.adamw import MOMENTS, AdamW, Moments, add_moments, counts_by_group
 from moe_dist.placement.parameter_names import EXPERTS, OUTPUT_NAMES, ROUTERS, NamedParameter, Role, named_parameters
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 MATRIX_MOMENTS = MOMENTS[:1]  # the moment of a matrix if the optimizer orthogonalises updates
 NO_DECAY = ROUTERS | {Role.EMBEDDING, Role.ZERO_COMPUTATION}  # roles without weight decay; vectors have none either
 
 
+def local(tensor: Any) -> Tensor:
+    """Returns this rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def is_empty_here(parameter: nn.Parameter) -> bool:
     """Returns whether this rank has no element of the parameter: no expert of the group, or an empty shard."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.numel() == 0
+    return local(parameter).numel() == 0
 
 
 def moments_of(named: NamedParameter, *, orthogonal: bool) -> tuple[str, ...]:
@@ -85,23 +89,17 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float = 0.0,
-    moments: Moments = "fp32",
 ) -> Optimizer:
     """Makes torch's AdamW, or NVIDIA Apex's if installed, for groups from `split_parameters`. `weight_decay` applies to
     groups without the key "weight_decay". Raises ConfigError if backend=apex, but Apex is missing or does not support the
     parameters."""
     apex_adam = _apex_fused_adam() if backend != "torch" else None
     parameters = [parameter for group in groups for parameter in group["params"]]
-    # the reason why Apex cannot be used, or None
-    obstacle = (
-        "its moments are fp32; set optimizer.moments=fp32" if moments == "bf16" else _apex_obstacle(apex_adam, parameters)
-    )
+    obstacle = _apex_obstacle(apex_adam, parameters)  # the reason why Apex cannot be used, or None
     if backend == "apex" and obstacle:
         raise ConfigError(f"optimizer.backend=apex: {obstacle}")
     if apex_adam is not None and not obstacle:
         return apex_adam(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adam_w_mode=True)
-    if moments == "bf16":
-        return AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, moments=moments)
     # torch rejects an empty list of groups, but a rank without parameters must still take part in each step.
     return torch.optim.AdamW(groups or [{"params": []}], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
@@ -131,6 +129,22 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Sets the learning rate of every group."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def add_moments(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> None:
+    """Creates the moments and the step count of one parameter if they do not exist yet."""
+    state = optimizer.state[parameter]
+    for moment in group.get("moments", MOMENTS):
+        if moment not in state:
+            state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    if "moments" not in group and not counts_by_group(optimizer) and "step" not in state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+
+def counts_by_group(optimizer: Optimizer) -> bool:
+    """Returns whether the optimizer has one step count per parameter group."""
+    # Apex stores one step count per parameter group, torch one step tensor per parameter.
+    return not isinstance(optimizer, torch.optim.AdamW)
 
 
 @torch.no_grad()

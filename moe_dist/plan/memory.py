@@ -101,8 +101,7 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
     return RankMemory(
         parameters=held * FP32,
         gradients=gradients,
-        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, held_experts(placement, rank))))
-        * ITEMSIZE[config.optimizer.moments],
+        optimizer=(2 * trained - _sharded(config, *_with_one_moment(config, held_experts(placement, rank)))) * FP32,
         casts=(_casts(config, placement, rank) + _replicas(config)) * itemsize,
         activations=activations,
         exchange_bound=exchange_rows * config.model.hidden_dim * itemsize,
@@ -173,12 +172,12 @@ def tuned_parameters(config: Config) -> float:
 def checkpoint_bytes(config: Config) -> float:
     """Returns the size in bytes of one checkpoint of all ranks: fp32 weights, and moments. A run that trains adapters saves
     no frozen weights. Router tuning saves all weights, and the moments of the trained routers."""
-    parts, moment = parameters(config.model), ITEMSIZE[config.optimizer.moments]
+    parts = parameters(config.model)
     if config.router_tuning is not None:
-        return parts.total * FP32 + tuned_parameters(config) * 2 * moment
+        return parts.total * FP32 + tuned_parameters(config) * 2 * FP32
     router = 0 if config.model.freezes_routers else parts.router
     saved = parts.adapters + router if config.model.has_adapters else parts.total
-    return saved * (FP32 + 2 * moment) - sum(_with_one_moment(config)) * moment
+    return (3 * saved - sum(_with_one_moment(config))) * FP32
 
 
 def folder_bytes(config: Config) -> int:

@@ -4,11 +4,14 @@
 from collections.abc import Mapping
 
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
-from tools.gpu_check.__main__ import CHECKS, GpuCheckOptions, take_checks
+from tools.gpu_check.__main__ import GpuCheckOptions, take_checks
 from tools.gpu_check.session import Check
 
 MEASUREMENTS: Mapping[str, Check] = {
-    "ceilings": CHECKS["ceilings"],
+    "ceilings": Check("research.gpu_bench.ceilings:ceilings", 60, "rates of copies and matrix products; launches"),
+    "syncs": Check("research.gpu_bench.steps:syncs", 60, "host syncs of an MoE layer and of a step"),
+    "exchanges": Check("research.gpu_bench.steps:exchanges", 120, "rate of exchanges between GPUs, and what hides them"),
+    "preset": Check("research.gpu_bench.steps:preset", 240, "tokens/s, MFU and memory of OLMoE, cut to fit"),
     "sanitizer": Check("research.gpu_bench.sanitizer:sanitizer", 180, "no kernel reads or writes outside its tensors"),
     "workloads": Check("research.gpu_bench.workloads:workloads", 150, "W0 to W7, from balanced to bursts = in float64"),
     "graph": Check("research.gpu_bench.graph:graph", 90, "an MoE layer in a CUDA graph = with sizes read on the host"),

@@ -3,17 +3,26 @@ once, and is replayed for other tokens with other expert choices. With `rehearse
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moe_dist.comm.all_to_all import AllToAll
+from moe_dist.comm.collectives import CommStats
+from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.dispatch.static import StaticDispatcher
+from moe_dist.moe.experts.experts import Experts
+from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.kernels.torch_kernels import TORCH
+from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.placement.placement import ExpertPlacement
+from research.gpu_bench.ceilings import seconds_of
 from tools.gpu_check.kernels import difference
-from tools.gpu_check.layers import MOST, make_layer, passes, single_group, static_layer, triton_or_none
+from tools.gpu_check.layers import MOST, make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.rates import seconds_of
 
 REPLAYS = 3
 TIMES = 20  # number of timed passes; fixed, because all ranks must run the same number
@@ -75,3 +84,15 @@ def _replayed(job: CheckJob, mesh: Mesh) -> tuple[float, float, float]:
         seconds_of(job, run, times=TIMES) for run in (lambda: passes(known, x_TD, kept_T, direction_TD), replay)
     )
     return worst, read, replayed
+
+
+def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Mesh | None = None) -> MoELayer:
+    """Makes a layer with exchanges of fixed sizes, and with the router, weights and kernels of `like`."""
+    rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
+    placement, kernels = ExpertPlacement.interleaved(groups, ranks), like.experts.kernels
+    local = [len(placement.local_experts(rank, group)) for group in groups]
+    experts = Experts(hidden, groups, local, storage=on_device, kernels=kernels)
+    experts.load_state_dict(like.experts.state_dict())
+    wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
+    dispatcher = StaticDispatcher(DispatchContext(placement, wire, kernels=kernels, tokens=tokens), room=1.5)
+    return MoELayer(norm=like.norm, router=like.router, experts=experts, dispatcher=dispatcher)

@@ -23,13 +23,13 @@ from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertPlacement
+from research.gpu_bench.ceilings import drawn, seconds_of, sizes
 from research.gpu_bench.megatron_core import MegatronMoE, Variant, copy_experts
 from research.gpu_bench.rates import bf16_layer
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.rates import drawn, seconds_of, sizes
 
 MOST = 2e-2  # largest relative difference of outputs and of input gradients between two layers in bf16
 

@@ -20,10 +20,10 @@ from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.train.build.training import build_model
 from moe_dist.train.objective.loss import AuxSettings
 from moe_dist.train.step.training_step import TrainingStep
+from research.gpu_bench.ceilings import seconds_of
 from research.gpu_bench.megatron_core import MegatronMoE, Variant, copy_experts
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.rates import seconds_of
 from tools.gpu_check.training import MODES, MOST, configure, losses_and_norms
 
 LEARNING_RATE = 1e-3

@@ -19,10 +19,10 @@ from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowIndex
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.layer import MoELayer
+from research.gpu_bench.ceilings import BF16, drawn, seconds_of, sizes
+from research.gpu_bench.profiled import profiled
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
-from tools.gpu_check.profiled import profiled
-from tools.gpu_check.rates import BF16, drawn, seconds_of, sizes
 
 # T, D, F, E and K of other models. If E counts the experts of one rank, T counts the tokens that reach them.
 SHAPES = {

@@ -8,11 +8,11 @@ from torch import Tensor
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
 from moe_dist.moe.routing.types import Assignments
+from research.gpu_bench.ceilings import seconds_of, sizes
 from research.gpu_bench.token_imbalance import WORKLOADS, WorkloadShape, WorkloadStep, workload_step
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import MOST, make_layer, same_direction, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, Reading
-from tools.gpu_check.rates import seconds_of, sizes
 
 STEPS = {"W6": (0, 1), "W7": (3, 4)}  # steps to check, between which the hot experts change; other workloads use step 0
 

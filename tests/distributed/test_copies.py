@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.copies import unequal_copies
 from moe_dist.errors import IntegrityError
-from moe_dist.optim.adamw import local
+from moe_dist.optim.optimizer import local
 from moe_dist.train.build.training import rank_layout
 from moe_dist.train.start.resume import Progress
 from tests.support.cover import full

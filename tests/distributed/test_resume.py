@@ -109,7 +109,7 @@ KINDS = {
     "predicted_k": Kind({**ADAPTIVE, **router("predicted_k"), **ONE_RANK}, 1),
     "gating_residual": Kind({**NULLS, **CONTROLLERS, **router("gating_residual", selection_bias=True), **ONE_RANK}, 1),
     "group_limited": Kind({**NULLS, **CONTROLLERS, **router("group_limited", n_group=2), **ONE_RANK}, 1),
-    "moments in bf16": Kind({"optimizer.moments": "bf16", "parallel.precision": "bf16"}),
+    "bf16": Kind({"parallel.precision": "bf16"}),
     "muon": Kind({"optimizer.kind": "muon", "parallel.data": "fsdp2"}),
     "dropout of adapters": Kind(ADAPTERS, base=DENSE),
     "routing of samples, refreshed": Kind({**TUNED, "parallel.recompute": "block"}, base={}, tuning={"refresh_every": 2}),

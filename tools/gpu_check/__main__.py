@@ -1,4 +1,4 @@
-"""Checks and measures moe_dist on the GPUs of this machine: python -m tools.gpu_check [--gpus N] [--minutes 9]"""
+"""Checks moe_dist on the GPUs of this machine: python -m tools.gpu_check [--gpus N] [--minutes 9]"""
 
 import os
 from collections.abc import Mapping
@@ -18,7 +18,6 @@ from tools.gpu_check.outcome import CheckJob, Outcome
 from tools.gpu_check.process import run_check
 from tools.gpu_check.session import Check, run_checks
 
-# In the order in which they run: checks of results first, then measurements of speed.
 CHECKS: Mapping[str, Check] = {
     "modules": Check("tools.gpu_check.machine:modules", 90, "every module imports; the presets for GPUs build"),
     "kernels": Check("tools.gpu_check.kernels:kernels", 120, "Triton kernels = torch in float64, values and gradients"),
@@ -32,12 +31,8 @@ CHECKS: Mapping[str, Check] = {
     "repeat": Check("tools.gpu_check.training:repeat", 180, "a run repeats bit for bit, also across a checkpoint"),
     "long run": Check("tools.gpu_check.training:long_run", 120, "100 steps learn, and hold no more memory at their end"),
     "generation": Check("tools.gpu_check.training:generation", 60, "generated tokens = those of the CPU"),
-    "syncs": Check("tools.gpu_check.layers:syncs", 60, "host syncs of an MoE layer and of a step"),
-    "ceilings": Check("tools.gpu_check.rates:ceilings", 60, "rates of copies and matrix products; launches"),
     "power": Check("tools.gpu_check.machine:power", 30, "NVML reads power, load and memory"),
-    "exchanges": Check("tools.gpu_check.gpus:exchanges", 120, "rate of exchanges between GPUs, and what hides them"),
     "contexts": Check("tools.gpu_check.gpus:contexts", 60, "no rank has a context on another's GPU"),
-    "preset": Check("tools.gpu_check.training:preset", 240, "tokens/s, MFU and memory of OLMoE, cut to fit"),
 }
 _STYLES = {"pass": "green", "fail": "bold red", "not possible": "dim", "not run": "yellow"}
 
@@ -54,7 +49,7 @@ class GpuCheckOptions:
 @reports_errors("gpu-check")
 @takes(GpuCheckOptions)
 def main(options: GpuCheckOptions) -> None:
-    """Check results and speed on GPUs; print a table and write JSON. The exit code is 0 if no check failed, 1 if one did,
+    """Check results on GPUs; print a table and write JSON. The exit code is 0 if no check failed, 1 if one did,
     75 if time was over before the last check, and 69 without a GPU."""
     take_checks(CHECKS, options)
 

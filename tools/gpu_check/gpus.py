@@ -1,5 +1,4 @@
-"""Checks several ranks on one machine: rate and overlap of exchanges, CUDA contexts, and the dispatchers that call other
-projects' kernels."""
+"""Checks several ranks on one machine: CUDA contexts, and the dispatcher that calls DeepEP's kernels."""
 
 import threading
 from typing import Any
@@ -20,58 +19,9 @@ from tools.gpu_check.kernels import difference
 from tools.gpu_check.layers import CONFIG, MOST, passes, single_group
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.rates import BF16, drawn, seconds_of
-from tools.gpu_check.training import RandomRun, configure
 
 WIDTH = 2048
 HIDDEN, TOKENS = 512, 256  # sizes of the layers that run kernels of other libraries
-TIMES = 20  # number of exchanges; all ranks must run the same number
-KINDS = {
-    "plain": "parallel.dispatch={kind: all_to_all}",
-    "overlap": "parallel.dispatch={kind: all_to_all, overlap: true}",
-    "halves": "parallel.two_batch_overlap=true",
-}
-
-
-def exchanges(job: CheckJob) -> list[Reading]:
-    """Measures the bytes per second that a rank sends in small exchanges and in large exchanges. Also measures how long a
-    training step waits for exchanges, and which fraction of this time each kind of overlap hides."""
-    if not job.rehearse and job.gpus < 2:
-        raise NotPossibleError("an exchange needs two GPUs")
-    found = on_ranks(_sent, job)
-    waited = on_ranks(_waited, job)[0]
-    readings = [
-        job.timed(f"{name} to each rank: all-to-all", min(each[name] for each in found) / 1e9, "GB/s") for name in found[0]
-    ]
-    for kind, seconds in waited.items():
-        readings.append(job.timed(f"{kind}: wait for exchanges in a step", seconds * 1e3, "ms"))
-        if kind != "plain":
-            readings.append(job.timed(f"{kind}: share that it hides", 1.0 - seconds / waited["plain"]))
-    return readings
-
-
-def _sent(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    wire, found = AllToAll(mesh.ep, CommStats()), {}
-    for rows in (4, 8) if job.rehearse else (64, 1024, 8192):
-        counts = tuple(0 if rank == mesh.rank else rows for rank in range(mesh.world_size))
-        items = drawn(job, sum(counts), WIDTH)
-
-        def send(items: torch.Tensor = items, splits: Splits = Splits(counts, counts)) -> Any:
-            return wire.start(items, splits, name="rows").wait()
-
-        seconds = seconds_of(job, send, times=TIMES)
-        found[f"{rows * WIDTH * BF16 / 1e6:g} MB"] = sum(counts) * WIDTH * BF16 / seconds
-    return found
-
-
-def _waited(job: CheckJob, mesh: Mesh) -> dict[str, float]:
-    found = {}
-    for kind, override in KINDS.items():
-        overrides = ("parallel.data=ddp", "parallel.precision=bf16", "train.micro_batch=2", override)
-        run = RandomRun(mesh, configure(job, mesh, overrides, sequences=4))
-        run.take(1 if job.rehearse else 2)
-        found[kind] = sum(each.comm_seconds for each in run.take(1 if job.rehearse else 5))
-    return found
 
 
 def contexts(job: CheckJob) -> list[Reading]:
@@ -86,7 +36,7 @@ def contexts(job: CheckJob) -> list[Reading]:
 def _counted(job: CheckJob, mesh: Mesh) -> int:
     wire = AllToAll(mesh.ep, CommStats(), mesh.tracker)
     counts = tuple(0 if rank == mesh.rank else 8 for rank in range(mesh.world_size))
-    wire.exchange(drawn(job, sum(counts), WIDTH), Splits(counts, counts), name="rows")
+    wire.exchange(torch.randn(sum(counts), WIDTH, device=job.device), Splits(counts, counts), name="rows")
     thread = threading.Thread(target=mesh.tracker.oldest)
     thread.start()
     thread.join()

@@ -3,9 +3,7 @@
 Shape letters: T tokens, D hidden size, B sequences, S positions.
 """
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,9 +16,7 @@ from moe_dist.config.load import load_config
 from moe_dist.model.attention import attend, dense_mask, make_mask
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
-from moe_dist.moe.dispatch.static import StaticDispatcher
 from moe_dist.moe.experts.experts import ExpertGemm, Experts
-from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.kernel_choice import why_not_triton
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -34,7 +30,6 @@ from moe_dist.train.build.dispatch import dispatch_context
 from tools.gpu_check.kernels import difference
 from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.training import MODES, RandomRun, configure
 
 CONFIG = "adamoe_moma_small_1gpu"
 MOST = {"fp32": 1e-5, "bf16": 0.03}
@@ -46,7 +41,6 @@ DISPATCH = (
     "kind: hierarchical, ranks_per_node: 1",
     "kind: hierarchical, ranks_per_node: WORLD",
 )
-ROOM = 1.5  # the default of parallel.dispatch.room
 CASES = ("uneven tokens", "a rank without tokens", "all null", "one expert takes all")
 
 
@@ -228,66 +222,3 @@ def _attended(drawn: list[Tensor], mask: Any) -> list[Tensor]:
     q, k, v = (each.requires_grad_() for each in qkv)
     out = attend(q, k, v, mask)
     return [out, *torch.autograd.grad(out, (q, k, v), direction)]
-
-
-def syncs(job: CheckJob) -> list[Reading]:
-    """Counts how often the host waits for the device, as reported by torch's warnings. Counts the waits in a training step,
-    and in forward and backward of a layer, with and without exchanges of fixed sizes. Counts nothing with `rehearse`,
-    because the host waits only for CUDA devices."""
-    tokens, hidden, ffn = (16, 16, 8) if job.rehearse else (1024, 512, 768)
-    device, groups = torch.device(job.device), single_group(8, 4, 3, ffn)
-    # With `rehearse` no kernels are used, because Triton's interpreter is slow and other checks try the kernels.
-    kernels = None if job.rehearse else triton_or_none(device, torch.bfloat16)
-    known = make_layer(hidden, groups, kernels=kernels or TORCH).to(device)
-    x_TD = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
-    group_T, readings = _groups(tokens, device), []
-    fixed = static_layer(known, hidden, groups, tokens).to(device)
-    for name, made, most in (("sizes read", known, 1), ("fixed sizes", fixed, 0)):
-        if not job.rehearse:  # compiles kernels
-            passes(made, x_TD, group_T, x_TD)
-        with counted_waits(device) as waits:
-            passes(made, x_TD, group_T, x_TD)
-        readings.append(Reading(f"syncs of a layer, {name}", len(waits), most=most))
-    (found, most) = on_ranks(_step_waits, job, world=1)[0]
-    return [*readings, Reading("syncs of a step with two micro-batches", found, most=most)]
-
-
-def _step_waits(job: CheckJob, mesh: Mesh) -> tuple[int, int]:
-    """Returns how often the host waits in a step, and the limit: one per MoE layer and micro-batch, and two at the end."""
-    config = configure(job, mesh, MODES["FSDP2, bf16"], sequences=2)
-    run, batches = RandomRun(mesh, config), config.train.global_batch // config.train.micro_batch
-    run.take(2)
-    with counted_waits(mesh.device) as waits:
-        run.take(1)
-    print("\n".join(waits))
-    return len(waits), batches * len(config.model.moe_layers) + 2
-
-
-@contextmanager
-def counted_waits(device: torch.device) -> Iterator[list[str]]:
-    """Collects the warnings of torch about waits of the host inside the block. Without a GPU there are none."""
-    waits: list[str] = []
-    on_gpu = device.type == "cuda"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if on_gpu:
-            torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield waits
-        finally:
-            if on_gpu:
-                torch.cuda.set_sync_debug_mode("default")
-    # Only warnings with this text count: torch also warns that the debug mode is a prototype.
-    waits += [str(each.message) for each in caught if "called a synchronizing" in str(each.message)]
-
-
-def static_layer(like: MoELayer, hidden: int, groups: Any, tokens: int, mesh: Mesh | None = None) -> MoELayer:
-    """Makes a layer with exchanges of fixed sizes, and with the router, weights and kernels of `like`."""
-    rank, ranks = (0, 1) if mesh is None else (mesh.rank, mesh.world_size)
-    placement, kernels = ExpertPlacement.interleaved(groups, ranks), like.experts.kernels
-    local = [len(placement.local_experts(rank, group)) for group in groups]
-    experts = Experts(hidden, groups, local, storage=on_device, kernels=kernels)
-    experts.load_state_dict(like.experts.state_dict())
-    wire = AllToAll(mesh.ep if mesh is not None and ranks > 1 else None, CommStats())
-    dispatcher = StaticDispatcher(DispatchContext(placement, wire, kernels=kernels, tokens=tokens), room=ROOM)
-    return MoELayer(norm=like.norm, router=like.router, experts=experts, dispatcher=dispatcher)

@@ -27,7 +27,7 @@ from moe_dist.runtime.files import write_atomically
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Outcome
 
 # Importing the modules in PRELOADED does not query a GPU.
-PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "tools.gpu_check.rates", "moe_dist.moe.kernels.triton_kernels"]
+PRELOADED = ["torch._dynamo", "tools.gpu_check.training", "moe_dist.moe.kernels.triton_kernels"]
 GRACE = 10.0  # seconds that a check or rank has, after its time limit, to log the place at which it hangs
 TAIL = 400  # largest number of characters of a log that a reason quotes
 _CONTEXT = multiprocessing.get_context("forkserver")

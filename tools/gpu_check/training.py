@@ -1,11 +1,9 @@
-"""Checks training steps, checkpoints and generation on the GPU, and measures the speed of a preset. The preset gets as
-many layers as fit into the memory.
+"""Checks training steps, checkpoints and generation on the GPU.
 
 Tokens are random. The tokens of a sequence depend only on the step and the sequence's number, so that any number of ranks
 trains on the same sequences. Shape letter: M modalities.
 """
 
-import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,19 +25,14 @@ from moe_dist.data.batch import BatchMaker, Segment
 from moe_dist.formats.manifest import Manifest, SourceSection, SplitSection
 from moe_dist.inference.generate import Generator, Request, Sampling
 from moe_dist.inference.grammar import grammar_of
-from moe_dist.monitor.card_peaks import peak_tflops
 from moe_dist.parallel.determinism import make_deterministic
 from moe_dist.parallel.mesh import Mesh
-from moe_dist.placement.placement import group_shares
-from moe_dist.plan.flops import expected_experts, model_flops_per_token
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.train.build.training import build_training, rank_layout
 from moe_dist.train.objective.loss import AuxSettings
-from moe_dist.train.start.dry_run import estimate
 from moe_dist.train.step.result import StepResult
-from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
+from tools.gpu_check.outcome import CheckJob, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.profiled import profiled
 
 SMALL = "adamoe_moma_small_1gpu"
 VOCABULARY = 512
@@ -234,7 +227,7 @@ def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
         run.step = 0  # the same tokens in each step
         results += run.take(1)
         if number + 1 in (settled, last):
-            held.append((_allocated(mesh), psutil.Process().memory_info().rss))
+            held.append((allocated(mesh), psutil.Process().memory_info().rss))
     (before, host_before), (after, host_after) = held
     return {
         "losses": losses_and_norms([results[0], results[-1]])[::2],
@@ -261,62 +254,6 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
     return generator(prompts, Request(max_new_tokens=8, sampling=Sampling(temperature=0.0)))
 
 
-def preset(job: CheckJob) -> list[Reading]:
-    """Trains OLMoE on full sequences of random tokens, with as many layers as fit into memory according to a dry run."""
-    name, sequences, layers, timed = (SMALL, 2, 1, 1) if job.rehearse else ("olmoe_1b7b_8gpu", 32, 16, 5)
-    found = on_ranks(_timed_preset, job, name, sequences, layers, timed)[0]
-    tokens, seconds = found["tokens"], found["seconds"]
-    rate = tokens * found["flops"] / seconds / job.gpus
-    readings = [
-        Reading("layers", found["layers"]),
-        job.timed("tokens/s on all GPUs", tokens / seconds),
-        job.timed("model FLOPs of a GPU", rate / 1e12, "TFLOP/s"),
-    ]
-    if (peak := peak_tflops(job.card)) is not None:
-        readings.append(job.timed("MFU", rate / 1e12 / peak, least=0.4))
-    # The folder of logs has the trace of the profiled step.
-    readings.append(job.timed("share of a step in which the GPU waits", found["idle"], most=0.05))
-    if "gemm" in job.rates:
-        readings.append(job.timed("seconds over those of the FLOPs at the dense rate", job.rates["gemm"] / rate))
-    if not job.rehearse:
-        readings.append(Reading("memory: growth from step 3 to the last", found["growth"] / 2**20, "MiB", most=1.0))
-        readings.append(Reading("memory: reserved / allocated at the peak", found["reserved"], most=1.1))
-        readings.append(Reading("memory: peak / dry run", found["peak"] / found["estimate"], most=1.1))
-    return readings
-
-
-def _timed_preset(job: CheckJob, mesh: Mesh, name: str, sequences: int, most: int, timed: int) -> dict[str, float]:
-    on_gpu = mesh.device.type == "cuda"
-    budget = 0.85 * torch.cuda.get_device_properties(mesh.device).total_memory if on_gpu else math.inf
-    needed = math.inf
-    for layers in range(most, 0, -1):
-        config = configure(job, mesh, [f"model.num_layers={layers}"], name=name, sequences=sequences)
-        needed = estimate(config).rank_memory.total
-        if needed < budget:
-            break
-    else:
-        raise NotPossibleError(f"{name} with one layer needs {needed / 2**30:.0f} GiB on each rank")
-    run = RandomRun(mesh, config)
-    run.take(1 if job.rehearse else 2)
-    held = _allocated(mesh)
-    began = time.perf_counter()
-    results = run.take(timed)  # each step ends with a read from the device
-    seconds = (time.perf_counter() - began) / timed
-    idle = profiled(job, lambda: run.take(1), job.folder / "trace.json" if mesh.rank == 0 else None).idle
-    groups = run.layout.groups
-    share = dict(zip((group.name for group in groups), group_shares(groups, {}), strict=True))
-    return {
-        "layers": layers,
-        "tokens": results[-1].tokens,
-        "seconds": seconds,
-        "flops": model_flops_per_token(expected_experts(groups), share, config=config),
-        "estimate": needed,
-        "idle": idle,
-        "growth": _allocated(mesh) - held,
-        "peak": torch.cuda.max_memory_allocated() if on_gpu else 0,
-        "reserved": torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated() if on_gpu else 0,
-    }
-
-
-def _allocated(mesh: Mesh) -> int:
+def allocated(mesh: Mesh) -> int:
+    """Returns the bytes of the tensors on this rank's GPU; 0 on a CPU."""
     return torch.cuda.memory_allocated(mesh.device) if mesh.device.type == "cuda" else 0

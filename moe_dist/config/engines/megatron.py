@@ -20,7 +20,6 @@ NEEDED = (
     ("router_tuning", (None,), "router tuning needs this project's own engine"),
     ("optimizer.kind", ("adamw",), "the optimizer is Megatron's Adam with decoupled weight decay"),
     ("optimizer.backend", ("auto",), "Megatron chooses Transformer Engine's, Apex's or torch's"),
-    ("optimizer.moments", ("fp32",), "moments are fp32"),
     ("loss.balance.scope", ("micro_batch",), "loads are those of a micro-batch"),
     ("loss.distillation", (None,), "there is no teacher on pipeline stages"),
     ("rank_balance.dealing", (False,), "sequences do not move between ranks"),

@@ -1,9 +1,8 @@
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat
 
-from moe_dist.config.base.section import Count, Decay, Fraction, KindSection, NonNegative, PositiveInt, Section, Violation
+from moe_dist.config.base.section import Count, Decay, Fraction, KindSection, NonNegative, PositiveInt, Section
 
 
 class ConstantSchedule(Section):
@@ -33,10 +32,6 @@ class WsdSchedule(Section):
 
 ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Field(discriminator="kind")]
 
-# Largest beta for moments in bf16. A step with a zero gradient multiplies a moment by beta. Rounding to bf16 undoes changes
-# below 0.2 to 0.4 %, while beta 0.99 changes the moment by 1 %.
-LARGEST_BETA = 0.99
-
 
 class OptimizerSection(KindSection):
     """The optimizer, its learning rate and the bound on the gradient norm."""
@@ -53,26 +48,10 @@ class OptimizerSection(KindSection):
     schedule: ScheduleSection = Field(default_factory=lambda: ConstantSchedule())
     """Learning rate as a function of the step."""
 
-    moments: Literal["fp32", "bf16"] = "fp32"
-    """Data type of the moments between steps. bf16 takes half the memory; each step rounds them to the nearest value."""
-
-    def violations(self) -> Iterator[Violation]:
-        if self.moments == "bf16" and max(self.decays) > LARGEST_BETA:
-            problem = (
-                f"moments=bf16, decay rates {list(self.decays)}: rounding to bf16 loses the slow changes of a moment whose "
-                f"rate is above {LARGEST_BETA}; take rates up to {LARGEST_BETA}, or moments=fp32"
-            )
-            yield Violation(("moments", "betas"), problem)
-
     def keywords(self) -> dict[str, Any]:
         """See `KindSection.keywords`. Omits the keys that the optimizer does not get. The training step clips gradients and
         sets the learning rate, and the weight decay is part of the parameter groups."""
         return self.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
-
-    @property
-    def decays(self) -> tuple[float, ...]:
-        """Decay rates of all moments."""
-        return self.betas
 
     @property
     def needs_apex(self) -> bool:

@@ -16,12 +16,6 @@ class AdamWSection(OptimizerSection):
     backend: Literal["auto", "torch", "apex"] = "auto"
     """torch: torch's fused AdamW. apex: NVIDIA Apex's FusedAdam. auto: apex if it is installed, else torch."""
 
-    def violations(self) -> Iterator[Violation]:
-        yield from super().violations()
-        if self.backend == "apex" and self.moments == "bf16":
-            problem = "backend=apex, moments=bf16: Apex keeps its moments in fp32; set backend=torch, or moments=fp32"
-            yield Violation(("backend", "moments"), problem)
-
     @property
     def needs_apex(self) -> bool:
         return self.backend == "apex"
@@ -35,10 +29,6 @@ class MuonSection(OptimizerSection):
 
     kind: Literal["muon"] = "muon"
     momentum: Decay = Field(default=0.95, description="Decay rate of the running mean of a matrix's gradients (Nesterov).")
-
-    @property
-    def decays(self) -> tuple[float, ...]:
-        return (*self.betas, self.momentum)
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         needs = (("train.only", (None,), "only part of a model is trained, without the matrices that Muon is for"),)

@@ -23,11 +23,11 @@ from transformers.distributed.expert_parallel import EPImplementation, MoEParamS
 
 from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.errors import ConfigError
-from moe_dist.hf.pairs import compute_pairs
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.dispatch.ledger import ModuleTraffic
+from moe_dist.moe.experts.pairs import compute_pairs
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.routing.counts import SentCounts
 from moe_dist.moe.routing.types import ABSENT, Assignments

@@ -23,9 +23,9 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.host.family import GUIDE, Bank
 from moe_dist.hf.host.lora import Place, fold
 from moe_dist.hf.host.pictures import groups_of_types, picture_inputs
-from moe_dist.hf.pairs import compute_pairs
 from moe_dist.model.layers import ModelArgs
 from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, PairLayout, RunExperts
+from moe_dist.moe.experts.pairs import compute_pairs
 from moe_dist.moe.experts.several_banks import OneExchange, SeveralBanks
 from moe_dist.moe.kernels.torch_kernels import accumulation_dtype
 from moe_dist.moe.layer import MoELayer

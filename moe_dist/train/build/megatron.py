@@ -15,8 +15,7 @@ from moe_dist.formats.manifest import Manifest
 from moe_dist.megatron.cpu_trial import megatron_on_cpu
 from moe_dist.megatron.process_groups import model_parallel, process_groups
 from moe_dist.moe.routers.selection import SelectionScope
-from moe_dist.optim.adamw import MOMENTS
-from moe_dist.optim.optimizer import NO_DECAY
+from moe_dist.optim.optimizer import MOMENTS, NO_DECAY
 from moe_dist.parallel.initialise import initial_value
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.parameter_names import role_of_name

@@ -18,8 +18,7 @@ from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, LocalShard
 from moe_dist.megatron.gpt import Gpt
 from moe_dist.megatron.tensors import Piece
 from moe_dist.megatron.versions import plain_optimizers
-from moe_dist.optim.adamw import MOMENTS, add_moments, local
-from moe_dist.optim.optimizer import set_step_count, step_count
+from moe_dist.optim.optimizer import MOMENTS, add_moments, local, set_step_count, step_count
 from moe_dist.placement.parameter_names import logical_name
 
 _HOST = torch.device("cpu")

@@ -169,8 +169,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
         model = build_model(config, everything, ep_rank=0, ep_group=None)
     freeze(model, config)
     layout = RankLayout(everything)
-    dtype = torch.bfloat16 if config.optimizer.moments == "bf16" else None
-    moments = moment_specs(model, layout, orthogonal=config.optimizer.orthogonal, dtype=dtype)
+    moments = moment_specs(model, layout, orthogonal=config.optimizer.orthogonal)
     return {**capture(model, None, layout, part=saved_part(config)).specs, **moments}
 
 

@@ -66,8 +66,8 @@ class LoadLever(ABC, Generic[P]):
 
 
 LEAST_GAIN = 0.02  # a gain below this fraction of the busiest rank's load is taken for noise
-# A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Moments in bf16, or Muon's
-# single moment, need fewer bytes. Forward and backward of one token by this expert take 6 n FLOPs.
+# A move of an expert with n parameters sends at most 12 n bytes: weight and two moments in fp32. Muon's single
+# moment needs fewer bytes. Forward and backward of one token by this expert take 6 n FLOPs.
 BYTES_OVER_FLOPS = 12 / 6
 
 

@@ -102,7 +102,7 @@ def render(config: Config, result: DryRun, tokens_per_second: float | None = Non
     _add_memory_rows(table, config, result)
     what = "adapters and routers alone, " if config.model.has_adapters else ""
     whose = " of the tuned routers" if config.router_tuning else ""
-    kept = f"all ranks together, {what}weights in fp32, moments{whose} in {config.optimizer.moments}"
+    kept = f"all ranks together, {what}weights in fp32, moments{whose} in fp32"
     table.add_row("checkpoint", bytes_text(result.checkpoint_bytes), kept)
     table.add_section()
     rows = f"{result.plan.remote_rows_per_token:.3f} remote rows a token and layer; placement {config.placement.policy}"
@@ -156,7 +156,7 @@ def _add_memory_rows(table: Table, config: Config, result: DryRun) -> None:
     table.add_row("  parameters", bytes_text(needs.parameters), f"fp32 master weights, {sharded}")
     later = f"; {bytes_text(needs.in_turn)} of them only after activations are freed" if needs.in_turn else ""
     table.add_row("  gradients", bytes_text(needs.gradients), f"fp32{later}")
-    table.add_row("  optimizer state", bytes_text(needs.optimizer), f"{moments}, {config.optimizer.moments}")
+    table.add_row("  optimizer state", bytes_text(needs.optimizer), f"{moments}, fp32")
     table.add_row("  weights in use", bytes_text(needs.casts), f"{parallel.precision}, while a micro-batch is computed")
     batch = f"{config.train.micro_batch} x {config.data.seq_len} tokens, recompute={parallel.recompute}"
     table.add_row("  activations", bytes_text(needs.activations), f"{batch}; formula in moe_dist/plan/memory.py")

@@ -15,7 +15,7 @@ from moe_dist.checkpoint.state import LocalShard
 from moe_dist.comm.collectives import sum_over
 from moe_dist.comm.names import WEIGHT_SUMS
 from moe_dist.monitor.statistics import WeightTable
-from moe_dist.optim.adamw import local
+from moe_dist.optim.optimizer import local
 from moe_dist.parallel.mesh import Mesh
 
 EVERY, SAMPLE, SKETCH = 25, 256, 16

@@ -1,5 +1,4 @@
-"""Muon takes the same steps as its slow reference and as torch's Muon. test_bf16_moments.py tests checkpoints of its
-moments."""
+"""Muon takes the same steps as its slow reference and as torch's Muon."""
 
 from pathlib import Path
 
@@ -8,11 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from moe_dist.checkpoint.verify import verify
 from moe_dist.optim.muon import Muon, orthogonalise
 from moe_dist.optim.optimizer import materialise_moments, set_step_count, split_parameters, step_count
 from moe_dist.placement.parameter_names import Role
+from moe_dist.plan.memory import checkpoint_bytes, rank_memory
+from moe_dist.train.build.training import state_specs
 from tests.reference import muon as reference
-from tests.support.tiny import tiny_config
+from tests.support.one_rank import OneRank, world_of_one
+from tests.support.tiny import tiny_config, tiny_dataset
 from tests.unit.optim.test_param_groups import model_of
 
 SHAPES = [(5, 8), (8, 5), (6, 6), (1, 4)]
@@ -108,3 +111,23 @@ def test_it_is_refused_where_no_matrix_is_trained(tmp_path: Path) -> None:
     assert "or set optimizer.kind=adamw" in violation.problem
     trained = tiny_config(tmp_path, tmp_path, {"optimizer.kind": "muon"})
     assert not list(trained.optimizer.violations_in(trained))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_checkpoint_has_the_planned_moments(tmp_path: Path, kind: str) -> None:
+    data = tmp_path / "data"
+    tiny_dataset(data)
+    with world_of_one():
+        saved = OneRank(data, tmp_path, optimizer__kind=kind)
+        saved.train_and_save()
+    config = tiny_config(data, tmp_path, {"optimizer.kind": kind, "parallel.ep": 1, "placement.policy": "interleaved"})
+    specs = state_specs(config)
+    assert verify(saved.folder / "step_2", specs)[1] == []
+    squares = {name.removeprefix("optimizer.exp_avg_sq.") for name in specs if name.startswith("optimizer.exp_avg_sq.")}
+    matrices = {"layers.0.attention.q.weight", "layers.0.moe.experts.text.0.gate"}
+    assert "output.weight" in squares
+    assert matrices & squares == (set() if kind == "muon" else matrices)
+    sizes = {name: spec.dtype.itemsize * np.prod(spec.shape) for name, spec in specs.items()}
+    assert checkpoint_bytes(config) == sum(sizes.values())
+    memory = rank_memory(config, saved.plan.placement, rank=0, rows=1.0, pairs=1.0)
+    assert memory.optimizer == sum(size for name, size in sizes.items() if name.startswith("optimizer."))
