@@ -55,7 +55,7 @@ class Comparison:
     root: Path
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates to try for each method; if empty, all methods have the base's rate
-    controls: bool = False  # whether each method is also compared with a control that has its loads by modality
+    controls: bool = False  # whether each method is also compared with a control that has the same load per modality
     hold: bool = False  # whether loads are set to the budget after training, on validation sequences
 
     @property

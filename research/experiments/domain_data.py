@@ -39,7 +39,7 @@ from research.experiments.instructed import Document, check_new, write_split
 DOMAINS = ("north", "east", "south", "west", "up", "down", "left", "right")
 PARALLEL, TEXTS = "parallel", "texts"
 FILLERS, PLACES = 32, 2  # number of fillers of an alphabet, and number of fillers in a document
-FIRST = 2  # first id of the first alphabet; the ids before it are padding and the end of documents, which no document has
+FIRST = 2  # first id of the first alphabet; the ids before it are padding and end-of-document
 HELD_OUT = 8  # one in this many pairs (fillers, item), and triples (alphabet, other alphabet, item), is held out
 LICENCE = "Apache-2.0"  # licence of the generated data
 
@@ -91,7 +91,7 @@ def rules(items: int, *, seed: int) -> np.ndarray:
 
 
 def document(question: Asked, answer: int, every: Sequence[Alphabet]) -> Document:
-    """Writes a question in the alphabet of its domain, and the answer, an item's number, in the alphabet of its domain."""
+    """Writes a question and its answer, each in the alphabet of its domain. `answer` is the number of an item."""
     of, to = every[question.asked], every[question.answered]
     before, after = (of.filler(number) for number in question.fillers)
     tokens = np.array([before, of.item(question.item), after, to.ask, to.item(answer)], np.int64)
@@ -113,7 +113,7 @@ def main(
     heldout: Annotated[int, typer.Option(min=2, help="Held-out questions of each source.")] = 1600,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rules and of the documents.")] = 0,
 ) -> None:
-    """Make the data: the sources texts and parallel, a source for each domain, and DOMAIN-twice of twice the questions."""
+    """Make the data: the sources texts and parallel, and for each domain a source DOMAIN, and a larger DOMAIN-twice."""
     made = make(out, items=items, questions=questions, parallel=parallel, heldout=heldout, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 

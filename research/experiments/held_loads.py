@@ -1,4 +1,4 @@
-"""Changes a trained model so that its load equals a budget on held-out sequences, which no table measures.
+"""Changes a trained model so that its load equals a budget on held-out sequences that are in no table.
 
 In training, a method keeps the mean number of true experts per token at the budget. On held-out tokens, the trained model
 may use more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So

@@ -55,7 +55,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Returns "works", "works with" or "refused". Families that force fp32 work."""
+    """Returns "works", "works with" or "refused". The need "fp32" does not count."""
     if "refused" in found:
         return "refused"
     return "works with" if found["needs"].keys() - {"fp32"} else "works"

@@ -1,5 +1,5 @@
-"""Trains the default model on four nodes of a real Slurm. Experts are on nodes of their kind, and events in the cluster
-change no bit of the results."""
+"""Trains the default model on four nodes of a real Slurm. Experts are on the nodes of their modality. After preemptions,
+lost nodes and other events, the results are bit-equal."""
 
 import json
 import os
@@ -264,7 +264,7 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
 
 
 def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
-    """Submits the default job on one node from the clone, with the default cluster file, and stops the job, which saves."""
+    """Submits the default job on one node, with the default cluster file. Then stops the job, which saves."""
     readme = (ROOT / "README.md").read_text()
     (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
     assert "configs/adamoe_moma_tiny_cpu.yaml" in line

@@ -184,7 +184,7 @@ def test_every_layout_loads_every_other(
 
 
 class LostError(MoeDistError):
-    """Stands for the error of a lost lease."""
+    """Replaces the error that a lost lease raises."""
 
 
 def test_muons_moments_load_under_another_layout(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:

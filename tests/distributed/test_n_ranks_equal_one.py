@@ -67,7 +67,7 @@ STATIC = [
 ]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5)]
 EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Layout(2, 1, data="fsdp2", fsdp_gather="step")]
-# Other layouts have another budget and other nodes; VARIANTS has the loss in parts, of tied words.
+# Other test cases have another budget and other nodes. VARIANTS has the loss in parts with tied embeddings.
 FURTHER_VALUES = [
     exhaustive(Layout(1, 1, room=WHOLE)),
     full(Layout(2, 2, "interleaved", "fsdp2", room=4.0)),

@@ -11,7 +11,7 @@ from tests.support.messages import refused
 
 
 def slow_rank(n: int) -> int:
-    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05. It counts the ones of each of the 2^n outcomes."""
+    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05, by enumerating all 2^n outcomes of n coin flips."""
     best = 0
     for rank in range(1, n // 2 + 1):
         if 2 * sum(comb(n, k) for k in range(rank)) / 2**n <= 0.05:
@@ -29,7 +29,8 @@ def test_the_interval_lies_between_the_ranks_of_the_sign_test(n: int) -> None:
 
 
 def test_all_outcomes_of_six_coins_are_covered() -> None:
-    """Each of 6 values lies below or above the true median, so the interval misses it in 2 of 64 cases."""
+    """Each of 6 values is below or above the true median. If all are on one side (2 of 64 cases), the interval misses
+    it."""
     missed = 0
     for signs in itertools.product([-1.0, 1.0], repeat=6):
         interval = median_interval([sign * (1 + 0.1 * index) for index, sign in enumerate(signs)])
@@ -45,7 +46,7 @@ def test_few_values_give_all_of_them() -> None:
 
 
 def test_ratios_are_paired() -> None:
-    """On a slow machine both times of a round double, which changes a ratio of medians but no median of ratios."""
+    """If both times of some rounds double, the ratio of medians changes, but the median of the rounds' ratios does not."""
     slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     interval = paired_ratio(3 * slow, 2 * slow)
     assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)

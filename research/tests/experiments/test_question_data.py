@@ -1,4 +1,4 @@
-"""Training questions have the right side and right answers, and omit the questions of router tuning. A run's
+"""Training questions are on the training side, have right answers, and are no questions of router tuning. A run's
 model answers them as in an evaluation."""
 
 from pathlib import Path

@@ -46,7 +46,7 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     others = {name: number for name, number in counted.syncs.items() if name not in expected["reads"]}
     assert list(others.values()) == [1] * READS_OF_A_STEP
     assert all(name.startswith("step training_step.py:") for name in others)
-    assert counted.tracked <= 1  # kept entries of collectives, each with a CUDA event
+    assert counted.tracked <= 1  # number of collectives that are still tracked, each with a CUDA event
     exchanges = preset != "mole_llama3_8b_8gpu"  # every rank has all LoRA experts, so there are no exchanges
     assert (counted.exchange_seconds > 0) == exchanges  # else waiting ranks look as busy as the slowest
     for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
