@@ -185,7 +185,7 @@ class TokenBatch:
 
     @property
     def positions(self) -> Tensor:
-        """[B, S]."""
+        """The position of each token, [B, S]."""
         return torch.arange(SEQ_LEN).expand(self.tokens_BS.shape)
 
 

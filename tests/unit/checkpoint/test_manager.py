@@ -92,7 +92,7 @@ def test_a_crash_before_the_pointer_moves_leaves_latest_alone(
 
     def crash(self: Path, target: Path) -> Path:
         if (self.name.startswith("latest")) == (moment == "pointer"):
-            raise KeyboardInterrupt  # an exception that the code does not handle
+            raise KeyboardInterrupt  # the code does not handle this exception
         return real(self, target)
 
     with monkeypatch.context() as patch:

@@ -90,7 +90,7 @@ def test_without_generation_blocks_turns_give_the_same_labels(tmp_path: Path, fo
 
 
 def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """In a table each message has every key; a missing key has the value None."""
+    """In a table each message has all keys. Keys that a message lacks have the value None."""
     import datasets
 
     rows = [{**row, "tools": row.get("tools") and json.dumps(TOOLS)} for row in conversations(40)]

@@ -116,7 +116,7 @@ def test_a_saved_dataset_reads_its_folder_alone(tmp_path: Path, saved: dict[str,
     }
     (folder / "state.json").write_text(json.dumps({f"_{key}": value for key, value in state.items()}))
     (folder / "dataset_info.json").write_text(f'{{"features": {features}}}')
-    if words is None:  # the picture is not opened
+    if words is None:  # here the picture is not opened
         assert len(text_files("t", folder, "").items) == 1
         return
     with pytest.raises(DataError, match=words):

@@ -24,7 +24,7 @@ def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
     course.end(0, 1, 10.0, frozen=nobody)
     assert course.signals_due(NONE, 11.9) == []
     assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
-    assert course.signals_due(NONE, 12.1) == []  # once
+    assert course.signals_due(NONE, 12.1) == []  # each signal is due only once
     course.end(1, -15, 12.5, frozen=nobody)
     assert course.signals_due(NONE, 15.9) == []
     assert course.signals_due(NONE, 16.0) == [signal.SIGKILL]

@@ -44,7 +44,7 @@ def slow_play(events: list[Event], ranks: int) -> list[float]:
         index = todo[rank][stream][0]
         event = events[index]
         if any(other not in done[rank] for other in event.after):
-            continue  # it is tried again when the last of these ends
+            continue  # it is tried again when its last predecessor ends
         start = max(now, free[rank][stream], *(done[rank][other] for other in event.after), 0.0)
         meeting = {rank: start}
         if stream == WIRE:

@@ -50,7 +50,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def records_of(folder: Path) -> list[Any]:
-    """Reads wandb's file: seven bytes of its own, then LevelDB's log format, blocks of pieces [crc 4, length 2, type 1,
+    """Reads wandb's file: a header of seven bytes, then blocks in LevelDB's log format, of pieces [crc 4, length 2, type 1,
     data]."""
     from wandb.proto import wandb_internal_pb2
 
