@@ -2,7 +2,7 @@
 
 python -m research.bench.banks
 
-The sizes are those of ERNIE-4.5-VL-28B-A3B on 8 ranks of an EP group. Every token draws its experts evenly from its own
+The model has the sizes of ERNIE-4.5-VL-28B-A3B. An EP group has 8 ranks. Every token draws its experts evenly from its own
 bank. `pinned` and `interleaved` send one row of a token to each other rank that has chosen experts. `transformers` places
 experts like `interleaved`, but its `all_to_all` sends a row for each (token, expert) pair, in an exchange for each bank.
 

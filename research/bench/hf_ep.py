@@ -30,7 +30,7 @@ from tools.calibrate import RANK_ENV
 
 TOKENS, HIDDEN, FFN = 512, 256, 128
 RESAMPLES, TRIALS, TIMEOUT_SECONDS = 2000, 5, 300.0
-SETTINGS = ("grouped_mm", "eager")  # of transformers' `experts_implementation`
+SETTINGS = ("grouped_mm", "eager")  # values of transformers' `experts_implementation`
 OURS, THEIRS = "moe_dist", "all_to_all"
 
 

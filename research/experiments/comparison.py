@@ -159,8 +159,8 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
 
 
 def _check_validation(asked: Comparison, study: Study) -> None:
-    """Raises ConfigError if an option needs validation sequences, but the data have no held-out sequences besides those
-    that are measured."""
+    """Raises ConfigError if an option needs validation sequences, but all held-out sequences of the data are already used
+    for measurements."""
     options = [name for name, given in (("--rates", asked.rates), ("--hold", asked.hold)) if given]
     try:
         if options:

@@ -72,14 +72,14 @@ def _calls(model: Transformer, router: Any, batches: Sequence[Batch], group_of_m
 
 
 def _lever(router: Any, index: int) -> Lever | None:
-    """Returns what can be shifted in a group; None if its tokens have a fixed number of true experts."""
+    """Returns the biases or thresholds to shift in a group; None if its tokens have a fixed number of true experts."""
     group = router.groups[index]
     if isinstance(router, ChoosingRouter):
         return Lever(router.gates()[index].running_mean()[0], -1.0)
     if not router.selection_bias:
         if not group.num_null:
             return None
-        router.selection_bias = True  # with biases of 0 the router chooses as before
+        router.selection_bias = True  # biases of 0 change no choice
         router.reset_buffers()
     return Lever(router.gate(group).bias[: group.num_experts], 1.0)
 

@@ -100,7 +100,7 @@ class Measurement:
 
     Args:
         folder: Folder of the run.
-        section: The section of the study that tells what is measured.
+        section: The study's section that lists the measurements.
         before: Cost of training before the run. The costs in the record include this cost.
         side: Side (validation or test) of held-out sequences and of multiple-choice questions. A pilot uses validation.
     """

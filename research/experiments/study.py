@@ -47,7 +47,7 @@ class CurveSection(Part):
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm with whose curve the curves of all other arms are compared
+    of: ArmName | None = None  # the arm of reference: all other arms' curves are compared with its curve
 
 
 class WireSection(Part):

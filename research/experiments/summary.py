@@ -41,9 +41,9 @@ class Row(Part):
         claim: The claim in plain words.
         experiment: Name of the experiment, or of the comparison of methods.
         among: Number of differences for which the interval of `post_hoc` is corrected (Bonferroni).
-        other: The comparison from whose records `post_hoc.higher` is computed, if it is not `experiment`.
+        other: If given, `post_hoc.higher` is computed from the records of this comparison, not of `experiment`.
         verdict: The verdict on `post_hoc`. A rule's verdict comes from the records.
-        but: What limits the verdict.
+        but: A limitation of the verdict.
     """
 
     claim: str

@@ -103,7 +103,7 @@ def _rank(family: Family, folder: Path, needs: frozenset[str], rank: int, port: 
     except Exception as error:  # the family's code may raise any error
         result.write_text(json.dumps({"error": when + _text(error), "when": time.monotonic()}))
         status = 1
-    os._exit(status)  # without waiting for the peer
+    os._exit(status)  # does not wait for the peer
 
 
 def _text(error: Exception) -> str:
@@ -148,7 +148,7 @@ def judge(family: Family, seconds: float) -> dict[str, Any]:
             needs = frozenset({*reasons, need})
             result = attempt(family, needs, seconds)
             after = fault_of(result, needs)
-            if _place(after) != _place(fault):  # no fault, or a later one
+            if _place(after) != _place(fault):  # works, or fails at a later place
                 reasons[need], fault = fault, after
                 break
         else:

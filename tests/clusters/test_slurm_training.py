@@ -91,7 +91,7 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
 def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """Lowers the time limit, so that slurmctld ends the job within a minute and a half, at one of its checks."""
     hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; the time left suffices for a save
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; leaves enough time for a save
     job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
@@ -240,7 +240,7 @@ def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -
     assert ending.verdict == StoppedError.exit_code
     assert committed_step(run.checkpoints) == ending.last_step
     saved = [path.name for path in run.checkpoints.glob("step_*")]
-    if when == "importing" and not saved:  # rank 0 still waits for the others
+    if when == "importing" and not saved:  # rank 0 still waits for the other ranks
         assert (ending.reason.partition(" while rank 0 waited for rank")[0], ending.last_step) == ("stopped on request", 0)
     else:
         assert ending.reason.startswith(f"stopped on request after step {ending.last_step};")

@@ -1,4 +1,4 @@
-"""Tests `attach` on several ranks, for Megatron-Core's MoE layers and for a transformers model whose counts are summed
+"""Tests `attach` on several ranks, for Megatron-Core's MoE layers, and for a transformers model with counts that are summed
 over ranks."""
 
 import errno

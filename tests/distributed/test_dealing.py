@@ -23,7 +23,7 @@ BATCH = 16
 
 
 class Stepped(NamedTuple):
-    """The gradients of one step on a rank, and the sequence numbers that each micro-batch and rank took."""
+    """The gradients of one step on a rank, and the numbers of the sequences that each micro-batch of each rank had."""
 
     gradients: Arrays
     numbers: list[list[int]]

@@ -1,5 +1,5 @@
-"""Dispatch and combine on real ranks: values and gradients are right, and the ledger counts exactly the rows,
-pairs and bytes that follow from the routing (`expected_traffic`)."""
+"""On real ranks dispatch and combine give the right values and gradients. The ledger counts exactly the rows, pairs and
+bytes that follow from the routing (`expected_traffic`)."""
 
 from collections.abc import Callable
 from typing import Any

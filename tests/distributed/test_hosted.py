@@ -1,4 +1,4 @@
-"""With engine.kind=transformers, N ranks train as one rank does, and first losses equal those of transformers itself."""
+"""With engine.kind=transformers, N ranks train as one rank does, and first losses equal the losses of transformers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""With TP, CP and DP, Megatron's reduced gradients of the balance and z terms equal those of one process."""
+"""With TP, CP and DP, Megatron's reduced gradients of the balance and z terms equal the gradients of one process."""
 
 from collections.abc import Callable
 from typing import Any

@@ -57,7 +57,7 @@ def environment(**more: str) -> Iterator[Path]:
         "GLOO_SOCKET_IFNAME": "lo",  # the machine's host name may not resolve
         "OMP_NUM_THREADS": "1" if drawn().threads == "user" else None,
         "MOE_DIST_CLUSTER": str(site),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as in an activated environment
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # like an activated environment
         **more,
     }
     before = {name: os.environ.get(name) for name in changes}

@@ -1,4 +1,4 @@
-"""Medians and their intervals equal those of slow reference computations, and ratios are paired by round."""
+"""Medians and their intervals equal slow reference computations, and ratios are paired by round."""
 
 import itertools
 from math import comb

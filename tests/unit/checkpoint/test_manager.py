@@ -236,7 +236,7 @@ def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with refused(DataError):
         run.manager.latest()
-    (tmp_path / "latest").write_text("step_1")  # as `echo -n` writes it
+    (tmp_path / "latest").write_text("step_1")  # without a newline
     assert run.manager.latest() == tmp_path / "step_1"
 
 

@@ -158,7 +158,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     one, other = (
         json.loads((tmp_path / name / "step_0/index.json").read_text())["tensors"] for name in ("straight", "ours")
     )
-    assert one == other  # with every fingerprint
+    assert one == other  # all fingerprints are equal, too
     assert not (tmp_path / "ours.importing").exists()
 
 

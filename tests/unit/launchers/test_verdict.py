@@ -1,4 +1,4 @@
-"""Each launcher concludes from the ends of the ranks which rank is at fault, and what the attempt's verdict is.
+"""From the exit codes of the ranks, each launcher concludes which rank is at fault, and the attempt's verdict.
 
 Each case is a history of one attempt of four ranks, two on each of the nodes n1 and n2. Slurm reads the history in srun's
 lines. The local launcher and Ray get it from their rank tracker.

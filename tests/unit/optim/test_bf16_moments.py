@@ -36,7 +36,7 @@ def rounded(values: Tensor) -> Tensor:
 
 def test_adamw_rounds_its_moments_after_each_step() -> None:
     parameter = nn.Parameter(drawn(3, 40, seed=0).double())
-    untouched = nn.Parameter(torch.ones(2).double())  # without a gradient
+    untouched = nn.Parameter(torch.ones(2).double())  # gets no gradient
     optimizer = AdamW([{"params": [parameter, untouched], "weight_decay": 0.5}], moments="bf16", **SETTINGS)
     weight, mean, square = parameter.detach().clone(), torch.zeros(3, 40).double(), torch.zeros(3, 40).double()
     for step in range(1, STEPS + 1):

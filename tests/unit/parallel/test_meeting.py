@@ -116,7 +116,7 @@ def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     (`owned`)."""
     monkeypatch.setattr(rendezvous, "SOON_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
-    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late one with this limit
+    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for late ranks
     monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
