@@ -12,8 +12,8 @@ learns which tokens belong to one alphabet, because it is trained on texts of a 
     DOMAIN      filler_d item_d(i) filler_d ask_d   item_d(rule_d(i))
 
 The rule of a domain is a permutation of the items. Any two rules differ at every item, and no rule maps an item to itself.
-So the answers contradict each other and the base, and each token of a domain's document shows the domain. In a question,
-only the answer is scored. In a text, all tokens but the first are scored.
+So the answers contradict each other and the base model, and each token of a document shows the document's domain. In a
+question, only the answer is scored. In a text, all tokens but the first are scored.
 
 Held-out documents have fillers that no training document of the same item has. Held-out documents of `parallel` also have
 triples (alphabet, other alphabet, item) that no training document has. A model that answers them has learnt that the

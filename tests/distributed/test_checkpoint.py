@@ -97,8 +97,7 @@ def manager(folder: Path, **settings: Any) -> CheckpointManager:
 
 
 class NothingPickled:
-    """Fails if an object collective pickles, or if anything is unpickled from a file, in the `with` block on this
-    rank."""
+    """Fails if an object collective pickles, or if anything is unpickled from a file, in the `with` block on this rank."""
 
     collectives = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
     places = (*((dist, name) for name in collectives), (pickle, "load"), (pickle, "loads"), (torch, "load"))

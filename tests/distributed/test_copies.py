@@ -113,7 +113,7 @@ def drifting(rank: RankContext, data: str, root: str) -> tuple[str, bool, str]:
 def test_a_run_whose_copies_differ_ends_before_it_saves_them(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The comparison before the save of step 6 comes before the next regular one after step 8."""
+    """Copies are compared before the save of step 6, although the next regular comparison would be after step 8."""
     for rank, (error, consequence, newest) in enumerate(run_in_world(3, drifting, str(tiny_data), str(tmp_path))):
         assert "after step 6 the copies of embedding" in error
         assert "differ on rank 1," in error

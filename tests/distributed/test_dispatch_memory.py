@@ -81,8 +81,7 @@ def make(rank: RankContext, mode: str) -> Any:
 
 
 def assignments_of(rank: int, size: int, mode: str) -> Assignments:
-    """Returns token choice with null choices or, for the mode `known_counts`, a fixed number of tokens for each
-    expert."""
+    """Returns token choice with null choices or, for the mode `known_counts`, a fixed number of tokens for each expert."""
     generator = torch.Generator().manual_seed(rank)
     if mode == "known_counts":
         counts = tuple(tuple(40 + 5 * source + expert for expert in range(E)) for source in range(size))

@@ -111,7 +111,7 @@ def test_a_diverged_run_keeps_a_finite_checkpoint_and_its_ways_out_lead_on(
     assert first.newest == second.newest == (6 if cause == "rate" else 4)
     checkpoint = tmp_path / "diverging" / "checkpoints" / f"step_{first.newest}"
     assert verify(checkpoint)[1] == []
-    text = next(each.text for each in (first, second) if "see the log of rank" not in each.text)  # ranks with the cause
+    text = next(each.text for each in (first, second) if "see the log of rank" not in each.text)  # of a rank with the cause
     assert f"the newest checkpoint {checkpoint} is finite" in text
     if before := re.search(r"before the first skipped step (\d+)", text):
         assert int(before[1]) == first.step - PATIENCE + 1 > first.newest

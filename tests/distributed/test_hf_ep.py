@@ -101,8 +101,8 @@ def parallel_experts(case: Case, ep_implementation: str, style: str | None) -> A
 
 
 def results(experts: Any, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]], *, alone: bool = False) -> list[Tensor]:
-    """Returns y, dh and dw of each batch, and the gradients of the expert weights summed over batches. With `alone`, a term
-    of 0 gives experts that no token chose a gradient, as on several ranks."""
+    """Returns y, dh and dw of each batch, and the gradients of the expert weights summed over batches. With `alone`, adds a
+    term of 0, so that experts without tokens also get a gradient, as on several ranks."""
     found = []
     for h_TD, expert_TK, weight_TK, grad_TD in batches:
         y_TD = experts(h_TD, expert_TK, weight_TK)

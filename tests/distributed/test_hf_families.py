@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RECORD: dict[str, Any] = json.loads((ROOT / "research/records/hf_families.json").read_text())
 NAMES = sorted({key.partition(".")[0] for key in RECORD["families"]})
 
-QUICK = "aria"  # has pictures
+QUICK = "aria"  # a fast case, with pictures
 
 
 def tool(*options: str) -> None:

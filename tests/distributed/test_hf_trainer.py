@@ -89,7 +89,7 @@ def resumed(rank: RankContext) -> dict[str, Any]:
     dist.barrier()
     with launched(rank):
         whole = trained(rank, rank.folder / "run")
-        dist.barrier()  # rank 0 has written the last record
+        dist.barrier()  # after this, rank 0 has written the last record
         lines = [*read_lines(rank.folder / "run" / "routing" / "metrics.jsonl")]
         dist.barrier()
         again = trained(rank, rank.folder / "run", resume=rank.folder / "run" / "checkpoint-2")

@@ -291,7 +291,7 @@ def resumed(
 
 TOP_P = {
     "model.moe.router": {"kind": "top_p", "p": 1.0, "normalise": "true_chosen"},
-    "model.moe.balance": [{"kind": "active_experts", "target": {"experts": 1.5}, "rate": 5.0}],  # a token starts with 3
+    "model.moe.balance": [{"kind": "active_experts", "target": {"experts": 1.5}, "rate": 5.0}],  # at first 3 per token
 }
 NULLS = {"moe": {"groups": {"experts": {"modalities": ["text", "image"], "num_null": 8, "top_k": 3}}}}
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -162,7 +162,7 @@ def test_a_trace_has_every_token_once_with_its_choices(
                 continue
             assert (tokens == own_tokens).all()
             assert (column == own_column).all()
-            assert weight == pytest.approx(own_weight, rel=2e-3)  # float16
+            assert weight == pytest.approx(own_weight, rel=2e-3)  # traces store float16
 
 
 def poisoned(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[bool, bool, float]:

@@ -1,4 +1,4 @@
-"""N ranks equal one rank: losses, gradients, norms, and parameters after three optimizer steps.
+"""N ranks and one rank have equal losses, gradients, norms, and parameters after three optimizer steps.
 
 For the layouts, `make test` covers each value of each axis but FURTHER_VALUES, `make test-full` covers each pair of values,
 and `make test-exhaustive` covers the whole product. The second test compares each variant of the model with its own
@@ -123,8 +123,7 @@ def test_layout_equals_one_rank(
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, one_rank.logits, rtol=0, atol=1e-9)
     first = outcomes[0].events
-    # Each layer plans once per (half) micro-batch, also with recompute. The last forward, for the logits, adds one
-    # plan.
+    # Each layer plans once per (half) micro-batch, also with recompute. The last forward, for the logits, adds one plan.
     plans = LAYERS * (STEPS * MICRO_BATCHES * (1 + layout.halves) + 1) if layout.ep > 1 else 0
     ids = PAIR_ROWS if layout.ranks_per_node is None else EXPERT_IDS
     for hop in hops_of(layout):

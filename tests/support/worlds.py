@@ -83,7 +83,7 @@ class _Report:
     failed: bool
     when: float  # time.monotonic, the same clock in all processes
     payload: bytes  # pickled result, or the traceback as UTF-8
-    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # of the rank after the call
+    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # after the call
 
 
 # --- in the ranks

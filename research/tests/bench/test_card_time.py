@@ -96,7 +96,7 @@ def test_halves_hide_exchanges_that_are_shorter_than_what_the_other_half_compute
 
 
 def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
-    """The ranks of an expert's edp group are on eight nodes, and dense parameters are on all ranks."""
+    """An edp group of experts spans eight nodes, and dense parameters are sharded over all 64 ranks."""
     free = card_time(counted(), OLMOE, [*TWO], RATES).micro_batch - 2 * (4 * (7 * MS + LINK.latency) + LINK.latency)
     second = round(RATES.between.bytes_per_second)  # pyright: ignore[reportOptionalMemberAccess]
     sent = [*counted().sent, ["moe", "forward", "_allgather_base_", 8, second, False, 1]]

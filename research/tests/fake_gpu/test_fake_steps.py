@@ -91,7 +91,7 @@ def test_exchanges_of_fixed_sizes_need_no_read() -> None:
     assert mixes_and_copies_nothing(counted)
 
 
-IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # end of copies, step count, generator
+IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # of copies, step count, generator
 BALANCE_LOSS = {"losses": 2}  # a checkpoint has the counts of a balance loss that spans a whole step
 EVALUATED = {"heldout": 4}  # counts and sums over ranks, with and without experts (MoMa: also with training's choice)
 TIMED = {"balance": 36}  # 12 measured times, each with 3 reads: begin, end, and the slowest rank's time

@@ -149,7 +149,7 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "rename", rename)
     run.save(1)
     assert events == [
-        ("sync", "latest.tmp"),  # contains "none"; if `latest` is missing later, somebody removed it
+        ("sync", "latest.tmp"),  # names no checkpoint yet; so a missing `latest` was removed by somebody
         ("rename", "latest"),
         ("sync", "checkpoints"),
         ("sync", "shard_00000.safetensors"),

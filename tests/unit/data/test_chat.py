@@ -196,8 +196,7 @@ BOMBS = {
 def test_a_template_without_an_end_is_stopped(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    """A template that never ends on row 7 is stopped, and the error names the row, the limit in seconds, and the
-    fix."""
+    """A template that never ends on row 7 is stopped, and the error names the row, the limit in seconds, and the fix."""
     monkeypatch.setattr(chat_rows, "BATCH_SECONDS", 1)
     (tmp_path / "template.jinja").write_text(f"{{% if messages|length > 2 %}}{BOMBS[bomb]}{{% endif %}}{CHATML}")
     rows = [{"messages": SHORT}] * 6 + [{"messages": SHORT + SHORT}]

@@ -219,8 +219,7 @@ def test_tools_reasoning_and_ends_that_a_template_lacks_are_notes(folder, tmp_pa
 
 @pytest.mark.parametrize("turns", Turns)
 def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path: Path, turns: Turns) -> None:
-    """Each document is the conversation up to one turn, as the template prints it when the chat has reached that
-    turn."""
+    """Each document is the conversation up to one turn, as the template prints it when the chat has reached that turn."""
     path = folder("qwen3")
     tokenizer = tokenizer_of(path)
     messages = [ASKED, {**YES, "reasoning_content": "Look."}, {"role": "user", "content": "And now?"}, YES]

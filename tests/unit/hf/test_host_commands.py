@@ -130,7 +130,7 @@ def test_routers_of_a_folder_are_tuned_by_commands(own_data: Path, questions: Pa
 
 
 def test_adapters_are_used_by_commands(own_data: Path, questions: Path, tmp_path: Path) -> None:
-    """A trained run and a run that starts with its exported adapters give equal answers, and PEFT's model equal tokens."""
+    """A run that starts with a trained run's exported adapters gives equal answers. PEFT's model generates equal tokens."""
     from peft import PeftModel
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

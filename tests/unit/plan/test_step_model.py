@@ -141,7 +141,7 @@ def test_exchanges_and_rings() -> None:
     assert exchange_seconds(RATES, 4, 16.0, 10.0) == pytest.approx(5.5)  # both levels work at once, so the slower counts
     assert exchange_seconds(RATES, 1, 0.0, 0.0) == 0.0
     assert collective_seconds(RATES, 8.0, 4, 4) == pytest.approx(1.2)
-    assert collective_seconds(RATES, 6.0, 8, 4) == pytest.approx(1.25)  # four ranks of a node send together: 8 a second
+    assert collective_seconds(RATES, 6.0, 8, 4) == pytest.approx(1.25)  # four ranks of a node together send 8 per second
     assert collective_seconds(RATES, 8.0, 8, 1) == pytest.approx(4.5)
     assert collective_seconds(RATES, 8.0, 1, 1) == 0.0
     assert CURVE.at(np.array([0.0, 10.0, 1e6])) == pytest.approx([1e9, 1e10, 1e11])

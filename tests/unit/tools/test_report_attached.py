@@ -74,7 +74,7 @@ def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCap
     assert page.index("What is wrong in steps 11 to 60") < page.index(first.split(";")[0].replace("'", "&#x27;"))
     warned = [record.message for record in caplog.records if record.name.startswith("moe_dist.monitor")]
     routed = [text for text in warned if "routed" in text]  # other hints may be about slow steps on a busy machine
-    (cause,) = routed  # the hints of busy and dead experts do not follow it
+    (cause,) = routed  # no hints of busy or dead experts follow from it
     assert re.match(r"step 10: the router of layer 1 gives all tokens the same scores .* choose \d, \d;", cause)
     events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
     assert {"moe/load/routed", "moe/relative_entropy"} <= set(events.Tags()["images"])
