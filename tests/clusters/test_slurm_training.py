@@ -65,7 +65,7 @@ def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 
 
 def records(run: RunFolder) -> list[Mapping[str, Any]]:
-    """Returns the step records without the fields that differ between runs of this seed."""
+    """Returns the step records without the fields that differ between runs of the same seed."""
     return [reproducible_part(line) for line in read_lines(run.metrics_jsonl) if line["kind"] == "step"]
 
 

@@ -139,7 +139,7 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
 
 
 def _hooked(value: Any) -> bool:
-    """Returns whether torch wrapped this function: an optimizer's `step`, once, when the first of its class is made."""
+    """Returns whether torch wrapped this function. torch wraps the `step` of an optimizer class at its first instance."""
     return isinstance(value, FunctionType) and hasattr(value, "hooked")
 
 

@@ -61,8 +61,7 @@ def more_kernels(counted: Counted, part: str, phase: str) -> int:
 
 
 def mixes_and_copies_nothing(counted: Counted) -> bool:
-    """Returns True if no operation mixes devices, nothing is copied between them, and no layer has an index whose backward
-    sorts."""
+    """Returns True if no operation mixes devices, nothing is copied between devices, and no backward of indexing sorts."""
     return not counted.mixed and not counted.copies and set(counted.sorted_sums) <= {"model"}
 
 
