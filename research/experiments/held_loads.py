@@ -2,10 +2,10 @@
 
 In training, a method keeps the mean number of true experts per token at the budget. On held-out tokens, the trained model
 may use more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So
-    in each layer, one number is added to the selection biases of all true experts of a group. For experts that choose
-    tokens, this number is subtracted from their thresholds. Bisection finds the number with which the group's tokens use
-    the budget. As in the tables, only tokens with a label count. Layers are changed in order, because a layer changes the
-    inputs of later layers. Routers with a fixed number of experts per token are left unchanged.
+in each layer, one number is added to the selection biases of all true experts of a group. For experts that choose
+tokens, this number is subtracted from their thresholds. Bisection finds the number with which the group's tokens use
+the budget. As in the tables, only tokens with a label count. Layers are changed in order, because a layer changes the
+inputs of later layers. Routers with a fixed number of experts per token are left unchanged.
 """
 
 from collections.abc import Sequence

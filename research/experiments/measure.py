@@ -315,8 +315,8 @@ class Measurement:
 
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss with fewer experts per token, which drops second experts of low weight. For each number of
-        experts, a first pass over all batches finds the bound; second experts with a lower weight are dropped."""
+        """Measures the loss if second experts of low weight are dropped, so that tokens have fewer experts. For each number
+        of experts, a first pass over all batches finds the bound; second experts with a lower weight are dropped."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:

@@ -28,7 +28,7 @@ INCHES = (10.0, 4.3)
 
 
 def draw_summary(adamoe: Records, comparisons: Mapping[str, Records], path: Path) -> None:
-    """Writes the figure from the records of adamoe-2 and of the comparisons, by name."""
+    """Writes the figure from the records of adamoe-2 and from the records of the comparisons (by name)."""
     import matplotlib as mpl
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
