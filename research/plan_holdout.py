@@ -147,7 +147,8 @@ def observed(folder: Path) -> list[Observed]:
 
 
 class Predicted:
-    """Estimates the step times and the memory of runs. Computes values that do not depend on the fitted factors once."""
+    """Estimates the step times and the memory of runs. Values that do not depend on the fitted factors are computed only
+    once."""
 
     def __init__(self, runs: Sequence[Observed], rates: Rates) -> None:
         self._runs = [(run, LayoutEstimator(rates, run.source, run.mix, rates.memory)) for run in runs]

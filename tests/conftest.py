@@ -47,7 +47,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+@pytest.hookimpl(tryfirst=True)  # runs before `-m` selects the tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks a case `exhaustive` if it is marked `full` twice.
 

@@ -45,7 +45,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value of --count.")] = None,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the file's tables; measure nothing.")] = False,
 ) -> None:
-    """Measure; print the rows that are lost, then all rows; write JSON, and a picture beside it."""
+    """Measure the contenders. Print broken rules, then all rows. Write a JSON file, and a picture beside it."""
     if count is not None:
         from research.bench.counted_step import report  # imports torch
 
@@ -62,7 +62,7 @@ def main(
     if world > (cores := len(os.sched_getaffinity(0))):
         raise ConfigError(f"--world {world}: more ranks than the {cores} cores; their times would say nothing")
     commit, diff, untracked = code_state(Path(moe_dist.__file__).parent)
-    code = f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"  # plus: the code differs from the commit
+    code = f"{(commit or 'unknown')[:12]}{'+' if diff or untracked else ''}"  # "+" if the code differs from the commit
     try:
         measure(BenchJob(world, path, tuple(only), quick, rounds, seed, code), fresh=fresh)
     except RuntimeError as error:

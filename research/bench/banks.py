@@ -2,9 +2,9 @@
 
 python -m research.bench.banks
 
-The sizes are those of ERNIE-4.5-VL-28B-A3B on 8 ranks of an EP group. Every token draws its experts evenly from its own
-bank. `pinned` and `interleaved` send a row to each other rank with experts of the token. `transformers` has the experts of
-`interleaved`, and its `all_to_all` sends a row for each (token, expert) pair, in an exchange for each bank.
+The model has the sizes of ERNIE-4.5-VL-28B-A3B. An EP group has 8 ranks. Every token draws its experts evenly from its own
+bank. `pinned` and `interleaved` send one row of a token to each other rank that has chosen experts. `transformers` places
+experts like `interleaved`, but its `all_to_all` sends a row for each (token, expert) pair, in an exchange for each bank.
 
 Shape letters: T tokens of all ranks, K choices of a token, E experts of both banks, R ranks.
 """
@@ -27,7 +27,7 @@ PLACEMENTS = {
 
 
 def drawn(shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each token's rank [T] and experts [T, K], if the share `shares[r]` of the tokens of rank r are pictures'."""
+    """Draws each token's rank [T] and experts [T, K]. A fraction `shares[r]` of rank r's tokens are picture tokens."""
     rng, source_T = np.random.default_rng(0), np.arange(RANKS).repeat(TOKENS)
     is_picture_T = np.tile(np.arange(TOKENS), RANKS) < np.array(shares)[source_T] * TOKENS
     expert_TK = rng.random((RANKS * TOKENS, 64)).argsort(axis=1)[:, :6] + 64 * is_picture_T[:, None]
@@ -35,7 +35,7 @@ def drawn(shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def counted(placement: ExpertPlacement, source_T: np.ndarray, expert_TK: np.ndarray) -> tuple[float, float, float]:
-    """Returns rows and pairs that a token sends to other ranks, and the busiest rank's arithmetic by the mean rank's."""
+    """Returns the rows and the pairs that a token sends to other ranks, and the busiest rank's FLOPs / the mean rank's."""
     rank_TK = np.array(placement.rank_of_expert)[expert_TK]
     reached_TR = np.zeros((len(source_T), RANKS), bool)
     np.put_along_axis(reached_TR, rank_TK, True, axis=1)

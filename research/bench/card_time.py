@@ -175,8 +175,8 @@ def _grouped(works: list[tuple[Work, int]], rates: Rates) -> dict[str, float]:
 
 
 def _exchanges(counted: Counted, config: Config, rates: Rates, phase: str) -> Iterator[tuple[float, bool]]:
-    """Yields the seconds of each exchange in a phase of a micro-batch, and whether it sends integers: counts, for which the
-    host waits. All ranks of the EP group get the same number of token rows."""
+    """Yields the seconds of each exchange in a phase of a micro-batch, and whether it sends counts (integers). The host
+    waits for counts. All ranks of the EP group get the same number of token rows."""
     ep = config.parallel.ep
     ranks = min(ep, rates.ranks_per_node)
     inside = (ranks - 1) / max(1, ep - 1)

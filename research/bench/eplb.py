@@ -1,8 +1,8 @@
 """Compares the placement solver with DeepSeek's EPLB with equal numbers of slots: python -m research.bench.eplb EPLB_FILE
 [TRACE.npz ...]
 
-EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads, both
-solvers make one placement for all layers, as moe_dist does, and one placement per layer, as EPLB does. Both solvers run
+EPLB_FILE is eplb.py of github.com/deepseek-ai/EPLB, which is not part of moe_dist. For each set of expert loads, each
+solver makes one placement for all layers (as moe_dist does) and one placement per layer (as EPLB does). Both solvers run
 once without spare slots, and once with a spare slot on each rank.
 """
 

@@ -30,7 +30,7 @@ from tools.calibrate import RANK_ENV
 
 TOKENS, HIDDEN, FFN = 512, 256, 128
 RESAMPLES, TRIALS, TIMEOUT_SECONDS = 2000, 5, 300.0
-SETTINGS = ("grouped_mm", "eager")  # of transformers' `experts_implementation`
+SETTINGS = ("grouped_mm", "eager")  # values of transformers' `experts_implementation`
 OURS, THEIRS = "moe_dist", "all_to_all"
 
 
@@ -182,7 +182,7 @@ def _choices(point: Point, rank: int, tokens: int) -> tuple[Any, Any, Any, Any]:
 
 
 def _distinct(point: Point, mesh: Any, tokens: int) -> tuple[int, int]:
-    """Returns the numbers of distinct (token, other rank) and of (token, expert on another rank), over all ranks."""
+    """Returns the numbers of distinct (token, other rank) pairs and (token, remote expert) pairs, over all ranks."""
     each, distinct, pairs = point.experts // mesh.ep_size, 0, 0
     for rank in range(mesh.ep_size):
         for experts in _choices(point, rank, tokens)[1].tolist():

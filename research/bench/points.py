@@ -30,7 +30,7 @@ class Point:
     hot: float | None = None  # fraction of the choices that HOT_EXPERTS experts get; None if all experts are equally likely
     image: float | None = None  # fraction of image tokens, which choose in the second half of the experts; None: one group
     policy: Policy = "contiguous"  # expert e is on rank e W // E (contiguous, pinned) or on rank e mod W (interleaved)
-    workload: str | None = None  # one of the workloads W0 to W7, whose routing replaces a random one
+    workload: str | None = None  # one of the workloads W0 to W7; its routing replaces the random routing
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def measure(job: BenchJob, *, fresh: bool = False) -> None:
         fresh: Whether to measure chosen rows again if the file already has them.
 
     Raises:
-        ConfigError: the file has rows with other settings than those of `job`; nothing was measured.
+        ConfigError: the file's rows have other settings than `job`; nothing was measured.
         RuntimeError: a rank failed; the rank's traceback is on standard error.
     """
     results = read_results(job.path)

@@ -55,7 +55,7 @@ class Comparison:
     root: Path
     ranks: tuple[int, ...] = ()  # numbers of ranks on which steps are timed
     rates: tuple[float, ...] = ()  # learning rates to try for each method; if empty, all methods have the base's rate
-    controls: bool = False  # whether each method is also compared with a control that has its loads by modality
+    controls: bool = False  # whether each method is also compared with a control that has the same load per modality
     hold: bool = False  # whether loads are set to the budget after training, on validation sequences
 
     @property
@@ -159,8 +159,8 @@ def write_study(asked: Comparison, path: Path, values: Mapping[str, Any]) -> Stu
 
 
 def _check_validation(asked: Comparison, study: Study) -> None:
-    """Raises ConfigError if an option needs validation sequences, but the data have no held-out sequences besides those
-    that are measured."""
+    """Raises ConfigError if an option needs validation sequences, but all held-out sequences of the data are already used
+    for measurements."""
     options = [name for name, given in (("--rates", asked.rates), ("--hold", asked.hold)) if given]
     try:
         if options:

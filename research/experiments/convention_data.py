@@ -89,7 +89,7 @@ def main(
     heldout: Annotated[int, typer.Option(min=2, help="Held-out questions of each convention.")] = 1200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions and of their instructions.")] = 0,
 ) -> None:
-    """Make the data: a source for each convention, plain, shifted and far, and NAME-twice with twice the questions."""
+    """Make the data: for each convention (plain, shifted, far) a source NAME, and a larger source NAME-twice."""
     made = make(base, out, questions=questions, heldout=heldout, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 

@@ -12,8 +12,8 @@ learns which tokens belong to one alphabet, because it is trained on texts of a 
     DOMAIN      filler_d item_d(i) filler_d ask_d   item_d(rule_d(i))
 
 The rule of a domain is a permutation of the items. Any two rules differ at every item, and no rule maps an item to itself.
-So the answers contradict each other and the base, and each token of a domain's document shows the domain. In a question,
-only the answer is scored. In a text, all tokens but the first are scored.
+So the answers contradict each other and the base model, and each token of a document shows the document's domain. In a
+question, only the answer is scored. In a text, all tokens but the first are scored.
 
 Held-out documents have fillers that no training document of the same item has. Held-out documents of `parallel` also have
 triples (alphabet, other alphabet, item) that no training document has. A model that answers them has learnt that the
@@ -39,7 +39,7 @@ from research.experiments.instructed import Document, check_new, write_split
 DOMAINS = ("north", "east", "south", "west", "up", "down", "left", "right")
 PARALLEL, TEXTS = "parallel", "texts"
 FILLERS, PLACES = 32, 2  # number of fillers of an alphabet, and number of fillers in a document
-FIRST = 2  # first id of the first alphabet; the ids before it are padding and the end of documents, which no document has
+FIRST = 2  # first id of the first alphabet; the ids before it are padding and end-of-document
 HELD_OUT = 8  # one in this many pairs (fillers, item), and triples (alphabet, other alphabet, item), is held out
 LICENCE = "Apache-2.0"  # licence of the generated data
 
@@ -91,7 +91,7 @@ def rules(items: int, *, seed: int) -> np.ndarray:
 
 
 def document(question: Asked, answer: int, every: Sequence[Alphabet]) -> Document:
-    """Writes a question in the alphabet of its domain, and the answer, an item's number, in the alphabet of its domain."""
+    """Writes a question and its answer, each in the alphabet of its domain. `answer` is the number of an item."""
     of, to = every[question.asked], every[question.answered]
     before, after = (of.filler(number) for number in question.fillers)
     tokens = np.array([before, of.item(question.item), after, to.ask, to.item(answer)], np.int64)
@@ -113,7 +113,7 @@ def main(
     heldout: Annotated[int, typer.Option(min=2, help="Held-out questions of each source.")] = 1600,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the rules and of the documents.")] = 0,
 ) -> None:
-    """Make the data: the sources texts and parallel, a source for each domain, and DOMAIN-twice of twice the questions."""
+    """Make the data: the sources texts and parallel, and for each domain a source DOMAIN, and a larger DOMAIN-twice."""
     made = make(out, items=items, questions=questions, parallel=parallel, heldout=heldout, seed=seed)
     print(", ".join(f"{name} {source.train.documents}" for name, source in made.sources.items()))
 

@@ -22,7 +22,7 @@ from moe_dist.moe.routing.types import ABSENT
 from moe_dist.train.objective.loss import forward
 from research.experiments.tokens import TokenPairs, recorded_routers
 
-PENALTY = 1e-4  # factor of the squares of the probe's weights, so that a fit to separable domains is finite
+PENALTY = 1e-4  # L2 penalty of the probe's weights, which keeps a fit to separable domains finite
 STEPS = 50  # largest number of steps of L-BFGS
 
 

@@ -4,7 +4,7 @@
 
 The source `facts` has definitions of WordNet, one per document ("guitar: a stringed instrument ..."). The source `openmoji`
 has one picture of each OpenMoji family with its English name, always rendered in the same way. The held-out split of a
-source is its training split, so the score of a model there shows how many facts the model has stored. The held-out split
+source is its training split, so a model's held-out score shows how many facts the model has stored. The held-out split
 packs the documents into other sequences than the training split.
 """
 

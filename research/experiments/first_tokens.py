@@ -38,7 +38,7 @@ def shortened(choices: Sequence[Continuation]) -> list[Continuation]:
 class FirstTokens:
     """Answers questions that have the same number of choices."""
 
-    model: Transformer  # in evaluation mode
+    model: Transformer  # must be in evaluation mode
     maker: SampleMaker  # makes batches of prompts
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
 

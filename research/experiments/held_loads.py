@@ -1,11 +1,11 @@
-"""Changes a trained model so that its load equals a budget on held-out sequences, which no table measures.
+"""Changes a trained model so that its load equals a budget on held-out sequences that are in no table.
 
 In training, a method keeps the mean number of true experts per token at the budget. On held-out tokens, the trained model
 may use more or fewer: the last biases follow the noise of the last steps, and unfamiliar tokens have different scores. So
-    in each layer, one number is added to the selection biases of all true experts of a group. For experts that choose
-    tokens, this number is subtracted from their thresholds. Bisection finds the number with which the group's tokens use
-    the budget. As in the tables, only tokens with a label count. Layers are changed in order, because a layer changes the
-    inputs of later layers. Routers with a fixed number of experts per token are left unchanged.
+in each layer, one number is added to the selection biases of all true experts of a group. For experts that choose
+tokens, this number is subtracted from their thresholds. Bisection finds the number with which the group's tokens use
+the budget. As in the tables, only tokens with a label count. Layers are changed in order, because a layer changes the
+inputs of later layers. Routers with a fixed number of experts per token are left unchanged.
 """
 
 from collections.abc import Sequence
@@ -72,14 +72,14 @@ def _calls(model: Transformer, router: Any, batches: Sequence[Batch], group_of_m
 
 
 def _lever(router: Any, index: int) -> Lever | None:
-    """Returns what can be shifted in a group; None if its tokens have a fixed number of true experts."""
+    """Returns the biases or thresholds to shift in a group; None if its tokens have a fixed number of true experts."""
     group = router.groups[index]
     if isinstance(router, ChoosingRouter):
         return Lever(router.gates()[index].running_mean()[0], -1.0)
     if not router.selection_bias:
         if not group.num_null:
             return None
-        router.selection_bias = True  # with biases of 0 the router chooses as before
+        router.selection_bias = True  # biases of 0 change no choice
         router.reset_buffers()
     return Lever(router.gate(group).bias[: group.num_experts], 1.0)
 

@@ -100,7 +100,7 @@ class Measurement:
 
     Args:
         folder: Folder of the run.
-        section: The section of the study that tells what is measured.
+        section: The study's section that lists the measurements.
         before: Cost of training before the run. The costs in the record include this cost.
         side: Side (validation or test) of held-out sequences and of multiple-choice questions. A pilot uses validation.
     """
@@ -315,8 +315,8 @@ class Measurement:
 
     @torch.no_grad()
     def _probe_threshold(self, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        """Measures the loss with fewer experts per token, which drops second experts of low weight. For each number of
-        experts, a first pass over all batches finds the bound; second experts with a lower weight are dropped."""
+        """Measures the loss if second experts of low weight are dropped, so that tokens have fewer experts. For each number
+        of experts, a first pass over all batches finds the bound; second experts with a lower weight are dropped."""
         second: list[torch.Tensor] = []
         with recorded_routers(self._model) as seen:
             for batch in batches:

@@ -38,7 +38,7 @@ _BATCH = 16  # questions per batch
 class Oracle:
     """Fits the routing to the right answers, and then answers the questions."""
 
-    model: Transformer  # in evaluation mode; `check_routers` accepts the model
+    model: Transformer  # in evaluation mode, and accepted by `check_routers`
     maker: SampleMaker  # makes batches from prompts and answers
     group_of_modality: Tensor  # int64 [M], index of the expert group of each of the M modalities
     places: Sequence[int]  # indices, among all MoE layers, of the layers whose routing is fitted

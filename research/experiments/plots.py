@@ -35,7 +35,7 @@ IN_FRAME = 0.25  # height of the plot in nats above the best arm; arms with high
 def draw(study: Study, records: Records, folder: Path) -> list[Path]:
     """Writes each picture for which `records` has data, and returns the paths of the pictures."""
     panels: dict[str, list[Callable[[Axes], None]]] = {}
-    heights: dict[str, float] = {}  # in inches, for pictures whose height depends on the number of arms
+    heights: dict[str, float] = {}  # heights in inches of pictures that grow with the number of arms
     loads = {round(record["load"]["all"], 1) for (arm, _), record in records.items() if arm in study.arms}
     if len(loads) >= LEAST_LOADS:
         panels["loss_over_load"] = [lambda axes: _loss_over_load(axes, study, records)]

@@ -1,7 +1,7 @@
 """Searches for the best learning rate of each method of a comparison.
 
 Each method has one pilot run with each learning rate. All pilot runs have the same seed, which no other run has. A method
-gets the rate of its pilot run with the lowest loss on validation sequences. Other runs are not measured on them.
+gets the rate of its pilot run with the lowest loss on validation sequences, which no other run uses.
 """
 
 from moe_dist.errors import ConfigError

@@ -254,7 +254,7 @@ def _loads(study: Study, records: Records) -> list[str]:
     rows = []
     for name, mine in _per_arm(study, records):
         if not any(value % 1 for each in mine.values() for value in [*each["load"]["by_layer"], each["load"]["idle"]]):
-            continue  # in each layer, all tokens take the same number of experts, which the table of arms has
+            continue  # in each layer all tokens take equally many experts, as the table of arms shows
         metrics = [f"load.{by}.{kind}" for by in ("by_input", "by_label") for kind in kinds]
         cells = [_spread(mine, metric, digits=3, plain=True) for metric in metrics]
         layers = " ".join(f"{_mean(v):.2f}" for v in zip(*(e["load"]["by_layer"] for e in mine.values()), strict=True))

@@ -42,12 +42,12 @@ EARLIER: Settings = {"loss.balance.scope": "micro_batch"}
 
 
 class CurveSection(Part):
-    """Measures the held-out loss during a run, at each checkpoint. The weights of the measured model are a mean: over the
+    """Measures the held-out loss during a run, at each checkpoint. The measured model's weights are a mean over the
     checkpoints in the last fraction `average` of the steps up to this checkpoint."""
 
     average: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     sequences: PositiveInt = 64
-    of: ArmName | None = None  # the arm with whose curve the curves of all other arms are compared
+    of: ArmName | None = None  # the arm of reference: all other arms' curves are compared with its curve
 
 
 class WireSection(Part):

@@ -41,9 +41,9 @@ class Row(Part):
         claim: The claim in plain words.
         experiment: Name of the experiment, or of the comparison of methods.
         among: Number of differences for which the interval of `post_hoc` is corrected (Bonferroni).
-        other: The comparison from whose records `post_hoc.higher` is computed, if it is not `experiment`.
+        other: If given, `post_hoc.higher` is computed from the records of this comparison, not of `experiment`.
         verdict: The verdict on `post_hoc`. A rule's verdict comes from the records.
-        but: What limits the verdict.
+        but: A limitation of the verdict.
     """
 
     claim: str
@@ -99,7 +99,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def _post_hoc(rule: ValueRule, records: Records, others: Records) -> list[float]:
-    """Returns the difference of each seed that all arms have. `records` are of `lower`, and `others` of `higher`."""
+    """Returns the difference for each seed that all arms have. `lower` is read from `records`, `higher` from `others`."""
     sides = (records, others)
     seeds = set.intersection(*({seed for name, seed in each if name == arm} for arm in rule.arms for each in sides))
     pairs = [(value_of(rule.lower, records, seed), value_of(rule.higher, others, seed)) for seed in sorted(seeds)]
@@ -119,7 +119,7 @@ def _link(name: str) -> str:
 
 
 def _effect(rule: ValueRule, found: Paired) -> str:
-    """Describes a difference with its bounds: a logarithm of a ratio as the ratio, and a share in points."""
+    """Describes a difference and its bounds: a log ratio as the ratio, and a share in percentage points."""
     unit, values = unit_of(rule), (found.mean, found.lower, found.upper)
     if unit.startswith("ln of a ratio of "):
         mean, lower, upper = (f"{math.exp(each):.3f}" for each in values)
@@ -133,8 +133,8 @@ def _effect(rule: ValueRule, found: Paired) -> str:
 
 
 def p_values() -> list[tuple[float, str]]:
-    """Returns the two-sided p-value of each difference that the tables of the comparison show, from `fixed` and from the
-    method's control, each multiplied by their number."""
+    """Returns the two-sided p-value of each method's difference from `fixed` and from its control, as in the tables of the
+    comparison. Each p-value is multiplied by the number of differences (Bonferroni)."""
     from scipy.stats import ttest_1samp
 
     found = []

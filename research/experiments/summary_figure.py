@@ -1,4 +1,4 @@
-"""Draws the figure of docs/results.md: what fewer experts cost in adamoe-2, and the comparison of methods."""
+"""Draws the figure of docs/results.md: the loss of fewer experts in adamoe-2, and the comparison of methods."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +28,7 @@ INCHES = (10.0, 4.3)
 
 
 def draw_summary(adamoe: Records, comparisons: Mapping[str, Records], path: Path) -> None:
-    """Writes the figure from the records of adamoe-2 and of the comparisons, by name."""
+    """Writes the figure from the records of adamoe-2 and from the records of the comparisons (by name)."""
     import matplotlib as mpl
     from matplotlib.figure import Figure  # import takes seconds; needs no window system
 
@@ -73,7 +73,7 @@ def _methods(axes: "Axes", comparisons: Mapping[str, Records]) -> None:
 
 def _finish(axes: "Axes", labels: "list[str] | tuple[str, ...]") -> None:
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first on top
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the first label on top
     axes.axvline(0.0, color="#999999", linewidth=0.8, linestyle="--")
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8, loc="best")

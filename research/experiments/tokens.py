@@ -200,8 +200,8 @@ def accuracy(
 
 @torch.no_grad()
 def answers(model: Transformer, batches: Mapping[str, Sequence[Batch]], group_of_modality: Tensor) -> dict[str, Any]:
-    """Counts, in each source, the documents with scored tokens and those with a right answer, and sums the nats of the
-    answers. Then averages accuracy and nats over sources.
+    """For each source, counts the documents with scored tokens and the documents with a right answer, and sums the answers'
+    nats. Then averages accuracy and nats over sources.
 
     A document that was cut at the end of a sequence counts once for each piece with a scored token.
     """

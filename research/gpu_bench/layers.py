@@ -1,7 +1,7 @@
 """Compares the time of our MoE layer with the times of other layers, in OLMoE's size. Two of these layers consist of
-torch's operations. The first makes a row for each (token, expert) pair and sorts the rows by expert, as torchtitan's
-layer does on one rank. The second computes one expert after the other. If their packages are installed, layers with the
-experts of Hugging Face and of ScatterMoE are compared, too, and in a check of its own the layer of Megatron-Core.
+torch's operations. The first makes a row for each (token, expert) pair and sorts the rows by expert, as torchtitan's layer
+does on one rank. The second computes one expert after the other. Layers with the experts of Hugging Face and of ScatterMoE
+are compared, too, if their packages are installed. The layer of Megatron-Core has a separate check.
 
 Shape letters: T tokens, N (token, expert) pairs, D hidden size, E experts, K choices of a token.
 """

@@ -86,7 +86,7 @@ def workload_step(workload: str, *, seed: int, step: int, shape: WorkloadShape) 
     if workload not in WORKLOADS:
         raise KeyError(f"no workload {workload!r}; there are {', '.join(WORKLOADS)}")
     index = list(WORKLOADS).index(workload)
-    fixed = np.random.default_rng([seed, index])  # for draws that are equal in all steps, such as the hot experts
+    fixed = np.random.default_rng([seed, index])  # draws equal numbers in all steps, such as the hot experts
     rng = np.random.default_rng([seed, index, 1 + step])
     hot = _hot_experts(workload, step, shape, fixed)
     dead = shape.shard(int(fixed.integers(shape.num_shards))) if workload == "W5" and shape.num_shards > 1 else range(0)

@@ -1,6 +1,6 @@
 """Runs each mixture-of-experts family of the installed transformers on two ranks, and writes the table of families."""
 
-# Changes with which more families work, and the pattern of the errors that each mostly ends: it is tried first.
+# Changes with which more families work. If an error matches a change's pattern, this change is tried first.
 NEEDS = {
     "fp32": "dtype|fp32|ouble|scalar type",
     "picture": "hangs|gloo|size|Connection",
@@ -9,4 +9,4 @@ NEEDS = {
     "eval": "differs",
 }
 OTHERS = {"": "FSDP2 without expert parallelism", "all_to_all": "transformers' own all_to_all"}
-LIMITS = {"fp64": 1e-9, "fp32": 2e-4}  # of differences from one rank
+LIMITS = {"fp64": 1e-9, "fp32": 2e-4}  # largest allowed differences from one rank

@@ -24,14 +24,14 @@ def main(
     run: Annotated[bool, typer.Option(help="--no-run only writes the table of the record.")] = True,
     again: Annotated[bool, typer.Option(help="Run families that are in the record.")] = False,
 ) -> None:
-    """Run each family on two ranks against one, and write the table."""
+    """Compare each family on two ranks with one rank, and write the table."""
     if run:
         run_families(set(family or ()), record, seconds, again)
     out.write_text(page(json.loads(record.read_text())))
 
 
 def run_families(names: set[str], record: Path, seconds: float, again: bool) -> None:
-    """Adds results to the record. A record of other versions begins anew."""
+    """Adds results to the record. Starts a new record if the old one is from other versions of torch or transformers."""
     from transformers.utils import logging
 
     from research.hf_families.attempt import HarnessError, judge
@@ -51,7 +51,7 @@ def run_families(names: set[str], record: Path, seconds: float, again: bool) -> 
                 print_done(f"{each.key}: not recorded, the harness failed: {error}")
                 continue
             print_done(f"{each.key}: {result}")
-            results = _read(record)  # another run may have written others
+            results = _read(record)  # another process may have added results
             results["families"][each.key] = result
             results["missing"] = [each.key for each in known if each.key not in results["families"]]
             record.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")

@@ -25,21 +25,21 @@ from research.hf_families.tiny import Family
 
 WORLD = 2
 ROOT = Path(__file__).parents[2]
-BROKEN = "Connection"  # in the error of a rank whose peer has ended
+BROKEN = "Connection"  # part of a rank's error message after its peer has ended
 HARNESS = " [harness]"
 
 
 class HarnessError(Exception):
-    """This tool failed, or the machine. It says nothing about a family."""
+    """This tool or the machine failed. The error says nothing about a family."""
 
 
 def attempt(family: Family, needs: frozenset[str], seconds: float, implementation: str = "moe_dist") -> Difference | str:
-    """Returns the differences of two ranks from one, the largest of both ranks, or the first error.
+    """Returns the differences between a run on two ranks and a run on one rank, or the first error.
 
     Raises:
-        HarnessError: this tool failed, or the machine, and not the family.
+        HarnessError: this tool or the machine failed, not the family.
     """
-    family.model_class()  # each rank inherits its module; torch must compute nothing before the fork
+    family.model_class()  # ranks inherit the imported module; torch must compute nothing before the fork
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         context = get_context("fork")
@@ -65,13 +65,13 @@ def attempt(family: Family, needs: frozenset[str], seconds: float, implementatio
 
 
 def _wait(ranks: list[Any], seconds: float) -> bool:
-    """Waits until all ranks have ended. Kills them if one has failed, or if all have slept for `seconds`: returns True."""
+    """Waits for all ranks to end. Kills them if one failed, or if all slept for `seconds`. True in the second case."""
     ended, hung = time.monotonic(), False
     while any(each.is_alive() for each in ranks):
         failed = any(each.exitcode for each in ranks)
         if not failed and any(_runs(each.pid) for each in ranks):
             ended = time.monotonic()
-        if time.monotonic() - ended > (1.0 if failed else seconds):  # the peer of a failed rank waits for it
+        if time.monotonic() - ended > (1.0 if failed else seconds):  # a failed rank's peer waits in vain
             hung = hung or not failed
             for each in ranks:
                 each.kill()
@@ -81,7 +81,7 @@ def _wait(ranks: list[Any], seconds: float) -> bool:
 
 
 def _runs(process: int) -> bool:
-    """Returns whether a process computes or reads a file. A rank that waits for another sleeps."""
+    """Returns whether a process computes or reads a file. A rank that waits for another rank sleeps."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("R", "D")
     except OSError:
@@ -89,7 +89,7 @@ def _runs(process: int) -> bool:
 
 
 def _rank(family: Family, folder: Path, needs: frozenset[str], rank: int, port: int, implementation: str) -> None:
-    child_of(os.getppid(), ignore_stop=False)()  # no rank outlives this process
+    child_of(os.getppid(), ignore_stop=False)()  # ends this rank when the parent ends
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     with open(os.devnull, "w") as silent:
@@ -97,21 +97,21 @@ def _rank(family: Family, folder: Path, needs: frozenset[str], rank: int, port: 
     torch.set_num_threads(1)
     result, status, when = folder / f"rank{rank}.json", 0, "on one rank: "
     try:
-        one = on_one_rank(family, needs, WORLD, folder / f"one{rank}")  # by each rank: nothing passes between processes
+        one = on_one_rank(family, needs, WORLD, folder / f"one{rank}")  # each rank repeats this, to pass no data
         when = ""
         result.write_text(json.dumps(asdict(compare(family, one, needs, rank, implementation, folder / "saved"))))
-    except Exception as error:  # whatever the family's code raises
+    except Exception as error:  # the family's code may raise any error
         result.write_text(json.dumps({"error": when + _text(error), "when": time.monotonic()}))
         status = 1
-    os._exit(status)  # without waiting for the peer
+    os._exit(status)  # does not wait for the peer
 
 
 def _text(error: Exception) -> str:
-    """Returns an error and its place. Errors of torch's runtime and of this tool's own lines are the harness's."""
+    """Returns an error and its place. Marks torch's internal errors and errors raised by this tool as HARNESS."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(f"{type(error).__name__}: {error}".split())
     file = Path(frame.filename)
-    if file.parent == Path(__file__).parent and isinstance(error, ConfigError):  # a mismatch that `ranks` found
+    if file.parent == Path(__file__).parent and isinstance(error, ConfigError):  # raised by `ranks`
         return text[:300]
     harness = file.parent == Path(__file__).parent or "INTERNAL ASSERT" in text
     place = frame.filename.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
@@ -129,7 +129,7 @@ def _free_port() -> int:
 
 
 def fault_of(result: Difference | str, needs: frozenset[str]) -> str:
-    """Returns why a result is no success, or an empty text."""
+    """Returns why a result is a failure; empty for a success."""
     if isinstance(result, str):
         return result
     limit = LIMITS["fp32" if "fp32" in needs else "fp64"]
@@ -139,7 +139,7 @@ def fault_of(result: Difference | str, needs: frozenset[str]) -> str:
 
 
 def judge(family: Family, seconds: float) -> dict[str, Any]:
-    """Returns the record of a family: its needs and the error without each, or why it is refused and whose fault it is."""
+    """Returns a family's record: its needs and the error without each need, or the error that no need ends."""
     reasons: dict[str, str] = {}
     result = attempt(family, frozenset(), seconds)
     fault = fault_of(result, frozenset())
@@ -148,7 +148,7 @@ def judge(family: Family, seconds: float) -> dict[str, Any]:
             needs = frozenset({*reasons, need})
             result = attempt(family, needs, seconds)
             after = fault_of(result, needs)
-            if _place(after) != _place(fault):  # no fault, or a later one
+            if _place(after) != _place(fault):  # works, or fails at a later place
                 reasons[need], fault = fault, after
                 break
         else:
@@ -167,5 +167,5 @@ def _candidates(fault: str, reasons: Iterable[str]) -> list[str]:
 
 
 def _place(fault: str) -> str:
-    """Returns where a run failed, without numbers."""
+    """Returns the place (file) at which a run failed, without numbers."""
     return re.sub(r"[\d.e+-]+", "", fault.rpartition("(")[2] or fault)

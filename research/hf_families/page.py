@@ -55,7 +55,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Returns "works", "works with" or "refused". Families that force fp32 work."""
+    """Returns "works", "works with" or "refused". The need "fp32" does not count."""
     if "refused" in found:
         return "refused"
     return "works with" if found["needs"].keys() - {"fp32"} else "works"
@@ -70,7 +70,7 @@ def _row(item: tuple[str, dict[str, Any]]) -> str:
 
 def _why(found: dict[str, Any]) -> str:
     if "refused" not in found:
-        needs = ((name, why) for name, why in found["needs"].items() if name != "fp32")  # the dtype column has it
+        needs = ((name, why) for name, why in found["needs"].items() if name != "fp32")  # "fp32" is in the dtype column
         return "; ".join(name if name == "picture" else f"{name}: {_short(why)}" for name, why in needs)
     failed = " and ".join(OTHERS[name] for name, error in found["others"].items() if error)
     passed = " and ".join(OTHERS[name] for name, error in found["others"].items() if not error)

@@ -26,11 +26,11 @@ class Difference:
     """The largest differences between the ranks and one rank.
 
     Attributes:
-        loss: Of this rank's loss.
-        gradient: Of a gradient, as a share of the largest value of that gradient.
-        worst: The parameter with this gradient.
-        step: Of a weight after a step of AdamW, as a share of the learning rate.
-        saved: Of a weight in the folder that the ranks saved, loaded on one rank.
+        loss: Difference of this rank's loss.
+        gradient: Largest difference in a gradient, as a fraction of the largest value of the same gradient.
+        worst: Name of the parameter with this gradient.
+        step: Largest difference in a weight after a step of AdamW, as a fraction of the learning rate.
+        saved: Largest difference between a weight of the ranks and the same weight after saving and loading on one rank.
     """
 
     loss: float
@@ -45,12 +45,12 @@ class OneRank:
     """A family on one rank, which reads the batches of all ranks.
 
     Attributes:
-        folder: The saved model, before its step.
+        folder: Folder of the model, which was saved before the step.
         options: Arguments of from_pretrained.
-        batches, losses: Of each rank.
-        behind: The batches with a picture behind the text if they have none in it.
-        gradients, stepped: By parameter: of the mean loss, and the weight after a step.
-        ep_plan: Turns off the rules of the family's plan that shard anything but experts.
+        batches, losses: The batch and the loss of each rank.
+        behind: The batches, with a picture added behind the text of each batch that has no picture.
+        gradients, stepped: For each parameter, the gradient of the mean loss, and the weight after a step.
+        ep_plan: Overrides that turn off the rules of the family's plan, except those that shard experts.
     """
 
     folder: Path
@@ -97,7 +97,7 @@ def compare(
 
     Args:
         needs: Keys of NEEDS.
-        implementation: The expert parallelism; "" for FSDP2 alone.
+        implementation: Name of the implementation of expert parallelism; "" for FSDP2 alone.
         saved_to: The folder that the ranks save to.
     """
     model = _sharded(family, one, needs, implementation).train("eval" not in needs)
@@ -129,7 +129,7 @@ def _sharded(family: Family, one: OneRank, needs: frozenset[str], implementation
     if "whole" not in needs:
         return make.from_pretrained(one.folder, distributed_config=parallel, **one.options)
     model = make.from_pretrained(one.folder, **one.options)
-    # FSDP2 refuses tied weights; transformers, too, ties weights after it has sharded them.
+    # FSDP2 refuses tied weights, so weights are tied after they are sharded, as transformers does.
     for name in model.all_tied_weights_keys:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().clone()))
@@ -139,7 +139,7 @@ def _sharded(family: Family, one: OneRank, needs: frozenset[str], implementation
 
 
 def _step(model: Any) -> None:
-    torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3).step()  # so large that rounding changes no step
+    torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, eps=1e-3).step()  # large eps: rounding changes no step
 
 
 def _far(found: Tensor, wanted: Tensor) -> float:
@@ -149,7 +149,7 @@ def _far(found: Tensor, wanted: Tensor) -> float:
 
 
 def _loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Returns the loss in the dtype of the logits; transformers' own loss is fp32."""
+    """Returns the loss in the dtype of the logits. The loss of transformers is in fp32."""
     logits = model(**{name: each for name, each in batch.items() if name != "labels"}).logits
     labels = batch["labels"][0, 1 : logits.shape[1]]
     labels = labels.where(labels < 0, labels % logits.shape[-1])
@@ -162,8 +162,8 @@ def _whole(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, str]:
-    """Returns the largest difference as a share of a gradient's largest value, and its name. Gradients that are 0 but for
-    rounding count as 1e-6 of the model's largest."""
+    """Returns the largest difference in a gradient, as a fraction of its largest value, and the parameter's name. The
+    divisor is at least 1e-6 of the model's largest gradient value, because some gradients are 0 up to rounding."""
     if found.keys() != wanted.keys():
         raise ConfigError(f"parameters differ: {sorted(found.keys() ^ wanted.keys())[:3]}")
     least = 1e-6 * max(float(each.abs().max()) for each in wanted.values())
@@ -172,12 +172,12 @@ def _worst(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, 
 
 
 def _batch(model: Any, seed: int, picture: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns tokens of one sequence, and of a multimodal model with a picture in "front" of or "behind" some text."""
+    """Returns a batch of one sequence. A multimodal model's batch can have a picture near the "front" or "behind"."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, 190, (1, 20 + 3 * seed), generator=generator)
     batch: dict[str, Any] = {}
     names = signature(type(model).forward).parameters
-    if "talker_input_ids" in names:  # of a model that reads another model's hidden states
+    if "talker_input_ids" in names:  # a model that reads another model's hidden states
         width, places = model.get_input_embeddings().embedding_dim, torch.arange(ids.shape[1])
         batch["inputs_embeds"] = torch.randn(*ids.shape, width, generator=generator, dtype=torch.float64).to(dtype)
         batch["position_ids"] = places.expand(3, 1, -1)

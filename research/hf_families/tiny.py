@@ -35,13 +35,13 @@ SIZES = {
     r"moe_intermediate_size|(moe_)?shared_experts?_intermediate_size": 24,
     r"\w*intermediate_size|\w*ffn_dim|mlp_dim": 48,
     r"\w*hidden_size|d_model|out(put)?_(hidden_size|dim|proj_dims)|adapter_out_dim": HIDDEN,
-    r"index_topk|image_size": 64,  # an indexer that chooses all keys: a picture behind the text changes nothing
+    r"index_topk|image_size": 64,  # the indexer chooses all keys, so a picture behind the text is harmless
 }
 
 
 @dataclass(frozen=True)
 class Family:
-    """A class of experts and the largest model that has it.
+    """A class of experts, and the model class that is tested with it.
 
     Attributes:
         name: Folder of the family below transformers/models.
@@ -78,7 +78,7 @@ def _of(file: Path) -> Iterator[Family]:
 
 
 def _far(experts: str, top: str) -> tuple[bool, bool, int, int]:
-    """Orders models: multimodal ones first, then by their nearness to a class of experts."""
+    """A sort key for model classes: multimodal models first, then models whose name is most like the experts' class."""
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(experts, top, strict=False)))
     return "ConditionalGeneration" not in top, not re.search("For(CausalLM|Block|Token)", top), -shared, len(top)
 
@@ -104,7 +104,7 @@ def _tiny(default: Any) -> Any:
             values[name] = size
     values |= _marks(default, names)
     values |= _layers(default, names)
-    if "kv_lora_rank" in names:  # latent attention has a key for each query head
+    if "kv_lora_rank" in names:  # latent attention has one key head per query head
         values["num_key_value_heads"] = 4
     values |= EXCEPTIONS.get(default.model_type or type(default).__name__, {})
     return type(default)(**values)
@@ -117,7 +117,7 @@ def _marks(default: Any, names: list[str]) -> dict[str, int]:
 
 
 def _layers(default: Any, names: list[str]) -> dict[str, Any]:
-    """Returns the number of layers, and each list with an item for each layer, so that all kinds of layer stay."""
+    """Returns a smaller number of layers, and the shortened per-layer lists. One layer of each kind stays."""
     number = next((n for n in ("num_hidden_layers", "depth") if n in names), None)
     if number is None:
         return {}
@@ -129,7 +129,7 @@ def _layers(default: Any, names: list[str]) -> dict[str, Any]:
     return {number: len(kept)} | {name: [each[at] for at in sorted(kept)] for name, each in lists.items()}
 
 
-# By model_type, or by class if it has none: what the sizes above do not give.
+# Values that SIZES does not give, by model_type, or by class name for a configuration without model_type.
 HYBRID = ["linear_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 EXPERT_SIZES = {"num_experts_per_tok": CHOICES, "n_routed_experts": EXPERTS}

@@ -84,7 +84,7 @@ def run(
     of: Annotated[int, typer.Option(help="Parts that run beside each other, each in a copy of its own.")] = 1,
     most: Annotated[float, typer.Option(help="Seconds of tests for a fault; survivors wait for a call without it.")] = 0.0,
 ) -> None:
-    """Break a copy by each fault that no earlier set has killed, and run the tests that reach it until one fails."""
+    """Apply each fault that no earlier set of tests detected to a copy, and run the tests that reach it until one fails."""
     reached, seconds = read_reached(out / "reached" / tests), read_durations(out, tests)
     tree = copy_of_tree(out, f"broken_{part}")
     for fault in all_faults()[part::of]:
@@ -141,7 +141,7 @@ def _results(out: Path) -> list[dict[str, Any]]:
 
 @app.command()
 def table(out: Out = OUT) -> None:
-    """Print the numbers of faults that were seeded and that each set of tests killed, and the minutes that this took."""
+    """Print how many faults were seeded, how many each set of tests detected, and how many minutes this took."""
     results = _results(out)
     print(f"| faults | seeded | {' | '.join(f'killed by {name}' for name in SETS)} | missed | minutes |")
     print("|---|---|" + "---|" * (len(SETS) + 2))

@@ -29,7 +29,7 @@ class Synset:
     """One synset: a meaning, and the words with that meaning."""
 
     lexicographer: int  # number of the lexicographer file; for a noun it is a key of CATEGORIES, or 3
-    words: tuple[str, ...]  # with spaces instead of underscores
+    words: tuple[str, ...]  # words, with spaces instead of underscores
     # (symbol, offset of the target synset, its part of speech, source word, target word). A word is given by its number,
     # which begins with 1; the number 0 stands for all words.
     pointers: tuple[tuple[str, str, str, int, int], ...]

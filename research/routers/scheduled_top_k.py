@@ -23,7 +23,7 @@ from moe_dist.moe.routers.top_k import TopKRouter, _Chosen
 from moe_dist.moe.routing.draws import logistic
 from moe_dist.moe.routing.types import RoutingCache
 
-HELD_OUT = -1  # in evaluation, replaces the step from which random numbers are drawn
+HELD_OUT = -1  # replaces the step number in the seed of evaluation's draws
 
 
 class ScheduledTopKRouter(TopKRouter):

@@ -1,4 +1,4 @@
-"""The comparison of methods from the command line: it runs, resumes when interrupted, and repeats no finished run."""
+"""The command that compares methods runs, resumes after an interruption, and repeats no finished run."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Tests the layouts, fit and verdict of the hold-out test of predictions, with seconds from made-up machine factors."""
+"""Tests the layouts, the fit and the verdict of research.plan_holdout, on seconds computed from made-up machine factors."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -17,9 +17,8 @@ def write_wordnet(
     *,
     uncounted: Sequence[str] = (),
 ) -> Path:
-    """Writes synsets. Noun synset i has the words nouns[i], category 4 + i % 25 and the gloss 'gloss number i', and is
-    a kind of synset (i - 1) // 2. Each word's first sense is its first synset. The words in `uncounted` occur in no
-    text."""
+    """Writes synsets. Noun synset i has the words nouns[i], category 4 + i % 25 and the gloss 'gloss number i', and is a
+    kind of synset (i - 1) // 2. Each word's first sense is its first synset. The words in `uncounted` occur in no text."""
     folder.mkdir(parents=True, exist_ok=True)
     data, senses = [], {}
     for number, words in enumerate(nouns):

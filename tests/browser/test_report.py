@@ -1,4 +1,4 @@
-"""A headless Chromium draws every panel of a report without scripts, in light and dark, and reaches it by keyboard."""
+"""A headless Chromium draws every panel of a report without scripts, in light and dark mode. The keyboard reaches it."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A run on an autoscaling Ray cluster without workers: the autoscaler gets the run's request for nodes."""
+"""If a run starts on an autoscaling Ray cluster without workers, the autoscaler gets the run's request for nodes."""
 
 import json
 import signal

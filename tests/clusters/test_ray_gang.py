@@ -163,7 +163,7 @@ def test_nothing_outlives_a_killed_driver_and_its_command_goes_on_until_a_rank_f
     again.wait_for_step(8)
     os.kill(again.ranks()[3], signal.SIGSEGV)
     assert again.wait() == 1, again.printed
-    assert "rank 3 failed first (killed by SIGSEGV)" in again.printed  # and not the ranks that failed after it
+    assert "rank 3 failed first (killed by SIGSEGV)" in again.printed  # blames rank 3, not the ranks that failed later
     last = again.run.read_status().attempts[-1]
     assert (last.verdict, last.rank) == (1, 3)
     assert [line["step"] for line in steps(again.run)] == list(range(1, steps(again.run)[-1]["step"] + 1))

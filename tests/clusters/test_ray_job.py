@@ -106,7 +106,7 @@ def test_our_own_submission_returns_the_verdict_and_a_stop_waits_for_the_save(
     job_id = next(line.split()[1].rstrip(":") for line in job.stdout if line.startswith("job "))
     stop = begun(*launcher, "--stop", job_id, address)
     said, _ = stop.communicate()
-    saved = saved_step(run)  # when the command returns
+    saved = saved_step(run)  # the save has ended when the command returns
     assert stop.returncode == StoppedError.exit_code, said
     printed, _ = job.communicate()
     assert job.returncode == StoppedError.exit_code, printed

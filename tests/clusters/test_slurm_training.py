@@ -1,5 +1,5 @@
-"""Trains the default model on four nodes of a real Slurm. Experts are on nodes of their kind, and events in the cluster
-change no bit of the results."""
+"""Trains the default model on four nodes of a real Slurm. Experts are on the nodes of their modality. After preemptions,
+lost nodes and other events, the results are bit-equal."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
 
 
 def records(run: RunFolder) -> list[Mapping[str, Any]]:
-    """Returns the step records without the fields that differ between runs of this seed."""
+    """Returns the step records without the fields that differ between runs of the same seed."""
     return [reproducible_part(line) for line in read_lines(run.metrics_jsonl) if line["kind"] == "step"]
 
 
@@ -91,7 +91,7 @@ def test_experts_live_on_the_nodes_of_their_kind(undisturbed: tuple[SlurmJob, Ru
 def lose_time(job: SlurmJob, run: RunFolder) -> SlurmJob:
     """Lowers the time limit, so that slurmctld ends the job within a minute and a half, at one of its checks."""
     hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
-    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; the time left suffices for a save
+    limit = 60 * hours + minutes + (1 if seconds < 30 else 2)  # in minutes; leaves enough time for a save
     job.cluster.scontrol("update", f"JobId={job.number}", f"TimeLimit={limit}")
     job.wait_for_requeue()
     job.cluster.scontrol("update", f"JobId={job.number}", "TimeLimit=30")
@@ -240,7 +240,7 @@ def test_a_burst_of_signals_to_every_process_saves_once(runs: Runs, when: str) -
     assert ending.verdict == StoppedError.exit_code
     assert committed_step(run.checkpoints) == ending.last_step
     saved = [path.name for path in run.checkpoints.glob("step_*")]
-    if when == "importing" and not saved:  # rank 0 still waits for the others
+    if when == "importing" and not saved:  # rank 0 still waits for the other ranks
         assert (ending.reason.partition(" while rank 0 waited for rank")[0], ending.last_step) == ("stopped on request", 0)
     else:
         assert ending.reason.startswith(f"stopped on request after step {ending.last_step};")
@@ -264,7 +264,7 @@ def test_a_plan_that_nobody_can_satisfy_ends_with_69_and_names_ranks_and_feature
 
 
 def test_the_readmes_sbatch_works_as_written(slurm: SlurmCluster) -> None:
-    """Submits the default job on one node from the clone, with the default cluster file, and stops the job, which saves."""
+    """Submits the default job on one node, with the default cluster file. Then stops the job, which saves."""
     readme = (ROOT / "README.md").read_text()
     (line,) = re.findall(r"^\$ (sbatch slurm/train\.sbatch .*)$", readme, re.MULTILINE)
     assert "configs/adamoe_moma_tiny_cpu.yaml" in line

@@ -14,7 +14,7 @@ from tests.support import worlds
 HEAVY = {
     "test_megatron_": ["megatron.core.models.gpt", "megatron.core.distributed", "megatron.core.optimizer"],
     "test_hf_": ["transformers.modeling_utils"],
-    "test_attached": [],  # uses both
+    "test_attached": [],  # uses both packages
 }
 NEEDED: list[str] = []  # modules for the collected files
 

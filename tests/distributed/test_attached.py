@@ -1,4 +1,4 @@
-"""Tests `attach` on several ranks, for Megatron-Core's MoE layers and for a transformers model whose counts are summed
+"""Tests `attach` on several ranks, for Megatron-Core's MoE layers, and for a transformers model with counts that are summed
 over ranks."""
 
 import errno
@@ -233,7 +233,7 @@ def unwritable(rank: RankContext, failing: int, target: str) -> str:
     full = mock.patch(target, side_effect=OSError(errno.ENOSPC, "No space left on device"))
     with full if rank.rank == failing else nullcontext(), pytest.raises(ConfigError) as found:
         attach(tiny_model("mixtral"), folder, sinks=["jsonl"])
-    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # with space on the disk, the same folder works
+    attach(tiny_model("mixtral"), folder, sinks=["jsonl"]).detach()  # now the disk has space, and the same folder works
     return str(found.value)
 
 

@@ -97,8 +97,7 @@ def manager(folder: Path, **settings: Any) -> CheckpointManager:
 
 
 class NothingPickled:
-    """Fails if an object collective pickles, or if anything is unpickled from a file, in the `with` block on this
-    rank."""
+    """Fails if an object collective pickles, or if anything is unpickled from a file, in the `with` block on this rank."""
 
     collectives = ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list")
     places = (*((dist, name) for name in collectives), (pickle, "load"), (pickle, "loads"), (torch, "load"))
@@ -184,7 +183,7 @@ def test_every_layout_loads_every_other(
 
 
 class LostError(MoeDistError):
-    """Stands for the error of a lost lease."""
+    """Replaces the error that a lost lease raises."""
 
 
 def test_muons_moments_load_under_another_layout(run_in_world: Callable[..., list[Any]], tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_thresholds_go_on_on_another_layout(run: Run) -> None:
 def test_the_second_stage_trains_auxiliary_routers_alone(run: Run, first_stage: list[WholeRun], data: str) -> None:
     second = {**AUXILIARY, "run.name": f"second-{data}", "run.init_from": "first", "parallel.data": data}
     outcomes = run({**second, "train.steps": 6, "parallel.recompute": "block"})
-    outcomes = run({**second, "parallel.recompute": "block"})  # resumed
+    outcomes = run({**second, "parallel.recompute": "block"})  # resumes the second stage
     assert outcomes[0].begun.step == 6
     for outcome, before in zip(outcomes, first_stage, strict=True):
         auxiliary = {name for name in outcome.tensors if ".auxiliary." in name}
@@ -130,7 +130,7 @@ def test_a_second_stage_by_other_scores_is_refused(run: Run, first_stage: list[W
         run({**AUXILIARY, "run.name": "other", "run.init_from": "first", "model.moe.router": router})
 
 
-@pytest.mark.full  # three whole runs; test_starting_weights.py has the weights
+@pytest.mark.full  # three whole runs; test_starting_weights.py compares the weights
 def test_one_expert_a_group_becomes_several_and_the_data_go_on(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     """Upcycling as in MoMa copies the experts, initialises the router, adds Gumbel noise and restarts the schedule, but
     keeps the position in the data."""

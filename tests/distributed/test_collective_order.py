@@ -102,8 +102,7 @@ def test_no_gather_or_reduce_between_the_exchanges(run_in_world: Callable[..., l
         # FSDP2 gathers each layer's experts once in forward and once in backward, for any number of chunks.
         assert all(gathers.count(event) <= 2 for event in gathers)
         assert gathers
-    # A rank without experts, and the ranks of its edp group, reduce no expert gradients. All other events must be
-    # equal.
+    # A rank without experts, and the ranks of its edp group, reduce no expert gradients. All other events must be equal.
     others = [[event for event in events if not re.search(r"^reduce .*experts\d", event)] for events in all_events]
     assert all(events == others[0] for events in others)
 

@@ -34,8 +34,8 @@ def flip_bit(tensor: Tensor) -> None:
 
 
 def flipped(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tuple[str, int, list[str], list[int]]]:
-    """Flips a bit on the last rank and flips it back, in a tensor of each kind of which it has a copy, one after the other.
-    Returns each time the tensor's name, its number of copies, and the differences that are found."""
+    """For each kind of tensor that has copies, flips a bit of one tensor on the last rank, compares, and flips the bit
+    back. Returns for each kind the tensor's name, its number of copies, and the differences that are found."""
     with started_run(rank, data, changes) as run:
         take_steps(run, 0, 2)
         state = run.training.capture(rank_layout(run.placement, run.mesh))
@@ -57,7 +57,7 @@ def flipped(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tu
     "layout", ["ddp", "fsdp2, ep", full("ddp, ep"), full("megatron, tp, pp"), full("megatron, tp, ep")]
 )
 def test_one_bit_is_found(run_in_world: Callable[..., list[Any]], tiny_data: Path, layout: str) -> None:
-    """Of three or more copies the odd one is blamed, of two copies both. Bits flipped back are equal again."""
+    """Among three or more copies, the one that differs is blamed. Of two copies, both are blamed."""
     world, changes = LAYOUTS[layout]
     results = run_in_world(world, flipped, str(tiny_data), changes)
     assert all(each == results[0] for each in results)
@@ -113,7 +113,7 @@ def drifting(rank: RankContext, data: str, root: str) -> tuple[str, bool, str]:
 def test_a_run_whose_copies_differ_ends_before_it_saves_them(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The comparison before the save of step 6 comes before the next regular one after step 8."""
+    """Copies are compared before the save of step 6, although the next regular comparison would be after step 8."""
     for rank, (error, consequence, newest) in enumerate(run_in_world(3, drifting, str(tiny_data), str(tmp_path))):
         assert "after step 6 the copies of embedding" in error
         assert "differ on rank 1," in error

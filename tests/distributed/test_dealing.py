@@ -1,5 +1,5 @@
-"""A step with dealt sequences has the gradient of a step without dealing in float64, both with and without losses per
-micro-batch."""
+"""If sequences are dealt to ranks by their costs, a step has the same float64 gradient as without dealing, with and without
+losses per micro-batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +23,7 @@ BATCH = 16
 
 
 class Stepped(NamedTuple):
-    """The gradients of one step on a rank, and the sequence numbers that each micro-batch and rank took."""
+    """The gradients of one step on a rank, and the numbers of the sequences that each micro-batch of each rank had."""
 
     gradients: Arrays
     numbers: list[list[int]]

@@ -1,5 +1,5 @@
-"""Dispatch and combine on real ranks: values and gradients are right, and the ledger counts exactly the rows,
-pairs and bytes that follow from the routing (`expected_traffic`)."""
+"""On real ranks dispatch and combine give the right values and gradients. The ledger counts exactly the rows, pairs and
+bytes that follow from the routing (`expected_traffic`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -91,7 +91,7 @@ def test_ledger_equals_the_closed_form_on_random_routings(
 def test_so_it_does_with_overlap_and_chunks(
     run_in_world: Callable[..., list[Any]], world_size: int, options: dict[str, Any]
 ) -> None:
-    """test_overlap.py tests the order of the exchanges."""
+    """With overlap and chunks the ledger is right, too. test_overlap.py tests the order of the exchanges."""
     assert run_in_world(world_size, run_cases, range(20), options) == [20] * world_size
 
 

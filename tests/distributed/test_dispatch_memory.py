@@ -81,8 +81,7 @@ def make(rank: RankContext, mode: str) -> Any:
 
 
 def assignments_of(rank: int, size: int, mode: str) -> Assignments:
-    """Returns token choice with null choices or, for the mode `known_counts`, a fixed number of tokens for each
-    expert."""
+    """Returns token choice with null choices or, for the mode `known_counts`, a fixed number of tokens for each expert."""
     generator = torch.Generator().manual_seed(rank)
     if mode == "known_counts":
         counts = tuple(tuple(40 + 5 * source + expert for expert in range(E)) for source in range(size))
@@ -96,8 +95,8 @@ def assignments_of(rank: int, size: int, mode: str) -> Assignments:
 
 
 def experts(here: DispatchedRows, plan: Any) -> Tensor:
-    """Stands in for the experts. It reuses the rows' memory, except for own rows computed apart, which are the tokens
-    themselves and must be copied."""
+    """Replaces the experts. The output shares the rows' memory. Only own rows that are computed apart are copied, because
+    they are the tokens themselves."""
     apart = here.rows_RD.shape[0] == T
     return here.rows_RD * 1 if apart else here.rows_RD.view_as(here.rows_RD)
 

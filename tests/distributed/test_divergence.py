@@ -1,5 +1,5 @@
-"""A run diverges from each cause and under either engine: its newest checkpoint is finite and older than the first
-skipped step, the message says so, and a run that follows the message's advice reaches its last step."""
+"""Runs diverge from each cause under both engines. The newest checkpoint is then finite and older than the first skipped
+step, and the message says so. A run that follows the message's advice reaches its last step."""
 
 import math
 import re

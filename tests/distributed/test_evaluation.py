@@ -68,7 +68,7 @@ def test_losses_are_those_of_one_rank(run_in_world: Callable[..., list[Any]], la
 
 
 def test_layers_of_depths_compute_what_they_do_on_one_rank(run_in_world: Callable[..., list[Any]]) -> None:
-    """The auxiliary router decides for each token alone: in evaluation layer 0 skips some tokens, and layer 1 skips
+    """In evaluation, the auxiliary router decides for each token alone. Layer 0 skips some tokens, and layer 1 skips
     none."""
     layout = Layout(2, 1, "pinned", mixture_of_depths="rank", depth_causal="auxiliary")
     alone = run_in_world(1, evaluated, Layout(mixture_of_depths="rank", depth_causal="auxiliary"))[0]

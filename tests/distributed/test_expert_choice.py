@@ -1,4 +1,4 @@
-"""Expert choice on N ranks: recompute is bit-equal, known counts need no sync, ranks with different numbers of tokens
+"""Tests expert choice on N ranks. Recompute is bit-equal, known counts need no sync, ranks with different numbers of tokens
 choose as one rank does, and calibration covers all ranks. test_kinds_on_ranks.py compares N ranks with one process."""
 
 from collections.abc import Callable

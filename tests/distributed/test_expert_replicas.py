@@ -1,5 +1,4 @@
-"""Replicas of hot experts change a run only by rounding: weights, moments and norms are those of a run without
-replicas.
+"""Replicas of hot experts change weights, moments and norms of a run only by rounding.
 
 The test makes four runs of three steps. Run 1 is on one rank. Run 2 has no replicas. Run 3 gets replicas after the first
 step, and other replicas after the second step. Run 4 resumes from a checkpoint that run 3 saved with its first replicas.

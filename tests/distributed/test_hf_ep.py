@@ -1,6 +1,6 @@
-"""Expert parallelism of transformers' own models by moe_dist (`moe_dist.hf.ep`) equals one rank and transformers' own.
+"""Models of transformers give equal results on one rank, with moe_dist's expert parallelism and with transformers' own.
 
-Values are float64, so a difference of 1e-12 of the largest value is an error of the exchange.
+Values are float64, so a relative difference above 1e-12 is an error of the exchange.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +23,18 @@ from moe_dist.errors import ConfigError
 from tests.support.tiny_hf import VOCAB, save, tiny_model
 from tests.support.worlds import RankContext
 
-D, F_DIM = 8, 4  # grouped_mm takes rows of a multiple of 16 bytes
+D, F_DIM = 8, 4  # grouped_mm needs rows whose size is a multiple of 16 bytes
 
 
 @dataclass(frozen=True)
 class Case:
-    """A module of experts on several ranks, each with tokens of its own.
+    """A module of experts on several ranks. Each group of `tp` ranks has its own tokens.
 
     Attributes:
         experts, top_k: E and K.
         tokens: Number of tokens of each group of `tp` ranks.
-        chosen: Experts below this number are chosen; None for all.
-        absent: Share of the choices that are absent.
+        chosen: Only experts with a smaller index are chosen; None for all experts.
+        absent: Probability that a choice is absent (no expert).
         tp: Number of ranks with the same tokens.
     """
 
@@ -101,8 +101,8 @@ def parallel_experts(case: Case, ep_implementation: str, style: str | None) -> A
 
 
 def results(experts: Any, batches: list[tuple[Tensor, Tensor, Tensor, Tensor]], *, alone: bool = False) -> list[Tensor]:
-    """Returns y, dh and dw of each batch, and the sums of the weights' gradients. transformers' experts `alone` have no
-    gradient if no expert is chosen."""
+    """Returns y, dh and dw of each batch, and the gradients of the expert weights summed over batches. With `alone`, adds a
+    term of 0, so that experts without tokens also get a gradient, as on several ranks."""
     found = []
     for h_TD, expert_TK, weight_TK, grad_TD in batches:
         y_TD = experts(h_TD, expert_TK, weight_TK)
@@ -129,7 +129,7 @@ def rows_sent() -> Iterator[list[int]]:
 
 
 def exchanged(rank: RankContext, case: Case) -> tuple[dict[str, list[np.ndarray]], list[int]]:
-    """Returns the results of moe_dist and of transformers' all_to_all on this rank, and the rows that moe_dist sent."""
+    """Returns this rank's results with moe_dist and with transformers' all_to_all, and the rows that moe_dist sent."""
     group = rank.rank // case.tp
     with rows_sent() as sent:
         found = {"moe_dist": results(parallel_experts(case, "moe_dist", "moe_dist_shard"), [case.batch(group)])}
@@ -139,7 +139,7 @@ def exchanged(rank: RankContext, case: Case) -> tuple[dict[str, list[np.ndarray]
 
 
 def expected_rows(case: Case) -> np.ndarray:
-    """Returns the number of distinct (token, expert's rank) from each rank to each other rank."""
+    """Returns how many tokens of each rank choose an expert on each other rank."""
     rows, most = np.zeros((case.world, case.world), int), -(-case.experts // case.world)
     for group, tokens in enumerate(case.tokens):
         slices = np.array_split(np.arange(tokens), case.tp) if case.tp == 1 else torch.arange(tokens).chunk(case.tp)
@@ -155,10 +155,10 @@ def expected_rows(case: Case) -> np.ndarray:
 def test_equals_one_rank(run_in_world: Callable[..., list[Any]], name: str) -> None:
     case = CASES[name]
     one = experts_module(case)
-    one._is_expert_parallel = True  # the reference skips the index E, which stands for no expert, as experts under EP do
+    one._is_expert_parallel = True  # as under EP, the reference skips the index E, which means no expert
     batches = [case.batch(group) for group in range(len(case.tokens))]
     for batch in batches:
-        batch[1][batch[1] < 0] = case.experts  # the index -1 is read by moe_dist alone
+        batch[1][batch[1] < 0] = case.experts  # only moe_dist accepts -1
     *of_batches, up, down = (each.numpy() for each in results(one, batches, alone=True))
     rows = expected_rows(case)
     for at, (found, sent) in enumerate(run_in_world(case.world, exchanged, case)):
@@ -172,7 +172,7 @@ def test_equals_one_rank(run_in_world: Callable[..., list[Any]], name: str) -> N
 
 
 def logits_loss(model: Any, tokens_BS: Tensor) -> Tensor:
-    """Returns the loss in the dtype of the logits; transformers' own loss is fp32."""
+    """Returns the loss in the dtype of the logits. The loss of transformers is in fp32."""
     logits_BSV = model(input_ids=tokens_BS).logits
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten())
 
@@ -206,7 +206,7 @@ def loaded(folder: Path, ep_implementation: str, ranks: int, *, dtype: str = "fl
 def family_on_ranks(
     rank: RankContext, family: str, changes: dict[str, Any], ep_plan: dict[str, str] | None, dtype: str
 ) -> tuple[float, float, float]:
-    """Returns the differences of loss and gradients from one rank, and of the weights after a step from the saved ones."""
+    """Returns how far loss and gradients are from those of one rank, and the weights from the saved weights."""
     if rank.rank == 0:
         save(tiny_model(family, **changes), rank.folder / "model")
     dist.barrier()
@@ -239,7 +239,7 @@ UNEVEN = {f"model.layers.*.mlp.experts.{name}": "moe_dist_shard" for name in ("g
     [
         ("qwen3_moe", {}, None, "float64", 1e-11),
         ("mixtral", {}, None, "float64", 1e-11),
-        ("deepseek_v3", {}, None, "float32", 1e-5),  # its routers are fp32, and FSDP2 takes one dtype
+        ("deepseek_v3", {}, None, "float32", 1e-5),  # its routers are fp32, and FSDP2 needs a single dtype
         ("qwen3_moe", {"num_experts": 9}, UNEVEN, "float64", 1e-11),
     ],
 )
@@ -259,7 +259,7 @@ def test_families_equal_one_rank(
 
 
 def compiled(rank: RankContext) -> dict[str, tuple[int, float]]:
-    """Returns for each implementation the number of graph breaks in a forward, and the loss of the compiled model."""
+    """Returns, for each implementation, the number of graph breaks, and how much compilation changes the loss."""
     from torch._dynamo import reset
     from torch._dynamo.utils import counters
 
@@ -288,7 +288,7 @@ def test_compile_breaks_the_graph_less_often_than_transformers_own(run_in_world:
 
 
 def divided_twice(rank: RankContext) -> dict[str, dict[str, float]]:
-    """Returns for each implementation the ratio of an expert's and of a router's gradient to one rank's."""
+    """Returns the norm of an expert and a router gradient divided by the norm on one rank, by implementation."""
     if rank.rank == 0:
         save(tiny_model("mixtral"), rank.folder / "model")
     dist.barrier()
@@ -307,7 +307,7 @@ def divided_twice(rank: RankContext) -> dict[str, dict[str, float]]:
 
 
 def test_float64_gradients_are_divided_once(run_in_world: Callable[..., list[Any]]) -> None:
-    """transformers 5.24 on torch 2.13 divides them twice. Once it does not, `_divide_gradients_once` must go."""
+    """transformers 5.24 with torch 2.13 divides them twice. When this is fixed, remove `_divide_gradients_once`."""
     for found in run_in_world(2, divided_twice):
         assert found["moe_dist"] == pytest.approx({"experts.down_proj": 1.0, "gate.weight": 1.0})
         assert found["all_to_all"] == pytest.approx({"experts.down_proj": 0.5, "gate.weight": 1.0})
@@ -315,7 +315,7 @@ def test_float64_gradients_are_divided_once(run_in_world: Callable[..., list[Any
 
 @pytest.mark.parametrize("allowed", [False, True])
 def test_absent_choices_on_one_rank(allowed: bool) -> None:
-    """transformers 5.24 leaves rows of absent choices uninitialised. Once it does not, `allow_absent_choices` must go."""
+    """transformers 5.24 leaves rows of absent choices uninitialised. When this is fixed, remove `allow_absent_choices`."""
     from moe_dist.hf.ep import allow_absent_choices
 
     case = Case(1, 16, 4, (11,), absent=0.4)

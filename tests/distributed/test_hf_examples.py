@@ -1,5 +1,5 @@
-"""The examples of the guides to transformers' Trainer and TRL train on ranks by torchrun, and resume after a kill to the
-same bits."""
+"""The examples of the guides to transformers' Trainer and TRL train under torchrun. After a kill they resume and give
+bit-equal results."""
 
 import os
 import subprocess

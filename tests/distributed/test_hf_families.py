@@ -1,4 +1,4 @@
-"""The table of transformers' families (docs/hf-families.md) is what its record gives, and its verdicts are repeated."""
+"""The table docs/hf-families.md agrees with its record, and new runs of the families give the recorded verdicts."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 RECORD: dict[str, Any] = json.loads((ROOT / "research/records/hf_families.json").read_text())
 NAMES = sorted({key.partition(".")[0] for key in RECORD["families"]})
 
-QUICK = "aria"  # has pictures
+QUICK = "aria"  # a fast case, with pictures
 
 
 def tool(*options: str) -> None:
@@ -31,7 +31,7 @@ def test_page_is_what_the_record_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name if name == QUICK else exhaustive(name) for name in NAMES])
 @pytest.mark.slow
 def test_verdict(tmp_path: Path, name: str) -> None:
-    """Runs a family again, on two ranks and on one."""
+    """Compares a family on two ranks with one rank again. The verdict must be the recorded one."""
     record = tmp_path / "record.json"
     tool(f"--record={record}", f"--out={tmp_path / 'page.md'}", f"--family={name}")
     found = json.loads(record.read_text())["families"]
@@ -44,7 +44,7 @@ def test_verdict(tmp_path: Path, name: str) -> None:
 
 
 def test_every_class_is_in_the_record() -> None:
-    """Each family with the decorator of transformers' interface for experts. Another version needs another table."""
+    """Every family that transformers marks with its experts interface is recorded. Another version needs another table."""
     import transformers
 
     models = Path(transformers.__file__).parent / "models"

@@ -1,4 +1,4 @@
-"""transformers' Trainer with experts on several ranks by moe_dist: exact resume, and records of the routing."""
+"""transformers' Trainer with moe_dist's expert parallelism resumes exactly, and its routing is recorded."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -47,7 +47,7 @@ def with_absent_choices(forward: Callable[..., Any], *inputs: Any) -> tuple[Any,
 
 
 def trained(rank: RankContext, out: Path, *, resume: Path | None = None, absent: bool = False, **changes: Any) -> Any:
-    """Trains `STEPS` steps with a checkpoint after each second one. Returns the trainer."""
+    """Trains `STEPS` steps, with a checkpoint after every second step. Returns the trainer."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -89,7 +89,7 @@ def resumed(rank: RankContext) -> dict[str, Any]:
     dist.barrier()
     with launched(rank):
         whole = trained(rank, rank.folder / "run")
-        dist.barrier()  # rank 0 has written the last record
+        dist.barrier()  # after this, rank 0 has written the last record
         lines = [*read_lines(rank.folder / "run" / "routing" / "metrics.jsonl")]
         dist.barrier()
         again = trained(rank, rank.folder / "run", resume=rank.folder / "run" / "checkpoint-2")
@@ -101,7 +101,7 @@ def resumed(rank: RankContext) -> dict[str, Any]:
             trained(rank, rank.folder / "x", resume=rank.folder / "weights only" / "checkpoint-2")
     dist.barrier()
     check_traffic(rank.folder / "run" / "routing", exchanges=4, absent=0.0)
-    # This run evaluates after each step. Its recomputed forwards send the rows of dispatch once more.
+    # This run evaluates after each step. Recomputation sends dispatch's rows once more.
     check_traffic(rank.folder / "weights only" / "routing", exchanges=5, absent=1 / 6)
     return {"losses": (losses_of(whole), losses_of(again)), "lines": (lines, relogged), "refused": str(refused.value)}
 
@@ -114,7 +114,7 @@ def rows_of(step: Any) -> int:
 
 
 def check_traffic(folder: Path, *, exchanges: int, absent: float) -> None:
-    """Compares records with the choices that were traced. A row is sent in `exchanges` exchanges."""
+    """Compares each step's record with the traced choices. Each row is sent in `exchanges` exchanges."""
     trace = read_trace(folder)
     shown = nulls(Subject(open_routing(folder), None, [], ()))
     assert ("16.7% of the choices in steps 1 to 4 are absent" in shown) == bool(absent)
@@ -141,7 +141,7 @@ def test_trainer_resumes_to_the_same_losses_and_is_recorded(run_in_world: Callab
         lines, relogged = found["lines"]
         assert [line["step"] for line in lines] == [line["step"] for line in relogged] == [1, 2, 3, 4]
         for line, other, loss in zip(lines, relogged, whole, strict=True):
-            tokens = 2 * 2 * 2 * LENGTH  # ranks, micro-batches, rows
+            tokens = 2 * 2 * 2 * LENGTH  # ranks, micro-batches, sequences
             assert line["arrays"]["tokens_LG"] == [[tokens]] * LAYERS
             assert [sum(each) for each in line["arrays"]["choices_LC"]] == [TOP_K * tokens] * LAYERS
             assert [len(each) for each in line["arrays"]["rows_LR"]] == [2] * LAYERS, "a row for each rank"
@@ -150,7 +150,7 @@ def test_trainer_resumes_to_the_same_losses_and_is_recorded(run_in_world: Callab
 
 
 def recorded_with_tensor_parallelism(rank: RankContext) -> None:
-    """Accelerate refuses tensor parallelism on a CPU, so no Trainer trains."""
+    """Runs one forward of two TP ranks without a Trainer, because Accelerate refuses tensor parallelism on a CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed.configuration_utils import DistributedConfig
 

@@ -1,4 +1,4 @@
-"""Runs of transformers' models (engine.kind=transformers): N ranks equal one rank, which equals transformers' own loop."""
+"""With engine.kind=transformers, N ranks train as one rank does, and first losses equal the losses of transformers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ IN_TEST = {("qwen3_moe", "ep2, fsdp2, recompute=experts"), ("gpt_oss", "uneven, 
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """Makes hosted models and optimizers of float64, which `grouped_mm` does not take."""
+    """Runs hosted models in float64, with eager experts, because `grouped_mm` does not support float64."""
 
     def double_model(*given: Any) -> Any:
         model = empty_model(*given).double()
@@ -59,7 +59,7 @@ def in_float64() -> Iterator[None]:
 def steps(
     rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], tuple[bool, bool]]:
-    """Returns a report of each of three steps, whether the family keeps documents of a sequence apart, and whether its
+    """Returns reports of three steps, whether attention stays inside each document of a packed sequence, and whether router
     scores are sigmoids."""
     torch.set_num_threads(1)
     config = hosted_config(data, root, model, changes)
@@ -92,7 +92,7 @@ def test_n_ranks_equal_one(
 
 
 def without_tokens(rank: RankContext, data: str, root: str, changes: Mapping[str, Any]) -> list[Tensor]:
-    """Takes one step in which every token chooses expert 0, so that the second rank computes nothing. Returns gradients."""
+    """Takes one step in which every token chooses expert 0, so that the second rank gets no rows. Returns gradients."""
     torch.set_num_threads(1)
     config = hosted_config(data, root, of_family("granitemoe"), changes)
     with built_run(config, world_size=rank.world_size) as run:
@@ -121,7 +121,7 @@ def _all_zero(chosen: Any) -> Any:
 def test_a_rank_without_tokens_does_not_hang(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, recompute: str
 ) -> None:
-    """The first rank has expert 0 and all rows. Backward of the second rank issues the same exchanges, also recomputed."""
+    """Rank 0 has expert 0 and gets all rows. Rank 1's backward, with or without recompute, must make the same exchanges."""
     changes = {**UNEVEN, "parallel.recompute": recompute}
     first, second = run_in_world(2, without_tokens, str(tiny_data), str(tmp_path), changes)
     assert any(bool(each.any()) for each in first)
@@ -143,8 +143,8 @@ def own_losses(family: Any, batch: Batch) -> Tensor:
 def from_folder(
     rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
 ) -> tuple[float, list[dict[str, Any]], set[Role]]:
-    """Begins a run with the weights of a folder, takes two steps and saves. Returns the largest difference of the first
-    losses from transformers' own, the steps' reports, and the roles of the weights that changed."""
+    """Starts a run from a folder's weights, takes two steps and saves. Returns the largest difference between the run's
+    initial losses and transformers', the steps' reports, and the roles of the weights that changed."""
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
@@ -182,8 +182,8 @@ def _difference(run: Run, own: Any) -> float:
 def test_a_folder_is_read_trained_and_written(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str, layout: str
 ) -> None:
-    """Two ranks with 5 and 3 experts, or shards of all experts, begin with transformers' own losses. The trained model,
-    written from a checkpoint, loads in transformers with the weights that one rank loads from this checkpoint."""
+    """Two ranks with 5 and 3 experts, or with shards of all experts, start with the losses of transformers. The checkpoint
+    is exported. transformers then loads the weights that one rank loads from the checkpoint."""
     from transformers import AutoModelForCausalLM
 
     folder, out = tmp_path / "folder", tmp_path / "out"
@@ -214,7 +214,7 @@ def test_a_folder_is_read_trained_and_written(
 def test_a_part_is_trained_alone(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, only: str, family: str, layout: str
 ) -> None:
-    """All other weights keep their bits, and N ranks equal one rank."""
+    """All other weights stay bit-equal, and N ranks equal one rank."""
     made_folder(family, tmp_path / "folder")
     changes = {"train.only": only, "optimizer.weight_decay": 0.1}
     if only == "experts":
@@ -239,7 +239,7 @@ def made_folder(family: str, folder: Path, seed: int = 0, **changes: Any) -> Non
 def controlled(
     rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Returns a report of each of three steps, and the selection biases, which it saves."""
+    """Takes three steps and saves. Returns a report of each step, and the selection biases."""
     torch.set_num_threads(1)
     with built_run(hosted_config(data, root, model, changes), world_size=rank.world_size) as run:
         saver = run.saver()
@@ -258,7 +258,7 @@ def biases(model: Any) -> dict[str, Tensor]:
 def test_selection_biases_are_controlled(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
 ) -> None:
-    """The family's own buffers change, equally on all ranks, and with them the choices."""
+    """The controller changes the family's own bias buffers, equally on all ranks, and thereby the choices."""
     moe = {"router": {"selection_bias": True}, "balance": [{"kind": "loss_free", "rate": 0.1}]}
     model = {**of_family(family), "moe": {**moe, "groups": {"experts": {"modalities": ["text", "image"]}}}}
     ((free, _),) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "0"), of_family(family), ONE)
@@ -276,7 +276,7 @@ def test_selection_biases_are_controlled(
 def resumed(
     rank: RankContext, data: str, root: str, model: Mapping[str, Any], changes: Mapping[str, Any], save_at: int | None
 ) -> list[dict[str, Any]]:
-    """Goes on from the newest checkpoint, if there is one, to step 4. Saves after step `save_at`."""
+    """Trains from the newest checkpoint (or from the start) to step 4. Saves after step `save_at`."""
     torch.set_num_threads(1)
     config = hosted_config(data, root, model, changes)
     with built_run(config, world_size=rank.world_size) as run:
@@ -291,7 +291,7 @@ def resumed(
 
 TOP_P = {
     "model.moe.router": {"kind": "top_p", "p": 1.0, "normalise": "true_chosen"},
-    "model.moe.balance": [{"kind": "active_experts", "target": {"experts": 1.5}, "rate": 5.0}],  # 3 at first
+    "model.moe.balance": [{"kind": "active_experts", "target": {"experts": 1.5}, "rate": 5.0}],  # at first 3 per token
 }
 NULLS = {"moe": {"groups": {"experts": {"modalities": ["text", "image"], "num_null": 8, "top_k": 3}}}}
 RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -305,8 +305,8 @@ RULES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("rule", ["adamw", full("muon"), "top_p", "nulls"])
 @pytest.mark.slow
 def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, rule: str) -> None:
-    """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed on the same layout it has the same bits, and
-    on FSDP2 with 8 experts a rank the same losses but for rounding."""
+    """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed on the same layout, it is bit-equal. Resumed
+    with FSDP2 and 8 experts per rank, its losses differ only by rounding."""
     model, more = RULES[rule][0], {"loss.balance.scope": "step", **RULES[rule][1]}
     reports = run_in_world(2, resumed, str(tiny_data), str(tmp_path), model, {**UNEVEN, **more}, 2)[0]
     again = run_in_world(2, resumed, str(tiny_data), str(tmp_path), model, {**UNEVEN, **more}, None)[0]
@@ -319,13 +319,13 @@ def test_a_run_goes_on(run_in_world: Callable[..., list[Any]], tiny_data: Path, 
         assert [each[key] for each in again] == [each[key] for each in whole], key
         assert [float(each[key]) for each in other] == pytest.approx([float(each[key]) for each in whole], rel=1e-5), key
     exported = invoke(export_hf.main, tmp_path / "tiny", "--out", tmp_path / "out")
-    assert exported.exit_code == (0 if rule in ("adamw", "muon") else 78)  # transformers would take all choices
+    assert exported.exit_code == (0 if rule in ("adamw", "muon") else 78)  # transformers has neither top-p nor null experts
 
 
 @pytest.mark.slow
 def test_moved_experts_change_no_loss(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:
-    """The lever moves experts between two ranks after step 2. The run has the losses of a run without moves, but for
-    rounding. Stopped after step 3 and resumed, it ends with the same bits."""
+    """After step 2, experts move between two ranks. The losses differ from those of a run without moves only by rounding.
+    If the run stops after step 3 and resumes, its losses are bit-equal."""
     changes = {
         **CHANGES,
         "model": hosted_config(tiny_data, tmp_path, of_family("olmoe"), {}).model.model_dump(mode="json"),

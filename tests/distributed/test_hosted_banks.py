@@ -1,4 +1,4 @@
-"""Runs of a family with a bank of experts for text and one for pictures: N ranks equal one rank, and none waits."""
+"""In a family with one bank of experts for text and one for pictures, N ranks equal one rank, and no rank hangs."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,8 +36,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "interleaved, fsdp2": {"parallel.ep": 2, "parallel.edp": 2, "parallel.data": "fsdp2"},
 }
 SUBSETS = [tuple(bool(number >> rank & 1) for rank in range(4)) for number in range(16)]
-LAYERS = 2  # with experts
-# The family's routers compute in fp32 whatever the model's dtype. So differences are those of fp32.
+LAYERS = 2  # layers with experts
+# The family's routers always compute in fp32, so differences are as large as fp32's rounding.
 LIMIT = 2e-5
 
 
@@ -48,7 +48,7 @@ def batches(subset: tuple[bool, ...], number: int) -> list[Any]:
 
 
 def one_step(run: Any, batch: Any, number: int) -> dict[str, Any]:
-    """Returns loss and gradients of a step that changes no weight, and the numbers of its exchanges."""
+    """Returns loss and gradients of a step that changes no weight, and how many exchanges dispatch made in each pass."""
     model, gradients = run.training.parallel.model, dict[str, Tensor]()
     slots = {bank.experts: bank.local(run.placement.slots[run.mesh.ep_rank]) for bank in model.banks}
 
@@ -93,7 +93,7 @@ def steps(
 @pytest.mark.parametrize("layout", [name if name == "pinned" else full(name) for name in LAYOUTS])
 @pytest.mark.slow
 def test_n_ranks_equal_one(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, layout: str) -> None:
-    """Whichever of the four ranks have pictures: one exchange a layer sends the tokens of both banks."""
+    """Each subset of the four ranks has pictures once. In each layer, a single exchange sends the tokens of both banks."""
     changes = LAYOUTS[layout]
     (one,) = run_in_world(1, steps, str(tiny_data), str(tmp_path / "1"), {"parallel.ep": 1}, SUBSETS)
     ranks = run_in_world(4, steps, str(tiny_data), str(tmp_path / "n"), changes, SUBSETS)
@@ -120,8 +120,8 @@ def test_n_ranks_equal_one(run_in_world: Callable[..., list[Any]], tiny_data: Pa
 def from_folder(
     rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]
 ) -> tuple[float, list[int]]:
-    """Begins a run with the weights of a folder, takes a step and saves. Returns the largest difference of the first losses
-    from transformers' own, and the numbers of this rank's experts."""
+    """Starts a run from a folder's weights, takes a step and saves. Returns the largest difference between the run's
+    initial losses and transformers', and the number of this rank's experts in each bank."""
     from transformers import AutoModelForImageTextToText
 
     torch.set_num_threads(1)
@@ -150,7 +150,7 @@ def from_folder(
 def test_a_folder_is_read_trained_and_written(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Pinned ranks begin with transformers' own losses. The export loads in transformers with the trained weights."""
+    """Pinned ranks start with the losses of transformers. transformers loads the trained weights from the export."""
     from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
     folder, out = tmp_path / "folder", tmp_path / "out"
@@ -180,6 +180,6 @@ def test_a_batch_that_trains_no_vision_expert_is_refused(tiny_data: Path, tmp_pa
             batch.more.clear()
         with refused(DataError, key):
             forward(run.training.parallel.model, batch, run.training.step.group_of_modality, losses=True)
-        if fault == "modality":  # the family's own types replace the modality
+        if fault == "modality":  # the family's own token types are then used
             batch.more["moe_mm_token_type_ids"] = (batch.tokens_BS >= 48).int()
             forward(run.training.parallel.model, batch, run.training.step.group_of_modality, losses=True)

@@ -1,5 +1,5 @@
-"""LoRA on transformers' models (model.lora): loss and gradients are PEFT's own, on one rank and on two, and files are
-PEFT's."""
+"""LoRA on transformers' models (model.lora) has the loss and gradients of PEFT on one and two ranks, and reads and writes
+PEFT's files."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,7 +29,7 @@ STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 TARGETS = {
     "qwen3_moe": ["q_proj", "self_attn.o_proj"],
     "deepseek_v3": ["o_proj", "shared_experts.up_proj", "shared_experts.down_proj"],
-    "gpt_oss": ["v_proj"],  # its stacks are transposed
+    "gpt_oss": ["v_proj"],  # its expert stacks are transposed
 }
 CHANGES: dict[str, Any] = {
     "train.only": "adapters",
@@ -41,12 +41,12 @@ ALL = {"train.only": None}  # all weights are trained
 
 
 def adapted(folder: Path, family: str) -> dict[str, Any]:
-    """Makes a base, and adapters by PEFT whose B is not 0. Returns the section `model`."""
+    """Makes a base, and adapters by PEFT whose matrices B are not 0. Returns the configuration section `model`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     made_folder(family, folder / "base")
-    # PEFT takes the shared experts' projections for routed experts, unless they are named as parameters.
+    # PEFT mistakes the shared experts' projections for routed experts, unless they are in `target_parameters`.
     attention = [each for each in TARGETS[family] if "shared" not in each]
     others = [f"{each}.weight" for each in TARGETS[family] if "shared" in each]
     section = LoraConfig(
@@ -102,8 +102,8 @@ def peft_model(base: Path, adapters: Path, **options: Any) -> Any:
 
 
 def peft_step(folder: Path, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of PEFT's own loop, one document at a time. An expert's matrices are apart, under the names of
-    hosted models."""
+    """Returns loss and gradients of a loop with PEFT, one document at a time. Gradients have the names and the per-expert
+    shapes of hosted models."""
     model = peft_model(folder / "base", folder / "adapters", is_trainable=True).double()
     model.base_model.model.set_experts_implementation("eager")
     losses, labels = [], 0
@@ -142,7 +142,7 @@ def peft_step(folder: Path, batches: list[Batch]) -> tuple[float, dict[str, Tens
 def test_loss_and_gradients_are_those_of_peft_on_any_ranks(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str, layout: str
 ) -> None:
-    """Adapters written by PEFT are read. The base keeps its bits."""
+    """Reads adapters that PEFT wrote. Training leaves the base bit-equal."""
     model, world = adapted(tmp_path, family), LAYOUTS[layout].get("parallel.edp", 1) * LAYOUTS[layout]["parallel.ep"]
     (one,) = run_in_world(1, stepped, str(tiny_data), str(tmp_path / "1"), model, ONE)
     loss, gradients = peft_step(tmp_path, one["batches"])
@@ -159,7 +159,7 @@ def test_loss_and_gradients_are_those_of_peft_on_any_ranks(
 def test_new_adapters_do_not_depend_on_the_ranks(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A run without a folder of adapters begins with the function of the base."""
+    """New adapters do not change the model's outputs at first (B is 0), and training is equal on one and two ranks."""
     made_folder("qwen3_moe", tmp_path / "base")
     lora = {"rank": 3, "alpha": 6.0, "targets": TARGETS["qwen3_moe"], "parameters": STACKS}
     model = {"folder": str(tmp_path / "base"), "lora": lora}
@@ -178,8 +178,8 @@ def test_new_adapters_do_not_depend_on_the_ranks(
 def test_a_run_goes_on_and_peft_loads_its_adapters(
     run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path, family: str
 ) -> None:
-    """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed it has the same bits. Its adapters, and the
-    merged model, give the logits of the checkpoint in transformers. A base with other weights is refused."""
+    """A run of two ranks with 5 and 3 experts is saved after step 2. Resumed, it is bit-equal. With its exported adapters
+    or merged model, transformers computes the checkpoint's logits. A base with other weights is refused."""
     from transformers import AutoModelForCausalLM
 
     model = adapted(tmp_path, family)

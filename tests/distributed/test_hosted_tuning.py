@@ -1,4 +1,4 @@
-"""Router tuning of transformers' models: loss and gradient of the papers' equations, on one rank and on two."""
+"""Router tuning of transformers' models has the loss and gradients of the papers' equations, on one and on two ranks."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,8 +31,8 @@ CHANGES: dict[str, Any] = {
 
 
 def tuned(rank: RankContext, data: str, root: str, folder: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes three steps. Returns their losses, terms and gradient norms, and the samples and gradients of the first step,
-    and the names of the parameters that the steps changed."""
+    """Takes three steps. Returns their losses, manifold terms and gradient norms, the samples and gradients of the first
+    step, and the names of the changed parameters."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     config = hosted_config(data, root, {"folder": folder}, {**CHANGES, **changes})
@@ -57,8 +57,8 @@ def tuned(rank: RankContext, data: str, root: str, folder: str, changes: Mapping
 
 
 def reference(folder: Path, samples: Samples, numbers: list[int], objective: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Loss and term of RoMA's equations, from transformers' own model and one sample at a time, and the gradients of the
-    last layer's router."""
+    """Returns the loss and the manifold term of RoMA's equations, computed with transformers' model one sample at a time,
+    and the gradients of the last layer's router."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder).double().eval()
@@ -87,7 +87,7 @@ def reference(folder: Path, samples: Samples, numbers: list[int], objective: str
 
 
 def sampled_folder(data: Path, root: Path, family: str, **changes: Any) -> tuple[Path, Path]:
-    """Makes a folder of the family and samples for it. Returns the paths of both."""
+    """Makes a model folder of the family, and samples for it. Returns both paths."""
     folder, made = root / "folder", root / "samples"
     made_folder(family, folder, **changes)
     model = hosted_config(data, root, {"folder": str(folder)}, {}).model
@@ -102,7 +102,7 @@ def sampled_folder(data: Path, root: Path, family: str, **changes: Any) -> tuple
         ("qwen3_moe", "choices", "uneven, recompute=block", 1),
         ("deepseek_v3", "tokens", "uneven", None),
         full("deepseek_v3", "choices", "fsdp2", 1),
-        full("gpt_oss", "tokens", "uneven", None),  # its documents are sequences of their own
+        full("gpt_oss", "tokens", "uneven", None),  # it has one document per sequence
     ],
 )
 @pytest.mark.slow

@@ -1,5 +1,6 @@
-"""N ranks equal one rank for every kind of router, controller and adapter: losses, counts, gradients, and parameters
-after two optimizer steps. test_n_ranks_equal_one.py has the layouts of the default kinds, and variants of the model.
+"""For every kind of router, controller and adapter, N ranks and one rank have equal losses, counts, gradients, and
+parameters after two optimizer steps. test_n_ranks_equal_one.py has the layouts of the default kinds, and variants of the
+model.
 
 Expert choice and mixture of depths choose among the tokens of a selection scope, and a capacity counts within a rank.
 The reference is therefore one process that divides its tokens into as many parts as the layout has scopes.

@@ -108,8 +108,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], dict[str, Any], Callable[[str], bool]]
 
 @pytest.mark.parametrize("kind", [kind if kind == "experts" else full(kind) for kind in MIXTURES])
 def test_adapters_of_a_mixture_go_on_on_other_ranks(run_in_world: Run, tiny_data: Path, tmp_path: Path, kind: str) -> None:
-    """Two ranks with different experts train adapters and save. One rank resumes the run on the same base, bit for
-    bit."""
+    """Two ranks with different experts train adapters and save. One rank resumes the run; the base stays bit-equal."""
     base, adapted, trains = MIXTURES[kind]
     run_in_world(2, whole_run, tiny_data, tmp_path, {**base, "run.name": "base", "train.steps": 1})
     changes = {

@@ -1,4 +1,4 @@
-"""With TP, CP and DP, Megatron's reduced gradients of the balance and z terms equal those of one process."""
+"""With TP, CP and DP, Megatron's reduced gradients of the balance and z terms equal the gradients of one process."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,7 @@ def differences(rank: RankContext, layout: Layout) -> tuple[float, float, int, i
         h_TD = torch.randn(24, HIDDEN_DIM, generator=generator)
         group_T = torch.randint(-1, 2, (24,), generator=generator)
         per_token, cp = config.calculate_per_token_loss, groups.cp.size()
-        # Megatron's schedule sets the same scale in a real run
+        # Megatron's schedule sets this scale in a real run
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor([1.0 if per_token else float(cp)]))
 
         def terms(h_TD: torch.Tensor, group_T: torch.Tensor) -> Any:

@@ -16,7 +16,7 @@ from tests.support.worlds import RankContext
 
 pytestmark = pytest.mark.megatron
 Run = Callable[..., list[Any]]
-# Two ranks without experts.
+# Two of the ranks have no experts.
 UNEVEN = {"placement": {"policy": "explicit", "slots": [["text/0", "text/1", "image/0"], ["text/2", "image/1"], [], []]}}
 PINNED = {"placement": {"policy": "pinned", "groups": {"text": {"ranks": [0]}, "image": {"ranks": [1]}}}}
 TENSOR, STAGES = {**ranks(2), **megatron(tp=2)}, {**ranks(1, 2), **megatron(pp=2)}
@@ -162,7 +162,7 @@ def test_a_trace_has_every_token_once_with_its_choices(
                 continue
             assert (tokens == own_tokens).all()
             assert (column == own_column).all()
-            assert weight == pytest.approx(own_weight, rel=2e-3)  # float16
+            assert weight == pytest.approx(own_weight, rel=2e-3)  # traces store float16
 
 
 def poisoned(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[bool, bool, float]:

@@ -53,8 +53,8 @@ def choose_by_rounded(logits_UE: Tensor, noisy_UE: Tensor, *rest: Any, **options
 
 
 def chosen(rank: RankContext, data: str, changes: Mapping[str, Any]) -> tuple[list[dict[str, Any]], EvaluationResult]:
-    """Takes all steps. Returns them and the final evaluation, which uses calibrated thresholds. These are multiples of
-    1/256, because an exact threshold lies between scores of tokens with equal inputs."""
+    """Takes all steps. Returns them and the final evaluation, which uses calibrated thresholds. Thresholds are rounded to
+    multiples of 1/256, because exact ones could separate tokens with equal inputs."""
     by_rounded = mock.patch.object(selection, "choose", choose_by_rounded)
     coarse = mock.patch.object(evaluator_file, "HALVINGS", 8)
     with by_rounded, coarse, started_run(rank, data, {**CHOOSING, **changes}) as run:

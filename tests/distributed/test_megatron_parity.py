@@ -35,8 +35,8 @@ pytestmark = pytest.mark.megatron
 
 
 def remote_rows(ours: Any, whole: TokenBatch, layout: Layout, state: Any) -> int:
-    """Returns how many rows this rank sends: for each layer and token, the number of other ranks that hold an expert which
-    our router chose."""
+    """Returns how many rows this rank sends: for each layer and token, the number of other ranks that hold a chosen
+    expert."""
     placement, own = layout.settings.place(layout.ep), state.get_expert_model_parallel_rank()
     sequences, width = own_sequences(state), SEQ_LEN // layout.tp
     pairs: set[tuple[int, int, int]] = set()

@@ -78,7 +78,7 @@ def test_expert_tensor_parallel_groups_are_refused() -> None:
 
 
 def test_torchs_device_contexts_work_afterwards() -> None:
-    """torch keeps the first list of its constructors, which must not be made of stand-ins."""
+    """torch caches its list of tensor constructors at the first use. This list must not contain stand-ins."""
     _device_constructors.cache_clear()
     with megatron_on_cpu(), torch.device("meta"):
         torch.ones(1)

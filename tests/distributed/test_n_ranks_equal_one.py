@@ -1,4 +1,4 @@
-"""N ranks equal one rank: losses, gradients, norms, and parameters after three optimizer steps.
+"""N ranks and one rank have equal losses, gradients, norms, and parameters after three optimizer steps.
 
 For the layouts, `make test` covers each value of each axis but FURTHER_VALUES, `make test-full` covers each pair of values,
 and `make test-exhaustive` covers the whole product. The second test compares each variant of the model with its own
@@ -67,7 +67,7 @@ STATIC = [
 ]
 EXTRA = [Layout(4, 1, "uneven", "ddp", "block", pair_budget=5)]
 EXTRA += [Layout(2, 2, "interleaved", "fsdp2", "block", fsdp_gather="step"), Layout(2, 1, data="fsdp2", fsdp_gather="step")]
-# Other layouts have another budget and other nodes; VARIANTS has the loss in parts, of tied words.
+# Other test cases have another budget and other nodes. VARIANTS has the loss in parts with tied embeddings.
 FURTHER_VALUES = [
     exhaustive(Layout(1, 1, room=WHOLE)),
     full(Layout(2, 2, "interleaved", "fsdp2", room=4.0)),
@@ -123,8 +123,7 @@ def test_layout_equals_one_rank(
     logits = np.concatenate([outcome.logits for outcome in outcomes])
     np.testing.assert_allclose(logits, one_rank.logits, rtol=0, atol=1e-9)
     first = outcomes[0].events
-    # Each layer plans once per (half) micro-batch, also with recompute. The last forward, for the logits, adds one
-    # plan.
+    # Each layer plans once per (half) micro-batch, also with recompute. The last forward, for the logits, adds one plan.
     plans = LAYERS * (STEPS * MICRO_BATCHES * (1 + layout.halves) + 1) if layout.ep > 1 else 0
     ids = PAIR_ROWS if layout.ranks_per_node is None else EXPERT_IDS
     for hop in hops_of(layout):

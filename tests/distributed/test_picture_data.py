@@ -1,4 +1,4 @@
-"""Runs on conversations with pictures: N ranks equal one rank, also after a resume on another number of ranks."""
+"""In training on conversations with pictures, N ranks equal one rank, also after a resume on another number of ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,11 @@ from tests.support.hosted import hosted_config
 from tests.support.picture_chats import picture_folder, rows
 from tests.support.worlds import RankContext
 
-BATCH, LIMIT = 4, 2e-5  # sequences of a step; routers compute in fp32
+BATCH, LIMIT = 4, 2e-5  # sequences per step; largest difference, because routers compute in fp32
 
 
 def losses(rank: RankContext, root: str, until: int, changes: dict[str, Any]) -> list[tuple[float, float, list[Any]]]:
-    """Restores a run, or begins it, and trains until a step. Returns loss, gradient norm and choices of each step."""
+    """Starts or restores a run, and trains to step `until`. Returns loss, gradient norm and choices of each step."""
     torch.set_num_threads(1)
     size, home = rank.world_size, Path(root)
     share = {"parallel.ep": size, "train.micro_batch": BATCH // size, "train.global_batch": BATCH}

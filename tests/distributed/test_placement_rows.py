@@ -1,5 +1,5 @@
 """The rows counted for another placement equal the rows that a run with this placement sends. The rows counted for the
-run's own placement equal those of the ledger."""
+run's own placement equal the ledger's rows."""
 
 from collections.abc import Callable
 from typing import Any

@@ -51,7 +51,7 @@ def srun(rank: int, start: int) -> dict[str, str]:
 
 
 def pod(rank: int, start: int) -> dict[str, str]:
-    """Returns variables of an operator that restarts containers, which are the same in every start."""
+    """Returns the variables of a pod whose container is restarted. They are equal in every start."""
     return {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
 
 

@@ -1,5 +1,5 @@
-"""The bytes computed from a trace equal exactly those of dispatchers on real ranks with the same layout, in 8 cases on 2
-and 4 ranks."""
+"""The bytes computed from a trace equal the bytes that dispatchers with the same layout send, in 8 cases on 2 and 4
+ranks."""
 
 import itertools
 from collections.abc import Callable

@@ -269,7 +269,7 @@ def test_the_parts_of_an_ffn_together_are_the_ffn(
         taken = [changes[f"{GROUPS}.{group}.num_experts"] for group in ("text", "image")]
         assert set(zip(told["loads"][1][::2], told["loads"][1][1::2], strict=True)) == {tuple(taken)}
         assert "the same as the checkpoint's; the output of an FFN is the sum of its parts" in told["report"]
-        for name in ("gate", "up", "down") if told["parameters"] else ():  # the parts, joined, are the FFN
+        for name in ("gate", "up", "down") if told["parameters"] else ():  # the joined parts equal the FFN
             parts = told["parameters"][f"layers.0.moe.experts.text.{name}"]
             whole = told["trained"][f"layers.0.moe.experts.text.{name}"][0]
             assert torch.equal(torch.cat([*parts], dim=1 if name == "down" else 0), whole)

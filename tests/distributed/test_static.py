@@ -97,7 +97,8 @@ def run_cases(rank: RankContext, seeds: range) -> int:
     ids=str,
 )
 def test_the_same_bits_on_random_routings(run_in_world: Callable[..., list[Any]], world_size: int, seeds: range) -> None:
-    """The cases include ranks without tokens or experts, batches of only null choices, and an expert of all tokens."""
+    """The cases include ranks without tokens or experts, batches of only null choices, and an expert that all tokens
+    choose."""
     assert run_in_world(world_size, run_cases, seeds) == [len(seeds)] * world_size
 
 

@@ -1,5 +1,4 @@
-"""All ranks skip a step if a value is not finite on one rank. Also tests a step's drops, timings and gradient
-buffers."""
+"""All ranks skip a step if a value is not finite on one rank. Also tests a step's drops, timings and gradient buffers."""
 
 import itertools
 import time

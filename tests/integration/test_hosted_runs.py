@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.mark.full
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_a_run_from_a_folder_loses_a_rank_and_goes_on(tiny_data: Path, tmp_path: Path, family: str) -> None:
-    """Ranks have 5 and 3 experts. The records of both attempts equal those of a run without the loss."""
+    """Ranks have 5 and 3 experts. The records of both attempts equal the records of a run that loses no rank."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     folder, out = tmp_path / "folder", tmp_path / "out"

@@ -175,7 +175,7 @@ def test_a_rank_that_comes_after_rank_0_was_stopped_stops_too(
 def test_a_sink_that_does_not_close_leaves_the_finished_run_a_success(
     tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All ranks wait for the sink until its time limit, because launchers kill ranks that outlive the others."""
+    """All ranks wait for the sink until its time limit, because launchers kill ranks that live longer than other ranks."""
     monkeypatch.setenv(slow_close.ENDS, str(tmp_path))
     config = tiny_config(tiny_data, tmp_path / "runs", {**QUIET, "train.steps": 2, "monitor.sinks": SINKS})
     path = write_config(config, tmp_path / "x.yaml")

@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "train.steps": 8,
     "checkpoint.every": 4,
     "evaluation.every": 4,
-    "evaluation.final_sequences": 4,  # as in earlier evaluations
+    "evaluation.final_sequences": 4,  # as many as in earlier evaluations
     "monitor.trace": {"every": 3},
     "monitor.sinks": [{"kind": "console", "every": 1}, {"kind": "jsonl"}, {"kind": "tensorboard"}],
 }

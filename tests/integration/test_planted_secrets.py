@@ -23,7 +23,7 @@ SINKS = [
     {"kind": "prometheus"},
     {"kind": "wandb", "project": "x", "mode": "offline"},
 ]
-# A rank fails with a secret in its error message and in local variables, as the client of a service may.
+# A rank fails with a secret in its error message and in local variables, as may happen in the client of a service.
 FAILING = """
 import os, sys
 from moe_dist.runtime.command_line import run_command

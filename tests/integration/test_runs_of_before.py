@@ -59,7 +59,7 @@ def rounding() -> float:
 
 
 def continued(written: Path) -> list[dict[str, Any]]:
-    """Returns the records that the earlier commit wrote when it went on, with today's name of mixture of depths."""
+    """Returns the records of the run that the earlier commit continued, with today's name of mixture of depths."""
     text = (written / "continued.jsonl").read_text().replace('"depths', '"mixture_of_depths')
     return [json.loads(line) for line in text.splitlines()]
 

@@ -49,8 +49,7 @@ def cut_of(scores: Sequence[float], capacity: float) -> float:
 def choice_by_score(
     scores_TE: Sequence[Sequence[float]], group_T: Sequence[int], groups: Sequence[ExpertGroup], bound_E: Sequence[float]
 ) -> Pairs:
-    """Returns for each token the experts of its group whose score is above the expert's bound. Tokens do not
-    compete."""
+    """Returns for each token the experts of its group whose score is above the expert's bound. Tokens do not compete."""
     return {
         (token, expert)
         for token, index in enumerate(group_T)

@@ -243,8 +243,7 @@ def bias_steps(
 def expected_traffic(
     tokens: Sequence[int], experts: Sequence[int], rank_of_expert: Sequence[int], own_rank: int
 ) -> tuple[int, int]:
-    """Returns how many rows and pairs one rank sends for its taken pairs, by the closed form of the dispatch
-    contract."""
+    """Returns how many rows and pairs one rank sends for its taken pairs, by the closed form of the dispatch contract."""
     remote = [(t, rank_of_expert[e]) for t, e in zip(tokens, experts, strict=True) if rank_of_expert[e] != own_rank]
     return len(set(remote)), len(remote)
 

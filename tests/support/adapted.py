@@ -53,7 +53,7 @@ class Adapted:
         if ffn is not None:
             moe["experts"] = {"kind": "ffn_lora", **ffn}  # `ffn` may choose another kind
         self.config = Config.model_validate_json(json.dumps(values))
-        layout_without_data(self.config)  # as a run would
+        layout_without_data(self.config)  # a run makes the same layout
         placement = replicated_placement(expert_groups(self.config.model.moe))
         self.model: Transformer = build_model(self.config, placement, ep_rank=0, ep_group=None)
         initialise(self.model, placement, ep_rank=0, device=torch.device("cpu"), seed=7, std=0.3)

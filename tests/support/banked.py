@@ -56,7 +56,7 @@ def picture_batch(seed: int, pictures: tuple[int, ...], *, documents: int = 1, l
 
 
 def joined(batches: list[Any]) -> Batch:
-    """Returns one batch with the rows and pictures of all."""
+    """Returns one batch with the rows and pictures of all `batches`."""
     names = {name for each in batches for name in each.more}
     more = {name: torch.cat([each.more[name] for each in batches if each.more]) for name in names}
     tensors = {name: torch.cat([getattr(each, name) for each in batches]) for name in vars(batches[0]) if name != "more"}

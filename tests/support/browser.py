@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("chromium-headless-shell", "chromium", "google-chrome")
-SECONDS = 600.0  # longer is a hang
+SECONDS = 600.0  # a longer wait counts as a hang
 CHROMIUM = next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 

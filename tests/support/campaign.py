@@ -79,7 +79,7 @@ class Report:
 
 
 def undisturbed_run(site: Site, steps: int) -> RunFolder:
-    """Returns the run without faults, which all others of so many steps must equal; made once for a site."""
+    """Returns a run without faults. All other runs of `steps` steps must equal it. It is made once per site."""
     name = f"undisturbed-{steps}"
     changes = settings(name, ranks=RANKS, train__steps=steps)
     config = tiny_config(site.folder / "pristine", site.folder / "runs", changes)
@@ -91,7 +91,7 @@ def undisturbed_run(site: Site, steps: int) -> RunFolder:
 
 
 def campaign(site: Site, seed: int, faults: int, *, asynchronous: bool) -> Report:
-    """Runs one run with so many faults to the end."""
+    """Runs one run with `faults` faults to its end."""
     begin, name, steps = time.monotonic(), f"seed-{seed}-{faults}", STEPS_PER_FAULT * faults
     undisturbed = undisturbed_run(site, steps)
     plan = _planned(site, name, draw(random.Random(seed), faults), site.disk)
@@ -135,7 +135,7 @@ def killed_while_saving(site: Site, seed: int, kills: int, *, ranks: int = 2) ->
     while report.starts <= 2 * kills + 2:
         report.starts += 1
         code = started(path, log, max_restarts=0, variables=environment(_plan_path(site, name), site.interposer))
-        torn += any(run.checkpoints.glob("step_*.tmp"))  # of this start, because each start first removes older ones
+        torn += any(run.checkpoints.glob("step_*.tmp"))  # left by this start: each start first removes older ones
         report.problems += [f"start {report.starts}: {each}" for each in unverified(run)]
         if code == 0:
             break

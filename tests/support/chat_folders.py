@@ -87,7 +87,8 @@ def _word_piece(specials: list[str], lines: list[str]) -> Tokenizer:
     return tokenizer
 
 
-# By kind: the function that trains it, its special tokens (unknown, begin, others, end), and its template.
+# For each kind of tokenizer: the function that trains it, its special tokens (unknown, begin, others, end), and its
+# template.
 KINDS: dict[str, tuple[Callable[[list[str], list[str]], Tokenizer], list[str], str]] = {
     "chatml": (_byte_level, ["<pad>", "<|im_start|>", "<|im_end|>"], CHATML),
     "headers": (_byte_level, ["<pad>", "<|begin|>", "<|start|>", "<|end|>", "<|eot|>"], HEADERS),

@@ -18,8 +18,8 @@ MOST_RANKS = 4  # eight processes that import torch occupy two cores for half a 
 
 
 def others_full(cases: Sequence[Any], keep: int | None = None) -> list[Any]:
-    """Returns cases (layouts, or tuples that begin with a layout). Cases outside of a greedy cover of all values of
-    each field are marked as `full` if they are in a cover of all pairs of values, and otherwise as `exhaustive`.
+    """Returns cases (layouts, or tuples that begin with a layout). Cases outside of a greedy cover of all values of each
+    field are marked: as `full` if they are in a cover of all pairs of values, otherwise as `exhaustive`.
 
     Args:
         keep: Number of cases of the greedy cover that stay unmarked. Each of them switches on as many options as possible

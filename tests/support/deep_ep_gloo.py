@@ -67,7 +67,7 @@ class ElasticBuffer:
         assert len({int(limit) for limit in limits}) == 1, "all ranks have one limit of tokens"
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
-        assert num_experts % self.size == 0  # a TypeError for None
+        assert num_experts % self.size == 0  # raises TypeError if None is given
         return 4 + 2 * num_topk
 
     def dispatch(

@@ -23,7 +23,8 @@ class Cell(NamedTuple):
 
     @property
     def feasible(self) -> bool:
-        """Returns whether the phase has gradients, writes or files, if the kind needs them; see docs/reliability.md."""
+        """Returns whether the phase has the gradients, writes or files that this kind of fault needs
+        (docs/reliability.md)."""
         if self.kind == "non-finite gradient":
             return self.phase in ("forward", "dispatch", "combine", "backward")
         if self.kind == "ENOSPC":

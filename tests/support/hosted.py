@@ -21,11 +21,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {**_COMMON, **_LOCAL, "head_dim": 8},
     "olmoe": {**_COMMON, "num_experts": 8, "intermediate_size": 16, "eos_token_id": 1},
     "granitemoe": {**_COMMON, **_LOCAL},
-    # its attention has a sink, so it runs "eager", which sees earlier documents
+    # attention has sinks and is therefore eager: tokens see earlier documents of their sequence
     "gpt_oss": {**_COMMON, **_LOCAL, "head_dim": 8, "sliding_window": 16},
     # a dense first layer, sigmoid scores, a selection bias, a shared expert
     "deepseek_v3": {**_COMMON, **_FINE, **_LATENT, **_GROUPS, "num_hidden_layers": 3, "num_key_value_heads": 4},
-    # convolutions see earlier documents; tied embeddings
+    # convolutions, which see earlier documents, and tied embeddings
     "lfm2_moe": {
         **_COMMON,
         **_NAMED,

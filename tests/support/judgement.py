@@ -143,7 +143,7 @@ def unexpected(fault: Fault, seen: Mapping[str, Any]) -> Iterator[str]:
     verdict, reason = seen.get("verdict"), str(seen.get("reason", ""))
     if fault.kind in ("exception", "SIGKILL") and seen["to_end"] > END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"
-    # Before the rendezvous each peer waits from its own start.
+    # Before the rendezvous, each peer's waiting time begins with its own start.
     waited = MEETING_SECONDS + START_SECONDS if fault.phase == "import" else 1.2 * WATCHDOG_SECONDS
     if fault.kind == "SIGSTOP" and seen["to_end"] > waited + END_SECONDS:
         yield f"the others ended {seen['to_end']} s after it"

@@ -28,7 +28,7 @@ from moe_dist.placement.parameter_names import Role, named_parameters
 
 HIDDEN_DIM, NUM_HEADS, KV_HEADS, VOCAB_SIZE, SEQ_LEN, LAYERS = 16, 4, 2, 64, 12, 4
 SHARED_FFN_DIM, DENSE_FFN_DIM, EPS, STD = 8, 20, 1e-5, 0.3
-MOE_LAYERS = (1, 3)  # the others are dense
+MOE_LAYERS = (1, 3)  # all other layers are dense
 BALANCE, Z = 0.02, 1e-3
 
 TWO_GROUPS = {
@@ -185,7 +185,7 @@ class TokenBatch:
 
     @property
     def positions(self) -> Tensor:
-        """[B, S]."""
+        """The position of each token, [B, S]."""
         return torch.arange(SEQ_LEN).expand(self.tokens_BS.shape)
 
 

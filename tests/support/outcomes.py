@@ -1,4 +1,4 @@
-"""Compares the outcomes of a layout's ranks with those of one rank."""
+"""Compares the outcomes of a layout's ranks with the outcome of one rank."""
 
 from collections.abc import Callable
 from pathlib import Path

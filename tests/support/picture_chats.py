@@ -79,7 +79,7 @@ def picture(rng: np.random.Generator, kind: str = "PNG") -> bytes:
 
 def rows(folder: Path, count: int, seed: int = 0) -> tuple[Path, list[dict[str, Any]]]:
     """Writes conversations with 0 to 3 pictures in three forms of rows, and the pictures. Returns the JSONL file, and each
-    conversation as transformers takes it, with paths."""
+    conversation in the form that transformers reads, with paths."""
     rng, lines, plain = np.random.default_rng(seed), [], []
     (folder / "pictures").mkdir(parents=True)
     for number in range(count):

@@ -83,7 +83,7 @@ def leave(how: str, victim: int, env: RankEnv, attempt: Attempt, folder: RunFold
         with tracker.inside("combine rows", device=cpu, layer="layers.1"):
             time.sleep(600.0)
     time.sleep(0.3)
-    raise RuntimeError("[pair.cc:544] Connection closed by peer [10.0.0.1]:1")  # gloo's words
+    raise RuntimeError("[pair.cc:544] Connection closed by peer [10.0.0.1]:1")  # the text of gloo's error
 
 
 def end(how: str, env: RankEnv, folder: RunFolder, stop: StopRequest, step: int) -> None:

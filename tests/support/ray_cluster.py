@@ -49,7 +49,7 @@ def environment(**more: str) -> Iterator[Path]:
     site.write_text(f"gpus: {{syntax: none}}\nranks_per_node: 1\n{keys}")
     changes: dict[str, str | None] = {
         "RAY_TMPDIR": str(folder),
-        "TMPDIR": str(folder),  # of the actors
+        "TMPDIR": str(folder),  # for the actors
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_raylet_start_wait_time_s": "180",  # on a busy machine a node may take minutes to start
         "RAY_worker_niceness": "0",  # Ray's default, 15, would starve workers on a busy machine
@@ -57,7 +57,7 @@ def environment(**more: str) -> Iterator[Path]:
         "GLOO_SOCKET_IFNAME": "lo",  # the machine's host name may not resolve
         "OMP_NUM_THREADS": "1" if drawn().threads == "user" else None,
         "MOE_DIST_CLUSTER": str(site),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # as in an activated environment
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # like an activated environment
         **more,
     }
     before = {name: os.environ.get(name) for name in changes}

@@ -1,4 +1,4 @@
-"""A model of a few weights in training on one rank, with its checkpoint manager, for tests of saving and loading."""
+"""Trains a model of a few weights on one rank, for tests of saving and loading checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -17,5 +17,5 @@ def reads_little() -> Iterator[None]:
 
 
 def _bytes_read() -> int:
-    """Bytes that this process has got from `read` calls, the page cache's included (rchar, proc_pid_io(5))."""
+    """Returns how many bytes this process got from `read` calls, also from the page cache (rchar in proc_pid_io(5))."""
     return int(Path("/proc/self/io").read_text().split()[1])

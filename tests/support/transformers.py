@@ -32,8 +32,7 @@ def make_transformer(
     make_depths: Callable[[int], DepthRouter] | None = None,
     **args: Any,
 ) -> Transformer:
-    """Returns three layers. Those in `moe_layers` have the groups of `layouts` with null experts, all others are
-    dense."""
+    """Returns three layers. Those in `moe_layers` have the groups of `layouts` with null experts, all others are dense."""
     placement = ExpertPlacement(GROUPS, (tuple(range(sum(group.num_experts for group in GROUPS))),))
     dispatcher = AllToAllDispatcher(DispatchContext(placement, AllToAll(None, CommStats(), None)))
 

@@ -17,8 +17,8 @@ WIDTH = 6
 
 
 def _choices(answer: int, number: int, ids: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Returns the first tokens of the answer and of one to three other choices, or -1 for every seventh sample, whose first
-    tokens do not tell the choices apart."""
+    """Returns the first tokens of the answer and of one to three wrong choices. Every seventh sample has -1, because there
+    the first tokens do not tell the choices apart."""
     others = rng.choice(np.setdiff1d(np.arange(*ids), [answer]), rng.integers(1, 4), replace=False)
     return np.array([-1] if number % 7 == 6 else [answer, *others])
 

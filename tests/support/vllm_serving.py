@@ -44,8 +44,7 @@ def serve(folder: str, asked: dict[str, Any]) -> dict[str, Any]:
     )
 
     def watch(model: Any) -> int:
-        """Counts the rows of every FFN expert, and returns the number of experts. vLLM fuses gate and up, but not
-        down."""
+        """Counts the rows of every FFN expert, and returns the number of experts. vLLM fuses gate and up, but not down."""
         experts = [each for name, each in model.named_modules() if name.endswith(".down_proj") and ".experts." in name]
         for each in experts:
             each.register_forward_hook(

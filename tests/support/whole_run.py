@@ -83,7 +83,7 @@ class _Recorded:
 
 
 def tensors_of(config: Config, training: Training, placement: Any, ep_rank: int) -> dict[str, np.ndarray]:
-    """Returns full tensors by logical name. Collective under FSDP2. Empty for Megatron, whose ranks have parts."""
+    """Returns full tensors by logical name. Collective under FSDP2. Empty for Megatron, which has parts of tensors."""
     found: dict[str, np.ndarray] = {}
     if not isinstance(training.parallel.model, torch.nn.Module):
         return found

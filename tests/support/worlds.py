@@ -81,9 +81,9 @@ class _Call:
 @dataclass(frozen=True)
 class _Report:
     failed: bool
-    when: float  # by time.monotonic, one clock for all processes of a machine
+    when: float  # time.monotonic, the same clock in all processes
     payload: bytes  # pickled result, or the traceback as UTF-8
-    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # of the rank, after the call
+    threads: int = field(default_factory=lambda: len(os.listdir("/proc/self/task")))  # after the call
 
 
 # --- in the ranks
@@ -139,7 +139,7 @@ def _run(call: _Call, rank: int, world_size: int) -> bytes:
 
 
 def _hooked(value: Any) -> bool:
-    """Returns whether torch wrapped this function: an optimizer's `step`, once, when the first of its class is made."""
+    """Returns whether torch wrapped this function. torch wraps the `step` of an optimizer class at its first instance."""
     return isinstance(value, FunctionType) and hasattr(value, "hooked")
 
 
@@ -292,7 +292,7 @@ class _World:
     def _first_cause(self, seconds: float) -> str:
         size = len(self.ranks)
         for rank, member in enumerate(self.ranks):
-            if member.died:  # without a report; other ranks fail because their connections closed
+            if member.died:  # died without a report; then other ranks fail because connections closed
                 member.process.join(5.0)
                 return f"rank {rank} of {size} died with exit code {member.process.exitcode}, without a traceback"
         failures = [
@@ -327,7 +327,7 @@ class _World:
                 member.connection.send_bytes(b"")
         for member in self.ranks:
             member.process.join(5.0)
-        self.kill()  # only cleans up if the ranks have ended
+        self.kill()  # does nothing but clean up if the ranks have ended
 
 
 class Worlds:

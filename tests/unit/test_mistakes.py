@@ -127,7 +127,7 @@ def test_a_mistake_is_told(line: str, code: int, words: str, folder: Path, monke
 
 
 def train_alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # in a process, because a rank calls exit
+    command = [sys.executable, "-m", "moe_dist", "train", *arguments]  # in a separate process, because a rank calls exit
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 

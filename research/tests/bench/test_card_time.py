@@ -55,8 +55,8 @@ def counted(**changes: Any) -> Counted:
 
 def test_parts_exchanges_and_syncs_follow_each_other() -> None:
     time = card_time(counted(), OLMOE, [*TWO], RATES)
-    layer = (2 + 4 + 5 + 8) * MS + RATES.sync + 4 * (7 * MS + LINK.latency) + LINK.latency  # the last term: counts
-    few = 3 * RATES.launch  # launches of operations without work
+    layer = (2 + 4 + 5 + 8) * MS + RATES.sync + 4 * (7 * MS + LINK.latency) + LINK.latency  # last: counts
+    few = 3 * RATES.launch  # three launches in which the device does no work
     assert time.micro_batch == pytest.approx(2 * layer + 10 * MS, abs=few)
     assert time.once == pytest.approx(20 * MS)
     assert time.uncovered == 0
@@ -96,7 +96,7 @@ def test_halves_hide_exchanges_that_are_shorter_than_what_the_other_half_compute
 
 
 def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
-    """The ranks of an expert's edp group are on eight nodes, and dense parameters are on all ranks."""
+    """An edp group of experts spans eight nodes, and dense parameters are sharded over all 64 ranks."""
     free = card_time(counted(), OLMOE, [*TWO], RATES).micro_batch - 2 * (4 * (7 * MS + LINK.latency) + LINK.latency)
     second = round(RATES.between.bytes_per_second)  # pyright: ignore[reportOptionalMemberAccess]
     sent = [*counted().sent, ["moe", "forward", "_allgather_base_", 8, second, False, 1]]
@@ -106,7 +106,7 @@ def test_gathers_and_sums_take_what_computation_does_not_cover() -> None:
     time = card_time(Counted(**{**vars(given), "ranks": 64}), OLMOE, options, RATES)
     latency = RATES.between.latency  # pyright: ignore[reportOptionalMemberAccess]
     assert time.gathers == pytest.approx(1 + latency)
-    # a node's eight adapters together are faster than the ring inside the node
+    # the slowest link is inside the node: a node's eight adapters together are faster
     assert time.sums == pytest.approx(3 * (8 * second / LINK.bytes_per_second + latency))
     assert time.uncovered == pytest.approx(time.gathers + time.sums - free)
 

@@ -10,8 +10,8 @@ from research.fake_gpu.fake_cuda import Work
 from research.fake_gpu.fake_step import Counted
 from tests.support.cover import exhaustive
 
-# Presets whose MoE layers have a bound on 8 ranks: the largest allowed ratio of their bytes to the least possible
-# bytes. On more ranks FSDP2 shards the experts, and gate and up become two products.
+# Largest allowed ratio of an MoE layer's bytes to the least possible bytes, on 8 ranks, for some presets. On more ranks
+# FSDP2 shards the experts, and gate and up become two products.
 TRAFFIC = {"olmoe_1b7b_8gpu": 1.5}
 PRESETS = ("adamoe_moma_small_1gpu", "olmoe_1b7b_8gpu", "adamoe_mixtral8x7b_64gpu", "moma_1b4_4t4i_32gpu")
 CASES = [(preset, ranks) for preset in PRESETS for ranks in (8, 64, 1024)]

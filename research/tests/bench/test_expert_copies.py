@@ -24,13 +24,13 @@ def test_copies_share_the_work_and_are_close_to_the_best() -> None:
         assert found.pace(load_LE, ranks) == pytest.approx(work_LR.max(1).sum())
         assert found.pace(load_LE, ranks) <= pace(load_LE, solve(load_LE, slots_R, steps=40), ranks) * (1 + 1e-12)
     ranks, theirs = 3, []
-    for _ in range(20):  # with two free slots: compares the result with all ways to fill six slots with four experts
+    for _ in range(20):  # compares with the best of all ways to put four experts into six slots
         load_LE = rng.gamma(0.5, size=(2, 4))
         every = [each for each in itertools.product(range(4), repeat=6) if set(each) == set(range(4))]
         best = min(float(shared_work(load_LE, each, ranks).max(1).sum()) for each in every)
         ratios.append(solve_with_copies(load_LE, np.full(ranks, 2)).pace(load_LE, ranks) / best)
         copies_E = np.ones(4)
-        for _ in range(2):  # EPLB's greedy rule
+        for _ in range(2):  # adds two copies by EPLB's greedy rule
             copies_E[(load_LE.sum(0) / copies_E).argmax()] += 1
         expert_P = np.repeat(np.arange(4), copies_E.astype(int))
         rank_P = packed((load_LE.sum(0) / copies_E)[expert_P], ranks)

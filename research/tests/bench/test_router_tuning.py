@@ -24,7 +24,7 @@ def test_both_arms_are_told(tiny_data: Path, tmp_path: Path) -> None:
             "parallel.ep": 1,
             "placement.policy": "interleaved",
             "train.only": "routers",
-            "run.init_from": "nowhere",  # the bench starts with initial weights
+            "run.init_from": "nowhere",  # never read: the bench starts with initial weights
             "loss.balance.schedule": [[0, 0.0]],
             "router_tuning": {"data": str(samples), "last_layers": 1},
         },

@@ -1,4 +1,4 @@
-"""Medians and their intervals equal those of slow reference computations, and ratios are paired by round."""
+"""Medians and their intervals equal slow reference computations, and ratios are paired by round."""
 
 from math import comb
 
@@ -10,7 +10,7 @@ from tests.support.messages import refused
 
 
 def slow_rank(n: int) -> int:
-    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05. It counts the ones of each of the 2^n outcomes."""
+    """Returns the largest l with 2 P(Binomial(n, 1/2) < l) <= 0.05, by enumerating all 2^n outcomes of n coin flips."""
     best = 0
     for rank in range(1, n // 2 + 1):
         if 2 * sum(comb(n, k) for k in range(rank)) / 2**n <= 0.05:
@@ -35,7 +35,7 @@ def test_few_values_give_all_of_them() -> None:
 
 
 def test_ratios_are_paired() -> None:
-    """On a slow machine both times of a round double, which changes a ratio of medians but no median of ratios."""
+    """If both times of some rounds double, the ratio of medians changes, but the median of the rounds' ratios does not."""
     slow = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0])
     interval = paired_ratio(3 * slow, 2 * slow)
     assert (interval.low, interval.median, interval.high) == (1.5, 1.5, 1.5)

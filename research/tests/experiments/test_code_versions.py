@@ -1,4 +1,4 @@
-"""An experiment accepts only records of one version of the code. Its page lists which runs are of which version."""
+"""An experiment accepts only records of one version of the code. Its page lists the runs of each version."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -29,7 +29,7 @@ CHANGES: dict[str, Any] = {
     "placement.policy": "interleaved",
     "train.steps": 20,
 }
-DOCUMENTS = 2700  # enough documents for other held-out sequences than the 192 that a comparison measures
+DOCUMENTS = 2700  # enough documents for held-out sequences besides the 192 that a comparison measures
 
 
 def asked(root: Path, data: Path, changes: dict[str, Any] | None = None, **other: Any) -> Comparison:

@@ -31,7 +31,7 @@ def test_a_probe_tells_what_is_there_and_no_more(apart: float, low: float, high:
 
 
 def test_a_probe_is_judged_on_the_other_tokens() -> None:
-    """A plane that is fitted to 40 tokens in 60 dimensions separates any labels of these tokens, even random labels."""
+    """A plane fitted to 40 tokens in 60 dimensions separates even random labels, so only other tokens may be judged."""
     generator = torch.Generator().manual_seed(0)
     x_ND, domain_N = torch.randn(40, 60, generator=generator), torch.randint(3, (40,), generator=generator)
     other_ND, other_N = torch.randn(300, 60, generator=generator), torch.randint(3, (300,), generator=generator)

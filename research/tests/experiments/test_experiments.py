@@ -28,7 +28,7 @@ def study_of(name: str) -> Study:
 
 
 def manifest(path: str) -> Manifest:
-    """Returns a manifest like that of the data at `path`, which `make reproduce-data` and similar targets prepare."""
+    """Returns a manifest like that of the data at `path` (of `make reproduce-data` and similar targets)."""
     names = ["openmoji", "python"]
     if path.endswith("questions"):
         names += ["wordnet", "reasoning"]

@@ -1,4 +1,4 @@
-"""Gates of an experiment: their arms run first, and the other arms run only if the gate is judged and passes."""
+"""The arms of an experiment's gates run first. Other arms run only if the gates are judged and pass."""
 
 from collections.abc import Sequence
 from pathlib import Path

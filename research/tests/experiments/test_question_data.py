@@ -1,4 +1,4 @@
-"""Training questions have the right side and right answers, and omit the questions of router tuning. A run's
+"""Training questions are on the training side, have right answers, and are no questions of router tuning. A run's
 model answers them as in an evaluation."""
 
 from pathlib import Path
@@ -192,7 +192,7 @@ def test_the_same_numbers_in_another_order_stand_on_one_side() -> None:
 
 @pytest.fixture(scope="module")
 def sampled(own_data: Path, words: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QuestionsSection]:
-    """Returns a run, and the section of the questions for its samples."""
+    """Returns a run with samples, and the questions section from which the samples were made."""
     run = pictured_run(own_data, tmp_path_factory.mktemp("runs"), max_seq_len=192, model__mixture_of_depths=None)
     embedder = tiny_embedder(tmp_path_factory.mktemp("embedder") / "tiny")
     section = QuestionsSection(tasks=("wordnet-category",), left=5, wordnet=str(words), embedder=str(embedder))

@@ -39,7 +39,7 @@ def main() -> None:
 
     TrainingStep.__call__ = measured  # pyright: ignore[reportAttributeAccessIssue]
     fake_step.count_step(path, int(rank), int(ranks), overrides)
-    print(peaks[-1])  # in the first step the tracker counts whole tensors where the optimizer has shards
+    print(peaks[-1])  # not the first step, in which the tracker counts whole tensors instead of the optimizer's shards
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     others = {name: number for name, number in counted.syncs.items() if name not in expected["reads"]}
     assert list(others.values()) == [1] * READS_OF_A_STEP
     assert all(name.startswith("step training_step.py:") for name in others)
-    assert counted.tracked <= 1  # kept entries of collectives, each with a CUDA event
+    assert counted.tracked <= 1  # number of collectives that are still tracked, each with a CUDA event
     exchanges = preset != "mole_llama3_8b_8gpu"  # every rank has all LoRA experts, so there are no exchanges
     assert (counted.exchange_seconds > 0) == exchanges  # else waiting ranks look as busy as the slowest
     for phase, most in zip(("forward", "backward"), expected["kernels"], strict=True):
@@ -61,8 +61,7 @@ def more_kernels(counted: Counted, part: str, phase: str) -> int:
 
 
 def mixes_and_copies_nothing(counted: Counted) -> bool:
-    """Returns True if no operation mixes devices, nothing is copied between them, and no layer has an index whose backward
-    sorts."""
+    """Returns True if no operation mixes devices, nothing is copied between devices, and no backward of indexing sorts."""
     return not counted.mixed and not counted.copies and set(counted.sorted_sums) <= {"model"}
 
 
@@ -91,7 +90,7 @@ def test_exchanges_of_fixed_sizes_need_no_read() -> None:
     assert mixes_and_copies_nothing(counted)
 
 
-IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # end of copies, step count, generator
+IN_SAVE = {"storage": 1, "optimizer": 1, "state of the device's generator": 1}  # of copies, step count, generator
 BALANCE_LOSS = {"losses": 2}  # a checkpoint has the counts of a balance loss that spans a whole step
 EVALUATED = {"heldout": 4}  # counts and sums over ranks, with and without experts (MoMa: also with training's choice)
 TIMED = {"balance": 36}  # 12 measured times, each with 3 reads: begin, end, and the slowest rank's time

@@ -23,7 +23,7 @@ def active_experts(**by_group: list[float]) -> dict[str, Any]:
 
 def test_what_fits_passes(tiny_data: Path, tmp_path: Path) -> None:
     assert check(tiny_config(tiny_data, tmp_path, SOUND)).config.model.moe.router.kind == "scheduled_top_k"
-    mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}  # of layer 0
+    mixture_of_depths = {"model.mixture_of_depths": {"capacity": 0.5, "causal": "threshold"}}  # in layer 0
     check(
         tiny_config(
             tiny_data, tmp_path, {**SOUND, **active_experts(text=[2.0, 1.5], image=[1.0, 0.5]), **mixture_of_depths}

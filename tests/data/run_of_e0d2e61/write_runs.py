@@ -1,4 +1,4 @@
-"""Writes the run folders beside it, see README.md: three small runs of four steps, and the records of three steps more."""
+"""Writes run folders beside this file (see README.md): three small runs of four steps, and records of three later steps."""
 
 import shutil
 import subprocess

@@ -93,7 +93,7 @@ def test_each_header_is_read_once_inside_the_vote(good: Path, tmp_path: Path, mo
 
 
 def test_wrongly_assembled_tensors_are_found(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loader that swaps two tensors of equal shape, as has happened in other projects, is detected."""
+    """A loader that swaps two tensors of equal shape (a bug that other projects had) is detected."""
     real = manager.read_tensors
 
     def wrong(contents: Contents, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -40,9 +40,9 @@ def index(**tensors: Entry) -> Index:
         entry((4, 6), ((1, 0), (3, 6))),  # begin missing
         entry((4, 6), ((0, 0), (1, 6)), ((2, 0), (2, 6))),  # hole
         entry((4, 6), ((0, 0), (3, 6)), ((2, 0), (2, 6))),  # overlap
-        entry((4, 6), ((0, 0), (4, 6)), ((0, 0), (4, 6))),  # twice
-        entry((4, 6), ((0, 0), (5, 6))),  # too long
-        entry((4, 6), ((0, 1), (4, 6))),  # shifted
+        entry((4, 6), ((0, 0), (4, 6)), ((0, 0), (4, 6))),  # the same box twice
+        entry((4, 6), ((0, 0), (5, 6))),  # box too long
+        entry((4, 6), ((0, 1), (4, 6))),  # box shifted
         entry((4, 6), ((0, 0), (2, 3)), ((2, 3), (2, 3))),  # two opposite corners
         entry((4, 6), ((0,), (4,))),  # wrong number of dimensions
         entry((4, 6), *[((i, 0), (1, 6)) for i in range(4)], ((0, 0), (0, 6))),  # an empty box in a missing shard

@@ -92,7 +92,7 @@ def test_a_crash_before_the_pointer_moves_leaves_latest_alone(
 
     def crash(self: Path, target: Path) -> Path:
         if (self.name.startswith("latest")) == (moment == "pointer"):
-            raise KeyboardInterrupt  # an exception that the code does not handle
+            raise KeyboardInterrupt  # the code does not handle this exception
         return real(self, target)
 
     with monkeypatch.context() as patch:
@@ -149,7 +149,7 @@ def test_everything_is_durable_before_it_is_renamed(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Path, "rename", rename)
     run.save(1)
     assert events == [
-        ("sync", "latest.tmp"),  # contains "none"; if `latest` is missing later, somebody removed it
+        ("sync", "latest.tmp"),  # names no checkpoint yet; so a missing `latest` was removed by somebody
         ("rename", "latest"),
         ("sync", "checkpoints"),
         ("sync", "shard_00000.safetensors"),
@@ -236,7 +236,7 @@ def test_a_deleted_latest_does_not_start_a_new_run(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with refused(DataError):
         run.manager.latest()
-    (tmp_path / "latest").write_text("step_1")  # as `echo -n` writes it
+    (tmp_path / "latest").write_text("step_1")  # without a newline
     assert run.manager.latest() == tmp_path / "step_1"
 
 

@@ -1,4 +1,4 @@
-"""Asynchronous saves on one rank. tests/distributed/test_resume.py tests saves on several ranks."""
+"""Tests asynchronous saves on one rank. tests/distributed/test_resume.py tests saves on several ranks."""
 
 import logging
 import threading

@@ -154,7 +154,7 @@ def test_a_number_as_name_in_a_file_must_be_quoted(path: Path) -> None:
         (["model.hidden_dim=4000000000000000"], "model.hidden_dim: more than 2,147,483,647 is not possible"),
         ([f"train.steps={10**4200}"], "train.steps: more than 9,007,199,254,740,992 is not possible"),
         (["data.weights={openmoji:0.5,python: 0.5}"], "put a space after the colon"),
-        (["model.num_heads=four"], "model.num_heads='four'"),  # no rule runs with a substitute for the wrong value
+        (["model.num_heads=four"], "model.num_heads='four'"),  # one error only: rules do not run on the wrong value
     ],
 )
 def test_a_fault_is_named_with_its_way_out(path: Path, overrides: list[str], fault: str) -> None:

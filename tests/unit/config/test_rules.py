@@ -1,8 +1,7 @@
 """Tests every rule between keys: changes a valid configuration, and compares all resulting errors with a golden file.
 
-A change is a list of overrides, as on the command line, with ` | ` between them. `tests/data/messages.json` has all
-error texts of each change, with the value, the rule and the fix. Running the test with `MESSAGES=write` rewrites this
-file.
+A change is a list of overrides, as on the command line, with ` | ` between them. `tests/data/messages.json` has all error
+texts of each change, with the value, the rule and the fix. Running the test with `MESSAGES=write` rewrites this file.
 """
 
 from pathlib import Path

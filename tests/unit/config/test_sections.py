@@ -79,6 +79,6 @@ def test_every_rule_of_megatron_allows_the_value_that_it_advises(tiny_data: Path
 @pytest.mark.parametrize("package", MegatronEngineSection.needs_modules)
 def test_a_missing_package_is_told(tiny_data: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setattr(host, "installed", lambda module: module != package)
-    golden = package == "megatron"  # only Python 3.12 and later need another package
+    golden = package == "megatron"  # the other package is needed only from Python 3.12 on
     with refused(ConfigError, f"engine.kind=megatron: the package {package} is not installed", golden=golden):
         check(config_of(tiny_data, "runs", {"parallel.ep": 2, "parallel.edp": 2, **megatron(tp=2)}))

@@ -1,5 +1,4 @@
-"""Tests how configurations read YAML: the types of plain scalars, repeated keys, anchors, and limits on size and
-depth."""
+"""Tests how configurations read YAML: the types of plain scalars, repeated keys, anchors, and limits on size and depth."""
 
 import math
 import time
@@ -76,8 +75,7 @@ NESTED = ["[", "- ", "{a: ", "? ", "[[x],", "a: [", "&a [", "!!seq [", "- - x\n"
 
 @pytest.mark.parametrize("unit", rest_full([*LINES, *ENTRIES, *NESTED]), ids=repr)
 def test_a_text_of_the_largest_size_costs_a_bounded_number_of_steps(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts PyYAML's steps: the tokens that it scans and the nodes and values that it makes. A step takes up to 30
-    us."""
+    """Counts PyYAML's steps: the tokens that it scans and the nodes and values that it makes. A step takes up to 30 us."""
     steps = dict.fromkeys(("fetch_more_tokens", "compose_node", "construct_object"), 0)
 
     def counted(name: str, real: Any) -> Any:

@@ -90,7 +90,7 @@ def test_without_generation_blocks_turns_give_the_same_labels(tmp_path: Path, fo
 
 
 def test_tables_of_datasets_give_what_their_rows_give(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """In a table each message has every key; a missing key has the value None."""
+    """In a table each message has all keys. Keys that a message lacks have the value None."""
     import datasets
 
     rows = [{**row, "tools": row.get("tools") and json.dumps(TOOLS)} for row in conversations(40)]
@@ -196,8 +196,7 @@ BOMBS = {
 def test_a_template_without_an_end_is_stopped(
     tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, bomb: str
 ) -> None:
-    """A template that never ends on row 7 is stopped, and the error names the row, the limit in seconds, and the
-    fix."""
+    """A template that never ends on row 7 is stopped, and the error names the row, the limit in seconds, and the fix."""
     monkeypatch.setattr(chat_rows, "BATCH_SECONDS", 1)
     (tmp_path / "template.jinja").write_text(f"{{% if messages|length > 2 %}}{BOMBS[bomb]}{{% endif %}}{CHATML}")
     rows = [{"messages": SHORT}] * 6 + [{"messages": SHORT + SHORT}]

@@ -25,9 +25,9 @@ from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tools.prepare_data import main
 
-TRL = importlib.util.find_spec("trl")  # to import it takes 2 s, which each worker would need to collect this file
+TRL = importlib.util.find_spec("trl")  # not imported, because each worker would need 2 s more to collect this file
 PUBLISHED = Path(TRL.origin).parent / "chat_templates"
-FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # the others run in the full set
+FIRST = ["glm4moe", "phi3", "qwen2_5", "qwen3", "gptoss", "llama3_1"]  # all other templates run in the full set
 NAMES = FIRST + sorted({path.stem.removesuffix("_training") for path in PUBLISHED.glob("*.jinja")} - set(FIRST))
 TOKENS = re.compile(
     r"<[|｜][^<>|｜]*[|｜]>|<(?:start|end)_of_turn>|<end_of_utterance>|<turn\|>|<\|turn>|\[gMASK\]|<sop>|</s>|\[/?INST\]"
@@ -39,7 +39,7 @@ TRL_PROMPTS = {
     "muse_glimmer": "<|start|>assistant", "qwen2_5": "\n", "qwen3_5_nothink": "<think>\n\n</think>\n\n",
     "qwen3_5_think": "<think>\n", "qwen3_6": "<think>\n", "qwen3_8": "<think>\n",
 }  # fmt: skip
-TRL_TAILS = {"llava_next": " "}  # with the other templates TRL labels the white space after a turn
+TRL_TAILS = {"llava_next": " "}  # for other templates TRL labels the white space after a turn
 # Templates whose tool calls are not compared with TRL. TRL's labels lack two things: the token that ends generation
 # after a call, and the header of an assistant's turn that follows a call.
 TRL_CALLS_DIFFER = ("diffusion_gemma",)
@@ -219,8 +219,7 @@ def test_tools_reasoning_and_ends_that_a_template_lacks_are_notes(folder, tmp_pa
 
 @pytest.mark.parametrize("turns", Turns)
 def test_a_rewritten_conversation_trains_the_last_turn_or_each(folder, tmp_path: Path, turns: Turns) -> None:
-    """Each document is the conversation up to one turn, as the template prints it when the chat has reached that
-    turn."""
+    """Each document is the conversation up to one turn, as the template prints it when the chat has reached that turn."""
     path = folder("qwen3")
     tokenizer = tokenizer_of(path)
     messages = [ASKED, {**YES, "reasoning_content": "Look."}, {"role": "user", "content": "And now?"}, YES]

@@ -77,7 +77,7 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
 
 
 def test_a_table_of_one_repeated_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parquet stores a column's equal values once."""
+    """Parquet stores equal values of a column once, so a small file can hold a table of 1.3 GB."""
     monkeypatch.setattr("moe_dist.data.tables._FREE_BYTES", 1 << 26)
     texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * (1 << 16)])
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", compression="zstd", store_schema=False)
@@ -116,7 +116,7 @@ def test_a_saved_dataset_reads_its_folder_alone(tmp_path: Path, saved: dict[str,
     }
     (folder / "state.json").write_text(json.dumps({f"_{key}": value for key, value in state.items()}))
     (folder / "dataset_info.json").write_text(f'{{"features": {features}}}')
-    if words is None:  # the picture is not opened
+    if words is None:  # here the picture is not opened
         assert len(text_files("t", folder, "").items) == 1
         return
     with pytest.raises(DataError, match=words):

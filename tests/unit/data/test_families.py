@@ -74,7 +74,7 @@ def test_whole_components_are_held_out(components: list[int], fraction: float, s
 
 
 def test_no_family_is_most_of_the_held_out_side() -> None:
-    component_N = np.concatenate([np.zeros(40, np.int64), np.arange(1, 461)])  # 500 items, of which 50 are held out
+    component_N = np.concatenate([np.zeros(40, np.int64), np.arange(1, 461)])  # 500 items; 50 are held out
     for seed in range(20):
         held_out = hold_out(component_N, np.ones(500, np.int64), fraction=0.1, seed=seed)
         assert held_out.sum() == 50

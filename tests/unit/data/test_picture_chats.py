@@ -1,4 +1,4 @@
-"""Conversations with pictures: ids, labels and pixels of the processor itself, damage, shards, and packing."""
+"""Conversations with pictures have the processor's ids, labels and pixels. Tests damaged data, shards and packing."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """The data set, the rows' file, and the conversations as transformers takes them."""
+    """The data set, the rows' file, and the conversations in the form that transformers reads."""
     root = tmp_path_factory.mktemp("data")
     file, plain = rows(root / "rows", COUNT)
     prepared(root / "out", file, folder)
@@ -106,7 +106,7 @@ def test_shards_give_the_same_documents(
 
 
 def test_ranks_together_read_what_one_rank_reads(made: tuple[Path, Path, list[dict[str, Any]]]) -> None:
-    """The order depends on neither ranks nor threads. Sequences stay below the budget of patches, and whole."""
+    """The order depends on neither ranks nor threads. No sequence exceeds the budget of patches or cuts a picture."""
     data, _, _ = made
     one, most = loader(data, most_patches=300), 300
     sides = [loader(data, rank, 2, most_patches=most) for rank in range(2)]
@@ -161,7 +161,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
-    """Three rows, of which the second has the picture b.png, and the others a.png."""
+    """A JSONL file of three rows. The second row has the picture b.png, the others have a.png."""
     lines = []
     for name in ("a", "b", "a"):
         parts = [{"type": "image", "image": f"{name}.png"}, {"type": "text", "text": "cat?"}]
@@ -273,7 +273,7 @@ def test_a_row_of_odd_values_is_skipped_if_asked(three: Path, folder: Path, tmp_
 def test_conversations_without_pictures_are_data_of_text(
     three: Path, folder: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    """A model that reads no pictures can train on them, too. Keys that shards add have no meaning in JSONL."""
+    """Such data can also train a model that reads no pictures. Keys of shards have no meaning in a JSONL file."""
     three.write_text("".join(json.dumps(row) + "\n" for row in ({**OK, **more}, OK)))
     manifest, _ = prepared(tmp_path / "out", three, folder)
     assert manifest.pictures is None

@@ -99,7 +99,7 @@ BOMB = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
 @pytest.mark.parametrize(
     ("name", "fields", "said"),
     [
-        # transformers would read other files, which are checked nowhere
+        # with these fields transformers would read other, unchecked files
         (OPTIONS, {"fast_tokenizer_files": ["other.json"]}, "fast_tokenizer_files=['other.json']: "),
         (OPTIONS, {"vocab_file": "/etc/passwd"}, "vocab_file='/etc/passwd': "),
         (SPECIALS, {"tokenizer_file": "other.txt"}, "tokenizer_file='other.txt': "),
@@ -123,7 +123,7 @@ def test_a_folder_that_leads_elsewhere_or_without_end_is_refused(
 
 
 def test_an_honest_folder_asks_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers ignores such notes in published files. A model inside another may name a third."""
+    """transformers ignores such fields, which published folders have. An inner model may name a model of the hub."""
     from huggingface_hub import constants
 
     folder, asked = chat_folder(tmp_path / "hub", "chatml"), []

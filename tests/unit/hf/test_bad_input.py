@@ -297,8 +297,8 @@ def test_all_faults_of_a_folder_are_told_at_once(theirs: Path) -> None:
 
 
 def test_what_is_fine_is_taken(theirs: Path) -> None:
-    """An import does not open pickles beside safetensors. It accepts a tokenizer that is smaller than the vocabulary,
-    and links within the folder. Import and export copy the tokenizer's files, including SentencePiece's."""
+    """An import accepts pickles beside safetensors (it does not open them), a tokenizer smaller than the vocabulary, and
+    links within the folder. Import and export copy the tokenizer's files, including SentencePiece's."""
     (theirs / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'touch planted'\ntR.")
     tokenizer(60)(theirs)
     (theirs / "tokenizer.model").write_bytes(b"pieces")

@@ -1,4 +1,4 @@
-"""The changes that an import makes keep the model's function: null experts change no bit, copied FFNs change only the
+"""Changes by an import keep the model's outputs: with null experts they are bit-equal, with copied FFNs equal up to
 rounding."""
 
 from pathlib import Path

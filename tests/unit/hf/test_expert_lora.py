@@ -112,7 +112,7 @@ def test_experts_have_the_numbers_of_peft(tmp_path: Path, kind: str, case: str) 
     wanted = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if "lora_" in name}
     model = adapted.config.model
     got = dict(peft_tensors(model, gradients.__getitem__))
-    if CASES[case]["ffn"].get("shared"):  # PEFT has a copy for each expert; the copies' gradients must be summed
+    if CASES[case]["ffn"].get("shared"):  # PEFT has one copy per expert; sums the copies' gradients
         wanted = {name: summed(name, gradient, model.moe.groups["all"].num_experts) for name, gradient in wanted.items()}
     assert all(gradient.any() for gradient in wanted.values())
     assert_agree(arrays(got), arrays(wanted))

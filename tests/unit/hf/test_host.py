@@ -1,4 +1,4 @@
-"""What a model section must be for engine.kind=transformers, and which folders it refuses."""
+"""Tests the checks of the model section and of model folders for engine.kind=transformers."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ from tests.support.tiny import tiny_config, write_config
 
 
 def test_sizes_are_the_familys(tmp_path: Path) -> None:
-    """The first layer of this DeepSeek-V3 is dense."""
+    """The sizes follow from the family's fields. The first layer of this DeepSeek-V3 is dense."""
     model = hosted_config(tmp_path, tmp_path, of_family("deepseek_v3"), {}).model
     assert (model.hidden_dim, model.num_layers, model.vocab_size, model.moe_layers) == (32, 3, 64, (1, 2))
     (group,) = model.moe.groups.values()
@@ -52,12 +52,12 @@ def test_sizes_are_the_familys(tmp_path: Path) -> None:
     ],
 )
 def test_a_section_is_refused(tmp_path: Path, model: dict[str, Any], key: str) -> None:
-    with refused(ConfigError, key, golden="wide" not in str(model)):  # that text is transformers' own
+    with refused(ConfigError, key, golden="wide" not in str(model)):  # "wide": the text comes from transformers
         hosted_config(tmp_path, tmp_path, model, {})
 
 
 def test_all_layers_share_one_search_for_routers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search visits all layers, so that a search for each would take minutes with 4,096 layers."""
+    """A search visits all layers. With one search per layer, a model of 4,096 layers would take minutes."""
     searches: list[Any] = []
     monkeypatch.setattr(family, "recorded_routers", lambda model: searches.append(model) or recorded_routers(model))
     with torch.device("meta"):
@@ -66,13 +66,12 @@ def test_all_layers_share_one_search_for_routers(monkeypatch: pytest.MonkeyPatch
 
 
 def test_fields_beside_a_folder_must_be_its_own(tmp_path: Path) -> None:
-    """Some of the fields may stand in a configuration, so that a dry run needs no folder."""
+    """So that a dry run needs no folder, a configuration may repeat fields of its folder, but only with equal values."""
     stored = {**FAMILIES["olmoe"], "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe", **stored}))
     given = {"folder": str(tmp_path), "family": "olmoe"}
-    assert (
-        complete({**given, "fields": {"intermediate_size": 16, "rope_parameters": {"rope_theta": 1e4}}})["fields"] == stored
-    )
+    some = {"intermediate_size": 16, "rope_parameters": {"rope_theta": 1e4}}
+    assert complete({**given, "fields": some})["fields"] == stored
     with pytest.raises(ConfigError, match=r"model\.fields\.intermediate_size: is not that of"):
         complete({**given, "fields": {"intermediate_size": 32}})
     with pytest.raises(ConfigError, match=r"model\.fields\.rope_parameters\.rope_theta: is not that of"):
@@ -101,7 +100,7 @@ CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}
 @pytest.mark.parametrize(
     ("family", "changes", "key"),
     [
-        ("fuyu", {"text_config": CODE}, "auto_map"),  # transformers would ask whether to run the code
+        ("fuyu", {"text_config": CODE}, "auto_map"),  # transformers would offer to run this code
         ("qwen3_moe", {"attribute_map": {"x": "auto_map"}, "x": CODE["auto_map"]}, "attribute_map"),
         ("qwen3_moe", {"experts_implementation": "sonicmoe"}, "experts_implementation"),
         ("fuyu", {"text_config": {"model_type": "align_text_model", "_name_or_path": "evil"}}, "_name_or_path"),
@@ -115,7 +114,7 @@ CODE = {"model_type": "align_text_model", "auto_map": {"AutoModel": "evil.Evil"}
         ("fuyu", {"text_config": {"backbone": "evil/repo"}}, "backbone='evil/repo'"),
     ],
 )
-@pytest.mark.parametrize("folder", [None, "nowhere"])  # with a folder, as in a checkpoint's stored configuration
+@pytest.mark.parametrize("folder", [None, "nowhere"])  # a stored configuration has folder and fields
 def test_fields_that_could_do_harm_are_refused(folder: str | None, family: str, changes: dict[str, Any], key: str) -> None:
     with refused(ConfigError, key, golden=False):
         complete({"folder": folder, "family": family, "fields": {**FAMILIES.get(family, {}), **changes}})
@@ -132,7 +131,7 @@ def test_fields_of_a_folder_have_no_notes_and_are_checked(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_code_in_a_folder_is_refused(tmp_path: Path, name: str) -> None:
-    """An export would copy the tokenizer's configuration."""
+    """Both files are checked. An export would copy the second one, the tokenizer's configuration."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
     (tmp_path / name).write_text(json.dumps({"model_type": "qwen3_moe", "auto_map": {"AutoModel": "evil.Model"}}))
     with refused(ConfigError, "auto_map"):
@@ -147,7 +146,7 @@ def test_a_resolved_configuration_is_read_again(tmp_path: Path) -> None:
 
 
 def test_a_family_that_cannot_be_made_is_the_only_problem(tmp_path: Path) -> None:
-    """Such a section has no `hidden_dim` and the like, because they follow from the family."""
+    """Without a family, fields such as `hidden_dim` are missing, too. The error does not list them."""
     path = write_config(tiny_config(tmp_path, tmp_path), tmp_path / "run.yaml")
     model = "model={family: mixtral, fields: {num_key_value_heads: 0}}"
     with pytest.raises(ConfigError) as error:

@@ -1,4 +1,4 @@
-"""Choices that the tokens of a hosted model do not take, against transformers' own model with slow rules in its routers."""
+"""Routers that drop some choices of a hosted model equal slow rules in the routers of transformers' own model."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ TOKENS = torch.arange(48).view(2, 24) * 7 % 64
 
 
 def own_and_hosted(tmp_path: Path, family: str, router: dict[str, Any], *, null: int = 0) -> tuple[Any, Any]:
-    """Returns transformers' own model, whose router rows are large, and this project's from its folder."""
+    """Returns transformers' own model with large router rows, and the hosted model that is loaded from its folder."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def outputs(own: Any, model: Any) -> tuple[Tensor, Tensor, Any]:
-    """Compares logits, and returns those of `model`, those of `own`, and the reports."""
+    """Compares the logits of both models. Returns the logits of `model`, the logits of `own`, and the layers' reports."""
     zeros = torch.zeros_like(TOKENS)
     found, reports = model(TOKENS, torch.arange(24).expand(2, 24), zeros, zeros)
     expected = own(input_ids=TOKENS, use_cache=False).logits
@@ -55,7 +55,7 @@ def outputs(own: Any, model: Any) -> tuple[Tensor, Tensor, Any]:
 
 
 def top_p(_logit_C: Tensor, weight_K: Tensor, id_K: Tensor, normalise: str) -> dict[int, Tensor]:
-    """Slow rule: the weights of the family's heaviest choices, until they have 0.6 of its weight."""
+    """Slow rule of top-p: keeps the choices with the largest weights until their sum is 0.6 of the sum of all weights."""
     taken, total = dict[int, Tensor](), 0.0
     for weight, expert in sorted(zip(weight_K, id_K.tolist(), strict=True), key=lambda pair: -pair[0].item()):
         if not taken or total < 0.6 * weight_K.sum().item():
@@ -66,7 +66,7 @@ def top_p(_logit_C: Tensor, weight_K: Tensor, id_K: Tensor, normalise: str) -> d
 
 
 def adamoe(logit_C: Tensor, _weight_K: Tensor, _id_K: Tensor, normalise: str) -> dict[int, Tensor]:
-    """Slow rule (arXiv 2406.13233, section 3.2): the true experts among the top 3 of 8 true and 8 null columns."""
+    """Slow rule of AdaMoE (arXiv 2406.13233, section 3.2): of the top 3 of 8 true and 8 null columns, keeps true ones."""
     return weights_of(logit_C, choose(logit_C.tolist(), 8, 3), 8, normalise)
 
 
@@ -74,18 +74,18 @@ def adamoe(logit_C: Tensor, _weight_K: Tensor, _id_K: Tensor, normalise: str) ->
     ("family", "rule", "normalise"),
     [
         ("qwen3_moe", top_p, "none"),
-        ("deepseek_v3", top_p, "true_chosen"),  # choices are not sorted, and weights do not add up to 1
+        ("deepseek_v3", top_p, "true_chosen"),  # choices are unsorted; weights do not sum to 1
         ("mixtral", adamoe, "true_chosen"),
         ("olmoe", adamoe, "true_all"),
     ],
 )
 def test_choices_equal_a_slow_rule(tmp_path: Path, family: str, rule: Any, normalise: str) -> None:
-    """Outputs, gradients and, with null experts, AdaMoE's balance loss. A bias of 0.1 stands for a controller of top-p."""
+    """Compares outputs, gradients and, with null experts, the balance loss. A bias of 0.1 replaces top-p's controller."""
     null, logits = 8 if rule is adamoe else 0, list[Tensor]()
     router = {"kind": "top_k"} if null else {"kind": "top_p", "p": 0.5}
     own, model = own_and_hosted(tmp_path, family, {**router, "normalise": normalise}, null=null)
     if null:
-        outputs(own, model)  # copies of the true rows keep the model
+        outputs(own, model)  # null rows that copy true rows change no output
 
     def choices(_module: Any, _inputs: Any, output: Any) -> tuple[Tensor, Tensor, Tensor]:
         logits.append(output[0])

@@ -1,4 +1,4 @@
-"""Commands on a run of a model of transformers (engine.kind=transformers)."""
+"""Tests the commands on runs of transformers' models (engine.kind=transformers)."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def sampled(run: Path, *options: object) -> Any:
 
 
 def likeliest(model: Any, run: Path) -> list[int]:
-    """Returns the likeliest tokens that the grammar of the data allows, by transformers' own `generate`."""
+    """Returns the most likely tokens that the data's grammar allows, by the `generate` of transformers."""
     vocabulary = find_trained(run).vocabulary()
     prompt = torch.tensor([vocabulary.text_prompt("text 1")])
     never = np.flatnonzero(~vocabulary.grammar.allowed_SV[GrammarState.TEXT_ONLY]).tolist()
@@ -101,7 +101,7 @@ def test_a_run_is_evaluated(run: Path, questions: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [full("olmoe"), exhaustive("qwen3_moe"), exhaustive("deepseek_v3")])
 def test_routers_of_a_folder_are_tuned_by_commands(own_data: Path, questions: Path, tmp_path: Path, family: str) -> None:
-    """The commands of docs/router-tuning.md. The exported model is the folder's but for the last layer's router."""
+    """Runs the commands of docs/router-tuning.md. The export differs from the folder only in the last layer's router."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     folder, samples, out, path = (tmp_path / name for name in ("folder", "samples", "out", "roma.yaml"))
@@ -130,7 +130,7 @@ def test_routers_of_a_folder_are_tuned_by_commands(own_data: Path, questions: Pa
 
 
 def test_adapters_are_used_by_commands(own_data: Path, questions: Path, tmp_path: Path) -> None:
-    """The trained run, and a run that begins with its exported adapters, answer and generate as PEFT's own model does."""
+    """A run that starts with a trained run's exported adapters gives equal answers. PEFT's model generates equal tokens."""
     from peft import PeftModel
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -160,7 +160,7 @@ def test_adapters_are_used_by_commands(own_data: Path, questions: Path, tmp_path
 
 
 def test_a_folders_tokenizer_reads_prompts(own_data: Path) -> None:
-    """Data made with a Hugging Face tokenizer name no tokenizer; special tokens of a prompt are read as such."""
+    """If the data name no tokenizer, prompts use the model folder's tokenizer, which recognises special tokens."""
     manifest = load_manifest(own_data)
     own = Vocabulary(own_data, manifest, vocab_size=VOCAB)
     unnamed = manifest.model_copy(update={"tokenizer": None})
@@ -171,7 +171,7 @@ def test_a_folders_tokenizer_reads_prompts(own_data: Path) -> None:
 
 @pytest.mark.full
 def test_the_readmes_commands_for_an_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands run in order on the folder that docs/examples/tiny_qwen3_moe.py makes, for two steps."""
+    """Runs the commands in order on the folder that docs/examples/tiny_qwen3_moe.py makes. Training takes two steps."""
     text = (ROOT / "README.md").read_text()
     (commands,) = re.findall(r"```console\n(\$ moe-dist prepare-data --tokenizer.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)

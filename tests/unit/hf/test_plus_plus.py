@@ -92,7 +92,7 @@ def test_a_trained_model_leaves_in_it(tmp_path: Path) -> None:
         run, out = tmp_path / f"run{number}", tmp_path / f"out{number}"
         ours = saved_model(run, tmp_path / "data", free | {"model.moe.router": {"kind": "top_k", "normalise": normalise}})
         assert export_model(run, out, family="qwen3_moe_plus_plus").folded == 0
-        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # no padding, which would get no gradient
+        tokens, model = torch.arange(1, 21).view(2, 10), their_model(out)  # no padding (id 0), because it gets no gradient
         torch.testing.assert_close(model(tokens).logits, logits(ours, tokens), rtol=1e-5, atol=1e-5)
         blocks = {
             f"model.layers.{layer}.mlp.{name}": tensor.requires_grad_()

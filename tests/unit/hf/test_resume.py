@@ -68,7 +68,7 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
     places = [place for slot in slots(section, family) for place in slot.places[:1]]
     places += [place for place, _ in idle_places(section, family)]
     entries, end = {}, 0
-    for name, shape in {place.name: place.shape for place in places}.items():  # one may contain several of our tensors
+    for name, shape in {place.name: place.shape for place in places}.items():  # a stored tensor may contain several of ours
         begin, end = end, end + 2 * math.prod(shape)
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
@@ -158,7 +158,7 @@ def test_what_goes_on_is_what_would_have_been(tmp_path: Path, at: int) -> None:
     one, other = (
         json.loads((tmp_path / name / "step_0/index.json").read_text())["tensors"] for name in ("straight", "ours")
     )
-    assert one == other  # with every fingerprint
+    assert one == other  # all fingerprints are equal, too
     assert not (tmp_path / "ours.importing").exists()
 
 

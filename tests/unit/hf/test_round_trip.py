@@ -36,7 +36,7 @@ KINDS = (
     "longcat_flash", "longcat_flash scaled", "gpt_oss", "gpt_oss plain",
 )  # fmt: skip
 
-PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # one tensor of these families has parts of several of our tensors
+PARTED = ("longcat_flash", "gpt_oss", "gpt_oss plain")  # their tensors may have parts of several of our tensors
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ def test_what_is_written_is_a_whole_checkpoint_of_the_configuration_beside_it(tm
     specs = {name: spec for name, spec in state_specs(config).items() if not name.startswith(OPTIMIZER_PREFIX)}
     assert verify(folder, specs)[1] == []
     counted = parameters(config.model)
-    biases = {name for name in specs if ".router." in name and name.endswith(".bias")}  # buffers
+    biases = {name for name in specs if ".router." in name and name.endswith(".bias")}  # biases are buffers
     assert sum(math.prod(spec.shape) for name, spec in specs.items() if name not in biases) == counted.total
     assert open_checkpoint(folder).index.tensors.keys() == specs.keys()
     assert config.run.init_from == str(tmp_path / "ours")

@@ -103,8 +103,8 @@ CASES: dict[str, dict[str, Any]] = {
     "expert_choice softmax": router("expert_choice", causal="threshold", score="softmax") | {"model.moe.groups": TRUE_ONLY},
 }  # fmt: skip
 
-# With the imports of test_imports_compute_the_same_as_their_own_class and the choices of
-# test_choices_that_count_for_nothing_do_no_work, these cases have every value of a field; the others are products of them.
+# These cases cover every value of each field, together with the imports of test_imports_compute_the_same_as_their_own_class
+# and the choices of test_choices_that_count_for_nothing_do_no_work. All other cases combine the same values.
 COVER = (
     "groups", "single null row", "free all_chosen bias", "dense first", "latent attention", "depths window", "relu",
     "expert_choice auxiliary",

@@ -96,8 +96,8 @@ def asked(kind: Any, arguments: Sequence[tuple[str, ...]]) -> list[Instance]:
 
 
 def likeliest(model: Any, contexts: Sequence[str]) -> tuple[str, str]:
-    """Returns the first context whose most likely next token is text that survives decoding and encoding, and this
-    text."""
+    """Returns a context and its most likely next token as text. Takes the first context whose token is restored by decoding
+    and encoding."""
     for context in contexts:
         ids = model.tok_encode(context)
         token = int(model._model_call(torch.tensor([ids]))[0, -1].argmax())

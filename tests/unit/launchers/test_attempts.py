@@ -61,7 +61,7 @@ def test_local_and_ray_restart_by_one_rule(
 
 
 FAILED, GAINED = AttemptEnd(1, 10, 10), AttemptEnd(1, 0, 10)
-PREEMPTED = AttemptEnd(75, 10, 10)  # while it was starting
+PREEMPTED = AttemptEnd(75, 10, 10)  # preempted while it was starting
 KILLED_IN_STOP = AttemptEnd(1, 10, 10, asked=True)
 LIMIT = "it was restarted 3 times already (max_restarts)"
 FRUITLESS = "2 failed attempts in a row committed no checkpoint after step 10"

@@ -89,7 +89,7 @@ def site(tmp_path: Path, tiny_data: Path) -> Site:
 
 @pytest.mark.parametrize(
     ("overrides", "options"),
-    [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # no data, or a wrong number of ranks
+    [(["data.path=/nowhere"], {}), ([], {"nproc": 3}), ([], {"nproc": 8})],  # missing data, or a wrong number of ranks
 )
 def test_a_bad_configuration_costs_no_process_and_no_folder(
     site: Site, overrides: list[str], options: dict[str, Any]

@@ -24,7 +24,7 @@ def test_a_lost_rank_is_the_cause_although_peers_failed_before() -> None:
     course.end(0, 1, 10.0, frozen=nobody)
     assert course.signals_due(NONE, 11.9) == []
     assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
-    assert course.signals_due(NONE, 12.1) == []  # once
+    assert course.signals_due(NONE, 12.1) == []  # each signal is due only once
     course.end(1, -15, 12.5, frozen=nobody)
     assert course.signals_due(NONE, 15.9) == []
     assert course.signals_due(NONE, 16.0) == [signal.SIGKILL]
@@ -76,7 +76,7 @@ def test_ranks_that_still_run_are_stopped_after_one_has_stopped_by_itself(capsys
     assert course.signals_due(NONE, 70.0) == [signal.SIGTERM]
     assert "SIGTERM to the ranks that still run" in capsys.readouterr().out
     course.end(1, 75, 85.0, frozen=nobody)
-    assert course.signals_due(NONE, 309.9) == []  # no second SIGTERM, and no early SIGKILL
+    assert course.signals_due(NONE, 309.9) == []  # no second SIGTERM, and SIGKILL not before 310 s
     assert course.signals_due(NONE, 310.0) == [signal.SIGKILL]
     course.end(2, -15, 86.0, frozen=nobody)
     outcome = course.outcome(None)
@@ -95,7 +95,7 @@ def test_a_rank_that_stops_by_the_sigterm_after_a_failure_is_no_request_to_stop(
 
 def test_a_rank_that_stops_before_the_sigterm_after_a_failure_was_asked_to() -> None:
     course = tracker(2)
-    course.end(1, 1, 10.0, frozen=nobody)  # rank 1 lost the store of rank 0, which was stopped
+    course.end(1, 1, 10.0, frozen=nobody)  # rank 0 was stopped, so rank 1 lost its store
     course.end(0, 75, 10.1, frozen=nobody)
     assert course.signals_due(NONE, 12.0) == [signal.SIGTERM]
     assert course.outcome(None).stop == signal.SIGTERM

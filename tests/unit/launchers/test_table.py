@@ -1,4 +1,4 @@
-"""The commands know the launchers of the project and the launchers of installed packages."""
+"""The commands offer the launchers of this project and of installed packages."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Each launcher concludes from the ends of the ranks which rank is at fault, and what the attempt's verdict is.
+"""From the exit codes of the ranks, each launcher concludes which rank is at fault, and the attempt's verdict.
 
 Each case is a history of one attempt of four ranks, two on each of the nodes n1 and n2. Slurm reads the history in srun's
 lines. The local launcher and Ray get it from their rank tracker.
@@ -193,7 +193,7 @@ def test_the_words_of_a_memory_limit_stand_in_the_verdict(folder: RunFolder, lin
         (["n1: task 0: Exited with exit code 75", "n2: task 2: Killed"], (75, "saved", 0), 75),
         (["n1: task 0: Terminated"], None, 75),
         (["n2: task 2: Exited with exit code 78"], None, 78),
-        (["n2: task 2: Exited with exit code 1"], (1, "CUDA error", 2), 1),  # while it saved
+        (["n2: task 2: Exited with exit code 1"], (1, "CUDA error", 2), 1),  # failed while it saved
         (["Node failure on n2", "n1: task 0: Exited with exit code 75"], (75, "stopped while rank 0 waited", 0), 1),
     ],
 )

@@ -1,5 +1,5 @@
-"""Attention is causal, stays inside documents, and supports grouped heads and sinks. With dense and with flex masks it
-equals a loop."""
+"""Attention is causal, stays inside documents, and supports grouped heads and sinks. With dense and with flex masks its
+results equal a loop's."""
 
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ def by_loop(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, win
     return out
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on a CPU
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # on a CPU it is not compiled
 @pytest.mark.parametrize("make_mask", [dense_mask, flex_mask])
 @pytest.mark.parametrize(("kv_heads", "window"), [(1, None), (2, None), (4, None), (2, 1), (2, 2), (2, 6)])
 @pytest.mark.slow

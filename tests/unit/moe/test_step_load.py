@@ -1,5 +1,5 @@
-"""Tests which loads are kept for the next step's balance loss, that the loss equals a slow loop's, and that a damaged
-state is refused."""
+"""Tests which loads are kept for the next step's balance loss, that the loss equals the loss of a slow loop, and that a
+damaged state is refused."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ Change = Callable[[int, dict[str, Any], np.random.Generator], None]
 
 
 def usual(step: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Returns a healthy step: losses and gradient fall with noise, each rank reads batches of its own."""
+    """Returns a healthy step: losses and gradient fall with noise, and each rank reads different batches."""
     labels_M = np.array([300, 200])
     level = 2 + 6 * math.exp(-step / 40)
     loss_D = level * rng.normal(1, 0.03, RANKS)
@@ -38,7 +38,7 @@ def usual(step: int, rng: np.random.Generator) -> dict[str, Any]:
 
 def hints(change: Change, *, steps: int = 120, held_out: Callable[[int], float] = lambda _: 0.0) -> list[tuple[int, Hint]]:
     """Simulates a run that `change` alters. Returns the hints about training, each with its step. A healthy run's held-out
-    loss falls with the training loss; `held_out` returns what is added to it after a step."""
+    loss falls with the training loss; `held_out` returns a number that is added to it after a step."""
     rng, placement = np.random.default_rng(0), draw_placement(GROUPS, RANKS)
     watch, said = HintWatch(GROUPS, (1, 2, 3)), []
     for step in range(1, steps + 1):
@@ -107,7 +107,7 @@ def flat(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
     changes["nll_M"] = 8.3 * changes["labels_M"] * rng.normal(1, 0.003, 2)
 
 
-# Name -> (change of a step, what is added to the held-out loss, kind of hint, words in its text, last step)
+# Name -> (change of a step, addition to the held-out loss, kind of the hint, words in the hint's text, last step)
 FAULTS: dict[str, tuple[Change, Callable[[int], float], str, str, int]] = {
     "corrupt batches": (random_tokens, lambda _: 0, "spike/text", "look at the data that these steps read (steps ", 90),
     "the loss rises": (rises, lambda _: 0, "loss", "the loss rose from ", 120),
@@ -152,7 +152,7 @@ def one_odd_batch(step: int, changes: dict[str, Any], _: np.random.Generator) ->
 
 def fast(step: int, changes: dict[str, Any], _: np.random.Generator) -> None:
     changes["nll_M"] = changes["nll_M"] * (1 + 3 * math.exp(-step / 5))
-    changes["grad_norm"] = 0.05 * min(step, 40)  # as with a warm-up from zero
+    changes["grad_norm"] = 0.05 * min(step, 40)  # like a warm-up from zero
 
 
 def alternating(step: int, changes: dict[str, Any], _: np.random.Generator) -> None:

@@ -64,7 +64,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def test_ranks_of_other_nodes_wait_while_rank_0_waits_for_the_lease(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another attempt writes to the run for minutes, as measured by the waiting rank's clock."""
+    """Another attempt writes to the run for minutes (by the clock of the waiting ranks), so rank 0 waits for the lease."""
     now = [0.0]
 
     def sleep(_: float) -> None:
@@ -116,7 +116,7 @@ def test_ranks_far_apart_meet_and_rank_0_says_who_is_missing(
     (`owned`)."""
     monkeypatch.setattr(rendezvous, "SOON_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "SAY_SECONDS", 0.2)
-    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for a late one with this limit
+    monkeypatch.setattr(rendezvous, "SHARED_SECONDS", 0.0)  # no rank waits for late ranks
     monkeypatch.setenv("MOE_DIST_RENDEZVOUS_HOST", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -250,7 +250,7 @@ def test_a_second_run_on_the_port_is_told_the_first_and_does_not_disturb_it(
     first.append(start(THIRD, folder=night))
     assert {rank.result(600) for rank in first} == {"of-rank-0"}
 
-    taken = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)  # as of another process
+    taken = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=600), wait_for_workers=False)  # another run's store
     PrefixStore("moe_dist", taken).set("run", '["night", "node1"]')
     monkeypatch.setenv("MASTER_PORT", str(taken.port))
     with refused(ConfigError, words, golden=False):

@@ -1,4 +1,5 @@
-"""setup.py's oldest torch, 2.11, works, although it lacks `ShardPlacementResult`, which shards experts over edp ranks."""
+"""torch 2.11, the oldest that setup.py allows, works without `ShardPlacementResult`, which shards experts over edp
+ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tests which slot serves each rank's pairs, and the ranks' shares of load."""
+"""Tests which slot processes each rank's pairs, and the ranks' shares of load."""
 
 import numpy as np
 import pytest

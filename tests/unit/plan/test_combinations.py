@@ -216,7 +216,7 @@ def build_each_rank(plan: Preflight) -> None:
 
 
 def run(numbers: range, seed: int, data: Path, root: Path) -> None:
-    """Draws all configurations up to the last number in `numbers`, and builds those whose number is in `numbers`."""
+    """Draws configurations in order, and builds those whose position is in `numbers`."""
     rng, built, count = random.Random(seed), 0, len(numbers)
     for number in range(numbers.stop):
         values = drawn(rng, data, root)

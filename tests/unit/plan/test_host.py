@@ -1,4 +1,4 @@
-"""Tests what a configuration requires of the machine, such as Apex or a Unix group. The checks need no torch."""
+"""Tests the checks of a configuration's needs (such as Apex or a Unix group) on this machine. The checks need no torch."""
 
 import grp
 import importlib.util

@@ -47,7 +47,7 @@ def test_groups_of_a_configuration() -> None:
         (InterleavedSection(), (2, 1), {}, ((0,), (1,), (2,), ())),
         (pinned(a=(2, 0), b=(1, 3)), (5, 3), {}, ((3, 4), (5, 6), (0, 1, 2), (7,))),
         (pinned(a=(0, 1, 2), b=(3,)), (2, 1), {}, ((0,), (1,), (), (2,), ())),
-        (PinnedSection(), (4, 4), {"a": 300, "b": 100}, ((0, 1), (2,), (3,), (4, 5, 6, 7))),  # 3 ranks and 1, like the mix
+        (PinnedSection(), (4, 4), {"a": 300, "b": 100}, ((0, 1), (2,), (3,), (4, 5, 6, 7))),  # 3 ranks and 1, as 300 : 100
         (PinnedSection(), (4, 4), {"a": 100, "b": 100}, ((0, 1), (2, 3), (4, 5), (6, 7))),
         (
             PinnedSection(),
@@ -55,7 +55,7 @@ def test_groups_of_a_configuration() -> None:
             {"a": 1, "b": 999},
             ((0, 1, 2, 3), (4, 5), (6,), (7,)),
         ),  # each group gets at least one rank
-        (PinnedSection(), (4, 4), {}, ((0, 1), (2, 3), (4, 5), (6, 7))),  # without a mix all groups count equally
+        (PinnedSection(), (4, 4), {}, ((0, 1), (2, 3), (4, 5), (6, 7))),  # if no mix is given, all groups count equally
         (pinned(b=(1,)), (3, 2, 1), {"a": 100, "b": 1, "c": 1}, ((0, 1), (3, 4), (2,), (5,))),
         (PinnedSection(), (1, 2), {"a": 1000, "b": 1}, ((0,), (1,), (2,), (), (), ())),  # at most one rank per expert
         (ExplicitSection(slots=(("b/0", "a/1"), (), ("a/0", "a/2"))), (3, 1), {}, ((1, 3), (), (0, 2))),

@@ -45,7 +45,7 @@ def test_traced_rows_are_those_of_a_slow_count(wire: Wire) -> None:
             assert inside + between == (pairs if wire.each_pair else rows)
         here = [expert for expert in experts if rank_of[expert] == rank]
         each = len(here) if wire.each_pair else len({t for t, e in zip(tokens, experts, strict=True) if rank_of[e] == rank})
-        # Rows arrive from the node's other rank. With two hops, it sends its own rows and forwards those of one rank of
+        # Rows arrive from the node's other rank. With two hops, it sends its own rows and forwards the rows of one rank of
         # the other node. With one hop, it sends only its own rows.
         arrived = each * ((wire.node - 1) * (2 if wire.hops == 2 else 1))
         assert load.inside[0, layer, rank] == max(inside, arrived)

@@ -44,7 +44,7 @@ def slow_play(events: list[Event], ranks: int) -> list[float]:
         index = todo[rank][stream][0]
         event = events[index]
         if any(other not in done[rank] for other in event.after):
-            continue  # it is tried again when the last of these ends
+            continue  # it is tried again when its last predecessor ends
         start = max(now, free[rank][stream], *(done[rank][other] for other in event.after), 0.0)
         meeting = {rank: start}
         if stream == WIRE:
@@ -141,7 +141,7 @@ def test_exchanges_and_rings() -> None:
     assert exchange_seconds(RATES, 4, 16.0, 10.0) == pytest.approx(5.5)  # both levels work at once, so the slower counts
     assert exchange_seconds(RATES, 1, 0.0, 0.0) == 0.0
     assert collective_seconds(RATES, 8.0, 4, 4) == pytest.approx(1.2)
-    assert collective_seconds(RATES, 6.0, 8, 4) == pytest.approx(1.25)  # four ranks of a node send together: 8 a second
+    assert collective_seconds(RATES, 6.0, 8, 4) == pytest.approx(1.25)  # four ranks of a node together send 8 per second
     assert collective_seconds(RATES, 8.0, 8, 1) == pytest.approx(4.5)
     assert collective_seconds(RATES, 8.0, 1, 1) == 0.0
     assert CURVE.at(np.array([0.0, 10.0, 1e6])) == pytest.approx([1e9, 1e10, 1e11])

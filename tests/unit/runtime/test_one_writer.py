@@ -43,7 +43,7 @@ class Overtaken:
     def overtake(self) -> None:
         """Replaces the first writer. The second writer must wait for the stale time, because the first writer's process
         is alive."""
-        self.first._ended.set()  # no more heartbeats
+        self.first._ended.set()  # ends the heartbeats
         self.second = self._open("second")
 
     def save(self, step: int, check: Callable[[], None]) -> None:
@@ -121,8 +121,8 @@ def test_the_verdict_of_a_writer_that_wakes_up_is_not_written(
 def test_a_writer_suspended_before_replacing_latest_does_not_replace_it(
     run: Overtaken, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
-    """A writer that stops while it syncs the new pointer is refused by the next check. If a writer is suspended after
-    this check, its pointer file is gone when it goes on: the second writer clears the folder before it reads `latest`."""
+    """A writer that stops while it syncs the new pointer is refused by the next check. A writer suspended after this check
+    later finds its pointer file gone: the second writer clears the folder before it reads `latest`."""
     run.save(10, lambda: None)
     sync, looks = os.fsync, itertools.count(1)
 

@@ -20,7 +20,7 @@ def test_a_place_survives_the_environment() -> None:
 def test_the_planned_place_passes_and_an_unknown_one_too() -> None:
     check_place(PLACE, RIGHT)
     check_place(PLACE, Found("node2"))
-    check_place(PLACE, Found("node2", gpus=("4",)))  # with srun --gpus-per-task each rank sees only its own GPU
+    check_place(PLACE, Found("node2", gpus=("4",)))  # under srun --gpus-per-task each rank sees only its own GPU
     check_place(None, RIGHT)
 
 

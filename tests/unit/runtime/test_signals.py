@@ -1,4 +1,4 @@
-"""Stop signals, each tested in its own process."""
+"""Tests stop signals, each in a separate process."""
 
 import signal
 import subprocess

@@ -1,4 +1,4 @@
-"""A slow start prints what it is doing."""
+"""During a slow start, the program prints its current activity."""
 
 import io
 

@@ -86,7 +86,7 @@ def test_a_sheet_has_the_held_out_captions(own_run: Path, tmp_path: Path) -> Non
 def test_a_planted_tokenizer(
     own_run: Path, own_data: Path, tmp_path: Path, added: dict[str, object], exit_code: int, message: str
 ) -> None:
-    """One asks for padding, which is left out. One makes 2^34 letters of one, and is stopped. One clears the terminal."""
+    """Tokenizers request padding (left out), expand a letter to 2^34 letters (stopped), or clear the terminal."""
     data = shutil.copytree(own_data, tmp_path / "data")
     values = json.loads((data / "tokenizer.json").read_text())
     (data / "tokenizer.json").write_text(json.dumps(values | added))

@@ -111,7 +111,7 @@ def test_of_several_held_out_traces_the_latest_step_is_read(run: Path, manifest:
 def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "report.html"
     placed = tmp_path / "placed.yaml"
-    placed.write_text("slots: [[text/0, text/1, text/2], [image/0, image/1]]")  # as in the run
+    placed.write_text("slots: [[text/0, text/1, text/2], [image/0, image/1]]")  # the run's placement
     done = invoke(
         main, run, "--against", run / "trace", "-o", out, "--ep", "3,5", "--node-sizes", "2", "--placement", placed
     )
@@ -203,7 +203,7 @@ def test_a_tokenizer_that_takes_all_memory_is_refused(run: Path, tiny_data: Path
 
 
 def test_long_tokens_are_cut_and_a_ledger_may_lack_numbers(run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """The classes of tokens are regular expressions whose time is quadratic, and a page shows a token many times."""
+    """Tokens are classified by regular expressions that take quadratic time, and a page shows a token many times."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     Tokenizer(models.WordLevel({"1" * 100_000 + "x": 0}, unk_token="1")).save(str(data / "t.json"))
     values = json.loads((data / "manifest.json").read_text())

@@ -53,7 +53,7 @@ def test_the_report_of_a_foreign_run(tmp_path: Path) -> None:
     assert routing.tokens.steps == (1, 21, 41)
     assert not problems(routing)
     page = page_of(folder)
-    assert re.search("[Nn]o rule finds a fault", page)  # on a busy machine the run may warn of slow steps before
+    assert re.search("[Nn]o rule finds a fault", page)  # a busy machine may also cause a warning of slow steps
     assert "2 MoE layers (routed: 8 experts + 0 null, top 2)" in page
     assert re.search(r"word\d+", page)
     assert "bytes a token" in page
@@ -74,7 +74,7 @@ def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCap
     assert page.index("What is wrong in steps 11 to 60") < page.index(first.split(";")[0].replace("'", "&#x27;"))
     warned = [record.message for record in caplog.records if record.name.startswith("moe_dist.monitor")]
     routed = [text for text in warned if "routed" in text]  # other hints may be about slow steps on a busy machine
-    (cause,) = routed  # the hints of busy and dead experts do not follow it
+    (cause,) = routed  # no hints of busy or dead experts follow from it
     assert re.match(r"step 10: the router of layer 1 gives all tokens the same scores .* choose \d, \d;", cause)
     events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
     assert {"moe/load/routed", "moe/relative_entropy"} <= set(events.Tags()["images"])

@@ -57,7 +57,7 @@ def test_the_counts_are_those_of_an_evaluation(run: Path) -> None:
         for name in ("labels_BS", "label_modality_BS")
     )
     assert np.array_equal(np.isnan(found.losses), label_T == IGNORED)
-    for m, name in enumerate(trained.manifest.modalities):  # float16 has 11 bits
+    for m, name in enumerate(trained.manifest.modalities):  # losses are float16, with 11 bits
         of_modality = found.losses[(label_T != IGNORED) & (modality_T == m)].astype(np.float64)
         assert of_modality.mean() == pytest.approx(heldout.loss[name], rel=2e-3)
     assert len(np.unique(found.tokens["sequence"])) == sum(int((~b.padding_BS).any(1).sum()) for b in batches)

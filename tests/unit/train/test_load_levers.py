@@ -1,5 +1,5 @@
-"""Tests the decisions to move and to replicate experts: for several hot experts, for an expert hotter than a rank's
-even share, under noise, by costs, and with a saved state."""
+"""Tests the decisions to move and to replicate experts. Cases have several hot experts, one expert hotter than a rank's
+even share, noise, different costs, and a saved state."""
 
 import json
 from collections.abc import Callable
@@ -66,8 +66,8 @@ class Replicating(Played):
 
 
 def drawn(name: str, step: int) -> np.ndarray:
-    """Draws the counts of 8,192 pairs. Eight experts are 16 times as likely as the others: of any ranks (W1), of one rank
-    (W2), or of the next rank at each step (W6)."""
+    """Draws the counts of 8,192 pairs. Eight hot experts are 16 times as likely as other experts. They are on any ranks
+    (W1), on one rank (W2), or on another rank in each step (W6)."""
     hot = np.random.default_rng(3).permutation(64)[:8] if name == "W1" else np.arange(8) + 16 * (step % 4) * (name == "W6")
     weight_E = np.where(np.isin(np.arange(64), hot), 16.0, 1.0)
     return np.random.default_rng([3, step]).multinomial(8192, weight_E / weight_E.sum())[None]

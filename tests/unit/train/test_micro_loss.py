@@ -1,4 +1,4 @@
-"""The loss of a micro-batch is the sum of its terms, and label counts by modality equal a loop."""
+"""The loss of a micro-batch is the sum of its terms, and label counts by modality equal the counts of a loop."""
 
 import torch
 

@@ -125,7 +125,7 @@ def test_lines_that_are_no_facts_are_named(tmp_path: Path, line: str, key: str) 
     path.write_text('{"asked": "a", "answer": "b", "id": "x"}\n' + line + "\n")
     with refused(DataError, key, golden=False) as error:
         read_facts([path])
-    assert "wrong.1: " not in str(error.value)  # a list may have millions of faults
+    assert "wrong.1: " not in str(error.value)  # of many faults in a list, only the first is named
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

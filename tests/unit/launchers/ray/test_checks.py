@@ -1,5 +1,4 @@
-"""The checks warn if a Ray cluster is exposed without a token, and if `ray job stop` leaves too little time for a
-save."""
+"""The checks warn if a Ray cluster is exposed without a token, and if `ray job stop` leaves too little time for a save."""
 
 import socket
 

@@ -105,8 +105,7 @@ def test_a_submission_quotes_arguments_makes_paths_absolute_and_sets_the_grace(
 def test_variables_reach_the_ranks_by_a_file_that_ray_does_not_show(
     yaml: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The variable reaches the driver's plan, but nothing that Ray stores about the job contains the variable's
-    value."""
+    """The variable reaches the driver's plan, but nothing that Ray stores about the job contains the variable's value."""
     api = answers(monkeypatch, Api([]))
     monkeypatch.setenv("WANDB_API_KEY", "not-to-be-seen")
     run = load_config(yaml)

@@ -84,7 +84,7 @@ def test_missing_data_are_named_at_once_and_a_new_file_is_waited_for(
     began, log, actor = time.monotonic(), tmp_path / "log", RankActor(0)
     assert actor.worker([str(log)], str(tmp_path / "data")).missing == (str(tmp_path / "data"),)
     assert time.monotonic() - began < 10.0
-    threading.Timer(0.5, log.touch).start()  # like an NFS client that sees the driver's folder late
+    threading.Timer(0.5, log.touch).start()  # as if an NFS client saw the driver's folder late
     assert actor.worker([str(log)], str(tmp_path)) == WorkerInfo("n1", "10.0.0.1", {}, ("3",))
     monkeypatch.setattr(ray_rank, "SEEN_SECONDS", 0.0)
     assert actor.worker([str(tmp_path / "none")], str(tmp_path)).missing == (str(tmp_path / "none"),)

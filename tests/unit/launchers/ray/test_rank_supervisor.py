@@ -119,7 +119,7 @@ def test_the_rank_dies_with_its_supervisor(kept: Callable[..., Kept]) -> None:
 def test_signals_are_forwarded_and_the_supervisor_ignores_its_own(
     kept: Callable[..., Kept], number: signal.Signals
 ) -> None:
-    # Python drops what a handler raises while a file without `with` is closed.
+    # Python drops an exception that a signal handler raises while a file without `with` is closed.
     program = """
     import signal
     def stop(number, frame): sys.exit(75)

@@ -42,7 +42,7 @@ def check(*, save_seconds: float = 20.0, config: str = CONFIG, **cluster: object
         ({}, []),
         ({"exclude": ("n2",)}, [("nodes", 69)]),
         ({"time": "2-00:00:00"}, [("time limit", 78)]),
-        ({"save_seconds": 40.0}, []),  # nothing preempts
+        ({"save_seconds": 40.0}, []),  # preemption is off
         (
             {"save_seconds": 40.0, "config": CONFIG.replace("preempt/none", "preempt/partition_prio")},
             [("stop grace", 0)],  # Slurm kills the ranks after KillWait, before the save ends

@@ -75,7 +75,7 @@ class Node:
         stand_in(folder, monkeypatch, scontrol=f'case "$*" in {cases} esac', sbatch='echo "$*" >>asked')
         self.hosts = ["n1"]
         (folder / "node_state").write_text("DOWN+NOT_RESPONDING")
-        monkeypatch.chdir(ROOT)  # the clone
+        monkeypatch.chdir(ROOT)  # the job starts in the clone
 
     def attempt(self, srun: str, *, restarts: int = 0, **variables: str) -> int:
         stand_in(self.folder, srun=f'echo "$*" >>sruns; {srun}')
@@ -180,8 +180,7 @@ def test_a_job_that_saves_nothing_after_a_fault_is_requeued_once(node: Node, cap
 def test_preemptions_and_time_limits_before_the_first_checkpoint_never_end_a_job(
     node: Node, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The job goes on also if Slurm kills the batch script before the ranks have saved, and if a stopped attempt
-    saves."""
+    """The job goes on also if Slurm kills the batch script before the ranks have saved, and if a stopped attempt saves."""
     limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1300"}
     kills = "kill -TERM $PPID; sleep 1; exit 137"  # the parent of srun is the batch script
     for restarts, srun in enumerate(["exit 75", "exit 75", kills, f"echo step_1 >{node.run.checkpoints}/latest; exit 75"]):

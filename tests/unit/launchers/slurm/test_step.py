@@ -62,7 +62,7 @@ def test_sruns_lines_about_failed_tasks_are_held_back(capfd: pytest.CaptureFixtu
         (["n1: task 1: Killed"], (0, 0, -9, 0), (2,)),
         (["n1: tasks 0-1: Exited with exit code 3", "n2: task 2: Bus error"], (3, -7, 3, 0), (0, 2, 1)),
         (["n2: task 3,2: Aborted"], (0, -6, 0, -6), (3, 1)),
-        (["n2: task 9: Killed"], (0, 0, 0, 0), ()),  # no planned task
+        (["n2: task 9: Killed"], (0, 0, 0, 0), ()),  # task 9 is not in the plan
         # After its announcement srun kills the remaining tasks. Their ranks did not fail.
         (
             ["n1: task 0: Exited with exit code 3", "srun: First task exited 60s ago", "n2: task 2: Killed"],

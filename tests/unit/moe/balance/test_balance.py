@@ -142,8 +142,8 @@ def test_a_proportional_integral_controller_is_the_sum_of_errors_and_the_last_on
         {"0": 3},
         {"0": {"text": [1.0]}},
         {"0": {"text": "x"}},
-        {"0": {"text": [[0.1] * 4]}},  # one layer of two
-        {"0": {"text": [[0.1] * 3] * 2}},  # three experts of four
+        {"0": {"text": [[0.1] * 4]}},  # only one of two layers
+        {"0": {"text": [[0.1] * 3] * 2}},  # only three of four experts
         {"0": {"text": [[0.1], [0.1]]}},  # torch would broadcast it to all experts
         {"0": {"text": [[0.1] * 4, [0.1]]}},
         {"0": {"text": [[10**400] * 4] * 2}},

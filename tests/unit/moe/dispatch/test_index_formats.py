@@ -1,5 +1,5 @@
-"""DeepEP's index format numbers the slots of all ranks, and uses -1 for no selection. HybridEP's is a boolean map over
-these slots, in which a null choice sets no entry."""
+"""DeepEP's index format numbers the slots of all ranks, and uses -1 for no selection. HybridEP's format is a boolean map
+over these slots, in which a null choice sets no entry."""
 
 import torch
 

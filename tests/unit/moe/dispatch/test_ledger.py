@@ -47,7 +47,7 @@ def test_the_bound_is_the_largest_number_of_rows_over_every_allowed_choice(limit
     placement = ExpertPlacement((group,), ((0, 1, 2), (3, 4), (5, 6, 7), ()))
     size = 8 // node_groups
     for rank in range(4):
-        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # other choices are null
+        choices = [choice for count in (1, 2, 3) for choice in combinations(range(8), count)]  # others are null
         allowed = [choice for choice in choices if len({expert // size for expert in choice}) <= topk]
         rows = [len({placement.rank_of_expert[expert] for expert in choice} - {rank}) for choice in allowed]
         assert placement.most_rows(rank, group) == max(rows)

@@ -70,7 +70,7 @@ def test_grouped_products_give_what_the_loop_gives(dtype: torch.dtype, pair_budg
         options: dict[str, Any] = {"pair_budget": pair_budget, "gemm": gemm, "recompute": recompute}
         layer = one_rank_layer(TopKRouter(RouterContext(16, groups)), 16, std=0.3, **options)
         h_TD = torch.randn(30, 16).to(dtype).requires_grad_()
-        y_TD, _ = layer(h_TD, torch.randint(-1, 1, (30,)))  # without an image token
+        y_TD, _ = layer(h_TD, torch.randint(-1, 1, (30,)))  # no image token
         (y_TD * torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD)).sum().backward()
         results.append([y_TD.detach(), h_TD.grad, *(parameter.grad for parameter in layer.parameters())])
     for loop, grouped in zip(*results, strict=True):

@@ -20,7 +20,7 @@ TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0,
 
 
 def results(routing: Routing, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Returns the integer results, and the float results with gradients for a fixed direction."""
+    """Returns the integer results, the float results, and the gradients of the float results along fixed directions."""
     counts, pairs = routing.counts, routing.assignments
     floats = [pairs.weight_N, routing.aux.prob_LC, routing.aux.log_z_squared_LG]
     directions = [torch.linspace(-1, 2, each.numel()).view_as(each).cos() for each in floats]

@@ -16,8 +16,8 @@ from tests.support.cover import full_unless
 
 D = 5
 TWO = (ExpertGroup("text", 4, 0, 1, 8, 0, ("text",)), ExpertGroup("image", 3, 0, 2, 8, 4, ("image",)))
-MANY = (ExpertGroup("all", 300, 0, 3, 8, 0, ("text",)),)  # so wide that a block has two tokens
-TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0, 1, 1] * 61}  # more than one block
+MANY = (ExpertGroup("all", 300, 0, 3, 8, 0, ("text",)),)  # so many experts that a block has only two tokens
+TOKENS = {"none": [], "one": [0], "padding alone": [-1] * 3, "mixed": [0, -1, 0, 1, 1] * 61}  # "mixed" has several blocks
 
 
 def router_of(kernels: Any, groups: tuple[ExpertGroup, ...], **options: Any) -> ExpertChoiceRouter:

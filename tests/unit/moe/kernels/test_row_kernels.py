@@ -79,7 +79,7 @@ def test_weighted_pairs(shape: str, dtype: torch.dtype) -> None:
     inputs = [drawn(num_pairs), drawn(num_pairs, width, dtype=dtype), drawn(num_pairs, width, dtype=dtype)]
 
     def run(kernels: RowKernels, weight_Q: Tensor, gate_QF: Tensor, up_QF: Tensor) -> list[Tensor]:
-        # on transposed tensors a kernel that assumes contiguous strides fails
+        # transposed tensors detect a kernel that assumes contiguous strides
         gate_QF, up_QF = gate_QF.T.contiguous().T, up_QF.T.contiguous().T
         return [
             kernels.sum_pairs(hidden, weight_Q, index, torch.promote_types(gate_QF.dtype, torch.float32))
@@ -140,7 +140,7 @@ def test_sums_have_the_bits_of_sums_in_the_order_of_the_pairs() -> None:
 GROUPS = (ExpertGroup("text", 4, 2, 2, 16, 0, ("text",)), ExpertGroup("image", 2, 1, 1, 8, 4, ("image",)))
 BATCHES = {
     "both groups": [0, 1, -1, 0, 0, 1, 0, 1, 1, 0, 0],
-    "one group": [0] * 7,  # no pair for the other group's experts
+    "one group": [0] * 7,  # the experts of the other group have no pair
     "all null": [0, 1, 0, 1],
     "padding alone": [-1, -1],
 }

@@ -1,6 +1,6 @@
-"""Every router in which tokens choose experts equals a loop over tokens, counts the chosen columns, ignores padding,
-and repeats its choice in recomputation. Where tokens have different numbers of experts, a controller holds the mean
-number. The other files of this folder test properties of single routers."""
+"""Every router in which tokens choose experts has the results of a loop over tokens, counts the chosen columns, ignores
+padding, and repeats its choice in recomputation. Where tokens have different numbers of experts, a controller holds the
+mean number. The other files of this folder test properties of single routers."""
 
 from collections.abc import Callable
 from itertools import product

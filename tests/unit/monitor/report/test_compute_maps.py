@@ -47,6 +47,6 @@ def test_whole_pictures_and_texts_have_their_tokens_experts() -> None:
         assert picture.shape == (8, 12, 3)
         assert picture[::4, ::4, 0].ravel().tolist() == cells
         assert np.array_equal(experts, colour(experts_T[start : start + 6].reshape(GRID), linear_scale("", 4.0)))
-    _, *texts = page.split("<p")[1:]  # without the legend
+    _, *texts = page.split("<p")[1:]  # drops the legend
     titles = [re.findall(r'title="([\d.]+)"', text) for text in texts]
     assert titles == [[f"{experts_T[i]:.2f}" for i in rows] for rows in ((0, 1), (8,), (13,))]

@@ -89,7 +89,7 @@ def test_a_starved_modality_of_a_shared_group() -> None:
     routing = draw_routing(draw_groups(1, num_experts=8, num_null=8, top_k=4))
     shared = (replace(routing.groups[0], modalities=("text", "image")),)
     modality_T, ids_TLK = np.arange(600) % 2, routing.tokens.ids_TLK.copy()
-    ids_TLK[modality_T == 1] = np.arange(8, 12)  # null experts
+    ids_TLK[modality_T == 1] = np.arange(8, 12)  # image tokens choose only null experts
     fed, starved = (
         replace(routing.tokens, modality_T=modality_T, ids_TLK=ids) for ids in (routing.tokens.ids_TLK, ids_TLK)
     )

@@ -63,7 +63,7 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int)
     """In the second layer experts 0 and 9 have `replicas` replicas each."""
     routing = draw_routing(tokens=120, layers=2)
     tokens = routing.tokens
-    tokens.ids_TLK[::7, 0, 0] = -2 - 3  # a dropped pair sends nothing
+    tokens.ids_TLK[::7, 0, 0] = -2 - 3  # drops these pairs; a dropped pair sends no row
     placement = ExpertPlacement.interleaved(routing.groups, ranks)
     if pinned:
         placement = ExpertPlacement(routing.groups, tuple(tuple(range(4 * rank, 4 * rank + 4)) for rank in range(4)))

@@ -49,7 +49,7 @@ def test_evaluation_shows_what_changed_over_equal_tokens(make_record: MakeRecord
     sink = ConsoleSink(SinkContext(Path(), total_steps=10), console=console)
     sink.evaluation(EvaluationResult(5, {"text": 4.0, "image_no_filler": 3.0, "image": 3.0}, {"image": 50}), {})
     losses = {"text": 3.5, "image_no_filler": 3.25, "image": 2.5}
-    sink.evaluation(EvaluationResult(10, losses, {"image": 60}, {}, 0.812, 0.9), {})  # of other image tokens
+    sink.evaluation(EvaluationResult(10, losses, {"image": 60}, {}, 0.812, 0.9), {})  # with another set of image tokens
     assert console.file.getvalue().splitlines() == [
         "evaluation after step 5: held-out text 4.000, image no filler 3.000, image 3.000",
         "evaluation after step 10: held-out text 3.500 (-0.500), image no filler 3.250 (+0.250), image 2.500; balance "

@@ -43,7 +43,7 @@ class TextSink(ScalarSink):
 def attempt(
     folder: Path, make_record: MakeRecord, subject: Subject, steps: range, *more: Sink, faulty: tuple[int, ...]
 ) -> None:
-    """Runs an attempt that is killed after its last step. It begins after the first of `steps`."""
+    """Runs an attempt over `steps` that is killed after its last step."""
     context = SinkContext(folder, run_name="demo", resume_step=steps[0] - 1, subject=subject)
     made = [JsonlSink(context), *more]
     said = {each.kind: each.step for each in read_hints(folder / "metrics.jsonl")}

@@ -50,7 +50,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 
 def records_of(folder: Path) -> list[Any]:
-    """Reads wandb's file: seven bytes of its own, then LevelDB's log format, blocks of pieces [crc 4, length 2, type 1,
+    """Reads wandb's file: a header of seven bytes, then blocks in LevelDB's log format, of pieces [crc 4, length 2, type 1,
     data]."""
     from wandb.proto import wandb_internal_pb2
 
@@ -76,7 +76,7 @@ def test_offline_writes_files_and_never_connects(tmp_path: Path, make_record: Ma
     import wandb  # 0.7 s, which each worker would need to collect this file
 
     send(WandbSink(SinkContext(tmp_path, run_name="demo", resume_step=4), project="moe", mode="offline"), make_record)
-    wandb.teardown()  # as at the end of the process; after finish() wandb's service process may still write
+    wandb.teardown()  # as a process does at its end; after finish() wandb's service process may still write
     assert tried == []
     records = records_of(tmp_path)
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")

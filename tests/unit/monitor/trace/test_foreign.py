@@ -109,7 +109,7 @@ def test_flame_moe_traces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ({"indices": [[0.5, 2.0]]}, "iter_0540/layer_02"),
         ({"indices": [1, 2]}, "iter_0540/layer_02"),
         ({"indices": []}, "iter_0540/layer_02"),
-        ({"indices": [[0] * (1 << 24)]}, "iter_0540/layer_02"),  # 128 MiB of a file of 1 KB
+        ({"indices": [[0] * (1 << 24)]}, "iter_0540/layer_02"),  # a file of 1 KB that unpacks to 128 MiB
         ({"indices": [[1, 2]]}, "iter_0540/layer_02b"),
         (None, "iter_0540/layer_02"),
     ],

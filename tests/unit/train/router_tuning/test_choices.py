@@ -73,7 +73,7 @@ def test_choices_come_back_and_older_folders_have_none(folder: Path, tmp_path: P
     older = made_samples(tmp_path / "older", ids=(0, 192), layers=(0, 1), columns=13, model={}, longest=8, choices=False)
     assert not (older / "choices.npy").exists()
     values = json.loads((older / "manifest.json").read_text())
-    del values["choices"], values["told"]  # as an earlier version wrote it
+    del values["choices"], values["told"]  # as in a manifest of an earlier version
     (older / "manifest.json").write_text(json.dumps(values))
     found, new = Samples(older), Samples(folder)
     for number in range(20):

@@ -100,8 +100,8 @@ def test_with_one_normalised_choice_cross_entropy_gives_none(folder: Path) -> No
 
 
 def test_the_term_is_the_formula_over_what_a_sample_alone_is_routed_by(folder: Path) -> None:
-    """Value and gradient of the manifold term equal those of its formula. The formula takes r from a forward pass over
-    each sample's prompt alone."""
+    """Value and gradient of the manifold term equal its formula, in which the routing r comes from a forward pass over each
+    sample's prompt alone."""
     samples, batch, layers = Samples(folder), batch_of(folder), (0, 1)
     model = make_model(*layers)
     tuning = make_tuning(folder, model, *layers)
