@@ -7,12 +7,14 @@ Most hints consider a window of steps, because a single unusual batch proves not
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from statistics import median
 
 import numpy as np
 
 from moe_dist.monitor.metrics import Record, slowest_rank
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
+from moe_dist.monitor.setup_hints import Settings, evaluation_hints, setup_hints
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.training_hints import (
     EVERY,
@@ -44,6 +46,7 @@ class HintWatch:
         quiet: Number of steps after a hint in which hints of the same kind are not repeated.
         said: Last step of each kind of hint that earlier attempts of the run have given.
         words: Rewrites the text of each hint.
+        settings: Values of the configuration that rules need.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class HintWatch:
         quiet: int = 200,
         said: Mapping[str, int] | None = None,
         words: Callable[[str], str] = str,
+        settings: Settings = Settings(),
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
-        self._window, self._quiet = window, quiet
+        self._window, self._quiet, self._settings = window, quiet, settings
         self._records: deque[Record] = deque(maxlen=window)  # each has the arrays of its step
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._evaluations: list[Evaluated] = []
@@ -81,7 +85,8 @@ class HintWatch:
         """Adds an evaluation, which follows the record of its step. Returns its hints, except repeats."""
         self._evaluations.append(Evaluated.of(result, tuple(self._records)))
         epochs = self._records[-1].epochs if self._records else {}
-        return self._due(overfit(self._evaluations, epochs), result.step)
+        found = chain(overfit(self._evaluations, epochs), evaluation_hints(self._evaluations))
+        return self._due(found, result.step)
 
     def _due(self, hints: Iterator[Hint], step: int) -> list[Hint]:
         due = [hint for hint in hints if step - self._said.get(hint.kind, -math.inf) >= self._quiet]
@@ -90,8 +95,10 @@ class HintWatch:
 
     def _judge(self, record: Record) -> Iterator[Hint]:
         yield from skipped_step(record, first_bad_layer(record, self._moe_layers) if record.skipped else None)
+        yield from (Hint(*problem) for problem in record.problems)
         if record.step % EVERY == 0:
             records = tuple(self._records)
+            yield from setup_hints(records, self._settings)
             self._broken = tuple(same_choices(records, self._groups, self._moe_layers))
             yield from self._broken
             yield from exploding(records)

@@ -47,6 +47,7 @@ class Record:
         mixture_of_depths: Sums of the mixture-of-depths layers; None without such layers.
         levers: Decisions that the levers of `rank_balance` made after this step.
         weights: Norms of weights and updates; None in most steps, in which they are not measured.
+        problems: Kind and text of each problem that the training loop found in this step (train/loop/self_checks.py).
     """
 
     step: int
@@ -67,6 +68,7 @@ class Record:
     mixture_of_depths: DepthStatistics | None = None
     levers: Sequence[LeverDecision] = ()
     weights: WeightTable | None = None
+    problems: Sequence[tuple[str, str]] = ()
 
 
 def routing_scalars(

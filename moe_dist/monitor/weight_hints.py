@@ -76,6 +76,15 @@ def weight_hints(records: Sequence[Record], groups: Sequence[ExpertGroup], moe_l
         yield from update_sizes(table)
         if len(records) > 1:
             yield from untrained(records, places, groups, moe_layers)
+    # Norms that multiply by 1 + weight begin with 0, but their first updates change it.
+    weight_N = table.squares_N3[:, 0]
+    norms = [place for place, square in zip(places, weight_N, strict=True) if place.part == "norms" and not square]
+    if norms:
+        yield Hint(
+            "zero/norms",
+            f"the weight of a norm is 0 in {_where(norms)}, so that nothing behind it learns; look at how it was set or loaded: "
+            "some families store this weight minus 1",
+        )
     members: dict[Place, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # bank -> expert -> its tensors
     for row, place in enumerate(places):
         if place.part == "experts" and "bias" not in table.names[row]:

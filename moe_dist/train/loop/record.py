@@ -40,6 +40,8 @@ def build_record(
     readings: Mapping[str, float | None] | None = None,
     levers: Sequence[LeverDecision] = (),
     weights: WeightTable | None = None,
+    problems: Sequence[tuple[str, str]] = (),
+    read_seconds: float = 0.0,
 ) -> Record:
     """Builds the record of a step. Raises ValueError if a modality has the name of a loss term.
 
@@ -49,6 +51,8 @@ def build_record(
             others become part of `Record.host`.
         levers: Decisions that the levers of `rank_balance` made after this step.
         weights: Weights and updates of this step, if they were measured.
+        problems: `Record.problems`.
+        read_seconds: Seconds that this rank waited for the step's batches.
     """
     counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
     tags = tag_plan(len(placement.groups), len(modalities), mixture_of_depths=depths is not None)
@@ -93,6 +97,7 @@ def build_record(
             **{name: value for name, value in readings.items() if not name.startswith("device/")},
             **slowest_rank(result.busy_seconds_W),
             **memory,
+            "read_seconds": read_seconds,
             **needed_factors(result.busiest_G, placement.groups),
             **({} if peak is None else {"mfu_peak": f"{peak / 1e12:g} TFLOP/s of all ranks ({source})"}),
         },
@@ -104,6 +109,7 @@ def build_record(
         mixture_of_depths=depths,
         levers=levers,
         weights=weights,
+        problems=problems,
     )
 
 

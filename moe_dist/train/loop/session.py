@@ -27,6 +27,7 @@ from moe_dist.monitor.costs import costs_markdown, render_costs
 from moe_dist.monitor.devices import DeviceMonitor
 from moe_dist.monitor.hints import HintWatch
 from moe_dist.monitor.pictures import Subject
+from moe_dist.monitor.setup_hints import Settings
 from moe_dist.monitor.sinks.console import choice_lines, summary_table
 from moe_dist.monitor.sinks.prometheus import RaySink
 from moe_dist.monitor.sinks.sink import GuardedSinks, LeaseWatch, Sink, SinkContext
@@ -195,7 +196,9 @@ def open_sinks(
     attempt.lease.check()  # another attempt may have taken the run's lease meanwhile
     made = _build_sinks(checked, folder, progress)  # first drops the hints of steps that are repeated
     said = {each.kind: each.step for each in folder.hints()}
-    watch = HintWatch(checked.placement.groups, checked.config.model.moe_layers, said=said)
+    optimizer = checked.config.optimizer
+    settings = Settings(optimizer.clip_norm, optimizer.weight_decay)
+    watch = HintWatch(checked.placement.groups, checked.config.model.moe_layers, said=said, settings=settings)
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *made], watch)
     attempt.require(sinks.check_written)
     try:

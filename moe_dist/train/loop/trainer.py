@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.garbage import COLLECT_EVERY
 from moe_dist.train.loop.record import build_record
+from moe_dist.train.loop.self_checks import Problem, batch_problems, empty_moments, frozen_weights, kept_gradients
 from moe_dist.train.rank_balance.levers import Lever
 from moe_dist.train.rank_balance.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
@@ -38,6 +40,7 @@ from moe_dist.train.step.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
+CHECK_EVERY = 25
 WINDOW = 100  # the checks at the end of a run use the routing counts of this many last steps
 Loader = TrainLoader | SampleLoader
 
@@ -135,7 +138,9 @@ class Trainer:
         plan, progress, train = self.plan, self.progress, self.plan.config.train
         following = progress.position + train.global_batch if progress.step + 1 < train.steps else None
         batches = self._reader.batches(progress.position, following=following)
+        read_seconds = time.perf_counter() - begin
         watch = self._weights if self._weights is not None and self._weights.due(progress.step) else None
+        problems = self._problems(batches, first=not self._recent) if self.sinks else []
         with self.profile(progress.step + 1):
             result = self.take_step(
                 batches,
@@ -157,11 +162,27 @@ class Trainer:
         _collect(progress.step)
         if self.sinks:
             weights = None if watch is None else watch.take()
-            self._show(result, weights=weights, levers=decisions, seconds=time.perf_counter() - begin)
+            seconds = time.perf_counter() - begin
+            self._show(
+                result, weights=weights, levers=decisions, problems=problems, read_seconds=read_seconds, seconds=seconds
+            )
         for each in decisions:
             if each.placement is not None:
                 self.follow(each.placement)
         return result
+
+    def _problems(self, batches: Sequence[Batch], *, first: bool) -> list[Problem]:
+        """Checks what must hold in each step, in the first step of the attempt and in each `CHECK_EVERY`-th."""
+        step, train, model = self.progress.step, self.plan.config.train, self.take_step.parallel.model
+        modules = getattr(getattr(model, "gpt", None), "chunks", [model])  # of a pipeline's stage, or the whole model
+        found = list[Problem]()
+        if first or (step + 1) % CHECK_EVERY == 0:
+            found += [*batch_problems(batches), *kept_gradients(chain(*(each.parameters() for each in modules)))]
+        if first and step:
+            found += empty_moments(getattr(self.take_step.optimizer, "state", {}))
+        if first and train.only is None and train.frozen is None and self.plan.config.router_tuning is None:
+            found += frozen_weights(modules)
+        return found
 
     def _pull_levers(self, result: StepResult) -> list[LeverDecision]:
         """Calls all levers after a step. Returns their decisions."""

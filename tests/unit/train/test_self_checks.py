@@ -1,0 +1,44 @@
+"""Faults of batches, gradients, moments and parameters are named, and right ones are not."""
+
+from dataclasses import replace
+
+import torch
+
+from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.train.loop.self_checks import batch_problems, empty_moments, frozen_weights, kept_gradients
+
+
+def batch() -> Batch:
+    """Returns a batch of two rows of 80 random tokens, with 20 positions of padding in the last."""
+    tokens_BS = torch.randint(0, 50, (2, 80), generator=torch.Generator().manual_seed(0))
+    padding_BS = torch.zeros(2, 80, dtype=torch.bool)
+    padding_BS[1, 60:] = True
+    labels_BS = tokens_BS.roll(-1, 1).masked_fill(padding_BS | padding_BS.roll(-1, 1), IGNORED)
+    zeros_BS = torch.zeros_like(tokens_BS)
+    return Batch(tokens_BS, labels_BS, zeros_BS, zeros_BS.int(), zeros_BS, zeros_BS, padding_BS, padding_BS)
+
+
+def test_labels_that_are_not_shifted_or_stand_at_padding_are_named() -> None:
+    right = batch()
+    assert list(batch_problems([right])) == []
+    copied = replace(right, labels_BS=right.tokens_BS.masked_fill(right.padding_BS, IGNORED))
+    assert [kind for kind, _ in batch_problems([copied])] == ["labels"]
+    padded = replace(right, labels_BS=torch.where(right.padding_BS, 0, right.labels_BS))
+    assert [kind for kind, _ in batch_problems([padded])] == ["padding"]
+
+
+def test_gradients_moments_and_frozen_matrices_are_named() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert not [*kept_gradients(model.parameters()), *empty_moments(optimizer.state), *frozen_weights([model])]
+    model(torch.ones(1, 3)).sum().backward()
+    assert [kind for kind, _ in kept_gradients(model.parameters())] == ["gradients"]
+    optimizer.step()
+    assert list(empty_moments(optimizer.state)) == []
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+    assert [kind for kind, _ in empty_moments(optimizer.state)] == ["moments"]
+    model.weight.requires_grad_(False)
+    (problem,) = frozen_weights([model])
+    assert problem[1].startswith("weight: frozen")
