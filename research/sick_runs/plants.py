@@ -129,7 +129,7 @@ def layer_rate_zero(trainer: Any) -> None:
     held = [
         (each, each.detach().clone()) for each in parameters(trainer, r"layers\.1\.(attention|self_attn|self_attention)\.")
     ]
-    after_update(trainer, lambda _: torch._foreach_copy_(*zip(*held, strict=True)))
+    after_update(trainer, lambda _: [each.copy_(first) for each, first in held])
 
 
 @plant
@@ -178,7 +178,7 @@ def norm_zero(trainer: Any) -> None:
     norms = list(parameters(trainer, names))
     for each in norms:
         each.detach().zero_()
-    after_update(trainer, lambda _: torch._foreach_zero_(norms))
+    after_update(trainer, lambda _: [each.zero_() for each in norms])
 
 
 @plant
