@@ -13,15 +13,17 @@ from typing import Any
 from research.sick_runs.cases import HERE, STEPS, Case
 from research.sick_runs.rank import FAULT
 
+SHARED = "tokens a second fell"  # true of a machine that others use, too, and no symptom of a fault but a slow one
 WITHIN = 60  # steps from a fault's effect until a rule must have named it
 LIMIT_SECONDS = 420
 LAUNCH = (
-    "import sys; from pathlib import Path; from launchers.local import launch; "
-    "from moe_dist.runtime.command_line import reports_errors, run_command\n"
-    "def main(given: list[str]) -> None:\n"
+    "import sys, typer; from pathlib import Path; from launchers.local import launch; "
+    "from moe_dist.runtime.command_line import reports_errors\n"
+    "try:\n"
     "    with reports_errors():\n"
-    "        sys.exit(launch(Path(given[0]), given[1:], program=('-m', 'research.sick_runs.rank')))\n"
-    "main(sys.argv[1:])"
+    "        sys.exit(launch(Path(sys.argv[1]), sys.argv[2:], program=('-m', 'research.sick_runs.rank')))\n"
+    "except typer.Exit as end:\n"
+    "    sys.exit(end.exit_code)"
 )
 HINT = re.compile(r"^(?:hint|warning) \(step (\d+)\): (.*)")
 USUAL = re.compile(
@@ -46,11 +48,18 @@ def judge(case: Case, out: Path) -> dict[str, Any]:
     finally:
         for each in busy:
             each.kill()
-    status = _command("status", str(folder))
-    printed = _command("report", str(folder))
-    page = folder / "report.html"
-    said = {"console": statements(console, code), "status": _status(status), "report": _report(printed, page)}
-    (folder / "console.txt").write_text(console) if folder.exists() else None
+    if folder.exists():
+        (folder / "console.txt").write_text(console)
+    # The run's folder has the fault's name, which is no statement of the run.
+    console, status, printed = (
+        each.replace(case.key, "RUN")
+        for each in (console, _command("status", str(folder)), _command("report", str(folder)))
+    )
+    said = {
+        "console": statements(console, code),
+        "status": _status(status),
+        "report": _report(printed, folder / "report.html"),
+    }
     record = {"exit": code, "what": case.what, **said, "losses": _losses(folder / "metrics.jsonl")}
     return record if not case.fault else {**record, **verdict(case, said, code, folder)}
 
@@ -92,8 +101,8 @@ def statements(console: str, code: int) -> list[str]:
 
 
 def _status(text: str) -> list[str]:
-    """Returns the lines below the bar: warnings, errors and the attempts with their reasons."""
-    lines = [" ".join(line.split()) for line in text.splitlines()]
+    """Returns the state and the entries below the bar, each on one line: warnings, errors and failed attempts."""
+    lines = [" ".join(line.split()) for line in re.sub(r"\n {6,}(?!\d+ )", " ", text).splitlines()]
     return [
         line for line in lines if line and not re.match(r"━|(step|pace|checkpoint|start|loss) |\d+ local .* done$", line)
     ]
@@ -132,7 +141,7 @@ def verdict(case: Case, said: dict[str, list[str]], code: int, folder: Path) -> 
         first = _losses(folder / "metrics.jsonl")["steps"]
     latest = max(case.effect + WITHIN, -(-(case.effect + 1) // 30) * 30)
     refused = bool(code and named and not (folder / "metrics.jsonl").exists())
-    hints = [line for line in said["console"] if HINT.match(line)]
+    hints = [line for line in said["console"] if HINT.match(line) and SHARED not in line]
     if refused or (len(where) == len(said) and first is not None and first <= min(latest, STEPS)):
         result = "named"
     elif where:

@@ -79,7 +79,7 @@ def overlapping_data(out: Path) -> Path:
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
     fields = json.loads((source / "manifest.json").read_text())
-    manifest = Manifest(**fields)
+    manifest = Manifest.model_validate_json((source / "manifest.json").read_text())
     for name in ("tokenizer.json", "codebook.npy"):
         (part / name).write_bytes((source / name).read_bytes())
     for name, count, most in (("openmoji", 20, 128), ("python", 5, 512)):

@@ -166,10 +166,29 @@ def loss_scaled_rank(trainer: Any) -> None:
 
 @plant
 def dropout(trainer: Any) -> None:
-    for part in modules(trainer):
-        for name, module in part.named_modules():
-            if re.search(EMBEDDING, f"{name}.weight"):
-                module.register_forward_hook(lambda module, _, out: torch.nn.functional.dropout(out, 0.9, module.training))
+    def drop(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        def dropped(x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(x, 0.9, module.training)
+
+        if given:
+            return (dropped(given[0]), *given[1:]), named
+        return given, {**named, "hidden_states": dropped(named["hidden_states"])}
+
+    found = [each for part in modules(trainer) for name, each in part.named_modules() if re.search(r"layers\.0$", name)]
+    found[0].register_forward_pre_hook(drop, with_kwargs=True)
+    if trainer.plan.config.engine.kind == "moe_dist":  # its transformer calls the parts of a layer, and not the layer
+        from moe_dist.model import transformer
+
+        functions, model = transformer.F, modules(trainer)[0]
+
+        class Functions:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(functions, name)
+
+            def embedding(self, *given: Tensor) -> Tensor:
+                return functions.dropout(functions.embedding(*given), 0.9, model.training)
+
+        transformer.F = Functions()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @plant
