@@ -141,7 +141,7 @@ def verdict(case: Case, said: dict[str, list[str]], code: int, folder: Path) -> 
         first = _losses(folder / "metrics.jsonl")["steps"]
     latest = max(case.effect + WITHIN, -(-(case.effect + 1) // 30) * 30)
     refused = bool(code and named and not (folder / "metrics.jsonl").exists())
-    hints = [line for line in said["console"] if HINT.match(line) and SHARED not in line]
+    hints = [line for line in said["console"] if HINT.match(line) and (SHARED not in line or case.fault == "slow-loader")]
     if refused or (len(where) == len(said) and first is not None and first <= min(latest, STEPS)):
         result = "named"
     elif where:
