@@ -82,8 +82,8 @@ def weight_hints(records: Sequence[Record], groups: Sequence[ExpertGroup], moe_l
     if norms:
         yield Hint(
             "zero/norms",
-            f"the weight of a norm is 0 in {_where(norms)}, so that nothing behind it learns; look at how it was set or loaded: "
-            "some families store this weight minus 1",
+            f"the weight of a norm is 0 in {_where(norms)}, so that nothing behind it learns; look at how it was set or "
+            "loaded: some families store this weight minus 1",
         )
     members: dict[Place, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # bank -> expert -> its tensors
     for row, place in enumerate(places):
