@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -42,8 +43,8 @@ class CheckpointDirectory:
         """Returns the step of each committed checkpoint, in ascending order."""
         if not self.folder.is_dir():
             return []
-        found = (step_of(path) for path in self.folder.iterdir() if path.is_dir())  # None for temporary folders
-        return sorted(step for step in found if step is not None)
+        with os.scandir(self.folder) as entries:  # 400,000 paths would take 20 s; temporary folders do not match
+            return sorted(int(found[1]) for each in entries if (found := _COMMITTED.fullmatch(each.name)) and each.is_dir())
 
     def latest_step(self) -> int:
         """Returns the step of the checkpoint that the file `latest` names; -1 before the first save. Raises DataError if

@@ -1,6 +1,7 @@
 """Calls a function in a child process. The child ends itself if a call takes too much time or memory."""
 
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -66,6 +67,8 @@ class TimedCalls:
         raise value
 
     def _serve(self, calls: Connection, others: Connection) -> None:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)  # native code prints its own reports, such as Rust's backtrace
         others.close()  # if this copy stayed open, `recv` would not notice that the parent has ended
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which closes the parent's end of the pipe
         signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -25,7 +25,14 @@ from moe_dist.data.chat_turns import Rendered, Turns, UntoldTurnError, marked_tu
 from moe_dist.data.picture_coding import Document
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.hub_folder import offline, outside_keys
-from moe_dist.formats.tokenizer_file import MAX_ADDED_BYTES, MAX_BYTES, checked_tokenizer, limited, tokenizer_errors
+from moe_dist.formats.tokenizer_file import (
+    MAX_ADDED_BYTES,
+    MAX_BYTES,
+    MAX_TEMPLATE_BYTES,
+    checked_tokenizer,
+    limited,
+    tokenizer_errors,
+)
 
 GUIDE = "docs/data.md"
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")  # transformers finds {% generation %} by this pattern
@@ -76,7 +83,8 @@ class HubTokenizer:
             if not path.is_file():
                 raise DataError(f"{path}: is no regular file; copy or download it again")
             is_small = path.name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
-            if path.stat().st_size > (MAX_ADDED_BYTES if is_small else MAX_BYTES):
+            most = MAX_TEMPLATE_BYTES if path.suffix == ".jinja" else MAX_ADDED_BYTES if is_small else MAX_BYTES
+            if path.stat().st_size > most:
                 raise DataError(f"{path}: {path.stat().st_size:,} bytes, too large to be of a tokenizer; remove the file")
         problem = f"{self._named}: copy or download its files again, because transformers cannot read it"
         with tokenizer_errors(problem):
@@ -242,7 +250,7 @@ def _load(folder: Path) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return read_regular(path, most_bytes=1 << 20).decode()
+        return read_regular(path, most_bytes=MAX_TEMPLATE_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {path}: cannot be read as UTF-8: {error}; name a file of a template") from error
 

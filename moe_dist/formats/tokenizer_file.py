@@ -15,6 +15,7 @@ from moe_dist.errors import DataError
 
 MAX_BYTES = 1 << 27  # largest size of a tokenizer file; the largest known files have 35 MB
 MAX_ADDED_BYTES = 1 << 23  # of all added tokens, for which the library builds an automaton: 0.3 s and 80 MB for each MB
+MAX_TEMPLATE_BYTES = 1 << 20  # largest size of a chat template
 
 
 @dataclass

@@ -31,7 +31,7 @@ from moe_dist.monitor.trace.format import (
 )
 
 MOST_MANIFEST, MOST_INDEX = 1 << 24, 1 << 28  # largest number of bytes of these files
-MOST_STEP = 1 << 31  # largest number of bytes that a step has in each file of a rank
+MOST_STEP = 1 << 28  # largest number of bytes that a step has in each file of a rank; 65,536 tokens of 94 layers have 98 MB
 
 
 class TracedStep(NamedTuple):
@@ -181,9 +181,14 @@ def _read(path: Path, entry: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
     """Reads the rows of a step from one file. Each row has the shape `shape`."""
     first, rows, numbers = int(entry["first"]), int(entry["rows"]), math.prod(shape)
     width = dtype.itemsize * numbers
+    if rows * width > MOST_STEP:
+        raise DataError(
+            f"{path}, step {entry['step']}: {rows * width:,} bytes, and at most {MOST_STEP:,} are read; trace fewer tokens "
+            "of a step (monitor.trace.tokens), or restore the index"
+        )
     with open_file(path) as stream:
         size = os.fstat(stream.fileno()).st_size
-        within = min(first, rows) >= 0 and (first + rows) * width <= size and rows * width <= MOST_STEP
+        within = min(first, rows) >= 0 and (first + rows) * width <= size
         found = np.fromfile(stream, dtype, count=rows * numbers, offset=first * width) if within else np.empty(0, dtype)
     if not within or len(found) < rows * numbers:
         raise DataError(

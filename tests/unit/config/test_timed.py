@@ -57,3 +57,8 @@ def test_the_child_ends_with_its_owner() -> None:
     del call
     process.join(600)
     assert process.exitcode == 0
+
+
+def test_native_reports_of_the_child_stay_away_from_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    assert TimedCalls(lambda: os.write(2, b"backtrace"), 5)() == 9
+    assert capfd.readouterr().err == ""

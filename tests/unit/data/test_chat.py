@@ -167,6 +167,13 @@ def test_a_template_that_leaves_its_sandbox_is_refused(tmp_path: Path, folders: 
             hub.conversation({"messages": SHORT}, "lines.jsonl, line 1")
 
 
+def test_a_template_of_megabytes_is_refused_before_it_is_compiled(tmp_path: Path, folders: dict[str, Path]) -> None:
+    hostile = shutil.copytree(folders["chatml"], tmp_path / "hostile")
+    (hostile / "chat_template.jinja").write_text("{{ messages }}" * 80_000)
+    with refused(DataError, "chat_template.jinja: 1,120,000 bytes", golden=False):
+        HubTokenizer(hostile)
+
+
 TEMPLATES = {
     "no template": ("{% generation %}{% if %}", ConfigError, "is no valid jinja template"),
     "raises": ("{{ raise_exception('roles must alternate') }}", DataError, "roles must alternate"),

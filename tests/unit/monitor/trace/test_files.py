@@ -195,12 +195,13 @@ def test_a_bomb_of_lists_is_refused(tmp_path: Path, content: bytes) -> None:
         read_trace(tmp_path)
 
 
-@pytest.mark.parametrize(("first", "rows"), [(0, 10**13), (10**18, 4), (0, -4), (-4, 4)])
+@pytest.mark.parametrize(("first", "rows"), [(0, 10**13), (10**18, 4), (0, -4), (-4, 4), (0, 10**8)])
 def test_an_index_entry_outside_its_files_is_refused(tmp_path: Path, first: int, rows: int) -> None:
     place = write(tmp_path, MANIFEST, range(1, 2), "a")
     entry = np.array([(1, first, rows, 0, 0)], ENTRY)
     entry["check"] = entry_check(entry)
     entry.tofile(place / "rank_0.index")
+    os.truncate(place / "rank_0.tokens", 2 << 30)  # a sparse file, without blocks on the disk
     with reads_little(), refused(DataError, "rank_0.tokens", golden=False):
         read_trace(tmp_path).step(1)
 
