@@ -98,6 +98,16 @@ class TrainLoader:
             places = (position + self.dealt(position).place_IWB[:, self._share["rank"]]).tolist()
         return [[number_at(place, self._skip) for place in each] for each in places]
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The sources of the stream."""
+        return self._mixture.names
+
+    def sources(self, position: int) -> np.ndarray:
+        """Returns which sequences of `batches(position)` are of each source, float64 [micro-batches, sources, rows]."""
+        found_IB = [[self._mixture.place(number)[0] for number in each] for each in self.numbers(position)]
+        return (np.array(found_IB)[:, None] == np.array(self.source_names)[:, None]).astype(np.float64)
+
     def dealt(self, position: int) -> Deal:
         """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps. A trace needs them
         while a thread reads the next step, when it must not read data itself."""

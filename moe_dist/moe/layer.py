@@ -1,11 +1,12 @@
 """The mixture-of-experts layer: norm, router, dispatch, experts and combine. `forward` sets no attribute of the module."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from moe_dist.moe.dispatch.interface import Dispatcher, RunExperts
+from moe_dist.moe.dispatch.interface import DispatchedRows, Dispatcher, RunExperts
 from moe_dist.moe.dispatch.two_batches import Chain, TwoBatchDispatcher
 from moe_dist.moe.experts.experts import Experts
 from moe_dist.moe.experts.zero_computation import ZeroComputationExperts
@@ -34,7 +35,12 @@ class MoELayer(nn.Module):
             needs no exchange. `block`: the whole layer with its dispatch exchange. Backward then reuses the choice of
             experts and the dispatch plan of forward.
         name: Name of the layer in statistics, and in error reports about hung collectives and damaged data.
+
+    Attributes:
+        around_experts: Runs the experts with the rows and the layout that the dispatcher gives; None for the experts alone.
     """
+
+    around_experts: Callable[[RunExperts, DispatchedRows, Any], Tensor] | None = None
 
     def __init__(
         self,
@@ -109,6 +115,8 @@ class MoELayer(nn.Module):
         zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         h_TD, experts = self.experts.start(h_TD, recompute=self.recompute == "experts")
+        if self.around_experts is not None:
+            experts = partial(self.around_experts, experts)
         return _Routed((h_TD, routing.assignments.weight_N, plan), experts, routing, zero_TD)
 
     def _result(

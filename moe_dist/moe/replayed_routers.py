@@ -27,6 +27,11 @@ from moe_dist.moe.routers.selection import ChoosingRouter
 from moe_dist.moe.routers.top_k import TopKRouter
 from moe_dist.moe.routing.types import ABSENT, group_columns
 
+ONE_FEWER = (
+    "vLLM and SGLang return no row for the last token of a sequence, which passed no layer: leave out this token, whose "
+    "next token is no label, or give it a row of -1 and group -1, as for padding"
+)
+
 
 class Replay:
     """A context in which the model's routers choose the columns in `ids_TLK`. Each layer reads the rows of `ids_TLK` in
@@ -85,7 +90,7 @@ class Replay:
         if end > len(self.ids_TLK):
             raise DataError(
                 f"{self._source}: {len(self.ids_TLK)} tokens, but {end} tokens reach MoE layer {layer} (counted from 0); a "
-                "replay needs the batches of the record, so give those"
+                f"replay needs the batches of the record, so give those; {ONE_FEWER}"
             )
         column_TK = from_host(self.ids_TLK[first:end, layer], torch.int16, h_TD.device).to(torch.int64)
         cache.dropped_TK = column_TK < ABSENT
@@ -120,6 +125,7 @@ def _fitting(ids_TLK: np.ndarray, group_T: np.ndarray, routers: Sequence[TopKRou
         raise DataError(
             f"{source}: ids are {ids_TLK.dtype} {list(ids_TLK.shape)}, but the batch and the model need whole numbers "
             f"[tokens, MoE layers, choices] = {list(wanted)}; replay the record of this batch and this model"
+            + (f"; {ONE_FEWER}" if ids_TLK.shape[1:] == wanted[1:] and len(ids_TLK) < len(group_T) else "")
         )
     most = len(routers[0].groups) - 1
     if len(group_T) and not -1 <= group_T.min() <= group_T.max() <= most:

@@ -5,7 +5,7 @@ Most hints consider a window of steps, because a single unusual batch proves not
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from statistics import median
@@ -24,7 +24,9 @@ from moe_dist.monitor.training_hints import (
     loss_spikes,
     loss_trend,
     odd_rank,
+    odd_source,
     overfit,
+    pays,
     repeated_data,
     same_choices,
 )
@@ -69,6 +71,7 @@ class HintWatch:
         self._speeds: deque[float] = deque(maxlen=window)
         self._measured: tuple[Record, ...] = ()  # the last two records with weights
         self._first_losses: tuple[float, ...] = ()  # of the run's first window
+        self._first_sources: dict[str, list[float]] = defaultdict(list)  # losses in the run's first steps
         self._said, self._words = dict(said or {}), words  # kind of hint -> last step with such a hint
 
     def update(self, record: Record) -> list[Hint]:
@@ -85,8 +88,8 @@ class HintWatch:
         """Adds an evaluation, which follows the record of its step. Returns its hints, except repeats."""
         self._evaluations.append(Evaluated.of(result, tuple(self._records)))
         epochs = self._records[-1].epochs if self._records else {}
-        found = chain(overfit(self._evaluations, epochs), evaluation_hints(self._evaluations))
-        return self._due(found, result.step)
+        rules = (overfit(self._evaluations, epochs), pays(self._evaluations), evaluation_hints(self._evaluations))
+        return self._due(chain(*rules), result.step)
 
     def _due(self, hints: Iterator[Hint], step: int) -> list[Hint]:
         due = [hint for hint in hints if step - self._said.get(hint.kind, -math.inf) >= self._quiet]
@@ -94,6 +97,8 @@ class HintWatch:
         return [Hint(hint.kind, self._words(hint.text)) for hint in due]
 
     def _judge(self, record: Record) -> Iterator[Hint]:
+        for name, loss in record.source_losses.items() if record.step <= RECENT else ():
+            self._first_sources[name].append(loss)
         yield from skipped_step(record, first_bad_layer(record, self._moe_layers) if record.skipped else None)
         yield from (Hint(*problem) for problem in record.problems)
         if record.step % EVERY == 0:
@@ -104,6 +109,7 @@ class HintWatch:
             yield from exploding(records)
             yield from repeated_data(records)
             yield from odd_rank(records)
+            yield from odd_source(records, {name: median(losses) for name, losses in self._first_sources.items()})
             yield from loss_spikes(records)
         if record.weights is not None:
             self._measured = (*self._measured[-1:], record)

@@ -40,6 +40,8 @@ class Record:
         memory_W3: Allocated MiB, reserved MiB and number of retries of each rank's allocator; empty in the first step.
         data_D2: For each rank with data of its own, a checksum of the token ids that it read in the previous step (0
             without tokens), and its loss in nats per label (nan without labels); empty in the first step.
+        source_losses: Loss in nats per label in the previous step, by source of the data; without the sources that had no
+            label.
         load: Numbers of true experts per token, before a capacity drops pairs, for each group with a load controller: the
             step's `target`, the mean over layers (`achieved`), and the numbers of the layers with the fewest (`lowest`) and
             the most (`highest`). They are None if the group had no tokens.
@@ -63,6 +65,7 @@ class Record:
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
     memory_W3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     data_D2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    source_losses: Mapping[str, float] = field(default_factory=dict)
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     target_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
     mixture_of_depths: DepthStatistics | None = None

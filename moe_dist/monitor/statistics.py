@@ -146,8 +146,11 @@ class WeightTable(NamedTuple):
         names: Logical names.
         squares_N3: Squared norms of the weight, the update and the gradient, estimated from some elements; float64.
         sketch_NX: Some elements of each weight, float64. Equal weights have equal sketches.
+        outputs_LE2: For each MoE layer and expert: sum of the squared sizes of the expert's outputs, along the gradient of
+            the layer's output, and number of (token, expert) pairs.
     """
 
     names: Sequence[str]
     squares_N3: np.ndarray
     sketch_NX: np.ndarray
+    outputs_LE2: np.ndarray = np.zeros((0, 0, 2))

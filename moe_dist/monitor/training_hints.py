@@ -6,7 +6,7 @@ read different data.
 """
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +25,9 @@ LOSS_FALL = 0.99  # a loss does not fall if it is above this many times the firs
 SPIKE, SPIKES = 0.1, 3  # a spike is at least this fraction of the loss, and a hint needs this many spikes in a window
 GROWTH, GROWN = 10.0, 5  # a gradient explodes if the median of the last GROWN steps is GROWTH times that of older steps
 GAP = 1.5  # held-out loss over training loss that a run which repeats its data should not reach
-ODD_RANK = 0.1  # fraction by which a rank's loss may exceed the other ranks'
+ODD = 0.1  # fraction by which a rank's loss may exceed the other ranks', and a source's loss its own earlier loss
+ALIKE, LEARNT = 0.2, 0.9  # sources of a new model begin with losses that differ less; then a loss falls below this share
+PAYS = 4  # a modality pays for another if its held-out loss rises in each of so many evaluations, while the other's falls
 SMALL_UPDATE = 2e-4  # if the loss does not fall, updates below this fraction of the weights are the cause
 REPEATS = 3  # the number of times that a batch may recur by chance is below this
 
@@ -215,6 +217,64 @@ def repeated_data(records: Sequence[Record]) -> Iterator[Hint]:
         )
 
 
+def odd_source(records: Sequence[Record], first: Mapping[str, float]) -> Iterator[Hint]:
+    """Warns about a source of the data whose loss rises while the others' losses do not, or whose loss has never fallen
+    while the others' have. `first` has the median losses of the run's first steps; empty if unknown."""
+    read: dict[str, list[float]] = defaultdict(list)
+    for name, loss in (each for record in records for each in record.source_losses.items()):
+        read[name] += [loss] if math.isfinite(loss) else []
+    known = {name: np.array(losses) for name, losses in read.items() if len(losses) >= 3 * RECENT}
+    if len(known) < 2:
+        return
+    rank = next((f" ({hint.text.partition(',')[0]})" for hint in odd_rank(records)), "")
+    advice = f"; look at the data of this source{rank}: are they corrupt, or of another kind?"
+    now = {name: float(np.median(loss_S[-RECENT:])) for name, loss_S in known.items()}
+    before = {name: float(np.median(loss_S[: len(loss_S) // 2])) for name, loss_S in known.items()}
+    new_model = known.keys() <= first.keys() and np.ptp([*first.values()]) < ALIKE * min(first.values())
+    for name, loss_S in known.items():
+        others = [each for each in known if each != name]
+        error = 1.25 * noise(loss_S[: len(loss_S) // 2]) * math.sqrt(1 / RECENT + 2 / len(loss_S))
+        rise = now[name] - before[name]
+        if rise > max(ODD * before[name], SURE * error) and all(now[o] / before[o] - 1 < ODD / 2 for o in others):
+            text = (
+                f"the loss of source {name} rose from {before[name]:.3f} to {now[name]:.3f} (medians of the last "
+                f"{len(loss_S)} steps), and the other sources' losses did not rise"
+            )
+        elif new_model and now[name] > LOSS_FALL * first[name] and all(now[o] < LEARNT * first[o] for o in others):
+            text = (
+                f"the loss of source {name} does not fall: {now[name]:.3f} now, {first[name]:.3f} at first, and the other "
+                "sources' losses fall"
+            )
+        else:
+            continue
+        yield Hint(f"source/{name}", text + advice)
+
+
+def pays(evaluations: Sequence[Evaluated]) -> Iterator[Hint]:
+    """Warns about a modality whose held-out loss and training loss rise steadily while those of another modality fall."""
+    last = evaluations[-1]
+    # Only losses over the same tokens are compared; the final evaluation has more tokens.
+    alike = [e for e in evaluations if e.tokens == last.tokens and e.training.keys() == last.training.keys()][-PAYS:]
+    if len(alike) < PAYS:
+        return
+
+    def steady(name: str, sign: int) -> bool:
+        held = sign * np.array([e.held_out[name] for e in alike])
+        trained = sign * (last.training[name] - alike[0].training[name])
+        return bool((np.diff(held) > 0).all() and held[-1] - held[0] > STEADY * abs(held[0]) and trained > 0)
+
+    falling = [name for name in last.training if steady(name, -1)]
+    for name in last.training:
+        if falling and steady(name, 1):
+            yield Hint(
+                f"pays/{name}",
+                f"{name} pays for {falling[0]}: since step {alike[0].step} the held-out {name} loss rose each time "
+                f"(from {alike[0].held_out[name]:.3f} to {last.held_out[name]:.3f}), as its training loss did, while "
+                f"{falling[0]} fell from {alike[0].held_out[falling[0]]:.3f} to {last.held_out[falling[0]]:.3f}; see "
+                f"eval/{name}; try a larger share of {name} in data.weights, a lower optimizer.lr, or more {name} experts",
+            )
+
+
 def odd_rank(records: Sequence[Record]) -> Iterator[Hint]:
     """Warns about a rank whose loss is always above that of the other ranks, which read the same mix of data."""
     known = [r.data_D2[:, 1] for r in records if len(r.data_D2) > 1 and np.isfinite(r.data_D2).all()]
@@ -225,7 +285,7 @@ def odd_rank(records: Sequence[Record]) -> Iterator[Hint]:
     others_S = np.median(np.delete(loss_SD, rank, axis=1), axis=1)
     above_S = loss_SD[:, rank] - others_S
     above, others = float(np.median(above_S)), float(np.median(others_S))
-    if above > max(ODD_RANK * others, SURE * 1.25 * noise(above_S) / math.sqrt(len(above_S))):
+    if above > max(ODD * others, SURE * 1.25 * noise(above_S) / math.sqrt(len(above_S))):
         yield Hint(
             "data",
             f"rank {rank} has a loss of {above + others:.3f}, and the other ranks have {others:.3f} (medians of "

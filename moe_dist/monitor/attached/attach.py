@@ -10,6 +10,7 @@ letters are as in `routers.py`.
 """
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,10 +38,14 @@ from moe_dist.placement.placement import ExpertPlacement
 
 GIVEN = 4  # this many numbers follow the summed counts: loss, gradient norm, and for each the number of ranks that pass it
 
-NO_TOKEN = (
-    "attach counted no token in this step: only forward passes in training mode count (call model.train()); and code that "
-    "torch.compile made before attach runs no hooks: attach first, or call torch.compiler.reset() once"
-)
+NO_TOKEN = "attach counted no token in this step: "
+# Whether the routers are in training mode -> the cause of a step without tokens.
+NO_TOKEN_CAUSES = {
+    True: "no forward of the attached model ran, or none with its hooks, as in a copy of the model, an exported model or a "
+    "captured CUDA graph; attach to the model that runs, and before it is captured",
+    False: "the model is in evaluation mode, and only passes in training mode count; call model.train(), or give "
+    "attach(..., eval_mode=True)",
+}
 # Tags whose values are known only if moe_dist sends the rows (`moe_dist.hf.ep`); the seconds are never known.
 UNKNOWN_COSTS = (
     "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active", "comm/dedup_factor", "comm/seconds",
@@ -59,6 +64,7 @@ class Attached:
         pictures_every: Number of steps from one set of heat maps in TensorBoard to the next.
         trace_every: Number of steps from one traced step to the next; the first step is traced. 0 for no trace.
         trace_tokens: Largest number of tokens that a rank traces in a step; None for all tokens.
+        eval_mode: Whether forward passes in evaluation mode count, too.
         tokenizer: Path of a tokenizer.json. The report takes the names of the tokens from it.
         last_step: If training resumes, the last step before this call, else 0. Later records in `folder` are dropped.
         group: Process group of the ranks that have the same layers and route different tokens; by default all ranks.
@@ -73,6 +79,7 @@ class Attached:
         pictures_every: int = 100,
         trace_every: int = 100,
         trace_tokens: int | None = 4096,
+        eval_mode: bool = False,
         tokenizer: str | Path | None = None,
         last_step: int = 0,
         group: dist.ProcessGroup | None = None,  # pyright: ignore[reportPrivateImportUsage]
@@ -123,7 +130,7 @@ class Attached:
             group=group,
             device=routers.device,
         )
-        counts = self._counts = Counts(routers)
+        counts = self._counts = Counts(routers, eval_mode=eval_mode)
         self._handles = [
             model.register_forward_pre_hook(counts.see, with_kwargs=True),
             model.register_forward_hook(counts.forget, always_call=True),
@@ -132,6 +139,7 @@ class Attached:
                 for layer, router in enumerate(routers.modules)
             ),
         ]
+        _drop_compiled()
         self._prepare()
 
     def step(
@@ -172,7 +180,7 @@ class Attached:
             self._sinks.step(record)
             if not counts.any() and not self._told:
                 self._told = True
-                self._sinks.hint(Hint("tokens", NO_TOKEN), self._step)
+                self._sinks.hint(Hint("tokens", NO_TOKEN + NO_TOKEN_CAUSES[self._counts.on]), self._step)
         self._prepare()
         return record
 
@@ -180,6 +188,9 @@ class Attached:
         """Removes the hooks and closes the files. Further calls do nothing."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            _drop_compiled()
+        self._handles.clear()
         if self._writer is not None:
             self._writer.close()
         if self._sinks is not None:
@@ -264,6 +275,13 @@ class Attached:
 attach = Attached
 
 
+def _drop_compiled() -> None:
+    """Drops all code that torch.compile has made in this process. Compiled code does not notice that hooks came or went, so
+    that the next forward passes must compile again."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes a second
+        torch.compiler.reset()
+
+
 def _configuration(model: nn.Module, routers: Routers) -> dict[str, Any]:
     """Returns the values that the byte ledger of a report needs, under the same keys as in a run's configuration."""
     hidden = cast(Tensor, routers.modules[0].weight).shape[-1]
@@ -272,5 +290,5 @@ def _configuration(model: nn.Module, routers: Routers) -> dict[str, Any]:
         "model": {"hidden_dim": hidden},
         "parallel": {"precision": "bf16" if dtype.itemsize == 2 else "fp32"},
         "train": {"micro_batch": 1},
-        "attached": type(model).__name__,
+        "attached": type(getattr(model, "_orig_mod", model)).__name__,  # of torch.compile's wrapper
     }

@@ -169,9 +169,15 @@ class Counts:
     """Sums over the forward passes of a step, on the routers' devices. If `keep` is True, also keeps single
     choices for a trace: (2 + 2) x K bytes per token and layer."""
 
-    def __init__(self, routers: Routers) -> None:
+    def __init__(self, routers: Routers, *, eval_mode: bool = False) -> None:
         self._routers, self.keep, self._batch = routers, False, MicroBatch(None, None)
+        self.eval_mode = eval_mode
         self._start()
+
+    @property
+    def on(self) -> bool:
+        """Whether forward passes of the model count in its present mode."""
+        return self.eval_mode or self._routers.modules[0].training
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Stores the arguments of the model's forward, before it runs."""
@@ -221,15 +227,15 @@ class Counts:
 
 
 class RouterHook:
-    """The forward hook of one router. It counts only in training mode, and not when backward recomputes a forward pass.
-    `most` is the largest number of tokens that it counts, or None."""
+    """The forward hook of one router. It counts only in training mode or with `Counts.eval_mode`, and not when backward
+    recomputes a forward pass. `most` is the largest number of tokens that it counts, or None."""
 
     def __init__(self, counts: Counts, kind: RouterKind, layer: int, most: int | None) -> None:
         self._counts, self._kind, self._layer, self._most = counts, kind, layer, most
 
     @torch.no_grad()
     def __call__(self, router: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if router.training and not in_backward():
+        if (router.training or self._counts.eval_mode) and not in_backward():
             choices = self._kind.read(router, inputs, output)
             self._counts.add(self._layer, Choices(*(each[: self._most] for each in choices)))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_dist.data.batch import Batch
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.moe.replayed_routers import Replay, replayable_routers
+from moe_dist.moe.replayed_routers import ONE_FEWER, Replay, replayable_routers
 from moe_dist.moe.routing.types import ABSENT
 from moe_dist.monitor.trace.foreign import NO_ID
 from moe_dist.monitor.trace.reader import TracedStep
@@ -85,7 +85,12 @@ def _rows(
         first = int(missing_T.argmax())
         raise DataError(
             f"{source}: sequence={number_T[first]}, position={place_T[first]} is not among the {len(key)} traced tokens; "
-            "a replay needs all tokens of the batch, so give the batch of that step, traced with monitor.trace.tokens=null"
+            "a replay needs all tokens of the batch; "
+            + (
+                f"{ONE_FEWER} (padding_BS)"
+                if (traced.tokens["token"] == NO_ID).all()
+                else "give the batch of that step, traced with monitor.trace.tokens=null"
+            )
         )
     order = np.argsort(key)
     found_T = order[np.searchsorted(key, wanted_T, sorter=order)]

@@ -42,6 +42,7 @@ def build_record(
     weights: WeightTable | None = None,
     problems: Sequence[tuple[str, str]] = (),
     read_seconds: float = 0.0,
+    sources: Sequence[str] = (),
 ) -> Record:
     """Builds the record of a step. Raises ValueError if a modality has the name of a loss term.
 
@@ -53,6 +54,7 @@ def build_record(
         weights: Weights and updates of this step, if they were measured.
         problems: `Record.problems`.
         read_seconds: Seconds that this rank waited for the step's batches.
+        sources: Names of the sources of the data.
     """
     counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
     tags = tag_plan(len(placement.groups), len(modalities), mixture_of_depths=depths is not None)
@@ -104,6 +106,7 @@ def build_record(
         busy_seconds_W=result.busy_seconds_W,
         memory_W3=result.memory_W3,
         data_D2=data_of_ranks(result.data_D3),
+        source_losses=losses_of_sources(result.sources_S2, sources),
         load=active_against_target(counts.choices_LC, counts.tokens_LG, placement.groups, target),
         target_G=np.array([target.get(group.name, np.nan) for group in placement.groups], np.float64),
         mixture_of_depths=depths,
@@ -145,6 +148,12 @@ def memory_of_ranks(memory_W3: np.ndarray) -> dict[str, float]:
 def data_of_ranks(data_D3: np.ndarray) -> np.ndarray:
     """Returns `Record.data_D2` from `StepResult.data_D3`."""
     return np.stack([data_D3[:, 0], divide(data_D3[:, 1], data_D3[:, 2])], axis=1)
+
+
+def losses_of_sources(sources_S2: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Returns `Record.source_losses` from `StepResult.sources_S2`."""
+    pairs = zip(names, sources_S2.tolist(), strict=False)  # empty in the first step
+    return {name: nats / labels for name, (nats, labels) in pairs if labels}
 
 
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:

@@ -141,7 +141,8 @@ class Trainer:
         read_seconds = time.perf_counter() - begin
         watch = self._weights if self._weights is not None and self._weights.due(progress.step) else None
         problems = self._problems(batches, first=not self._recent) if self.sinks else []
-        with self.profile(progress.step + 1):
+        source_ISB = self.loader.sources(progress.position) if isinstance(self.loader, TrainLoader) else None
+        with self.profile(progress.step + 1), nullcontext() if watch is None else watch.around_step():
             result = self.take_step(
                 batches,
                 lr=plan.lr(progress.step),
@@ -151,6 +152,7 @@ class Trainer:
                 number=progress.step,
                 watchers=[each for each in self.watchers if each.due(progress.step)],
                 around_update=None if watch is None else watch.around_update(),
+                source_ISB=source_ISB,
             )
         progress.step += 1
         progress.position += train.global_batch
@@ -202,6 +204,8 @@ class Trainer:
 
     def _show(self, result: StepResult, **options: Any) -> None:
         epochs, readings = self.loader.epochs(self.progress.position), self.devices.latest if self.devices else None
+        if isinstance(self.loader, TrainLoader):
+            options["sources"] = self.loader.source_names
         record = build_record(result, self.plan, self.progress, epochs=epochs, readings=readings, **options)
         for sink in self.sinks:
             sink.step(record)

@@ -45,6 +45,7 @@ from moe_dist.runtime.status import record_save_seconds
 from moe_dist.train.build.training import Training, rank_layout, saved_part
 from moe_dist.train.start.base_weights import begin_on_base, folder_base, load_base
 from moe_dist.train.start.starting_weights import begin_with_weights, check_scored
+from moe_dist.train.step.output_watch import OutputWatch
 from moe_dist.train.step.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,16 @@ class Resumable:
         training = self._training
         if not training.has_copies:
             return None
-        return WeightWatch(lambda gradients: training.trained_tensors(self._layout, gradients=gradients), self._mesh)
+        numbers = self._config.model.moe_layers
+        modules = {getattr(each, "name", ""): each for each in training.parallel.model.moe_modules()}
+        outputs = OutputWatch(
+            [(at, modules[name]) for at, number in enumerate(numbers) if (name := f"layers.{number}") in modules],
+            (len(numbers), self.placement.num_experts),
+            lambda: self.placement.slots[self._mesh.ep_rank % self.placement.num_ranks],
+            self._mesh.device,
+        )
+        read = partial(training.trained_tensors, self._layout)
+        return WeightWatch(lambda gradients: read(gradients=gradients), self._mesh, outputs)
 
     @property
     def newest(self) -> Path | None:

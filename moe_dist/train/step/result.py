@@ -26,6 +26,7 @@ class Weights(NamedTuple):
     share_I: Tensor  # weight of each micro-batch's auxiliary terms
     share_IG: Tensor | None  # weight of auxiliary terms by micro-batch and group; None to use `share_I`
     batch_info: Sequence[GlobalBatchInfo | None]
+    source_ISB: Tensor | None = None  # float64, 1 where a sequence of a micro-batch is of source S
 
 
 class Forwarded(NamedTuple):
@@ -37,6 +38,7 @@ class Forwarded(NamedTuple):
         own, sent: Routing counts of this rank, and numbers of rows and pairs that it sent, over all layers.
         busiest_G: Largest load of an expert / even load of its group's choices, over all layers and micro-batches of this
             rank; 0 without tokens, None if unknown. With this number as capacity factor, no pair would be dropped.
+        nats_S2: Sum of the losses in nats, and number of labels, by source of the data; None if unknown.
     """
 
     loss: MicroLoss
@@ -44,6 +46,7 @@ class Forwarded(NamedTuple):
     own: RoutingCounts[Tensor]
     sent: SentCounts | Tensor
     busiest_G: Tensor | None = None
+    nats_S2: Tensor | None = None
 
 
 class Readings(NamedTuple):
@@ -54,6 +57,7 @@ class Readings(NamedTuple):
         memory_W3: Result of `train.step.training_step.largest_memory` on each rank.
         busiest_WG: `Forwarded.busiest_G` of each rank; 0 if unknown.
         digest_D, nats_D2: Columns of `StepResult.data_D3`. Here each rank fills the row of its reader.
+        nats_S2: `Forwarded.nats_S2`; empty if unknown.
     """
 
     seconds_W: Any
@@ -61,6 +65,7 @@ class Readings(NamedTuple):
     busiest_WG: Any
     digest_D: Any = np.zeros(0)
     nats_D2: Any = np.zeros((0, 2))
+    nats_S2: Any = np.zeros((0, 2))
 
 
 class StepStart(NamedTuple, Generic[Number]):
@@ -125,6 +130,8 @@ class StepResult:
         busiest_G: Largest `Forwarded.busiest_G` of any rank in the previous step; 0 if unknown, empty in the first step.
         data_D3: For each reader in the previous step: checksum of its token ids (0 without tokens), sum of its losses in
             nats, and number of its labels; empty in the first step.
+        sources_S2: For each source of the data in the previous step: sum of the losses in nats, and number of labels; empty
+            in the first step, and if unknown.
         stop_requested: True if a rank got a stop signal.
         mixture_of_depths: Statistics of the mixture-of-depths layers; None if the model has none.
     """
@@ -144,5 +151,6 @@ class StepResult:
     memory_W3: np.ndarray
     busiest_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
     data_D3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    sources_S2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     stop_requested: bool = False
     mixture_of_depths: DepthStatistics | None = None

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from moe_dist.comm.collectives import CommStats, added, joined, pack, sum_over, unpack
+from moe_dist.comm.collectives import CommStats, added, from_host, joined, pack, sum_over, unpack
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
 from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.data.batch import Batch
+from moe_dist.data.batch import IGNORED, Batch
 from moe_dist.errors import ResourceError
 from moe_dist.moe.dispatch.ledger import compare
 from moe_dist.moe.dispatch.static import OVERFLOW
@@ -110,6 +110,7 @@ class TrainingStep:
         number: int = 0,
         watchers: Sequence[StepWatcher] = (),
         around_update: AbstractContextManager[None] | None = None,
+        source_ISB: np.ndarray | None = None,
     ) -> StepResult:
         """Takes one step with this rank's micro-batches.
 
@@ -118,6 +119,7 @@ class TrainingStep:
             number: Number of the step (0-based). It is a part of the seed of random draws.
             watchers: Objects that get the expert choices of every token of the step.
             around_update: Is entered before the update, unless the step is skipped, and left after the update.
+            source_ISB: `TrainLoader.sources` of this rank's micro-batches; None for no loss by source.
         """
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
@@ -129,6 +131,8 @@ class TrainingStep:
         batches = [batch.to(mesh.device) for batch in batches]
         labels_M, begun = self._begin(batches)
         weights = self._weights(begun, batches, number)
+        if source_ISB is not None:
+            weights = weights._replace(source_ISB=from_host(source_ISB, torch.float64, mesh.device))
         self.comm_stats.take()  # discards the bytes of evaluations since the last step
 
         # 2. Forward and backward of each micro-batch, with the dispatcher's collectives and host sync in each layer. The
@@ -293,6 +297,10 @@ class TrainingStep:
             share_G=None if weights.share_IG is None else weights.share_IG[i],
             load=self.load,
         )
+        nats_S2 = None
+        if weights.source_ISB is not None:
+            both = (losses_BS.detach(), batch.labels_BS != IGNORED)
+            nats_S2 = weights.source_ISB[i] @ torch.stack([each.sum(1, dtype=torch.float64) for each in both], dim=1)
         for watcher in watchers:
             watcher.add(batch, reports)
         if self.distillation is not None and kl_BS is not None:
@@ -303,7 +311,7 @@ class TrainingStep:
         with record_function("backward"):
             loss.total.backward()
         sent = added([report.sent for report in reports])
-        return Forwarded(loss._replace(total=loss.total.detach()), counts, own, sent)
+        return Forwarded(loss._replace(total=loss.total.detach()), counts, own, sent, nats_S2=nats_S2)
 
     def _share(
         self, found: Forwarded, labels_M: Tensor, tokens: int, stop_requested: bool, clock: "_BusyClock", digest: int
@@ -315,7 +323,8 @@ class TrainingStep:
         digest_D, nats_D2 = np.zeros(readers), labels_M.new_zeros((readers, 2))
         digest_D[reader], nats_D2[reader] = digest, torch.stack([loss.nll_M.sum().to(labels_M.dtype), labels_M.sum()])
         read = self._read(clock.seconds(seconds), found.busiest_G)
-        self._readings = read._replace(digest_D=digest_D, nats_D2=nats_D2)
+        nats_S2 = np.zeros((0, 2)) if found.nats_S2 is None else found.nats_S2
+        self._readings = read._replace(digest_D=digest_D, nats_D2=nats_D2, nats_S2=nats_S2)
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         norm_squared = self._norm_squared()
         sent, ledger = self._ledger(found)
@@ -403,6 +412,7 @@ class TrainingStep:
             memory_W3=readings.memory_W3,
             busiest_G=readings.busiest_WG.max(0) if len(readings.busiest_WG) else np.zeros(0),
             data_D3=np.column_stack([readings.digest_D, readings.nats_D2]),
+            sources_S2=readings.nats_S2,
             stop_requested=bool(sums.stop_requested > 0),
             mixture_of_depths=None if depth is None else depth_statistics(model, self.placement, depth, **more),
         )

@@ -1,4 +1,4 @@
-"""Measures weight, update and gradient of each trained tensor in every `EVERY`-th step, for hints about training.
+"""Measures weight, update and gradient of each trained tensor, and the experts' outputs, in every `EVERY`-th step.
 
 Cost of such a step: this rank reads at most `SAMPLE` elements of each of its tensors four times, without a copy of whole
 weights. One all-reduce of 19 numbers for each logical tensor and one host sync follow. An expert is a tensor of its own.
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from moe_dist.checkpoint.state import LocalShard
-from moe_dist.comm.collectives import sum_over
+from moe_dist.comm.collectives import pack, sum_over, unpack
 from moe_dist.comm.names import WEIGHT_SUMS
 from moe_dist.monitor.statistics import WeightTable
 from moe_dist.optim.optimizer import local
 from moe_dist.parallel.mesh import Mesh
+from moe_dist.train.step.output_watch import OutputWatch
 
 EVERY, SAMPLE, SKETCH = 25, 256, 16
 
@@ -27,10 +28,13 @@ class WeightWatch:
     Args:
         read: Returns this rank's parts of the trained tensors (or of their gradients, given True) by logical name, and the
             names of the trained tensors of all ranks.
+        outputs: Measures the experts' outputs.
     """
 
-    def __init__(self, read: Callable[[bool], tuple[Mapping[str, LocalShard], Sequence[str]]], mesh: Mesh) -> None:
-        self._read, self._mesh = read, mesh
+    def __init__(
+        self, read: Callable[[bool], tuple[Mapping[str, LocalShard], Sequence[str]]], mesh: Mesh, outputs: OutputWatch
+    ) -> None:
+        self._read, self._mesh, self._outputs, self.around_step = read, mesh, outputs, outputs.around_step
         self._places: dict[int, Tensor] = {}  # number of elements -> evenly spaced indices
         self._table: WeightTable | None = None
 
@@ -62,8 +66,10 @@ class WeightWatch:
             sketch_NX = after_NS[:, :: SAMPLE // SKETCH].double()
             place_N = torch.tensor([index[name] for name in kept], device=sums_NX.device)
             sums_NX[place_N] = torch.cat([squares_N3, sketch_NX], dim=1) / copies_N1
-        sums = sum_over(sums_NX, self._mesh.world, name=WEIGHT_SUMS, tracker=self._mesh.tracker).cpu().numpy()
-        self._table = WeightTable(tuple(names), *np.split(sums, [3], axis=1))
+        measured = (sums_NX, self._outputs.sums_LE2)
+        flat = sum_over(pack(measured), self._mesh.world, name=WEIGHT_SUMS, tracker=self._mesh.tracker)
+        sums, outputs_LE2 = unpack(flat.cpu().numpy(), measured)
+        self._table = WeightTable(tuple(names), *np.split(sums, [3], axis=1), outputs_LE2)
 
     def _samples(self, held: Mapping[str, LocalShard], names: Sequence[str]) -> Tensor:
         """Returns evenly spaced elements of each named tensor, fp32 [N, SAMPLE]; zeros for a tensor that is missing."""

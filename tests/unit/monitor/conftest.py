@@ -44,7 +44,7 @@ class Statistics(NamedTuple):
 LOOP: Mapping[str, Any] = {
     "balance_coefficient": 0.02, "lr": 1e-3, "skipped_steps": 0, "tokens": None, "seconds": 0.5, "epochs": None,
     "flops_per_token": 2e6, "active_target": {}, "levers": (), "weights": None, "readings": None,
-    "peak_flops": None, "peak_source": "",
+    "peak_flops": None, "peak_source": "", "sources": (),
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def record_of(stats: Statistics, placement: ExpertPlacement, modalities: Sequenc
         active_target={name: lambda _, value=value: value for name, value in loop["active_target"].items()},
     )
     progress = Progress(step=loop["step"], tokens=loop["tokens"], skipped_steps=loop["skipped_steps"])
-    options = {name: loop[name] for name in ("seconds", "epochs", "readings", "levers", "weights")}
+    options = {name: loop[name] for name in ("seconds", "epochs", "readings", "levers", "weights", "sources")}
     return build_record(stats.result, plan, progress, **options)
 
 

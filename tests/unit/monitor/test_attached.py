@@ -20,6 +20,7 @@ from moe_dist.monitor import attach
 from moe_dist.monitor.attached.routers import Counts, find_routers
 from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.trace.reader import read_trace
+from tests.support.cover import full
 from tests.support.messages import refused
 from tests.support.syncs import host_syncs
 from tests.support.tiny_hf import VOCAB, tiny_model
@@ -205,28 +206,66 @@ def test_the_forwards_wait_for_nothing_and_a_step_waits_once(tmp_path: Path) -> 
         assert seen == ["cpu", "numpy"]
 
 
-@pytest.mark.parametrize("kind", ["eval", pytest.param("compiled before", marks=pytest.mark.slow)])
-def test_a_step_without_tokens_is_told_once(tmp_path: Path, kind: str) -> None:
-    """The advice of the hint helps: after it, tokens are counted."""
-    model = tiny_model("mixtral")
-    if kind == "eval":
-        model.eval()
-    else:
-        model.compile(backend="eager")
-        step_of(model, (1,))
+@pytest.mark.parametrize("mode", ["eval", "copy"])
+def test_a_step_without_tokens_is_told_once_with_its_cause(tmp_path: Path, mode: str) -> None:
+    model = tiny_model("mixtral").train(mode != "eval")
     with attach(model, tmp_path, sinks=("jsonl",), trace_every=0) as watch:
         for _ in range(2):
-            step_of(model, (1,))
+            step_of(copy.deepcopy(model) if mode == "copy" else model, (1,))
             watch.step()
         model.train()
-        torch.compiler.reset()
         step_of(model, (1,))
         record = watch.step()
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if line["kind"] == "hint"]
     assert [line["step"] for line in lines] == [1]
-    assert "attach counted no token in this step" in lines[0]["text"]
+    assert "attach counted no token in this step: " in lines[0]["text"]
+    assert {"eval": "eval_mode=True", "copy": "a copy of the model"}[mode] in lines[0]["text"]
     assert record is not None
     assert record.arrays["tokens_LG"].all()
+
+
+def test_evaluations_count_if_asked(tmp_path: Path) -> None:
+    model = tiny_model("mixtral").eval()
+    with attach(model, tmp_path, sinks=[], trace_every=0, eval_mode=True) as watch, torch.no_grad():
+        model(**batch_of(1))
+        record = watch.step()
+    assert record is not None
+    assert record.arrays["tokens_LG"].tolist() == [[15]] * LAYERS
+
+
+def compiled_layer(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.forward = torch.compile(layer.forward, backend="eager")
+
+
+# Way to compile -> function that compiles a part of the model, and returns what the loop calls if it is not the model
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "wrapped": lambda model: torch.compile(model, backend="eager"),
+    "in place": lambda model: model.compile(backend="eager"),
+    "forward of a layer": compiled_layer,
+}
+
+
+@pytest.mark.parametrize(("way", "inner"), [*(full(way, False) for way in COMPILED), full("wrapped", True)])
+def test_a_model_that_ran_compiled_is_counted_like_a_plain_one(tmp_path: Path, way: str, inner: bool) -> None:
+    """The first pass before `attach` has the shapes of the later passes, so that nothing else makes torch compile again."""
+    plain = tiny_model("mixtral").train()
+    counts = []
+    for name in ("plain", "compiled"):
+        model = copy.deepcopy(plain)
+        runs = model
+        if name == "compiled" and (wrapper := COMPILED[way](model)) is not None:
+            runs = wrapper
+        step_of(runs, (1,))
+        with attach(model if inner else runs, tmp_path / name, sinks=["jsonl"], trace_every=0) as watch:
+            for seed in (1, 2):
+                step_of(runs, (seed,))
+                record = watch.step()
+                assert record is not None
+                counts.append(record.arrays["choices_LC"].tolist())
+    assert counts[:2] == counts[2:]
+    step_of(runs, (3,))  # compiles again, so that nothing is counted
+    assert not watch._counts.take()[0].any()
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moe_dist.monitor.statistics import EvaluationResult
 from tests.unit.monitor.conftest import MODALITIES, draw_groups, draw_placement, draw_statistics, record_of
 
 GROUPS, RANKS, LAYERS, BEGIN = draw_groups(2, num_experts=8, num_null=4, top_k=2), 4, 3, 60  # BEGIN: first faulty step
-JUDGED = ("loss", "spike", "logits", "gradient", "overfit", "router", "repeats", "data", "skipped")
+JUDGED = ("loss", "spike", "logits", "gradient", "overfit", "router", "repeats", "data", "skipped", "source", "pays")
 Change = Callable[[int, dict[str, Any], np.random.Generator], None]
 
 
@@ -33,12 +33,14 @@ def usual(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "z": 0.004 * rng.lognormal(0, 0.1),
         "data_D3": np.stack([digest_D, loss_D * 125, np.full(RANKS, 125)], axis=1),
         "epochs": {name: 0.001 * step for name in MODALITIES},
+        "sources_S2": np.stack([np.maximum(level * rng.normal(1, 0.03, 3), [1.5, 2.5, 1.0]), np.ones(3)], axis=1) * 200,
+        "sources": ("books", "web", "code"),
     }
 
 
-def hints(change: Change, *, steps: int = 120, held_out: Callable[[int], float] = lambda _: 0.0) -> list[tuple[int, Hint]]:
+def hints(change: Change, *, steps: int = 120, held_out: Callable[[int], Any] = lambda _: 0.0) -> list[tuple[int, Hint]]:
     """Simulates a run that `change` alters. Returns the hints about training, each with its step. A healthy run's held-out
-    loss falls with the training loss; `held_out` returns a number that is added to it after a step."""
+    loss falls with the training loss; `held_out` returns what is added to it after a step, for all or for each modality."""
     rng, placement = np.random.default_rng(0), draw_placement(GROUPS, RANKS)
     watch, said = HintWatch(GROUPS, (1, 2, 3)), []
     for step in range(1, steps + 1):
@@ -49,7 +51,8 @@ def hints(change: Change, *, steps: int = 120, held_out: Callable[[int], float] 
         record = record_of(draw_statistics(placement, LAYERS, step, **changes), placement, MODALITIES)
         said += [(step, hint) for hint in watch.update(record)]
         if step % 20 == 0:
-            losses: dict[str, float] = dict.fromkeys(MODALITIES, 2 + 6 * math.exp(-step / 40) + held_out(step))
+            more_M = np.broadcast_to(held_out(step), 2)
+            losses = {name: 2 + 6 * math.exp(-step / 40) + more for name, more in zip(MODALITIES, more_M, strict=True)}
             said += [(step, hint) for hint in watch.evaluate(EvaluationResult(step, losses, dict.fromkeys(losses, 500)))]
     return [(step, hint) for step, hint in said if hint.kind.partition("/")[0] in JUDGED]
 
@@ -96,6 +99,20 @@ def same(equal: bool) -> Change:
     return change
 
 
+def source(first: int, loss: float, *which: int) -> Change:
+    """From step `first` on, sources have another loss."""
+
+    def change(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
+        for each in which if step >= first else ():
+            changes["sources_S2"][each, 0] = loss * rng.normal(1, 0.03) * 200
+
+    return change
+
+
+def image_rises(step: int, changes: dict[str, Any], _: np.random.Generator) -> None:
+    changes["nll_M"][1] = (3 + 0.02 * step) * changes["labels_M"][1]
+
+
 def nan_router(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
     same(False)(step, changes, rng)  # nan chooses the first experts
     if step >= BEGIN:
@@ -107,8 +124,8 @@ def flat(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
     changes["nll_M"] = 8.3 * changes["labels_M"] * rng.normal(1, 0.003, 2)
 
 
-# Name -> (change of a step, addition to the held-out loss, kind of the hint, words in the hint's text, last step)
-FAULTS: dict[str, tuple[Change, Callable[[int], float], str, str, int]] = {
+# Name -> (change of a step, what is added to the held-out loss, kind of hint, words in its text, last step)
+FAULTS: dict[str, tuple[Change, Callable[[int], Any], str, str, int]] = {
     "corrupt batches": (random_tokens, lambda _: 0, "spike/text", "look at the data that these steps read (steps ", 90),
     "the loss rises": (rises, lambda _: 0, "loss", "the loss rose from ", 120),
     "random labels": (flat, lambda _: 0, "loss", "can a label be told from its inputs?", 100),
@@ -120,6 +137,9 @@ FAULTS: dict[str, tuple[Change, Callable[[int], float], str, str, int]] = {
     "a rank reads another's data": (data(3, lambda _, d: d[1, 0]), lambda _: 0, "repeats", "batches that rank 1 reads", 65),
     "a rank cycles": (data(2, lambda step, _: step % 9 + 1), lambda _: 0, "repeats", "rank 2 reads", 75),
     "a rank's data are corrupt": (data(2, lambda *_: 9 * 125, 1), lambda _: 0, "data", "rank 2 has a loss of 8.9", 95),
+    "a source turns corrupt": (source(BEGIN, 9, 1), lambda _: 0, "source/web", "the loss of source web rose from ", 75),
+    "a source was never sane": (source(1, 8.1, 2), lambda _: 0, "source/code", "source code does not fall: ", 50),
+    "images pay for text": (image_rises, lambda step: (0, 0.2 * step), "pays/image", "image pays for text: since", 80),
     "a router of zeros": (same(True), lambda _: 0, "router/image", "layer 2 gives all tokens the same scores", 70),
     "a constant router": (same(False), lambda _: 0, "router/image", "layer 2 ranks the experts in the same order", 70),
     "a router of nan": (nan_router, lambda _: 0, "skipped", "the router of layer 2 is the first with scores", 60),
@@ -171,6 +191,24 @@ def first_records(step: int, changes: dict[str, Any], _: np.random.Generator) ->
     changes["data_D3"] = np.zeros((0, 3))
 
 
-@pytest.mark.parametrize("change", [healthy, noisy, one_odd_batch, fast, alternating, small_data, first_records])
+def a_new_stage(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
+    """The data of all sources change."""
+    source(BEGIN, 5, 0, 1, 2)(step, changes, rng)
+
+
+def a_rare_source(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
+    """Most steps have no label of it, and its noise is large."""
+    changes["sources_S2"][1] = [200 * rng.lognormal(1, 0.5), 200] if step % 3 == 0 else [0, 0]
+
+
+def a_known_source(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:
+    """In fine-tuning, a source of pretraining keeps its loss."""
+    source(1, 1.5, 0)(step, changes, rng)
+
+
+ODD = [a_new_stage, a_rare_source, a_known_source]
+
+
+@pytest.mark.parametrize("change", [*ODD, healthy, noisy, one_odd_batch, fast, alternating, small_data, first_records])
 def test_a_healthy_twin_is_not_accused(change: Change) -> None:
     assert hints(change, held_out=lambda step: 0.2 + 0.05 * (step % 40 == 0)) == []

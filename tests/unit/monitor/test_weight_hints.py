@@ -15,7 +15,7 @@ from tests.unit.monitor.conftest import MODALITIES, draw_groups, draw_placement,
 
 GROUPS = draw_groups(2, num_experts=6, num_null=2, top_k=2)
 PLACEMENT, LAYERS = draw_placement(GROUPS, 2), (1, 2, 3)
-KINDS = ("update", "untrained", "unchanged", "zero", "scale", "twins")
+KINDS = ("update", "untrained", "unchanged", "zero", "scale", "twins", "zero_output", "scale_output")
 WEIGHT, UPDATE, GRADIENT = range(3)
 Change = Callable[[dict[str, np.ndarray], dict[str, np.ndarray]], None]
 
@@ -39,8 +39,9 @@ def draw(rng: np.random.Generator, change: Change) -> WeightTable:
         share = 0.001 if "norm" in name else 0.01
         squares[name] = rng.lognormal(0, 0.3, 3) * [1.0, share**2, 1e-6]
         sketches[name] = rng.normal(size=16)
-    change(squares, sketches)
-    return WeightTable(tuple(squares), np.stack([*squares.values()]), np.stack([*sketches.values()]))
+    outputs = np.stack([40 * rng.lognormal(0, 0.6, (len(LAYERS), 12)), np.full((len(LAYERS), 12), 40)], axis=2)
+    change(squares, sketches if change.__name__ != "of_output" else {"": outputs})
+    return WeightTable(tuple(squares), np.stack([*squares.values()]), np.stack([*sketches.values()]), outputs)
 
 
 def hints(change: Change, **changes: Any) -> dict[str, str]:
@@ -77,6 +78,15 @@ def copied(*pairs: tuple[int, int]) -> Change:
     return change
 
 
+def output(layer: int, expert: int, factor: float, pairs: int = 40) -> Change:
+    """Multiplies an expert's output. Experts 0 to 5 are text, 6 to 11 image."""
+
+    def of_output(_: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+        found[""][LAYERS.index(layer), expert] *= factor**2, pairs / 40
+
+    return of_output
+
+
 ALL = ("",)
 # Name -> (change of the measured tensors, kind of hint, words in its text)
 FAULTS: dict[str, tuple[Change, str, Sequence[str]]] = {
@@ -98,6 +108,9 @@ FAULTS: dict[str, tuple[Change, str, Sequence[str]]] = {
     "an expert of zeros": (scaled(WEIGHT, 0, "layers.2.moe.experts.image.5.down"), "zero", ["is zero: layer 2 (image 5)"]),
     "all experts of a layer are zero": (scaled(WEIGHT, 0, "layers.3.moe.experts"), "zero", ["layer 3 (image 0, image 1"]),
     "an expert x 50": (scaled(WEIGHT, 50, "layers.1.moe.experts.text.2.down"), "scale", ["expert 2 in layer 1 are "]),
+    "an output of zero": (output(2, 8, 0), "zero_output", ["is zero for all tokens", "layer 2 (image 2)"]),
+    "an output x 50": (output(3, 1, 50), "scale_output", ["layer 3 (text 1)", "of expert 1 in layer 3 is "]),
+    "a tiny output": (output(1, 11, 0.02), "scale_output", ["layer 1 (image 5)"]),
     "twins": (copied((1, 4)), "twins", ["image experts 1 and 4 of layer 2 have the same weights"]),
 }  # fmt: skip
 
@@ -130,6 +143,8 @@ HEALTHY: dict[str, tuple[Change, dict[str, Any]]] = {
     "no token of the step": (scaled(GRADIENT, 0, "embedding"), {}),
     "a schedule that ends at 0": (scaled(UPDATE, 0, *ALL), {"lr": 0.0}),
     "experts copied from one dense layer": (copied(*((0, i) for i in range(1, 6))), {}),
+    "outputs that grow apart": (output(1, 3, 3.0), {}),
+    "an expert with few tokens": (output(1, 3, 0, 5), {}),
     "experts that grow apart": (scaled(WEIGHT, 2.5, "experts.text.0.", "experts.image.3."), {}),
 }
 

@@ -90,9 +90,14 @@ def test_a_trace_of_another_system_is_replayed(tiny_data: Path, tmp_path: Path) 
     model, batch = one.training.parallel.model, one.run.loader.batches(0)[0]
     rng, tokens_B = np.random.default_rng(0), (~batch.padding_BS).sum(1)
     rows = [rng.permuted(np.tile(np.arange(6), (int(n), 2, 1)), axis=2)[..., :2] for n in tokens_B]
-    for number, ids in enumerate(rows):
-        np.save(tmp_path / f"{number}.npy", ids.astype(np.int16))
-    step, groups = read_foreign(tmp_path, 6).step(1), torch.tensor([0, 0])
+    groups = torch.tensor([0, 0])
+    for number, ids in enumerate(rows):  # a server returns no row for the last token
+        np.save(tmp_path / f"{number}.npy", ids[:-1].astype(np.int16))
+    with refused(DataError, "vLLM and SGLang return no row for the last token", "leave out this token", "(padding_BS)"):
+        replay_step(model, read_foreign(tmp_path, 6).step(1), [batch], [range(2)], groups, source="arrays")
+    last_BS = torch.arange(batch.padding_BS.shape[1]) == tokens_B[:, None] - 1
+    batch, rows = replace(batch, padding_BS=batch.padding_BS | last_BS), [ids[:-1] for ids in rows]
+    step = read_foreign(tmp_path, 6).step(1)
     with replay_step(model, step, [batch], [range(2)], groups, source="arrays"):
         losses, reports = forward(model, batch, groups, RoutingRequest(keep_choices=True), losses=True)
     losses.sum().backward()
