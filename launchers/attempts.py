@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from launchers.rank_tracker import Outcome
 from launchers.restart import AttemptEnd, committed_step, is_final, why_not_restarted
-from launchers.verdict import conclude
+from launchers.verdict import conclude, say_cause
 from moe_dist.config.schema import Config
 from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder, Start
@@ -50,14 +50,16 @@ def run_attempts(
         # A node that shuts down sends SIGTERM to its ranks before it is lost. This SIGTERM is no request to stop.
         asked = signals.first is not None or (outcome.stop is not None and not outcome.lost)
         attempts.append(AttemptEnd(verdict.code, begin, committed_step(folder.checkpoints), asked))
-        if asked or is_final(verdict.code):  # a stop signal may also have come between two attempts
-            return verdict.code
-        if verdict.rank is not None:
-            blame(verdict.rank)
-        obstacle = why_not_restarted(attempts, max_restarts, option="--max-restarts") or _other_writer(folder, attempt_id)
-        if obstacle is not None:
-            if max_restarts:
-                print(f"not restarted: {obstacle}", file=sys.stderr)
+        ended, obstacle = asked or is_final(verdict.code), None  # a stop signal may also have come between two attempts
+        if not ended:
+            if verdict.rank is not None:
+                blame(verdict.rank)
+            limit = why_not_restarted(attempts, max_restarts, option="--max-restarts")
+            obstacle = limit or _other_writer(folder, attempt_id)
+        if obstacle is not None and max_restarts:
+            print(f"not restarted: {obstacle}", file=sys.stderr)
+        if ended or obstacle is not None:
+            say_cause(folder, attempt_id, verdict)
             return verdict.code
         step = f"the checkpoint of step {attempts[-1].end}" if attempts[-1].end else "the beginning"
         cause = verdict.reason.partition("\n")[0]

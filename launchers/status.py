@@ -15,6 +15,7 @@ from rich.text import Text
 from launchers.run_progress import RunProgress, RunState, is_run, read_progress
 from launchers.table import launcher_table
 from moe_dist.errors import EXIT_DONE, ConfigError, printable
+from moe_dist.runtime.cause import line_of_cause, way_on
 from moe_dist.runtime.command_line import reports_errors, run_command
 from moe_dist.runtime.hints import warning_lines, warnings_text
 from moe_dist.runtime.status import AttemptRecord
@@ -29,16 +30,7 @@ _STYLES = {
     RunState.SILENT: "yellow",
     RunState.NEW: "dim",
 }
-_RESUMES = "the same command resumes from the last checkpoint"
-_REPEATS = "fix the problem that the last attempt names; an unchanged restart would fail again"
-_ADVICE = {
-    RunState.STOPPED: _RESUMES,
-    RunState.DIED: _RESUMES,
-    RunState.FAILED: _RESUMES,
-    RunState.SILENT: "its writer is suspended or died with its node; a new attempt takes the lease over after 30 s",
-    RunState.REFUSED: _REPEATS,
-    RunState.DIVERGED: _REPEATS,
-}
+_SILENT = "its writer is suspended or died with its node; a new attempt takes the lease over after 30 s"
 _VERDICTS = {0: "done", 75: "stopped, saved", 78: "configuration", 69: "placement", 65: "data", 70: "diverged"}
 
 
@@ -157,8 +149,12 @@ def _facts(run: RunProgress) -> list[tuple[str, str]]:
         facts.append(("writer", f"process {run.holder.pid} on {run.holder.host}{beat}"))
     if run.state is RunState.UNREADABLE:
         facts.append(("problem", run.why))
-    if run.state in _ADVICE:
-        facts.append(("next", _ADVICE[run.state]))
+    going_on = way_on(run.checkpoint_step)
+    if run.state in (RunState.STOPPED, RunState.DIED, RunState.SILENT):
+        facts.append(("next", f"{_SILENT}; {going_on}" if run.state is RunState.SILENT else going_on))
+    if run.state in (RunState.FAILED, RunState.REFUSED, RunState.DIVERGED):
+        label, _, cause = line_of_cause(run.attempts[-1], run.hints, run.checkpoint_step).partition(": ")
+        facts.append((label, cause))
     return facts
 
 

@@ -4,13 +4,14 @@ import contextlib
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launchers.command import rank_ranges, ranks_of
 from launchers.rank_tracker import SUDDEN, Outcome
 from launchers.restart import STOPPED, committed_step, is_final
-from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError
+from moe_dist.errors import EXIT_DONE, EXIT_FAILED, MoeDistError, printable
+from moe_dist.runtime.cause import line_of_cause, way_on
 from moe_dist.runtime.hints import warning_lines, warnings_text
 from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
@@ -47,12 +48,13 @@ def conclude(folder: RunFolder, attempt_id: str, outcome: Outcome, *, restarts: 
             _say(f"rank {rank} failed after the run was done: {_end(outcome, rank)}")
         return Verdict(EXIT_DONE, reason)
     if outcome.aborted:
-        _say("killed; the last checkpoint is intact")
+        _say(f"killed; {way_on(committed_step(folder.checkpoints))}")
         return Verdict(code, reason)
     unsaved = record is None and (outcome.unready or not is_final(code))
     if outcome.stop is not None and not outcome.lost and (unsaved or (record and record.verdict == STOPPED)):
         if unsaved:
-            reason = f"{outcome.stop.name} ended the ranks before they could save; the last checkpoint is intact"
+            going_on = way_on(committed_step(folder.checkpoints))
+            reason = f"{outcome.stop.name} ended the ranks before they could save; {going_on}"
             _say(reason)
             write(folder, attempt_id, Verdict(STOPPED, reason), restarts=restarts, lasted=lasted)
         for rank in () if unsaved else outcome.failed:
@@ -95,6 +97,16 @@ def _failure(
     reason = f"rank {cause}{_where(outcome, cause)}: {_end(outcome, cause)}" + (f"; {detail}" if detail else "")
     # A rank that fails before it opens the run folder exits with its verdict but cannot record the verdict.
     return Verdict(code if is_final(code) and outcome.codes[cause] > 0 else EXIT_FAILED, reason, cause)
+
+
+def say_cause(folder: RunFolder, attempt_id: str, verdict: Verdict) -> None:
+    """Prints the line of cause of a failed attempt on standard error. Call it last."""
+    record = AttemptRecord(attempt_id, 0, "", 0, 0.0)  # of a run whose status.json cannot be read or written
+    with contextlib.suppress(OSError, MoeDistError):
+        record = folder.read_status().of(attempt_id) or record
+    record = replace(record, verdict=verdict.code, reason=verdict.reason or record.reason, rank=verdict.rank)
+    if line := line_of_cause(record, folder.hints(), committed_step(folder.checkpoints)):
+        _say(printable(line))
 
 
 def write(

@@ -25,7 +25,7 @@ from launchers.slurm.nodes import Allocation, differences, hosts_of, inside_job,
 from launchers.slurm.script import PROGRAM, interpreter, output_pattern, rank_table, sbatch_line, script, srun_command
 from launchers.slurm.step import SlurmJob, hold_signals_prefix, name_unconcluded, outcome_of, requeue_job, run_step
 from launchers.snapshot import CodeSnapshot, take_snapshot
-from launchers.verdict import conclude
+from launchers.verdict import conclude, say_cause
 from moe_dist.config.bundled import find_config
 from moe_dist.config.cluster import Cluster, load_cluster
 from moe_dist.config.json_text import read_json
@@ -97,7 +97,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             started, restarts = time.monotonic(), len(ends)
             outcome = outcome_of(*run_step(command, env), places, stopped=signals.first is not None)
             verdict = conclude(folder, job.attempt_id, outcome, restarts=restarts, lasted=time.monotonic() - started)
-        print(f"verdict {verdict.code}: {verdict.reason.partition(chr(10))[0]}; logs are in {folder.logs}", file=sys.stderr)
+        print(f"verdict {verdict.code}; logs are in {folder.logs}", file=sys.stderr)
         ends.append(AttemptEnd(verdict.code, begin, committed_step(folder.checkpoints), outcome.stop is not None))
         _keep(path, ends)
         if verdict.code == STOPPED or not is_final(verdict.code):
@@ -107,6 +107,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             with contextlib.suppress(OSError):  # with a full disk, the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
+    say_cause(folder, job.attempt_id, verdict)
     return verdict.code
 
 

@@ -205,10 +205,10 @@ def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: st
     state = fields.get("JobState", "RUNNING")
     try:
         if int(fields.get("Restarts", "0")) > job.restarts:
-            _say(f"Slurm has requeued the job ({state}): the next attempt resumes from the last checkpoint")
+            _say(f"Slurm has requeued the job ({state})")
         elif state == "RUNNING":
             ask("scontrol", "requeue", job.name)
-            _say("requeued: the next attempt resumes from the last checkpoint")
+            _say("requeued")
         elif fields.get("StartTime", "") <= fields.get("PreemptTime", "None") < "A":  # preempted after this attempt began
             after = [again[0], "--parsable", f"--dependency=afterany:{job.name}", *again[1:]]
             number = ask(*after, env=outside_jobs(os.environ)).strip().partition(";")[0]

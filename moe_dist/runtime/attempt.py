@@ -42,8 +42,8 @@ def verdict_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
-            f"{where}{os.strerror(error.errno)}; repair this (free space, permissions, file system of the run folder) and "
-            "start again: the run resumes from its last checkpoint (docs/reliability.md)"
+            f"{where}{os.strerror(error.errno)}; repair this (free space, permissions, file system of the run folder), as "
+            "docs/reliability.md tells"
         )
     return EXIT_FAILED, f"{type(error).__name__}: {error}"
 
@@ -152,8 +152,7 @@ class Attempt:
     def expire(self) -> None:
         """Records the verdict of a run that did not stop within the grace period. The timer of `StopRequest` calls this
         method."""
-        reason = "did not stop within the grace period after a stop signal; the last checkpoint is intact"
-        self._leave(EXIT_FAILED, reason, self._env.rank)
+        self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal", self._env.rank)
 
     def give_up(self, reason: str, at_fault: int | None) -> NoReturn:
         """Records the verdict of a run whose main thread hangs, and ends the process. The watchdog's thread calls this

@@ -116,6 +116,5 @@ def in_words(path: Path) -> Iterator[None]:
                 "ask the owner for permission"
             ) from error
         raise RunFolderError(
-            f"run folder {path}: {error.strerror or error} ({where}); repair that file system or choose another run.root, "
-            "then start again: the last checkpoint is intact"
+            f"run folder {path}: {error.strerror or error} ({where}); repair that file system or choose another run.root"
         ) from error

@@ -132,7 +132,7 @@ def test_restarts_are_shown_with_their_reasons(tmp_path: Path) -> None:
     assert "failed (1)           rank 2 on node5: reason 9" in shown
     assert "stopped, saved (75)  stopped on request after step 11" in shown
     assert "more" not in shown
-    assert "the same command resumes from the last checkpoint" in shown
+    assert "no checkpoint was saved, so the same command begins at step 1" in shown
 
 
 def test_a_damaged_status_is_reported_and_the_rest_is_shown(tmp_path: Path) -> None:
