@@ -12,6 +12,7 @@ from statistics import median
 import numpy as np
 
 from moe_dist.monitor.metrics import Record, slowest_rank
+from moe_dist.monitor.picture_hints import heavy_pictures, untrained_encoder
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.training_hints import (
@@ -44,6 +45,7 @@ class HintWatch:
         quiet: Number of steps after a hint in which hints of the same kind are not repeated.
         said: Last step of each kind of hint that earlier attempts of the run have given.
         words: Rewrites the text of each hint.
+        most_picture_loss: Share of the loss that pictures may have without a hint; None: any.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class HintWatch:
         quiet: int = 200,
         said: Mapping[str, int] | None = None,
         words: Callable[[str], str] = str,
+        most_picture_loss: float | None = None,
     ) -> None:
         self._groups, self._moe_layers = tuple(groups), tuple(moe_layers)
-        self._window, self._quiet = window, quiet
+        self._window, self._quiet, self._most_picture_loss = window, quiet, most_picture_loss
         self._records: deque[Record] = deque(maxlen=window)  # each has the arrays of its step
         self._losses: deque[float] = deque(maxlen=2 * window)
         self._evaluations: list[Evaluated] = []
@@ -101,6 +104,7 @@ class HintWatch:
         if record.weights is not None:
             self._measured = (*self._measured[-1:], record)
             yield from weight_hints(self._measured, self._groups, self._moe_layers)
+            yield from untrained_encoder(self._measured, tuple(self._records))
         yield from slower(tuple(self._speeds))
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
@@ -118,6 +122,7 @@ class HintWatch:
         caused = {f"{kind}/{group}" for group in groups for kind in ("busy", "dead")}  # the router is named as the cause
         yield from (each for each in routing_hints(sums, self._groups, self._moe_layers) if each.kind not in caused)
         yield from unread_modality(tuple(self._records))
+        yield from heavy_pictures(tuple(self._records), self._most_picture_loss)
         yield from slow_rank([past.busy_seconds_W for past in self._records])
         yield from busy_rank(np.sum([past.arrays["weighted_rows_LR"] for past in self._records], axis=0))
 

@@ -195,7 +195,8 @@ def open_sinks(
     attempt.lease.check()  # another attempt may have taken the run's lease meanwhile
     made = _build_sinks(checked, folder, progress)  # first drops the hints of steps that are repeated
     said = {each.kind: each.step for each in folder.hints()}
-    watch = HintWatch(checked.placement.groups, checked.config.model.moe_layers, said=said)
+    most, layers = checked.config.monitor.most_picture_loss, checked.config.model.moe_layers
+    watch = HintWatch(checked.placement.groups, layers, said=said, most_picture_loss=most)
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *made], watch)
     attempt.require(sinks.check_written)
     try:
