@@ -284,6 +284,8 @@ class MonitorSection(Section):
     compare_copies_every: PositiveInt | None = 100
     """Steps between two comparisons of the weights, moments and buffers that several ranks hold. A difference ends the run.
     Copies are also compared before each save. null: never."""
+    most_picture_loss: Share | None = None
+    """Share of the loss, in nats, that labels of pictures may have. A hint says when it is larger. null: any share."""
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         if not self.cost_table:

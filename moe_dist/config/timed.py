@@ -79,7 +79,7 @@ class TimedCalls:
         while True:
             try:
                 arguments = calls.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # a reset, if answers were left unread
                 return
             signal.setitimer(signal.ITIMER_PROF, self._seconds)
             signal.alarm(self._seconds * WAITS)

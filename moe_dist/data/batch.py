@@ -112,12 +112,14 @@ class BatchMaker:
         arrays = (tokens, labels, positions, documents, self._modality_of_id[tokens], label_modality, filler, padding)
         return Batch(*(torch.from_numpy(array) for array in arrays))  # shares the arrays' memory
 
-    def count(self, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
-        """Returns the length of each segment, and the number of input tokens of each modality, int64 [M]."""
+    def count(self, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray, list[int]]:
+        """Returns the length of each segment, the number of input tokens of each modality, int64 [M], and the number of
+        patches of each picture."""
         inputs = np.concatenate([each.tokens[: each.length] for each in segments])
         inputs = inputs.clip(0, len(self._modality_of_id) - 1)  # `make` rejects ids outside the vocabulary
         modalities = int(self._modality_of_id.max()) + 1
-        return [each.length for each in segments], np.bincount(self._modality_of_id[inputs], minlength=modalities)
+        patches = [ref.patches for each in segments for ref in each.pictures]
+        return [each.length for each in segments], np.bincount(self._modality_of_id[inputs], minlength=modalities), patches
 
     def _check(self, tokens: np.ndarray, labels: np.ndarray) -> None:
         vocab_size = len(self._modality_of_id)

@@ -20,21 +20,26 @@ class SequenceCosts:
         document_S: float64 [S + 1], maps a document's length to its cost without experts. This is the cost of its tokens
             and of its attention, which without a window grows with the square of the length. Padding counts as a document.
         expert_M: float64, maps a modality to a token's mean cost in true experts. A null expert costs nothing.
+        patch, pair: Cost in an encoder of a picture's patch, and of the attention of a patch to another.
     """
 
     document_S: np.ndarray
     expert_M: np.ndarray
+    patch: float = 0.0
+    pair: float = 0.0
 
-    def of(self, lengths: Sequence[int], tokens_M: np.ndarray) -> tuple[float, float]:
+    def of(self, lengths: Sequence[int], tokens_M: np.ndarray, patches: Sequence[int] = ()) -> tuple[float, float]:
         """Returns a sequence's cost without experts, which only the sequence's rank computes, and the sequence's cost of
         experts.
 
         Args:
             lengths: Number of tokens of each document of the sequence.
             tokens_M: Number of tokens of each modality in the sequence, without padding.
+            patches: Number of patches of each picture of the sequence.
         """
         padding = len(self.document_S) - 1 - sum(lengths)
-        return float(self.document_S[[*lengths, padding]].sum()), float(tokens_M @ self.expert_M)
+        encoder = sum(self.patch * count + self.pair * count**2 for count in patches)
+        return float(self.document_S[[*lengths, padding]].sum() + encoder), float(tokens_M @ self.expert_M)
 
 
 class Dealing(NamedTuple):

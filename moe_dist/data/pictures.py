@@ -74,6 +74,8 @@ def decoded(content: bytes, named: str, formats: tuple[str, ...] = FORMATS) -> I
         if image.width * image.height > MOST_PIXELS:
             raise Image.DecompressionBombError
         image.load()
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's conversions clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(image)
     except Image.DecompressionBombError as error:
         raise DataError(f"picture {named} has more than {MOST_PIXELS:,} pixels; scale it down") from error

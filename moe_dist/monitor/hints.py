@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 
 from moe_dist.monitor.metrics import Record, slowest_rank
+from moe_dist.monitor.picture_hints import heavy_pictures, untrained_encoder
 from moe_dist.monitor.routing_hints import Hint, WindowSums, routing_hints
 from moe_dist.monitor.setup_hints import Settings, evaluation_hints, setup_hints
 from moe_dist.monitor.statistics import EvaluationResult
@@ -114,6 +115,7 @@ class HintWatch:
         if record.weights is not None:
             self._measured = (*self._measured[-1:], record)
             yield from weight_hints(self._measured, self._groups, self._moe_layers)
+            yield from untrained_encoder(self._measured, tuple(self._records))
         yield from slower(tuple(self._speeds))
         yield from full_memory([past.memory_W3 for past in self._records if past.memory_W3.size])
         if len(self._records) < self._window:
@@ -131,6 +133,7 @@ class HintWatch:
         caused = {f"{kind}/{group}" for group in groups for kind in ("busy", "dead")}  # the router is named as the cause
         yield from (each for each in routing_hints(sums, self._groups, self._moe_layers) if each.kind not in caused)
         yield from unread_modality(tuple(self._records))
+        yield from heavy_pictures(tuple(self._records), self._settings.most_picture_loss)
         yield from slow_rank([past.busy_seconds_W for past in self._records])
         yield from busy_rank(np.sum([past.arrays["weighted_rows_LR"] for past in self._records], axis=0))
 

@@ -27,6 +27,7 @@ class Settings(NamedTuple):
 
     clip_norm: float | None = None
     weight_decay: float | None = None
+    most_picture_loss: float | None = None  # share of the loss that pictures may have
 
 
 def setup_hints(records: Sequence[Record], settings: Settings) -> Iterator[Hint]:

@@ -137,6 +137,8 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
     if manifest.pictures is not None and not config.engine.hosts:
         problem = f"engine.kind={config.engine.kind}: the data have pictures for an encoder; set engine.kind=transformers"
         yield Violation(("engine.kind", "data.path"), f"{problem} (docs/how-to/pictures.md)")
+    elif manifest.pictures is not None:
+        yield from _placeholder_violations(config, groups, manifest, manifest.pictures.token_id)
     routed = {modality: group.name for group in groups for modality in group.modalities}
     for name in manifest.modalities:
         if name not in routed:
@@ -158,6 +160,24 @@ def manifest_violations(config: Config, groups: Sequence[ExpertGroup], manifest:
             "one per rank; take fewer ranks, or divide the data into more documents"
         )
         yield Violation(("parallel.ep", "parallel.edp", "data.path", "data.weights"), problem)
+
+
+def _placeholder_violations(
+    config: Config, groups: Sequence[ExpertGroup], manifest: Manifest, token_id: int
+) -> Iterator[Violation]:
+    """Checks that the model knows the data's placeholder of pictures, and that the experts of pictures compute it."""
+    own, placeholder = (
+        config.model.fields.get("image_token_id", token_id),
+        f"the placeholder of pictures, token {token_id},",
+    )
+    if own != token_id:
+        problem = f"{placeholder} is {own} in the model; prepare the data again with the model's folder as --tokenizer"
+        yield Violation(("model.folder", "data.path"), f"data.path: {problem}")
+    named = [name for name, each in manifest.modalities.items() if any(first <= token_id < end for first, end in each)]
+    if "image" not in named and any(group.modalities == ("image",) for group in groups):
+        problem = f"{placeholder} has the modality {', '.join(named)}, so that no vision expert would be trained"
+        fix = "prepare the data again, or give the id to image in the manifest"
+        yield Violation(("model.moe.groups", "data.path"), f"data.path: {problem}; {fix}")
 
 
 def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:

@@ -1,4 +1,5 @@
-"""In training on conversations with pictures, N ranks equal one rank, also after a resume on another number of ranks."""
+"""In training on conversations with pictures, N ranks equal one rank, with dealt sequences, and after a resume on another
+number of ranks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,14 +29,18 @@ def losses(rank: RankContext, root: str, until: int, changes: dict[str, Any]) ->
     model = {"folder": str(home / "model"), "moe": {"groups": {}}}
     config = hosted_config(home / "data", home / "runs", model, {**share, "data": data, **changes})
     with built_run(config, world_size=size) as run:
-        saver, found = run.saver(), []
+        saver, found, moved = run.saver(), [], False
         progress = saver.restore()
         for step in range(progress.step, until):
             batches = run.loader.batches(step * BATCH)
             assert any(each.family_inputs() for each in batches) or size > 1
+            moved |= (
+                "rank_balance" in changes and run.loader.dealt(step * BATCH).dealt < run.loader.dealt(step * BATCH).undealt
+            )
             result = run.training.step(batches, lr=1e-3, aux=run.plan.aux(step), number=step)
             loss = float(result.nll_M.sum() / result.labels_M.sum())
             found.append((loss, float(result.grad_norm), result.counts.choices_LC.tolist()))
+        assert moved == ("rank_balance" in changes), "dealing moves no sequence"
         saver.save(Progress(step=until, position=until * BATCH), durable=True)
         return found
 
@@ -47,7 +52,7 @@ def test_ranks_equal_one_and_resume(run_in_world: Callable[..., list[Any]], tmp_
     file, _ = rows(tmp_path / "rows", 40)
     prepare(tmp_path / "data", Inputs(messages=str(file)), Recipe(tokenizer=str(tmp_path / "model")), lambda *_: None)
     (one,) = run_in_world(1, losses, str(tmp_path), 4, {"run": {"name": "one", "root": str(tmp_path / "runs"), "seed": 0}})
-    two = run_in_world(2, losses, str(tmp_path), 2, {})
+    two = run_in_world(2, losses, str(tmp_path), 2, {"rank_balance": {"dealing": True}})
     then = run_in_world(4, losses, str(tmp_path), 4, {})
     assert all(each == two[0] for each in two)
     assert all(each == then[0] for each in then)

@@ -115,13 +115,14 @@ def _user(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def shards(folder: Path, file: Path, count: int) -> Path:
-    """Writes the rows of a JSONL file, and their pictures, as `count` shards of WebDataset."""
+def shards(folder: Path, file: Path, count: int, *, in_order: bool = False) -> Path:
+    """Writes the rows of a JSONL file, and their pictures, as `count` shards of WebDataset: in turn, or in order."""
     folder.mkdir()
     lines = file.read_text().splitlines()
     for shard in range(count):
         with tarfile.open(folder / f"{shard:03}.tar", "w") as tar:
-            for number in range(shard, len(lines), count):
+            ends = len(lines) * shard // count, len(lines) * (shard + 1) // count
+            for number in range(*ends) if in_order else range(shard, len(lines), count):
                 row = json.loads(lines[number])
                 names = sorted((file.parent / "pictures").glob(f"{number}-*"))
                 files = {f"{number:05}.{name.name.partition('-')[2]}": name.read_bytes() for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.host.family import GUIDE
 
 
@@ -43,13 +43,44 @@ def picture_inputs(
     inputs["position_ids"] = torch.cat([positions_BS[None], places_3BS])
     if has_pictures:
         return {"input_ids": tokens_BS, **inputs}
-    side, embedded_BSD = vision.spatial_merge_size, family.get_input_embeddings()(tokens_BS)
-    width = vision.in_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
-    pixels = embedded_BSD.new_zeros(side**2, width)
-    found = family.get_image_features(pixels, tokens_BS.new_tensor([[1, side, side]]), return_dict=True)
+    embedded_BSD = family.get_input_embeddings()(tokens_BS)
+    pixels, grid = _smallest(vision, embedded_BSD)
+    found = family.get_image_features(pixels, grid, return_dict=True)
     features = [found.pooler_output, *(getattr(found, "deepstack_features", None) or ())]  # Qwen3-VL's enter early layers
     unused = sum(torch.cat(each).sum() for each in features)
     return {"inputs_embeds": embedded_BSD + 0.0 * unused, **inputs}
+
+
+def _smallest(vision: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the black pixels of an encoder's smallest picture, [patches, width], and its grid."""
+    side = vision.spatial_merge_size
+    width = vision.in_channels * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    return like.new_zeros(side**2, width), torch.tensor([[1, side, side]], device=like.device)
+
+
+@torch.no_grad()
+def check_encoder(model: Any) -> None:
+    """Raises ConfigError if what a model says after a picture does not depend on the picture. Collective."""
+    config, like = model.family.config, next(model.parameters())
+    marks = [config.image_token_id, config.video_token_id]
+    text = next(each for each in range(len(marks) + 1) if each not in marks)
+    tokens_BS = torch.tensor([[text, config.image_token_id, text, text]], device=like.device)
+    zeros_BS, positions_BS = torch.zeros_like(tokens_BS), torch.arange(4, device=like.device)[None]
+    group_BS = (tokens_BS == config.image_token_id).long() * (len({bank.group for bank in model.banks}) > 1)
+    black, grid = _smallest(config.vision_config, like.new_zeros((), dtype=torch.float32))
+    slope = torch.linspace(-2, 2, black.numel(), device=like.device).view_as(black)
+    training = model.training
+    model.eval()
+    logits = [
+        model(tokens_BS, positions_BS, zeros_BS, group_BS, more={"pixel_values": each, "image_grid_thw": grid})[0][:, -1]
+        for each in (slope, -slope)
+    ]
+    model.train(training)
+    if torch.equal(*logits):
+        raise ConfigError(
+            "model.folder: the model's logits do not depend on pictures, because its encoder's or projector's output is "
+            f"constant; look at how their weights were made or loaded ({GUIDE}#pictures)"
+        )
 
 
 def _check(picture_BS: Tensor, as_text_BS: Tensor, *, has_pictures: bool) -> None:

@@ -38,5 +38,23 @@ def sequence_costs(config: Config, modalities: Sequence[str]) -> SequenceCosts:
     each_key = 2 * model.attention.score_width(model)
     token = flops(none) - each_key * model.num_layers  # seq_len=1 counts the attention to one key
     return SequenceCosts(
-        length_S * (token + each_key * keys_S), np.array([with_experts[name] - flops(none) for name in modalities])
+        length_S * (token + each_key * keys_S),
+        np.array([with_experts[name] - flops(none) for name in modalities]),
+        *_encoder_costs(config),
     )
+
+
+def _encoder_costs(config: Config) -> tuple[float, float]:
+    """Returns the FLOPs of a patch in a family's encoder, and of a patch's attention to another. Convolutions and the
+    projector are left out: they take a few percent."""
+    if not config.engine.hosts or config.model.family is None:
+        return 0.0, 0.0
+    from moe_dist.hf.host.family import family_config, reads_pictures  # needs transformers
+
+    found = family_config(config.model.family, config.model.fields)
+    if not reads_pictures(found):
+        return 0.0, 0.0
+    vision = found.vision_config
+    layers, width = getattr(vision, "depth", None) or vision.num_hidden_layers, vision.hidden_size
+    inner = getattr(vision, "intermediate_size", 4 * width)
+    return layers * 4.0 * width * (2 * width + inner), layers * 4.0 * width

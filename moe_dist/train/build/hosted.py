@@ -21,6 +21,7 @@ from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
 from moe_dist.hf.host.lora import add_adapters, first_values
 from moe_dist.hf.host.model import HostedModel, own_values, with_owners
+from moe_dist.hf.host.pictures import check_encoder
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.kernels.interface import RowKernels
 from moe_dist.moe.kernels.torch_kernels import TORCH
@@ -106,6 +107,8 @@ class HostedTraining(Training):
         if config.model.lora is not None:
             for parameter, whole in first_values(model, config.model.lora, self.local, config.run.seed):
                 set_whole(parameter, whole)
+        if model.encodes:
+            check_encoder(model)
         return f"model.folder: weights of {config.model.folder}"
 
 

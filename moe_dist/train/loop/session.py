@@ -196,9 +196,9 @@ def open_sinks(
     attempt.lease.check()  # another attempt may have taken the run's lease meanwhile
     made = _build_sinks(checked, folder, progress)  # first drops the hints of steps that are repeated
     said = {each.kind: each.step for each in folder.hints()}
-    optimizer = checked.config.optimizer
-    settings = Settings(optimizer.clip_norm, optimizer.weight_decay)
-    watch = HintWatch(checked.placement.groups, checked.config.model.moe_layers, said=said, settings=settings)
+    config = checked.config
+    settings = Settings(config.optimizer.clip_norm, config.optimizer.weight_decay, config.monitor.most_picture_loss)
+    watch = HintWatch(checked.placement.groups, config.model.moe_layers, said=said, settings=settings)
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *made], watch)
     attempt.require(sinks.check_written)
     try:

@@ -35,6 +35,8 @@ def test_the_cost_of_a_sequence_by_hand() -> None:
     costs = SequenceCosts(np.arange(5.0) ** 2, np.array([10.0, 100.0]))
     assert costs.of([2, 1], np.array([2, 1])) == (6.0, 120.0)
     assert costs.of([4], np.array([0, 4])) == (16.0, 400.0)
+    pictured = SequenceCosts(costs.document_S, costs.expert_M, patch=5.0, pair=0.5)
+    assert pictured.of([4], np.array([0, 4]), [8, 2]) == (16.0 + 5 * 10 + 0.5 * (64 + 4), 400.0)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -74,6 +76,32 @@ def test_short_texts_and_long_pictures_are_even_within_5_percent(
     micro, ranks, each, ep = shape
     dealt = deal(mixed_costs(micro * ranks * each, seed), micro_batches=micro, ranks=ranks, ep=ep, mix=mix)
     assert dealt.dealt <= 1.05 < dealt.undealt
+
+
+@pytest.mark.parametrize("micro_batches", [1, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_pictures_count_by_the_patches_of_their_encoder(seed: int, micro_batches: int) -> None:
+    """Conversations of Qwen3-VL-30B-A3B, half of them with pictures of 256 to 8,192 patches, in sequences of 4,096 tokens
+    on 8 ranks: a deal by tokens alone leaves ranks uneven."""
+    layers, width, inner = 27, 1152, 4304
+    encoder = {"patch": layers * 4 * width * (2 * width + inner), "pair": layers * 4 * width}
+    token, key, experts = 48 * 2 * 19e6, 48 * 4 * 4096, np.array([48 * 8 * 9.4e6] * 2)
+    whole = SequenceCosts(np.arange(4097.0) * (token + key * np.arange(4097.0)), experts, **encoder)
+    rng, found, blind = np.random.default_rng(seed), [], []
+    for _ in range(64):
+        lengths, patches = list[int](), list[int]()
+        while sum(lengths) < 3500:
+            picture = int(4 * 4 ** rng.uniform(3, 5.5)) if rng.random() < 0.5 else 0
+            lengths.append(min(4096 - sum(lengths), picture // 4 + int(rng.integers(50, 300))))
+            patches += [4 * min(picture // 4, lengths[-1])] if picture else []
+        parts = lengths, np.array([sum(lengths) - sum(patches) // 4, sum(patches) // 4])
+        found.append(whole.of(*parts, patches))
+        blind.append(whole.of(*parts))
+    cost_Q2, options = np.array(found), {"micro_batches": micro_batches, "ranks": 8, "ep": 8, "mix": True}
+    dealt, own_IW = deal(cost_Q2, **options), cost_Q2[deal(np.array(blind), **options).place_IWB].sum(2)
+    cost_IW = own_IW[..., 0] + own_IW[..., 1].mean(1, keepdims=True)
+    by_tokens = cost_IW.max(1).sum() / cost_IW.mean(1).sum()
+    assert dealt.dealt - 1 < 0.7 * (by_tokens - 1) < 0.7 * (dealt.undealt - 1)
 
 
 def test_an_even_order_stays() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -11,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from moe_dist.data.batch import IGNORED
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.indexed import IndexedSplit
 from moe_dist.data.loader import TrainLoader, heldout_batches
-from moe_dist.data.picture_files import read_part
+from moe_dist.data.picture_files import MOST_PICTURE, read_part
 from moe_dist.data.prepare import Inputs, prepare
 from moe_dist.data.shards import shard_rows
 from moe_dist.errors import ConfigError, DataError, MoeDistError
@@ -139,24 +140,147 @@ def test_held_out_pictures_are_not_kept(
     assert batch.to("cpu").family_inputs()["pixel_values"].shape[1] == 96
 
 
-def _png(height: int, width: int) -> bytes:
+def _file(image: Any, kind: str = "PNG", **options: Any) -> bytes:
     stream = io.BytesIO()
-    Image.new("1", (width, height)).save(stream, "PNG")
+    image.save(stream, kind, **options)
     return stream.getvalue()
 
 
+def _flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+def _rotated() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 8  # turned by 90 degrees
+    return exif
+
+
+def _sparse(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.truncate(MOST_PICTURE + 1)
+
+
 WHOLE = picture(np.random.default_rng(0))
-DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda path: path.unlink(), "No such file"),
-    "truncated": (lambda path: path.write_bytes(WHOLE[: len(WHOLE) // 2]), "damaged"),
-    "no picture": (lambda path: path.write_bytes(b"<svg/>"), "not a PNG, JPEG or WEBP"),
-    "GIF": (lambda path: Image.new("RGB", (9, 9)).save(path, "GIF"), "not a PNG, JPEG or WEBP"),
-    "empty": (lambda path: path.write_bytes(b""), "not a PNG, JPEG or WEBP"),
-    "bomb": (lambda path: path.write_bytes(_png(10_000, 10_000)), "50,000,000 pixels"),
-    "1 x 30,000": (lambda path: path.write_bytes(_png(1, 30_000)), "aspect ratio"),
-    "link": (lambda path: (path.unlink(), path.symlink_to("/etc/hostname")), "leads out of the folder"),
-    "folder": (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
+RED = Image.new("RGB", (24, 16), "red")
+NOISE = np.random.default_rng(1).integers(0, 256, (24, 40, 4)).astype(np.uint8)
+FORMAT, OUTSIDE = "not a PNG, JPEG or WEBP", "leads out of the folder"
+# What the row's picture is: bytes of its file, a function that makes its file, the row's part, the row, or its line.
+DAMAGE: dict[str, tuple[bytes | Callable[[Path], Any] | dict[str, Any] | str, str]] = {
+    "missing": (lambda path: None, "No such file"),
+    "truncated PNG": (WHOLE[: len(WHOLE) // 2], "damaged"),
+    "truncated JPEG": (_file(RED, "JPEG")[:-2], "damaged"),
+    "truncated WebP": (_file(RED, "WEBP")[:-2], "damaged"),
+    "other byte": (_flipped(WHOLE), "damaged"),
+    "only a head": (WHOLE[:33], "damaged"),
+    "no picture": (b"<svg/>", FORMAT),
+    "animated GIF": (_file(RED, "GIF", save_all=True, append_images=[RED.rotate(90)]), FORMAT),
+    "BMP": (_file(RED, "BMP"), FORMAT),
+    "TIFF": (_file(RED, "TIFF"), FORMAT),
+    "EPS": (_file(RED, "EPS"), FORMAT),
+    "PDF": (_file(RED, "PDF"), FORMAT),
+    "empty": (b"", FORMAT),
+    "zeros": (bytes(len(WHOLE)), FORMAT),
+    "no pixel": (WHOLE[:16] + bytes(8) + WHOLE[24:], FORMAT),
+    "bomb": (_file(Image.new("1", (10_000, 10_000))), "50,000,000 pixels"),
+    "1 x 30,000": (_file(Image.new("1", (30_000, 1))), "aspect ratio"),
+    "30,000 x 1": (_file(Image.new("1", (1, 30_000))), "aspect ratio"),
+    "too many bytes": (_sparse, "268,435,456 bytes"),
+    "link": (lambda path: path.symlink_to("/etc/hostname"), OUTSIDE),
+    "link to nothing": (lambda path: path.symlink_to("nothing"), "No such file"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "cannot be read"),
+    "folder": (Path.mkdir, "is a folder"),
+    "FIFO": (os.mkfifo, "is no regular file"),
+    "https://x.org/a.png": ({"type": "image", "url": "https://x.org/a.png"}, "nothing is downloaded"),
+    "data:": ({"type": "image", "image": "data:image/png;base64,AA"}, "nothing is downloaded"),
+    "../a.png": ({"type": "image", "path": "../a.png"}, OUTSIDE),
+    "/etc/hostname": ({"type": "image", "path": "/etc/hostname"}, OUTSIDE),
+    "long name": ({"type": "image", "path": "x" * 300}, "File name too long"),
+    "no name": ({"type": "image"}, "places for pictures: 1, but pictures: 0"),
+    "video": ({"type": "video", "video": "a.mp4"}, "only parts of type text and image"),
+    "placeholder": ({"type": "text", "text": "<|image|>"}, "placeholders: 1, but pictures: 0"),
+    "placeholder of a video": ({"type": "text", "text": "a <|video|> b"}, "videos are not read"),
+    "role": ({"conversations": [{"from": ["human"], "value": "x"}]}, "conversations has"),
+    "no JSON": ('{"messages": [', "is not JSON"),
+}  # fmt: skip
+# Files whose pixels are those of their first frame, turned upright, as RGB.
+READ: dict[str, tuple[bytes, Image.Image | None]] = {
+    "CMYK": (_file(Image.fromarray(NOISE, "CMYK"), "JPEG"), None),
+    "16 bits of grey": (
+        _file(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 256 + 255)),
+        Image.fromarray(NOISE[..., 0]).convert("RGB"),
+    ),
+    "EXIF": (_file(RED, "JPEG", exif=_rotated()), None),
+    "alpha": (_file(Image.fromarray(NOISE)), Image.fromarray(NOISE[..., :3])),
+    "JPEG named .png": (_file(RED, "JPEG"), None),
+    "animated PNG": (_file(RED, save_all=True, append_images=[RED.rotate(90)]), RED),
+    "animated WebP": (_file(RED, "WEBP", lossless=True, save_all=True, append_images=[RED.rotate(90)]), RED),
+    "1 bit": (_file(RED.convert("1")), RED.convert("1").convert("RGB")),
 }
+
+
+def _row(part: dict[str, Any]) -> dict[str, Any]:
+    """Returns a row with a part, or the row that is given in its place."""
+    if "type" not in part:
+        return part
+    parts = [part, {"type": "text", "text": "cat?"}]
+    return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "two"}]}
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, list[str]]:
+    """The data set of a whole row, the rows of DAMAGE and those of READ, without bad rows; and why those were bad."""
+    home = tmp_path_factory.mktemp("spoilt")
+    (home / "whole.png").write_bytes(WHOLE)
+    lines = [json.dumps(_row({"type": "image", "image": "whole.png"}))]
+    for number, spoil in enumerate([each for each, _ in [*DAMAGE.values(), *READ.values()]], 2):
+        name = f"{number}.png"
+        if isinstance(spoil, bytes):
+            (home / name).write_bytes(spoil)
+        elif callable(spoil):
+            spoil(home / name)
+        row = _row(spoil if isinstance(spoil, dict) else {"type": "image", "image": name})
+        lines.append(spoil if isinstance(spoil, str) else json.dumps(row))
+    (home / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    _, skipped = prepared(home / "out", home / "chats.jsonl", folder, skip_bad=True)
+    return home, skipped
+
+
+@pytest.mark.parametrize(("number", "damage"), [*enumerate(DAMAGE)], ids=DAMAGE)
+@pytest.mark.timeout(120)
+def test_a_bad_row_is_named_and_skipped_if_asked(spoilt: tuple[Path, list[str]], number: int, damage: str) -> None:
+    """Its place, its file if it has one, and the reason."""
+    spoil, reason = DAMAGE[damage]
+    _, skipped = spoilt
+    assert len(skipped) == len(DAMAGE)
+    assert f"chats.jsonl, line {number + 2}" in skipped[number]
+    assert reason in skipped[number]
+    assert isinstance(spoil, dict | str) or f"{number + 2}.png" in skipped[number]
+
+
+def test_bad_rows_end_the_command_unless_asked(spoilt: tuple[Path, list[str]], folder: Path, tmp_path: Path) -> None:
+    home, skipped = spoilt
+    with pytest.raises(DataError, match="--skip-bad") as raised:
+        prepared(tmp_path / "out", home / "chats.jsonl", folder)
+    named = raised.value.problems
+    assert len(named) == 10
+    assert list(named[:-1]) == skipped[:9]
+
+
+def test_pictures_of_odd_forms_are_read(spoilt: tuple[Path, list[str]]) -> None:
+    from moe_dist.data.picture_encoder import PictureEncoder
+
+    home, _ = spoilt
+    split = IndexedSplit(home / "out", load_manifest(home / "out").sources["messages"].train)
+    assert len(split.starts_D) == 1 + len(READ)
+    encoder: Any = PictureEncoder(home / "out")
+    for start, (kind, (content, wanted)) in zip(split.starts_D[1:].tolist(), READ.items(), strict=True):
+        (ref,) = split.pictures(start)
+        image = wanted or ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        found = encoder.pixels(home / "out/pictures", ref)["pixel_values"]
+        assert (ref.height, ref.width) == (image.height, image.width), kind
+        assert torch.equal(found, encoder._processor(images=[image], return_tensors="pt")["pixel_values"]), kind
 
 
 @pytest.fixture
@@ -170,37 +294,6 @@ def three(tmp_path: Path) -> Path:
     file = tmp_path / "chats.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_picture_is_named(three: Path, folder: Path, tmp_path: Path, damage: str) -> None:
-    spoil, reason = DAMAGE[damage]
-    spoil(tmp_path / "b.png")
-    with refused(DataError, "chats.jsonl, line 2", "b.png", reason, "--skip-bad"):
-        prepared(tmp_path / "out", three, folder)
-    manifest, skipped = prepared(tmp_path / "out", three, folder, skip_bad=True)
-    assert manifest.sources["messages"].train.documents == 2
-    assert len(skipped) == 1
-    assert reason in skipped[0]
-
-
-ROWS = {
-    "https://x.org/a.png": ({"type": "image", "url": "https://x.org/a.png"}, "nothing is downloaded"),
-    "data:": ({"type": "image", "image": "data:image/png;base64,AA"}, "nothing is downloaded"),
-    "../a.png": ({"type": "image", "path": "../a.png"}, "leads out of the folder"),
-    "no name": ({"type": "image"}, "places for pictures: 1, but pictures: 0"),
-    "video": ({"type": "video", "video": "a.mp4"}, "only parts of type text and image"),
-    "placeholder": ({"type": "text", "text": "<|image|>"}, "placeholders: 1, but pictures: 0"),
-}
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_a_row_of_another_form_is_named(three: Path, folder: Path, tmp_path: Path, row: str) -> None:
-    part, reason = ROWS[row]
-    messages = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "two"}]
-    three.write_text(json.dumps({"messages": messages}) + "\n")
-    with refused(DataError, "line 1", reason):
-        prepared(tmp_path / "out", three, folder)
 
 
 def test_a_shard_cut_short_ends_the_command(
@@ -253,20 +346,6 @@ def test_a_picture_that_changed_since_is_named(three: Path, folder: Path, tmp_pa
 
 
 OK = {"messages": [{"role": "user", "content": "cat?"}, {"role": "assistant", "content": "two"}]}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"conversations": [{"from": ["human"], "value": "x"}]},
-        {"messages": [{"role": "user", "content": "a <|video|> b"}, {"role": "assistant", "content": "two"}]},
-    ],
-    ids=["role", "video"],
-)
-def test_a_row_of_odd_values_is_skipped_if_asked(three: Path, folder: Path, tmp_path: Path, row: dict[str, Any]) -> None:
-    three.write_text(json.dumps(row) + "\n" + json.dumps(OK) + "\n")
-    _, skipped = prepared(tmp_path / "out", three, folder, skip_bad=True)
-    assert len(skipped) == 1
 
 
 @pytest.mark.parametrize("more", [{"__members__": None}, {"__shard__": 3}, {"image": None}, {"images": None}], ids=str)
