@@ -20,6 +20,6 @@ def test_overlapping_kernels_count_once_and_gaps_are_idle() -> None:
 def test_measurements_of_steps_pass_their_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     job = CheckJob(gpus=2, rehearse=True, folder=tmp_path)
-    checks = {name: MEASUREMENTS[name] for name in ("ceilings", "syncs", "exchanges", "preset")}
+    checks = {name: MEASUREMENTS[name] for name in ("ceilings", "syncs", "exchanges", "preset", "long run")}
     found = run_checks(checks, job, tmp_path / "results.json", {"card": "a card"}, minutes=60.0)
     assert {name: each.verdict for name, each in found.items()} == dict.fromkeys(checks, "pass"), found
