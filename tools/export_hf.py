@@ -92,8 +92,8 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     """
     import torch
 
+    from moe_dist.checkpoint.storage import new_folder
     from moe_dist.hf.code_checks import refuse_code
-    from moe_dist.hf.exporting import new_folder
     from moe_dist.hf.host.lora import merge_adapters
     from moe_dist.hf.host.weights import refuse_masked, write_folder
     from moe_dist.hf.source import COMPANIONS, companion

@@ -9,6 +9,8 @@ files with the metadata key `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorag
 import json
 import os
 import platform
+import secrets
+import shutil
 import stat
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +33,7 @@ from moe_dist.checkpoint.index import Chunk, Cut, Entry, Index, ShardEntry, Sour
 from moe_dist.checkpoint.shard_header import metadata_of, read_shard_header
 from moe_dist.checkpoint.state import CheckpointState, RankLayout, TensorSpec
 from moe_dist.config.bundled import VERSION
-from moe_dist.errors import DataError, DivergedError
+from moe_dist.errors import CheckpointError, ConfigError, DataError, DivergedError
 from moe_dist.optim.optimizer import step_count
 
 
@@ -285,3 +287,24 @@ def open_tensors(folder: Path, number: int) -> Iterator[Any]:
             yield file
     except (OSError, SafetensorError) as error:
         raise DataError(f"checkpoint file {path}: cannot be read: {error}") from error
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Makes a temporary folder beside `out`. When the `with` block ends, syncs it and renames it to `out`. After an error,
+    removes the temporary folder."""
+    folder = out.absolute().parent / f"{out.absolute().name}.exporting.{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be made: {error.strerror or error}") from error
+    try:
+        yield folder
+        sync(folder)
+        if os.path.lexists(out):
+            raise ConfigError(f"{out} exists by now; nothing is overwritten")
+        folder.rename(out)
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -26,13 +26,13 @@ from torch import Tensor
 from moe_dist.checkpoint.base import GUIDE, KEY, Base, find_base
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
-from moe_dist.checkpoint.storage import write_durably, write_tensors
+from moe_dist.checkpoint.storage import new_folder, write_durably, write_tensors
 from moe_dist.checkpoint.whole_tensors import tensor_reader
 from moe_dist.config.experts.ffn import AdaptedClampedFFNExpertsSection, AdaptedFFNExpertsSection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.data_files import README, TOKENIZER_FILE, run_lines
-from moe_dist.hf.exporting import checked_config, new_folder
+from moe_dist.hf.exporting import checked_config
 from moe_dist.hf.forms import Form, choose_form
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
 from moe_dist.hf.names import projection_name

@@ -6,10 +6,7 @@
 import json
 import math
 import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +20,12 @@ from moe_dist.checkpoint.base import Base, find_base
 from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import find_checkpoint
 from moe_dist.checkpoint.state import OPTIMIZER_PREFIX
-from moe_dist.checkpoint.storage import sync, write_durably, write_tensors
+from moe_dist.checkpoint.storage import new_folder, write_durably, write_tensors
 from moe_dist.checkpoint.whole_tensors import Read, merged_reader, tensor_reader
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
-from moe_dist.errors import CheckpointError, ConfigError, DataError, MoeDistError
+from moe_dist.errors import ConfigError, DataError, MoeDistError
 from moe_dist.hf.code_checks import refuse_code
 from moe_dist.hf.data_files import README, TOKENIZER_FILE, DataFiles, find_data, readme
 from moe_dist.hf.families import FAMILIES
@@ -283,24 +280,3 @@ def _write(folder: Path, read: Read, stored: Sequence[StoredTensor], shard_bytes
         index = {"metadata": {"total_size": sum(each.nbytes for each in stored)}, "weight_map": weight_map}
         write_durably(folder / INDEX_FILE, json.dumps(index, indent=2).encode())
     return len(parts)
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Makes a temporary folder beside `out`. When the `with` block ends, syncs it and renames it to `out`. After an error,
-    removes the temporary folder."""
-    folder = out.absolute().parent / f"{out.absolute().name}.exporting.{secrets.token_hex(4)}"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be made: {error.strerror or error}") from error
-    try:
-        yield folder
-        sync(folder)
-        if os.path.lexists(out):
-            raise ConfigError(f"{out} exists by now; nothing is overwritten")
-        folder.rename(out)
-    except OSError as error:
-        raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -9,6 +9,9 @@ from tools.gpu_check.session import Check
 
 MEASUREMENTS: Mapping[str, Check] = {
     "ceilings": Check("research.gpu_bench.ceilings:ceilings", 60, "rates of copies and matrix products; launches"),
+    "power": Check("research.gpu_bench.cards:power", 30, "NVML reads power, load and memory"),
+    "contexts": Check("research.gpu_bench.cards:contexts", 60, "no rank has a context on another's GPU"),
+    "long run": Check("research.gpu_bench.cards:long_run", 120, "100 steps learn, and hold no more memory at their end"),
     "syncs": Check("research.gpu_bench.steps:syncs", 60, "host syncs of an MoE layer and of a step"),
     "exchanges": Check("research.gpu_bench.steps:exchanges", 120, "rate of exchanges between GPUs, and what hides them"),
     "preset": Check("research.gpu_bench.steps:preset", 240, "tokens/s, MFU and memory of OLMoE, cut to fit"),

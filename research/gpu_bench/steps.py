@@ -18,15 +18,15 @@ from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import group_shares
 from moe_dist.plan.flops import expected_experts, model_flops_per_token
 from moe_dist.train.start.dry_run import estimate
+from research.gpu_bench.cards import WIDTH, allocated
 from research.gpu_bench.ceilings import BF16, drawn, seconds_of
 from research.gpu_bench.graph import static_layer
 from research.gpu_bench.profiled import profiled
 from tools.gpu_check.layers import make_layer, passes, single_group, triton_or_none
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
-from tools.gpu_check.training import MODES, SMALL, RandomRun, allocated, configure
+from tools.gpu_check.training import MODES, SMALL, RandomRun, configure
 
-WIDTH = 2048
 TIMES = 20  # number of exchanges; all ranks must run the same number
 KINDS = {
     "plain": "parallel.dispatch={kind: all_to_all}",

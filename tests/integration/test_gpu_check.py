@@ -19,7 +19,7 @@ from tools.gpu_check.process import function_of
 from tools.gpu_check.session import Check, run_checks
 
 ROOT = Path(__file__).parents[2]
-ONLY_ON_A_GPU = {"power", "DeepEP", "HybridEP", "contexts"}
+ONLY_ON_A_GPU = {"DeepEP", "HybridEP"}
 CARD = {"card": "a card"}
 
 

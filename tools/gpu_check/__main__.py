@@ -29,10 +29,7 @@ CHECKS: Mapping[str, Check] = {
     "HybridEP": Check("tools.gpu_check.gpus:hybrid_ep", 120, "layer over HybridEP = in float64"),
     "steps": Check("tools.gpu_check.training:steps", 240, "training steps, DDP and FSDP2, fp32 and bf16 = fp32 on the CPU"),
     "repeat": Check("tools.gpu_check.training:repeat", 180, "a run repeats bit for bit, also across a checkpoint"),
-    "long run": Check("tools.gpu_check.training:long_run", 120, "100 steps learn, and hold no more memory at their end"),
     "generation": Check("tools.gpu_check.training:generation", 60, "generated tokens = those of the CPU"),
-    "power": Check("tools.gpu_check.machine:power", 30, "NVML reads power, load and memory"),
-    "contexts": Check("tools.gpu_check.gpus:contexts", 60, "no rank has a context on another's GPU"),
 }
 _STYLES = {"pass": "green", "fail": "bold red", "not possible": "dim", "not run": "yellow"}
 

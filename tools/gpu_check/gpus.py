@@ -1,11 +1,8 @@
-"""Checks several ranks on one machine: CUDA contexts, and the dispatcher that calls DeepEP's kernels."""
-
-import threading
-from typing import Any
+"""Checks the dispatchers that call other projects' kernels, on several ranks of one machine."""
 
 import torch
 
-from moe_dist.comm.all_to_all import AllToAll, Splits
+from moe_dist.comm.all_to_all import AllToAll
 from moe_dist.comm.collectives import CommStats
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
@@ -20,43 +17,7 @@ from tools.gpu_check.layers import CONFIG, MOST, passes, single_group
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
 from tools.gpu_check.process import on_ranks
 
-WIDTH = 2048
 HIDDEN, TOKENS = 512, 256  # sizes of the layers that run kernels of other libraries
-
-
-def contexts(job: CheckJob) -> list[Reading]:
-    """Counts the processes with a CUDA context on GPU 0. Before the count, each rank uses its own GPU and, like the
-    watchdog, queries the oldest collective in a thread."""
-    if job.rehearse or job.gpus < 2:
-        raise NotPossibleError("contexts of other ranks need two GPUs")
-    before, (after, *_) = _processes(), on_ranks(_counted, job)
-    return [Reading("more processes on GPU 0", after - before, most=1)]
-
-
-def _counted(job: CheckJob, mesh: Mesh) -> int:
-    wire = AllToAll(mesh.ep, CommStats(), mesh.tracker)
-    counts = tuple(0 if rank == mesh.rank else 8 for rank in range(mesh.world_size))
-    wire.exchange(torch.randn(sum(counts), WIDTH, device=job.device), Splits(counts, counts), name="rows")
-    thread = threading.Thread(target=mesh.tracker.oldest)
-    thread.start()
-    thread.join()
-    torch.cuda.synchronize()
-    torch.distributed.barrier(mesh.world)
-    count = _processes()
-    torch.distributed.barrier(mesh.world)  # no rank ends before all ranks have counted
-    return count
-
-
-def _processes() -> int:
-    """Returns NVML's number of processes with a context on the first GPU that torch sees."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        uuid: Any = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
-        return len(pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByUUID(uuid)))
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def deep_ep(job: CheckJob) -> list[Reading]:

@@ -1,15 +1,13 @@
-"""Checks the machine's GPU, the imports of moe_dist's modules, the presets, and NVML's readings."""
+"""Checks the machine's GPU, the imports of moe_dist's modules, and the presets."""
 
 import importlib
 import pkgutil
-import time
 
 import torch
 from torch.cuda import nccl
 
 from moe_dist.config.bundled import find_config
 from moe_dist.config.load import load_config
-from moe_dist.monitor.devices import MIB, DeviceMonitor
 from moe_dist.runtime.node.facts import nvml
 from moe_dist.train.start.dry_run import estimate
 from tools.gpu_check.outcome import CheckJob, NotPossibleError, Reading
@@ -22,7 +20,6 @@ PRESETS = (
     "mole_llama3_8b_8gpu",
     "adamoe_moma_small_1gpu",
 )
-POWER_SECONDS = 2.0
 
 
 def card(job: CheckJob) -> list[Reading]:
@@ -65,32 +62,3 @@ def modules(job: CheckJob) -> list[Reading]:
         estimate(load_config(find_config(preset), []))
     lacking = f" (packages that are not here: {', '.join(sorted(missing))})" if missing else ""
     return [Reading(f"modules imported{lacking}", count, least=1), Reading("presets built", len(presets))]
-
-
-def power(job: CheckJob) -> list[Reading]:
-    """Reads the state of a GPU that multiplies matrices, and compares NVML's used memory with CUDA's."""
-    if job.rehearse:
-        raise NotPossibleError("there is no GPU to read")
-    monitor = DeviceMonitor(seconds=0.1, gpu=str(torch.cuda.get_device_properties(0).uuid))
-    try:
-        x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        watts, loads, end = [], [], time.monotonic() + POWER_SECONDS
-        while time.monotonic() < end:
-            for _ in range(20):
-                torch.matmul(x, x)
-            torch.cuda.synchronize()
-            latest = monitor.latest
-            watts.append(latest["device/power"])
-            loads.append(latest["device/utilisation"])
-        free, total = torch.cuda.mem_get_info()
-        read = monitor.latest["gpu_used_mib"]
-    finally:
-        monitor.stop()
-    if read is None:
-        raise NotPossibleError("NVML gives no readings here; the log of the check has its reason")
-    known = [each for each in watts if each is not None]
-    off = abs(read * MIB - (total - free)) / total
-    readings = [Reading("used memory by NVML and by CUDA: difference / all memory", off, most=0.05)]
-    if known:
-        readings.append(Reading("power of matrix products", max(known), "W", least=1.0))
-    return [*readings, Reading("utilisation", max(each or 0.0 for each in loads), "%")]

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
-import torch
 
 from moe_dist.checkpoint.fingerprint import fingerprint
 from moe_dist.checkpoint.manager import CheckpointManager
@@ -207,36 +205,6 @@ def _paced(job: CheckJob, mesh: Mesh, deterministic: bool) -> float:
     return (time.perf_counter() - began) / steps
 
 
-def long_run(job: CheckJob) -> list[Reading]:
-    """Trains the small preset in bf16 for 100 steps, each on the same tokens. The loss must fall. After step 20, the
-    memory of device and host must hardly grow."""
-    found = on_ranks(_long, job)
-    losses = found[0]["losses"]
-    return [
-        Reading("loss of the last step / of the first", losses[1] / losses[0], most=0.95),
-        Reading("growth of the GPU's memory", max(each["allocated"] for each in found), "MiB", most=1.0),
-        Reading("growth of the host's memory", max(each["resident"] for each in found), "MiB", most=64.0),
-        Reading("unfinished collectives", max(each["unfinished"] for each in found), most=8),
-    ]
-
-
-def _long(job: CheckJob, mesh: Mesh) -> dict[str, Any]:
-    settled, last = (3, 8) if job.rehearse else (20, 100)
-    run, results, held = RandomRun(mesh, configure(job, mesh, MODES["FSDP2, bf16"])), [], []
-    for number in range(last):
-        run.step = 0  # the same tokens in each step
-        results += run.take(1)
-        if number + 1 in (settled, last):
-            held.append((allocated(mesh), psutil.Process().memory_info().rss))
-    (before, host_before), (after, host_after) = held
-    return {
-        "losses": losses_and_norms([results[0], results[-1]])[::2],
-        "allocated": (after - before) / 2**20,
-        "resident": (host_after - host_before) / 2**20,
-        "unfinished": len(mesh.tracker._unfinished),
-    }
-
-
 def generation(job: CheckJob) -> list[Reading]:
     """Generates the likeliest tokens in fp32 with the key-value cache, on the device and on the CPU, and compares them."""
     made = {device: on_ranks(_generated, job, world=1, device=device)[0] for device in (job.device, "cpu")}
@@ -252,8 +220,3 @@ def _generated(job: CheckJob, mesh: Mesh) -> list[list[int]]:
     generator = Generator(model, grammar, group_of_modality=groups, max_seq_len=length)  # pyright: ignore[reportArgumentType]
     prompts = [[5, 6, 7], [400, 9]]
     return generator(prompts, Request(max_new_tokens=8, sampling=Sampling(temperature=0.0)))
-
-
-def allocated(mesh: Mesh) -> int:
-    """Returns the bytes of the tensors on this rank's GPU; 0 on a CPU."""
-    return torch.cuda.memory_allocated(mesh.device) if mesh.device.type == "cuda" else 0

@@ -36,7 +36,6 @@ def test_copies_share_the_work_and_are_close_to_the_best() -> None:
         rank_P = packed((load_LE.sum(0) / copies_E)[expert_P], ranks)
         theirs.append(Copied(expert_P, rank_P).pace(load_LE, ranks) / best)
         assert ratios[-1] <= theirs[-1] * (1 + 1e-12)
-    print(f"with copies {np.mean(ratios):.3f} of the best, EPLB's rules {np.mean(theirs):.3f}")
     assert min(ratios) >= 1 - 1e-12
     assert np.mean(ratios) < 0.95 * np.mean(theirs)
     pinned_ER = np.array([[True, False], [True, True]])
