@@ -62,7 +62,9 @@ def cases() -> list[Case]:
         engines, name, patterns = fault.pop("engines"), fault.pop("id"), tuple(fault.pop("cause"))
         base = fault.pop("base", "")
         for engine in engines:
-            case = Case(f"{name}-{engine}", base=base or engine, fault=name, cause=patterns, **fault)
+            # Other engines take only the steps in which the fault must be named: the own engine has shown the rest.
+            more = {"set": {**fault.get("set", {}), "train.steps": fault["effect"] + 69}} if engine != "moe_dist" else {}
+            case = Case(f"{name}-{engine}", base=base or engine, fault=name, cause=patterns, **{**fault, **more})
             by_engine.setdefault(engine, []).append(case)
     healthy = [Case(f"healthy-{each.pop('id')}", base=each.pop("base", "moe_dist"), **each) for each in plan["healthy"]]
     return [*by_engine["moe_dist"], *healthy, *by_engine["transformers"], *by_engine["megatron"]]
