@@ -37,7 +37,7 @@ def run_attempts(
     max_restarts: int,
     blame: Callable[[int], None] = lambda rank: None,
 ) -> int:
-    """Runs attempts until an attempt ends without a failure that allows a restart. Returns the last attempt's exit code.
+    """Runs attempts until one ends in a way that allows no restart. Returns the last attempt's exit code.
     After each failed attempt, calls `blame` with the rank at fault."""
     attempts: list[AttemptEnd] = []
     while True:

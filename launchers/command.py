@@ -254,7 +254,8 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def commands_text(commands: Sequence[RankCommand]) -> str:
-    """Returns the text of a dry run. A line per rank has the rank's node, and the shell command that starts the rank."""
+    """Returns the text of a dry run. It has one line per rank with the rank's node and the shell command that starts the
+    rank."""
     lines = []
     for command in commands:
         variables = [f"{name}={value}" for name, value in sorted(command.env.items())]
@@ -270,7 +271,8 @@ def paths_of(config: Config) -> dict[str, str]:
 
 
 def absolute_paths(config: Config, base: Path) -> tuple[str, ...]:
-    """Returns overrides with absolute paths, which are valid in every working directory. Relative paths start at `base`."""
+    """Returns overrides that make all paths absolute, so that they are valid in every working directory. Relative paths
+    start at `base`."""
     return tuple(f"{key}={os.path.normpath(base / path)}" for key, path in paths_of(config).items())
 
 

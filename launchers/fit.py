@@ -38,14 +38,15 @@ class Want:
 
 
 def unmet(wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> list[str]:
-    """Returns an error message for each planned node to which no node can be assigned. `problem` explains the arguments."""
+    """Returns an error message for each planned node that matches no node of the cluster. `problem` explains the
+    arguments."""
     up = [offer for offer in offers if not offer.down]
     found = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
     return [problem(w, wants, offers, word=word, where=where) for w, at in zip(wants, found, strict=True) if at is None]
 
 
 def problem(want: Want, wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> str:
-    """Returns the reason why no node can be assigned to a planned node: no node has its traits, or the nodes with its
+    """Returns the reason why a planned node matches no node of the cluster: no node has its traits, or the nodes with its
     traits are too small or too few.
 
     Args:

@@ -47,8 +47,8 @@ class Outcome:
             not send.
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed.
-        lost: A description for each rank that died with its node or its Ray worker; such a rank gets the exit code of a
-            rank that SIGKILL killed.
+        lost: A description for each rank that died with its node or its Ray worker. Such a rank gets the exit code of
+            SIGKILL.
         words: For a rank, the system's message about its end, such as that a memory limit killed the rank.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
         launched: Exit code of the program that started the ranks; used only if no rank failed.
@@ -69,9 +69,9 @@ class Outcome:
         the node of this rank. The first of these rules that names a rank decides:
 
         1. A rank lost with its node.
-        2. A rank killed by a signal, unless the record, or a rank that failed earlier, has an error that would repeat.
+        2. A rank killed by a signal, unless the record or a rank that failed earlier shows an error that would repeat.
         3. A rank that SIGSTOP suspended.
-        4. A rank that failed and is not in `told`, if `told` has ranks; their errors only report a lost connection.
+        4. If `told` has ranks, a rank that failed and is not in `told`. The ranks in `told` only report a lost connection.
         5. The rank in the record. Its error is the recorded reason, or it did not enter a collective.
         6. If a record names no rank and a rank failed: a rank that is not in `told` and aborted or had exit code 0.
            Without a record: the rank that failed first.
@@ -161,8 +161,8 @@ class RankTracker:
             self._failed.append(rank)
 
     def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
-        """Returns the signals that all running ranks must get now: the launcher's first stop signal, SIGTERM some time
-        after a rank has failed or stopped, and SIGKILL after a timeout or a second Ctrl-C."""
+        """Returns the signals that all running ranks must get now: the launcher's first stop signal, SIGTERM a while after
+        a rank has failed or stopped, and SIGKILL after a timeout or a second Ctrl-C."""
         due: list[signal.Signals] = []
         if signals.first is not None and not self._stopping:
             again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""

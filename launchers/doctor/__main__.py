@@ -1,6 +1,6 @@
 """Checks a machine or cluster for a run: moe-dist doctor CONFIG [key=value ...] [--on LAUNCHER] [--probe]
 
-The command checks the configuration, then the plan, then runs the checks of the launcher. It prints each result at once.
+The command checks the configuration, then the plan, and then runs the launcher's checks. It prints each result at once.
 """
 
 import os

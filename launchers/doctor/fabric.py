@@ -25,8 +25,8 @@ TIMEOUT_SECONDS = 120.0
 def judge(
     measured: Mapping[Pair, PairExchange], slow: Sequence[Pair], nodes: Sequence[str], *, payload_bytes: int
 ) -> list[CheckResult]:
-    """Returns a check result for each cause of slow pairs. A cause is a node that is slow with every other node, or a
-    single pair of nodes.
+    """Returns a check result for each cause of slow pairs. A cause is a node that is slow with all other nodes, or a single
+    slow pair.
 
     Args:
         measured: For each pair of nodes, the shortest measured time of each collective.

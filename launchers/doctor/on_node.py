@@ -30,7 +30,7 @@ def visit(questions: Questions, *, first: bool, env: Mapping[str, str] = os.envi
         path = Path(questions.meeting)
         unknown, error = (listen(path, questions.num_nodes, env), "") if first else connect(path)
         facts = replace(facts, unresolved={**facts.unresolved, **unknown}, unreachable=error)
-    # `os.cpu_count` counts all cores of the node, also if the scheduler has bound this task to some of them. The clock is
+    # `os.cpu_count` counts all cores of the node, even if the scheduler has bound this task to some of them. The clock is
     # read last, because the receiver compares its time with the arrival time of the line.
     return replace(facts, cores=os.cpu_count(), clock=time.time())
 
@@ -51,7 +51,7 @@ def listen(path: Path, num_nodes: int, variables: Mapping[str, str] = os.environ
         while missing and (left := deadline - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
-                listener.accept()[0].close()  # opening a connection is enough; nothing is sent
+                listener.accept()[0].close()  # the open connection is the test; nothing is sent
                 missing -= 1
     return {}
 

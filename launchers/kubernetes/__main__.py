@@ -104,7 +104,7 @@ def main(
 
 
 class KubernetesLauncher(Launcher):
-    """The launcher for Kubernetes, which only prints the objects of a run."""
+    """The launcher for Kubernetes. It only prints the objects of a run."""
 
     main = staticmethod(main)
 

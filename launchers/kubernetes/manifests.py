@@ -67,7 +67,7 @@ class Manifests:
     """Makes the objects of one run.
 
     Attributes:
-        files: Names and texts of the files in the folder `FILES`: the configuration and, if there is one, the cluster file.
+        files: Names and texts of the files in the folder `FILES`: the configuration, and the cluster file if there is one.
         arguments: Configuration, overrides and options for the launcher inside the pods.
     """
 
@@ -82,8 +82,8 @@ class Manifests:
         """Returns a ConfigMap, a Service that gives the pods host names, and a Job for each part.
 
         A rank that fails ends its pod; the other ranks then lose their connections to this rank, and all pods end.
-        Kubernetes replaces the pods, and the ranks resume from the last checkpoint, at most `max_restarts` times. An exit
-        code that means that the error would repeat ends the Job at once.
+        Kubernetes replaces the pods, and the ranks resume from the last checkpoint, at most `max_restarts` times. If the
+        exit code says that the error would repeat, the Job ends at once.
         """
         name, first = object_name(self.run), next(part for part in self.parts if part.nodes[0].index == 0)
         service = self._object("v1", "Service", name)

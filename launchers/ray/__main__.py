@@ -68,7 +68,7 @@ def _print_dry_run(config: Path, overrides: Sequence[str], cluster: str | None) 
     commands = [replace(command, env=job.cluster.network_variables | command.env) for command in commands]
     lines = commands_text(commands).replace(
         " '' -m ", " python -m "
-    )  # `python` stands for the unknown interpreter of the rank's node
+    )  # the rank's node may have another interpreter, so `python` is shown
     print(f"resources of a rank: {bundle_of_rank(job.launch.job, job.cluster.cpus_per_rank)}\n{lines}")
 
 

@@ -26,7 +26,7 @@ from moe_dist.runtime.rendezvous import HOST_VARIABLE
 
 STOP_WAIT_DEFAULT = 3.0  # seconds, Ray's own default
 MARGIN = 0.1  # fraction of Ray's grace period reserved for the driver; the ranks get the rest
-START_SECONDS = 300.0  # seconds that a task may wait for its start, because other jobs may use the GPUs
+START_SECONDS = 300.0  # seconds that a task may wait for its start, as other jobs may use the GPUs
 
 
 def check_ray(
@@ -74,7 +74,7 @@ def run_on_nodes(
         ended, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ended:
             for reference in waiting:
-                ray.cancel(reference, force=True)  # a blocked task does not react to a plain cancel
+                ray.cancel(reference, force=True)  # without force, a blocked task would not end
             raise ResourceError(f"{len(waiting)} of {world} tasks did not end in {minutes} minutes")
         try:
             code, printed, complaint = ray.get(ended[0])

@@ -1,4 +1,5 @@
-"""Makes a placement group with a bundle and an actor per rank for each attempt, starts the ranks, waits for their end."""
+"""For each attempt, makes a placement group with a bundle and an actor per rank, starts the ranks and waits for their
+end."""
 
 import contextlib
 import re
@@ -26,14 +27,14 @@ from moe_dist.errors import ConfigError, ResourceError, StoppedError
 from moe_dist.runtime.signals import StopSignals
 
 ANSWER_SECONDS = 300.0  # time limit for an actor's start and answer, which can take minutes with files on a slow disk
-READY_SECONDS = 15.0  # timeout for a placement group on nodes that were free a moment ago
+READY_SECONDS = 15.0  # timeout for a placement group on nodes that were just free
 CONNECT_SECONDS = 2.0  # connection timeout to a node
 LOOK_SECONDS = 2.0  # timeout for an actor to report whether its rank is suspended
 TICK_SECONDS = 0.2
 PATIENT_SECONDS = 5.0  # a shorter wait is not reported, because Ray may still be freeing resources of ended actors
 HEAD = "node:__internal_head__"  # a resource that only the head node has
 RETRY_SECONDS = 1.0
-START_TRIES = 3  # a node is left out after this many failed starts of actors; after the wait for nodes, after one
+START_TRIES = 3  # a node is left out after this many failed starts of actors, or after one if the wait for nodes is over
 WAIT = "wait"  # concurrency group of `RankActor.wait`, which blocks until the rank has ended
 _CONNECTIONS = 32
 

@@ -26,7 +26,7 @@ from launchers.memory_limit import MemoryLimit
 from launchers.supervise import is_stopped
 from moe_dist.runtime.environment import RAY_METRICS
 
-SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file; the data are no new files
+SEEN_SECONDS = 30.0  # an NFS client may take this many seconds to see a new file; the data are not new
 POLL_SECONDS = 0.2
 LARGEST = 1 << 18  # bytes of the largest datagram; 40 scalars take 10 KB
 

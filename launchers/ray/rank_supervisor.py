@@ -71,7 +71,7 @@ class RankSupervisor:
         else:
             _report(code=self._code)
         self._end_the_adopted(time.monotonic() + (LINGER_SECONDS if 0 in self._inputs else 0.0))
-        while self._look(0.0):  # drain the pipe
+        while self._look(0.0):  # reads all messages that are still in the pipe
             pass
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)

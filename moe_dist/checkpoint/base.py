@@ -1,6 +1,6 @@
 """Finds the frozen base model of LoRA adapters. A checkpoint of adapters has the base's path and hash, but not its weights.
 
-Names and shapes decide which tensor of the base's checkpoint is loaded into which tensor of the model. The model must use
+Tensors of the base's checkpoint are matched with tensors of the model by name and shape. The model must use
 every parameter of the base except the routers. A layer's FFN is loaded from the base's dense FFN in that layer. If the base
 has no dense FFN there, the layer's FFN is loaded from the base's only expert in that layer; an imported dense Hugging Face
 model has one expert per layer.
@@ -48,7 +48,7 @@ class Base:
 
     path: str  # folder of the base's checkpoint (step_N)
     content: str  # `content_hash` of that checkpoint
-    beside: str = ""  # `path` relative to the folder of the adapters' checkpoints; empty in checkpoints of older versions
+    beside: str = ""  # `path` relative to the folder of the adapters' checkpoints; older versions saved ""
 
     @classmethod
     def of(cls, contents: Contents, checkpoints: Path) -> "Base":
@@ -83,7 +83,7 @@ class Base:
         """Checks that `contents` is the base on which the adapters in the folder `adapters` were trained. Raises DataError
         if the content hash of `contents` is not `content`."""
         found = content_hash(contents.index)
-        if found != self.content:  # the folder at `path` may contain another model by now
+        if found != self.content:  # another model may have been saved at `path` since
             raise DataError(
                 f"{contents.folder}: its content hash is {found}, but the adapters of {adapters} were trained on a base "
                 f"with {self.content}; restore that base at {self.path} (or a link to it), or train adapters on this one",

@@ -80,8 +80,8 @@ def _report(error: Exception) -> int:
 
 
 def _remote_error(what: str, codes: list[int]) -> MoeDistError:
-    """Returns the error that the ranks without a failure raise. It has the class of the lowest failed rank's error if the
-    table below contains that class, else the class MoeDistError."""
+    """Returns the error that the ranks without a failure raise. Its class is the class of the error on the failed rank with
+    the lowest number, if the table below contains that class, else MoeDistError."""
     ranks = [rank for rank, code in enumerate(codes) if code]
     message = f"{what}: it failed on ranks {ranks}; see the log of rank {ranks[0]} for the reason"
     code = codes[ranks[0]]
@@ -92,5 +92,5 @@ def _remote_error(what: str, codes: list[int]) -> MoeDistError:
         1000 + DivergedError.exit_code: DivergedError,
     }
     error = kinds.get(code, MoeDistError)(message)
-    error.consequence = True  # marks an error whose reason only the failed rank knows and reports
+    error.consequence = True  # a consequence: only the failed rank knows and reports the reason
     return error

@@ -38,7 +38,7 @@ _MAX_BYTES = 4096  # largest number of bytes that are read from SHA256SUMS; a va
 
 @dataclass(frozen=True)
 class Contents:
-    """The content of a checkpoint's index.json and state.json. Both files are intact and were written by the same save."""
+    """The content of a checkpoint's index.json and state.json. Both files are intact and belong to the same save."""
 
     folder: Path
     index: Index
@@ -145,7 +145,7 @@ def _examine_saves(folder: Path, examined: Examined, checksums: tuple[str, dict[
     ids = {INDEX_FILE: examined.index and examined.index.save_id, STATE_FILE: examined.state and examined.state.save_id}
     ids[CHECKSUMS_FILE] = checksums and checksums[0]
     said = {name: save_id for name, save_id in ids.items() if save_id}
-    if len(set(said.values())) > 1:  # returns early, because files of different saves also have wrong digests
+    if len(set(said.values())) > 1:  # returns now, because digests of files from different saves never match
         common, count = Counter(said.values()).most_common(1)[0]
         odd = {name for name, save_id in said.items() if save_id != common} if count > 1 else set(said)
         text = ", ".join(f"{name} of save {save_id}" for name, save_id in said.items())

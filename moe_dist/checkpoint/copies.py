@@ -1,5 +1,5 @@
 """Finds copies of a tensor that are no longer equal. Ranks with the same data (`LocalShard.copies`) compute the same
-updates, so a difference of one bit comes from broken hardware or a wrong program.
+updates, so even one differing bit means broken hardware or a bug.
 
 The checksum c of a tensor is the sum of its elements' bit patterns, read as integers. For each tensor with copies 0 to
 n - 1, one all-reduce computes
@@ -30,8 +30,8 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def unequal_copies(
     state: CheckpointState, world: dist.ProcessGroup, device: torch.device, tracker: CollectiveTracker | None = None
 ) -> tuple[list[str], list[int]]:
-    """Returns the names of the tensors whose copies differ, and the ranks whose copy of the first of these tensors differs
-    from most copies; all ranks with a copy if no value has a majority. Equal on all ranks.
+    """Returns the names of the tensors whose copies differ. Also returns the ranks whose copy of the first such tensor
+    differs from the majority; if there is no majority, all ranks with a copy. The result is equal on all ranks.
 
     Collective. Costs one pass over the tensors, an all-reduce of 8 bytes for each tensor of model and optimizer, and one
     host sync; if copies differ, a second all-reduce and host sync.
@@ -60,8 +60,8 @@ def _factor(held: LocalShard) -> int:
 
 
 def _different(of_ranks: list[list[int]]) -> list[int]:
-    """Returns the ranks whose checksum is not that of most ranks with the same shard. Gets three numbers of each rank: 1 if
-    it has a copy, the place of its shard, and its checksum."""
+    """Returns the ranks whose checksum differs from the majority of ranks with the same shard. Gets three numbers of each
+    rank: 1 if it has a copy, the position of its shard, and its checksum."""
     ranks = [rank for rank, (has, _, _) in enumerate(of_ranks) if has]
     shards = Counter(of_ranks[rank][1] for rank in ranks)
     values = Counter(tuple(of_ranks[rank]) for rank in ranks)

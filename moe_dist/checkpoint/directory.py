@@ -51,7 +51,7 @@ class CheckpointDirectory:
         `latest` names no checkpoint in this folder, is not a regular file, or is missing although there are checkpoints."""
         path = self.folder / LATEST_FILE
         try:
-            content = read_regular(path, most_bytes=64, links=False)  # only one read, as another process may replace it
+            content = read_regular(path, most_bytes=64, links=False)  # read once, as it may be replaced meanwhile
         except IrregularFileError as error:
             raise DataError(f"{path}: {error.strerror}, so it was not read; delete it first. {self.fix()}") from error
         except FileNotFoundError:
@@ -69,7 +69,7 @@ class CheckpointDirectory:
         return int(name.removeprefix("step_"))
 
     def fix(self, failed: Path | None = None) -> str:
-        """Returns a sentence that tells the user how to resume from another checkpoint than `failed`."""
+        """Returns a sentence that tells the user how to resume from a checkpoint other than `failed`."""
         others = [self.path_of(step).name for step in self.steps() if self.path_of(step) != failed]
         if not others:
             return "There is no other checkpoint in that folder: start with --overwrite, or choose another run.name."
@@ -77,7 +77,7 @@ class CheckpointDirectory:
         return f"There are {', '.join(others)}: to resume from the newest, `echo {others[-1]} > {pointer}` and start again."
 
     def remove_beyond(self, keep: int, step: int) -> None:
-        """Deletes the checkpoints whose step is at most `step`, except the `keep` newest of these. Logs errors instead of
+        """Of the checkpoints up to `step`, keeps the `keep` newest and deletes the others. Logs errors instead of
         raising them, because the save of `step` has already succeeded."""
         try:
             for old in [each for each in self.steps() if each <= step][:-keep]:
@@ -101,7 +101,7 @@ def run_path(path: Path, wanted: str = "", *, option: str = "") -> Path:
     """Returns `path`, or `runs/<path>` if only the latter exists. By default runs are stored in `runs`.
 
     Args:
-        wanted: Text for the error that says which folders the command accepts. Without `wanted`, a missing `path` is
+        wanted: Text of the error, which says which folders the command accepts. Without `wanted`, a missing `path` is
             returned unless its name resembles a folder's name.
         option: Command-line option whose value is `path`; empty if `path` is a positional argument.
 

@@ -1,4 +1,5 @@
-"""Compares a checkpoint's tensors with a model's. Checks that all can be loaded, or selects and reports those that can."""
+"""Compares the tensors of a checkpoint and a model. Checks that all can be loaded, or selects and reports the loadable
+ones."""
 
 import math
 import re
@@ -43,7 +44,7 @@ def misfit(entry: Entry, spec: TensorSpec, source: str = "the checkpoint") -> st
 
 def differences(index: Index, specs: Mapping[str, TensorSpec], *, ignore_prefix: str | None = None) -> dict[str, str]:
     """Maps the name of each tensor that differs between checkpoint and model to a text that states the difference. A tensor
-    differs if one of the two lacks it, or in its shape or dtype."""
+    differs if one of the two lacks it, or if its shape or dtype differs."""
     problems = {
         name: ABSENT if (entry := index.tensors.get(name)) is None else misfit(entry, spec)
         for name, spec in specs.items()
@@ -107,7 +108,7 @@ def sizes(shapes: Mapping[str, Iterable[int]]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Taken:
-    """Says which parameters were loaded from a checkpoint and which were not.
+    """Records which parameters were loaded from a checkpoint and which were not.
 
     Attributes:
         folder: Folder of the checkpoint.

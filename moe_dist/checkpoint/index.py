@@ -52,7 +52,7 @@ Shape = Annotated[tuple[Length, ...], FailFast(), Field(max_length=8, strict=Fal
 
 
 class Chunk(StoredModel):
-    """A part of a tensor, which shard file `shard` contains. The part is a box with an offset and a length in each dim."""
+    """A part of a tensor. The shard file `shard` contains it. The part is a box with an offset and a length in each dim."""
 
     shard: NonNegativeInt
     offsets: Shape
@@ -60,7 +60,7 @@ class Chunk(StoredModel):
 
 
 class Entry(StoredModel):
-    """One logical tensor. `dtype`, `shape` and `fingerprint` are those of the whole tensor."""
+    """One logical tensor. `dtype`, `shape` and `fingerprint` describe the whole tensor."""
 
     dtype: str  # a key of ITEMSIZE
     shape: Shape
@@ -102,7 +102,7 @@ class Index(StoredModel):
     """Content of index.json."""
 
     format: Literal[2] = FORMAT
-    save_id: str  # random id of the save; each of its files has the id, so that mixed files of several saves are detected
+    save_id: str  # random id of the save, stored in each of its files, to detect a mix of files of several saves
     step: NonNegativeInt
     shards: Annotated[tuple[ShardEntry, ...], FailFast()]  # indexed by shard number; each rank of the save wrote one shard
     tensors: dict[str, Entry]
@@ -140,7 +140,7 @@ class StateFile(StoredModel):
     @field_validator("values")
     @classmethod
     def _in_present_format(cls, values: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # includes defaults, so twice as many
+        if not few_values(values.get("config"), most=2 * yaml_text.MAX_VALUES):  # defaults double the size
             raise ValueError(f"config has more than {2 * yaml_text.MAX_VALUES:,} values")
         return {name: translate(value) if name == "config" else value for name, value in values.items()}
 

@@ -116,7 +116,7 @@ class CheckpointManager:
         return self.write(self.snapshot(step, state))
 
     def snapshot(self, step: int, state: CheckpointState, buffers: HostBuffers | None = None) -> Snapshot:
-        """Calls `take_snapshot`, which also checks for nan and inf. Every save begins here, so no checkpoint has any.
+        """Calls `take_snapshot`, which also checks for nan and inf. Every save begins here, so no checkpoint contains them.
 
         Raises:
             DivergedError: on all ranks, if a tensor that any rank writes contains nan or inf.
@@ -151,7 +151,7 @@ class CheckpointManager:
         """
         target = self._directory.path_of(snapshot.step)
         needed, save_id, committed = self._announce(snapshot)
-        if committed:  # a resumed run without remaining steps saves the step that it has loaded
+        if committed:  # a resumed run without remaining steps saves the step that it loaded
             self.newest = target
             return target
         temporary = self.folder / f"{target.name}.{save_id}.tmp"
@@ -172,7 +172,8 @@ class CheckpointManager:
 
     def clear(self) -> None:
         """Deletes the temporary files of crashed or suspended processes. A process that has just acquired the run's lease
-        must call this method before it loads anything. A suspended process that wakes up later has no folder to commit.
+        must call this method before it loads anything. A suspended process that wakes up later then finds no folder to
+        commit.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -321,7 +322,7 @@ class CheckpointManager:
         look like leftovers."""
         try:
             self._lease_check()
-        except CheckpointError:  # raised while the last metrics are not on disk; the next save deletes old checkpoints
+        except CheckpointError:  # the last metrics are not on disk yet; the next save will delete old checkpoints
             return
         self._directory.remove_beyond(self._keep, step)
 
@@ -329,7 +330,7 @@ class CheckpointManager:
         """Returns whether `latest` names the checkpoint of this step, and the checkpoint's index confirms the step."""
         try:
             return self._directory.latest_step() == step == read_index(self._directory.path_of(step)).step
-        except (OSError, DataError):  # `latest` names no readable checkpoint; the commit will replace it
+        except (OSError, DataError):  # `latest` names no readable checkpoint, so the commit replaces it
             return False
 
     def _read(self, folder: Path, state: CheckpointState) -> tuple[Contents, dict[str, JsonValue]]:
@@ -346,7 +347,7 @@ class CheckpointManager:
         return contents, headers[self.status.rank].rank_values if same_ranks else {}
 
     def _check_headers(self, contents: Contents) -> dict[int, ShardHeader]:
-        """Reads and checks every W-th shard header on each of W ranks, so that the ranks together check all headers."""
+        """Each of W ranks reads and checks every W-th shard header, so that together they check all headers."""
         numbers = range(self.status.rank, contents.index.num_shards, self.status.world_size)
         return {number: open_shard(contents, number) for number in numbers}
 

@@ -2,7 +2,7 @@
 
 A safetensors file consists of a length (8 bytes, little endian), a JSON header of that length, and the bytes of the tensors
 without gaps. The header's entry `__metadata__` maps strings to strings. Its key `DCP_SHARDING_INFO`, which
-torch.distributed.checkpoint defined, has the offsets of each part in the whole tensor. moe_dist defines the other keys.
+torch.distributed.checkpoint defined, stores the offsets of each part in the whole tensor. moe_dist defines the other keys.
 """
 
 import hashlib
@@ -30,13 +30,14 @@ from moe_dist.config.json_text import bounded
 from moe_dist.config.regular_file import open_regular
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors rejects larger headers
-# Bounds of a header's JSON. A tensor has three lists and mappings, or five in a checkpoint. DeepSeek-V3 has 91,000 tensors.
+# Bounds of a header's JSON. The header has three lists and mappings per tensor, or five in a checkpoint. DeepSeek-V3 has
+# 91,000 tensors.
 MAX_HEADER_LISTS, MAX_HEADER_VALUES = 1 << 20, 1 << 22
 SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 
 class HeaderEntry(StoredModel):
-    """What a safetensors header says of a tensor."""
+    """The description of one tensor in a safetensors header."""
 
     dtype: str
     shape: Shape
@@ -154,7 +155,8 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Returns kind and details of an invalid header's problem. The kind is damaged if moe_dist wrote it, else foreign."""
+    """Returns the kind and details of the problem of an invalid header. The kind is damaged if moe_dist wrote the file,
+    else foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

@@ -1,6 +1,6 @@
 """Splits FFNs into finer experts (MoEfication, Zhang et al., arXiv 2110.01786, section 3.1, with consecutive neurons). The
-hidden neurons of an FFN are divided into equal parts, and each part becomes one expert. This expert has those rows of gate
-and up and those columns of down that belong to the part's neurons. The sum of the experts' outputs is the FFN's output.
+hidden neurons of an FFN are divided into equal parts, and each part becomes one expert. The expert gets the rows of gate
+and up and the columns of down that belong to the part's neurons. The sum of the experts' outputs is the FFN's output.
 
 The rule `split` divides the dense FFN that upcycling would copy (`upcycle.py`) among all n experts of a group. The router
 rows start at 0, see `config/init_rules.py`.
@@ -21,8 +21,8 @@ HIDDEN_DIM = {"gate": 0, "up": 0, "down": 1}  # the dim of each weight that inde
 
 def fitting_or_split(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, Source]:
     """Maps each parameter to be loaded to its name in the checkpoint, or to its part of an FFN in the checkpoint. The
-    result is equal on all ranks. Raises ConfigError if a layer has no FFN to split, or its width is not the sum of the
-    experts' widths."""
+    result is equal on all ranks. Raises ConfigError if a layer has no FFN to split, or if the FFN's width is not the sum of
+    the experts' widths."""
     index = contents.index
     there, here = experts_by_layer(index.tensors), experts_by_layer(specs)
     sources: dict[str, Source] = {}

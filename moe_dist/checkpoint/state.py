@@ -181,7 +181,7 @@ def _logical(
     stacks: Collection[str],
 ) -> tuple[dict[str, LocalShard], dict[str, TensorSpec]]:
     """Returns this rank's part of each logical tensor in `tensors`, and the shape and dtype of every whole logical tensor
-    in `like`. `tensors` has only those names of `like` whose tensors are on this rank."""
+    in `like`. `tensors` has only the names in `like` whose tensors are on this rank."""
     held: dict[str, LocalShard] = {}
     specs: dict[str, TensorSpec] = {}
     for name, parameter in like.items():
@@ -193,7 +193,7 @@ def _logical(
             continue
         prefix, group_name, tensor_name = name.rsplit(".", 2)
         groups = {group.name: group for group in layout.placement.groups}
-        # Families with several banks of experts name the module around each bank.
+        # In families with several banks of experts, the name contains the module around each bank.
         group = groups[group_name if group_name in groups else prefix.rpartition(".")[2]]
         spec = TensorSpec(tuple(parameter.shape[1:]), parameter.dtype)
         names = {e: f"{prefix}.{group_name}.{e - group.first_expert}.{tensor_name}" for e in group.experts}

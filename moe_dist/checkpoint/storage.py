@@ -1,9 +1,9 @@
 """Writes tensors to shard files and reads them, without collectives and without pickle. For asynchronous saves, copies
 tensors to the host.
 
-A rank reads only the stored parts that intersect its own parts, whichever layout of ranks saved them. The `save` and `load`
-of torch.distributed.checkpoint (DCP) are not used, because they exchange pickled plans. The shard files are safetensors
-files with the metadata key `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
+A rank reads only the stored parts that intersect its own parts, even if they were saved under another layout of ranks. The
+`save` and `load` of torch.distributed.checkpoint (DCP) are not used, because they exchange pickled plans. The shard files
+are safetensors files with the metadata key `DCP_SHARDING_INFO`, so that DCP's HuggingFaceStorageReader can read them.
 """
 
 import json
@@ -184,7 +184,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     """Writes a safetensors file and syncs it to disk. The file has the default permissions under the umask."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=metadata)  # leaves a file that only its owner can read
+    save_file(tensors, path, metadata=metadata)  # writes a file that only its owner can read
     path.chmod(stat.S_IMODE(mode))
     sync(path)
 
@@ -212,7 +212,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
     dtypes: dict[str, str] = {}
     shards = []
     for number in range(num_shards):
-        # The header is read from disk, because during a save rank 0 calls this function and lacks the other ranks' headers.
+        # Reads the headers from disk, because rank 0 calls this function during a save and has only its own header.
         header = read_shard_header(folder, number)
         if header.save_id != save_id:
             raise DataError(f"checkpoint file {folder / shard_file(number)}: of save {header.save_id}, not of {save_id}")

@@ -4,8 +4,8 @@
 In each layer all experts of a group become copies of one FFN of the checkpoint, namely the first in this list that exists:
 
 1. the only expert in the checkpoint's group with the same name as the model's group,
-2. the layer's dense FFN (its norm becomes the norm of the MoE layer),
-3. the only expert in the checkpoint's layer, whatever the name of its group.
+2. the layer's dense FFN (its norm is loaded into the norm of the MoE layer),
+3. the only expert in the checkpoint's layer, in a group of any name.
 
 If the group has as many experts in the checkpoint as in the model, each expert is loaded from the checkpoint's expert with
 the same name. Router rows are not copied, because equal rows would give all copies of an FFN the same score.
@@ -80,7 +80,7 @@ def norms(index: Index, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
 
 
 def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str]]]:
-    """Maps layer and group to the indices of the group's experts in this layer, which are parsed from tensors' names."""
+    """Parses the names of tensors. Maps layer and group to the indices of the group's experts in this layer."""
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
         if not name.startswith(OPTIMIZER_PREFIX) and (match := EXPERT_NAME.fullmatch(name)):
@@ -90,8 +90,8 @@ def experts_by_layer(names: Mapping[str, object]) -> dict[str, dict[str, set[str
 
 def source_of(expert: re.Match[str], index: Index, groups: Mapping[str, set[str]], experts: set[str]) -> str | None:
     """Returns the name of the checkpoint's tensor to load into an expert's tensor; None if the checkpoint has no such
-    tensor. `groups` maps each group to the checkpoint's experts in this expert's layer. `experts` has the model's experts
-    in this expert's group."""
+    tensor. `groups` has the checkpoint's experts in this layer, by group. `experts` has the model's experts in this
+    expert's group."""
     layer, group, tensor = expert["layer"], expert["group"], expert["tensor"]
     if group in groups:
         if groups[group] == experts:

@@ -33,8 +33,8 @@ def verify(folder: Path, specs: Mapping[str, TensorSpec] | None = None) -> tuple
         problems += _check_shard(folder, examined, number, sums)
     for name, entry in index.tensors.items():
         files = {shard_file(chunk.shard) for chunk in entry.chunks}
-        # `_check_shard` compares each part's fingerprint with the shard's header. Here their sum is compared with the
-        # index.
+        # `_check_shard` compares each part's fingerprint with the shard's header. Here the sum of the parts' fingerprints
+        # is compared with the index.
         if files & unread or any(problem.tensor == name for problem in problems):
             continue
         if hexadecimal(sums[name]) != entry.fingerprint:

@@ -26,7 +26,7 @@ from moe_dist.moe.routing.types import ABSENT, Assignments
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
 KernelKind = Literal["auto", "torch", "triton"]
-ROWS, PAIRS, HIDDEN, WIDTH = 40, 60, 1040, 1100  # wider than one block of a kernel
+ROWS, PAIRS, HIDDEN, WIDTH = 40, 60, 1040, 1100  # sizes above one block of a kernel
 GROUPS = (ExpertGroup("one", 12, 4, 3, WIDTH, 0, ("one",)), ExpertGroup("other", 6, 2, 2, WIDTH, 12, ("other",)))
 NORMALISE: tuple[Normalise, ...] = ("none", "true_chosen")
 MOST = 0.02  # norm of a difference / norm of the result; bf16 changes a value by at most 0.4 %
@@ -34,8 +34,8 @@ Results = list[tuple[str, Tensor]]
 
 
 def choose_kernels(kind: KernelKind, *, device: torch.device, dtype: torch.dtype) -> tuple[RowKernels, str | None]:
-    """Returns the kernels, and None or the reason why `triton`, or `auto` on CUDA, cannot use Triton kernels. `auto` first
-    tests the Triton kernels (`why_not`)."""
+    """Returns the kernels and a reason. The reason is None unless `triton`, or `auto` on CUDA, cannot use Triton kernels.
+    `auto` first tests the Triton kernels (`why_not`)."""
     if kind == "torch" or (kind == "auto" and device.type != "cuda"):
         return TORCH, None
     reason = why_not_triton(device, dtype)
@@ -90,7 +90,7 @@ def _results(kernels: RowKernels, dtype: torch.dtype) -> Results:
 
 
 def _plan(kernels: RowKernels) -> Results:
-    """Returns the dispatch plans of a layer on one rank, which sends no row. A token has three choices. Some are null."""
+    """Returns the dispatch plans of a layer on a single rank. Each token has three choices, some of null experts."""
     group, num_tokens = GROUPS[0], 300  # several blocks of tokens
     first_T = torch.arange(num_tokens) * 7
     columns_TK = torch.stack([first_T, first_T + 5, first_T + 9], dim=1) % (group.num_experts + group.num_null)
@@ -112,7 +112,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def _experts(kernels: RowKernels, dtype: torch.dtype) -> Results:
-    """Applies one expert to all pairs, with gradients. Then sums base, own and received rows. Some rows have no pair."""
+    """Applies one expert to all pairs, with gradients. Then sums base, own and received rows. Some rows have no pairs."""
     row_Q = torch.arange(PAIRS) * 7 % (ROWS - 3)
     shapes = ((ROWS, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (WIDTH, HIDDEN), (ROWS, HIDDEN))
     rows_RD, gate, up, down, grad_RD = (random(n, *each).to(dtype) for n, each in enumerate(shapes))

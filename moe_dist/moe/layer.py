@@ -93,7 +93,7 @@ class MoELayer(nn.Module):
     def with_cache(
         self, x_TD: Tensor, group_T: Tensor, cache: RoutingCache, experts_off: bool
     ) -> tuple[Tensor, LayerReport]:
-        """See `forward`. Keeps choices and plan in `cache`, from which a recomputation takes them."""
+        """See `forward`. Keeps choices and plan in `cache`; a recomputation reads them from there."""
         repeated = cache.plan is not None  # backward recomputes the block
         routed = self._route(x_TD, group_T, cache)
         found = self.dispatcher.run(*routed.inputs, experts=routed.experts, shared=self.shared, repeated=repeated)
@@ -125,7 +125,7 @@ class MoELayer(nn.Module):
         if routed.zero_TD is not None:
             y_TD = y_TD + routed.zero_TD
         if experts_off:
-            y_TD = y_TD * 0.0  # zeroed only after combine, so that every rank issues the same collectives
+            y_TD = y_TD * 0.0  # set to zero only after combine, so that all ranks issue the same collectives
         routing, plan = routed.routing, routed.inputs[2]
         known = {"prob_AC": routing.prob_AC, "chosen": routing.chosen, "logits_TC": routing.logits_TC}
         report = LayerReport(routing.counts, routing.aux, plan.sent, **known)

@@ -50,7 +50,7 @@ class ColumnTables:
     size_G: Tensor
 
     @classmethod
-    @cache  # each layer of Megatron's model calls `on` in each forward; without a cache each call is a host sync
+    @cache  # Megatron's layers call `on` in each forward; without the cache each call would be a host sync
     def on(cls, groups: tuple[ExpertGroup, ...], device: torch.device) -> "ColumnTables":
         group_C = torch.tensor(group_columns(groups), device=device)
         member_CG = group_C[:, None] == torch.arange(len(groups), device=device)
@@ -75,17 +75,17 @@ def balance_terms(
 
     `null_averaged` is AdaMoE's loss (arXiv 2406.13233, section 3.2): the load f_i of each null column is replaced by the
     mean load of the group's null columns, because null columns are equivalent. The load of each identity column is likewise
-    replaced by the mean load of the group's identity columns. Loads of constant columns stay, because each constant expert
-    has a different vector. `vanilla` replaces no load.
+    replaced by the mean load of the group's identity columns. Loads of constant columns are not replaced, because each
+    constant expert has a different vector. `vanilla` replaces no load.
 
     `null_split` (ZEDA, arXiv 2605.18643) balances only two sums: the sum over the n true columns (E) and the sum over the
-    n_Z remaining columns (Z). If w = 1 and all columns have equal loads, ZEDA's published loss is 1. `null_split` is then
-    k, the number of choices per token, like the loss of every other kind:
+    n_Z remaining columns (Z). If w = 1 and all columns have equal loads, ZEDA's published loss is 1. In that case
+    `null_split` is k, the number of choices per token, as is the loss of every other kind:
 
         l = (n + n_Z w) / k (f_E P_E / n + f_Z P_Z / (n_Z w))
 
-    `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, and takes no
-    mean. MoE++ writes tau for 1 / w.
+    `weighted` (MoE++, arXiv 2410.07348) divides the load of each null, identity and constant column by w, and does not
+    average loads. MoE++ writes tau for 1 / w.
 
     The null weight w means the same as in ZEDA: the loss drives the load of a null column to w times the load of a true
     column. In a balanced layer a token takes k n / (n + m w) true experts on average, and the factor C becomes C + m (w -
@@ -212,8 +212,8 @@ class StepLoad:
         return {"choices": self.choices_LC.tolist(), "tokens": self.tokens_LG.tolist()}
 
     def restore(self, state: JsonValue) -> None:
-        """Restores the value that `state` returned. Raises DataError if its numbers of layers, columns and groups are not
-        this model's."""
+        """Restores the value that `state` returned. Raises DataError if it has other numbers of layers, columns or groups
+        than this model."""
         rows = state if isinstance(state, dict) else {}
         self.choices_LC = _counts("choices", rows.get("choices"), self.choices_LC)
         self.tokens_LG = _counts("tokens", rows.get("tokens"), self.tokens_LG)

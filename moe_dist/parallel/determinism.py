@@ -18,8 +18,9 @@ _NCCL = ("NCCL_ALGO", "^NVLS,NVLSTree,CollNetDirect,CollNetChain")
 
 
 def deterministic_variables(given: Mapping[str, str]) -> dict[str, str]:
-    """Returns those variables for deterministic cuBLAS and NCCL that `given` lacks. Both libraries read their variables
-    when they are first used. Raises ConfigError if `given` has a value with which cuBLAS is not deterministic."""
+    """Returns the environment variables that make cuBLAS and NCCL deterministic, without those that `given` already has.
+    Both libraries read their variables when they are first used. Raises ConfigError if `given` has a value with which
+    cuBLAS is not deterministic."""
     name, value, good = _CUBLAS
     if given.get(name, value) not in good:
         raise ConfigError(
@@ -35,6 +36,6 @@ def make_deterministic() -> None:
     ConfigError: see `deterministic_variables`."""
     os.environ.update(deterministic_variables(os.environ))
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # timing may choose other kernels in each run
+    torch.backends.cudnn.benchmark = False  # otherwise timing could choose different kernels in each run
     # If True, torch would fill every `torch.empty` with NaN to reveal uninitialised reads, at the cost of a write.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]

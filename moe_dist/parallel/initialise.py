@@ -49,7 +49,7 @@ def initial_value(
     """
     owner, _, leaf = path.rpartition(".")
     constant = getattr(model.get_submodule(owner), "initial_values", {}).get(leaf)
-    if constant is not None:  # applied here, because the meta device stores no values
+    if constant is not None:  # set here, because tensors on the meta device have no values
         return torch.full(shape, constant)
     role = role_of_name(name)
     if role is Role.NORM:

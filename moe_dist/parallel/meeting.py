@@ -4,7 +4,7 @@ The store has these keys:
     run               name of the run whose rank 0 uses the store, and rank 0's host
     hello/N           token of the Nth process that came
     welcome/TOKEN     rank 0's greeting to the process with this token
-    KEY/answer/N      a rank with an exit code, and the reason if the rank does not start
+    KEY/answer/N      a rank, its exit code, and the reason if the rank does not start
     KEY/go            rank 0's decision: an exit code, and the errors
     KEY/world/        prefix of the keys of process groups
 
@@ -137,7 +137,7 @@ def _join(store: Store, env: RankEnv, run_folder: Path, wait: StartWait) -> Gree
     Mailbox(PrefixStore("answer", start)).post(json.dumps([env.rank, error.exit_code, problem]))
     if problem:
         raise error(problem)
-    patience = wait.again()  # rank 0 decides whether all ranks wait longer or stop
+    patience = wait.again()  # wait again: rank 0 decides when all ranks stop waiting
     while not start.check(["go"]):
         patience.pause("the ranks that rank 0 waits for; its log names them")
     code, *problems = json.loads(start.get("go"))

@@ -84,7 +84,7 @@ def init_world(
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
-        device_id=device if backend == "nccl" else None,  # opens NCCL's connections now, so that their errors appear early
+        device_id=device if backend == "nccl" else None,  # opens NCCL's connections now, so that errors appear early
     )
 
 

@@ -1,8 +1,8 @@
 """Functions for expert-parallel layers in a user's own model (docs/api.md): balance loss, gradients and full weights.
 
-Each expert is on one rank of `ep_group`, and this rank gets the gradients of all tokens that chose the expert. Frameworks
-that average gradients over ranks, like DDP, must therefore leave out the experts. No rank has the weights or gradients of
-all experts.
+Each expert is on one rank of `ep_group`. Only that rank gets the expert's gradients, from the tokens of all ranks.
+Frameworks that average gradients over ranks, like DDP, must therefore leave out the experts. No rank has the weights or
+gradients of all experts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,7 +148,8 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 def finish_gradients(
     model: nn.Module, group: dist.ProcessGroup | None = None, *, copies: dist.ProcessGroup | None = None
 ) -> None:
-    """Sums gradients over ranks. Call it between backward and the optimizer step, if the ranks' losses add up to the loss.
+    """Sums gradients over ranks. Call it between backward and the optimizer step, if the loss is the sum of the ranks'
+    losses.
 
     For each dtype, costs an all-reduce of all dense gradients, a buffer of their size, and a host sync. A parameter that no
     rank used gets no gradient.

@@ -14,10 +14,10 @@ from moe_dist.parallel.mesh import group_of
 from moe_dist.parallel.round_robin import Pair, PairExchange, is_slow, round_robin, slow_pairs, usual_pair
 
 NAME_BYTES = 128
-REPEATS, SECONDS = 100, 0.5  # largest number and total time of a collective's repeats; the best time counts
-# A pair that looks slow is measured again several times (looks), and is slow only if all looks find it slow. All pairs of a
-# slow node are slow. The more pairs look slow, the fewer looks each pair gets, so that the measurement of a large cluster
-# stays within the job's time limit.
+REPEATS, SECONDS = 100, 0.5  # limits of a collective's repeats: number and total seconds; the best time counts
+# A pair that seems slow is measured again several times (looks). It counts as slow only if it is slow in every look. All
+# pairs of a slow node are slow. The more pairs seem slow, the fewer looks each pair gets, so that the measurement of a
+# large cluster stays within the job's time limit.
 FEWEST_LOOKS, MOST_LOOKS, ALL_LOOKS = 3, 10, 100
 
 
@@ -42,9 +42,9 @@ def measure_pairs(
 ) -> tuple[dict[Pair, PairExchange], list[Pair]]:
     """Returns the best times of each pair of nodes, and the list of slow pairs. The result is the same on all ranks.
 
-    A pair that looks slow is measured again without other traffic, in turns with a pair of usual speed. A temporary load on
-    the network then slows both pairs, so it does not make only one look slow. In the all-to-all each rank sends
-    `payload_bytes` to the other node, and the all-reduce has as many bytes."""
+    A pair that seems slow is measured again without other traffic, alternately with a pair of usual speed. A temporary load
+    on the network then slows both pairs, and not only one of them. In the all-to-all each rank sends `payload_bytes` to the
+    other node, and the all-reduce has as many bytes."""
     task = PairMeasurement(ranks, payload_bytes, device)
     measured: dict[Pair, PairExchange] = {}
     for pairs in round_robin(ranks.nodes):

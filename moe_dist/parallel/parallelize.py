@@ -77,7 +77,7 @@ class ParallelModel:
 
     @property
     def counts_tokens(self) -> bool:
-        """Returns False on a rank whose tokens and losses another rank counts. In this class it is always True."""
+        """Returns whether this rank counts its tokens and losses. False if another rank counts them; here always True."""
         return True
 
     def replicas(self, named: NamedParameter) -> int:
@@ -109,7 +109,7 @@ class ParallelModel:
             raise
         finally:
             for stack in self._stacks if last else ():
-                stack.keep_copies(False)  # next, the optimizer or, after an error, a checkpoint load changes the weights
+                stack.keep_copies(False)  # because the optimizer or a checkpoint load now changes the weights
             if self._once and last:
                 self._root.set_reshard_after_forward(True)  # otherwise evaluation would leave all parameters gathered
 
@@ -126,7 +126,8 @@ class ParallelModel:
         self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
-        """Sums gradients that the wrapper leaves out: of routers over the world, and under DDP of experts over edp."""
+        """Sums the gradients that the wrapper does not: those of routers over the world and, under DDP, of experts over
+        edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:

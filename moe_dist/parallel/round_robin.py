@@ -1,6 +1,6 @@
 """Schedules pairs of nodes in rounds, and detects slow pairs. All functions are pure and need no torch.
 
-The time of a collective over all nodes shows how slow the slowest link is, but not which link it is. A round-robin schedule
+A collective over all nodes shows the speed of the slowest link, but not which link is the slowest. A round-robin schedule
 measures every pair of n nodes once, in n - 1 rounds (n if n is odd). Pairs of one round share no node and no link.
 """
 
@@ -36,8 +36,8 @@ def round_robin(num_nodes: int) -> list[list[Pair]]:
 
 
 def usual(seconds: Iterable[float]) -> float:
-    """Returns the time of a normal pair: the lower median. Even if one of four nodes is slow, and with it half of the
-    pairs, the lower median is a normal time. For at most three pairs, returns the smallest time."""
+    """Returns the time of a normal pair: the lower median. If one of four nodes is slow, half of the six pairs are slow,
+    but the lower median is still a normal time. For at most three pairs, returns the smallest time."""
     ordered = sorted(seconds)
     # if one of three nodes is slow, two of the three pairs are slow
     return ordered[0] if len(ordered) <= 3 else statistics.median_low(ordered)

@@ -31,14 +31,14 @@ CAUSE_SECONDS = 1.5  # seconds for which a rank waits until the rank that failed
 STORAGE_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 )
-# Phrases in errors of gloo, NCCL and torch's store about a peer that ended or is silent. Such errors do not name the cause.
+# Phrases in errors of gloo, NCCL and torch's store about a peer that ended or does not answer. Such errors name no cause.
 _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|timed ?out|timeout|remote process exited", re.I)
 
 
 def verdict_of(error: BaseException) -> tuple[int, str]:
     """Returns the exit code and the reason for a run that this exception ends."""
     if isinstance(error, MoeDistError):
-        return error.exit_code, str(error)  # without traceback, because a user can fix such an error
+        return error.exit_code, str(error)  # without traceback, because the user can fix such errors
     if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
         where = f"{error.filename}: " if error.filename else ""
         return EXIT_FAILED, (
@@ -60,11 +60,11 @@ def _say(text: str) -> None:
 
 
 class Attempt:
-    """A context manager that records the way in which its body ends as the attempt's verdict (exit code and reason).
+    """A context manager that records the end of its block as the attempt's verdict (exit code and reason).
 
-    If the body raises an exception, it is printed (a `MoeDistError` as its message, any other exception with a traceback).
-    The process then ends with `os._exit` inside `__exit__`, because a further collective could wait for ranks that are
-    gone. The other ranks notice that the process's connections are closed.
+    If the block raises an exception, the exception is printed (a `MoeDistError` as its message, any other with a
+    traceback). The process then ends with `os._exit` inside `__exit__`, because any further collective could wait for ranks
+    that have ended. The other ranks notice that the process's connections are closed.
 
     Attributes:
         exit_code: The exit code of the verdict, set when the block has ended.

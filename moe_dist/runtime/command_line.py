@@ -51,8 +51,8 @@ def print_version(asked: bool) -> None:
 
 
 def print_done(text: str) -> None:
-    """Prints a command's result. If the process that reads standard output has ended, as in `| head`, the text is lost, but
-    the command still succeeds."""
+    """Prints a command's result. If the reader of standard output has ended, as in `| head`, the text is lost, but the
+    command still succeeds."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -61,7 +61,7 @@ def print_done(text: str) -> None:
 
 class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parses arguments. If an override has dashes, or a value is wrong, the error shows the right form."""
+        """Parses arguments. If an override begins with dashes or a value is wrong, the error shows the correct form."""
         if dashed := next((each for each in args if re.match(r"--\w+(\.\w+)+(=|$)", each)), None):
             key, _, value = dashed.lstrip("-").partition("=")
             ctx.fail(f"{dashed}: an override of the configuration has no dashes; write {key}={value or 'VALUE'}")

@@ -34,7 +34,7 @@ class RankEnv:
         attempt_id: Unique name of this attempt. If the launcher does not set it, each process makes up a name, and all
             ranks use rank 0's name once they have met (parallel/meeting.py).
         launched: True if a launcher of moe_dist started the process and writes its standard error to the rank's log.
-        grace_seconds: Time after a stop signal at which the process ends itself.
+        grace_seconds: Seconds from a stop signal until the process ends itself.
     """
 
     rank: int
@@ -67,7 +67,7 @@ class RankEnv:
                 return 0
             return int(text)
 
-        alone = "RANK" not in env and "WORLD_SIZE" not in env  # true for a plain `python -m moe_dist.train`
+        alone = "RANK" not in env and "WORLD_SIZE" not in env  # true if `python -m moe_dist.train` is started by hand
         rank, world_size = number("RANK", 0 if alone else None), number("WORLD_SIZE", 1 if alone else None)
         one_per_node = world_size == 1 or not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & env.keys()  # as in pods of Kubernetes
         local_rank = number("LOCAL_RANK", 0 if one_per_node else None)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moe_dist.runtime.files import lines_from_end
 
-SHOWN = 5  # largest number of hints that a place shows with their texts
+SHOWN = 5  # largest number of hints shown with their texts at one place
 
 
 class RecordedHint(NamedTuple):
@@ -20,8 +20,8 @@ class RecordedHint(NamedTuple):
 
 
 def read_hints(path: Path, *, most_bytes: int = 1 << 30) -> tuple[RecordedHint, ...]:
-    """Returns the last hint of each kind, in the order of their steps. Reads the file from its end, up to the line of the
-    last hint without text, but at most `most_bytes`. Types are checked, because another user may have written the file."""
+    """Returns the last hint of each kind, in the order of their steps. Reads the file backwards until every hint's text is
+    found, but at most `most_bytes`. Types are checked, because another user may have written the file."""
     found: dict[str, RecordedHint] = {}
     missing: set[str] | None = None  # kinds whose text is not read yet; None before a step's line, which lists all kinds
     with contextlib.suppress(OSError):

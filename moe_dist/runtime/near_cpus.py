@@ -13,8 +13,8 @@ def bind_near_gpu(
     local_rank: int, local_world_size: int, variables: MutableMapping[str, str], *, lower_threads: bool
 ) -> None:
     """Binds this process to the CPUs that, according to NVML, are nearest to the rank's GPU. Copies between host and GPU
-    then do not cross the node's sockets. Call this function before torch is imported, because only threads that start later
-    inherit the binding.
+    then stay on one CPU socket. Call this function before torch is imported, because only threads that start later inherit
+    the binding.
 
     Changes nothing if NVML or a GPU is missing, the kernel refuses, or the process is bound already. Also changes nothing
     if the process's cgroup lacks one of the near CPUs, because the remaining CPUs could be too few.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moe_dist.errors import ConfigError, MoeDistError
 
-# Errors that a retry does not fix: this user may not use the path, or it does not lead to a regular file (EINVAL).
+# Errors that a retry cannot fix: this user may not use the path, or the path leads to no regular file (EINVAL).
 _LASTING = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 

@@ -56,7 +56,7 @@ class RunPlace:
 
 @dataclass(frozen=True)
 class Found:
-    """The actual node, local rank and GPUs of a rank. None means unknown. `features` and `labels` are the node's."""
+    """The actual node, local rank and GPUs of a rank. None means unknown. `features` and `labels` belong to the node."""
 
     host: str | None = None
     local_rank: int | None = None

@@ -102,7 +102,7 @@ def _git(folder: Path, *arguments: str) -> bytes | None:
             env={**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"},  # never blocks the user's own git
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_GIT_SECONDS,  # so that a slow file system does not delay the start for long
+            timeout=_GIT_SECONDS,  # limits the delay of the start by a slow file system
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -3,7 +3,7 @@
     <run folder>/rendezvous.json    mode 0600, owned by the ranks' user: attempt_id, host, port, secret
     <run folder>/.shared_<key>      shows that a rank sees the same folder as rank 0; each start has a new key
 
-Rank 0 publishes its address. The other ranks accept an address only if it belongs to their own attempt. The secret is the
+Rank 0 publishes its address. All other ranks accept only an address of their own attempt. The secret is the
 prefix of every key in torch's store. It separates jobs, but does not stop an attacker, because the store has no
 authentication (docs/security.md).
 """
@@ -34,9 +34,9 @@ HOST_VARIABLE = "MOE_DIST_RENDEZVOUS_HOST"
 SHARED_SECONDS = 60.0  # longest wait of a rank for rank 0's file, which an NFS client may see late
 MOST_BYTES = 1 << 12  # largest size of the file that contains the address
 POLL_SECONDS = 0.1
-SOON_SECONDS = 5.0  # duration of a wait after which the log first names its reason
+SOON_SECONDS = 5.0  # seconds of waiting after which the log first names the reason
 SAY_SECONDS = 30.0
-TELL_SECONDS = 15.0  # longest time for which a rank with a stop signal still tries to meet rank 0, so that all ranks stop
+TELL_SECONDS = 15.0  # longest time that a rank still tries to meet rank 0 after a stop signal, so that all ranks stop
 _SHOWN = 8  # largest number of ranks that a line names
 
 
@@ -57,9 +57,9 @@ class Address:
 
 
 class StartError(MoeDistError):
-    """At a start, the ranks did not find each other."""
+    """The ranks did not find each other when they started."""
 
-    consequence = True  # a missing rank, or another program, is the cause
+    consequence = True  # because a missing rank or another program is the cause
 
 
 class StartWait:
@@ -69,7 +69,7 @@ class StartWait:
         seconds: The longest wait, counted from the creation of this object.
         stopped: Returns True after a stop signal. The signal ends the wait at once on rank 0. On all other ranks, it ends
             the wait after TELL_SECONDS or half of `grace_seconds`, whichever is shorter.
-        grace_seconds: Time after a stop signal at which the process ends itself.
+        grace_seconds: Seconds from a stop signal until the process ends itself.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class StartWait:
         return f"stopped on request while rank {self._rank} waited for {whom}; start the run again later"
 
     def again(self) -> "StartWait":
-        """Returns a new wait of the same length, which stop signals do not end."""
+        """Returns a new wait of the same length that ignores stop signals."""
         return StartWait(self._rank, self._seconds)
 
 
@@ -253,7 +253,7 @@ def _read(path: Path) -> Address | None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; it must be a regular file of this user; delete it") from error
     with stream:
-        found = os.fstat(stream.fileno())  # the owner of the open file, which nobody can exchange
+        found = os.fstat(stream.fileno())  # the owner of the open file, which nobody can replace
         ours = found.st_uid in (os.geteuid(), path.parent.stat().st_uid)  # the folder's owner was checked at the start
         if not ours or found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise ConfigError(

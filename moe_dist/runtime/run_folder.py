@@ -37,7 +37,7 @@ BEFORE_OPENING = frozenset({"log", "slurm", "lease.json", "status.json", "evalua
 
 
 class Start(Enum):
-    """What a start does: begin a run, resume it, or only print the summary of a finished run."""
+    """The kinds of start: begin a run, resume it, or only print the summary of a finished run."""
 
     NEW = "new"
     RESUME = "resume"
@@ -75,7 +75,7 @@ class RunFolder:
         return self.logs / f"rank_{rank}.log"
 
     def inspect(self, config: Config) -> Start:
-        """Returns what a start with `config` does. This method only reads files, so that every rank may call it.
+        """Returns the kind of start with `config`. This method only reads files, so that every rank may call it.
 
         Raises:
             ConfigError: the folder contains a run with a different configuration, or is no run folder; or it belongs to
@@ -117,7 +117,7 @@ class RunFolder:
         return Start.FINISHED if self.finished(config) else Start.RESUME
 
     def start(self, config: Config, env: RankEnv, *, overwrite: bool = False) -> Start:
-        """Returns what a start does, before the process group exists. All ranks get the same result. With `overwrite`, rank
+        """Returns the kind of start, before the process group exists. All ranks get the same result. With `overwrite`, rank
         0 first renames the old run's folder. Raises the errors of `inspect` and `move_aside`."""
         if not overwrite or env.attempt > 0:  # a restarted attempt must not rename its own run's folder
             return self.inspect(config)
@@ -158,7 +158,7 @@ class RunFolder:
             if owner := other_owner(self.path):
                 raise ConfigError(f"--overwrite: {self.path} belongs to {owner}; choose another run.name or run.root")
             lease = Lease(self.lease_json, f"overwrite-{uuid.uuid4().hex[:8]}").acquire(wait_seconds=0.0)
-            try:  # since the lease was free, no attempt is writing
+            try:  # no attempt is writing, because the lease was free
                 taken = {entry.name for entry in self.path.parent.iterdir()}
                 name = next(n for k in itertools.count(1) if (n := f"{self.path.name}.old-{k}") not in taken)
                 old = self.path.rename(self.path.with_name(name))  # atomic; nothing is copied or deleted
@@ -347,7 +347,8 @@ class RunFolder:
         write_status(self.status_json, record, before_rename=lease.check)
 
     def tell(self, attempt_id: str, rank: int) -> None:
-        """Records that a rank ends by itself: the run is done or stopped, or has an error that the rank has printed."""
+        """Records that a rank ends by itself: its run is done, was stopped, or failed with an error that the rank has
+        printed."""
         with contextlib.suppress(OSError):  # raised on a full disk
             (self.path / f".told_{attempt_id}_{rank}").touch()
 
@@ -374,5 +375,5 @@ class RunFolder:
 
 
 def _way_on(key: str, old: object) -> str:
-    """Returns how to resume a run that began with a former default value; empty for any other value."""
+    """Returns a text that says how to resume a run that began with a former default value; empty for any other value."""
     return f"; the default has changed: to resume this run, set {key}={old}" if FORMER_DEFAULTS.get(key) == old else ""

@@ -16,7 +16,7 @@ SHORTEST = 8  # smallest number of characters of a secret; a shorter value would
 
 def secrets_of(environment: Mapping[str, str]) -> dict[str, str]:
     """Maps each secret value in the environment to its variable. A value is secret if its variable's name contains a word
-    such as KEY or TOKEN, it has at least `SHORTEST` characters, and it is no path."""
+    such as KEY or TOKEN, it has at least `SHORTEST` characters, and it is not a path."""
     return {
         value: name
         for name, value in environment.items()

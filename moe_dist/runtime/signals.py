@@ -45,7 +45,7 @@ class StopSignals:
         self._before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.renew()
         # A launcher may start this process with stop signals blocked, so that an early signal is neither lost nor fatal.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # delivers pending signals
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # now pending signals arrive
         return self
 
     def renew(self) -> None:
@@ -72,7 +72,7 @@ class StopRequest(StopSignals):
     ranks.
 
     Args:
-        grace_seconds: Time after the first signal at which the process is killed.
+        grace_seconds: Seconds from the first signal until the process is killed.
         on_expire: Function that the timer's thread calls before it kills the process. The function must not use the process
             group.
         told: If True, the first signal is announced on standard error at once, because the current step can take long.
@@ -141,7 +141,7 @@ def child_of(parent_pid: int, *, ignore_stop: bool) -> Callable[[], None]:
 
     Args:
         parent_pid: Process id of the parent. A child with any other parent is already orphaned, and exits.
-        ignore_stop: If True, the child ignores stop signals (workers of a rank do, ranks do not).
+        ignore_stop: If True, the child ignores stop signals. Set for workers of a rank, but not for ranks.
     """
     prctl = None
     if sys.platform.startswith("linux"):  # loaded here in the parent, as only system calls are safe between fork and exec

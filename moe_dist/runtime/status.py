@@ -29,7 +29,7 @@ class AttemptRecord:
         restarts: Number of restarts before this attempt.
         host, pid: Host and process id of rank 0.
         started, ended: Unix seconds by the clock of the run folder's file system, because the clocks of hosts differ.
-            `ended` is None while the attempt runs, or if it died without recording its end.
+            `ended` is None while the attempt runs, and if it died without a record of its end.
         verdict: Exit code; None if `ended` is None.
         rank: The rank at fault: its error is the reason, or it did not enter a collective. None if it is unknown.
         last_step: Last completed step at the attempt's end. While the attempt runs, the last step of all earlier attempts.

@@ -5,7 +5,7 @@
 On each rank a thread polls the `CollectiveTracker`. If a collective exceeds its time limit, the rank writes a report into a
 folder. The other ranks notice the folder and write reports, too. Then each rank reads all reports, records the verdict (the
 first record counts) and ends its process, because its main thread is blocked in the collective. A rank without a report is
-suspended or dead, or cannot access the run folder. The thread uses only the file system, no process group.
+suspended or dead, or cannot access the run folder. The thread communicates only through the file system.
 """
 
 import json
@@ -59,7 +59,7 @@ class Report:
 
     @property
     def place(self) -> str:
-        """Returns a text that names the collective."""
+        """Returns a text that names the unfinished collective."""
         if self.collective is None:
             return "no collective"
         return f"'{self.collective}'" + (f" of {self.layer}" if self.layer else "")
@@ -191,7 +191,7 @@ class Watchdog:
             write_atomically(self._folder / f"rank_{self._rank}.json", json.dumps(asdict(own)) + "\n")
             time.sleep(self._poll * SETTLE_POLLS)  # waits until the other ranks have written their reports
             reports = read_reports(self._folder)
-        except (OSError, ValueError, TypeError, KeyError) as error:  # without culprit: other reports may be missing
+        except (OSError, ValueError, TypeError, KeyError) as error:  # names no culprit, because reports may be missing
             return f"{own.line()}; it cannot exchange reports with its peers: {error}", None
         if not any(each.collective for each in reports):
             return "the watchdog of a peer ended the run; the peer's log names the collective", None

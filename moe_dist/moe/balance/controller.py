@@ -3,8 +3,8 @@
 With the routers top_k, group_limited, top_p and threshold a selection bias changes only which experts a token chooses. In
 relu the bias is part of the logits, and in predicted_k it is part of the predicted number of experts. In these two routers
 the bias therefore also changes routing weights and gradients. Only the biases of true (not null) experts are updated; the
-biases of null and zero-computation experts stay 0. So a rule that adds one number to the biases of all true experts changes
-the number of true experts that a token takes.
+biases of null and zero-computation experts stay 0. So adding one number to the biases of all true experts changes how many
+true experts a token takes.
 
 Shape letters: L MoE layers, G expert groups, C choice columns, n true experts of a group.
 """

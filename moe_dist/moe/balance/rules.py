@@ -1,5 +1,5 @@
 """The rules of `BiasController`: `LossFree` balances true (not null) experts. `ActiveExperts` keeps their mean number per
-token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2):
+token at a target (LongCat-Flash, arXiv 2509.01322, section 2.1.2).
 
 The paper calls this controller PID. It is an integral controller, because each bias is the sum of all its updates. A token
 has k choices among n true experts and the router's other columns. A step has T tokens, and c_i of them choose true expert

@@ -4,7 +4,7 @@ Input rows are sorted by slot (the index of the expert on this rank).
     y = W_down a(W_gate x, W_up x)
 
 `Experts` has an activation a (`activations.py`), an optional adapter of the matrices (`expert_lora.py`), and a storage. The
-storage is `on_host` if the host knows the experts' numbers of rows, else `on_device` (static_storage.py). Replicas
+storage is `on_host` if the host knows each expert's number of rows, else `on_device` (static_storage.py). Replicas
 (`replicas.py`) add experts for one forward.
 
 Shape letters: Q (token, expert) pairs computed here, R dispatched rows, D hidden size, F hidden width of a group's experts,
@@ -58,7 +58,7 @@ class Runs:
         return self.lengths
 
     def grouped(self, kind: ExpertGemm, like: Tensor, widths: Sequence[int]) -> bool:
-        """Returns whether products are grouped, if rows have the dtype and device of `like`."""
+        """Returns whether products of rows with the dtype and device of `like` are grouped."""
         options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
         return choose_gemm(kind, widths=widths, num_experts=len(self.lengths), **options)
 
@@ -340,8 +340,8 @@ class Experts(nn.Module):
         pairs of replicas come after the pairs of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
-            # The rows come from frozen layers. But all ranks, even those without experts, must issue the exchange in
-            # combine's backward.
+            # The rows come from frozen layers and need no gradient. But all ranks must issue the exchange in combine's
+            # backward.
             rows_RD = rows_RD.detach().requires_grad_()
         own = [(count, self.stack(name)) for name, count in self.local]
         slots, stacks = zip(*own, *(each for each in replicas() if each[0]), strict=True)
@@ -353,7 +353,7 @@ class Experts(nn.Module):
             weights = rows_between(weight_Q, chunk.pairs.start, chunk.pairs.stop)
             run = partial(recomputed, self._weighted_sum) if recompute else self._weighted_sum
             part_RD = run(stacks, rows_RD, weights, chunk, dtype)
-            # `+` saves no tensor for backward. A recomputed chunk of pairs keeps its arguments, but no activations.
+            # Adding saves no tensor for backward. A recomputed chunk of pairs keeps its arguments, but no activations.
             out_RD = part_RD if out_RD is None else out_RD + part_RD
         assert out_RD is not None, "there is always one chunk"
         return out_RD.to(rows_RD.dtype)  # a sum of chunks is rounded only here

@@ -19,8 +19,8 @@ def compute_pairs(
     """Returns for each row the weighted sum of its pairs' outputs, [R, D].
 
     Args:
-        forward: The module's forward, which takes tokens, experts and weights. It gets each pair as a token with one choice
-            of weight 1, so that no choice of another rank reaches it.
+        forward: The module's forward, which takes tokens, experts and weights. It gets each pair as a token with a single
+            choice of weight 1, so it never sees a choice of another rank's expert.
         weights: The module's parameters.
     """
     rows_RD, row_Q = rows.rows_RD, layout.row_of_pair_Q
@@ -30,8 +30,8 @@ def compute_pairs(
         expert_Q = torch.arange(len(counts), device=row_Q.device).repeat_interleave(counts, output_size=row_Q.shape[0])
         x_QD = forward(x_QD, expert_Q[:, None], x_QD.new_ones(x_QD.shape[0], 1))
     else:
-        # Other ranks wait for a gradient of each weight: an empty slice gives a gradient of 0. With recomputation they also
-        # wait for this rank's exchange, which begins when backward reads the tensors that the sum below saves.
+        # Other ranks wait for a gradient of each weight, so an empty slice gives a gradient of 0. With recomputation they
+        # also wait for this rank's exchange, which begins when backward reads the tensors that the sum below saves.
         for weight in weights:
             if weight.numel():  # FSDP2 has no gradients for empty stacks
                 x_QD = x_QD + weight[:0].sum().to(x_QD.dtype)

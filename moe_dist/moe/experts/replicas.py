@@ -7,7 +7,7 @@ them to the experts' gradients. The optimizer, the gradient norm and checkpoints
 A layer exchanges weights once in each pass, even if its dispatcher runs the experts several times. Forward issues this
 exchange before all other exchanges of the layer, and waits for the weights when the first experts run. Backward sums the
 gradients over all runs, and sends the sums after the layer's last exchange of rows. The layer's input passes through the
-autograd node of the weights' exchange. So all ranks issue their collectives in the same order, whatever the dispatcher.
+autograd node of the weights' exchange. So all ranks issue their collectives in the same order with every dispatcher.
 
 From forward to backward, the weights of a replica stay in memory in the dtype of the rows.
 
@@ -78,7 +78,8 @@ class ReplicaWeights:
         return cls(name, wire, routes) if routes else None
 
     def exchange(self, items: Tensor, route: Route, *, back: bool = False) -> Pending:
-        """Issues the exchange of one group. It sends weights [., V] to the replicas, or with `back` gradients from them."""
+        """Issues the exchange of one group. It sends weights [., V] to the replicas. With `back`, it sends gradients from
+        the replicas to the owners."""
         name, splits = (REPLICAS + BACKWARD, route.splits.reversed()) if back else (REPLICAS, route.splits)
         return self.wire.start(items, splits, name=name, layer=self.layer)
 
@@ -90,7 +91,7 @@ class ReplicaWeights:
 
         @cache
         def arrived() -> Stacks:
-            """Waits for the weights, at the first call."""
+            """Waits for the weights in the first call."""
             for each in pending:
                 each.wait()
             parts = zip(self.routes, found, arriving, strict=True)

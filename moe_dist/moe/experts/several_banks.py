@@ -1,8 +1,8 @@
 """Layers of a transformers model with several banks of experts, one for each modality, such as those of ERNIE-4.5-VL.
 
 The family's block calls a text bank for text tokens, and a vision bank only if the batch has a picture. So ranks with and
-without pictures would issue different collectives. Here all banks of a layer are one list of experts, and one exchange
-brings each token to its bank.
+without pictures would issue different collectives. Here the experts of all banks of a layer form one list, and one exchange
+sends each token to its bank.
 
 Shape letters: B sequences, S positions, T = B x S tokens, E experts of all banks, K choices of a token, D hidden size, R
 rows on this rank.
@@ -47,7 +47,7 @@ class SeveralBanks(nn.Module):
         return recomputed(self._compute, rows, layout)
 
     def _compute(self, rows: DispatchedRows, layout: PairLayout) -> Tensor:
-        """Returns the sum of all banks, [R, D]. A token has experts of one bank, so the sum rounds nothing."""
+        """Returns the sum of all banks, [R, D]. A token has experts of only one bank, so the sum is exact."""
         outputs, slot, pair = [], 0, 0
         for bank in self._banks:
             counts = layout.slot_counts[slot : slot + bank.num_local]
@@ -62,7 +62,7 @@ class OneExchange:
     """The forward of a block with a bank for each modality: the router of each bank, one exchange, and the shared expert.
 
     Args:
-        routers: One for each bank. Each reads all tokens, so that its weight has a gradient on every rank.
+        routers: The router of each bank. Each router reads all tokens, so that its weight has a gradient on every rank.
         keep: Hook that keeps the output of a family's router for the layer.
         routed: Computes the layer's experts, and knows each token's group (`model._Routed`).
     """

@@ -1,4 +1,4 @@
-"""Converts weights of experts to the dtype of the rows, once for several forward passes."""
+"""Converts the weights of experts to the dtype of the rows, and keeps the copies for several forward passes."""
 
 from typing import Any
 

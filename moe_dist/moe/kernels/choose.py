@@ -33,7 +33,7 @@ def softmax_of_group(logits, group_T, group_of_column, T, C: tl.constexpr, ROWS:
         mask=live[:, None] & (column < C)[None, :],
         other=float("-inf"),
     )
-    # padding, group -1, keeps all columns: a softmax over -inf alone would be NaN
+    # Padding (group -1) keeps all columns, because a softmax over nothing but -inf would be NaN.
     x = tl.where((owner[None, :] == group[:, None]) | (group < 0)[:, None], x, float("-inf"))
     top = tl.max(x, 1)
     top = tl.where(top == float("-inf"), 0.0, top)  # rows beyond the last token
@@ -87,7 +87,7 @@ def choose_kernel(
         if CHOSEN:
             c = tl.load(choice + at + k, mask=live, other=0).to(tl.int32)
         else:
-            c = tl.argmax(rest, 1).to(tl.int32)  # of columns with equal logits the first, as in a stable sort
+            c = tl.argmax(rest, 1).to(tl.int32)  # the first of columns with equal logits, as in a stable sort
             tl.store(choice + at + k, c.to(tl.int64), mask=live)
         hit = column[None, :] == c[:, None]
         rest = tl.where(hit, float("-inf"), rest)

@@ -12,7 +12,7 @@ import triton
 
 NAMESPACE = "moe_dist"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-LARGEST_BLOCK = 1024  # elements of a row in the registers of one program of 4 warps: 16 bytes of bf16 per thread
+LARGEST_BLOCK = 1024  # row elements in the registers of a program of 4 warps: 16 bytes of bf16 per thread
 
 
 def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[..., Any]]:
@@ -43,7 +43,7 @@ def operation(schema: str) -> Callable[[Callable[..., Iterator[Any]]], Callable[
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launches a kernel, unless its grid is empty, which CUDA refuses."""
+    """Launches a kernel, except with an empty grid, which CUDA refuses."""
     if 0 not in grid:
         kernel[grid](*args, **constants)
 

@@ -142,7 +142,7 @@ def place_kernel(
 
 @triton.jit
 def index_at(own, arrived, num_own, at, mask):
-    """Returns the row index of the pairs at `at`. Pairs are numbered in the order of arrival, own pairs first."""
+    """Returns the row index of the pairs with the numbers `at`. Pairs are numbered in order of arrival, own pairs first."""
     mine = tl.load(own + at, mask=mask & (at < num_own), other=0)
     return mine + tl.load(arrived + at - num_own, mask=mask & (at >= num_own), other=0)
 

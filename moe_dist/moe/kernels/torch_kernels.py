@@ -77,7 +77,7 @@ def weighted_row_sum(y_QD: Tensor, weight_Q: Tensor, row_Q: Tensor, num_rows: in
 
 
 def sum_rows(rows_QD: Tensor, index_Q: Tensor, num_rows: int) -> Tensor:
-    """Returns for each index the sum of its rows, [num_rows, D] in fp32 (float64 for float64). No gradient."""
+    """Returns for each index the sum of its rows, [num_rows, D] in fp32 (float64 for float64 rows). Has no gradient."""
     dtype = accumulation_dtype(rows_QD.dtype)
     return add_rows(torch.zeros(num_rows, rows_QD.shape[1], dtype=dtype, device=rows_QD.device), index_Q, rows_QD)
 
@@ -126,7 +126,7 @@ def compact(items_N: Tensor, keep_N: Tensor, num_kept: int) -> Tensor:
 
 
 class TorchKernels:
-    """`RowKernels` in torch, for any device. `sum_pairs` applies the routing weights. Routers do not use these kernels."""
+    """`RowKernels` in torch, for any device. `sum_pairs` applies the routing weights. It has no kernels for routers."""
 
     has_choose = False
     has_plan = False

@@ -1,6 +1,6 @@
 """Routers that choose a different number of experts for each token, at most `top_k`.
 
-    T(x) = those of the token's top_k columns of largest score that the router's rule keeps
+    T(x) = the columns, among the token's top_k columns of largest score, that the router's rule keeps
     y    = sum over T(x) without null columns of w_i E_i(x); 0 if T(x) has only null columns
 
 A choice that the rule does not keep becomes an absent pair, like a null choice. Each router's rule reads only one token, so
@@ -207,7 +207,7 @@ class PredictedKRouter(AdaptiveRouter):
 
     Ada-K samples an integer k and trains its predictor by policy gradient. This router instead multiplies the weight of the
     last taken column by the fractional part of k(x), like the remainder in Adaptive Computation Time (Graves, arXiv
-    1603.08983). So u gets a gradient from the loss. If v is the softmax over all columns, the output is a continuous
+    1603.08983). The loss therefore gives u a gradient. If v is the softmax over all columns, the output is a continuous
     function of k(x). If v is the softmax over T(x), every added column changes all weights. b is the budget shift.
 
     Routes T tokens to a predicted number of columns. Each group's gate also has the parameter `number` [1, D], the vector u
@@ -238,7 +238,7 @@ class PredictedKRouter(AdaptiveRouter):
         return self._by_probability(probs_TC, masked_TC)
 
     def _factor(self, cache: RoutingCache) -> Tensor:
-        """Returns the factors m [T, K], which are at most 1, and at most 0 for columns that are not taken."""
+        """Returns the factors m [T, K], which are at most 1, and at most 0 for columns that the token does not take."""
         assert cache.number_T is not None
         place_K = torch.arange(self.num_choices, device=cache.number_T.device)
         return (cache.number_T[:, None] - place_K).clamp_max(1.0)

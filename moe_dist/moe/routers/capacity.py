@@ -26,7 +26,7 @@ class Capacity:
             each expert's load if choices are spread evenly.
         drop: `probability` drops an expert's least probable pairs. Of two equally probable pairs, it drops the pair of the
             later token. `position` drops the pairs of the last tokens.
-        scope: The tokens whose pairs are counted together. `rank`: the tokens of one rank's micro-batch.
+        scope: The tokens whose pairs count towards one capacity. `rank`: the tokens of one rank's micro-batch.
     """
 
     factor: float

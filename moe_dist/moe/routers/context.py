@@ -9,7 +9,7 @@ from moe_dist.moe.routers.capacity import Capacity
 from moe_dist.moe.routers.selection import SelectionScope
 from moe_dist.placement.placement import ExpertGroup
 
-OWN_TOKENS = SelectionScope()  # the tokens of this rank compete
+OWN_TOKENS = SelectionScope()  # only the tokens of this rank compete
 
 
 @dataclass(frozen=True)

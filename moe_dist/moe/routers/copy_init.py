@@ -13,7 +13,7 @@ def folded_choices(num_experts: int, num_null: int, top_k: int) -> int:
 
 
 def uneven_twins(num_experts: int, num_null: int) -> str | None:
-    """Returns the reason why `num_null` router rows cannot repeat the true rows, or None if they can."""
+    """Returns None if `num_null` router rows can repeat all true rows equally often, else the reason why not."""
     if num_null % num_experts == 0:
         return None
     return (

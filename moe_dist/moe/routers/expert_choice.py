@@ -1,7 +1,7 @@
 """Expert choice: experts choose tokens, inside the group of each modality (MoMa, arXiv 2407.21770, section 2.2).
 
     s = sigmoid(x W^T) over the group's columns,  expert j takes its k = ceil(c T_group) tokens of largest s_j
-    y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
+    y = sum of s_j E_j(x) over the experts j that take the token; y = 0 if no expert takes it
 
 The choice of experts among tokens depends on later tokens, so only training uses expert choice (`selection`). Evaluation
 uses one of two causal rules:
@@ -72,7 +72,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
     The fields of `context` have these effects. The tokens of `selection_scope` compete. With `known_counts` and a scope of
     one rank, the assignments of training contain `counts_WE`, so that dispatch needs no host sync. If `kernels` has
-    `experts_choose`, kernels compute the router's sums, and if the scope is one rank also the choice.
+    `experts_choose`, kernels compute the router's sums. With a scope of one rank they also make the choice.
 
     Args:
         capacity: c, the fraction of its group's tokens that each expert takes: one number, or a number by group name. If a
@@ -226,7 +226,7 @@ class ExpertChoiceRouter(ChoosingRouter):
 
         noise = add_noise if self.training and self.noise else None
         factor = self._factor(batch_info)
-        # An expert with share 1 takes all tokens, and its threshold is 0. In floating point 49 x 1/49 is below 1, so round.
+        # An expert with share 1 takes all tokens, and its threshold is 0. Rounds, because 49 x 1/49 is below 1 in float.
         share_E = self.share_E if factor == 1.0 else (factor * self.share_E).round(decimals=15)
         if self._uses_kernels(logits_TE) and len(lengths) == 1:
             tables = self._tables._replace(share_E=share_E)
@@ -271,7 +271,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         factor = self._factor(batch_info)
         shares = [factor * self.share_of_group[index] for index in self.group_of_E]
         pairs = counted_pairs(choice, weight_TE, shares, self.group_of_E, batch_info, self.selection_scope.ep_ranks)
-        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # the sort does not sync
+        return pairs if self.known_counts else by_token(pairs, weight_TE.shape[0])  # sorting needs no sync
 
     @torch.no_grad()
     def _sums(self, logits_TE: Tensor, choice: ExpertsChoice, group_T: Tensor) -> tuple[RoutingCounts[Tensor], AuxSums]:

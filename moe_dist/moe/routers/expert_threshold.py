@@ -1,8 +1,8 @@
 """Expert Threshold (arXiv 2603.11535): both in training and in evaluation, an expert takes each token whose score exceeds
 the expert's running threshold.
 
-    s = sigmoid(x W^T),  expert j takes the token if s_j > m_j,  the running mean of expert j's k-th largest score
-    y = sum over the experts j that take the token of s_j E_j(x); y = 0 if no expert takes the token
+    s = sigmoid(x W^T),  expert j takes the token if s_j > m_j, where m_j is the running mean of its k-th largest score
+    y = sum of s_j E_j(x) over the experts j that take the token; y = 0 if no expert takes it
 
 With `score="softmax"`, s is the softmax over the group's columns, as in `expert_choice`.
 

@@ -1,9 +1,10 @@
-"""Top-k routing with the gating residual of MoE++ (arXiv 2410.07348, section 3.2): a layer adds a learned map of the
-previous MoE layer's logits to its logits. As in the code of MoE++, gradients pass through the logits of all layers.
+"""Top-k routing with the gating residual of MoE++ (arXiv 2410.07348, section 3.2): each layer maps the previous MoE layer's
+logits by a learned matrix, and adds the result to its own logits. As in the code of MoE++, gradients pass through the
+logits of all layers.
 
     z_1 = x W_1^T,   z_l = x W_l^T + z_{l-1} V_l^T        over all columns of the token's group
 
-A token has the same group in all layers, so the sum contains no logits of other groups. Shape letters: T tokens, D hidden
+A token has the same group in all layers, so logits of different groups are never added. Shape letters: T tokens, D hidden
 size, C columns, c columns of a group.
 """
 

@@ -5,7 +5,7 @@ and Kimi K2.
     the n true experts are cut, in order, into n_group node groups; a token may use the topk_group node groups with the
     largest sums of their two largest s + b
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
-    w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i unnormalised
+    w_i = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i without normalisation
 
 Null, identity and constant columns also have s and b. But the limit on node groups does not apply to them, because they
 cause no traffic. A null choice has no weight, and the sum in w_i does not contain it. Each modality's expert group is
@@ -70,10 +70,10 @@ class GroupLimitedRouter(TopKRouter):
 
     def _within_limit(self, score_Tn: Tensor) -> Tensor:
         """Returns the scores of a modality group's true experts, which are -inf outside of the node groups that a token may
-        use. Of two node groups with equal scores, the token uses the first."""
+        use. Of node groups with equal scores, the token prefers the first."""
         score_Tgm = score_Tn.unflatten(1, (self.n_group, -1))
         best_Tg = score_Tgm.sort(dim=-1, descending=True).values[..., :BEST].sum(-1)
-        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # the order of ties is undefined in topk
+        order_Tg = best_Tg.sort(dim=-1, descending=True, stable=True).indices  # topk orders ties arbitrarily
         outside_Tg = torch.ones_like(best_Tg, dtype=torch.bool).scatter(1, order_Tg[:, : self.topk_group], False)
         return score_Tgm.masked_fill(outside_Tg[..., None], float("-inf")).flatten(1)
 
@@ -83,5 +83,5 @@ class GroupLimitedRouter(TopKRouter):
         score_TK = torch.where(kept_TK, masked_TC.gather(1, chosen.column_TK).sigmoid(), 0.0)
         if self.normalise == "none":
             return self.scale * score_TK
-        # added one by one, as in `top_k._softmax_among`, so that the bits do not depend on zeros between true choices
+        # Adds one by one, as `top_k._softmax_among` does, so that zeros between true choices change no bit.
         return self.scale * score_TK / (reduce(torch.add, score_TK.split(1, dim=-1)) + TINY)

@@ -1,4 +1,4 @@
-"""Finds the routers of any transformers model by the interface with which the model records outputs."""
+"""Finds the routers of any transformers model in the list of modules whose outputs the model can record."""
 
 from torch import nn
 

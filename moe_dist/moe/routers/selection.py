@@ -99,7 +99,7 @@ class ChoosingRouter(nn.Module, ABC):
 @contextmanager
 def choice_of_training(routers: Sequence[nn.Module], steps: int) -> Iterator[None]:
     """In this context tokens compete in evaluation as they do in training (`ChoosingRouter.noncausal`). `steps` is the
-    number of training steps so far. The capacities are those of the last of these steps."""
+    number of training steps so far. The capacities of the last of these steps apply."""
     mine = [router for router in routers if isinstance(router, ChoosingRouter)]
     for router in mine:
         router.noncausal, router.noncausal_step = True, max(0, steps - 1)
@@ -166,7 +166,7 @@ class SelectionScope:
         if token_T is not None:
             local_TE, logits_TE = logits_TE, logits_TE.new_zeros(lengths[self.own], logits_TE.shape[1])
             logits_TE[token_T] = local_TE
-            for group in self.shares:  # each token is on one rank: all other ranks add zeros, which change no bit
+            for group in self.shares:  # a token is on one rank; the other ranks add zeros, which change no bit
                 sum_over(logits_TE, group, name=name, tracker=self.tracker)
         logits_UE = self._gather(logits_TE, lengths, name=name, layer=layer)
         noisy_UE = logits_UE if add_noise is None else add_noise(logits_UE)
@@ -227,7 +227,7 @@ def _kth_score(logits_UE: Tensor, order_UE: Tensor | None, room_E: Tensor) -> Te
     descending order of `logits_UE`, or None."""
     if not logits_UE.shape[0]:
         return logits_UE.new_zeros(logits_UE.shape[1])
-    if order_UE is None:  # with noise, finding the k-th largest score needs a second sort
+    if order_UE is None:  # with noise, a second sort is needed for the k-th largest score
         order_UE = torch.sort(logits_UE, dim=0, descending=True).indices
     last_1E = (room_E - 1).clamp_min(0)[None]
     kth_score_E = torch.gather(logits_UE, 0, torch.gather(order_UE, 0, last_1E))[0].sigmoid()
@@ -253,7 +253,7 @@ def counted_pairs(
         for rank in ep_ranks
     )
     mine = counts_WE[list(ep_ranks).index(batch_info.rank)]
-    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # no sync: host counts
+    token_N = torch.cat([choice.order_TE[:count, expert] for expert, count in enumerate(mine)])  # counts on the host
     expert_N = _expert_of_pairs(mine, token_N.device)
     cell_N = torch.add(expert_N, token_N, alpha=weight_TE.shape[1])
     # index_select instead of weight_TE[token_N, expert_N], whose backward sorts the pairs on CUDA.
@@ -277,9 +277,9 @@ def token_pairs(taken_TE: Tensor, weight_TE: Tensor, columns_TK: Tensor) -> Assi
     """Returns T x K (token, expert) pairs sorted by token: one pair for each of the K experts of the token's group. The
     pair of an expert that does not take the token is absent.
 
-    K is the number of experts of the largest group. Fewer than T x K pairs might not suffice: a threshold does not limit an
-    expert's number of tokens, and a scope of several ranks does not limit the number from one rank. `columns_TK` has the
-    experts of each token's group, int64, then ABSENT up to K; padding has only ABSENT."""
+    K is the number of experts of the largest group. All T x K pairs may be needed: a threshold does not limit an expert's
+    number of tokens, and a scope of several ranks does not limit the number from one rank. `columns_TK` has the experts of
+    each token's group, int64, then ABSENT up to K; padding has only ABSENT."""
     safe_TK = columns_TK.clamp_min(0)
     kept_TK = taken_TE.gather(1, safe_TK) & (columns_TK != ABSENT)
     token_T = torch.arange(taken_TE.shape[0], device=taken_TE.device)

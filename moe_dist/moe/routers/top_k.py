@@ -63,7 +63,7 @@ class GroupGate(nn.Module):
     def zero_rows(self, step: float) -> int:
         """Sets all router rows to 0, so that all columns get the same score. Returns the number of rows. The biases of the
         null columns become -step, -2 step and so on. If a controller then lowers the biases of all true experts by r times
-        `step`, null experts replace only r of a token's true experts."""
+        `step`, null experts replace r of each token's true experts, not all of them."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -87,7 +87,7 @@ class _Chosen(NamedTuple):
     Attributes:
         column_TK: Chosen columns, the best first.
         valid_TK: bool, false for padding and for choices beyond the k of the token's group.
-        true_TK, null_TK: bool, the valid choices of true and of null experts.
+        true_TK, null_TK: bool, the valid choices that are true experts, and those that are null.
         factor_TK: Factor of each weight, with gradient. Only `PredictedKRouter` sets it.
     """
 
@@ -101,8 +101,8 @@ class _Chosen(NamedTuple):
 class TopKRouter(nn.Module):
     """Routes T tokens, each to experts of the token's group.
 
-    If `context.kernels` has `choose`, this kernel computes everything after the logits. Exceptions are routers with a
-    selection bias, a capacity, zero-computation experts or `true_all`, and requests for probabilities of tokens.
+    If `context.kernels` has `choose`, this kernel computes everything after the logits. The kernel is not used with a
+    selection bias, a capacity, zero-computation experts or `true_all`, nor if the request asks for probabilities of tokens.
 
     Args:
         normalise: The columns over which the softmax of the weights runs. `true_chosen`: the token's choices that are not
@@ -194,7 +194,8 @@ class TopKRouter(nn.Module):
                 dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
                 counts = counts._replace(dropped_LE=dropped_C[None, : self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
-        # `_weights` sets the weights of null choices and padding to 0, but not of drops and zero-computation experts.
+        # `_weights` sets weights of null choices and padding to 0, but not weights of dropped choices and zero-computation
+        # experts.
         whole = taken_TK is chosen.true_TK and free_TF is None
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
@@ -264,7 +265,8 @@ class TopKRouter(nn.Module):
         return self._of_columns("bias", dtype)
 
     def _of_columns(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns a value for each column [C] from the gates' tensors `name`, whose entries have the order of `KINDS`."""
+        """Returns one value per column [C], taken from the gates' tensors `name`. Their entries have the order of
+        `KINDS`."""
         parts = [self._gate(group, name).split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 
@@ -329,7 +331,7 @@ class TopKRouter(nn.Module):
             return None
         free_TK = chosen.valid_TK & (chosen.column_TK >= self.first_zero_computation)
         slot_TK = torch.where(free_TK, chosen.column_TK - self.first_zero_computation, self.num_zero_computation)
-        # an extra last column takes the choices of true and null experts, so that no shape depends on data
+        # An extra last column collects choices of true and null experts, so that no shape depends on data.
         table_TF = weight_TK.new_zeros(weight_TK.shape[0], self.num_zero_computation + 1)
         return table_TF.scatter_add(1, slot_TK, torch.where(free_TK, weight_TK, 0.0))[:, : self.num_zero_computation]
 

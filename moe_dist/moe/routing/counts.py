@@ -6,7 +6,7 @@ then the groups' null, identity and constant experts), E true experts.
 
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-if TYPE_CHECKING:  # a login node has no torch
+if TYPE_CHECKING:  # not imported at run time, because login nodes have no torch
     from torch import Tensor
 
 Array = TypeVar("Array")
@@ -19,7 +19,7 @@ class DepthCounts(NamedTuple, Generic[Array]):
         tokens_P: Number of tokens among which a layer selects, without padding.
         taken_P: Number of tokens that a layer computes.
         agreed_P: Number of tokens for which evaluation's causal rule and training's selection make the same decision.
-        kth_score_P: Lowest score among the tokens that a layer selects in its scope, times the number of tokens.
+        kth_score_P: Lowest score among the tokens that a layer selects in its scope, times `tokens_P`.
         weight_P: Sum of the weights of the computed tokens.
         tokens_PG, taken_PG: `tokens_P` and `taken_P` for each expert group. The transformer sets these two fields.
     """

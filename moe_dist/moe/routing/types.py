@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_dist.moe.routing.counts import AuxSums, RoutingCounts, SentCounts
 from moe_dist.placement.placement import ExpertGroup
 
-Recompute = Literal["none", "experts", "block"]  # which forwards backward runs again
+Recompute = Literal["none", "experts", "block"]  # the part of a layer whose forward runs again in backward
 ABSENT = -1  # expert id of an absent pair, as in DeepEP
 
 
@@ -31,8 +31,8 @@ class Assignments(NamedTuple):
         expert_N: int64, logical expert of each pair; ABSENT for absent pairs.
         weight_N: Routing weight with gradient, fp32 (float64 in a float64 model); 0 for absent pairs.
         counts_WE: Number of pairs between each EP rank's tokens and each logical expert; the same table on all ranks. None
-            if these numbers depend on the routing, as in token choice. They do not in expert choice within one rank; then
-            every pair is taken, and pairs are sorted by expert.
+            if these numbers depend on the routing, as in token choice. In expert choice within one rank they do not depend
+            on it, every pair is taken, and pairs are sorted by expert.
         num_choices: K, if every token has K pairs and pairs are sorted by token, as in token choice; else None.
     """
 
@@ -67,8 +67,7 @@ class Routing(NamedTuple):
         counts, aux: Counts and sums over the T tokens, of one layer.
         zero_weight_TF: Routing weight of each zero-computation expert, fp32 with gradient, 0 if not chosen.
             These experts run on the token's rank, so no (token, expert) pair contains them. None if no group has any.
-        prob_AC: Probabilities of the probe tokens, fp32 with gradient, or None. 0 in columns of other groups than the
-            token's.
+        prob_AC: Probabilities of the probe tokens, fp32 with gradient, or None. 0 in columns of other groups.
         chosen: Each token's choices, if the request asks for them.
         logits_TC: Logits with gradient; None unless the next layer's router adds them to its own logits.
     """
@@ -109,7 +108,7 @@ class GlobalBatchInfo:
     Attributes:
         step: Index of the optimizer step, counted from 0. Random draws and the schedule of capacities depend on it.
         first_token: Index of the micro-batch's first token among all tokens of the step.
-        rank: Global rank of this process. In all fields, ranks that split the same sequences among them count as one rank.
+        rank: Global rank of this process. In all fields, ranks that share the same sequences count as one rank.
         tokens_W: Number of tokens of each rank of the world, padding included.
         members_WG: Number of tokens of each group on each rank of the world, without padding.
     """

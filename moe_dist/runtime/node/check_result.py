@@ -12,7 +12,7 @@ class Level(IntEnum):
 
     OK = 0
     NOTE = 1  # the check could not be made
-    WARNING = 2  # the run would start, but with a disadvantage
+    WARNING = 2  # the run would start, but with a problem
     ERROR = 3  # the run would end, with the exit code `verdict`
 
 

@@ -9,7 +9,7 @@ from moe_dist.runtime.node.check_result import CheckResult, error, names, note, 
 from moe_dist.runtime.node.facts import NO_LIMIT, NodeFacts
 
 CLOCK_SECONDS = 5.0
-SHM_BYTES_PER_RANK = 64 << 20  # needed for NCCL's buffers in /dev/shm; in many containers it has only 64 MiB in total
+SHM_BYTES_PER_RANK = 64 << 20  # NCCL's buffers need it in /dev/shm, which in many containers has only 64 MiB in total
 # Number of files that a rank opens: two connections to each other rank in each of four process groups (world, EP, edp,
 # checkpoint), and OWN_FILES for Python.
 FILES_PER_PEER, OWN_FILES = 8, 256
@@ -219,7 +219,7 @@ def _shm(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
 
 
 def _files(nodes: Sequence[NodeFacts], needs: Needs) -> CheckResult:
-    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough even if every rank connects to every other rank
+    need = OWN_FILES + FILES_PER_PEER * needs.world_size  # enough if every rank connects to all others
     low = [n for n in nodes if n.open_files != NO_LIMIT and n.open_files < need]
     if not low:
         return ok("open files", f"the limit is high enough for {needs.world_size} ranks on {_all(nodes)}")

@@ -1,4 +1,4 @@
-"""Collects facts about a node (versions, limits, folders, GPUs) in a second or two, and encodes them as one line of JSON.
+"""Collects facts about a node (versions, limits, folders, GPUs) within two seconds, and encodes them as one line of JSON.
 Versions come from the metadata of installed packages, because importing torch would take seconds."""
 
 import contextlib
@@ -24,7 +24,7 @@ NO_LIMIT = -1
 
 @dataclass(frozen=True)
 class Questions:
-    """What the checks on a node must find out.
+    """The questions that the checks on a node must answer.
 
     Attributes:
         folder, data: run.root, to which every node must be able to write, and data.path.
@@ -137,7 +137,7 @@ def write_problem(folder: Path) -> str:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         return f"{existing}: {os.strerror(errno.ENOTDIR)}"
-    folder, content = existing, secrets.token_bytes(4096)  # random, so that no cached file can match
+    folder, content = existing, secrets.token_bytes(4096)  # random, so that no cached content can match
     path = folder / f".doctor-{secrets.token_hex(8)}"
     try:
         path.write_bytes(content)

@@ -168,9 +168,9 @@ def transformers_engine(context: EngineContext) -> Iterator[Training]:
 
 
 def share_biases(model: HostedModel) -> None:
-    """Makes the family's selection biases [E] those of this project's routers, which controllers change in place. They are
-    the one saved buffer of this shape in each router, or in the block that has the router. Raises ConfigError if there is
-    not one. Must be called when the buffers have memory."""
+    """Makes this project's routers share the family's selection biases [E], which controllers change in place. The biases
+    are the only saved buffer of this shape in a router or in the block that has the router. Raises ConfigError if there is
+    no such buffer or more than one. Must be called when the buffers have memory."""
     layers = {layer.name: layer for layer in model.moe_modules()}
     for bank in model.banks:
         num_experts = len(bank.ids)
@@ -194,8 +194,8 @@ def _saved(module: nn.Module, num_experts: int) -> list[Tensor]:
 
 @torch.no_grad()
 def draw(model: HostedModel, slots: Sequence[int], seed: int) -> None:
-    """Initialises every parameter by the family's own rule, from (seed, name): equal on every layout of ranks. The host
-    draws the whole tensors of one module, or of one expert, at a time. `slots` are this rank's experts."""
+    """Initialises every parameter by the family's own rule, from (seed, name). The values do not depend on the layout of
+    ranks. The host draws the whole tensors of one module or of one expert at a time. `slots` are this rank's experts."""
     experts, drawn_before = {bank.experts: bank.local(slots) for bank in model.banks}, set[int]()
     for path, module, owner in with_owners(model.family):
         own = {name: each for name, each in module.named_parameters(recurse=False) if id(each) not in drawn_before}

@@ -106,7 +106,7 @@ def _rules(section: MoESection) -> list[Rule]:
 
 @dataclass
 class _Elsewhere:
-    """Stands for a gate of another pipeline stage, so that rules see all layers and have the same state on every rank."""
+    """Placeholder for a gate of another pipeline stage. With it, rules see all layers and have equal state on all ranks."""
 
     bias: Tensor
 
@@ -114,7 +114,8 @@ class _Elsewhere:
 def build_thresholds(
     section: MoESection, routers: Sequence[nn.Module | None], groups: Sequence[ExpertGroup], device: torch.device
 ) -> ThresholdUpdater | None:
-    """Makes the controller of expert choice's thresholds; None if tokens choose. For `routers` see `build_balance`."""
+    """Makes the controller of thresholds for expert choice; returns None if tokens choose experts. For `routers` see
+    `build_balance`."""
     if not section.router.experts_choose:
         return None
     gates_LG: list[Any] = [
@@ -129,7 +130,7 @@ def build_thresholds(
 
 @dataclass
 class _ElsewhereChosen:
-    """Stands for a gate of another pipeline stage if experts choose tokens."""
+    """Placeholder for a gate of another pipeline stage if experts choose tokens."""
 
     buffers_3n: Tensor
 
@@ -254,7 +255,7 @@ def make_layers(parts: LayerParts) -> Callable[[int], MoELayer | LoRALayer]:
 
 
 def attention_adapters(config: Config) -> Callable[[int], AttentionLoRA] | None:
-    """Returns a function: layer index -> LoRA adapters of the layer's attention. Without `model.attention_lora` None."""
+    """Returns a function: layer index -> LoRA adapters of the layer's attention; None without `model.attention_lora`."""
     lora, widths = config.model.attention_lora, config.model.attention_widths
     if lora is None:
         return None

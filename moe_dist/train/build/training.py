@@ -174,7 +174,8 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables gradients of parameters that `router_tuning` or `train.only` does not train or that `train.frozen` names."""
+    """Disables the gradients of all parameters that, by `router_tuning`, `train.only` or `train.frozen`, are not
+    trained."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
@@ -191,7 +192,7 @@ def freeze(model: Transformer, config: Config) -> None:
 
 
 def saved_part(config: Config) -> Part:
-    """Returns the part of the model that checkpoints contain: if the run trains adapters, trained parameters, else all."""
+    """Returns which parameters checkpoints contain: only the trained ones if the run trains adapters, otherwise all."""
     return "trained" if config.train.only == "adapters" else "all"
 
 
@@ -355,8 +356,9 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def row_kernels(config: Config, device: torch.device, ranks: dist.ProcessGroup | None = None) -> RowKernels:
-    """Returns the kernels of `parallel.kernels`, the same on all `ranks` (gloo). Raises ConfigError if a rank cannot use
-    Triton kernels, or if they fail their trial there, unless `parallel.kernels.fallback` allows torch on all ranks."""
+    """Returns the kernels that `parallel.kernels` chooses, the same on all `ranks` (a gloo group). If a rank cannot use
+    Triton kernels or they fail a trial there, all ranks get torch kernels; without `parallel.kernels.fallback` raises
+    ConfigError."""
     chosen, dtype = config.parallel.kernels, COMPUTE_DTYPES[config.parallel.precision]
     kernels, reason = choose_kernels(chosen.kind, device=device, dtype=dtype)
     if kernels is not TORCH and chosen.kind == "auto" and not config.parallel.compile:

@@ -1,5 +1,5 @@
-"""Held-out evaluation during a run: loss by modality, loss without the experts' output, and balance efficiency. Before it
-the thresholds of routers are calibrated."""
+"""Held-out evaluation during a run: loss by modality, loss without the experts' output, and balance efficiency. The
+thresholds of routers are calibrated before each evaluation."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -41,7 +41,7 @@ class Evaluator:
     Attributes:
         placement: The current placement of the experts.
         mapper: Makes the compute map (numbers of true experts of single tokens); None without `monitor.compute_map`.
-        calibration: Number of training micro-batches that calibrate thresholds before an evaluation; 0 without thresholds.
+        calibration: Number of training micro-batches on which thresholds are calibrated; 0 without thresholds.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Evaluator:
         if final and section.ablate_experts:
             ablated = self._losses(batches, experts_off=True)
         if final and moe.router.experts_choose:
-            # Experts choose tokens as in training: which tokens an expert chooses also depends on later tokens.
+            # Here experts choose tokens as in training, so an expert's choice also depends on later tokens.
             with choice_of_training([layer.router for layer in self.model.moe_modules()], step):
                 noncausal = self._losses(batches)
         balance = BalanceEfficiency(None, "switched off")

@@ -65,7 +65,7 @@ def heldout_losses(
         if counts_tokens:
             sums_4M += _sums(losses_BS, on_device, len(modalities))
         local.append(joined([report.counts for report in reports]))
-    model.train(training)  # the model's mode before the call
+    model.train(training)  # restores the mode that the model had before the call
     if not local:  # no rank has batches, because all ranks have the same number of batches
         return Heldout({}, {}, None)
     summed = sum_over(pack(added(local)), world, name=EVALUATION_COUNTS, tracker=tracker)

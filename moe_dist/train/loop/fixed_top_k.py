@@ -1,4 +1,4 @@
-"""Compares a run's held-out loss with that of a run with fixed top-k. configs/fixed_top_k.json has the latter's figures."""
+"""Compares a run's held-out loss with that of a run with fixed top-k. Its figures are in configs/fixed_top_k.json."""
 
 import json
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-COLLECT_EVERY = 50  # number of steps between collections; `Trainer` collects
+COLLECT_EVERY = 50  # number of steps between two collections, which `Trainer` makes
 
 
 @contextmanager

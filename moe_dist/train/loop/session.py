@@ -167,7 +167,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
         yield None
         return
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
-    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # its readings need no device sync
+    monitor = DeviceMonitor(seconds=config.monitor.device_seconds, gpu=gpu)  # readings need no sync
     try:
         yield monitor
     finally:
@@ -178,7 +178,7 @@ def watched_devices(config: Config, device: torch.device, env: RankEnv) -> Itera
 def open_sinks(
     checked: Preflight, folder: RunFolder, env: RankEnv, attempt: Attempt, *, progress: Progress
 ) -> Iterator[list[Sink]]:
-    """Yields a list that is empty except on rank 0. Rank 0's list has one sink, which passes the records of steps and
+    """Yields an empty list on all ranks except rank 0. Rank 0's list has one sink, which passes the records of steps and
     evaluations to all configured sinks. The sinks are closed even after an error, so that no record stays in a buffer.
 
     Before each record, rank 0 checks its lease of the run. A checkpoint is committed only if all records are on disk.
@@ -194,7 +194,7 @@ def open_sinks(
             print(f"the attempt before this one diverged after step {before.last_step}: {printable(before.reason)}")
             print(f"this attempt goes on after step {progress.step}")
     attempt.lease.check()  # another attempt may have taken the run's lease meanwhile
-    made = _build_sinks(checked, folder, progress)  # first drops the hints of steps that are repeated
+    made = _build_sinks(checked, folder, progress)  # this first deletes the hints of steps that will be repeated
     said = {each.kind: each.step for each in folder.hints()}
     config = checked.config
     settings = Settings(config.optimizer.clip_norm, config.optimizer.weight_decay, config.monitor.most_picture_loss)
@@ -302,6 +302,6 @@ def _print_summary(finished: Finished, folder: RunFolder, checked: Preflight, be
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
     hints = folder.hints()
-    for line in (f"done{warnings_text(hints)}", *warning_lines(hints)):  # the last lines, as a launcher ends with them
+    for line in (f"done{warnings_text(hints)}", *warning_lines(hints)):  # last, because a launcher repeats them
         console.print(escape(line), style="yellow" if hints else "green")
     folder.write_summary(console.export_text())

@@ -212,7 +212,7 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has recorded this evaluation
+        if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has already recorded it
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:
                 sink.evaluation(result, scalars)
@@ -236,7 +236,7 @@ class Trainer:
         """Saves the run's state. With `must`, the files are written when the method returns. Otherwise a thread may write
         them during the next steps."""
         every = self.plan.config.monitor.compare_copies_every
-        if every and self.progress.step % every:  # else `fit` has compared them after this step
+        if every and self.progress.step % every:  # otherwise `fit` compared the copies after this step
             self.saver.compare_copies(self.progress)
         for sink in self.sinks:
             sink.flush()  # before the save, because a run that resumes from it does not repeat these records
@@ -284,7 +284,7 @@ class Trainer:
         return DivergedError(f"{what}; {self.saver.ways_on(self.progress)}")
 
     def _skips(self) -> str:
-        """Returns a text about the skipped steps that end a diverged run."""
+        """Returns a text about the last skipped steps of a diverged run."""
         train = self.plan.config.train
         last = [f"{float(r.nll_M.sum() / max(1, r.labels_M.sum())):.4g}/{r.grad_norm:.4g}" for r in self._recent]
         return (

@@ -1,7 +1,7 @@
 """Moves experts (their weights and moments, bit for bit) between the ranks of an EP group.
 
-A move changes no rank's number of experts in any group. Parameters and moments therefore keep their shapes and memory, and
-only their values change. A move changes no file: after a crash the run resumes from its last checkpoint.
+A move never changes the number of a group's experts that a rank has. Parameters and moments therefore keep their shapes and
+memory, and only their values change. A move changes no file: after a crash the run resumes from its last checkpoint.
 """
 
 from collections.abc import Iterator

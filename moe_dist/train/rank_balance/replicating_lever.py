@@ -1,11 +1,10 @@
 """Decides which experts get replicas. A decision depends only on routing counts. It is therefore equal on all ranks, and in
 all runs with the same seed.
 
-A window of steps is cut in two halves, as in `moving_lever.py`. From the loads of the first half each layer gets new
-replicas: again and again, the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica
-slot. The loads of the second half decide between the new replicas, the layer's present replicas, and no replicas. Making
-replicas costs nothing, but each step exchanges their weights and gradients. Replicas must save more time than these
-exchanges take.
+A window of steps is cut in two halves, as in `moving_lever.py`. The loads of the first half determine each layer's new
+replicas: repeatedly, the busiest rank gives a part of one expert's tokens to the least busy rank with a free replica slot.
+The loads of the second half decide between the new replicas, the layer's present replicas, and no replicas. Making replicas
+costs nothing, but each step exchanges their weights and gradients. Replicas must save more time than these exchanges take.
 
 Shape letters: S steps, L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -21,7 +20,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.placement.replica_slots import PlacementWithReplicas, Replica, hosts_of, shares
 from moe_dist.train.rank_balance.moving_lever import LoadLever
 
-LEAST_GAIN = 0.02  # a gain below this fraction of a layer's busiest rank's load is taken for noise
+LEAST_GAIN = 0.02  # a gain below this fraction of the load of a layer's busiest rank counts as noise
 # Number of FLOPs per parameter of an expert in forward and backward of one token.
 FLOPS_OF_ROW = 6
 Replicas = tuple[Replica, ...]  # the replicas of one layer, sorted
@@ -52,7 +51,7 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
         super().__init__(PlacementWithReplicas(placement.groups, placement.slots, ((),) * layers), every, layers)
         self._replicate, self._edp, self._slots = replicate, edp, slots
         self._home_E = np.array(placement.rank_of_expert)
-        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # computable during a replica's exchange
+        self._rows_of_replica = bytes_per_value * flops_per_byte / FLOPS_OF_ROW  # rows that a rank could compute meanwhile
 
     def _decide(self, load_SLE: np.ndarray) -> LeverDecision | None:
         load_SLE = load_SLE / self._edp
@@ -155,6 +154,6 @@ class ReplicatingLever(LoadLever[PlacementWithReplicas]):
 
 
 def _fewest(worth: Mapping[Replicas, float]) -> Replicas:
-    """Returns the smallest set of replicas in `worth` (sorted by size) whose load is close to the least load."""
+    """Returns the smallest set of replicas in `worth` (sorted by size) whose load is close to the smallest load of all."""
     limit = min(worth.values()) + LEAST_GAIN * worth[()]
     return next(each for each, value in worth.items() if value <= limit)

@@ -1,1 +1,2 @@
-"""Router tuning (RoMA): trains only the routers. They learn to route a sample like similar samples with right answers."""
+"""Router tuning (RoMA): trains only the routers. They learn to route a sample as they route similar samples that the model
+answered correctly."""

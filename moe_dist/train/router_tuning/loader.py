@@ -108,7 +108,7 @@ class ChoiceMaker(SampleMaker):
         """Does the same as `SampleMaker.make`. The arrays of choices must be equally long for all samples. Raises DataError
         if a token id is outside the vocabulary."""
         batch = super().make([replace(each, answer=each.answer[:1]) for each in samples], numbers)
-        rows = [each.choices for each in samples] or [np.full(1, -1)]  # else: choices for the row of padding
+        rows = [each.choices for each in samples] or [np.full(1, -1)]  # without samples: one row of padding
         choice_BK = torch.from_numpy(np.stack(rows).astype(np.int64))
         if int(choice_BK.max()) >= self._vocab_size:
             raise DataError(
@@ -127,7 +127,7 @@ MAKERS: Mapping[str, type[SampleMaker]] = {"tokens": SampleMaker, "choices": Cho
 
 
 class SampleLoader:
-    """Makes the training batches of one rank. `batches` and `epochs` work as those of `moe_dist.data.loader.TrainLoader`.
+    """Makes the training batches of one rank. `batches` and `epochs` work as in `moe_dist.data.loader.TrainLoader`.
 
     Args:
         samples: The samples to train on. Each epoch contains every sample once, in a new order.

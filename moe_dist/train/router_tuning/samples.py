@@ -25,8 +25,9 @@ class TuningSample:
     """The token ids of a prompt and of its right answer. Neither is empty.
 
     Attributes:
-        choices: The distinct first token ids of the question's answers. The right answer comes first; -1 pads the array
-            to the folder's width. All are -1 if a wrong answer begins with the right answer's token. Empty if unknown.
+        choices: The distinct first token ids of the question's answers. The right answer comes first; -1 pads the array to
+            the width of the folder's arrays. All are -1 if a wrong answer begins with the right answer's token. Empty if
+            unknown.
     """
 
     prompt: np.ndarray

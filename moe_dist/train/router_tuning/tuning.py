@@ -63,7 +63,7 @@ class RoutingReader:
         """Returns the router softmax [S, L, C] of the last token of each prompt, on the host, in fp32 (in float64 if the
         model is float64).
 
-        The model runs in evaluation mode and then returns to its former mode. Collective: every rank passes the same
+        The model runs in evaluation mode, and its former mode is then restored. Collective: every rank passes the same
         prompts and gets the whole result. The result takes S x L x C numbers of device memory.
         """
         world, tracker = (None, None) if self._mesh is None else (self._mesh.world, self._mesh.tracker)
@@ -87,7 +87,7 @@ class RoutingReader:
         return found
 
     def _read(self, prompts: Sequence[np.ndarray]) -> Tensor:
-        filler = np.zeros(1, np.int64)  # an arbitrary token as each answer, used only as a label
+        filler = np.zeros(1, np.int64)  # an arbitrary token that stands in for each answer and is used only as a label
         batch = self._maker.make([TuningSample(each, filler) for each in prompts])
         device = self._group_of_modality.device
         request = RoutingRequest(probe_tokens_A=batch.probe_tokens_B.to(device))
@@ -207,7 +207,8 @@ class RouterTuning:
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Returns the samples' digest, and step and router weights of the last refresh, which `restore` repeats."""
+        """Returns the samples' digest, and the step and router weights of the last refresh, so that `restore` can repeat
+        it."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 

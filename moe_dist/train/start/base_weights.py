@@ -175,6 +175,6 @@ def _not_dense(base: ModelSection) -> list[str]:
 
 
 def _of_base(name: str, model: ModelSection) -> bool:
-    """Returns True if a parameter is loaded from the base: all except adapters and the routers of LoRA experts."""
+    """Returns True if a parameter is loaded from the base. Adapters and the routers of LoRA experts are not."""
     role = role_of_name(name)
     return role not in ADAPTERS and not (model.moe.experts.over_frozen_ffn and role is Role.ROUTER)

@@ -57,7 +57,7 @@ def estimate(config: Config) -> DryRun:
     layout = layout_without_data(config)
     model, parallel = config.model, config.parallel
     parts = flops.parameters(model)
-    if not config.engine.hosts:  # whose parts are estimates
+    if not config.engine.hosts:  # otherwise `parts` are only estimates
         _agree_with_model(config, layout, parts)
     experts = per_token(layout.groups, layout.token_mix)
     forward = flops.forward_flops(model, seq_len=config.data.seq_len, **experts)

@@ -148,8 +148,8 @@ class Resumable:
         """Compares weights, moments and buffers that several ranks hold (`unequal_copies`).
 
         Raises:
-            IntegrityError: copies differ. Raised on all ranks; on the ranks whose copies are those of most ranks it is the
-                consequence of another rank's error.
+            IntegrityError: copies differ. Raised on all ranks. Ranks whose copies agree with the majority mark the error as
+                a consequence of another rank's error.
         """
         mesh = self._mesh
         if mesh.world_size == 1 or not self._training.has_copies:
@@ -170,7 +170,8 @@ class Resumable:
         raise error
 
     def weight_watch(self) -> WeightWatch | None:
-        """Returns what measures the run's weights. None if the optimizer shards them, so that ranks would gather them."""
+        """Returns an object that measures the run's weights; None if the optimizer shards them, since they must then be
+        gathered."""
         training = self._training
         if not training.has_copies:
             return None
@@ -198,7 +199,7 @@ class Resumable:
         if newest is not None:
             before = f" and from before the first skipped step {first}" if saved < first <= progress.step else ""
             place = f"the newest checkpoint {newest} is finite{before}; the same command resumes from it"
-        # The update before the first skipped step may have made the weights with which the skipped step failed.
+        # The step before the first skipped step may have caused the failure by its update, so it is left out, too.
         since = min(max(saved, first - 2), progress.step - 1)
         begin = progress.position - (progress.step - since) * config.train.global_batch
         left = [number_at(at, config.data.skip) for at in (begin, progress.position - 1)]

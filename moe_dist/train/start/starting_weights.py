@@ -43,9 +43,9 @@ _SOURCES: Mapping[str, Callable[[Contents, Mapping[str, TensorSpec]], Mapping[st
     "upcycle": fitting_or_upcycled,
     "split": fitting_or_split,
 }
-# Rules that set router tensors, or leave them on purpose with their initial values.
+# Rules that set router tensors, or that deliberately keep their initial values.
 _RULES_OF_ROUTERS = {"upcycle", "split"}
-STAIR = 0.02  # for null experts of a split model: difference of their biases / score of a router row of zeros
+STAIR = 0.02  # for null experts of a split model: step from one bias to the next / score of a router row of zeros
 _MOE_ROUTERS = {Role.ROUTER, Role.AUXILIARY_ROUTER}
 # Keys of `model` that are not compared: they do not change the function, or tensor names or shapes show their changes.
 _NO_PART = {"moe", "init_std", "max_seq_len", "dense_ffn_dim", "vocab_size"}
@@ -197,7 +197,7 @@ def _other_keys(config: Config, source: ModelSection | None) -> dict[str, str]:
 
 
 def _kept(config: Config, taken: Taken) -> list[str]:
-    """Returns the tensors that keep their initial values, except router tensors that a rule leaves on purpose."""
+    """Returns the tensors that keep their initial values, except router tensors that a rule deliberately does not set."""
     routers = [name for name in taken.kept if role_of_name(name) in _MOE_ROUTERS]
     if not _RULES_OF_ROUTERS & {*config.run.init_rules}:
         routers = [name for name in routers if name.endswith((".null", ".bias"))]

@@ -100,7 +100,7 @@ class PipelineModel:
 
 @dataclass(frozen=True)
 class PipelineParallel:
-    """The model on Megatron's ranks. Has those attributes of `ParallelModel` that every engine needs.
+    """The model on Megatron's ranks. Has the attributes of `ParallelModel` that every engine needs.
 
     Attributes:
         reader: Two numbers: this rank's index among the ranks that read different sequences, and the number of such ranks.

@@ -43,19 +43,19 @@ class WeightWatch:
         return (number + 1) % EVERY == 0
 
     def take(self) -> WeightTable | None:
-        """Returns the table of the step, which is then forgotten. None if the step was not measured, or skipped."""
+        """Returns the step's table once, and then forgets it. Returns None if the step was not measured or was skipped."""
         table, self._table = self._table, None
         return table
 
     @contextmanager
     @torch.no_grad()
     def around_update(self) -> Iterator[None]:
-        """Is entered when gradients are summed and clipped on no rank, and left after the update. Collective."""
+        """Is entered after gradients are summed but before any rank clips them, and left after the update. Collective."""
         held, names = self._read(False)
         kept = [name for name, each in held.items() if local(each.tensor).numel()]
         before_NS, gradient_NS = self._samples(held, kept), self._samples(self._read(True)[0], kept)
         yield
-        held, _ = self._read(False)  # again, because an engine may return copies
+        held, _ = self._read(False)  # read again, because an engine may return copies
         after_NS, index = self._samples(held, kept), {name: i for i, name in enumerate(names)}
         sums_NX = torch.zeros(len(names), 3 + SKETCH, dtype=torch.float64, device=self._mesh.device)
         if kept:
