@@ -1,5 +1,5 @@
 """Decides whether a run is restarted from the last checkpoint after an attempt. The local, Slurm and Ray launchers share
-this rule. The functions are pure and get the earlier attempts as arguments."""
+this rule. All functions are pure; the earlier attempts are arguments."""
 
 import re
 from collections.abc import Sequence
@@ -52,9 +52,9 @@ def is_final(code: int) -> bool:
 
 def why_not_restarted(attempts: Sequence[AttemptEnd], max_restarts: int, *, option: str = "max_restarts") -> str | None:
     """Returns the reason against a restart: the limit is reached, or the last failures were fruitless. Returns None if the
-    job may be restarted. The limit counts every restart of the job, whatever ended its attempts. The message names
+    job may be restarted. Every restart of the job counts towards the limit, whatever its reason. The message names
     `option`, which sets the limit; the default is the key in the cluster file."""
-    if len(attempts) > max_restarts:  # the first attempt is no restart
+    if len(attempts) > max_restarts:  # the first attempt is not a restart
         return f"it was restarted {max_restarts} times already ({option})" if max_restarts else f"{option}=0"
     # A requested stop without a new checkpoint does not count as a failure, because the attempt may just have started.
     failures = [each for each in attempts if not (each.fruitless and (each.asked or each.code == STOPPED))]

@@ -22,8 +22,8 @@ from moe_dist.runtime.status import AttemptRecord, Number, measured_save_seconds
 
 RATE_STEPS = 20  # the shown throughput is the median over this many last steps
 RECORDS_READ = 8 << 20  # bytes read from the end of metrics.jsonl
-SILENT_SECONDS = 90.0  # a lease not renewed for this long counts as silent, unless it is renewed while this process looks
-BEAT_SECONDS = 6.0  # how long to look for a renewal; a lease is renewed every 5 s
+SILENT_SECONDS = 90.0  # age from which a lease counts as silent, unless it is renewed while this process watches it
+BEAT_SECONDS = 6.0  # how long to watch for a renewal, which is due every 5 s
 LEASE_BYTES = 1 << 16
 _STEP_LINE = b'"kind":"step"'
 
@@ -39,7 +39,7 @@ class RunState(Enum):
     STOPPED = "stopped"
     FAILED = "failed"
     DIVERGED = "diverged"
-    REFUSED = "refused"  # refused: invalid configuration or data, or no suitable nodes
+    REFUSED = "refused"  # the configuration or the data are invalid, or no nodes are suitable
     UNREADABLE = "unreadable"
 
 
@@ -122,7 +122,7 @@ def read_progress(path: Path, *, now: float | None = None) -> RunProgress:
     with contextlib.suppress(OSError):
         holder = read_holder(folder.lease_json)
     if holder is not None and (holder.is_dead() or _has_ended(latest, holder)):
-        holder = None  # the holder died, or recorded its end, without releasing the lease
+        holder = None  # the holder died or recorded its end, but did not release the lease
     if holder is not None and (_age(folder.lease_json, now) or 0.0) >= SILENT_SECONDS:
         now = _time_of_beat(folder.lease_json) or now
     beat_age = _age(folder.lease_json, now)

@@ -95,7 +95,7 @@ def code_folder() -> Path:
     root = source_root()
     if (root / "moe_dist").is_dir():
         return root
-    # RECORD lists the hash of every installed file, so that another installation gets another folder.
+    # RECORD lists the hash of every installed file, so that each installation gets its own folder.
     record = importlib.metadata.distribution("moe_dist").read_text("RECORD") or ""
     folder = Path.cwd() / ".moe_dist" / f"code-{hashlib.sha256(record.encode()).hexdigest()[:12]}"
     if not folder.is_dir():

@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 from moe_dist.config.bundled import add_to_path, source_root
 from moe_dist.runtime.command_line import command_app, print_version
 
-# Each entry consists of a subcommand, its function, and its line in the help text. Only that function defines the
-# subcommand's options. The function `commands` adds the launchers of `launchers/table.py`.
+# Each entry consists of a subcommand, its function, and its line in the help text. The function also defines the
+# subcommand's options. `commands` adds the launchers of `launchers/table.py`.
 COMMANDS = (
     ("train", "moe_dist.train.__main__:main", "Run one rank of a run, as torchrun starts it."),
     ("status", "launchers.status:main", "Show the state of runs."),

@@ -1,7 +1,7 @@
 """The exceptions that end a run, with their exit codes.
 
-The exit codes mean: 0 done; 75 stopped on request after saving a checkpoint, and the same command resumes the run; 78
-invalid configuration; 69 the cluster lacks nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
+The exit codes mean: 0 done; 75 stopped on request after saving a checkpoint (the same command resumes the run); 78 invalid
+configuration; 69 the cluster lacks nodes or memory; 65 invalid or damaged data; 70 diverged; 1 any other error.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class MoeDistError(Exception):
 
     exit_code: int = EXIT_FAILED
     retry: bool = True  # True if a launcher may start the same command again
-    consequence: bool = False  # True if an error on another rank caused this error; that rank reports the cause
+    consequence: bool = False  # True if this error follows from an error on another rank, which reports the cause
 
     def __init__(self, problems: str | Sequence[str], *, see: str | None = None) -> None:
         self.problems = tuple(map(printable, (problems,) if isinstance(problems, str) else problems))

@@ -93,7 +93,7 @@ def measure(options: CalibrateOptions, device: str) -> Rates:
     source = drawn(1 << 24)
     target, small = torch.empty_like(source), torch.zeros(16, device=device, requires_grad=True)
     copy = 2.0 * source.nbytes / seconds(lambda: target.copy_(source))
-    launch = seconds(lambda: launched(small)) / (3 * LAUNCHED)  # backward counts as two forwards
+    launch = seconds(lambda: launched(small)) / (3 * LAUNCHED)  # backward counts as two forward passes
     logits, words = drawn(512, 4096).float().requires_grad_(), torch.zeros(512, dtype=torch.int64, device=device)
     loss = 3.0 * logits.nbytes / seconds(lambda: cross_entropy(logits, words).backward())
     sync = seconds(torch.zeros(1, device=device).item)
@@ -160,7 +160,7 @@ def fitted_link(ranks: int, sent: Sequence[float], seconds: Sequence[float]) -> 
     weight = 1 / np.array(seconds)
     design = np.stack([np.ones(len(sent)), np.array(sent, float)], axis=1) * weight[:, None]
     latency, each = np.linalg.lstsq(design, np.ones(len(sent)), rcond=None)[0].tolist()
-    if latency < 0.0 or each <= 0.0:  # noise can cause this; the largest exchange alone then determines the rate
+    if latency < 0.0 or each <= 0.0:  # possible with noisy times; the largest exchange then determines the rate
         latency, each = 0.0, seconds[-1] / sent[-1]
     return LinkSection(ranks=ranks, latency=latency, bytes_per_second=1 / each)
 

@@ -15,7 +15,7 @@ from moe_dist.monitor.sinks.jsonl import read_lines
 from moe_dist.monitor.tags import reproducible_part
 from moe_dist.runtime.command_line import reports_errors, run_command
 
-# Keys that records of earlier versions lack. If only one file has such a key, this is no difference.
+# Keys that records of earlier versions lack. A key of this list that only one file has is not a difference.
 ADDED = frozenset({"ledger.rows_bound", "ledger.rows_padding"})
 
 
@@ -37,8 +37,8 @@ class Difference:
 def first_difference(
     first: Iterable[Mapping[str, Any]], second: Iterable[Mapping[str, Any]], *, rtol: float = 0.0, only: Sequence[str] = ()
 ) -> tuple[Difference | None, int]:
-    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. A line that
-    has none of the compared keys is not counted. If one file has more lines, its additional lines are ignored.
+    """Compares two files line by line. Returns the first difference, and the number of equal lines before it. Lines without
+    any compared key are not counted. If one file has more lines, its additional lines are ignored.
 
     Args:
         rtol: Numbers, also in lists, may differ by this fraction of the larger of the two; 0 compares exactly.
@@ -79,7 +79,7 @@ def _close(a: Any, b: Any, rtol: float) -> bool:
     numbers = isinstance(a, int | float) and isinstance(b, int | float) and not isinstance(a, bool)
     try:
         return numbers and math.isclose(a, b, rel_tol=rtol, abs_tol=0.0)
-    except OverflowError:  # an integer above the floats, and it is not the other number
+    except OverflowError:  # an integer beyond float64, which cannot equal the other number
         return False
 
 

@@ -21,7 +21,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 _SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # sizes in pixels; _LINES is the largest number of lines of a caption
-_WIDTH = 16  # a line of a caption has at most this many characters for each picture of its entry
+_WIDTH = 16  # largest number of characters of a caption's line, per picture of the entry
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def main(options: GenerateOptions) -> None:
     vocabulary = trained.vocabulary()
     task, labels = _task(options, vocabulary)
     check_lengths(task.prompts, task.request.max_new_tokens, model.max_seq_len)
-    _ = vocabulary.grammar  # raises for an unsuitable data set, before the weights are loaded, which is slow
+    _ = vocabulary.grammar  # raises for an unsuitable data set before the slow loading of weights
     generator = trained.generator(trained.load(device), vocabulary)
     samples = _run_task(task, generator, vocabulary)
     if options.sheet is not None:
@@ -179,7 +179,7 @@ def _show(options: GenerateOptions, label: str, sample: GeneratedSample, number:
         return
     if not options.draw:
         text = f"{label}{sample.text}"
-        print(printable(text, most=len(text)))  # a tokenizer of others may name terminal commands
+        print(printable(text, most=len(text)))  # a foreign tokenizer's tokens may contain terminal commands
     for file in files:
         print(f"{file}: {label}" if options.draw else file)
 

@@ -25,7 +25,7 @@ from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.runtime.command_line import reports_errors, run_command
 
 _MOMENT = re.compile(r"optimizer\.(?P<moment>\w+?)\.(?P<parameter>.+)")
-_EXPERT = re.compile(  # this project's models: moe.experts.GROUP; of transformers: mlp.experts, or mlp.GROUP.experts
+_EXPERT = re.compile(  # this project's models: moe.experts.GROUP; models of transformers: mlp.experts or mlp.GROUP.experts
     r"(?P<layer>layers\.\d+)\.(?=.*\bexperts\.)\w+\.(experts\.)?(?P<group>\w+?)(\.experts)?\.(?P<expert>\d+)\.(?P<tensor>\w+)"
 )
 

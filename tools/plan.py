@@ -286,8 +286,8 @@ def shown_of(ranked: Sequence[Estimate], one: Sequence[Estimate]) -> list[Estima
 
 
 def no_layout(config: Config, counts: Sequence[int], every: Sequence[Estimate], most: float) -> ConfigError:
-    """Returns the error for the case that no layout can be ranked. Its message names the closest number of GPUs, or the
-    closest layout, that would fit."""
+    """Returns the error to raise if no layout can be ranked. Its message names the closest number of GPUs or the closest
+    layout that would fit."""
     if not every:
         batch, least = config.train.global_batch, min(counts)
         near = max((n for n in range(1, batch + 1) if batch % n == 0 and n <= least), default=1)
@@ -336,7 +336,7 @@ def print_plan(ranked: Sequence[Estimate], best: Estimate, count: int, rates: Ra
     console = Console(width=None if Console().is_terminal else 200, highlight=False)
     columns, widest = dict(COLUMNS), None
     if console.width < WIDE:
-        widest = len("GB of memory,")  # width at which the head wraps; the layouts' column gets the remaining width
+        widest = len("GB of memory,")  # the head wraps at this width; the column of layouts gets the remaining width
         columns = {head: cell for head, cell in columns.items() if head not in WIDE_ONLY}
         table.caption += f" A terminal of {WIDE} columns also shows {', '.join(WIDE_ONLY)}."
     if options.price is not None:

@@ -1,11 +1,10 @@
 """Lists layouts of a run with engine.kind=megatron: parameters, memory and FLOPs of a rank. See docs/planning.md.
 
-Step times are not simulated. engine.cp stays as configured, because the length of sequences determines engine.cp. With
-m micro-batches, the idle fraction of a pipeline stage is (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv
-2104.04473, section 2.2). Layouts are sorted by number of GPUs, the fewest first. Layouts with the same number of GPUs
-are sorted by whether their idle fraction exceeds IDLE, then by tp (whose ranks exchange activations in every layer),
-then by idle fraction. The configured placement policy comes before other policies, and small EP groups before large
-groups.
+Step times are not simulated. engine.cp stays as configured, because the length of sequences determines engine.cp. With m
+micro-batches, the idle fraction of a pipeline stage is (pp - 1) / vpp / (m + (pp - 1) / vpp) of a step (arXiv 2104.04473,
+section 2.2). Layouts are sorted by number of GPUs, the fewest first. Layouts with the same number of GPUs are sorted by
+whether their idle fraction exceeds IDLE, then by tp (whose ranks exchange activations in every layer), then by idle
+fraction. The configured placement policy comes before other policies, and small EP groups before large groups.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,8 +62,8 @@ def plan_layouts(
     config: Config, counts: Sequence[int], token_mix: Mapping[str, int], *, node: int, most: float
 ) -> PipelineLayout:
     """Prints the first layouts on `counts` GPUs that fit into `most` bytes of memory per GPU, and returns the first of
-    them. `node` is the number of ranks of a node, and the largest `engine.tp`. Raises ConfigError if no layout keeps the
-    rules of the configuration, or if no layout fits into memory."""
+    them. `node` is the number of ranks of a node, and the largest `engine.tp`. Raises ConfigError if every layout breaks a
+    rule of the configuration, or if no layout fits into memory."""
     every = [each for count in counts for each in _layouts(config, count, token_mix, node=node)]
     if not every:
         engine: Any = config.engine

@@ -20,7 +20,7 @@ from moe_dist.runtime.progress import shown_progress
 
 DEFAULT_OUT = Path(".cache/data")
 NO_HELD_OUT = "nothing is held out, so runs cannot be evaluated on it: give more documents, or raise --val-fraction"
-SHOWN = 5  # largest number of omitted files that the command names
+SHOWN = 5  # largest number of omitted files that the command lists
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _named(option: str, entry: str) -> tuple[str, str]:
 
 
 def _end(error: DataError) -> None:
-    """Ends the command at a file that cannot be read. This is the `Skip` function of the option --strict."""
+    """Ends the command at a file that cannot be read. With --strict, this function is the `Skip`."""
     raise DataError(f"{error}, or leave out --strict")
 
 

@@ -83,7 +83,7 @@ def main(options: PrepareOptions) -> None:
             mesh=mesh,
         )
         routing_SLC = reader([each.sample.prompt for each in scored]).numpy()  # collective: each rank reads some prompts
-    if env.rank == 0:  # after the end of the process group, so that no collective can time out during a slow embedding
+    if env.rank == 0:  # the process group has ended, so no collective can time out while embeddings are computed
         embeddings_SE = embedder([each.text for each in scored])
         manifest = write_samples(
             options.out, scored, embeddings_SE, routing_SLC, _manifest(options, trained, embedder, layers)

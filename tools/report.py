@@ -110,9 +110,9 @@ def _out(options: ReportOptions) -> Path:
 
 
 def page_of(subject: Subject) -> bytes:
-    """Renders the report. If the page has more than MOST_BYTES, renders it again with one range of steps instead of
-    twelve. If this page is still too large, a third page also omits the co-activation matrices. The third page is
-    returned even if it is larger than MOST_BYTES."""
+    """Renders the report. If the page has more than MOST_BYTES, renders it again with one range of steps instead of twelve.
+    If the page is still too large, renders it without the co-activation matrices, too, and returns it even if it is larger
+    than MOST_BYTES."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
         page = render(replace(subject, **fewer)).encode()
@@ -281,7 +281,7 @@ def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:
     for size in sorted({*known, *sizes, own.num_ranks} - {1}):
         if size == own.num_ranks:
             yield Layout("as in the run", own)
-        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # equal for one group
+        for section in (PinnedSection(), InterleavedSection())[len(routing.groups) == 1 :]:  # same for 1 group
             try:
                 placement = make_placement(section, routing.groups, num_ranks=size, token_mix=mix)
             except ConfigError:
@@ -335,7 +335,7 @@ def _names(configuration: Any, data: Path | None, tokenizer_json: str | None = N
 
 
 def _decoder(tokenizer: Tokenizer, problem: str) -> Callable[[int], str | None]:
-    """Returns a function that returns the first characters of a token, or None. It raises as `limited` does."""
+    """Returns a function from a token to its first characters, or None. The function raises the errors of `limited`."""
     return cache(limited(lambda token: tokenizer.decode([token], False)[:LONGEST_NAME] or None, problem))
 
 

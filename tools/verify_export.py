@@ -11,7 +11,7 @@ from moe_dist.runtime.command_line import print_done, reports_errors, run_comman
 
 @reports_errors("verify_export")
 def main(folder: Annotated[Path, typer.Argument(help="A folder that export-hf wrote.")]) -> None:
-    """Compare the code files of an export with those of this moe_dist, and find whatever else could run code."""
+    """Compare the code files of an export with the files of this moe_dist, and find all other ways to run code."""
     from moe_dist.hf.code_checks import verify_export
 
     if problems := verify_export(folder):

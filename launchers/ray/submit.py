@@ -170,7 +170,7 @@ def follow_job(client: "JobSubmissionClient", job_id: str) -> int:
 
 
 def verdict(details: "JobDetails", log: str) -> int:
-    """Returns the verdict of an ended job: its exit code, or if Ray has no exit code, the code in the log's last line."""
+    """Returns the verdict of an ended job: its exit code, or the code in the log's last line if Ray has none."""
     code = details.driver_exit_code
     if code is not None and 0 <= code < 128:
         return code

@@ -48,9 +48,9 @@ class Submission:
     """A job ready for submission.
 
     Attributes:
-        config: Configuration of the run; in an array, each task adds its overrides.
+        config: Configuration of the run; each task of an array adds its overrides.
         sweep: Overrides of each array task; empty for a single run.
-        folder: Run folder; in an array, the parent of all run folders.
+        folder: Run folder; for an array, the parent of all run folders.
         snapshot: Folder for the copy of the code.
         program: Arguments of the ranks' Python interpreter that precede the configuration's path.
     """

@@ -27,7 +27,7 @@ Ask = Callable[..., str]  # takes the words of a Slurm command; returns the outp
 
 
 def check_slurm(plan: JobPlan, cluster: Cluster, save_seconds: float | None, *, ask: Ask = ask) -> list[CheckResult]:
-    """Checks that Slurm answers, has the plan's nodes, allows the time limit, and that a stop leaves time to save."""
+    """Checks that Slurm answers, has the plan's nodes and allows the time limit, and that a stop leaves time for a save."""
     try:
         offers = [offer for offer in read_offers(cluster.partition, ask) if offer.name not in cluster.exclude]
         limit = _partition_limit(cluster.partition, ask)
@@ -131,7 +131,7 @@ def run_srun(command: Sequence[str], *, minutes: int) -> Iterator[tuple[float, s
         assert srun.stderr is not None
         said: list[str] = []
         listener = threading.Thread(target=lambda stream: said.extend(stream), args=(srun.stderr,), daemon=True)
-        listener.start()  # a pipe of standard error that nobody reads would fill up and block srun
+        listener.start()  # if nobody read standard error, its pipe would fill up and block srun
         # SIGTERM makes srun release its allocation, or withdraw its request if the job still waits in the queue.
         timer = threading.Timer(START_SECONDS + 60.0 * minutes, srun.send_signal, (signal.SIGTERM,))
         timer.start()
@@ -190,7 +190,7 @@ def _script(cluster: Cluster, module: str, argument: str, tasks_per_node: int, v
     command = [*container_prefix(cluster, visible, code), interpreter(cluster), "-m", module, argument]
     return "\n".join(
         [
-            f"cd {shlex.quote(str(code))} || exit 78",  # cd, because pyxis starts the task in a folder of the image
+            f"cd {shlex.quote(str(code))} || exit 78",  # because pyxis starts the task in a folder of the image
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.network_variables.items()),
             *cluster.prelude,
             "export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID",

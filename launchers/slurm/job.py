@@ -1,7 +1,7 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
-Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. Requeues the job after a
-stop that has saved (exit code 75), and after each failure for which the other launchers would restart the run
+Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. Requeues the job if a
+stopped run has saved (exit code 75), and after each failure after which the other launchers would restart the run
 (launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 
@@ -104,7 +104,7 @@ def run_attempt(job: SlurmJob, arguments: Sequence[str], env: dict[str, str]) ->
             requeue_job(job, snapshot, path, why_not_restarted(ends, cluster.max_restarts))
         if verdict.code == EXIT_FAILED and verdict.rank is not None:
             faulty.append(outcome.hosts[verdict.rank])
-            with contextlib.suppress(OSError):  # with a full disk, the next attempt may use the faulty node again
+            with contextlib.suppress(OSError):  # if the disk is full, the next attempt may use the faulty node again
                 write_atomically(faults, " ".join(faulty))
             print(leave_out(job.name, faulty, snapshot.script), file=sys.stderr)
     say_cause(folder, job.attempt_id, verdict)
@@ -174,7 +174,7 @@ def _keep(path: Path, ends: Sequence[AttemptEnd]) -> None:
 
 
 def _limit_seconds(env: Mapping[str, str]) -> float:
-    """Returns the time limit of this attempt in seconds; infinite if Slurm does not name it (versions before 22.05)."""
+    """Returns the time limit of this attempt in seconds; infinite if Slurm does not tell it (versions before 22.05)."""
     begin, end = (env.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
     return float(int(end) - int(begin)) if begin.isdecimal() and end.isdecimal() else float("inf")
 

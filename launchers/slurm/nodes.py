@@ -23,7 +23,7 @@ _OF_EVERY_JOB = re.compile(
     r"SLURM_(?:JOB_\w+|JOBID|NODELIST|NNODES|NPROCS|NTASKS|NTASKS_PER_NODE|TASKS_PER_NODE|CPUS_ON_NODE|GPUS_ON_NODE|"
     r"CLUSTER_NAME|SUBMIT_\w+)(?:_HET_GROUP_\d+)?"
 )
-# The state of a node that does not work for its job. POWERED_DOWN and POWERING_DOWN do not match: they only save power.
+# States of a node that cannot run its job. POWERED_DOWN and POWERING_DOWN, which only save power, do not match.
 _DOWN = re.compile(r"\b(?:DOWN|NOT_RESPONDING)\b|\*")
 
 
@@ -78,10 +78,10 @@ def outside_jobs(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def inside_job(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of a batch script without the variables of an outer job. If a plain sbatch inside another
-    job submitted this job, Slurm does not overwrite all variables of the outer job. Most of the remaining variables are
-    options of srun. Keeps only `_OF_EVERY_JOB`, and the variables of array task, restarts, components and CPUs of a
-    task if slurmctld's record confirms them."""
+    """Returns the environment of a batch script without the variables of an outer job. If a plain sbatch inside another job
+    submitted this job, Slurm does not overwrite all variables of the outer job. Most of the remaining variables are options
+    of srun. Keeps only `_OF_EVERY_JOB`. Also keeps the variables of array task, restarts, components and CPUs per task if
+    slurmctld's record confirms them."""
     if "SLURM_JOB_ID" not in env:
         return dict(env)
     record = _record(env["SLURM_JOB_ID"])
@@ -127,7 +127,7 @@ def _record(job_id: str) -> str:
 
 
 def lost_among(hosts: Sequence[str]) -> list[str]:
-    """Returns the hosts of a job that are down now; none if Slurm does not answer."""
+    """Returns the hosts of a job that are down now; empty if Slurm does not answer."""
     with contextlib.suppress(SlurmError):
         shown = ask("scontrol", "--oneliner", "show", "node", ",".join(hosts))
         states = dict(re.findall(r"NodeName=(\S+) .*?\bState=(\S+)", shown))

@@ -26,7 +26,7 @@ from moe_dist.runtime.lease import WAIT_SECONDS
 from moe_dist.runtime.run_folder import RunFolder
 
 # Slurm kills this process KillWait (30 s by default) after a node failure, and srun may need longer than KillWait to end.
-NODE_SECONDS = 5.0  # seconds from a node failure until this process kills srun; some time must remain to record the cause
+NODE_SECONDS = 5.0  # seconds from a node failure until this process kills srun, so that time remains to record the cause
 PEER_SECONDS = 6.0  # seconds from a task's failure until srun kills the other tasks; until then they log their errors
 _ENDED = re.compile(
     r"srun: error: (?:Node failure on (?P<lost>\S+)|"
@@ -132,8 +132,8 @@ def run_step(command: Sequence[str], env: Mapping[str, str] | None = None) -> tu
 
 
 def outcome_of(code: int, lines: Sequence[str], places: Places, *, stopped: bool) -> Outcome:
-    """Returns how the ranks ended. `code` and `lines` are results of `run_step`. A task without a line counts as ended
-    with 0, because srun prints no line about a task that ended with 0."""
+    """Returns how the ranks ended. `code` and `lines` are results of `run_step`. A task without a line counts as ended with
+    0, because srun prints no line about such a task."""
     host_of = {rank: host for host, ranks in places.items() for rank in ranks.values()}
     codes, failed, lost, words = dict.fromkeys(sorted(host_of), 0), list[int](), dict[int, str](), dict[int, str]()
     memory, killed = "", False  # Slurm's message about a memory limit; whether srun has begun to kill tasks
@@ -170,8 +170,8 @@ def name_unconcluded(
     folder: RunFolder, attempt_id: str, on_host: Mapping[str, Sequence[int]], *, asked: bool, restarts: int
 ) -> int:
     """Records and returns the verdict of an attempt whose batch script was killed by Slurm before the script recorded a
-    verdict. The reason names the nodes of this attempt that are down now. `on_host` has the ranks on each host. With
-    `asked`, the batch script, which ran on the first host, had received a stop signal."""
+    verdict. The reason names the nodes of this attempt that are down now. `on_host` has the ranks on each host. `asked`
+    tells whether the batch script, which ran on the first host, had received a stop signal."""
     record = folder.read_status().of(attempt_id)
     if record is not None and record.verdict not in (None, EXIT_FAILED):
         return record.verdict
@@ -194,7 +194,7 @@ def name_unconcluded(
 def requeue_job(job: SlurmJob, snapshot: CodeSnapshot, attempts: Path, limit: str | None) -> None:
     """Makes Slurm run the job again, unless `limit` is a reason against a restart, or the job was cancelled. Slurm itself
     requeues a job after a node failure and after a preemption with PreemptMode=REQUEUE. After a preemption with
-    PreemptMode=CANCEL, this function submits the job again. A new submission takes over the file `attempts` of the job's
+    PreemptMode=CANCEL, this function submits the job again. The new job takes over the file `attempts` of the old job's
     attempts, and the file of the nodes at fault."""
     array = [] if job.task is None else [f"--array={job.task}"]
     again = ["sbatch", *array, str(snapshot.script)]

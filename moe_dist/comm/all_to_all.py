@@ -70,7 +70,7 @@ class Pending:
     def _tracked(self) -> AbstractContextManager[None]:
         """Shows the watchdog that this rank is inside the collective. Both `issue` and `wait` use this context, because the
         first collective of a process group may wait for other ranks already during `issue`. Between `issue` and `wait` the
-        watchdog sees no collective."""
+        watchdog sees the rank outside the collective."""
         return track_collective(
             self.wire.tracker,
             self.name,
@@ -127,7 +127,7 @@ class AllToAll:
 
 
 class RowBuffers:
-    """A pool of buffers for hidden rows. An exchange takes a buffer and gives it back, so that the next layer can use it.
+    """A pool of buffers for hidden rows. An exchange takes a buffer and returns it, so that the next layer can reuse it.
 
     A buffer grows to the largest requested size. Use the pool only for rows that backward does not read: rows to be sent,
     and received rows that are only added to a sum. The pool saves time on CPU, where the page faults of a new allocation

@@ -90,7 +90,8 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed call to `seconds`. On CUDA does nothing, because the call only queues."""
+        """Adds the time of the enclosed call to `seconds`. On CUDA does nothing, because the call only queues the
+        collective."""
         begin = time.perf_counter()
         yield
         if device.type != "cuda":
@@ -153,7 +154,7 @@ def pack(record: Any, device: torch.device | None = None) -> Tensor:
 
 
 def unpack(flat: Any, like: Any) -> Any:
-    """Undoes `pack`. Cuts the vector `flat`, a tensor or numpy array, into a record with the names and shapes of `like`."""
+    """Undoes `pack`. Cuts the vector `flat` (a tensor or numpy array) into a record with the names and shapes of `like`."""
     leaves, first = [], 0
     for leaf in _leaves(like):
         shape = tuple(getattr(leaf, "shape", ()))
@@ -235,7 +236,8 @@ def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
     """Starts `sum_over`, and returns a function that waits for the sum and returns it. The result is bit-identical to that
-    of `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker sees both."""
+    of `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker records both start and
+    wait."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

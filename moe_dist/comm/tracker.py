@@ -87,7 +87,7 @@ class CollectiveTracker:
         finally:
             with self._lock:
                 if device.type == "cuda":
-                    self._remove_finished(all=False)  # a run on one GPU has no watchdog to call this
+                    self._remove_finished(all=False)  # called here, because a run on one GPU has no watchdog
                     self._unfinished[entered] = (position, _passed(device))
                 else:
                     del self._unfinished[entered]
@@ -137,8 +137,8 @@ def _passed(device: "torch.device") -> Callable[[], bool]:
     event.record(torch.cuda.current_stream(device))
 
     def passed() -> bool:
-        # At first, GPU 0 is the current device of the watchdog's thread. Without `set_device`, the query would open a CUDA
-        # context on GPU 0, which takes 0.5 GB of it for each rank of the node.
+        # The current device of the watchdog's thread is GPU 0 at first. Without `set_device`, the query would open a CUDA
+        # context there, which costs 0.5 GB of GPU 0's memory for each rank of the node.
         torch.cuda.set_device(device)
         return event.query()
 

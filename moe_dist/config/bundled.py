@@ -31,12 +31,13 @@ def add_to_path(folder: Path) -> None:
 
 
 def find_config(path: str | Path) -> Path:
-    """Finds the configuration file `path` in the current folder, in `source_root()` or in the latter's subfolder configs/.
+    """Finds the configuration file `path` in the current folder, in `source_root()` or in `source_root()`/configs.
     `path` may omit the ending .yaml. Returns `path` itself if no file is found."""
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # Without permission or for a too long name, os.path.isfile returns False, but Path.is_file raises. A read raises later.
+    # For a forbidden or too long path, os.path.isfile returns False, but Path.is_file raises. Reading the file raises
+    # later.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 

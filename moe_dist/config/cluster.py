@@ -4,7 +4,7 @@ no such settings, so a run may be continued at another site.
     `--cluster` or $MOE_DIST_CLUSTER chooses the file configs/clusters/<name>.yaml. Without both, the defaults below apply.
 
 Values of the cluster file become part of shell commands. Names must not contain special characters of the shell; other
-values are quoted. The key `prelude` is shell code, which can do anything, so read a cluster file before you use it."""
+values are quoted. The key `prelude` is arbitrary shell code, so read a cluster file before you use it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,7 +25,7 @@ GUIDE = "docs/scaling.md"
 SITE_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,@:=+-]{0,127}$"  # allows no special character of the shell
 VARIABLE_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]{0,63}$"
 MAX_RESTARTS = 20  # default number of automatic restarts of one job, under every launcher
-TRAIN_SECONDS = 300.0  # `limit_warning` warns if a job's attempt has less time than this until its stop signal
+TRAIN_SECONDS = 300.0  # `limit_warning` warns if an attempt has less time than this before its stop signal
 TIME_PATTERN = r"^([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}$"
 OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f-\x9f]+)?$"
 LINE_PATTERN = r"^[^\x00-\x08\x0a-\x1f\x7f-\x9f]+$"
@@ -215,8 +215,8 @@ def seconds_of(time: str) -> float:
 
 def load_cluster(name_or_path: str | None, env: Mapping[str, str]) -> Cluster:
     """Reads the cluster file that the argument names or, without an argument, $MOE_DIST_CLUSTER. The name is a path, or a
-    bare name in configs/clusters. Without both, returns the defaults. Raises ConfigError, which lists all faults, if the
-    file is unreadable or faulty."""
+    bare name in configs/clusters. If neither is given, returns the defaults. Raises ConfigError, which lists all faults, if
+    the file is unreadable or faulty."""
     path = cluster_file(name_or_path, env)
     if path is None:
         return Cluster()

@@ -12,14 +12,14 @@ UNKNOWN_ROUTER = "the checkpoint does not say by which router it was trained (mo
 
 
 def _split_violations(config: WholeConfig) -> Iterator[Violation]:
-    """Yields the reasons why a split model would not compute the dense model's function at step 0, as far as the
-    configuration shows them.
+    """Yields the reasons, as far as the configuration shows them, why a split model would not compute the dense model's
+    function at step 0.
 
     At step 0 the model computes the function of the dense model if each token takes all n experts of its group with the
-    weight 1. Every router row is therefore initialised to 0. All router columns then have the same score, and of equal
-    scores, those of true experts are chosen first. The weight of each of the `top_k` choices is scale / N, where N follows
-    from the router, so `scale` must be N. If N is a power of two, 1 / N and scale / N are exact in any floating-point
-    format, and the weights are exactly 1.
+    weight 1. Every router row is therefore initialised to 0. All router columns then have the same score, and ties are
+    resolved in favour of true experts. The weight of each of the `top_k` choices is scale / N, where N follows from the
+    router, so `scale` must be N. If N is a power of two, 1 / N and scale / N are exact in any floating-point format, and
+    the weights are exactly 1.
     """
     router, rule = config.model.moe.router, "run.init_rules: split"
     for name, group in config.model.moe.groups.items():

@@ -47,7 +47,7 @@ def load_stored_config(path: Path) -> Config:
     Raises:
         ConfigError: the error lists every fault of the file.
     """
-    values, problems = _read_file(path, links=False)  # a run replaces this file by a rename, so it is never a link
+    values, problems = _read_file(path, links=False)  # never a link, because a run replaces this file by a rename
     read = PartialConfig[Config](None, tuple(problems)) if values is None else draft(Config, translate(values))
     return read.checked(model_violations, _error)
 
@@ -67,7 +67,7 @@ def read_draft(path: str | Path, overrides: Sequence[str] = ()) -> PartialConfig
     except ConfigError as error:
         problems, incomplete = [*problems, *error.problems], True
     read = draft(Config, values)
-    # The engine would have filled in the keys that an incomplete section lacks.
+    # Keys may be missing only because the engine could not complete the section.
     shown = [each for each in read.problems if not (incomplete and each.startswith("model."))]
     return PartialConfig(read.value, (*problems, *_missing_as_one(shown, _engine(values).example)), read.wrong)
 
@@ -92,7 +92,7 @@ def _engine(values: dict[str, Any]) -> type[EngineSection]:
 
 
 def _missing_as_one(problems: Sequence[str], example: str) -> list[str]:
-    """Returns the error texts. If several sections are missing, one text, which names `example`, replaces theirs."""
+    """Returns the error texts. If several sections are missing, replaces their texts by one text, which names `example`."""
     missing = [problem for problem in problems if re.match(r"\w+: missing; give section", problem)]
     if len(missing) < 2:
         return list(problems)

@@ -33,7 +33,7 @@ from moe_dist.config.rope.base import RopeScalingSection
 from moe_dist.config.routers.base import RouterSection
 from moe_dist.config.routers.top_k import TopKRouterSection
 
-if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
+if TYPE_CHECKING:  # the union is made at run time, so type checkers get the base class instead
     AnyRouter = RouterSection
     AnyController = ControllerSection
     AnyExperts = ExpertsSection
@@ -160,7 +160,7 @@ class MoESection(Section):
 
 
 def modality_violations(groups: Mapping[str, GroupSection], key: str) -> Iterator[Violation]:
-    """Yields a violation for each modality that several expert groups name. `key` is the dotted key of the groups."""
+    """Yields a violation for each modality that is in several expert groups. `key` is the dotted key of the groups."""
     owners: dict[str, list[str]] = {}
     for name, group in groups.items():
         for modality in group.modalities or (name,):
@@ -282,7 +282,7 @@ class ModelSection(Section):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether the model has adapters on a frozen base, which are LoRA experts, or LoRA on other weights."""
+        """Whether the model has adapters on a frozen base: LoRA experts, or LoRA on other weights."""
         experts, others = self.moe.experts, (self.attention_lora, self.lora)
         return experts.over_frozen_ffn or experts.adapts_ffns or others != (None, None)
 
@@ -293,8 +293,8 @@ class ModelSection(Section):
 
     @property
     def no_task_gradient(self) -> bool:
-        """True if cross entropy gives routers no gradient, because a token chooses one expert, whose weight is normalised
-        to 1. The weights of a family are known only to `HostedModel.no_task_gradient`."""
+        """True if cross entropy gives routers no gradient, because each token chooses one expert, whose weight is
+        normalised to 1. For a transformers family only `HostedModel.no_task_gradient` knows this."""
         moe = self.moe
         return not self.family and moe.router.normalises_chosen and all(each.top_k == 1 for each in moe.groups.values())
 

@@ -34,7 +34,7 @@ from moe_dist.config.keys import (
 from moe_dist.errors import ConfigError
 
 MOST_FAULTS = 50  # limit of faults per round of `draft`, because each fault takes milliseconds (search for a similar key)
-_ROUNDS = 20  # limit of rounds of `draft`; a round may find missing keys one level deeper, and schemas have < 20 levels
+_ROUNDS = 20  # limit of rounds of `draft`; each may find missing keys one level deeper; schemas have < 20 levels
 Where = tuple[str | int, ...]
 S = TypeVar("S", bound=BaseModel)
 
@@ -48,7 +48,7 @@ class PartialConfig(Generic[S]):
     wrong: frozenset[str] = frozenset()  # dotted paths of the replaced values; `broken` omits violations about these paths
 
     def broken(self, violations: Iterable[Violation]) -> list[str]:
-        """Returns the error texts of all `violations` that compare no replaced value."""
+        """Returns the error texts of the `violations` that involve no replaced value."""
         return [r.problem for r in violations if not any(_overlap(key, wrong) for key in r.keys for wrong in self.wrong)]
 
     def checked(self, violations: Callable[[S], Iterable[Violation]], error: Callable[[list[str]], Exception]) -> S:
@@ -73,7 +73,7 @@ def draft(schema: type[S], values: dict[str, Any]) -> PartialConfig[S]:
             value = schema.model_validate_json(json.dumps(values), context={VIOLATIONS_LATER: True})
             return PartialConfig(value, tuple(problems.values()), frozenset(wrong))
         except ValidationError as error:
-            before = frozenset(wrong)  # faults here are not reported, because an earlier round inserted these values
+            before = frozenset(wrong)  # an earlier round inserted these values, so their faults are not reported
             # Misspelt keys are handled first, because a key that is reported missing may only be misspelt.
             details = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
             for detail in details[:MOST_FAULTS]:
@@ -218,7 +218,7 @@ def _get(values: Any, where: Where) -> Any:
 
 def _any_value(annotation: Any) -> Any:
     """Returns some valid value of a type. For a section, the value is {} or has only the section's kind. The next round of
-    `draft` then finds that the section's keys are missing, and fills them in."""
+    `draft` then reports the section's missing keys and fills them in."""
     kind = bare(annotation)
     origin, args = get_origin(kind), get_args(kind)
     if variants := variants_of(kind):  # sets a valid kind; without it, pydantic rejects the section in each round

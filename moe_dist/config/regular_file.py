@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 class IrregularFileError(OSError):
-    """Raised if a path is not a regular file, is a symbolic link that must not be followed, or names a too large file."""
+    """A path is not a regular file, is a symbolic link that must not be followed, or leads to a too large file."""
 
 
 def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
     """Opens a file for reading, without waiting.
 
     Args:
-        links: Whether `path` may be a symbolic link. Pass `links=False` for a file that a run replaces by renaming a new
-            file over it. A rename leaves no link, so a link at this path was made by another program or person.
+        links: Whether `path` may be a symbolic link. Pass `links=False` for a file that runs replace by a rename. Such a
+            file is never a link, unless another program or person made one.
 
     Raises:
         IrregularFileError: the path is not a regular file, or is a link although `links` is False.
@@ -28,7 +28,7 @@ def open_regular(path: Path, *, links: bool = True) -> BufferedReader:
         if error.errno == errno.ELOOP and not links:
             raise IrregularFileError(errno.EINVAL, "is a symbolic link", str(path)) from error
         raise
-    mode = os.fstat(descriptor).st_mode  # mode of the open file, as `path` may name another file by now
+    mode = os.fstat(descriptor).st_mode  # mode of the open file, as `path` may have been replaced
     if stat.S_ISREG(mode):
         return open(descriptor, "rb")
     os.close(descriptor)

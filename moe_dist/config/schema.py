@@ -255,7 +255,7 @@ class CheckpointSection(Section):
     """Write checkpoints while training continues. Needs host memory for a copy of the tensors that a rank saves."""
 
 
-if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
+if TYPE_CHECKING:  # the union is made at run time, so type checkers get the base class instead
     AnyEngine = EngineSection
     AnyOptimizer = OptimizerSection
     AnySink = SinkSection

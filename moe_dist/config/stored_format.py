@@ -1,8 +1,8 @@
 """Translates configurations that runs and checkpoints stored before the key `format` existed.
 
 Such a configuration has former names of keys and kinds. It lacks keys whose present defaults differ from the behaviour at
-that time. In a configuration with a format number only removed keys are left out. If a later version changes names or
-defaults such that stored runs would change, that version must increase the number and add a translation.
+that time. In a configuration with a format number only removed keys are left out. A version whose changes of names or
+defaults would change stored runs must increase the number and add a translation.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from typing import Any
 
 FORMAT = 1  # number of the present format
 
-# Maps each former key to the present name of the key's last part. Only the last part of the dotted path is a former name; *
-# stands for any item of a list.
+# Maps each former key to the present name of the key's last part. In a dotted path only the last part is a former name, and
+# * stands for any item of a list.
 KEYS = {
     "model.depths": "mixture_of_depths",
     "model.mixture_of_depths.set": "scope",
@@ -31,8 +31,8 @@ VALUES = {
 }
 # Maps keys to the values that apply if a stored configuration lacks the key.
 FORMER_DEFAULTS = {"loss.balance.scope": "micro_batch"}
-# Maps removed keys to the values that do not change a run. A stored key with such a value is left out, also if
-# the configuration has a format number. With another value the key stays, and is refused as an unknown key.
+# Maps removed keys to the values that do not change a run. A stored key with such a value is left out, also if the
+# configuration has a format number. A key with any other value stays, and is rejected as unknown.
 REMOVED = {
     "loss.distillation.top_logits": (None,),
     "optimizer.moments": ("fp32",),

@@ -22,7 +22,7 @@ class TimedCalls:
         function: Function whose arguments and result can be pickled.
         seconds: CPU seconds that a call may take in all threads. The limit of wall-clock time is WAITS times as long.
         memory: Number of bytes that the child may allocate in addition to this process's memory. A call that needs more
-            raises MemoryError. If C code that allocates raises no error, the call ends the child instead.
+            raises MemoryError. If C code cannot allocate and raises no error, the child ends instead.
     """
 
     def __init__(self, function: Callable[..., Any], seconds: int, memory: int = 2 << 30) -> None:
@@ -47,7 +47,7 @@ class TimedCalls:
             self._child = fork.Process(target=self._serve, args=(other, self._calls), daemon=True)
             self._child.start()
             other.close()
-        with suppress(OSError):  # if the child has ended, `receive` reports it
+        with suppress(OSError):  # `receive` reports the error if the child has ended
             self._calls.send(arguments)
 
     def receive(self) -> Any:

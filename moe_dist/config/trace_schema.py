@@ -62,7 +62,7 @@ class ComputeMapSection(Section):
 
 def needs_chosen_experts(key: str, config: WholeConfig, *, off: str = "null") -> Iterator[Violation]:
     """Yields the violations of a section that needs the chosen experts of every token in every layer. `key` is the
-    section's key, and `off` the value that turns the section off."""
+    section's key; `off` is the value that turns the section off."""
     for other, problem in untraceable(config):
         yield Violation((key, other), f"{key}: {problem}; set {key} to {off}")
 

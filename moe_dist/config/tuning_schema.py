@@ -1,4 +1,4 @@
-"""Defines the section for router tuning (RoMA), and those of its rules that do not depend on the data."""
+"""Defines the section for router tuning (RoMA), and its rules that do not depend on the data."""
 
 import importlib.util
 from collections.abc import Iterator

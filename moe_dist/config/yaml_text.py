@@ -34,8 +34,8 @@ _RESOLVERS = [
 ]
 _BRACKETS = {"while parsing a flow sequence": ("list", "[", "]"), "while parsing a flow mapping": ("mapping", "{", "}")}
 _QUOTE = "while scanning a quoted scalar, found unexpected end of stream"
-# Patterns of PyYAML's error messages, which say what PyYAML was parsing and what it found. The first pattern that matches a
-# message gives the rule that is broken.
+# Patterns for PyYAML's error messages, which name the construct that PyYAML was parsing and the text that it found. The
+# first pattern that matches a message gives the rule that is broken.
 _RULES = {
     r"'\\t' that cannot start any token": "no tab may stand before a key or value; indent with spaces",
     r"that cannot start any token": "no plain text may begin with this character; put the text in quotes",
@@ -91,7 +91,7 @@ class _Loader(yaml.SafeLoader):
                 self.repeated.append(f"{key.value!r} is in line {seen[key.value]} and again in line {line}; keep one")
             seen[key.value] = line
             if key.tag != "tag:yaml.org,2002:merge":
-                key.tag = "tag:yaml.org,2002:str"  # keys stay text, even if they look like numbers
+                key.tag = "tag:yaml.org,2002:str"  # keys are read as text, even if they look like numbers
         return super().construct_mapping(node, deep=deep)
 
 

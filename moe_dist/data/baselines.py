@@ -2,7 +2,7 @@
 
 As in the loader, every token is a label except the first token of a document and the tokens of a prompt. The id of a label
 determines its modality. The unigram and bigram models know the label's modality, but a language model must predict it. This
-knowledge lowers the baselines slightly, so a language model whose loss is below a baseline is the better model.
+lowers the baselines slightly, so a language model with a loss below a baseline is certainly better.
 
     unigram      p(x)     = (c(x) + 1) / (sum_x' c(x') + ids of the modality)
     left_bigram  p(x | a) = (c(a, x) + k p(x)) / (c(a) + k),  a the token before x, p(x) the unigram, k = BIGRAM_PRIOR
@@ -21,7 +21,7 @@ from moe_dist.data.indexed import IndexedSplit
 from moe_dist.formats.manifest import Manifest, SplitSection
 
 _CHUNK = 1 << 18  # number of tokens that are read at once
-BIGRAM_PRIOR = 200.0  # nearly minimises the held-out loss for text and image codes of the default corpus
+BIGRAM_PRIOR = 200.0  # gives nearly the lowest held-out loss for text and image codes of the default corpus
 
 
 class _Labels:
@@ -130,7 +130,7 @@ class _Ngrams:
         self._left_counts += np.bincount(labels.left, minlength=self._vocab_size)
         pair = self._pair(labels)
         at = np.searchsorted(self._pairs, pair)
-        at = at[np.append(self._pairs, -1)[at] == pair]  # -1 equals no pair
+        at = at[np.append(self._pairs, -1)[at] == pair]  # no pair is -1
         self._pair_counts += np.bincount(at, minlength=len(self._pairs))
 
     def nats(self, labels: _Labels) -> dict[str, np.ndarray]:

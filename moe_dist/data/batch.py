@@ -110,7 +110,7 @@ class BatchMaker:
         self._check(tokens, labels)
         label_modality = np.where(labels == IGNORED, 0, self._modality_of_id[np.maximum(labels, 0)])
         arrays = (tokens, labels, positions, documents, self._modality_of_id[tokens], label_modality, filler, padding)
-        return Batch(*(torch.from_numpy(array) for array in arrays))  # shares the arrays' memory
+        return Batch(*(torch.from_numpy(array) for array in arrays))  # the tensors share the arrays' memory
 
     def count(self, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray, list[int]]:
         """Returns the length of each segment, the number of input tokens of each modality, int64 [M], and the number of

@@ -45,8 +45,8 @@ def decode(codes: np.ndarray, codebook: np.ndarray) -> np.ndarray:
 
 
 def fit(patches_PV: np.ndarray, *, codes: int, seed: int, rounds: int = 12) -> np.ndarray:
-    """Fits a codebook of K = `codes` entries by k-means from random distinct patches. Each round ends with rounding to
-    uint8.
+    """Fits a codebook of K = `codes` entries by k-means from random distinct patches. Entries are rounded to uint8 after
+    each round.
 
     Returns:
         uint8 [K, PATCH, PATCH, 3].

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 
 def refuse(error: DataError) -> None:
-    """A `Skip` that omits no input, but raises the error."""
+    """A `Skip` that never omits an input, but raises the error."""
     raise error
 
 
@@ -33,7 +33,7 @@ class Picture:
     """A picture with captions."""
 
     key: str  # unique within the source; seeds the picture's random augmentation
-    family: str  # a family's pictures are all in training or all held out (except for HoldOut.VARIANTS)
+    family: str  # the pictures of a family are all in training or all held out, except with HoldOut.VARIANTS
     path: Path  # PNG or JPEG, or an SVG of OpenMoji
     captions: tuple[str, ...]  # such as the picture's name in several languages; may be empty
 
@@ -90,8 +90,8 @@ class Recipe:
     # path of a tokenizer.json that `fit_tokenizer` made, or of a Hugging Face folder; None fits a tokenizer
     tokenizer: str | None = None
     chat_template: str | None = None  # path of a chat template to use; None uses the Hugging Face folder's template
-    turns: Turns = Turns.LAST  # turns to train on, if the chat template rewrites earlier turns
-    most_tokens: int | None = None  # rows with pictures and more tokens cannot be encoded
+    turns: Turns = Turns.LAST  # the turns to train on if the chat template rewrites earlier turns
+    most_tokens: int | None = None  # largest number of tokens of a row with pictures; longer rows are errors
     skip_bad: bool = False  # True omits rows that cannot be encoded
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
@@ -100,5 +100,5 @@ class Recipe:
 
 
 def content_family(content: bytes) -> str:
-    """Returns a family that only depends on an item's bytes, so that items with equal bytes are one family."""
+    """Returns a family name that depends only on an item's bytes, so that items with equal bytes are one family."""
     return hashlib.sha256(content).hexdigest()

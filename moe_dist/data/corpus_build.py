@@ -33,7 +33,7 @@ CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # number of characters per source for fitting the BPE, which takes seconds
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
-_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # limits of one call, which encodes many texts
+_ENCODE_SECONDS, _ENCODE_MEMORY = 600, 8 << 30  # limits of seconds and bytes for one call, which encodes many texts
 _TEXT_CHUNK = 64  # number of texts encoded between two progress reports
 _NOTHING = (np.empty(0, np.int64), np.empty(0, bool))  # tokens and filler flags of an instruction without a picture
 
@@ -95,9 +95,9 @@ def _shown_texts(texts: Sequence[Text], held_out: np.ndarray) -> list[str]:
 
 
 def _held_out_instructions(sources: Sequence[Source[Instruction]], recipe: Recipe) -> dict[str, np.ndarray]:
-    """Returns for each source a mask of its held-out instructions. A family is on one side of the split in all sources.
-    This is the side that one of its instructions names, else a random side. Raises DataError if instructions of a family
-    name both sides, or if a source has no training instruction."""
+    """Returns for each source a mask of its held-out instructions. A family is on one side of the split in all sources. It
+    is the side that any of the family's instructions names, else a random side. Raises DataError if instructions of a
+    family name both sides, or if a source has no training instruction."""
     every = [each for source in sources for each in source.items]
     if not every:
         return {}
@@ -302,5 +302,5 @@ def _write_bits(folder: Path, file: str, bits: Sequence[np.ndarray]) -> str | No
 
 def _section(source: Source[Any], splits: dict[str, SplitSection | None]) -> SourceSection:
     train = splits["train"]
-    assert train is not None  # `hold_out` leaves training data; sources without training instructions are errors
+    assert train is not None  # `hold_out` leaves training data, and a source without training instructions is an error
     return SourceSection(train=train, valid=splits["valid"], licence=source.licence, attribution=source.attribution)

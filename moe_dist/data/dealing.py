@@ -56,7 +56,7 @@ class Deal(NamedTuple):
     Attributes:
         place_IWB: int64, indices in the step of the sequences that each rank has in each micro-batch.
         undealt, dealt: Ratio (cost of the busiest rank) / (mean cost of a rank), for the stream's order and for this deal.
-            Both costs are summed over micro-batches, because in each micro-batch all ranks wait for the busiest rank.
+            Costs are summed over micro-batches, because in each of them all ranks wait for the busiest rank.
     """
 
     place_IWB: np.ndarray
@@ -93,7 +93,7 @@ def equal_parts(cost_X: np.ndarray, parts: int) -> np.ndarray:
     rows = []
     for number, item_P in enumerate(np.argsort(-cost_X, kind="stable").reshape(-1, parts)):
         rows.append((cost_X[item_P[-1]] - cost_X[item_P[0]], number, cost_X[item_P], item_P[:, None]))
-    heapq.heapify(rows)  # the row with the largest difference is first; on ties, the row with the lowest number
+    heapq.heapify(rows)  # the row with the largest difference is first; ties: lowest number first
     while len(rows) > 1:
         _, number, cost_P, item_PN = heapq.heappop(rows)
         _, _, other_P, other_PN = heapq.heappop(rows)
@@ -118,8 +118,8 @@ def _alike(cost_Q: np.ndarray, micro_batches: int, ranks: int) -> np.ndarray:
 
 
 def _among_ranks(cost_Q2: np.ndarray, place_K: np.ndarray, ranks: int, ep: int) -> np.ndarray:
-    """Deals the sequences of a micro-batch. First EP groups get equal whole costs; then the ranks of a group get equal
-    costs of what a rank computes alone. Returns the sequences of each rank, [W, B], sorted within the rank."""
+    """Deals the sequences of a micro-batch. First balances the total costs of EP groups. Then balances, inside a group, the
+    costs that each rank has alone. Returns the sequences of each rank, [W, B], sorted within the rank."""
     found = []
     for group_N in equal_parts(cost_Q2[place_K].sum(1), ranks // ep):
         group_N = place_K[group_N]

@@ -2,7 +2,7 @@
 
 If a held-out picture had a near copy in training, memorising would look like learning. Pictures are therefore first joined
 into families. All skin tones, genders and directions of an emoji are one family, and so are pictures whose grids of codes
-are equal or nearly equal. A family, with all captions and augmented copies, is on one side of the split. With
+are equal or nearly equal. A whole family, with all captions and augmented copies, is either in training or held out. With
 `HoldOut.VARIANTS`, single pictures are held out while their families stay in training, but no training picture is
 near-equal to a held-out picture.
 

@@ -3,7 +3,7 @@
 Megatron's readers do not detect damage. If a file is truncated or the disk fails, the memory-mapped reader ends the process
 with SIGBUS, and the plain reader returns undefined memory. Importing Megatron also takes each rank 3 s. The reader below
 calls `pread` on an open descriptor. A file that is replaced by a rename therefore stays readable, and each short or failed
-read raises an error that names the file. Tests compare this reader and writer with Megatron's.
+read raises an error that names the file. Tests compare this reader and this writer with Megatron's.
 """
 
 from collections.abc import Iterable, Sequence

@@ -31,10 +31,10 @@ class TrainLoader:
 
     Args:
         folder: Folder of the data set.
-        weights: Fraction of sequences from each source; other sources are not used. If empty, in proportion to the sources'
-            tokens.
+        weights: Fraction of sequences from each source; other sources are not used. If empty, fractions are in proportion
+            to the sources' tokens.
         pack_window: Number of pieces of documents that are packed at a time.
-        most_patches: Largest number of patches of pictures in a sequence; None: any number.
+        most_patches: Largest number of patches of pictures in a sequence; None for no limit.
         skip: Pairs (first, last), ascending, of sequences that the stream leaves out. Positions do not count them.
         seed: Seeds all shuffles.
         global_batch: Number of sequences per step on all ranks together; a multiple of world_size x micro_batch.
@@ -110,7 +110,7 @@ class TrainLoader:
 
     def dealt(self, position: int) -> Deal:
         """Returns the deal of the step that starts at `position`. Keeps the deals of the last steps. A trace needs them
-        while a thread reads the next step, when it must not read data itself."""
+        while a thread reads the next step; at that time no other code may read data."""
         if position not in self._dealt:
             assert self._dealing is not None, "the loader deals nothing"
             costs, ep, mix = self._dealing
@@ -239,7 +239,7 @@ def source_shares(manifest: Manifest, weights: Mapping[str, float]) -> dict[str,
 
 
 class Room(NamedTuple):
-    """What a sequence may have, and the number of pieces that are packed at a time."""
+    """The limits of a sequence, and the number of pieces that are packed at a time."""
 
     seq_len: int
     window: int

@@ -23,7 +23,7 @@ class Pieces:
 
     start_P: np.ndarray  # int64, index of the piece's first token in the .bin
     length_P: np.ndarray  # int64, number of the piece's tokens, at most the sequence length
-    goes_on_P: np.ndarray  # bool, true if the document continues after the piece, so that its last token has a label
+    goes_on_P: np.ndarray  # bool, true if the document continues after the piece; the piece's last token then has a label
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def pack(
     most_patches: int | None = None,
 ) -> Packing:
     """Packs each `window` consecutive pieces into sequences, by best fit, with the longest pieces first. The rest is
-    padding. The pieces of a sequence have at most `most_patches` patches of pictures, each piece `patches_P`.
+    padding. `patches_P` has each piece's number of picture patches; the pieces of a sequence have at most `most_patches` in
+    total.
 
     The pieces in a sequence are sorted from long to short. `lengths_P` has int64 values from 1 to seq_len. Packing 100,000
     pieces takes about a quarter of a second.

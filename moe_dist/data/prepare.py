@@ -25,7 +25,7 @@ from moe_dist.errors import ConfigError, DataError, StorageError
 from moe_dist.formats.manifest import MANIFEST_FILE, Manifest, load_manifest
 from moe_dist.runtime.progress import Report
 
-# Error numbers of disks: lack of space, or failed I/O. Some packages raise write errors without a number (None).
+# Error numbers for lack of disk space or failed I/O. Some packages raise write errors without a number (None).
 DISK = (None, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 RECIPE_FILE = "recipe.json"
 
@@ -73,7 +73,7 @@ def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Sk
     if done := _finished(out, asked, skip):
         return done, False
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access, where the lock would wait forever
+    tempfile.TemporaryFile(dir=out.parent).close()  # fails at once without write access; the lock would wait forever
     lock = FileLock(out.parent / f".{out.name}.lock")
     try:
         held = lock.acquire(timeout=0)
@@ -212,7 +212,7 @@ def _build_chat(
     parts = _parts_folder(out, asked, [Path(each) for each in read if each is not None])
     try:
         manifest, notes = build_chat(folder, out.name, paths, inputs.licence, recipe, parts=parts, report=report, skip=skip)
-    except (ConfigError, DataError):  # a new attempt would reject the same rows
+    except (ConfigError, DataError):  # encoding again would reject the same rows
         shutil.rmtree(parts)
         raise
     shutil.rmtree(parts)

@@ -1,4 +1,4 @@
-"""Reads the rows of WebDataset's tar shards: a sample is the files that share a name up to the first dot."""
+"""Reads the rows of WebDataset's tar shards. The files of a sample share their name up to the first dot."""
 
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ class ShardRow(dict[str, Any]):
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Returns the tar shards that a path names: a file, or the files of a folder."""
+    """Returns the tar shards at a path: the file itself, or the tar files of the folder."""
     files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
     return [file for file in files if file.suffix == ".tar" and file.is_file()]
 
@@ -27,7 +27,7 @@ def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, ShardRow]]:
     """Yields (place for error texts, row) for each sample. Reads no pictures.
 
     Raises:
-        DataError: a shard is cut short, compressed or no tar file, or a sample has no .json with an object.
+        DataError: a shard is cut short, compressed or not a tar file, or a sample has no .json with an object.
     """
     for shard in shards:
         try:
@@ -40,7 +40,7 @@ def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, ShardRow]]:
 
 
 def _files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:
-    """Yields the regular files. Raises tarfile.ReadError at a header that leads back, or out of the shard's bytes."""
+    """Yields the regular files. Raises tarfile.ReadError if a header points backwards or beyond the end of the shard."""
     last = -1
     for each in tar:
         if each.offset <= last or (each.isreg() and not 0 <= each.size <= size - each.offset_data):
@@ -69,7 +69,8 @@ def _row(shard: Path, tar: tarfile.TarFile, key: str, sample: list[tarfile.TarIn
 
 
 def _check_end(shard: Path) -> None:
-    """Raises EOFError without the two blocks of zeros at the end: tarfile takes a shard cut between files for whole."""
+    """Raises EOFError if the two final blocks of zeros are missing, because tarfile does not notice a shard cut between
+    files."""
     with shard.open("rb") as stream:
         stream.seek(max(0, shard.stat().st_size - 1024))
         if stream.read().strip(b"\0") or shard.stat().st_size < 1024:

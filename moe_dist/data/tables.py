@@ -13,9 +13,10 @@ from moe_dist.data.shards import shard_files, shard_rows
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
-_BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of a table's rows ends at either number
+_BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of rows ends when it reaches either limit
 _BATCH_SECONDS, _BATCH_MEMORY = 60, 4 << 30  # limits of CPU time and memory for reading a batch
-# Largest size of a table's rows: _FREE_BYTES + _MOST_GROWTH * size of its files. Usual texts shrink to a tenth in a file.
+# Largest size of a table's rows: _FREE_BYTES + _MOST_GROWTH * size of its files. Compression shrinks usual texts to a
+# tenth.
 _MOST_GROWTH, _FREE_BYTES = 1000, 1 << 30
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
@@ -29,7 +30,7 @@ def parsed_row(row: bytes | dict[str, Any], where: str, like: str) -> dict[str, 
     try:
         line = parse_json(row)
         if _SURROGATE.search(row):
-            json.dumps(line, ensure_ascii=False).encode()  # raises an error for half of a surrogate pair
+            json.dumps(line, ensure_ascii=False).encode()  # raises an error for an unpaired surrogate
     except ValueError as error:
         named = Path(where.rpartition(", line ")[0]).suffix in JSON_SUFFIXES
         fix, reason = f"write it as {like}" if named else "give plain texts as files of a folder", str(error)

@@ -41,8 +41,7 @@ from moe_dist.moe.experts.lora import PROJECTIONS
 
 _MODEL = "base_model.model.model.layers"
 _SHARED = "mlp.shared_expert"  # name of the shared expert's module in Qwen2-MoE
-# Last parts of names that PEFT takes for weights of routed experts among target_modules, and leaves alone among
-# target_parameters.
+# Last parts of names that PEFT treats as weights of routed experts in target_modules, but not in target_parameters.
 _OF_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _PARAMETERS = {"gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"}
 
@@ -56,15 +55,15 @@ def export_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None
             folder that was imported is used, unless the import changed the model.
 
     Raises:
-        ConfigError: `out` exists, PEFT cannot express the adapters, or transformers cannot express the base. The message
-            gives the reason.
+        ConfigError: `out` exists, PEFT's format cannot store the adapters, or no transformers family can express the base.
+            The message gives the reason.
         DataError: the checkpoint is damaged, or its base is missing or has another content hash.
         CheckpointError: `out` cannot be written.
     """
     contents = open_checkpoint(find_checkpoint(checkpoint))
     if KEY not in contents.state.values:
         raise ConfigError(f"{contents.folder}: holds no adapters, train.only is not adapters; export it without --adapters")
-    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # refuses a different base
+    base = find_base(Base.noted(contents.state.values, contents.folder), contents.folder)  # raises if the base differs
     model = checked_config(contents).model
     form, original = _form_of_base(base)
     if problems := _problems(model) or _problems_of_base(model, base, form):

@@ -123,7 +123,7 @@ def read_windows(read: Fields, windows: Windows, num_layers: int) -> dict[str, A
         default = {"null": None} if windows == "flag" else {}  # Qwen2-MoE cannot be built with null
         window = read.whole("sliding_window", DEFAULT_WINDOW, **default)
     else:
-        read.get("sliding_window", None, null=None)  # marks the field as read; without the flag the field has no effect
+        read.get("sliding_window", None, null=None)  # only marks the field as read: without the flag it has no effect
     if window is not None:
         types = [_SLIDING] * num_layers
         if windows == "layers":

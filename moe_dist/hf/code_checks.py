@@ -27,19 +27,19 @@ _KEYS = {
     "attribute_map": "transformers would read other fields in place of those that are checked here",
     **OUTSIDE,
 }
-# Keys whose value names an implementation. For one that is not in _SHIPPED, transformers may download and run kernels.
+# Keys whose value names an implementation. If the name is not in _SHIPPED, transformers may download and run kernels.
 _KERNELS = ("attn_implementation", "experts_implementation")
 _SHIPPED = ("eager", "sdpa", "flex_attention", "flash_attention_2", "grouped_mm", "batched_mm")
 _SHORT = Repr()  # shows a value without printing all of it
 _SHORT.maxstring = _SHORT.maxother = 80
-_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers merges its fields into those of tokenizer_config.json
+_SPECIAL_TOKENS = "special_tokens_map.json"  # transformers adds its fields to tokenizer_config.json
 # Files that the folder of a model or of adapters may contain besides config.json, weights and code.
 _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE", ".gitattributes")
 
 
 def entries(values: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yields each key of JSON values, at any depth, with its value; before both the key around them that names kernels, or
-    "". Visits each value once. A list gives its elements, each with the list's key."""
+    """Yields each key of JSON values, at any depth, with its value; the first of the three results is the surrounding key
+    that names kernels, or "". Visits each value once. A list gives its elements, each with the list's key."""
     rest: list[tuple[str, str, Any]] = [("", "", values)]
     for kernels, key, value in rest:  # the list grows in this loop
         if isinstance(value, list):
@@ -84,8 +84,8 @@ def refuse_code(folder: Path) -> None:
 
 
 def verify_export(folder: Path) -> list[str]:
-    """Returns the reasons why loading an exported folder with trust_remote_code=True could run code that is not from the
-    installed moe_dist. The list is empty if it could not."""
+    """Returns the reasons why loading an exported folder with trust_remote_code=True could run foreign code, which is not
+    from the installed moe_dist. Empty if it could not."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     names, problems = sorted(path.name for path in folder.iterdir()), []

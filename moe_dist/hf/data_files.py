@@ -96,7 +96,8 @@ def run_lines(model: str, *, tokenizer: str | None) -> list[str]:
             f"model = {model}",
             "print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=20))",
         ]
-    # Without this argument transformers, looking for the tokenizer's class, asks the user whether to run the model's code.
+    # Without this argument, transformers would ask the user whether to run the model's code when it looks for the
+    # tokenizer's class.
     trust = ", trust_remote_code=True" if "trust_remote_code" in model else ""
     return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

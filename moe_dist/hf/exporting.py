@@ -52,7 +52,7 @@ class Exported:
     folded: int  # number of null experts per layer that were left out
     like: Path | None  # folder from which tokenizer files and config.json fields were copied
     merged: bool = False  # True if LoRA adapters were merged into their base
-    reasons: Sequence[str] = ()  # why no plain family fits; empty if one was written, or if the user chose the form
+    reasons: Sequence[str] = ()  # why no plain family fits; empty if a plain family was written or the user chose the form
 
 
 def export_model(
@@ -142,7 +142,7 @@ def checked_config(contents: Contents) -> Config:
 
 def _account(contents: Contents, model: ModelSection, section: ModelSection, family: ModelFamily) -> list[Slot]:
     """Returns the tensors to write, and checks that they include all parameters of the checkpoint that have an effect.
-    Raises DataError if the checkpoint lacks a tensor, or has a tensor with a wrong shape or without a place in the family.
+    Raises DataError if the checkpoint lacks a tensor, or has a tensor with a wrong shape or one that the family lacks.
     """
     needed = slots(section, family)
     there = {name for name in contents.index.tensors if not name.startswith(OPTIMIZER_PREFIX)}
@@ -195,8 +195,8 @@ def _said_fields(
 def _fields(
     section: ModelSection, family: ModelFamily, said: Mapping[str, Any], like: Path | None, dtypes: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the fields of config.json. If the fields of `like` describe the model, these are returned. Otherwise returns
-    the fields that follow from the section `model`, and those fields of `like` that they do not set."""
+    """Returns the fields of config.json. These are the fields of `like` if they describe the model. Otherwise they are the
+    fields that follow from the section `model`, plus all other fields of `like`."""
     base = read_configuration(like, CONFIG_FILE) if like else {}
     inert = {name: value for name, value in base.items() if name in INERT}
     dtype = str(DTYPES[max(DTYPES, key=dtypes.count)]).removeprefix("torch.")

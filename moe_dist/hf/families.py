@@ -48,8 +48,8 @@ def _sigmoid(n_group: int = 1, topk_group: int = 1, scale: float = 1.0) -> Part:
 
 
 def _layers_behind(read: Fields, names: Collection[str]) -> list[str]:
-    """Returns the name prefixes of layers for multi-token prediction. They come after the model's last layer, and project
-    two joined hidden states."""
+    """Returns the name prefixes of layers for multi-token prediction. These layers come after the model's last layer, and
+    project two concatenated hidden states."""
     layers, extra = read.whole("num_hidden_layers"), read.count("num_nextn_predict_layers", read.count("num_mtp_layers", 1))
     behind = [f"model.layers.{layer}." for layer in range(layers, layers + extra)]
     return [prefix for prefix in behind if f"{prefix}eh_proj.weight" in names]
@@ -110,7 +110,7 @@ _DEEPSEEK = replace(
     _GLM, name="deepseek_v3", architecture="DeepseekV3ForCausalLM",
     router=_sigmoid(n_group=8, topk_group=4, scale=2.5), qk_norm=SILENT, biases=SILENT, layers=DenseFirst(first=3),
     heads=LatentHeads(), rope_pairs={"adjacent": {"rope_interleave": True}, "halves": {"rope_interleave": False}},
-    # transformers ignores the last three of these fields and the fields in `training`, but DeepSeek's published code uses
+    # transformers ignores the last three of these fields and all fields in `training`, but DeepSeek's published code uses
     # them.
     must_be={
         "attention_bias": ((False,), "the projections of latent attention have no biases"),

@@ -27,7 +27,8 @@ class GroupedHeads:
     rope_share: float | None = None  # default of partial_rotary_factor; None if the family lacks this field
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
-        """Returns values of the section `model`, and how many values of a head rotate if partial_rotary_factor is 1."""
+        """Returns values of the section `model`, and the number of rotated values of a head if partial_rotary_factor is
+        1."""
         width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
         if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
             raise ConfigError(
@@ -185,7 +186,7 @@ class SharedExpert:
     field: str  # name of the field with the shared expert's width
     module: str  # name of the shared expert's module
     gated: bool = False  # a sigmoid gate multiplies the shared expert's output
-    counted: bool = False  # if True, the field counts in units of a routed expert's width
+    counted: bool = False  # if True, the field is a multiple of a routed expert's width
     least: int = 1  # smallest value of the field
 
     def read(self, read: Fields, ffn_dim: int) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Fields:
         return self._fitting(name, default, _MISSING, "true or false", lambda value: isinstance(value, bool))
 
     def choice(self, choices: Choices) -> str:
-        """Returns the key of `choices` whose fields have the values that config.json has."""
+        """Returns the key of `choices` whose fields have the same values in config.json."""
         first = next(iter(choices.values()))
         values = {name: self.flag(name, default) for name, default in first.items()}
         return next(choice for choice, fields in choices.items() if fields == values)

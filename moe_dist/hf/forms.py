@@ -47,7 +47,7 @@ def read_config(config: Mapping[str, Any]) -> tuple[ModelFamily, dict[str, Any],
 
 
 def choose_form(model: ModelSection, read: Read, name: str | None, *, must: bool) -> Form:
-    """Chooses the form `name` if possible, else a plain family, else the form with its own code.
+    """Chooses the form `name` if it can express the model, else a plain family, else the form with its own code.
 
     Args:
         name: `model_type` of a form.
@@ -111,7 +111,7 @@ def _plain_section(model: ModelSection, read: Read) -> ModelSection:
     if problems := _depth_problems(model):
         raise ConfigError(problems, see=GUIDE)
     top_k = _folded(model, read) if group.num_null else group.top_k
-    same = {"true_all": "none", "all_chosen": "true_chosen"}  # without null experts, each pair of names means equal weights
+    same = {"true_all": "none", "all_chosen": "true_chosen"}  # names with equal weights if there are no null experts
     if group.num_experts == 1:
         same = {"true_all": "true_chosen", "all_chosen": "true_chosen", "none": "true_chosen"}
     plain = {name: group.model_copy(update={"num_null": 0, "top_k": top_k})}
@@ -140,8 +140,8 @@ def _depth_problems(model: ModelSection) -> list[str]:
 
 
 def _folded(model: ModelSection, read: Read) -> int:
-    """Returns the top_k with which the router, without the rows of null experts, chooses the same true experts with the
-    same weights. If no such top_k exists, raises ConfigError with the layer or option that prevents it."""
+    """Returns the top_k with which the router, after the rows of null experts are removed, chooses the same true experts
+    with the same weights. Raises ConfigError with the responsible layer or option if there is no such top_k."""
     name, group = _only_group(model)
     key = f"model.moe.groups.{name}.num_null={group.num_null}"
     out = "no plain family has null experts, and they can be left out only if their router rows are copies of true rows"

@@ -4,7 +4,7 @@
     <out>/config.yaml          a complete configuration for training the model, except for the data
     <out>/huggingface/         the model's config.json and tokenizer files, for a later export
 
-The files are first written to `<out>.importing`. When all files are on disk, a rename creates `<out>`. After a killed
+The files are first written to `<out>.importing`, which is renamed to `<out>` when all of them are on disk. After a killed
 import, the same command reuses the complete shards in `<out>.importing`. Needs memory for one fp32 shard and one stored
 tensor.
 """
@@ -164,9 +164,9 @@ def run_config(plan: ImportPlan, out: Path, options: ImportOptions, data_path: s
 
 @contextmanager
 def _workplace(out: Path) -> Iterator[Path]:
-    """Creates the folder `<out>.importing` if it does not exist, and locks it for this process. Removes it at the end of
-    the `with` block, and after a DataError, because the same files would cause this error again. Keeps it after any other
-    error."""
+    """Creates the folder `<out>.importing` if it does not exist, and locks it for this process. Removes the folder at the
+    end of the `with` block, and after a DataError, because the same files would cause the error again. Keeps it after any
+    other error."""
     place = out.absolute().parent / f"{out.absolute().name}.importing"
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 By default transformers writes one tensor for each matrix of each expert. With `save_original_format=False` it writes joint
 tensors for the n experts of a layer (hidden width D, FFN width F): gate_up_proj [n, 2 F, D], whose first F rows are the
-gate, and down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so a name and an index of the first element
-describe its place. gpt-oss has gate_up_proj [n, D, 2 F], where columns of gate and up alternate, and down_proj [n, F, D].
+gate, and down_proj [n, D, F]. In both layouts a logical tensor is contiguous, so its place is a tensor's name and the index
+of the first element. gpt-oss has gate_up_proj [n, D, 2 F], where columns of gate and up alternate, and down_proj [n, F, D].
 Places in these tensors also need strides.
 """
 
@@ -115,7 +115,7 @@ def _attention(section: ModelSection, ours: str, theirs: str) -> Iterator[Slot]:
         if section.qk_norm != "none" and part in "qk":
             size = section.resolved_head_dim if section.qk_norm == "head" else rows
             yield _whole(f"{ours}.{part}_norm.weight", f"{theirs}.{part}_norm.weight", size)
-        if part.endswith("_up"):  # of latent attention
+        if part.endswith("_up"):  # a projection of latent attention
             latent = part.removesuffix("_up")
             yield _whole(f"{ours}.{latent}_norm.weight", f"{theirs}.{latent}_a_layernorm.weight", columns)
     if section.attention.kind == "sinks":
@@ -172,7 +172,7 @@ def _router_rows(
     section: ModelSection, group: GroupSection, ours: str, theirs: Sequence[str], nulls: int
 ) -> Iterator[Slot]:
     """Yields the router rows of the true, null (`nulls` rows), identity and constant experts, in the order that they have
-    in a tensor. `theirs` are the tensor's possible names."""
+    in a tensor. `theirs` are the possible names of this tensor in the family."""
     kinds = {"true": group.num_experts, "null": nulls, "identity": group.num_identity, "constant": group.num_constant}
     dim, begin, whole = section.hidden_dim, 0, (sum(kinds.values()), section.hidden_dim)
     for kind, count in kinds.items():
@@ -248,7 +248,7 @@ def _expert_places(
 ) -> Iterator[TensorPlace]:
     old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
     yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
-    if not family.experts:  # true for the form `moe_dist`, and for dense FFNs, which an import copies
+    if not family.experts:  # empty for the form `moe_dist`, and for dense FFNs, which an import copies
         return
     rows, columns = shape
     if part == "down":

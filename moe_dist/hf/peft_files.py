@@ -19,8 +19,8 @@ _PLAIN |= dict.fromkeys(("rank_pattern", "alpha_pattern", "modules_to_save", "lo
 
 @contextmanager
 def open_peft(folder: Path, lora: HostedLoRASection) -> Iterator[Any]:
-    """Opens the tensors of a folder of adapters. Raises ConfigError if rank or alpha are not those of `lora`, or if a field
-    asks for more than plain LoRA. Raises DataError if files are missing or damaged."""
+    """Opens the tensors of a folder of adapters. Raises ConfigError if rank or alpha differ from `lora`, or if a field
+    selects more than plain LoRA. Raises DataError if files are missing or damaged."""
     fields = {**_PLAIN, **read_configuration(folder, CONFIG_FILE)}
     needed = {**_PLAIN, "r": lora.rank, "lora_alpha": lora.alpha}
     if odd := [name for name, value in needed.items() if (fields.get(name) or None) != (value or None)]:
@@ -37,7 +37,7 @@ def open_peft(folder: Path, lora: HostedLoRASection) -> Iterator[Any]:
 
 
 def joint(matrix: str, stack: Tensor) -> Tensor:
-    """Returns PEFT's matrix of a stack of all experts' A [n, r, I] or B [n, O, r]. `matrix` is A or B."""
+    """Returns PEFT's joint matrix for a stack of all experts' A [n, r, I] or B [n, O, r]. `matrix` is "A" or "B"."""
     return stack.flatten(0, 1) if matrix == "A" else stack.permute(1, 2, 0).flatten(1)
 
 

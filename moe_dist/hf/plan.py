@@ -1,6 +1,7 @@
-"""Plans an import: where each logical tensor's values come from, and which shard of limited size stores them.
+"""Plans an import: the source of each logical tensor's values, and the shard, of limited size, that stores them.
 
-A plan depends only on the options and the files' headers. After a killed import, the next one thus has the same plan.
+A plan depends only on the options and the files' headers. So the same command has the same plan again after a killed
+import.
 """
 
 import math
@@ -98,7 +99,7 @@ class ImportPlan:
     section: ModelSection  # section `model` of the imported model
     shards: Sequence[Sequence[TensorPart]]  # parts of each shard, in the order of the shards
     dtypes: Mapping[str, str]  # dtype of each logical tensor in the Hugging Face folder
-    copies: Mapping[str, str]  # maps each stored tensor that is not imported to the tensor that it must equal
+    copies: Mapping[str, str]  # maps each stored tensor that is a copy, and not imported, to the tensor that it must equal
     left_out: Sequence[str] = ()  # stored tensors that are not part of the model's function
 
     @property

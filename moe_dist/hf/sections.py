@@ -37,7 +37,8 @@ def family_of(config: Mapping[str, Any]) -> ModelFamily:
 
 
 def _other_way(name: str) -> str:
-    """Returns how a family is trained that cannot be imported. transformers marks the families that its engine trains."""
+    """Returns a text that says how to train a family that cannot be imported. A mark of transformers shows which families
+    the engine transformers can train."""
     engine = "engine.kind=transformers (docs/hf-engine.md)"
     if (transformers := find_spec("transformers")) is None or transformers.origin is None:
         return f"it cannot be imported; if its experts are those of transformers, {engine} trains it"
@@ -114,7 +115,7 @@ def _moe_layers(family: ModelFamily, read: Fields, layers: int) -> tuple[int, in
 
 def misfits(section: ModelSection, family: ModelFamily) -> list[str]:
     """Returns the settings of a model that a family does not support, except null experts. These are the settings that
-    change when config.json is written and read again. The model must have one expert group."""
+    differ after config.json is written and read again. The model must have one expert group."""
     kinds = {
         "attention.kind": (section.attention.kind, family.heads.kind),
         "router.kind": (section.moe.router.kind, family.router.keys["kind"]),
@@ -190,7 +191,7 @@ def write_fields(section: ModelSection, family: ModelFamily) -> dict[str, Any]:
 
 
 def _plain(family: ModelFamily) -> Part:
-    """Returns those keys of the section `model` that each correspond to a single field."""
+    """Returns the keys of the section `model` that correspond to exactly one field each."""
     return Part({
         "hidden_dim": Value("hidden_size"),
         "vocab_size": Value("vocab_size"),

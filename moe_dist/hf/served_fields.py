@@ -26,7 +26,7 @@ CODE = Path(__file__).parent / "served"
 CODE_FILES = ("configuration_moe_dist.py", "modeling_moe_dist.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_moe_dist.MoeDistConfig",
-    "AutoModel": "modeling_moe_dist.MoeDistModel",  # for vLLM, which builds only the decoder and adds its own output layer
+    "AutoModel": "modeling_moe_dist.MoeDistModel",  # for vLLM, which uses only the decoder, with its own output layer
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
 OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` in older exports
@@ -73,8 +73,8 @@ def unserved(model: ModelSection) -> list[str]:
 
 
 def served_problems(section: ModelSection) -> list[str]:
-    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the code lacks one of its kinds, or the
-    router's choice for a token depends on later tokens even in evaluation."""
+    """Returns the reasons why `modeling_moe_dist.py` cannot compute a model: the exported code lacks one of the model's
+    kinds, or routing depends on later tokens even in evaluation."""
     problem = section.moe.router.not_causal()
     return [problem] if problem else unserved(section)
 
@@ -83,7 +83,7 @@ TokenIds = list[list[int]]  # ranges [first, last + 1] of token ids
 
 
 def token_ids(section: ModelSection, manifest: Manifest) -> dict[str, TokenIds]:
-    """Returns the token ids of each group. Raises ConfigError if the model has several groups, and their modalities are not
+    """Returns the token ids of each group. Raises ConfigError if the model has several groups whose modalities differ from
     those of the data set."""
     routed = {name: group.modalities or (name,) for name, group in section.moe.groups.items()}
     known = {modality for modalities in routed.values() for modality in modalities}

@@ -38,8 +38,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 AGAIN = "copy or download it again"  # advice in error messages about a damaged file
 
-_MOST_FILES = 10_000  # of weights; DeepSeek-V3 has 163
-_DIGESTED = 1024  # elements of a tensor
+_MOST_FILES = 10_000  # largest number of files with weights; DeepSeek-V3 has 163
+_DIGESTED = 1024  # number of a tensor's first elements in `weights_digest`
 _DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")  # name of a buffer in old Llama checkpoints, which is ignored
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*\.safetensors")  # a file name, not a path to another folder
 
@@ -132,8 +132,8 @@ def open_source(folder: Path) -> Source:
 
 
 def weights_digest(folder: Path) -> str:
-    """Returns a SHA-256 over name, dtype, shape and first elements of every tensor in a folder, which training changes.
-    Does not depend on the division into files. Raises the DataErrors of `open_source` and `Source.read`."""
+    """Returns a SHA-256 over the name, dtype, shape and first elements of every tensor in a folder. Training changes the
+    digest; another division into files does not. Raises the DataErrors of `open_source` and `Source.read`."""
     source, digest = open_source(folder), hashlib.sha256()
     for name, stored in sorted(source.tensors.items()):
         digest.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())

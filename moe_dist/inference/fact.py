@@ -22,7 +22,8 @@ class Fact:
 
     Attributes:
         id: Id of the fact, unique within the fact's task. The id does not depend on other facts.
-        asked: A text with a question mark, a caption (the question asks for its picture), or a picture (for its caption).
+        asked: A text with a question mark, a caption (the question asks for its picture), or a picture (the question asks
+            for its caption).
         keys: Texts such as 'lemma:dog' or 'family:1F415'. Facts on different sides (train, validation, test) have no common
             key. A WordNet fact has a key for every lemma of its synsets, so that facts about one synset have common keys.
         wrong: Other answers that are also right or nearly right, so that they must not become wrong choices.

@@ -1,4 +1,4 @@
-"""Generates with a hosted model, by the family's own `generate` and its caches."""
+"""Generates with a hosted model through the family's own `generate` and its caches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from moe_dist.inference.generate import Generator, Request, UniformDraws, check_
 
 
 class FamilyGenerator(Generator):
-    """Continues one prompt at a time, because not every family ignores padding. Uses the grammar and the random draws of
+    """Continues one prompt at a time, because some families do not ignore padding. Uses the grammar and the random draws of
     `Generator`. Does not support guidance."""
 
     def _batch(

@@ -59,8 +59,8 @@ def probabilities(logits_BV: Tensor, allowed_BV: Tensor, sampling: Sampling) -> 
 
 
 def draw(probabilities_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Draws one token per row, int64 [B]. It is the lowest id at which the cumulative probability exceeds the row's number
-    in `uniform_B`, which is in [0, 1)."""
+    """Draws one token per row, int64 [B]. The token is the lowest id whose cumulative probability exceeds the row's entry
+    of `uniform_B`, a number in [0, 1)."""
     cumulative_BV = probabilities_BV.cumsum(-1)
     # Rounding may leave the last cumulative probability below 1, so `uniform_B` is scaled by it.
     target_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]

@@ -57,7 +57,7 @@ class HarnessModel(LM):
         for request in tqdm(requests, desc="generate", disable=len(requests) < 2):
             context, options = cast("tuple[str, dict[str, Any]]", request.args)
             text = self._generated(context, dict(options))
-            self.cache_hook.add_partial("generate_until", request.args, text)  # a restarted harness reads this result
+            self.cache_hook.add_partial("generate_until", request.args, text)  # a restarted harness reuses this result
             texts.append(text)
         return texts
 

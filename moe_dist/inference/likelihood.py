@@ -25,7 +25,7 @@ from moe_dist.train.router_tuning.samples import TuningSample
 
 
 class Continuation(NamedTuple):
-    """The token ids of a context, and those of the continuation that is scored (`tokens`). Each has at least one token."""
+    """The token ids of a context and of the continuation to score (`tokens`). Both have at least one token."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -85,7 +85,7 @@ class Likelihood:
         """Returns the fields of each continuation's `Score`, float64 [B, 2]; `greedy` is 1 or 0."""
         samples = [TuningSample(np.array(context, np.int64), np.array(tokens, np.int64)) for context, tokens in batch]
         made = self._maker.make(samples).to(self._device)
-        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # padding also takes part in its collectives
+        logits_BSV, _ = forward(self.model, made, self._group_of_modality)  # a batch of padding joins the collectives, too
         nats_B = -token_losses(logits_BSV, made.labels_BS).to(torch.float64).sum(1)  # 0 where the label is IGNORED
         greedy_B = ((logits_BSV.argmax(-1) == made.labels_BS) | (made.labels_BS == IGNORED)).all(1)
         return torch.stack([nats_B, greedy_B.to(torch.float64)], dim=1)[: len(batch)]

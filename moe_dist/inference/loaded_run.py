@@ -143,7 +143,7 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class FolderModel(LoadedRun):
-    """The model in `model.folder`, which is `folder`, before a run with this configuration has changed it."""
+    """The model in `model.folder`, as it is before a run trains it. `folder` is that folder."""
 
     @property
     def run_folder(self) -> Path:

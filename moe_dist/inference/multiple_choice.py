@@ -47,7 +47,7 @@ class Answered:
 
 
 class Prompts:
-    """Writes questions as token ids, in the form of the training documents: a text, or a picture with its caption. If
+    """Encodes questions as token ids, in the form of training documents: a text, or a picture with its caption. If
     `listed` is True, the text of a question lists all choices."""
 
     def __init__(self, vocabulary: Vocabulary, *, listed: bool) -> None:
@@ -117,7 +117,8 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Returns the index of the choice with the highest value of the measure; of equal choices, the index of the first."""
+    """Returns the index of the choice with the highest value of the measure; on ties, the index of the first such
+    choice."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)

@@ -18,8 +18,8 @@ from moe_dist.model.attention import AttentionMask, attend, dense_mask, make_mas
 
 def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
     """Returns the positions of a sequence that are on a context-parallel rank, int64 [length / cp_size]. As in Megatron's
-    rotary embedding, the sequence is cut into 2 x cp_size pieces. The rank has two of them: the piece with index `cp_rank`
-    from the start, and the piece with the same index from the end. All ranks thus have equally many (query, key) pairs."""
+    rotary embedding, the sequence is cut into 2 x cp_size pieces. The rank has two of them: piece `cp_rank` counted from
+    the start, and piece `cp_rank` counted from the end. All ranks thus have equally many (query, key) pairs."""
     if cp_size == 1:
         return torch.arange(length)
     pieces = torch.arange(length).chunk(2 * cp_size)

@@ -6,7 +6,7 @@ functions.
 
 megatron-core has no CPU path: it asks `torch.cuda` for devices, streams and random states, makes tensors on "cuda", and
 compares `Tensor.type()` with CUDA's names. Inside the context, CUDA's names refer to stand-ins. They are restored on exit.
-A stand-in stream does nothing, because a CPU works in order. Functions that Megatron passes to torch.compile stay
+A stand-in for a stream does nothing, because a CPU executes in order. Functions that Megatron passes to torch.compile stay
 uncompiled. Numerical results are right, but measured times are CPU times.
 """
 
@@ -31,7 +31,7 @@ class Replacement(NamedTuple):
 
 
 class Idle:
-    """Stands in for CUDA streams and events. A CPU works in order, so streams never wait and events are complete."""
+    """Stands in for CUDA streams and events. A CPU executes in order, so streams never wait and events are complete."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...

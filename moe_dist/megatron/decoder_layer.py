@@ -33,7 +33,7 @@ class DecoderLayer(TransformerLayer):
     Args:
         submodules: The submodules of the layer's spec. None uses the submodules of Megatron's decoder spec.
         settings: Expert settings. None reads the file that the variable MOE_DIST_EXPERTS names.
-        options: Further arguments of Megatron's layer. Arguments that are missing in this list are Megatron's, too.
+        options: Further arguments of Megatron's layer. Arguments that this list does not explain are Megatron's, too.
     """
 
     def __init__(

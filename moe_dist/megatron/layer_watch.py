@@ -97,7 +97,7 @@ class LayerWatch:
         return MoEAuxLossAutoScaler.apply(y_TD, (balance + z).to(torch.float32))  # pyright: ignore[reportReturnType]
 
     def take(self) -> tuple[list[LayerReport], Tensor]:
-        """Returns what was collected since the last call, and clears it: for each MoE layer of the model a report summed
+        """Returns the data collected since the last call, and clears them: for each MoE layer of the model a report summed
         over micro-batches (zeros for layers of other stages), and the sums of balance and z terms, float64 [2]."""
         found = [added(self._reports[layer]) if self._reports[layer] else self._nothing() for layer in self._layers]
         terms = torch.stack(self._terms).sum(0) if self._terms else torch.zeros(2, dtype=torch.float64, device=self._device)

@@ -43,7 +43,8 @@ def groups_of_rank(
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are True for padding, or None if there is no padding.
-        group_of_modality_M: int64, the group of each modality, followed by a -1. Padding (index -1) reads this last entry.
+        group_of_modality_M: int64, the group of each modality, followed by a -1. The id -1 of padding selects this last
+            entry.
         length, batch: s and B.
     """
     num_modalities = group_of_modality_M.shape[0] - 1
@@ -72,7 +73,7 @@ def groups_of_rank(
 
 
 def _check_ids(ids_BS: Tensor, num_modalities: int) -> None:
-    """Refuses ids of no modality. As an index, an id below -1 would silently count from the end."""
+    """Refuses ids of no modality. An id below -1 would silently index from the end."""
     known = ((ids_BS >= PADDING) & (ids_BS < num_modalities)).all()
     if ids_BS.device.type != "cpu":
         torch._assert_async(known, "padding_mask: a modality id is neither -1 nor that of a modality")  # pyright: ignore[reportPrivateImportUsage]

@@ -19,7 +19,7 @@ from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING
 from moe_dist.moe.routing.types import NO_REQUEST, RoutingRequest
 
-COLLECTIVES = "Megatron's pipeline or gradient sums"  # name for the collectives that the watchdog does not see
+COLLECTIVES = "Megatron's pipeline or gradient sums"  # name of the collectives that the watchdog cannot see one by one
 NO_LABEL = -100  # a label below 0 means that the position adds no loss
 
 
@@ -74,7 +74,7 @@ class Pipeline:
 
         def step(iterator: Iterator[tuple[int, MicroBatch]], chunk: Any) -> tuple[Tensor, Any]:
             at, batch = next(iterator)
-            inside.enter_context(tracker.among(COLLECTIVES))  # entered again, which restarts the watchdog's time limit
+            inside.enter_context(tracker.among(COLLECTIVES))  # entering again restarts the watchdog's time limit
             own = self.columns(batch.tokens_BS.shape[1]).to(batch.tokens_BS.device)
             labels = batch.labels_BS[:, own]
             request = replace(batch.request, token_T=self._tokens(own, *batch.tokens_BS.shape))

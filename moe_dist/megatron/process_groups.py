@@ -10,8 +10,8 @@ from typing import Any
 def model_parallel(
     *, ep: int = 1, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1, seed: int = 1234, timeout: float = 1800.0
 ) -> Iterator[None]:
-    """Makes Megatron's process groups, and seeds its random states. `timeout` limits every collective. It is given in
-    seconds and rounded up to minutes, because Megatron counts in minutes.
+    """Makes Megatron's process groups, and seeds its random states. `timeout` limits every collective, in seconds, which
+    are rounded up to minutes, because Megatron counts in minutes.
 
     The degree of expert tensor parallelism is 1, and expert parallelism uses the ranks of TP x CP x DP. On exit the groups
     are destroyed, and Megatron's tracker of MoE losses is emptied.

@@ -51,7 +51,7 @@ class ExpertSettings(Section):
 
     def expert_groups(self) -> tuple[ExpertGroup, ...]:
         """Returns the groups as `ExpertGroup`s. Experts are numbered over all groups."""
-        return expert_groups(MoESection.model_construct(groups=self.groups))  # already validated
+        return expert_groups(MoESection.model_construct(groups=self.groups))  # `groups` is already validated
 
     def group_of_modality(self) -> tuple[int, ...]:
         """Returns the index of each modality's group, in the order in which the groups list the modalities."""

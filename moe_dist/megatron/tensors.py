@@ -2,7 +2,7 @@
 
 Megatron has one matrix for queries, keys and values, and one for gate and up. It numbers the layers of each pipeline stage
 from 0, and splits matrices over tensor-parallel ranks. Initial weights and checkpoints use logical names
-(`moe_dist.placement.parameter_names`), which do not depend on how Megatron joins, numbers or splits.
+(`moe_dist.placement.parameter_names`), which do not depend on Megatron's joins, numbers and splits.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,1 +1,1 @@
-"""The transformer is written as for one device. Only routers and MoE layers issue collectives."""
+"""The transformer, written as if for one device. Only routers and MoE layers issue collectives."""

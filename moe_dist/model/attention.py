@@ -45,7 +45,7 @@ def dense_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window:
 
 
 def flex_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: int | None = None) -> FlexMask:
-    """Returns `dense_mask` as a block mask. Compiles this on CUDA, because eager mode would make a dense mask first."""
+    """Returns `dense_mask` as a block mask. On CUDA its creation is compiled; eager mode would first make a dense mask."""
 
     def visible(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (documents_BS[b, q] == documents_BS[b, k])
@@ -73,8 +73,8 @@ def make_mask(documents_BS: Tensor, positions_BS: Tensor | None = None, window: 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # torch compiles each shape separately, with and without gradient. A run has one shape for whole sequences. Evaluation
-    # with mixture of depths adds up to 8 shapes. Beyond a limit (8 by default), torch runs flex attention uncompiled, with
-    # S x S scores.
+    # with mixture of depths adds up to 8 shapes. Beyond a limit of shapes (8 by default), torch would run flex attention
+    # uncompiled, with S x S scores.
     torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False)
 
@@ -92,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | 
 class CausalAttention(nn.Module, ABC):
     """Computes norm, attention and output projection. The caller adds the residual.
 
-    A subclass has the projections, and defines the entry that a cache keeps of each token.
+    A subclass has the projections, and defines the cache's entry for a token.
 
     Attributes:
         entry: Shapes of the key and of the value that a cache keeps of a token.
@@ -204,7 +204,7 @@ class Attention(CausalAttention):
 class SinkAttention(Attention):
     """Grouped-query attention with sinks (gpt-oss; StreamingLLM, arXiv 2309.17453): a head may attend to nothing.
 
-        p_t = exp(s_t) / (exp(a) + sum over the tokens u that may be seen of exp(s_u)),  o = sum over t of p_t v_t
+        p_t = exp(s_t) / (exp(a) + sum of exp(s_u) over the visible tokens u),  o = sum over t of p_t v_t
 
     s are the scores, and a is the head's learned sink, an element of the parameter `sinks` [H].
     """

@@ -11,7 +11,7 @@ Shape letters: B sequences, N new tokens per sequence, H key-value heads, d head
 import torch
 from torch import Tensor
 
-Entry = tuple[tuple[int, int], tuple[int, int]]  # heads and head width of a key, and of a value
+Entry = tuple[tuple[int, int], tuple[int, int]]  # number of heads and head width, of a key and of a value
 
 _NEVER = torch.iinfo(torch.int64).max  # position of an entry without a token: later than any query, so never visible
 

@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, Kimi K2, LongCat-Flash).
 
-    c_q = norm(W_qd h),  [q_i, q'_i] = W_qu c_q        for each head i; without a query latent, W_q h
+    c_q = norm(W_qd h),  [q_i, q'_i] = W_qu c_q        for each head i; W_q h without a query latent
     [c, k'] = W_kvd h,   [k_i, v_i] = W_kvu norm(c)
-    o_i = softmax over the tokens that may be seen of (<q_i, k_i> + <R q'_i, R k'>) scale  times  v_i
+    o_i = sum of p_i v_i,   p_i = softmax of (<q_i, k_i> + <R q'_i, R k'>) scale, both over the visible tokens
 
 With scaled latents, norm(x) is sqrt(D / width of x) times the norm (LongCat-Flash, arXiv 2509.01322, section 2.3.1).
 

@@ -2,7 +2,7 @@
 2404.02258; MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
 
     s = <w, x / rms(x)>
-    select a fraction c of the selection scope's tokens (rounded up): the largest s, and of equal s the earlier token
+    select a fraction c of the selection scope's tokens (rounded up): those of largest s; ties go to the earlier token
     x <- x + sigmoid(s) layer(x)    for selected tokens, which keep their positions and attend only to selected tokens
     x <- x                          for all other tokens
 
@@ -12,8 +12,7 @@ an expert in expert choice. Evaluation decides by one of two rules, which read o
     threshold   computes a token if sigmoid(s) > t. t is the running mean of the lowest selected score (`ThresholdUpdater`)
                 plus the correction of the last calibration
     auxiliary   computes a token if SiLU(x W_1) W_2 > 0 (MoMa, section 2.4). W_1 and W_2 learn the selection by binary cross
-                entropy while the model trains. The input of W_1 and W_2 is detached, so the loss of W_1 and W_2 changes
-                no other parameter
+                entropy while the model trains. Their input is detached, so their loss changes no other parameter
 
 If the selection scope has several ranks, each forward of a layer in training costs one all-gather of T numbers per rank
 (named `depth scores`), and one host sync, which reads the number of this rank's selected tokens.
@@ -131,7 +130,7 @@ class DepthRouter(ChoosingRouter):
             lengths = self.selection_scope.lengths(len(logit_T), None)
             choice = self.selection_scope.choose(logit_T1, self.share_1, lengths, name=DEPTH_SCORES, layer=self.name)
             taken_T, kth_score = choice.taken_TE[:, 0], choice.kth_score_E[0]
-            if choice.order_TE is not None:  # in the scope `rank` the number of tokens bounds C without a sync
+            if choice.order_TE is not None:  # in the scope `rank` C follows from the number of tokens, without a sync
                 slots = tokens_of_share(self.token_share, len(logit_T))
         index_C, full_C = _slots(taken_T, slots)
         weight_C = torch.where(full_C, logit_T[index_C].sigmoid(), 0.0)

@@ -1,4 +1,4 @@
-"""Defines losses that forward computes for its labels instead of the cross entropy over all words.
+"""Defines losses that can replace the cross entropy over all words in a model's forward.
 
 Shape letters: B sequences, S positions, D hidden size, V words of the vocabulary, K choices of a
 sequence or words per token.
@@ -15,7 +15,7 @@ from moe_dist.model.layers import token_losses
 
 
 class Objective(Protocol):
-    """Computes a loss for each label. It runs inside forward, because FSDP2 gathers the output weight only there."""
+    """Computes a loss for each label. It is computed inside forward, because FSDP2 gathers the output weight only there."""
 
     def losses(self, x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor) -> Tensor:
         """Returns the losses [..., B, S] from normed hidden states and the output weight; 0 where the label is negative."""

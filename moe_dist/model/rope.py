@@ -36,8 +36,8 @@ class DynamicScaling:
     """Changes the base to base (f n / L - f + 1)^(d / (d - 2)) if the longest document of a sequence has n > L tokens.
     L is the original length, f the factor.
 
-    transformers computes one n for the whole batch, and keeps the largest n until a batch has n < L. This class computes n
-    for each sequence.
+    transformers, in contrast, computes one n for the whole batch, and keeps the largest n so far until a batch has n < L.
+    This class computes n for each sequence.
     """
 
     factor: float

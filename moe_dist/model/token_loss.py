@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_TOKENS = 4096  # most tokens of a tile; with 8,192 words such a tile has 134 MB in fp32; at most four tiles exist
+TILE_TOKENS = 4096  # largest number of tokens of a tile: 134 MB in fp32 with 8,192 words; at most four tiles exist
 
 
 def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, words: int) -> Tensor:
@@ -20,7 +20,7 @@ def tiled_token_losses(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor, word
     TILE_TOKENS tokens of one sequence. Backward computes the logits again.
 
     The size of a tile depends neither on the number of sequences nor on the ranks. So a token's loss and gradient are
-    bit-equal in batches of any number of sequences. Sums over tiles are fp32, whatever the dtype of x.
+    bit-equal in batches of any number of sequences. Sums over tiles are fp32 for every dtype of x.
 
     Args:
         weight_VD: Output weight, which is converted to the dtype of x.
@@ -70,7 +70,7 @@ class _TiledLosses(torch.autograd.Function):
                 if weight_gradient is not None:
                     part_gradient += error_Nv.t() @ x_BSD[tile]
             if weight_gradient is not None:
-                weight_gradient[first : first + len(part_vD)] = part_gradient  # rounds once
+                weight_gradient[first : first + len(part_vD)] = part_gradient  # the fp32 sum is rounded once
         return x_gradient.to(x_BSD.dtype), weight_gradient, None, None
 
 

@@ -56,7 +56,7 @@ class Layer(nn.Module):
         else:
             self.ffn = DenseFFN(args.hidden_dim, args.dense_ffn_dim or 0, args.norm_eps)
         self.has_experts = moe is not None
-        self.depths = mixture_of_depths  # checkpoints contain this attribute's name
+        self.depths = mixture_of_depths  # this attribute's name is part of tensor names in checkpoints
 
 
 class Transformer(nn.Module):
@@ -158,7 +158,7 @@ class Transformer(nn.Module):
         reports, late_TD = [], None
         for layer in self.layers:
             if layer.depths is not None:
-                # The MoE layer gets only the selected tokens. The token counts in the request would be wrong for these.
+                # The MoE layer gets only the selected tokens. The request's token counts would be wrong for these tokens.
                 only_off = RoutingRequest(experts_off=request.experts_off)
                 x_BSD, report = self._shallow(layer, x_BSD, rotary, positions_BS, documents_BS, group_BS, only_off)  # pyright: ignore
             else:
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
         return tuple(LayerCache(layer.attention.entry, **sizes, window=layer.window) for layer in self.layers)  # pyright: ignore
 
     def _rotary(self, positions_BS: Tensor, group_BS: Tensor) -> tuple[Tensor, Tensor]:
-        if self.args.rope_scaling is not None:  # a scaling must not mistake padding for the longest document
+        if self.args.rope_scaling is not None:  # padding must not count as the longest document
             positions_BS = torch.where(group_BS < 0, 0, positions_BS)
         rope_dim = self.args.rope_dim or self.args.head_dim
         return rotary_table(positions_BS, rope_dim, self.args.rope_base, self.args.rope_scaling)
@@ -295,7 +295,7 @@ class Transformer(nn.Module):
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
 
     def ready(self) -> None:
-        """Is called once all weights are there."""
+        """Is called when all weights have been set."""
 
     def units(self) -> Iterator[nn.Module]:
         """Yields the modules that are FSDP2's units: the attention of each layer, and its MoE layer or FFN."""

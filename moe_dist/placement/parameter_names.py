@@ -34,9 +34,9 @@ class Role(Enum):
 
 
 ROUTERS = frozenset({Role.ROUTER, Role.DEPTH_ROUTER, Role.AUXILIARY_ROUTER})  # their parameters are replicated on all ranks
-EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...]; each rank has the e experts placed on it
+EXPERTS = frozenset({Role.EXPERT, Role.EXPERT_ADAPTER})  # stacks [e, ...] of the e experts that are placed on the rank
 ADAPTERS = frozenset({Role.ADAPTER, Role.EXPERT_ADAPTER})
-# names of the output projection, whose role is DENSE: of this project's model, and of transformers' models
+# Names of the output projection, whose role is DENSE, in this project's model and in transformers' models.
 OUTPUT_NAMES = ("output.weight", "family.lm_head.weight")
 EXPERT_NAME = re.compile(r"(?P<layer>layers\.\d+)\.moe\.experts\.(?P<group>[^.]+)\.(?P<expert>\d+)\.(?P<tensor>[^.]+)")
 
@@ -52,7 +52,7 @@ _ROLES_OF_NAMES = (  # special patterns come first, because the first match deci
     (re.compile(r"layers\.\d+\.((attention|moe)\.adapters|moe\.shared\.[a-z]+\.adapter)\..+"), Role.ADAPTER),
     (re.compile(r"embedding\.weight"), Role.EMBEDDING),
     (re.compile(r"(.+[._])?norm\.weight"), Role.NORM),
-    # models of transformers, whose experts and routers have these names in all families
+    # In transformers' models, experts and routers have these names in all families.
     (re.compile(r"family\..+\.experts\.\d+\..+_lora_[AB]"), Role.EXPERT_ADAPTER),
     (re.compile(r"family\..+\.experts\.\d+\..+"), Role.EXPERT),
     (re.compile(r"family\..+\.lora_[AB]"), Role.ADAPTER),

@@ -31,7 +31,7 @@ class ExpertGroup:
         modalities: Modalities whose tokens choose among the group's experts.
         num_identity, num_constant: Numbers of identity and constant experts, which every rank computes for its own tokens.
         token_share: In expert choice, the fraction c of the group's tokens that each expert takes. With an adaptive router
-            and a target, the mean of this fraction over experts. None where each token has top_k choices.
+            and a target, the mean of this fraction over experts. None if each token has top_k choices.
         node_groups: Number of node groups into which the true experts are divided, in consecutive blocks.
         topk_node_groups: Largest number of node groups from which one token may choose experts.
     """
@@ -124,7 +124,7 @@ class ExpertPlacement:
         """Returns the number of true experts of all groups (E)."""
         return sum(group.num_experts for group in self.groups)
 
-    @cached_property  # cached, because each layer's dispatch plan reads it
+    @cached_property  # cached, because the dispatch plan of each layer reads it
     def rank_of_expert(self) -> tuple[int, ...]:
         """Returns the rank (EP position) of each logical expert."""
         return tuple(rank for _, rank, _ in self._places())
@@ -144,7 +144,7 @@ class ExpertPlacement:
         return tuple(expert for expert in self.slots[rank] if expert in group.experts)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:
-        """Sums a count of each layer's experts, [L, E], over the experts that each rank computes, [L, R]."""
+        """Sums a count per layer and expert [L, E] over the experts that each rank computes: [L, R]."""
         rank_E = np.array(self.rank_of_expert)
         return np.stack([pairs_LE[:, rank_E == rank].sum(1) for rank in range(self.num_ranks)], axis=1)
 
@@ -154,7 +154,7 @@ class ExpertPlacement:
 
     @property
     def line(self) -> dict[str, Any]:
-        """Returns the slots as a part of a line of metrics.jsonl."""
+        """Returns the slots in the form in which a line of metrics.jsonl contains them."""
         return {"slots": [[*each] for each in self.slots]}
 
     def most_rows(self, rank: int, group: ExpertGroup) -> int:

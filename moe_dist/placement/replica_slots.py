@@ -1,8 +1,8 @@
 """Replicas: in some layers a hot (frequently chosen) expert temporarily has slots on other ranks, besides its own slot.
 
-A rank that has a slot of an expert computes its own tokens for this expert. The ranks without a slot of the expert are
-assigned to the expert's slots in turn. Each rank thus knows without communication where its tokens go. The slots of an
-expert get about equally many tokens, because all ranks draw tokens from the same data.
+A rank that has a slot of an expert computes its own tokens for this expert. Ranks without a slot of the expert are assigned
+to the expert's slots in rotation. Each rank thus knows without communication where its tokens go. The slots of an expert
+get about equally many tokens, because all ranks draw tokens from the same data.
 
 Shape letters: L MoE layers, E true experts, R ranks of an EP group.
 """
@@ -56,7 +56,8 @@ class PlacementWithReplicas(ExpertPlacement):
         return ExpertPlacement(tuple(groups), tuple(map(tuple, slots)))
 
     def ordered(self, layer: int, group: ExpertGroup) -> list[Replica]:
-        """Returns a group's replicas in the order in which their weights arrive: by the own slot's rank, then by expert."""
+        """Returns a group's replicas in the order in which their weights arrive: sorted by the rank of the expert's own
+        slot, then by expert."""
         of_group = (each for each in self.replicas[layer] if each.expert in group.experts)
         return sorted(of_group, key=lambda each: (self.rank_of_expert[each.expert], each))
 
@@ -98,7 +99,8 @@ class PlacementWithReplicas(ExpertPlacement):
 
 
 def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
-    """Returns the ranks of each expert with replicas. The rank of the own slot is last, so it serves the fewest ranks."""
+    """Returns the ranks of each expert with replicas. The rank of the expert's own slot is last, so it serves the fewest
+    ranks."""
     found: dict[int, list[int]] = {}
     for expert, rank in sorted(replicas):
         found.setdefault(expert, []).append(rank)
@@ -106,7 +108,8 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank that computes its tokens: itself if in `hosts`, else one of `hosts` in turn."""
+    """Returns for each source rank the rank that computes its tokens: itself if it is in `hosts`, else one of `hosts` in
+    rotation."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]
 

@@ -32,7 +32,7 @@ def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[An
 
 
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
-    """Yields sentences that compare the best layout with the best layout of each other choice on equally many GPUs."""
+    """Yields sentences that compare the best layout with the best one for each other value of a choice, on as many GPUs."""
     same = sorted((each for each in fitting if each.gpus == best.gpus), key=lambda each: each.seconds)
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
@@ -67,8 +67,8 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
 
 
 def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> str:
-    """Returns a sentence with the token shares of the second group's modality at which the best pinned layout is faster
-    than the same layout with interleaved experts. It is empty if there are no pinned layouts of two groups."""
+    """Returns a sentence about the best pinned layout. It names the token shares of the second group's modality at which
+    this layout is faster than with interleaved experts. Empty if there are no pinned layouts of two groups."""
     pinned = [each for each in fitting if each.config.placement.policy == "pinned" and not is_interleaved(each.placement)]
     if not pinned or len(pinned[0].placement.groups) != 2:
         return ""
@@ -105,7 +105,7 @@ def is_interleaved(placement: ExpertPlacement) -> bool:
 
 
 def hot_expert(load_LE: np.ndarray, layers: Sequence[int], placement: ExpertPlacement) -> str:
-    """Returns a sentence about the expert and layer whose load above the mean adds most to the busiest ranks' work."""
+    """Returns a sentence about the overloaded expert (and its layer) that adds most to the busiest ranks' work."""
     rank_E, ranks = np.array(placement.rank_of_expert), placement.num_ranks
     work_LR = rank_loads(load_LE, rank_E, ranks)
     pace, worst = work_LR.max(1).sum(), (0.0, 0, 0)

@@ -32,10 +32,10 @@ class Launches:
     router: int  # for norm, router and dispatch plan of an MoE layer
     pack: int  # for copying rows into the order in which dispatch or combine sends them
     experts: int  # for the experts of one piece, which is a set of rows computed at once
-    expert: int  # for each expert of a piece, in addition
+    expert: int  # additional ones for each expert of a piece
 
 
-LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # a CPU runs a loop over experts
+LAUNCHES = {"cuda": Launches(25, 17, 8, 33, 0), "cpu": Launches(53, 130, 25, 7, 10)}  # on a CPU experts run in a loop
 
 
 class Costs:
@@ -53,7 +53,7 @@ class Costs:
         self.launches = LAUNCHES["cpu" if rates.cores else "cuda"]
 
     def _seconds(self, scale: float, flop: Any, rate: Any, num_bytes: Any, launches: Any = 0) -> Any:
-        """Combines the seconds of compute, multiplied by the fitted factor `scale`, with the seconds of launches."""
+        """Combines the seconds of compute, times the fitted factor `scale`, with the seconds of launches."""
         compute = scale * (flop / rate + num_bytes / self.rates.copy_rate)
         host = self.rates.scale.launch * launches * self.rates.launch
         return compute + host if self.rates.cores else np.maximum(compute, host)
@@ -136,7 +136,7 @@ class Costs:
             own=own,
             others=seconds - own,
             pack=pack,
-            counts=0.0 if known else 2 * exchange(COUNTS_BYTES),  # exchanges counts, then the row index of each pair
+            counts=0.0 if known else 2 * exchange(COUNTS_BYTES),  # two exchanges: counts, then the row index of each pair
             sync=0.0 if known else rates.sync,
             weights=0.0 if known else exchange(memory.FP32 / order.chunks),
             hops=hops,

@@ -1,8 +1,7 @@
 """Estimates the step time, exchanged bytes and memory of a layout. Imports no torch.
 
 Sums of gradients and gathers of parameters over data-parallel ranks run while dispatch and combine leave the network free.
-If they need more time than that, they prolong the step. The estimate assumes that EP groups wait for each other in each
-micro-batch.
+If they need more time, they prolong the step. The estimate assumes that EP groups wait for each other in each micro-batch.
 """
 
 import math
@@ -22,8 +21,8 @@ from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire, group_st
 from moe_dist.plan.step_model import Order, Played, collective_seconds, expected_longest, micro_batch, play
 
 LIBRARIES = 1.5e9  # number of bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
-SLACK = 0.05  # fraction of the tensors' memory that the allocator loses in addition, between blocks
-SLOWED = 20 / 132  # fraction of a GPU that a collective takes from compute (DeepSeek-V3 report, section 3.2.2)
+SLACK = 0.05  # additional memory that the allocator loses between blocks, as a fraction of the tensors' memory
+SLOWED = 20 / 132  # fraction of a GPU that a collective occupies and compute lacks (DeepSeek-V3 report, section 3.2.2)
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Estimate:
         seconds: Seconds of a step, the sum of four parts. `busy`: compute and host syncs of the average rank. `imbalance`:
             the wait for the busiest rank. `exchange`: the time of exchanges during which nothing is computed. `tail`: sums,
             gathers and optimizer.
-        wire: Seconds per step in which the rank that sends the most rows exchanges rows, even if it also computes then.
+        wire: Seconds per step in which the rank that sends the most rows exchanges rows, also while it computes.
         bytes_inside, bytes_between: Payload bytes that all ranks together exchange per step, inside nodes and between
             nodes.
         memory: Bytes on the rank that needs the most memory, at the quantiles 0.5, 0.95 and 0.99 over micro-batches.
@@ -107,7 +106,7 @@ class LayoutEstimator:
         loads = {first: self._load(config, placement, first) for first in starts}
         plays = {first: self._play(config, placement, first) for first in starts}
         micros = {first: expected_longest(plays[first].seconds_S, groups) for first, groups in starts.items()}
-        slowest = max(micros, key=micros.__getitem__)  # the step waits for the EP groups that cross nodes most
+        slowest = max(micros, key=micros.__getitem__)  # the step waits for the slowest EP groups
         load, played, micro = loads[slowest], plays[slowest], micros[slowest]
         busy_S, busiest_S = played.busy_SR.mean(1), played.busy_SR.max(1)
         tail = self._tail(config, placement, played, times)
@@ -148,7 +147,8 @@ class LayoutEstimator:
 
     def _play(self, config: Config, placement: ExpertPlacement, first: int) -> Played:
         parallel, dispatch, load = config.parallel, config.parallel.dispatch, self._load(config, placement, first)
-        # All ranks of a node share its cores. Only one EP group is simulated, so it gets a proportional part of the cores.
+        # All ranks of a node share its cores. The simulation has only one EP group, which gets its proportional part of the
+        # cores.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores, first)
@@ -174,7 +174,7 @@ class LayoutEstimator:
 
     def _tail(self, config: Config, placement: ExpertPlacement, played: Played, times: int) -> float:
         """Returns the seconds that gradient sums, parameter gathers and the optimizer add to a step. These are the seconds
-        in which nothing is computed, and those by which sums and gathers slow down simultaneous compute."""
+        in which nothing is computed, plus the seconds by which sums and gathers slow down simultaneous compute."""
         parallel, rates, world = config.parallel, self.rates, config.parallel.ep * config.parallel.edp
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)

@@ -43,20 +43,20 @@ def expert_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
     the shared expert are left out. An adapter that experts share counts once for each of these experts."""
     section, dim = model.moe.experts, model.hidden_dim
     groups, lora = model.moe.groups.items(), model.lora
-    stacks = lora.rank * len(lora.parameters) if lora else 0  # of two widths: 2 ffn_dim x dim, and dim x ffn_dim
+    stacks = lora.rank * len(lora.parameters) if lora else 0  # matrices of two shapes: 2 ffn_dim x dim, and dim x ffn_dim
     each = {name: section.adapter_parameters(dim, g.ffn_dim) + stacks * (dim + 1.5 * g.ffn_dim) for name, g in groups}
     return len(model.moe_layers) * sum(each[name] * experts[name] for name in each)
 
 
 def own_adapters(model: ModelSection, experts: Mapping[str, float]) -> float:
-    """Returns the number of those parameters in `expert_adapters` that exist only on the ranks of the adapters' experts. An
-    adapter that all experts share is on every rank, so it is left out."""
+    """Returns the number of parameters in `expert_adapters`, without adapters that all experts share. The others exist only
+    on the ranks of their experts; a shared adapter is on every rank."""
     return 0 if model.moe.experts.adapter_is_shared else expert_adapters(model, experts)
 
 
 def _replicated_adapters(model: ModelSection) -> float:
-    """Returns the number of parameters in adapters that every rank has: on attention, on the shared expert, and those that
-    experts share."""
+    """Returns the number of parameters in adapters that every rank has: adapters on attention and on the shared expert, and
+    adapters that experts share."""
     section, found = model.moe.experts, model.num_layers * adapter_parameters(model.attention_lora, model.attention_widths)
     found += 2 * model.num_layers * model.hidden_dim * model.lora.rank * len(model.lora.targets) if model.lora else 0
     found += expert_adapters(model, dict.fromkeys(model.moe.groups, 1)) if section.adapter_is_shared else 0
@@ -215,8 +215,8 @@ def untuned_flops(model: ModelSection, forward: Parts, *, seq_len: int, tuned: S
 
     Backward ends at the first tuned layer, the one nearest to the input. There the router computes its weights' gradient,
     and the experts compute their input's gradient, because one autograd node exchanges rows and weights together. In later
-    layers, a product with a frozen weight computes only its input's gradient, which costs as much as forward. Attention
-    scores are products of two activations, for which backward computes both gradients.
+    layers, backward of a product with a frozen weight computes only the input's gradient, which costs as much as forward.
+    Attention scores are products of two activations, for which backward computes both gradients.
 
     Args:
         forward: Result of `forward_flops` for a model that has no mixture of depths.
@@ -248,7 +248,8 @@ def flops_left_out(config: Config, forward: Parts) -> float:
 
 
 def has_few_logits(config: Config) -> bool:
-    """Returns whether the output layer computes only a few rows of the vocabulary. transformers' models compute all."""
+    """Returns whether the output layer computes logits only for a few tokens of the vocabulary. transformers' models
+    compute all."""
     tuning = config.router_tuning
     return tuning is not None and not tuning.over_vocabulary and not config.engine.hosts
 

@@ -110,7 +110,7 @@ def _secret_violations(config: Config) -> list[Violation]:
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, text) for each text in a configuration. Keys of mappings also count as texts."""
+    """Yields (dotted key, text) for each text in a configuration. The keys of mappings count as texts, too."""
     if isinstance(values, str):
         yield key, values
     elif isinstance(values, dict | list):

@@ -75,7 +75,7 @@ def _dispatchers(config: Config, ep: int, rates: Rates) -> list[DispatchSection]
 
 class Placements:
     """The placements for each EP size: interleaved, pinned (if there are several groups), and one for measured loads. Each
-    is made once. `solved` returns the slots for measured loads at an EP size; it is None without a trace."""
+    is made once. `solved` maps an EP size to the slots for measured loads; it is None without a trace."""
 
     def __init__(self, config: Config, token_mix: Mapping[str, int], solved: Any = None) -> None:
         self._config, self._mix, self._solved = config, token_mix, solved

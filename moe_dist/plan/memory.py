@@ -18,7 +18,7 @@ table gives the number of elements per token, each of `a` bytes (2 in bf16, 4 in
                                                                 time also has v, and 8 v bytes in fp32
 
 With Triton kernels (on GPUs, unless `parallel.kernels.kind` is torch) autograd keeps less, as the next table shows. With
-`parallel.compile` only the table's line MoE applies, because torch itself fuses attention and output:
+`parallel.compile` only its line MoE applies, because torch itself fuses attention and output:
 
     attention   D + 2 (H + H_kv) d (3, not 2, with qk_norm)     neither the norm, if there are no biases (else 2 D), nor
                                                                 the projections before the rotation
@@ -76,7 +76,8 @@ class RankMemory:
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # bytes of one layer's send and receive buffers if every token goes to one rank; not in `total`
     # Bytes that `total` leaves out. In a step with one micro-batch, backward frees activations while it makes gradients, so
-    # not all of both exist at once. Gradients in DDP's buckets count in full, because the buckets always exist.
+    # not all of both exist at once. Gradients in DDP's buckets are always counted in full, because the buckets always
+    # exist.
     in_turn: float = 0.0
 
     @property
@@ -85,8 +86,8 @@ class RankMemory:
 
 
 def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: float, pairs: float) -> RankMemory:
-    """Estimates the memory of the rank at position `rank` of an EP group. `rows` is the expected number of rows that it
-    receives, and `pairs` of (token, expert) pairs that it computes, both divided by the number of its own tokens."""
+    """Estimates the memory of the rank at position `rank` of an EP group. `rows` and `pairs` are the expected numbers of
+    rows that it receives and of (token, expert) pairs that it computes, divided by the number of its own tokens."""
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     tokens = config.train.micro_batch * config.data.seq_len
     held, trained = (each(config, placement, rank=rank) for each in (held_parameters, trained_parameters))
@@ -111,8 +112,8 @@ def rank_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows: 
 
 def held_parameters(config: Config, placement: ExpertPlacement, *, rank: int) -> float:
     """Returns the number of fp32 parameters on the rank at position `rank` of an EP group. FSDP2 shards dense parameters
-    over all ranks. It shards experts, with those adapters that belong to single experts, over the edp ranks, which have the
-    same experts. Routers are not sharded."""
+    over all ranks. It shards experts, and adapters that belong to single experts, over the edp ranks, which have the same
+    experts. Routers are not sharded."""
     parts = parameters(config.model, experts_held=held_experts(placement, rank))
     experts = parts.experts + own_adapters(config.model, held_experts(placement, rank))
     return parts.router + _sharded(config, parts.total - parts.router - experts, experts)
@@ -165,7 +166,8 @@ def trained_parameters(config: Config, placement: ExpertPlacement, *, rank: int)
 
 
 def tuned_parameters(config: Config) -> float:
-    """Returns the number of parameters that router tuning trains on every rank. All layers' routers are equally large."""
+    """Returns the number of parameters that router tuning trains on every rank. The routers of all layers have equal
+    sizes."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 

@@ -1,4 +1,4 @@
-"""Assigns ranks to nodes that have the properties which the ranks' expert groups require. All ranks of an EP group stay in
+"""Assigns ranks to nodes with the properties that the ranks' expert groups require. All ranks of an EP group stay in
 one domain of fast interconnect. All functions are pure."""
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ class Demand:
 
     feature: str | None = None  # Slurm feature
     labels: Mapping[str, str] = field(default_factory=dict)  # Ray labels
-    owner: str = ""  # expert group whose ranks share the node with no other group; '' if there is none
+    owner: str = ""  # expert group to which the node is reserved; '' if there is none
 
 
 def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
@@ -25,8 +25,8 @@ def groups_of_rank(placement: ExpertPlacement, rank: int) -> tuple[str, ...]:
 
 
 def demands(section: PlacementSection, placement: ExpertPlacement) -> tuple[Demand, ...]:
-    """Returns the demand of each position in an EP group. Only one group can make demands on a rank's node: only pinned
-    groups make demands, and they share no ranks."""
+    """Returns the demand of each position in an EP group. At most one group makes demands on a rank's node, because only
+    pinned groups make demands, and they share no ranks."""
     asked: Mapping[str, NodeSection] = {
         name: group.node for name, group in getattr(section, "groups", {}).items() if group.node != NodeSection()
     }

@@ -32,7 +32,7 @@ def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows:
     shards = (ranks * engine.cp, parallel.edp // engine.pp) if engine.distributed_optimizer else (1, 1)
     updated = dense / shards[0] + experts / shards[1]
     held = dense + experts
-    half = itemsize < FP32  # if True, the optimizer has fp32 copies of the bf16 weights that the computation uses
+    half = itemsize < FP32  # if True, the computation uses bf16 weights, and the optimizer has fp32 copies of them
     micro_batches = config.train.global_batch // (config.train.micro_batch * ranks)
     at_once = min(micro_batches, engine.pp + (engine.pp - 1) / engine.vpp if engine.vpp > 1 else engine.pp)
     tokens = config.train.micro_batch * config.data.seq_len / (engine.tp * engine.cp)

@@ -30,7 +30,7 @@ class PlacementCosts:
 
     name: str  # name of the placement policy
     placement: ExpertPlacement
-    load_R: tuple[float, ...]  # each rank's sum of ffn_dim over its (token, expert) pairs; forward FLOPs are 6 D times this
+    load_R: tuple[float, ...]  # sum of ffn_dim over each rank's (token, expert) pairs; forward FLOPs are 6 D times the sum
     remote_R: tuple[float, ...]  # number of rows from other ranks that each rank receives, one row per (token, rank)
 
     @property
@@ -119,7 +119,7 @@ def verdict(
     """Returns sentences that compare the rows and work of the chosen placement with those of each other placement.
 
     Args:
-        others: Plans of other placements. If one has the name of the chosen plan, it gives the groups different ranks.
+        others: Plans of other placements. A plan with the same name as the chosen plan gives the groups different ranks.
         missing: Maps each impossible policy to the reason.
         itemsize: Number of bytes of an element in a sent row.
     """
@@ -155,8 +155,8 @@ def _more_or_less(own: float, other: float, less: str, unit: str) -> str:
 
 
 def _trade(chosen: PlacementCosts, other: PlacementCosts, name: str, itemsize: int) -> str:
-    """Returns the condition under which the chosen placement is faster. It is empty unless one of the two plans has less
-    work but more rows than the other.
+    """Returns the condition under which the chosen placement is faster. The phrase is empty unless one of the two plans has
+    less work but more rows.
 
     Per token, the busiest rank computes 6 D max(load) FLOPs and moves 2 D itemsize max(remote) bytes in forward. D cancels.
     """

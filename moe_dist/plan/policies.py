@@ -57,7 +57,7 @@ def _placed(groups: Groups, slots: Slots) -> ExpertPlacement:
 
 
 def replicated_placement(groups: Groups) -> ExpertPlacement:
-    """Returns the placement of all experts on one rank, for a whole model, or for LoRA experts, which are on every rank."""
+    """Returns the placement with all experts on one rank: for a whole model, or for LoRA experts, which every rank has."""
     return ExpertPlacement(tuple(groups), (tuple(expert for group in groups for expert in group.experts),))
 
 

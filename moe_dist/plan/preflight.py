@@ -31,7 +31,7 @@ class PlannedLayout:
 
     groups: tuple[ExpertGroup, ...]
     placement: ExpertPlacement
-    # result of `token_mix`; empty if there are no data, which means equally many tokens of all modalities
+    # Result of `token_mix`. Empty if there are no data; all modalities then count as having equally many tokens.
     token_mix: Mapping[str, int]
     config: Config
 
@@ -200,7 +200,8 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Returns the number of training tokens of each modality. With `data.weights`, the number in a million drawn tokens."""
+    """Returns the number of training tokens of each modality. With `data.weights`, these are numbers in a million drawn
+    tokens."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

@@ -22,7 +22,7 @@ MARKS: tuple[Mark, ...] = ("measured", "fitted", "extrapolated")  # from the mos
 
 
 def weakest(*marks: Mark) -> Mark:
-    """Returns the least certain of the marks. A number that is computed from several marked numbers gets this mark."""
+    """Returns the least certain of the marks. A number computed from several marked numbers gets this mark."""
     return max(marks, key=MARKS.index)
 
 
@@ -90,7 +90,8 @@ class Rates(Section):
             yield Violation(("inside",), problem)
 
     def link(self, ranks: int) -> LinkSection:
-        """Returns the entry for exchanges of `ranks` ranks in a node: the smallest that has enough ranks, else the last."""
+        """Returns the entry for exchanges of `ranks` ranks in a node: the smallest entry with enough ranks, else the
+        last."""
         return next((link for link in self.inside if link.ranks >= ranks), self.inside[-1])
 
 
@@ -144,7 +145,7 @@ def published_rates(card: str, peak: float | None, *, ranks_per_node: int, betwe
     memory_rate, link, memory = PUBLISHED[card.upper()]
     copy, sizes, shares = 0.8 * memory_rate, (1.0, 64.0, 256.0, 1024.0, 4096.0), (1.0, 1.0, 0.7, 0.9, 1.0)
 
-    def curve(share: float) -> CurveSection:  # if there are few rows, the time of reading the weights limits the rate
+    def curve(share: float) -> CurveSection:  # for few rows, reading the weights limits the rate
         rates = (min(size * copy, part * share * peak) for size, part in zip(sizes, shares, strict=True))
         return CurveSection(sizes=sizes, rates=tuple(rates))
 

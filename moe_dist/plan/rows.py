@@ -28,7 +28,7 @@ class Load:
     arrays except `spread` are [S, L, R].
 
     Attributes:
-        inside, between: Number of rows that a rank sends in one dispatch, or receives if this is more: inside its node, and
+        inside, between: Number of rows that a rank sends or, if more, receives in one dispatch: inside its node, and
             between nodes. For the dispatcher `hierarchical`: in the hop inside nodes, and in the hop between nodes.
         sent_inside, sent_between: Number of rows that a rank sends inside its node, and to other nodes. Their sums give the
             bytes.
@@ -67,8 +67,8 @@ class Wire:
 
 
 def group_starts(ep: int, edp: int, node: int) -> dict[int, int]:
-    """Returns how many of `edp` EP groups of `ep` consecutive ranks begin at which position of a node. Groups that stay in
-    one node count as position 0, because they exchange alike."""
+    """Maps each position in a node to the number of EP groups that begin there, for `edp` groups of `ep` consecutive ranks.
+    Groups that stay in one node count as position 0, because they all exchange in the same way."""
     firsts = (group * ep % node for group in range(edp))
     return dict(Counter(first if first + ep > node else 0 for first in firsts))
 
@@ -147,7 +147,7 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
     far_RN = np.where(node_R[:, None] == np.arange(nodes_RN.shape[1]), 0.0, nodes_RN)
     nodes, local = nodes_RN.shape[1], np.arange(ranks) % wire.node
     arrived_R, forward_R, taken_R = np.zeros(ranks), near_RR.sum(1), near_RR.sum(0)
-    # a row from another node passes through the rank that has the sender's local index in the receiving node
+    # A row from another node first goes to the rank with the sender's local index in the receiving node.
     for rank in range(ranks):
         sources = [node * wire.node + local[rank] for node in range(nodes) if node != node_R[rank]]
         arrived_R[rank] = far_RN[sources, node_R[rank]].sum()
@@ -160,7 +160,8 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
 
 
 class Traced:
-    """Draws loads from the tokens of a trace. In each draw, each rank gets random whole sequences of it, with repetition.
+    """Draws loads from the tokens of a trace. In each draw, each rank gets random whole sequences of the trace, with
+    repetition.
 
     Args:
         ids_TLK, sequence_T: Columns as in `moe_dist.monitor.trace.format`, and the index of each token's sequence.

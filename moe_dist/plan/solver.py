@@ -85,14 +85,14 @@ def rank_loads(load_LE: np.ndarray, rank_E: np.ndarray, ranks: int) -> np.ndarra
 
 def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group_S: np.ndarray, steps: int) -> None:
     """Swaps experts of one group in `rank_S`, in place, to lower `pace`. Each step takes the expert that adds most to the
-    busiest ranks' loads, and swaps it with the expert or free slot that lowers `pace` most, if any does. Ends after `steps`
-    steps, or when no swap of an expert on the busiest ranks lowers `pace`."""
+    busiest ranks' loads. It swaps this expert with the expert or free slot that lowers `pace` most, if any lowers it. Ends
+    after `steps` steps, or when no swap of an expert on the busiest ranks lowers `pace`."""
     ranks = allowed_SR.shape[1]
     work_LR = rank_loads(load_LS, rank_S, ranks)
     tried = np.zeros(len(rank_S), bool)  # items that have been tried in vain since the last swap
     for _ in range(steps if ranks > 1 else 0):
         busiest_L = work_LR.argmax(1)
-        # An expert adds to the busiest ranks its load in those layers in which its own rank is the busiest.
+        # An expert adds to the busiest ranks' work only in layers in which its own rank is the busiest.
         blame_S = np.where(rank_S == busiest_L[:, None], load_LS, 0.0).sum(0)
         blame_S[tried] = -1.0
         one = int(blame_S.argmax())
@@ -120,7 +120,7 @@ def _largest_without(work_LR: np.ndarray, top_L3: np.ndarray, home: int) -> np.n
     such ranks."""
     layers, ranks = work_LR.shape
     found_LR = np.zeros((layers, ranks))
-    for place in reversed(range(top_L3.shape[1])):  # the last rank that fits is the busiest rank other than `home` and r
+    for place in reversed(range(top_L3.shape[1])):  # the last assigned value is of the busiest rank other than `home` and r
         rank_L1 = top_L3[:, [place]]
         fits_LR = (rank_L1 != home) & (rank_L1 != np.arange(ranks))
         found_LR = np.where(fits_LR, np.take_along_axis(work_LR, rank_L1, 1), found_LR)

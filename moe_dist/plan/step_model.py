@@ -96,7 +96,7 @@ def share_cores(start_SR: np.ndarray, work_SR: np.ndarray, cores: float) -> np.n
                 left_R[runs_R] -= (nearest - now) * speed
                 now = nearest
                 continue
-            # compared by time, because a rounded difference of times may never become 0
+            # compares times, because their rounded difference may never become 0
             done_R = runs_R & (left_R == least)
             left_R[runs_R] -= least
             now += least / speed
@@ -114,9 +114,8 @@ def expected_longest(seconds_S: np.ndarray, groups: int) -> float:
 
 
 def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds) -> Seconds:
-    """Returns the seconds of one exchange in which `ranks` ranks of a node take part. `inside` and `between` are the
-    numbers of bytes that a rank sends, or receives if these are more, inside its node and between nodes. Both are sent at
-    the same time."""
+    """Returns the seconds of one exchange in which `ranks` ranks of a node take part. `inside` and `between` are the bytes
+    that a rank sends (or receives, if more) inside its node and between nodes. Both are sent at the same time."""
     near, far = rates.link(ranks), rates.between
     seconds = np.where(np.asarray(inside) > 0, inside / near.bytes_per_second, 0.0) + near.latency * (ranks > 1)
     if far is not None and np.any(between):
@@ -196,7 +195,7 @@ def micro_batch(
         last = (_forward(queue, layer, order, last),)
     last = (queue.add("head", COMPUTE, head * (1 + order.backward), *last),)
     for layer, costs in zip(reversed(layers), reversed(backward or layers), strict=True):
-        if order.recompute == "block":  # attention, dispatch and experts are recomputed, but not combine
+        if order.recompute == "block":  # recomputes attention, dispatch and experts, but not combine
             last = (_forward(queue, _times(layer, order.again), order, last, repeated=True),)
         last = (_backward(queue, costs, order, last),)
     return queue.events
@@ -248,7 +247,8 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds a layer's backward to the queue. Output gradients go to the experts' ranks, and row gradients come back."""
+    """Adds a layer's backward to the queue. Gradients of outputs go to the experts' ranks, and gradients of rows come
+    back."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

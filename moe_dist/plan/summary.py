@@ -1,4 +1,4 @@
-"""Describes a run in a few lines: its model, ranks and data, and commands that show its progress. Imports no torch."""
+"""Describes a run in a few lines: model, ranks, data, and the commands that show its progress. Imports no torch."""
 
 import math
 from collections.abc import Mapping, Sequence

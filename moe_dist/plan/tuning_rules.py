@@ -12,7 +12,8 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.formats.tuning_manifest import TuningManifest, file_problems, load_tuning_manifest
 
-# Keys of `model` that change neither the output nor the routing of the run that answered the questions of the samples.
+# Keys of `model` that may differ from the run that answered the samples' questions, because they change neither its output
+# nor its routing.
 _NO_PART = ("init_std", "max_seq_len", "moe.capacity", "moe.balance", "folder")
 
 
@@ -69,7 +70,7 @@ def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
 
 
 def tokenizer_digest(config: Config, data: Manifest) -> str:
-    """Returns the SHA-256 of a data set's tokenizer, or of that in `model.folder`; '' if there is none. Raises OSError if
+    """Returns the SHA-256 of the tokenizer of a data set or of `model.folder`; '' if there is none. Raises OSError if
     the file cannot be read."""
     path = None if config.model.folder is None else Path(config.model.folder) / "tokenizer.json"
     if data.tokenizer is not None:

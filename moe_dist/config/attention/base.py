@@ -32,7 +32,8 @@ class AttentionSection(KindSection):
 
     @abstractmethod
     def score_width(self, model: WholeModel) -> int:
-        """Returns the number of values in a token's queries and in its output before the projection `o`, over all heads."""
+        """Returns the number of values that all heads together have in a token's queries and in its output before
+        projection `o`."""
 
     @abstractmethod
     def kept(self, model: WholeModel, *, frozen: bool) -> int:
@@ -40,9 +41,9 @@ class AttentionSection(KindSection):
         layer's input. If the weights are `frozen`, autograd does not save the inputs of projections."""
 
     def rotated(self, model: WholeModel) -> int:
-        """Returns how many of the elements that `kept` counts are not saved if a kernel computes the rotary embedding."""
+        """Returns how many of the elements in `kept` autograd does not save if a kernel computes the rotary embedding."""
         return 0
 
     def norms_again(self, model: WholeModel) -> bool:
-        """Returns whether, in backward, kernels recompute the norm of the layer's input."""
+        """Returns whether kernels recompute the norm of the layer's input in backward."""
         return False

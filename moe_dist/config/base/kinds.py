@@ -3,8 +3,8 @@ kinds that other installed packages offer.
 
 A new file in the package adds a kind; no list of kinds must be edited. Another package offers a kind through an entry point
 in the group `moe_dist.<folder>`, such as `moe_dist.routers`. The entry point's name is the kind, and its value names the
-section's class. Entry points are searched if a configuration names a kind without a file; then only this kind is imported.
-They are also searched, and all imported, when all kinds are listed. A configuration never names a module to import.
+section's class. If a configuration names a kind without a file, entry points are searched, and only this kind is imported.
+If all kinds are listed, all entry points are imported. A configuration never names a module to import.
 """
 
 import json
@@ -23,8 +23,8 @@ from pydantic_core.core_schema import SerializationInfo, ValidationInfo
 
 from moe_dist.config.base.section import KindSection
 
-OTHERS = "kind of another package"  # tag of the union member that stands for the kinds of other packages
-PACKAGE = "package"  # additional key of a stored section of such a kind; its value is the package's name
+OTHERS = "kind of another package"  # tag of the union member for the kinds of other packages
+PACKAGE = "package"  # additional key that stores the package's name in a section of such a kind
 
 
 class OtherKinds(NamedTuple):

@@ -15,7 +15,8 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 def at_most(most: int) -> AfterValidator:
-    """Returns a check of the upper bound `most`. `moe-dist explain` does not show it, because useful values are lower."""
+    """Returns a check of the upper bound `most`. `moe-dist explain` does not show the bound, because useful values are far
+    below it."""
 
     def check(value: int) -> int:
         if value > most:
@@ -25,9 +26,8 @@ def at_most(most: int) -> AfterValidator:
     return AfterValidator(check)
 
 
-# Upper bounds turn absurd numbers into errors. The bound 2**53 is the largest up to which float64 represents all integers.
-# The limits of experts, ranks and layers are smaller, because each of them takes memory; see also
-# `model_schema.MAX_EXPERTS`.
+# Upper bounds turn absurd numbers into errors. Up to the bound 2**53, float64 represents all integers. The limits of
+# experts, ranks and layers are smaller, because each of them takes memory; see also `model_schema.MAX_EXPERTS`.
 Count = Annotated[int, Field(ge=0), at_most(1 << 53)]
 PositiveInt = Annotated[int, Field(gt=0), at_most(1 << 53)]
 Width = Annotated[int, Field(gt=0), at_most((1 << 31) - 1)]
@@ -37,7 +37,7 @@ MAX_LAYERS = 1 << 12
 Layers = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
 # A name becomes a folder, a job name and part of shell lines, so it must have no path separator, quote or leading dash.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # allows no dot, because dotted keys contain an expert group's name
+GROUP_PATTERN = r"^[A-Za-z][A-Za-z0-9_-]{0,31}$"  # without dots, because an expert group's name is part of dotted keys
 UNIX_GROUP_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 PATH_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 LABEL_PATTERN = r"^[A-Za-z0-9]([A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?$"  # a label of a Ray node: `ray.io/accelerator-type`
@@ -67,8 +67,9 @@ class Violation(NamedTuple):
     problem: str  # error text, which has key, value, rule and fix
 
 
-# A value that a setting needs elsewhere in the configuration, as (key, allowed values, reason). The key is dotted; it names
-# a key of the configuration, or a capability (class variable) of a section. An error proposes the first allowed value.
+# A requirement of one setting on another key of the configuration: (key, allowed values, reason). The key is dotted; it
+# names a key of the configuration, or a capability (class variable) of a section. An error proposes the first allowed
+# value.
 Need = tuple[str, tuple[Any, ...], str]
 
 
@@ -173,8 +174,8 @@ def unordered(schedule: Iterable[tuple[int, float]], key: str = "schedule") -> I
 
 
 def unmet(config: WholeConfig, key: str, chosen: str, needs: Iterable[Need], *, instead: str) -> Iterator[Violation]:
-    """Yields a violation for each of `needs` that the configuration does not meet. The setting `chosen`, such as
-    `optimizer.kind=muon`, has these needs; `key` is its key. `instead` is a fix that avoids this setting."""
+    """Yields a violation for each of `needs` that the configuration does not meet. `chosen` is the setting with these
+    needs, such as `optimizer.kind=muon`, and `key` is its key. `instead` proposes a fix that avoids the setting."""
     for other, allowed, reason in needs:
         *above, name = other.split(".")
         section = config

@@ -1,5 +1,5 @@
-"""Defines the base classes of the dispatchers' sections. Other code reads the properties of a section and never compares
-its `kind`, so that a new kind of dispatcher needs no change elsewhere."""
+"""Defines the base classes of the dispatchers' sections. Other code only reads the properties of a section and never
+compares its `kind`. So a new kind of dispatcher needs no change elsewhere."""
 
 from collections.abc import Iterator
 from typing import ClassVar

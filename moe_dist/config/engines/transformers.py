@@ -27,18 +27,18 @@ NEEDED = (
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
     ("model.attention_lora", (None,), "the adapters of a family are those of model.lora"),
 )
-# What else must hold with adapters.
+# Additional entries that apply to runs with adapters.
 ADAPTED = (
     ("run.init_from", (None,), "the base is model.folder (export a run to make its folder)"),
     ("model.moe.balance", ((),), "the routers are frozen"),
 )
-# What else must hold with null rows in the family's routers.
+# Additional entries that apply if the family's routers have null rows.
 NULL_ROWS = (
     ("model.moe.router.softmax_top_k", (True,), "null experts are columns of the router's softmax"),
     ("model.moe.router.scale", (1.0,), "the weights are the family's"),
     ("model.moe.router.null_logit", ("each",), "each null expert has a row of the family's router"),
 )
-# What else must hold if tokens take all choices of the family's router.
+# Additional entries that apply if tokens take all choices of the family's router.
 ALL_CHOICES = (
     ("model.moe.router", (TopKRouterSection(), TopKRouterSection(selection_bias=True)), "the family's own router chooses"),
 )

@@ -4,7 +4,8 @@ from moe_dist.config.base.section import KindSection
 
 
 class ExpertsSection(KindSection):
-    """The kind of module, such as an FFN, that every true expert has. Null, identity and constant experts are not true.
+    """The kind of module, such as an FFN, that every true expert has. Null, identity and constant experts are not true
+    experts.
 
     `builds` names the activation for plain FFNs, the adapter for FFNs with adapters (then `base` names the activation), and
     the experts' class for LoRA experts over one frozen FFN.

@@ -36,7 +36,7 @@ ScheduleSection = Annotated[ConstantSchedule | CosineSchedule | WsdSchedule, Fie
 class OptimizerSection(KindSection):
     """The optimizer, its learning rate and the bound on the gradient norm."""
 
-    orthogonal: ClassVar[bool] = False  # true if, for matrices, the optimizer keeps only AdamW's first moment
+    orthogonal: ClassVar[bool] = False  # true if the optimizer keeps only AdamW's first moment for matrices
 
     lr: PositiveFloat = Field(description="Peak learning rate.")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's decay rates of its two moments.")
@@ -49,8 +49,8 @@ class OptimizerSection(KindSection):
     """Learning rate as a function of the step."""
 
     def keywords(self) -> dict[str, Any]:
-        """See `KindSection.keywords`. Omits the keys that the optimizer does not get. The training step clips gradients and
-        sets the learning rate, and the weight decay is part of the parameter groups."""
+        """See `KindSection.keywords`. Omits keys that are not arguments of the optimizer. The training step clips gradients
+        and sets the learning rate, and the weight decay is part of the parameter groups."""
         return self.model_dump(exclude={"kind", "weight_decay", "clip_norm", "schedule"})
 
     @property

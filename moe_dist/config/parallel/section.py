@@ -22,7 +22,7 @@ from moe_dist.config.base.section import (
 from moe_dist.config.dispatchers.base import DispatchSection
 from moe_dist.config.dispatchers.kinds import AllToAllDispatchSection
 
-if TYPE_CHECKING:  # type checkers cannot see the union that is made at run time, so they get the base class
+if TYPE_CHECKING:  # the union is made at run time, so type checkers get the base class instead
     AnyDispatch = DispatchSection
 else:
     AnyDispatch = kinds_in(dispatchers, DispatchSection, default="all_to_all")

@@ -13,8 +13,8 @@ OTHERS = ("num_null", "num_identity", "num_constant")  # keys of a group's null 
 class RouterSection(KindSection):
     """The rule that assigns tokens to experts.
 
-    The properties return the values for a router with which each token takes top_k columns of its expert group (one column
-    per expert, null experts included). Other kinds of routers override them. The keys selection_bias, null_logit,
+    The defaults of the properties apply to a router with which each token takes top_k columns of its expert group (one
+    column per expert, null experts included). Other kinds of routers override them. The keys selection_bias, null_logit,
     normalise, scale and scope have the same meaning in all kinds.
     """
 
@@ -26,7 +26,7 @@ class RouterSection(KindSection):
     only_true_experts: ClassVar[bool] = False  # true if groups must not have null or zero-computation experts
     needs: ClassVar[tuple[Need, ...]] = ()  # values that the router needs in other keys of the configuration
     adapted: ClassVar[bool] = False  # true if a model with this router can be the base of LoRA adapters on experts
-    hosted: ClassVar[str] = ""  # class for engine.kind=transformers; empty if it cannot use this router
+    hosted: ClassVar[str] = ""  # router class for engine.kind=transformers; empty if that engine cannot use this kind
 
     @property
     def name(self) -> str:
@@ -35,7 +35,7 @@ class RouterSection(KindSection):
 
     @property
     def said(self) -> str:
-        """The keys and values of the section, as one line of text."""
+        """The section's keys and values as one line of text."""
         return ", ".join(f"{key}: {value}" for key, value in self.model_dump(mode="json").items())
 
     @property
@@ -64,16 +64,16 @@ class RouterSection(KindSection):
 
     @property
     def sum_of_weights(self) -> float | None:
-        """Sum of the routing weights of each token with at least one true expert; None if this sum differs."""
+        """Sum of a token's routing weights if it has at least one true expert; None if the sum differs between tokens."""
         return getattr(self, "scale", 1.0) if getattr(self, "normalise", "none") == "true_chosen" else None
 
     def further_tensors(self, group: Any, hidden_dim: int) -> dict[str, tuple[int, ...]]:
-        """Maps the ends of names to the shapes of a group's saved tensors, except router rows and biases."""
+        """Maps the last parts of names to the shapes of a group's saved tensors, without router rows and biases."""
         return {}
 
     def further_parameters(self, columns: int) -> int:
-        """Returns the number of a group's parameters, except rows and biases, in each MoE layer but the first. The group
-        has `columns` columns."""
+        """Returns the number of parameters of a group with `columns` columns in each MoE layer except the first, without
+        router rows and biases."""
         return 0
 
     def equal_score(self, group: Any) -> float:
@@ -111,7 +111,7 @@ class RouterSection(KindSection):
         return (max(0, group.top_k - others), most) if others else (group.top_k, group.top_k)
 
     def build_hosted(self, *context: Any) -> Any:
-        """Makes the object that turns a family's choices into this project's routing (engine.kind=transformers)."""
+        """Makes the router that converts a family's choices to this project's routing (engine.kind=transformers)."""
         return named(self.hosted)(*context, **self.keywords())
 
     def counts_unknown(self) -> str:

@@ -24,7 +24,7 @@ class ExpertChoiceRouterSection(RouterSection):
     builds = "moe_dist.moe.routers.expert_choice:ExpertChoiceRouter"
     served = "expert_choice"
 
-    # Each true expert takes a fixed fraction of the tokens, whatever other columns take. Null, identity and constant
+    # Each true expert takes a fixed fraction of the tokens, independently of other columns. Null, identity and constant
     # experts therefore cannot lower a token's number of true experts, as they can if tokens choose. A null expert would
     # have no effect, because a token may have no expert anyway. An identity expert would only add s x to the output of its
     # tokens, and a constant expert s (a1 x + a2 v).
@@ -98,7 +98,7 @@ class ExpertChoiceRouterSection(RouterSection):
         )
 
     def keywords(self) -> dict[str, Any]:
-        return self.model_dump(exclude={"kind", "scope"})  # the caller passes an object for the scope
+        return self.model_dump(exclude={"kind", "scope"})  # the caller passes the scope as an object
 
     def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
         yield from super().violations_in(config)
@@ -179,8 +179,9 @@ def _causal(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator
 
 
 def _mixture_of_depths(section: ExpertChoiceRouterSection, config: WholeConfig) -> Iterator[Violation]:
-    """Rejects three settings that do not work with mixture of depths. Noise and scopes of several ranks fail because only
-    the layer knows which tokens reach the experts. A schedule fails because the layer's router does not get the step."""
+    """Rejects three settings that do not work with mixture of depths. Noise and scopes of several ranks do not work,
+    because only the layer knows which tokens reach the experts. A schedule does not work, because the layer's router does
+    not get the step."""
     if config.model.mixture_of_depths is None:
         return
     inside = "which tokens reach the experts of such a layer is known only inside the layer"
@@ -228,7 +229,7 @@ class ExpertThresholdRouterSection(ExpertChoiceRouterSection):
     builds = "moe_dist.moe.routers.expert_threshold:ExpertThresholdRouter"
     served = "expert_threshold"
 
-    # Narrowing the type is sound, because fields are frozen.
+    # A narrower type is safe here, because fields are frozen.
     kind: Literal["expert_threshold"] = "expert_threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     causal: Literal["threshold"] = "threshold"  # pyright: ignore[reportIncompatibleVariableOverride]
     """Evaluation routes by the same thresholds as training, after a calibration (evaluation.calibration)."""

@@ -1,7 +1,7 @@
 """Reads a family's configuration, and derives the section `model` from it.
 
-The sizes of the section come from the family's model on the meta device, by transformers' own interface for experts and
-routers. So no family is known by name.
+The sizes of the section are read from the family's model on the meta device, through transformers' own interface for
+experts and routers. So this file contains no names of families.
 """
 
 import json
@@ -28,16 +28,17 @@ from moe_dist.moe.routers.copy_init import uneven_twins
 from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
-GROUP = "experts"  # name of the one expert group, and of the attribute under which families keep their experts
+GROUP = "experts"  # name of the only expert group, and of the attribute that has a family's experts
 LEAST = "5.24"  # version of transformers
 GIVEN = ("folder", "family", "fields")
-CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that do not follow from the family
-MOST_PARTS = 4096  # of layers, experts and the like; transformers takes milliseconds for each
+CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that the family does not determine
+MOST_PARTS = 4096  # largest number of layers, of experts and so on; transformers takes milliseconds per part
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
-# Names of fields whose numbers are large and over which transformers does not loop. A loop over MOST_NUMBER takes a second.
+# Names of fields whose values may be large, because transformers does not loop over them. A loop up to MOST_NUMBER takes a
+# second.
 _LARGE = re.compile(r"theta|position|len|window|size|seed|base|context|token|pixel|id$")
 MOST_NUMBER = 1 << 18
-# Names of fields that are numbers of parts.
+# Names of fields that give a number of parts.
 _NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)(_per_\w+)?$")
 _NOTES = ("transformers_version", "torch_dtype", "dtype")
 
@@ -58,14 +59,14 @@ class Bank(NamedTuple):
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
-    """Returns the whole section `model` for a section that names a folder, or a family and its fields.
+    """Completes a section `model` that names only a folder, or a family and its fields.
 
     Raises:
-        ConfigError: the folder or family cannot be used; the text says why.
+        ConfigError: the folder or family cannot be used. The message gives the reason.
     """
     folder, family, fields = (model.get(key) for key in GIVEN)
     if not all(isinstance(each, str | None) for each in (folder, family)) or not isinstance(fields, dict | None):
-        return model  # the schema names the wrong type
+        return model  # the schema's check reports the wrong type
     if folder is not None and (family is None or (Path(folder) / "config.json").is_file()):
         stored = read_fields(Path(folder))
         of_folder = stored.pop("model_type")
@@ -93,7 +94,7 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _other_than(given: Mapping[str, Any], stored: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Yields the dotted name of each given field, also within sections, whose stored value is another."""
+    """Yields the dotted name of each given field whose stored value differs, also of fields inside other fields."""
     for key, value in given.items():
         found = stored.get(key)
         if isinstance(value, Mapping) and isinstance(found, Mapping):
@@ -103,10 +104,10 @@ def _other_than(given: Mapping[str, Any], stored: Mapping[str, Any], path: str) 
 
 
 def _check_nulls(name: str, group: Mapping[str, Any], family: str, *, plain_router: bool, copied: bool) -> None:
-    """Raises ConfigError if the family's routers cannot have the null rows that the group asks for."""
+    """Raises ConfigError if the family's routers cannot have as many null rows as the group's section requires."""
     key, count = f"model.moe.groups.{name}.num_null", group.get("num_null")
     if not isinstance(count, int) or count <= 0:
-        return  # the schema names a wrong value
+        return  # the schema's check reports a wrong value
     if not plain_router:
         raise ConfigError(
             f"{key}={count}: null rows need a router that is one matrix [experts, hidden], which {family}'s is not; remove "
@@ -118,9 +119,9 @@ def _check_nulls(name: str, group: Mapping[str, Any], family: str, *, plain_rout
 
 
 def _check_names(family: str, fields: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a field that the family's configuration does not have: transformers would ignore it."""
+    """Raises ConfigError for a field that the family's configuration lacks, because transformers would ignore it."""
     config = family_config(family, {})
-    known = {*vars(config), *type(config).attribute_map, "head_dim"}  # models read head_dim where it is not declared
+    known = {*vars(config), *type(config).attribute_map, "head_dim"}  # some models read head_dim without declaring it
     known = {name for name in known if not _is_private(name)}
     for name in fields:
         if name not in known:
@@ -128,8 +129,9 @@ def _check_names(family: str, fields: Mapping[str, Any]) -> None:
 
 
 def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str) -> dict[str, Any]:
-    """Returns the values that were found, and those given beside them, which must be defaults: they have no effect. Only
-    the keys in `CHOSEN` can be chosen."""
+    """Joins the `found` values of a family with the `given` values of the section. The user can choose only keys in
+    `CHOSEN`. Other given values must equal the found value or, where the family has none, the default. Raises ConfigError
+    otherwise."""
     joined = {**given, **found}
     for key, value in given.items():
         inner = {"moe": MoESection}.get(key, GroupSection if schema is Section else None)
@@ -182,8 +184,8 @@ def _is_private(field: str) -> bool:
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
-    """Raises ConfigError for fields, at any depth, that could make transformers run code, print control characters, or work
-    for hours."""
+    """Raises ConfigError for fields, at any depth, with which transformers could run code, print control characters or take
+    hours."""
     problems = [f"{problem}; remove it" for problem in code_keys(fields)]
     for _, name, value in entries(fields):
         if _is_private(name):
@@ -211,8 +213,8 @@ def _check_version() -> None:
 
 
 def family_config(family: str, fields: Mapping[str, Any]) -> Any:
-    """Returns transformers' configuration object. Raises ConfigError if it refuses family or fields, or if the fields could
-    do harm."""
+    """Returns transformers' configuration object. Raises ConfigError if transformers rejects the family or fields, or if
+    the fields could do harm."""
     from transformers import CONFIG_MAPPING
 
     _check_version()
@@ -228,7 +230,7 @@ def family_config(family: str, fields: Mapping[str, Any]) -> Any:
             see=GUIDE,
         )
     try:
-        with offline():  # some defaults name models of the hub
+        with offline():  # some default values are names of models on the hub
             return CONFIG_MAPPING[family](**fields)
     except Exception as error:  # each family checks its fields in its own way
         raise ConfigError(f"model.fields: {family}: transformers refuses them: {error}; correct them", see=GUIDE) from error
@@ -254,9 +256,9 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
 
 
 def reads_pictures(config: Any) -> bool:
-    """Returns whether `picture_inputs` can make the inputs of a family with an encoder of pictures: patches of any number
-    (`pixel_values`, `image_grid_thw`), of which the encoder merges squares. Families that also have a model of texts alone
-    are trained as that model."""
+    """Returns whether `picture_inputs` can make the inputs of the family's picture encoder. The encoder must take any
+    number of patches (`pixel_values`, `image_grid_thw`) and merge squares of patches. False for a family that also has a
+    text-only model, which is then trained."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     vision = getattr(config, "vision_config", None)
@@ -298,7 +300,7 @@ def banks_of(model: nn.Module) -> list[Bank]:
         ids = range(first, first + next(model.get_submodule(bank.experts).parameters()).shape[0])
         if users[bank.router] == 1:
             banks.append(bank._replace(ids=ids))
-        else:  # the model records the block around several banks, each of which has a router of its own
+        else:  # the model records the block of several banks, each with its own router
             holder = bank.experts.rpartition(".")[0]
             banks.append(Bank(bank.layer, bank.experts, f"{holder}.gate", holder.rpartition(".")[2], bank.router, ids))
     return banks
@@ -309,7 +311,7 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
     """Returns the section `model`, and whether the routers are plain matrices [experts, hidden size]."""
     log = logging.getLogger("transformers")
     level = log.level
-    log.setLevel(logging.ERROR)  # each rank would repeat its warnings about the configuration
+    log.setLevel(logging.ERROR)  # otherwise each rank would repeat the warnings about the configuration
     try:
         with torch.device("meta"):
             model = empty_model(family, json.loads(fields_json))

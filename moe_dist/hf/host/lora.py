@@ -1,7 +1,7 @@
 """LoRA adapters of a hosted model, on linear layers and on stacks of experts, with the names and shapes of PEFT.
 
-An adapter adds alpha / rank times B A to a weight. A and B are parameters of the weight's own module, so that the names of
-the base's weights stay, and a rank has the adapters of its own experts.
+An adapter adds alpha / rank times B A to a weight. A and B are parameters of the same module as the weight. So the base's
+weights keep their names, and each rank has the adapters of its own experts.
 
 Shape letters: E experts, r rank, I inputs, O outputs.
 """
@@ -41,7 +41,7 @@ class Place(NamedTuple):
 
 
 def unknown_names(model: ModelSection) -> list[str]:
-    """Returns an error text for each name in `targets` and `parameters` of `model.lora` that fits no weight."""
+    """Returns an error text for each name in `targets` and `parameters` of `model.lora` that matches no weight."""
     lora, family = model.lora, _whole(model)
     assert lora is not None
     linear, stacks = _candidates(family)
@@ -77,7 +77,7 @@ def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
 
 
 def _candidates(family: Any) -> tuple[list[str], list[str]]:
-    """Returns two lists of paths: of all linear layers but routers, and of the stacks of experts."""
+    """Returns two lists of paths: all linear layers except routers, and all stacks of experts."""
     banks = banks_of(family)
     routers = {each for bank in banks for each in family.get_submodule(bank.router).modules()}
     modules = family.named_modules()
@@ -92,7 +92,7 @@ def _has_end(path: str, ends: Sequence[str]) -> bool:
 
 
 def add_adapters(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
-    """Adds A and B, without values, for each adapted weight of a model with all experts. Returns these weights."""
+    """Adds uninitialised A and B for each adapted weight of a model with all experts. Returns these weights."""
     places = places_in(family, lora)
     for place in places:
         module = family.get_submodule(place.module)
@@ -116,8 +116,8 @@ def _add(module: Any, inputs: Any, output: Tensor) -> Tensor:
 
 
 def fold(experts: Any, weights: dict[str, Tensor | None]) -> None:
-    """Adds the adapters of a module of experts to its stacks in `weights`, which has both by name. PEFT's own order of
-    operations, which never has B A alone in memory."""
+    """Adds the adapters of a module of experts to its stacks; `weights` has both by name. The order of operations is
+    PEFT's, so B A is never a separate tensor in memory."""
     for name, a in list(weights.items()):
         if name.endswith(MATRICES[0]) and a is not None:
             stack = name.removesuffix(f"_{MATRICES[0]}")
@@ -160,12 +160,13 @@ def merge_adapters(family: Any, places: Sequence[Place]) -> None:
 def first_values(
     model: Any, lora: HostedLoRASection, slots: Sequence[int], seed: int
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yields each matrix of the adapters, and the tensor with which a new run begins: that of `lora.folder`, or A with
-    PEFT's variance 1 / (3 I), from (seed, name), and B = 0. `slots` are the logical ids of this rank's experts.
+    """Yields each adapter matrix and its initial value in a new run. The values are read from `lora.folder`. Without a
+    folder, A is drawn from (seed, name) with PEFT's variance 1 / (3 I), and B is 0. `slots` are the logical ids of this
+    rank's experts.
 
     Raises:
-        ConfigError: rank, alpha or the weights that have adapters are not those of `lora`, or the folder's adapters are no
-            plain LoRA.
+        ConfigError: in the folder, rank, alpha or the adapted weights differ from `lora`, or the adapters are not plain
+            LoRA.
         DataError: files are missing or damaged.
     """
     local = {bank.experts: bank.local(slots) for bank in model.banks}

@@ -1,7 +1,7 @@
-"""Inputs of families that have an encoder of pictures.
+"""Makes the inputs of families that have a picture encoder.
 
-A rank without pictures must issue the same collectives as the others, and DDP waits for a gradient of each weight. So its
-encoder reads its smallest picture, whose embeddings are multiplied by 0.
+A rank without pictures must issue the same collectives as the other ranks, and DDP waits for a gradient of each weight. On
+such a rank the encoder therefore encodes the smallest possible picture, and the result is multiplied by 0.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,8 @@ from moe_dist.hf.host.family import GUIDE
 
 
 def groups_of_types(group_BS: Tensor, more: Mapping[str, Tensor]) -> Tensor:
-    """Returns each token's group, which `moe_mm_token_type_ids` (0 is text) replaces, but for padding (-1)."""
+    """Returns each token's group. `moe_mm_token_type_ids` (0 is text), if present, replaces all groups except padding
+    (-1)."""
     types_BS = more.get("moe_mm_token_type_ids")
     return group_BS if types_BS is None else torch.where(group_BS < 0, group_BS, types_BS.bool().long())
 
@@ -24,10 +25,10 @@ def picture_inputs(
     family: Any, tokens_BS: Tensor, positions_BS: Tensor, group_BS: Tensor, more: Mapping[str, Tensor], *, banks: bool
 ) -> dict[str, Any]:
     """Returns the keyword arguments of the family's forward. `more` has the batch's pictures (`PictureBatch.more`). `banks`
-    tells whether pictures have experts of their own. Costs a host sync.
+    tells whether pictures have separate experts. Costs a host sync.
 
     Raises:
-        DataError: the batch has placeholders of pictures but no pictures, or text experts would compute placeholders.
+        DataError: the batch has placeholders of pictures but no pictures, or placeholders are in the group of text experts.
     """
     config, vision = family.config, family.config.vision_config
     image_BS, video_BS = tokens_BS == config.image_token_id, tokens_BS == config.video_token_id
@@ -39,7 +40,7 @@ def picture_inputs(
     if has_pictures and "position_ids" not in more:
         grids = {name: each for name, each in inputs.items() if name.endswith("_grid_thw")}
         places_3BS, _ = family.model.get_rope_index(tokens_BS, image_BS.int() + 2 * video_BS.int(), **grids)
-    # Four positions of a token: the first, by which the family's mask separates documents, then time, height and width.
+    # A token has four positions: one by which the family's mask separates documents, then time, height and width.
     inputs["position_ids"] = torch.cat([positions_BS[None], places_3BS])
     if has_pictures:
         return {"input_ids": tokens_BS, **inputs}

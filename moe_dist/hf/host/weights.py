@@ -1,4 +1,4 @@
-"""Weights of a hosted model: read from a Hugging Face folder, and written to one."""
+"""Reads the weights of a hosted model from a Hugging Face folder, and writes them to one."""
 
 import re
 from collections.abc import Sequence
@@ -30,12 +30,12 @@ _LAYER = re.compile(r"\blayers\.\d+\.")
 
 @torch.no_grad()
 def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
-    """Reads this rank's experts, and its shard of the other weights, from a folder's safetensors files. transformers' own
-    conversion names and joins the tensors. Host memory holds the tensors of one layer at a time.
+    """Reads this rank's experts, and its shards of all other weights, from a folder's safetensors files. transformers' own
+    conversion renames and joins the tensors. Host memory holds the tensors of one layer at a time.
 
     Raises:
         DataError: files are missing, damaged, pickled or quantised (`open_source`).
-        ConfigError: tensors are missing, unknown, or of another shape than the configuration says.
+        ConfigError: tensors are missing or unknown, or their shapes contradict the configuration.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -77,7 +77,8 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
         faults["unknown"] |= set(info.unexpected_keys)
         faults["of another shape"] |= {str(each[0]) for each in info.mismatched_keys}
         faults["not converted"] |= set(info.conversion_errors)
-        # The loader makes new tensors, on the host. The optimizer, FSDP2 and DDP have the old ones.
+        # The loader makes new tensors on the host. Their values are copied, because optimizer, FSDP2 and DDP refer to the
+        # old tensors.
         for name, new in _tensors_of(family).items():
             old = before[name]
             if new is not old:
@@ -106,7 +107,7 @@ def _tensors_of(family: Any) -> dict[str, Any]:
 
 
 class _Slice:
-    """A tensor of a safetensors file, read when transformers takes a slice of it, with the rows of this rank's experts."""
+    """A tensor of a safetensors file with only the rows of this rank's experts. It is read when transformers slices it."""
 
     def __init__(self, tensor: Any, rows: Sequence[int] | None) -> None:
         self._tensor, self._rows = tensor, rows
@@ -126,10 +127,10 @@ class _Slice:
 
 
 def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool) -> tuple[str, Any] | None:
-    """Returns name and tensor, cut to this rank's experts. None for an expert of another rank.
+    """Returns the name and the tensor, reduced to this rank's experts; None for an expert of another rank.
 
     Args:
-        stacked: Whether the tensor becomes a part of a stack of experts: one expert of it, or all experts.
+        stacked: Whether the tensor goes into a stack of experts. It has one expert, or all of them.
     """
     expert = _EXPERT.search(name) if stacked else None
     if expert is None:
@@ -140,8 +141,8 @@ def _of_this_rank(name: str, tensor: Any, local: Sequence[int], *, stacked: bool
 
 
 def _split_by_bank(mapping: Sequence[Any], sizes: Sequence[int]) -> None:
-    """Changes transformers' conversion of weights so that it splits this rank's experts into banks of the given sizes.
-    By default it gives every bank the same number of experts."""
+    """Changes transformers' conversion of weights so that it splits this rank's experts into banks of the given sizes,
+    instead of banks of equal sizes."""
     for converter in mapping:
         for operation in getattr(converter, "operations", ()):
             if hasattr(operation, "split_list_into_chunks"):
@@ -156,7 +157,7 @@ def _joined_banks(operation: Any, sizes: Sequence[int], found: Any, **more: Any)
                 torch.stack(found[each][start : start + size], operation.stack_dim) for each in more["source_patterns"]
             ]
             joined[target] = torch.cat(stacks, operation.concat_dim)
-        else:  # torch stacks no empty list
+        else:  # torch cannot stack an empty list
             shape = more["model"].get_parameter(more["full_layer_name"].replace(targets[0], target)).shape
             joined[target] = torch.empty(shape)
         start += size
@@ -170,8 +171,8 @@ def write_folder(model: HostedModel, out: Path) -> None:
 
 
 def export_hosted_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None) -> int:
-    """Does for a run of a transformers model what `moe_dist.hf.adapters.export_adapters` does. The base is its
-    `model.folder`."""
+    """Exports the adapters of a run on a transformers model, as `moe_dist.hf.adapters.export_adapters` does for other runs.
+    The base is the run's `model.folder`."""
     contents = open_checkpoint(find_checkpoint(checkpoint))
     model = checked_config(contents).model
     if model.lora is None:
@@ -182,7 +183,7 @@ def export_hosted_adapters(checkpoint: Path, out: Path, *, base_name: str | None
 
 
 def refuse_masked(moe: MoESection) -> None:
-    """Raises ConfigError if tokens leave out choices of the family's router. transformers does not know that."""
+    """Raises ConfigError if tokens leave out choices of the family's router, because transformers cannot do so."""
     nulls = [f"model.moe.groups.{name}.num_null={group.num_null}" for name, group in moe.groups.items() if group.num_null]
     if nulls or not moe.router.softmax_top_k:
         raise ConfigError(

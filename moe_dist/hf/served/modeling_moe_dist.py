@@ -1,8 +1,8 @@
 """A decoder with groups of experts, as moe_dist trains it, for transformers. Needs transformers only.
 
-A token takes some of the columns of its group's router; the router's kind decides how many. The columns are, in this order,
-FFN experts, null experts (which add nothing and cost nothing), identity experts (which add the token's normed input) and
-constant experts (which mix the input with a learned vector). The token id determines the group.
+A token takes some of the columns of its group's router. The kind of router determines the number. The columns are, in this
+order, FFN experts, null experts (which add nothing and cost nothing), identity experts (which add the token's normed input)
+and constant experts (which mix the input with a learned vector). The token id determines the group.
 """
 # ruff: noqa: RUF012
 
@@ -27,7 +27,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_moe_dist import MoeDistConfig
 
-# Added (times the scale of attention) to the score of a token that skipped the layer, so that its probability is exactly 0.
+# This number, times the scale of attention, is added to the scores of tokens that skipped the layer, so that their
+# probability is exactly 0.
 SKIPPED = -1e4
 # The name of transformers' cache of keys and values, which was `past_key_values` before version 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -121,7 +122,7 @@ class MoeDistAttention(nn.Module):
         return {}
 
     def rotate(self, query, key, position_embeddings):
-        if self.config.rope_pairs == "adjacent":  # equally reordered queries and keys have the same products
+        if self.config.rope_pairs == "adjacent":  # queries and keys are reordered alike, so their products stay the same
             query, key = (in_halves(each, position_embeddings[0].shape[-1]) for each in (query, key))
         return apply_rotary_pos_emb(query, key, *position_embeddings)
 
@@ -214,8 +215,8 @@ ATTENTIONS = {
 }
 
 
-# The rule of each kind of router: the function from logits to scores, then three methods of MoeDistRouter. They return
-# the values by which columns are ordered, the share of its weight that each of the first `top_k` columns gets, and the
+# The rule of each kind of router: a function from logits to scores, then three methods of MoeDistRouter. They return the
+# values by which columns are ordered, the fraction of its weight that each of the first `top_k` columns gets, and the
 # weights.
 ROUTERS = {
     "top_k": ("softmax", "biased", "whole", "normalised"),
@@ -244,7 +245,7 @@ class MoeDistRouter(nn.Module):
         # Router rows are multiplied in parts of `num_experts` rows, as in training, because the bits of a product depend on
         # its shape. A null expert's row that copies an expert's row must give the same logit, because the expert must win
         # this tie.
-        self.parts = []  # (rows, columns) of each part; one row may be the logit of all null columns
+        self.parts = []  # (rows, columns) of each part; one row may give the logit of all null columns
         for name in ("num_experts", "num_null", "num_identity", "num_constant"):
             count = group[name]
             if name == "num_null" and count and config.router.get("null_logit") == "single":
@@ -356,11 +357,12 @@ class MoeDistRouter(nn.Module):
 
     def admitted_by_level(self, x, logits, chosen):
         taken = self.above_level(logits).gather(1, chosen) > 0
-        margins = self.margins(logits).gather(1, chosen)  # give the weights a gradient, as in training
+        margins = self.margins(logits).gather(1, chosen)  # margins give the weights a gradient, as in training
         return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
 
     def predicted(self, x, logits, chosen):
-        """A linear head predicts the number of columns. The last column's share is the number's fractional part."""
+        """A linear head predicts the number of columns. The share of the last column is the fractional part of this
+        number."""
         number = self.top_k * (F.linear(x, self.number.to(x.dtype)) + self.shift().to(x.dtype)).sigmoid()
         return (number - torch.arange(self.top_k, device=x.device)).clamp(min=0.0, max=1.0)
 
@@ -460,7 +462,7 @@ class MoeDistSparseMoeBlock(nn.Module):
 
 
 class MoeDistDepthRouter(nn.Module):
-    """Decides for each token alone whether a mixture-of-depths layer computes it. Computes in fp32."""
+    """Decides for each token independently whether a mixture-of-depths layer computes it. Computes in fp32."""
 
     def __init__(self, config: MoeDistConfig):
         super().__init__()

@@ -18,7 +18,7 @@ from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary
 
 OPENMOJI = "openmoji"
 _LANGUAGE = re.compile(r"([a-z]{2}): ")
-_TRAINED_ON = 8000  # number of training documents read per source; more are not needed, as one picture per caption suffices
+_TRAINED_ON = 8000  # number of training documents read per source; enough, because one picture per caption suffices
 
 
 def pictures(vocabulary: Vocabulary, families: Mapping[str, str], side: Side) -> tuple[list[Fact], list[Fact]]:

@@ -3,8 +3,8 @@
 A hash puts each key (a lemma or a picture family) on the train, validation or test side. If all keys of a fact are on one
 side, the fact is on this side; otherwise the fact is dropped. Therefore no test fact shares a synset, lemma or picture
 family with a training fact, even of another task. The alternative would be to put all facts that are connected by shared
-keys on one side. It would drop no fact, but it would put nearly all of WordNet on one side. A key's side depends on no
-file, so leaving out a task does not change other tasks.
+keys on one side. It would drop no fact, but it would put nearly all of WordNet on one side. A key's side does not depend on
+files, so other tasks stay the same if a task is left out.
 """
 
 import hashlib
@@ -73,7 +73,8 @@ def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, l
     `seed` determines.
 
     Wrong choices are right answers of other facts of the same side and pool. They are therefore about as common as the
-    right answer, and no answer from another side appears. Each index is the right choice equally often, +- 1.
+    right answer, and no answer from another side appears. Over all questions, each index is the right choice equally often,
+    +- 1.
 
     Raises:
         DataError: for every fact on the side there are fewer than three wrong choices.

@@ -122,8 +122,8 @@ class Embedder:
 
 
 def _num_parameters(root: Path) -> int:
-    """Returns the number of parameters of the model that config.json describes. Loads no weights. A number in config.json
-    can make the construction endless."""
+    """Returns the number of parameters of the model that config.json describes. Loads no weights. Call it with a time
+    limit, because a number in config.json can make the construction endless."""
     from transformers import AutoConfig, AutoModel
 
     with offline(), torch.device("meta"):

@@ -13,7 +13,7 @@ from moe_dist.moe import kernel_choice
 from moe_dist.moe.kernel_choice import Results, random
 from moe_dist.moe.layer import MoELayer
 
-HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # with WORDS words, a kernel needs several blocks
+HEADS, LENGTH, WIDTH, WORDS = 3, 40, 72, 5000  # WORDS is so large that a kernel needs several blocks
 
 
 def use(model: Transformer, kernels: DenseKernels) -> None:

@@ -1,4 +1,5 @@
-"""The interface of dense parts' kernels. `TORCH` runs on any device. It is the reference for `triton_kernels.TRITON`."""
+"""The interface of the kernels of dense parts. `TORCH` runs on any device. It is the reference for
+`triton_kernels.TRITON`."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -8,12 +8,11 @@ pass. Arithmetic is fp32. Normed values are not rounded before their rotation.
 The gradient of a rotation is the rotation by the negative angles. Backward computes r again. Each program sums dw over its
 rows in registers. One more pass adds the sums of all programs, so nothing is added atomically.
 
-A program has all heads of a token in registers; a norm without rotation takes several rows as the heads of a token. Shape
-letters: T tokens, H heads, d head width, D width of the norm, M rows (T H), P programs.
+A program has all heads of a token in registers. A norm without rotation treats several rows as the heads of one token.
+Shape letters: T tokens, H heads, d head width, D width of the norm, M rows (T H), P programs.
 """
 
-# pyright: reportArgumentType=false
-# Triton's type annotations do not describe kernels.
+# pyright: reportArgumentType=false Triton's type annotations do not describe kernels.
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,8 +32,8 @@ PROGRAMS = 512  # number of programs of the backward kernel, about 4 per multipr
 def places(
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Returns four blocks: the head and the pair of each pair of values, the index of its first value in a token, and
-    whether the pair exists."""
+    """Returns four blocks, which describe each pair of values: its head, its index in the head, the index of its first
+    value in the token, and whether it exists."""
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     return head, pair, head * D + pair * STEP, (head < H) & (pair < HALF)
@@ -156,9 +155,9 @@ def norm_rotary(
 ) -> Iterator[list[Tensor]]:
     """Returns the normed and rotated x [T, H, d]; with `wide` also this result in fp32.
 
-    Weights [H d] norm x over all heads together, weights [d] over each head; None: no norm. `cos` and `sin` are fp32
-    [T, r / 2]; None: no rotation. The first r values of each head rotate, with `back` by the negative angles; a norm needs
-    r = d. Pairs are 2 i and 2 i + 1 if `adjacent`, else i and i + r / 2.
+    With weights [H d] the norm is over all heads together, with weights [d] over each head; None: no norm. `cos` and `sin`
+    are fp32 [T, r / 2]; None: no rotation. The first r values of each head rotate, with `back` by the negative angles; a
+    norm needs r = d. Pairs are 2 i and 2 i + 1 if `adjacent`, else i and i + r / 2.
     """
     out = [torch.empty_like(x)]
     if wide:
@@ -202,9 +201,9 @@ def norm_rotary_backward(
 
 
 def sizes(x: Tensor, weight: Tensor | None, cos: Tensor | None, adjacent: bool) -> dict[str, Any]:
-    """Returns the constants of both kernels, and a number of warps with which each thread has at most 8 pairs, or more if a
-    block's 32 warps are too few. STEP and FAR
-    are the distances between the first values of neighbouring pairs, and between a pair's two values."""
+    """Returns the constants of both kernels, and the number of warps. A thread gets at most 8 pairs, unless the most warps
+    of a block (32) are too few. STEP and FAR are the distances between the first values of neighbouring pairs, and between
+    a pair's two values."""
     _, heads, width = x.shape
     half = width // 2 if cos is None else cos.shape[-1]
     pairs = triton.next_power_of_2(half)

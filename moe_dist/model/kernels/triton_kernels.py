@@ -36,7 +36,7 @@ def _norm_and_rotate(
 def _rows(
     x_BSHd: Tensor, weight: Tensor | None, eps: float, table: tuple[Tensor, Tensor], pairs: RopePairs
 ) -> tuple[Tensor, ...]:
-    """The table may have one sequence's angles for all B sequences."""
+    """The table may have the angles of a single sequence, which then apply to all B sequences."""
     batch, length = x_BSHd.shape[:2]
     cos, sin = (each.expand(batch, 1, length, -1).flatten(0, 2) for each in table)
     return _NormRotary.apply(x_BSHd, weight, cos, sin, eps, pairs == "adjacent", False)  # pyright: ignore
