@@ -254,8 +254,7 @@ def rank_commands(plan: LaunchPlan) -> tuple[RankCommand, ...]:
 
 
 def commands_text(commands: Sequence[RankCommand]) -> str:
-    """Returns the text of a dry run. It has one line per rank with the rank's node and the shell command that starts the
-    rank."""
+    """Returns the text of a dry run. It has one line per rank, with the rank's node and its shell command."""
     lines = []
     for command in commands:
         variables = [f"{name}={value}" for name, value in sorted(command.env.items())]

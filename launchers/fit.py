@@ -38,8 +38,7 @@ class Want:
 
 
 def unmet(wants: Sequence[Want], offers: Sequence[Offer], *, word: str, where: str) -> list[str]:
-    """Returns an error message for each planned node that matches no node of the cluster. `problem` explains the
-    arguments."""
+    """Returns an error message for each planned node that no node of the cluster fits. `problem` explains the arguments."""
     up = [offer for offer in offers if not offer.down]
     found = match([[number for number, offer in enumerate(up) if want.fits(offer)] for want in wants])
     return [problem(w, wants, offers, word=word, where=where) for w, at in zip(wants, found, strict=True) if at is None]

@@ -47,8 +47,7 @@ class Outcome:
             not send.
         aborted: True if a second Ctrl-C killed the ranks.
         frozen: Ranks that were suspended by SIGSTOP when the first rank failed.
-        lost: A description for each rank that died with its node or its Ray worker. Such a rank gets the exit code of
-            SIGKILL.
+        lost: A description for each rank that died with its node or its Ray worker. Its exit code is SIGKILL's.
         words: For a rank, the system's message about its end, such as that a memory limit killed the rank.
         hosts: Address of each rank's node; empty if all ranks are on this machine.
         launched: Exit code of the program that started the ranks; used only if no rank failed.
@@ -91,8 +90,7 @@ class Outcome:
 
     @property
     def unready(self) -> bool:
-        """True if the stop signal killed the first failed rank, because this rank had not yet installed its signal
-        handlers."""
+        """True if the stop signal killed the first failed rank, because it had not yet installed its signal handlers."""
         return bool(self.failed) and self.stop is not None and self.codes[self.failed[0]] == -self.stop
 
     def exit_code(self, cause: int | None) -> int:

@@ -55,8 +55,7 @@ _STATES = {
 
 @dataclass(frozen=True)
 class _StepRecord:
-    """The fields of a line of metrics.jsonl that are shown. Types are checked, because another user may have written
-    the file."""
+    """The shown fields of a line of metrics.jsonl. Types are checked, because another user may have written the file."""
 
     step: Number
     scalars: dict[str, FiniteFloat | None]

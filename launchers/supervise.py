@@ -48,8 +48,7 @@ class DelayedStderr:
         self._terminal.flush()
 
     def finish(self, *, show: bool) -> None:
-        """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show` is true, else drops
-        it."""
+        """Reads the rest of the pipe after the rank has ended. Shows the delayed output if `show`, else drops it."""
         self._thread.join(2.0)  # with a timeout, because a grandchild process may keep the pipe open
         if show:
             self.show(at_least=0.0)
@@ -66,8 +65,7 @@ class Ranks:
     """The rank processes of one attempt on this machine.
 
     Args:
-        logs: Log file of each rank, opened for appending without a buffer; None if the ranks write to this process's
-            output.
+        logs: Log file of each rank, opened for appending without a buffer; None if ranks write to this process's output.
         terminal: Shows rank 0's standard error; the default is the launcher's own standard error.
     """
 

@@ -88,8 +88,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     memory for the whole model in fp32.
 
     Raises:
-        ConfigError: `out` exists, the run cannot be read (`find_trained`), or its tokens leave out choices of the family's
-            router.
+        ConfigError: `out` exists, the run cannot be read (`find_trained`), or its tokens leave out choices of the router.
     """
     import torch
 

@@ -49,8 +49,7 @@ def run_on_nodes(
     plan: JobPlan, cluster: Cluster, module: str, argument: str, tasks_per_node: int, minutes: int
 ) -> Iterator[tuple[float, str]]:
     """Runs a module in Ray tasks that are pinned to nodes; yields the lines that the tasks print, each with its arrival
-    time. Raises ResourceError if the cluster lacks the nodes, or a task did not start, failed, or exceeded the time
-    limit."""
+    time. Raises ResourceError if the cluster lacks the nodes, or a task did not start, failed, or exceeded its time."""
     chosen = _chosen(plan, cluster, live_nodes(cluster.exclude)).nodes
     if not chosen:
         raise ResourceError("the cluster lacks the nodes of the plan; the check `nodes` names them")

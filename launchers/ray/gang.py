@@ -1,5 +1,4 @@
-"""For each attempt, makes a placement group with a bundle and an actor per rank, starts the ranks and waits for their
-end."""
+"""For each attempt, makes a placement group with a bundle and an actor per rank, starts the ranks and waits for them."""
 
 import contextlib
 import re
@@ -165,8 +164,8 @@ class Gang:
         return tuple(sorted(frozen))
 
     def _end_the_rest(self, tracker: RankTracker, running: dict[Any, int]) -> None:
-        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and therefore as the
-        rank at fault."""
+        """Kills the actors of all running ranks. A rank whose node does not answer counts as lost, and so as the rank at
+        fault."""
         for rank in running.values():
             ray.kill(self._actors[rank])
             node = self.node(rank)

@@ -165,8 +165,7 @@ def _examine_saves(folder: Path, examined: Examined, checksums: tuple[str, dict[
 
 
 def checksums_of(contents: dict[str, bytes], save_id: str) -> bytes:
-    """Returns the content of SHA256SUMS: a comment line with the save id, then a line with the digest of each checked
-    file."""
+    """Returns the content of SHA256SUMS: a comment line with the save id, then a line with each checked file's digest."""
     lines = [f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in CHECKED_FILES]
     return "".join([f"# save {save_id}\n", *lines]).encode()
 

@@ -119,8 +119,7 @@ def run_path(path: Path, wanted: str = "", *, option: str = "") -> Path:
 
 
 def _near_folder(path: Path) -> Path | None:
-    """Returns the folder in `runs` or beside `path` with the name most similar to that of `path`; None if none is
-    similar."""
+    """Returns the folder in `runs` or beside `path` whose name is most similar to `path`'s; None if none is similar."""
     for parent in dict.fromkeys(((Path("runs") / path).parent, path.parent)):
         with contextlib.suppress(OSError):  # the parent is missing, or this user may not list it
             names = [entry.name for entry in parent.iterdir() if entry.is_dir()]

@@ -76,6 +76,5 @@ def _runs(box: tuple[int, ...], offsets: tuple[int, ...], whole: tuple[int, ...]
 
 
 def signed(value: int) -> int:
-    """Returns the int64 with the bits of the unsigned `value`. Sums of int64 wrap modulo 2^64, as sums of fingerprints
-    must."""
+    """Returns the int64 with the bits of the unsigned `value`. Sums of int64 wrap modulo 2^64, like fingerprints."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

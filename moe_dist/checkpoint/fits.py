@@ -1,5 +1,4 @@
-"""Compares the tensors of a checkpoint and a model. Checks that all can be loaded, or selects and reports the loadable
-ones."""
+"""Compares the tensors of a checkpoint and a model. Checks that all can be loaded, or selects those that can."""
 
 import math
 import re
@@ -140,7 +139,7 @@ class Taken:
 
 
 def fitting(contents: Contents, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Maps each parameter whose shape and dtype are equal in checkpoint and model to itself. The result is equal on all
+    """Maps each parameter with equal shape and dtype in checkpoint and model to itself. The result is equal on all
     ranks."""
     parameters = _parameters(specs)
     differ = differences(contents.index, parameters)

@@ -1,6 +1,5 @@
 """Saves and restores the states of one rank's random number generators as JSON values. These are the generators of torch
-(host and device), numpy and Python. Data order and initial weights do not use these generators; they depend only on the
-run's seed."""
+(host and device), numpy and Python. Data order and initial weights do not use them, but depend only on the run's seed."""
 
 import random
 from collections.abc import Mapping

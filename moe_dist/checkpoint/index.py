@@ -79,8 +79,7 @@ class Cut:
     start: int
 
     def offsets(self, num_dims: int) -> tuple[int, ...]:
-        """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 in the other
-        dims."""
+        """Returns the index at which the part begins in each dim of the whole tensor: `start` in `dim`, 0 elsewhere."""
         return tuple(self.start if dim == self.dim else 0 for dim in range(num_dims))
 
 

@@ -172,8 +172,7 @@ class CheckpointManager:
 
     def clear(self) -> None:
         """Deletes the temporary files of crashed or suspended processes. A process that has just acquired the run's lease
-        must call this method before it loads anything. A suspended process that wakes up later then finds no folder to
-        commit.
+        must call this method before it loads anything. A suspended process that wakes up then finds no folder to commit.
 
         Raises:
             CheckpointError: a file cannot be deleted.
@@ -286,7 +285,7 @@ class CheckpointManager:
 
     def _commit(self, temporary: Path, target: Path, save_id: str, snapshot: Snapshot) -> None:
         """Writes index.json, state.json and SHA256SUMS, then renames the folder and replaces `latest`. Only rank 0 calls
-        this method. Syncs each file and each rename to disk before the next action. Checks the lease right before each
+        this method. Syncs each file and rename to disk before the next action. Checks the lease right before each
         rename."""
         try:
             ranks = self.status.world_size

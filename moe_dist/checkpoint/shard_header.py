@@ -155,8 +155,8 @@ def _parse(start: bytes, raw: bytes, number: int) -> ShardHeader:
 
 
 def _unreadable(raw: bytes, error: Exception) -> tuple[str, str]:
-    """Returns the kind and details of the problem of an invalid header. The kind is damaged if moe_dist wrote the file,
-    else foreign."""
+    """Returns kind and details of an invalid header's problem. If moe_dist wrote the file, the kind is damaged, else
+    foreign."""
     detail = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else repr(error)
     if b'"save_id"' in raw or b'"fingerprints"' in raw:
         return "damaged", f"its header is invalid: {detail}"

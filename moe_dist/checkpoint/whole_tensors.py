@@ -136,7 +136,7 @@ def _pairs(name: str, ffn_names: Mapping[str, str], model: ModelSection) -> list
 
 
 def _product(b: Tensor, a: Tensor) -> Tensor:
-    """Returns B A in float64, so that only the caller rounds the result. If A and B are stacks, sums the products over the
+    """Returns B A in float64, so that only the caller rounds it. If A and B are stacks, sums the products over the
     experts."""
     product = b.double() @ a.double()
     return product.sum(0) if product.ndim == 3 else product

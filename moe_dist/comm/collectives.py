@@ -90,7 +90,7 @@ class CommStats:
 
     @contextmanager
     def timed_call(self, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed call to `seconds`. On CUDA does nothing, because the call only queues the
+        """Adds the time of the enclosed call to `seconds`. Does nothing on CUDA, where the call only queues the
         collective."""
         begin = time.perf_counter()
         yield
@@ -129,8 +129,7 @@ class CommStats:
 
 
 def from_host(values: Sequence[float] | np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copies numbers from the host to a tensor [n] on the device. On CUDA the copy is only queued; the host does not
-    wait."""
+    """Copies numbers from the host to a tensor [n] on the device. On CUDA the host only queues the copy."""
     return queue_copy(torch.tensor(values, dtype=dtype), device)
 
 
@@ -236,8 +235,7 @@ def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
     """Starts `sum_over`, and returns a function that waits for the sum and returns it. The result is bit-identical to that
-    of `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker records both start and
-    wait."""
+    of `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker records both."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

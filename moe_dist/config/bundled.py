@@ -36,8 +36,7 @@ def find_config(path: str | Path) -> Path:
     given, root = Path(path), source_root()
     names = (given, given.with_name(f"{given.name}.yaml") if given.name else given)
     candidates = [folder / name for folder in (Path(), root, root / "configs") for name in names]
-    # For a forbidden or too long path, os.path.isfile returns False, but Path.is_file raises. Reading the file raises
-    # later.
+    # For a forbidden or too long path, os.path.isfile returns False, but Path.is_file raises. Reading raises later.
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), given)
 
 

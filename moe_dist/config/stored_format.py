@@ -60,8 +60,7 @@ def translate(values: Any) -> Any:
 
 
 def _holder(values: Any, key: str) -> tuple[dict[str, Any], str]:
-    """Returns the section that has the dotted key, and the last part of the key. The section is a new {} if it is
-    missing."""
+    """Returns the section with the dotted key, and the last part of the key. A missing section is added as {}."""
     *holders, name = key.split(".")
     for holder in holders:
         values = values.get(holder) if isinstance(values, dict) else None

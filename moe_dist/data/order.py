@@ -68,8 +68,8 @@ def pack(
     most_patches: int | None = None,
 ) -> Packing:
     """Packs each `window` consecutive pieces into sequences, by best fit, with the longest pieces first. The rest is
-    padding. `patches_P` has each piece's number of picture patches; the pieces of a sequence have at most `most_patches` in
-    total.
+    padding. `patches_P` has each piece's number of picture patches; the pieces of a sequence have at most `most_patches`
+    together.
 
     The pieces in a sequence are sorted from long to short. `lengths_P` has int64 values from 1 to seq_len. Packing 100,000
     pieces takes about a quarter of a second.

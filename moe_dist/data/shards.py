@@ -69,8 +69,7 @@ def _row(shard: Path, tar: tarfile.TarFile, key: str, sample: list[tarfile.TarIn
 
 
 def _check_end(shard: Path) -> None:
-    """Raises EOFError if the two final blocks of zeros are missing, because tarfile does not notice a shard cut between
-    files."""
+    """Raises EOFError if the two final blocks of zeros are missing. tarfile does not notice a shard cut between files."""
     with shard.open("rb") as stream:
         stream.seek(max(0, shard.stat().st_size - 1024))
         if stream.read().strip(b"\0") or shard.stat().st_size < 1024:

@@ -15,8 +15,7 @@ from moe_dist.errors import ConfigError, DataError, MoeDistError
 MOST_LINE = 1 << 26  # largest number of bytes in a row
 _BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of rows ends when it reaches either limit
 _BATCH_SECONDS, _BATCH_MEMORY = 60, 4 << 30  # limits of CPU time and memory for reading a batch
-# Largest size of a table's rows: _FREE_BYTES + _MOST_GROWTH * size of its files. Compression shrinks usual texts to a
-# tenth.
+# Largest size of a table's rows: _FREE_BYTES + _MOST_GROWTH * size of its files. Files compress usual texts to a tenth.
 _MOST_GROWTH, _FREE_BYTES = 1000, 1 << 30
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")

@@ -110,8 +110,7 @@ _DEEPSEEK = replace(
     _GLM, name="deepseek_v3", architecture="DeepseekV3ForCausalLM",
     router=_sigmoid(n_group=8, topk_group=4, scale=2.5), qk_norm=SILENT, biases=SILENT, layers=DenseFirst(first=3),
     heads=LatentHeads(), rope_pairs={"adjacent": {"rope_interleave": True}, "halves": {"rope_interleave": False}},
-    # transformers ignores the last three of these fields and all fields in `training`, but DeepSeek's published code uses
-    # them.
+    # transformers ignores the last three of these fields and all in `training`, but DeepSeek's published code uses them.
     must_be={
         "attention_bias": ((False,), "the projections of latent attention have no biases"),
         "scoring_func": (("sigmoid",), "transformers' DeepSeek-V3 has sigmoid scores whatever the field says"),

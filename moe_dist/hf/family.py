@@ -27,8 +27,7 @@ class GroupedHeads:
     rope_share: float | None = None  # default of partial_rotary_factor; None if the family lacks this field
 
     def read(self, read: Fields, num_heads: int) -> tuple[dict[str, Any], int]:
-        """Returns values of the section `model`, and the number of rotated values of a head if partial_rotary_factor is
-        1."""
+        """Returns values of the section `model`, and a head's number of rotated values if partial_rotary_factor is 1."""
         width = read.whole("head_dim", self.width, **({"null": None} if self.null else {}))
         if not self.field and width is not None and width * num_heads != read.whole("hidden_size"):
             raise ConfigError(

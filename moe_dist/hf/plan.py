@@ -1,7 +1,6 @@
 """Plans an import: the source of each logical tensor's values, and the shard, of limited size, that stores them.
 
-A plan depends only on the options and the files' headers. So the same command has the same plan again after a killed
-import.
+A plan depends only on the options and the files' headers. So after a killed import the same command has the same plan.
 """
 
 import math

@@ -113,8 +113,7 @@ class LoadedRun:
         return content_hash(open_checkpoint(self.folder).index)
 
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
-        """Loads and returns the model in evaluation mode, see `CheckpointReader`. With a mesh, all its ranks must call
-        `load`."""
+        """Loads and returns the model in evaluation mode, see `CheckpointReader`. All ranks of a mesh must call `load`."""
         return CheckpointReader(self.folder.parent, self.config, device, mesh).read(self.folder)
 
     def vocabulary(self) -> Vocabulary:

@@ -117,8 +117,7 @@ def ask(questions: Sequence[Question], written: Written, likelihood: Likelihood)
 
 
 def likeliest(scores: Sequence[Score], choices: Sequence[Continuation], measure: Measure) -> int:
-    """Returns the index of the choice with the highest value of the measure; on ties, the index of the first such
-    choice."""
+    """Returns the index of the choice with the highest value of the measure; on ties, of the first such choice."""
     values = [
         score.nats / len(choice.tokens) if measure == "normalised" else score.nats
         for score, choice in zip(scores, choices, strict=True)

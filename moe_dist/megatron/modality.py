@@ -43,8 +43,7 @@ def groups_of_rank(
 
     Args:
         mask_BS: Integer modality ids (-1 for padding), bools that are True for padding, or None if there is no padding.
-        group_of_modality_M: int64, the group of each modality, followed by a -1. The id -1 of padding selects this last
-            entry.
+        group_of_modality_M: int64, the group of each modality, then a -1, which the id -1 of padding selects.
         length, batch: s and B.
     """
     num_modalities = group_of_modality_M.shape[0] - 1

@@ -41,6 +41,5 @@ def shared_expert_module(stock: Any, **options: Any) -> Any:
 
 
 def plain_optimizers(optimizer: Any) -> list[Any]:
-    """Returns Megatron's optimizer as a list: first the optimizer of dense parameters, then that of experts if it is
-    separate."""
+    """Returns Megatron's optimizer as a list: first the optimizer of dense parameters, then any separate one of experts."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))

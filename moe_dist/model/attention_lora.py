@@ -46,7 +46,6 @@ class AttentionLoRA(nn.Module):
         if self.training and self.dropout:
             assert batch_info is not None, "dropout needs the step and the tokens' numbers, which come with the micro-batch"
             draw = adapter_draw(self.seed, self.layer, batch_info)
-            # Names end in negative numbers, because 0, 1 and 2 are used for the projections of LoRA experts in the same
-            # layer.
+            # Names end in negative numbers, because 0, 1 and 2 stand for projections of LoRA experts in the same layer.
             x = dropped(x, self.dropout, name=(*draw, -1 - PROJECTIONS.index(target)))
         return y + self.scale * self.get_submodule(target)(x)

@@ -110,8 +110,7 @@ class MoELayer(nn.Module):
         routing: Routing = self.router(wide_TD, group_T, cache)
         plan: Any = cache.plan or self.dispatcher.plan(routing.assignments, h_TD.shape[0], layer=self.name)  # host sync
         cache.plan = plan
-        # No op after combine may save a tensor for backward. If it did, `recompute="block"` would repeat combine's
-        # all-to-all.
+        # No op after combine may save a tensor for backward; `recompute="block"` would then repeat combine's all-to-all.
         zero_weight_TF = routing.zero_weight_TF
         zero_TD = None if self.free is None or zero_weight_TF is None else self.free(h_TD, zero_weight_TF)
         h_TD, experts = self.experts.start(h_TD, recompute=self.recompute == "experts")

@@ -148,8 +148,7 @@ def expert_parameters(model: nn.Module) -> list[nn.Parameter]:
 def finish_gradients(
     model: nn.Module, group: dist.ProcessGroup | None = None, *, copies: dist.ProcessGroup | None = None
 ) -> None:
-    """Sums gradients over ranks. Call it between backward and the optimizer step, if the loss is the sum of the ranks'
-    losses.
+    """Sums gradients over ranks. Call it between backward and optimizer step, if the loss is the sum of the ranks' losses.
 
     For each dtype, costs an all-reduce of all dense gradients, a buffer of their size, and a host sync. A parameter that no
     rank used gets no gradient.

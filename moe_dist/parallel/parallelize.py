@@ -126,8 +126,7 @@ class ParallelModel:
         self._root.set_requires_gradient_sync(not until_next)
 
     def reduce_gradients(self) -> None:
-        """Sums the gradients that the wrapper does not: those of routers over the world and, under DDP, of experts over
-        edp."""
+        """Sums gradients that the wrapper does not sum: of routers over the world and, under DDP, of experts over edp."""
         routers = [info.parameter for info in self.parameters if info.role in ROUTERS and info.parameter.requires_grad]
         sum_gradients(routers, self.mesh.world, flat=True, name=ROUTER_GRADIENTS, tracker=self.mesh.tracker)
         if self.data == "ddp" and self.mesh.edp_size > 1:

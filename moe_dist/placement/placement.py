@@ -61,8 +61,7 @@ class ExpertGroup:
 
     @property
     def expected_experts_per_token(self) -> float:
-        """Returns the mean number of true experts per token under uniform routing: k n / columns, or c n in expert
-        choice."""
+        """Returns the mean number of true experts per token under uniform routing: k n / columns, in expert choice c n."""
         if self.token_share is not None:
             return min(1.0, self.token_share) * self.num_experts
         return self.top_k * self.num_experts / self.num_columns

@@ -99,8 +99,7 @@ class PlacementWithReplicas(ExpertPlacement):
 
 
 def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict[int, list[int]]:
-    """Returns the ranks of each expert with replicas. The rank of the expert's own slot is last, so it serves the fewest
-    ranks."""
+    """Returns the ranks of each expert with replicas. The rank of the own slot is last, so it serves the fewest ranks."""
     found: dict[int, list[int]] = {}
     for expert, rank in sorted(replicas):
         found.setdefault(expert, []).append(rank)
@@ -108,7 +107,7 @@ def hosts_of(replicas: Iterable[Replica], rank_of_expert: Sequence[int]) -> dict
 
 
 def servers(hosts: Sequence[int], ranks: int) -> list[int]:
-    """Returns for each source rank the rank that computes its tokens: itself if it is in `hosts`, else one of `hosts` in
+    """Returns for each source rank the rank that computes its tokens: itself if in `hosts`, else one of `hosts` in
     rotation."""
     turns = itertools.cycle(hosts)
     return [rank if rank in hosts else next(turns) for rank in range(ranks)]

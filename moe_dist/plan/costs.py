@@ -125,8 +125,7 @@ class Costs:
 
         hops: tuple[Any, ...] = (exchange(row),)
         if node is not None:
-            # If one machine contains several nodes of the hierarchical dispatcher, both of its exchanges stay inside the
-            # machine.
+            # If one machine contains several nodes of the hierarchical dispatcher, both exchanges stay inside the machine.
             far = ranks > rates.ranks_per_node
             first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
             hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)

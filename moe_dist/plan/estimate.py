@@ -147,8 +147,7 @@ class LayoutEstimator:
 
     def _play(self, config: Config, placement: ExpertPlacement, first: int) -> Played:
         parallel, dispatch, load = config.parallel, config.parallel.dispatch, self._load(config, placement, first)
-        # All ranks of a node share its cores. The simulation has only one EP group, which gets its proportional part of the
-        # cores.
+        # All ranks of a node share its cores. The simulation has one EP group, which gets its proportional part of them.
         node = min(parallel.ep * parallel.edp, self.rates.ranks_per_node)
         cores = None if self.rates.cores is None else self.rates.cores * min(1.0, parallel.ep / node)
         key = (placement.slots, dispatch, parallel.recompute, config.train.micro_batch, cores, first)

@@ -248,8 +248,8 @@ def flops_left_out(config: Config, forward: Parts) -> float:
 
 
 def has_few_logits(config: Config) -> bool:
-    """Returns whether the output layer computes logits only for a few tokens of the vocabulary. transformers' models
-    compute all."""
+    """Returns whether the output layer computes the logits of only a few vocabulary words. transformers' models compute
+    all."""
     tuning = config.router_tuning
     return tuning is not None and not tuning.over_vocabulary and not config.engine.hosts
 

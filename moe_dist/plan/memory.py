@@ -76,8 +76,7 @@ class RankMemory:
     activations: float  # estimate for the activations of one micro-batch
     exchange_bound: float  # bytes of one layer's send and receive buffers if every token goes to one rank; not in `total`
     # Bytes that `total` leaves out. In a step with one micro-batch, backward frees activations while it makes gradients, so
-    # not all of both exist at once. Gradients in DDP's buckets are always counted in full, because the buckets always
-    # exist.
+    # not all of both exist at once. Gradients in DDP's buckets are counted in full, because buckets always exist.
     in_turn: float = 0.0
 
     @property
@@ -166,8 +165,7 @@ def trained_parameters(config: Config, placement: ExpertPlacement, *, rank: int)
 
 
 def tuned_parameters(config: Config) -> float:
-    """Returns the number of parameters that router tuning trains on every rank. The routers of all layers have equal
-    sizes."""
+    """Returns the number of parameters that router tuning trains on every rank. All layers have routers of equal size."""
     return parameters(config.model).router * len(tuned_layers(config) or ()) / len(config.model.moe_layers)
 
 

@@ -63,8 +63,7 @@ def replicated_placement(groups: Groups) -> ExpertPlacement:
 
 def group_load(group: ExpertGroup, token_mix: Mix) -> float:
     """Returns the work of an expert group: number of tokens x expected number of true experts per token x `ffn_dim`.
-    `token_mix` gives the number of tokens of each modality. If the mix has no tokens, the group counts as having 1
-    token."""
+    `token_mix` gives the number of tokens of each modality. If the mix has no tokens, the group has 1 token."""
     tokens = sum(token_mix.get(modality, 0) for modality in group.modalities) if any(token_mix.values()) else 1
     return tokens * group.expected_experts_per_token * group.ffn_dim
 

@@ -200,8 +200,7 @@ def data_set_problems(folder: str | Path, manifest: Manifest) -> list[str]:
 
 
 def token_mix(config: Config, manifest: Manifest) -> dict[str, int]:
-    """Returns the number of training tokens of each modality. With `data.weights`, these are numbers in a million drawn
-    tokens."""
+    """Returns the number of training tokens of each modality. With `data.weights`, they are per million drawn tokens."""
     totals = dict.fromkeys(manifest.modalities, 0.0)
     weights = {name: weight for name, weight in config.data.weights.items() if name in manifest.sources}
     for name in weights or manifest.sources:

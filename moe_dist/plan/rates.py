@@ -90,8 +90,7 @@ class Rates(Section):
             yield Violation(("inside",), problem)
 
     def link(self, ranks: int) -> LinkSection:
-        """Returns the entry for exchanges of `ranks` ranks in a node: the smallest entry with enough ranks, else the
-        last."""
+        """Returns the entry for exchanges of `ranks` ranks in a node: the smallest with enough ranks, else the last."""
         return next((link for link in self.inside if link.ranks >= ranks), self.inside[-1])
 
 

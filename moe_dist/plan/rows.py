@@ -160,8 +160,7 @@ def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np
 
 
 class Traced:
-    """Draws loads from the tokens of a trace. In each draw, each rank gets random whole sequences of the trace, with
-    repetition.
+    """Draws loads from a trace's tokens. In each draw, each rank gets random whole sequences of the trace, with repetition.
 
     Args:
         ids_TLK, sequence_T: Columns as in `moe_dist.monitor.trace.format`, and the index of each token's sequence.

@@ -187,8 +187,7 @@ def micro_batch(
     layers: Sequence[LayerCost], head: Seconds, order: Order, backward: Sequence[LayerCost] | None = None
 ) -> list[Event]:
     """Returns the queue of one micro-batch: the forward of all layers, the output layer with the loss, and backward.
-    `backward` has the layers' costs in backward, not yet multiplied by `order.backward`; None means the costs of
-    forward."""
+    `backward` has the layers' costs in backward, not yet multiplied by `order.backward`; None means forward's costs."""
     queue = Queue()
     last: tuple[int, ...] = ()
     for layer in layers:
@@ -247,8 +246,7 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds a layer's backward to the queue. Gradients of outputs go to the experts' ranks, and gradients of rows come
-    back."""
+    """Adds a layer's backward to the queue. Gradients of outputs go to the experts' ranks, those of rows come back."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

@@ -59,8 +59,7 @@ def check_tuning_data(config: Config, data: Manifest | None, data_problems: list
 
 
 def model_problems(config: Config, manifest: TuningManifest) -> list[str]:
-    """Returns an error text for each key of `model` that differs between this run and the run that answered the
-    questions."""
+    """Returns an error text for each key of `model` that differs from the run that answered the questions."""
     here, there = leaves(config.model.model_dump(mode="json")), leaves(manifest.model)
     return [
         f"made from a run with model.{key}={value!r}, here it is {here.get(key)!r}; take that run's section model"

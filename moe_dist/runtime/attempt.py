@@ -150,7 +150,7 @@ class Attempt:
         self._tell()
 
     def expire(self) -> None:
-        """Records the verdict of a run that did not stop within the grace period. The timer of `StopRequest` calls this
+        """Records the verdict of a run that did not stop within the grace period. `StopRequest`'s timer calls this
         method."""
         self._leave(EXIT_FAILED, "did not stop within the grace period after a stop signal", self._env.rank)
 

@@ -131,8 +131,7 @@ class RunFolder:
         return latest is not None and latest.verdict == EXIT_DONE and latest.last_step >= config.train.steps
 
     def read_config(self) -> Config:
-        """Returns the configuration of the latest attempt. Raises ConfigError if this version of the code cannot read
-        it."""
+        """Returns the configuration of the latest attempt. Raises ConfigError if this version cannot read it."""
         try:
             return load_stored_config(self.config_yaml)
         except ConfigError as error:
@@ -347,8 +346,7 @@ class RunFolder:
         write_status(self.status_json, record, before_rename=lease.check)
 
     def tell(self, attempt_id: str, rank: int) -> None:
-        """Records that a rank ends by itself: its run is done, was stopped, or failed with an error that the rank has
-        printed."""
+        """Records that a rank ends by itself: its run is done, was stopped, or failed with an error that it printed."""
         with contextlib.suppress(OSError):  # raised on a full disk
             (self.path / f".told_{attempt_id}_{rank}").touch()
 

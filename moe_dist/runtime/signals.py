@@ -68,7 +68,7 @@ class StopRequest(StopSignals):
     """Records whether a signal has asked this rank to stop. Repeated signals count once. Enter this context manager first,
     in the main thread.
 
-    Ranks get the signal at different steps. Before the training loop stops, it must therefore agree on `requested` over all
+    Ranks get the signal at different steps. Before it stops, the training loop must therefore agree on `requested` over all
     ranks.
 
     Args:

@@ -15,8 +15,8 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 
 
 def at_most(most: int) -> AfterValidator:
-    """Returns a check of the upper bound `most`. `moe-dist explain` does not show the bound, because useful values are far
-    below it."""
+    """Returns a check of the upper bound `most`. `moe-dist explain` does not show it, because useful values are far
+    lower."""
 
     def check(value: int) -> int:
         if value > most:
@@ -88,8 +88,7 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Makes the class docstring the description of the field `kind` or `policy`. Joins the lines of each
-        description."""
+        """Uses the class docstring as description of the field `kind` or `policy`. Joins the lines of each description."""
         for name, field in cls.model_fields.items():
             named = (cls.__doc__ or "") if name in ("kind", "policy") else None
             text = field.description or named

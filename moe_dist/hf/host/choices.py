@@ -22,7 +22,7 @@ from moe_dist.moe.routing.types import RoutingCache
 
 
 def family_router(context: RouterContext, **options: Any) -> FamilyRouter:
-    """Makes a layer's router. Tokens take all choices of the family's router, or with null experts the best true and null
+    """Makes a layer's router. Tokens take all choices of the family's router or, with null experts, the best of all
     columns."""
     return NullColumns(context, **options) if any(group.num_null for group in context.groups) else FamilyRouter(context)
 

@@ -34,8 +34,7 @@ GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that the family does not determine
 MOST_PARTS = 4096  # largest number of layers, of experts and so on; transformers takes milliseconds per part
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
-# Names of fields whose values may be large, because transformers does not loop over them. A loop up to MOST_NUMBER takes a
-# second.
+# Names of fields whose values may be large, because transformers does not loop over them. A loop to MOST_NUMBER takes 1 s.
 _LARGE = re.compile(r"theta|position|len|window|size|seed|base|context|token|pixel|id$")
 MOST_NUMBER = 1 << 18
 # Names of fields that give a number of parts.
@@ -130,8 +129,8 @@ def _check_names(family: str, fields: Mapping[str, Any]) -> None:
 
 def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str) -> dict[str, Any]:
     """Joins the `found` values of a family with the `given` values of the section. The user can choose only keys in
-    `CHOSEN`. Other given values must equal the found value or, where the family has none, the default. Raises ConfigError
-    otherwise."""
+    `CHOSEN`. Raises ConfigError if another given value differs from the found value or, where the family has none, the
+    default."""
     joined = {**given, **found}
     for key, value in given.items():
         inner = {"moe": MoESection}.get(key, GroupSection if schema is Section else None)
@@ -184,7 +183,7 @@ def _is_private(field: str) -> bool:
 
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
-    """Raises ConfigError for fields, at any depth, with which transformers could run code, print control characters or take
+    """Raises ConfigError for fields, at any depth, that make transformers run code, print control characters or take
     hours."""
     problems = [f"{problem}; remove it" for problem in code_keys(fields)]
     for _, name, value in entries(fields):

@@ -165,8 +165,7 @@ def first_values(
     rank's experts.
 
     Raises:
-        ConfigError: in the folder, rank, alpha or the adapted weights differ from `lora`, or the adapters are not plain
-            LoRA.
+        ConfigError: in the folder, rank, alpha or adapted weights differ from `lora`, or the adapters are no plain LoRA.
         DataError: files are missing or damaged.
     """
     local = {bank.experts: bank.local(slots) for bank in model.banks}

@@ -15,8 +15,7 @@ from moe_dist.hf.host.family import GUIDE
 
 
 def groups_of_types(group_BS: Tensor, more: Mapping[str, Tensor]) -> Tensor:
-    """Returns each token's group. `moe_mm_token_type_ids` (0 is text), if present, replaces all groups except padding
-    (-1)."""
+    """Returns each token's group. `moe_mm_token_type_ids` (0 is text), if present, replaces groups except padding (-1)."""
     types_BS = more.get("moe_mm_token_type_ids")
     return group_BS if types_BS is None else torch.where(group_BS < 0, group_BS, types_BS.bool().long())
 

@@ -77,8 +77,8 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
         faults["unknown"] |= set(info.unexpected_keys)
         faults["of another shape"] |= {str(each[0]) for each in info.mismatched_keys}
         faults["not converted"] |= set(info.conversion_errors)
-        # The loader makes new tensors on the host. Their values are copied, because optimizer, FSDP2 and DDP refer to the
-        # old tensors.
+        # The loader makes new tensors on the host. Their values are copied, because optimizer, FSDP2 and DDP use the old
+        # ones.
         for name, new in _tensors_of(family).items():
             old = before[name]
             if new is not old:

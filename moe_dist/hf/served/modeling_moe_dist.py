@@ -361,8 +361,7 @@ class MoeDistRouter(nn.Module):
         return torch.where(taken, 1.0 + (margins - margins.detach()), 0.0)
 
     def predicted(self, x, logits, chosen):
-        """A linear head predicts the number of columns. The share of the last column is the fractional part of this
-        number."""
+        """A linear head predicts the number of columns. The last column's share is the fractional part of the number."""
         number = self.top_k * (F.linear(x, self.number.to(x.dtype)) + self.shift().to(x.dtype)).sigmoid()
         return (number - torch.arange(self.top_k, device=x.device)).clamp(min=0.0, max=1.0)
 

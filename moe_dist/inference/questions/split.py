@@ -73,8 +73,7 @@ def make_questions(task: str, facts: Sequence[Fact], side: Side, *, seed: int, l
     `seed` determines.
 
     Wrong choices are right answers of other facts of the same side and pool. They are therefore about as common as the
-    right answer, and no answer from another side appears. Over all questions, each index is the right choice equally often,
-    +- 1.
+    right answer, and no answer from another side appears. Over all questions, each index is right equally often, +- 1.
 
     Raises:
         DataError: for every fact on the side there are fewer than three wrong choices.

@@ -12,7 +12,8 @@ A program has all heads of a token in registers. A norm without rotation treats 
 Shape letters: T tokens, H heads, d head width, D width of the norm, M rows (T H), P programs.
 """
 
-# pyright: reportArgumentType=false Triton's type annotations do not describe kernels.
+# pyright: reportArgumentType=false
+# Triton's type annotations do not describe kernels.
 from collections.abc import Iterator
 from typing import Any
 

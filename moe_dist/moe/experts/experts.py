@@ -249,8 +249,7 @@ class ExpertStack(nn.Module):
     def _outputs(
         self, inputs: Mapping[str, Tensor], target: str, weights: Mapping[str, Tensor], product: Product
     ) -> Sequence[Tensor]:
-        """Returns the outputs of the matrices whose names are the keys of `inputs`. `target` is the adapter's name for
-        them."""
+        """Returns the outputs of the matrices named by the keys of `inputs`. `target` is the adapter's name for them."""
         outputs = []
         for name, x_QI in inputs.items():
             y_QO, bias_QO = product(x_QI, weights[name]), weights.get(f"{name}_bias")
@@ -340,8 +339,7 @@ class Experts(nn.Module):
         pairs of replicas come after the pairs of the rank's own slots."""
         rows_RD, weight_Q = dispatched.rows_RD, dispatched.weight_Q
         if self.adapter is not None and torch.is_grad_enabled() and not rows_RD.requires_grad:
-            # The rows come from frozen layers and need no gradient. But all ranks must issue the exchange in combine's
-            # backward.
+            # Rows from frozen layers need no gradient, but all ranks must issue the exchange in combine's backward.
             rows_RD = rows_RD.detach().requires_grad_()
         own = [(count, self.stack(name)) for name, count in self.local]
         slots, stacks = zip(*own, *(each for each in replicas() if each[0]), strict=True)

@@ -21,8 +21,8 @@ def working_copy(copies: dict[str, Tensor], name: str, dtype: torch.dtype, *weig
 
 class _WorkingCopy(torch.autograd.Function):
     """Replaces one or more weights by a copy in a different dtype, joined along dim 1. Backward passes the copy's gradient
-    to the weights, in the weights' dtype. If a weight has a gradient already, one pass converts the new gradient and adds
-    it in place."""
+    to the weights, in the weights' dtype. If a weight already has a gradient, one pass converts and adds the new one in
+    place."""
 
     @staticmethod
     def forward(ctx: Any, copy: Tensor, *weights: Tensor) -> Tensor:

@@ -66,8 +66,7 @@ class _WeightedSum(torch.autograd.Function):
 
 
 def gather_rows(table_TD: Tensor, index_Q: Tensor) -> Tensor:
-    """Returns table[index], [Q, D]. If a row is gathered several times, its gradients are summed in fp32 and rounded
-    once."""
+    """Returns table[index], [Q, D]. Gradients of a row that is gathered repeatedly are summed in fp32 and rounded once."""
     return _Gather.apply(table_TD, index_Q)  # pyright: ignore[reportReturnType]
 
 

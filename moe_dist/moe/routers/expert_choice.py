@@ -177,8 +177,7 @@ class ExpertChoiceRouter(ChoosingRouter):
         return self.kernels.has_choose and logits_TE.dtype == torch.float32
 
     def _logits(self, h_TD: Tensor) -> Tensor:
-        """Returns logits [T, E]. Their sigmoids are the scores of all experts for all tokens, also for tokens of other
-        groups."""
+        """Returns logits [T, E]. Their sigmoids are the scores of all experts for tokens of all groups."""
         logits_TE = F.linear(h_TD, torch.cat([gate.get_parameter("true") for gate in self.gates()]).to(h_TD.dtype))
         if self.score == "sigmoid":
             return logits_TE

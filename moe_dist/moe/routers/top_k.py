@@ -194,8 +194,7 @@ class TopKRouter(nn.Module):
                 dropped_C = self._count(chosen.column_TK, dropped_TK, masked_TC.shape[1])
                 counts = counts._replace(dropped_LE=dropped_C[None, : self.num_experts])
             free_TF = self._free_weights(weight_TK, chosen)
-        # `_weights` sets weights of null choices and padding to 0, but not weights of dropped choices and zero-computation
-        # experts.
+        # `_weights` sets weights of null choices and padding to 0, but not of dropped choices and zero-computation experts.
         whole = taken_TK is chosen.true_TK and free_TF is None
         token_T = torch.arange(h_TD.shape[0], device=h_TD.device)
         assignments = Assignments(
@@ -236,8 +235,7 @@ class TopKRouter(nn.Module):
 
     def _logits(self, h_TD: Tensor) -> Tensor:
         """Returns the logits [T, C]. A null row that copies a true row must give exactly the same logit. But the bits of a
-        matrix product depend on its shape, so null rows are multiplied in slices of n rows; n is the number of true
-        rows."""
+        matrix product depend on its shape, so null rows are multiplied in slices of n rows (n true rows)."""
         parts = []
         for kind in KINDS:
             for group in self.groups:
@@ -265,8 +263,7 @@ class TopKRouter(nn.Module):
         return self._of_columns("bias", dtype)
 
     def _of_columns(self, name: str, dtype: torch.dtype) -> Tensor:
-        """Returns one value per column [C], taken from the gates' tensors `name`. Their entries have the order of
-        `KINDS`."""
+        """Returns one value per column [C] from the gates' tensors `name`, whose entries have the order of `KINDS`."""
         parts = [self._gate(group, name).split(list(column_counts(group).values())) for group in self.groups]
         return torch.cat([part[kind] for kind in range(len(KINDS)) for part in parts]).to(dtype)
 

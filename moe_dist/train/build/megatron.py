@@ -54,8 +54,7 @@ class MegatronTraining(Training):
 
     @property
     def has_copies(self) -> bool:
-        """Returns False with a distributed optimizer: ranks update different shards, which `capture` gathers on all
-        ranks."""
+        """False with a distributed optimizer: ranks update different shards, which `capture` gathers on all ranks."""
         return not getattr(self.config and self.config.engine, "distributed_optimizer", False)
 
     def loaded(self, state: CheckpointState) -> None:

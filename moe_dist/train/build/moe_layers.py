@@ -1,5 +1,4 @@
-"""Makes MoE layers, their routers, load controllers and selection scopes, and the attention's LoRA adapters from the
-configuration."""
+"""Makes MoE layers, their routers, load controllers and selection scopes, and LoRA adapters from the configuration."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

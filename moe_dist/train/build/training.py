@@ -149,9 +149,8 @@ def build_transformer(
 def build_for_inference(
     config: Config, placement: ExpertPlacement, device: torch.device, mesh: Mesh | None = None
 ) -> Transformer:
-    """Makes the model in evaluation mode. The caller must load the tensors, which are uninitialised. The layout of the
-    training run does not matter. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all
-    experts."""
+    """Makes the model in evaluation mode. The caller must load the uninitialised tensors. The layout of the training run
+    does not matter. The ranks of an EP group of `mesh` share the experts; without `mesh` this rank has all experts."""
     ep, ep_rank, ep_group = (1, 0, None) if mesh is None else (mesh.ep_size, mesh.ep_rank, mesh.ep)
     alone = {"ep": ep, "edp": 1, "data": "ddp", "recompute": "none", "dispatch": AllToAllDispatchSection()}
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
@@ -174,8 +173,7 @@ def state_specs(config: Config) -> dict[str, TensorSpec]:
 
 
 def freeze(model: Transformer, config: Config) -> None:
-    """Disables the gradients of all parameters that, by `router_tuning`, `train.only` or `train.frozen`, are not
-    trained."""
+    """Disables the gradients of parameters that, by `router_tuning`, `train.only` or `train.frozen`, are not trained."""
     if config.router_tuning is not None:
         freeze_all_but_routers(model, config.router_tuning.chosen_layers(config.model.moe_layers))
     elif config.train.only is not None:
@@ -356,9 +354,8 @@ def check_expert_gemm(config: Config, device: torch.device) -> None:
 
 
 def row_kernels(config: Config, device: torch.device, ranks: dist.ProcessGroup | None = None) -> RowKernels:
-    """Returns the kernels that `parallel.kernels` chooses, the same on all `ranks` (a gloo group). If a rank cannot use
-    Triton kernels or they fail a trial there, all ranks get torch kernels; without `parallel.kernels.fallback` raises
-    ConfigError."""
+    """Returns the kernels that `parallel.kernels` chooses, the same on all `ranks` (a gloo group). If Triton kernels fail
+    or are missing on a rank, all ranks get torch kernels; without `parallel.kernels.fallback` raises ConfigError."""
     chosen, dtype = config.parallel.kernels, COMPUTE_DTYPES[config.parallel.precision]
     kernels, reason = choose_kernels(chosen.kind, device=device, dtype=dtype)
     if kernels is not TORCH and chosen.kind == "auto" and not config.parallel.compile:

@@ -146,8 +146,7 @@ def _filler(batch: Batch) -> Tensor:
 
 
 def _sums(experts_BS: Tensor, batch: Batch, num_modalities: int) -> Tensor:
-    """Returns the sum of numbers of true experts [0], and the number of tokens [1], by modality and filler: float64 [2, M,
-    2]."""
+    """Returns sums of the numbers of true experts [0] and of tokens [1], by modality and filler: float64 [2, M, 2]."""
     kind_T = torch.where(batch.padding_BS, 2 * num_modalities, 2 * batch.modality_BS + _filler(batch)).flatten()
     values_2T = torch.stack([experts_BS.flatten(), torch.ones_like(experts_BS).flatten()])
     member = (kind_T[:, None] == torch.arange(2 * num_modalities, device=kind_T.device)).to(torch.float64)

@@ -6,8 +6,7 @@ from moe_dist.runtime.run_folder import RunFolder
 
 
 def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
-    """Writes the folder from the newest checkpoint, which must have been saved at step `step`. Does nothing if the folder
-    exists.
+    """Writes the folder from the newest checkpoint, which must be of step `step`. Does nothing if the folder exists.
 
     Returns a line for the summary: the folder, or the reason why PEFT's format cannot store the adapters. Returns "" if the
     run trains no adapters.

@@ -127,8 +127,7 @@ def profiled_steps(
 def name_ranges(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Gives each part of each layer a profiler range, such as 'layer 3/moe.experts', and each exchange a range, such as
     'layer 3/dispatch'. Yields functions that remove the ranges. Recomputation in backward has the same ranges as forward.
-    With two-batch overlap, each half of a micro-batch has several 'layer 3/moe' ranges, and the exchanges lie between
-    these."""
+    With two-batch overlap, each half of a micro-batch has several 'layer 3/moe' ranges, with the exchanges between them."""
     halves = model.args.two_batch_overlap if isinstance(model, Transformer) else False
     layers: dict[str, nn.Module] = {f"layer {i}": layer for i, layer in enumerate(model.get_submodule("layers").children())}
     entered: list[str] = []  # names of the running layers; the innermost layer is last

@@ -1,5 +1,4 @@
-"""Makes the objects that a rank needs around its training loop: device, process groups, watchdog, sinks of records, and the
-summary."""
+"""Makes the objects that a rank needs around its training loop: device, process groups, watchdog, sinks and summary."""
 
 import logging
 import os

@@ -1,7 +1,6 @@
 """Defines levers, which keep the ranks equally busy during a run (section `rank_balance`). All are off by default.
 
-This file sends no weights of replicas; each forward pass sends them (`moe/experts/replicas.py`). Shape letter: E true
-experts.
+The weights of replicas are sent in each forward pass (`moe/experts/replicas.py`). Shape letter: E true experts.
 """
 
 from collections.abc import Callable, Mapping

@@ -26,8 +26,7 @@ class TuningSample:
 
     Attributes:
         choices: The distinct first token ids of the question's answers. The right answer comes first; -1 pads the array to
-            the width of the folder's arrays. All are -1 if a wrong answer begins with the right answer's token. Empty if
-            unknown.
+            the folder's width. All are -1 if a wrong answer begins with the right one's token. Empty if unknown.
     """
 
     prompt: np.ndarray

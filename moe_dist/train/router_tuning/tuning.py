@@ -207,8 +207,7 @@ class RouterTuning:
         return loss._replace(total=loss.total + term, auxiliary=term.detach().to(torch.float64))
 
     def state(self) -> JsonValue:
-        """Returns the samples' digest, and the step and router weights of the last refresh, so that `restore` can repeat
-        it."""
+        """Returns the samples' digest, and step and router weights of the last refresh, so that `restore` can repeat it."""
         step, routers = self._refreshed
         return {"samples": self._samples.digest, "refreshed": step, "routers": dict(routers)}
 

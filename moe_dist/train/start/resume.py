@@ -170,8 +170,7 @@ class Resumable:
         raise error
 
     def weight_watch(self) -> WeightWatch | None:
-        """Returns an object that measures the run's weights; None if the optimizer shards them, since they must then be
-        gathered."""
+        """Returns an object that measures the run's weights; None if the optimizer shards them."""
         training = self._training
         if not training.has_copies:
             return None

@@ -358,8 +358,7 @@ class TrainingStep:
         groups, own = self.placement.groups, found.own
         experts, nulls = [group.num_experts for group in groups], [group.num_null for group in groups]
         counted = (own.choices_LC, own.dropped_LE, own.tokens_LG, found.sent if isinstance(found.sent, Tensor) else None)
-        # One host sync. The host adds the counts, because kernels would take longer than copying 16 bytes per layer and
-        # expert.
+        # One host sync. The host adds the counts: kernels would take longer than copying 16 bytes per layer and expert.
         choices_LC, dropped_LE, tokens_LG, sent_5 = unpack(pack(counted).cpu().numpy(), counted)
         true_E, null_C = np.split(choices_LC.sum(0)[: sum(experts) + sum(nulls)], [sum(experts)])
         true_G = [part.sum() for part in np.split(true_E - dropped_LE.sum(0), np.cumsum(experts)[:-1])]
