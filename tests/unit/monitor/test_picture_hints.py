@@ -12,6 +12,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest, PicturesSection, load_manifest
 from moe_dist.hf.host.pictures import check_encoder
 from moe_dist.monitor.hints import HintWatch
+from moe_dist.monitor.setup_hints import Settings
 from moe_dist.monitor.statistics import WeightTable
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.preflight import manifest_violations
@@ -34,7 +35,8 @@ def hints(*, gradient: float = 1.0, pictures: float = 0.01, most: float | None =
         pictures: Epochs of pictures that a step reads.
         nats: Loss of a label of pictures; one of text has 1 nat, and there are equally many.
     """
-    placement, watch, found = draw_placement(GROUPS, 1), HintWatch(GROUPS, LAYERS, most_picture_loss=most), set[str]()
+    watch = HintWatch(GROUPS, LAYERS, settings=Settings(most_picture_loss=most))
+    placement, found = draw_placement(GROUPS, 1), set[str]()
     for step in range(1, 51):
         squares_N3 = np.array([[1.0, 1e-4, gradient], [1.0, 1e-4, gradient], [1.0, 1e-4, 1e-6]])
         table = WeightTable(NAMES, squares_N3, np.ones((3, 16))) if step % 25 == 0 else None
