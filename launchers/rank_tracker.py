@@ -160,7 +160,7 @@ class RankTracker:
 
     def signals_due(self, signals: StopSignals, now: float) -> list[signal.Signals]:
         """Returns the signals that all running ranks must get now: the launcher's first stop signal, SIGTERM a while after
-        a rank has failed or stopped, and SIGKILL after a timeout or a second Ctrl-C."""
+        a rank has failed or stopped, or SIGKILL after a timeout or a second Ctrl-C."""
         due: list[signal.Signals] = []
         if signals.first is not None and not self._stopping:
             again = "; Ctrl-C again ends now" if signals.first == signal.SIGINT else ""

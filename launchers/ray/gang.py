@@ -101,8 +101,8 @@ class Gang:
     def run(
         self, commands: Sequence[RankCommand], logs: Sequence[Path], signals: StopSignals, timeouts: ShutdownTimeouts
     ) -> Outcome:
-        """Starts the ranks, and blocks until each one has ended, could not be started, or is lost with its node or Ray
-        worker; returns the outcome."""
+        """Starts the ranks. Blocks until each rank has ended, did not start, or is lost with its node or Ray worker.
+        Returns the outcome."""
         tracker = RankTracker(len(self._actors), timeouts, say=lambda text: print(text, file=sys.stderr, flush=True))
         started = [
             actor.start.remote(command.argv, command.env, str(log), command.rank == 0)

@@ -154,8 +154,8 @@ def _match_domains(
     possible: Sequence[Sequence[int]], nodes: Sequence[RayNode], together: Sequence[tuple[int, ...]]
 ) -> list[int | None]:
     """Matches planned nodes to Ray nodes like `match`, but keeps each set of `together` inside one domain. Handles the
-    largest set first, and gives each set the smallest domain that has enough nodes for it. A node without the label
-    DOMAIN is a domain by itself."""
+    largest set first, and gives each set the smallest domain that has enough nodes for it. A node without the label DOMAIN
+    counts as a separate domain."""
     found: list[int | None] = [None] * len(possible)
     left = set(range(len(nodes)))
     for group in sorted(together, key=len, reverse=True):

@@ -13,7 +13,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.runtime.place import FEATURES
 
 TRAIN_SBATCH = source_root() / "slurm" / "train.sbatch"
-PROGRAM = "MOE_DIST_PROGRAM"  # variable with arguments of the ranks' interpreter that replace those of the training
+PROGRAM = "MOE_DIST_PROGRAM"  # variable with arguments of the ranks' interpreter, in place of the training's
 STOP_SIGNAL = "USR2"  # not USR1, which NCCL may use
 LINGER_SECONDS = 60  # from the first rank's end until srun kills the other ranks; until then these ranks log errors
 # Blocked signals stay pending until the process has its handlers (moe_dist/runtime/signals.py unblocks them).

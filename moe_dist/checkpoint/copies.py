@@ -33,8 +33,8 @@ def unequal_copies(
     """Returns the names of the tensors whose copies differ. Also returns the ranks whose copy of the first such tensor
     differs from the majority; if there is no majority, all ranks with a copy. The result is equal on all ranks.
 
-    Collective. Costs one pass over the tensors, an all-reduce of 8 bytes for each tensor of model and optimizer, and one
-    host sync; if copies differ, a second all-reduce and host sync.
+    Collective. Costs one pass over the tensors, an all-reduce of 8 bytes for each tensor of model and optimizer, and a host
+    sync. If copies differ, a second all-reduce and host sync follow.
     """
     names = sorted(state.specs)
     sums = {name: _checksum(held).to(device) for name, held in state.held.items() if held.copies > 1}

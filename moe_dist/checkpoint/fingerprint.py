@@ -3,8 +3,8 @@ over the element's bits and position.
 
     fingerprint = sum over elements i of mix(bits_i + (i + 1) * G)  mod 2^64
 
-where i counts the elements of the whole tensor in row-major order, bits_i is the element's bit pattern (sign extended to 64
-bits), G is odd, and mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. Because the hashes are only
+Here i counts the elements of the whole tensor in row-major order, bits_i is the element's bit pattern (sign extended to 64
+bits), and G is odd. mix is the 64-bit finaliser of MurmurHash3 (public domain), a bijection. Because the hashes are only
 added, the fingerprints of disjoint pieces add up to the fingerprint of the whole tensor. The sum depends neither on how the
 tensor is divided, nor on the order of the pieces, nor on the device.
 

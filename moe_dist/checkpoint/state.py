@@ -63,7 +63,7 @@ class CheckpointState:
 
     Attributes:
         held: Maps logical names to this rank's tensors.
-        specs: Shape and dtype of all logical tensors of model and optimizer, also of those that only other ranks have.
+        specs: Shape and dtype of all logical tensors of model and optimizer, including tensors that only other ranks have.
         optimizer: The optimizer whose moments `held` contains; None if `held` contains no moments.
         values: JSON values that are equal on all ranks: progress, resolved configuration, states of controllers.
         rank_values: JSON values of this rank, such as RNG states; restored only if the number of ranks is the same.

@@ -46,7 +46,8 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor
 
     def fingerprint(self) -> int:
-        """Returns the fingerprint of this piece. The fingerprints of all pieces add up to that of the whole tensor."""
+        """Returns the fingerprint of this piece. The fingerprints of all pieces add up to the whole tensor's
+        fingerprint."""
         return fingerprint(self.tensor, offsets=self.offsets, shape=self.shape)
 
 
@@ -231,7 +232,7 @@ def build_index(folder: Path, specs: Mapping[str, TensorSpec], *, step: int, sav
 
 
 def read_tensors(contents: Contents, tensors: Mapping[str, Tensor], sources: Mapping[str, Source] | None = None) -> None:
-    """Loads stored data in place into plain tensors and into this rank's shards of DTensors. Reads only what is needed.
+    """Loads stored data in place into plain tensors and into this rank's shards of DTensors. Reads only the needed bytes.
 
     Args:
         contents: A checkpoint whose index matches the tensors (`check_fits`).

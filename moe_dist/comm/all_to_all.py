@@ -138,7 +138,7 @@ class RowBuffers:
         self._free: list[Tensor] = []
 
     def take(self, num_rows: int, like: Tensor) -> Tensor:
-        """Returns uninitialised rows [num_rows, D]. Width D, dtype and device are those of `like` [..., D]."""
+        """Returns uninitialised rows [num_rows, D]. Width D, dtype and device are taken from `like` [..., D]."""
         width = like.shape[-1]
         num_bytes = num_rows * width * like.element_size()
         same_device = (index for index, storage in enumerate(self._free) if storage.device == like.device)

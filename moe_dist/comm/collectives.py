@@ -234,8 +234,8 @@ def sum_over(
 def start_sum(
     tensor: Tensor, group: dist.ProcessGroup | None, *, name: str, tracker: CollectiveTracker | None = None
 ) -> Callable[[], Tensor]:
-    """Starts `sum_over`, and returns a function that waits for the sum and returns it. The result is bit-identical to that
-    of `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker records both."""
+    """Starts `sum_over`, and returns a function that waits for the sum and returns it. The result is bit-identical to
+    `sum_over`. Kernels queued between start and wait run in parallel with the sum. The tracker records both."""
     if group is None:
         return lambda: tensor
     with track_collective(tracker, name, device=tensor.device):

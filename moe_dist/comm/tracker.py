@@ -53,7 +53,7 @@ class CollectiveTracker:
 
     @contextmanager
     def among(self, collectives: str) -> Iterator[None]:
-        """Encloses code that calls untracked collectives, such as those of FSDP2. If the rank neither enters nor leaves a
+        """Encloses code that calls untracked collectives, such as FSDP2's. If the rank neither enters nor leaves a
         tracked collective for too long in this code, the watchdog reports that the rank is inside one of `collectives`."""
         with self._lock:
             self._among, self._moved = collectives, time.monotonic()

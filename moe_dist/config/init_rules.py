@@ -59,7 +59,7 @@ def _split_violations(config: WholeConfig) -> Iterator[Violation]:
 
 def identity_choices(num_experts: int, num_null: int, true_choices: int) -> range:
     """Returns the values of top_k with which a token takes the same `true_choices` true experts before and after the
-    router's m null rows become copies of its n true rows, m / n copies of each.
+    router's m null rows become copies of its n true rows (m / n copies of each row).
 
     Sort a token's columns by logit, with true columns first among equal logits. The token's best true expert comes first,
     then the m / n copies of that expert's row. The second best expert follows with its copies, and so on in blocks of m / n

@@ -163,7 +163,7 @@ def difference(old: Config, new: Config) -> list[Change]:
 
 
 def changes_on_resume(old: Config, new: Config) -> list[Change]:
-    """Returns the differences that prevent a run from being resumed, which are those of keys that must not change."""
+    """Returns the differences that prevent a resume: changes of keys that must not change."""
     return [change for change in difference(old, new) if not may_change_on_resume(change.key)]
 
 

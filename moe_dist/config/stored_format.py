@@ -60,7 +60,7 @@ def translate(values: Any) -> Any:
 
 
 def _holder(values: Any, key: str) -> tuple[dict[str, Any], str]:
-    """Returns the section with the dotted key, and the last part of the key. A missing section is added as {}."""
+    """Returns the section with the dotted key ({} if it is missing), and the last part of the key."""
     *holders, name = key.split(".")
     for holder in holders:
         values = values.get(holder) if isinstance(values, dict) else None

@@ -179,8 +179,8 @@ def dump_yaml(value: Any) -> str:
 
 
 def _rule_of(error: yaml.MarkedYAMLError) -> tuple[yaml.Mark | None, str]:
-    """Returns the place of a syntax error, and the broken rule with its fix. For an unclosed bracket or quote, the place is
-    that of the opening character. If no rule matches the error, returns PyYAML's text instead of a rule."""
+    """Returns the place of a syntax error, and the broken rule with its fix. For an unclosed bracket or quote, this is the
+    place of the opening character. If no rule matches the error, returns PyYAML's text instead of a rule."""
     context, problem = error.context or "", error.problem or ""
     words = f"{context}, {problem}" if context else problem
     if context in _BRACKETS and error.context_mark is not None:

@@ -146,7 +146,7 @@ def peft_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator
 
 
 def adapter_names(model: ModelSection, layer: int, target: str) -> list[list[str]]:
-    """Returns the logical names of one layer's A matrices, one per expert, then those of its B matrices. The model must
+    """Returns the logical names of one layer's A matrices, one per expert, then the names of its B matrices. The model must
     have one expert group."""
     ((group, section),) = model.moe.groups.items()
     prefix, experts = f"layers.{layer}.moe.experts.{group}", range(section.num_experts)

@@ -20,8 +20,8 @@ _LENGTH = "original_max_position_embeddings"
 
 # The rule by which a family's config.json says which layers have a sliding window. none: no layer has one. always: all
 # layers have one if `sliding_window` has a value. flag: all layers have one if `use_sliding_window` is true. layers: the
-# layers that `layer_types` names. alternate: like `layers`, but without a flag; if `layer_types` is absent, every second
-# layer, beginning with the first.
+# layers in `layer_types` have one. alternate: like `layers`, but without a flag; if `layer_types` is absent, every second
+# layer has one, beginning with the first.
 Windows = Literal["none", "always", "flag", "layers", "alternate"]
 DEFAULT_WINDOW, DEFAULT_WINDOW_LAYERS = 4096, 28  # defaults of Qwen2-MoE and Qwen3-MoE
 DEFAULT_ALTERNATE = 128  # default window of gpt-oss

@@ -2,7 +2,7 @@
 runs nothing.
 
 An export may contain code only in the form `moe_dist`, which puts moe_dist's own code files beside the weights.
-`verify_export` compares these files with those of the installed package.
+`verify_export` compares these files with the installed package.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,8 @@ from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, 
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
-# Maps keys, at any depth of a JSON file, to a text that says what a library would run or read because of the key.
+# Maps keys, at any depth of a JSON file, to a text that names the code or file that a library would run or read because of
+# the key.
 _KEYS = {
     "auto_map": "transformers would run the classes that it names",
     "auto_mapping": "PEFT would import the library that it names",
@@ -38,8 +39,8 @@ _PLAIN = (*COMPANIONS, CONFIG_FILE, INDEX_FILE, README, ADAPTER_CONFIG, "LICENSE
 
 
 def entries(values: Any) -> Iterator[tuple[str, str, Any]]:
-    """Yields each key of JSON values, at any depth, with its value; the first of the three results is the surrounding key
-    that names kernels, or "". Visits each value once. A list gives its elements, each with the list's key."""
+    """Yields (surrounding key that names kernels, or "", key, value) for each key of JSON values, at any depth. Visits each
+    value once. A list gives its elements, each with the list's key."""
     rest: list[tuple[str, str, Any]] = [("", "", values)]
     for kernels, key, value in rest:  # the list grows in this loop
         if isinstance(value, list):

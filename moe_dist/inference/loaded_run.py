@@ -193,7 +193,7 @@ def find_trained(
     Args:
         path: A run folder, a folder of checkpoints, the folder of a checkpoint, or the YAML file of a run that begins with
             `model.folder`.
-        step: Training step of the checkpoint; by default that of the newest checkpoint.
+        step: Training step of the checkpoint; by default the newest checkpoint's.
         data: The folder where the data set is now; by default the folder in the run's configuration.
         allow: Function that takes a run's configuration and returns the reasons why the run cannot be used.
 

@@ -2,7 +2,7 @@
 2404.02258; MoMa, arXiv 2407.21770, section 2.3). The layer selects among the tokens of all modalities together.
 
     s = <w, x / rms(x)>
-    select a fraction c of the selection scope's tokens (rounded up): those of largest s; ties go to the earlier token
+    select a fraction c of the selection scope's tokens (rounded up): the tokens of largest s; ties go to the earlier token
     x <- x + sigmoid(s) layer(x)    for selected tokens, which keep their positions and attend only to selected tokens
     x <- x                          for all other tokens
 

@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         """Returns logits [B, N, V] of N new tokens per sequence, and adds these tokens to the cache. Each sequence is one
         document. Call this method in evaluation mode.
 
-        Up to rounding, the logits equal those that `forward` computes for the whole sequences. There is one exception: with
+        Up to rounding, the logits equal the result of `forward` for the whole sequences. There is one exception: with
         `DynamicScaling` beyond its original length they differ, because cached keys keep their first rotation.
 
         Args:

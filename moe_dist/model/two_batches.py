@@ -3,7 +3,7 @@ the other half computes. Shape letters: B sequences, S positions, T tokens of a 
 
 Each half is a generator, which yields at each exchange (`moe_dist.moe.dispatch.two_batches` draws the order). Each token is
 routed independently, so routing two halves gives the same result as routing the whole micro-batch. The reports of both
-halves are added, so the losses also equal those of the whole micro-batch.
+halves are added, so the losses also equal the whole micro-batch's losses.
 """
 
 from collections.abc import Generator, Iterable, Sequence

@@ -1,5 +1,5 @@
 """Chooses between Triton kernels and torch operations for the arithmetic on rows. Triton kernels are chosen only after a
-trial on this machine: on small tensors, their values and gradients must equal those of torch.
+trial on this machine: on small tensors, their values and gradients must equal torch's.
 
 Shape letters are as in `kernels.interface`.
 """

@@ -172,7 +172,7 @@ def _scaled(values_LG: Tensor, factor_G: Sequence[float]) -> Tensor:
 
 def z_terms(log_z_squared_LG: Tensor, tokens_LG: Tensor) -> Tensor:
     """Returns this rank's part of each layer's router z-loss [L], with coefficient 1. The z-loss is the mean over tokens of
-    logsumexp(logits)^2, where the logits are those of the columns of the token's group (ST-MoE, arXiv 2202.08906, eq. 5).
+    logsumexp(logits)^2, over the columns of the token's group (ST-MoE, arXiv 2202.08906, eq. 5).
     `tokens_LG` counts the tokens of all ranks."""
     return log_z_squared_LG.sum(1) / tokens_LG.sum(1).to(log_z_squared_LG.dtype).clamp_min(1.0)
 

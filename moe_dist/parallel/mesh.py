@@ -23,7 +23,7 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.errors import ConfigError, ResourceError
 from moe_dist.runtime.environment import PUBLISHED, RankEnv
 
-CHECKPOINT_TIMEOUT = timedelta(hours=2)  # longer than the time in which the slowest rank writes a checkpoint
+CHECKPOINT_TIMEOUT = timedelta(hours=2)  # longer than the slowest rank needs to write a checkpoint
 _ONE_GROUP_TIMEOUT = 600.0  # timeout of every collective, in seconds
 
 

@@ -72,7 +72,7 @@ class PlacementWithReplicas(ExpertPlacement):
         return found
 
     def hosts(self, layer: int) -> dict[int, list[int]]:
-        """Returns, for each expert with replicas, its ranks: first those of the replicas, last the rank of its own slot."""
+        """Returns, for each expert with replicas, its ranks: first the replicas' ranks, last the rank of its own slot."""
         return hosts_of(self.replicas[layer], self.rank_of_expert)
 
     def by_rank(self, pairs_LE: np.ndarray) -> np.ndarray:

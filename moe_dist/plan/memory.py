@@ -36,8 +36,8 @@ block` cannot recompute the layer of the first trained router, since its input h
     MoE         2 D + rows D + 3 F of the shared expert + pairs (D + 3 F) + 12 C bytes in fp32; D less in the first
     dense FFN   D + 3 F
 
-With `device: cpu` torch keeps more, except in router tuning: each of the 2 L norms in layers keeps its output before the
-multiplication by the weight (D), and each attention keeps the document mask in its inputs' dtype (S elements per token).
+With `device: cpu` torch keeps more, except in router tuning. Each of the 2 L norms in layers keeps its output before the
+multiplication by the weight (D). Each attention keeps the document mask in its inputs' dtype (S elements per token).
 Allocator slack, kernels' scratch space and libraries (1 to 2 GB on CUDA) are not counted.
 """
 
@@ -245,7 +245,7 @@ class LayerBytes(NamedTuple):
 
 
 def layer_bytes_per_token(config: Config, rows: float, pairs: float) -> LayerBytes:
-    """Returns the bytes per token of the tensors that autograd keeps, and of those that it recomputes."""
+    """Returns the bytes per token of the tensors that autograd keeps, and of the recomputed tensors."""
     model, a, recompute = config.model, ITEMSIZE[config.parallel.precision], config.parallel.recompute
     dim, groups = model.hidden_dim, expert_groups(model.moe)
     ffn_for_all, ffn = ffn_dim_for_all(model), model.dense_ffn_dim or 0

@@ -35,7 +35,7 @@ class PlacementCosts:
 
     @property
     def efficiency(self) -> float:
-        """Returns mean / largest load of the ranks: an upper bound of throughput / throughput under equal loads."""
+        """Returns (mean load of the ranks) / (largest load), an upper bound of throughput relative to equal loads."""
         return sum(self.load_R) / len(self.load_R) / max(self.load_R)
 
     @property

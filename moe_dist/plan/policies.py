@@ -71,7 +71,7 @@ def group_load(group: ExpertGroup, token_mix: Mix) -> float:
 def pinned_ranks(
     section: PinnedSection, groups: Groups, *, num_ranks: int, token_mix: Mapping[str, int]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the ranks of each group: those that the section names, otherwise some of the remaining ranks. Raises one
+    """Returns the ranks of each group: the ranks that the section names, otherwise some of the remaining ranks. Raises one
     ConfigError with all faults."""
     given = {name: pinned.ranks for name, pinned in section.groups.items() if pinned.ranks}
     problems = _pinned_problems(section, given, groups, num_ranks)

@@ -32,7 +32,7 @@ class Load:
             between nodes. For the dispatcher `hierarchical`: in the hop inside nodes, and in the hop between nodes.
         sent_inside, sent_between: Number of rows that a rank sends inside its node, and to other nodes. Their sums give the
             bytes.
-        rows: Number of rows that the rank computes, including those of its own tokens.
+        rows: Number of rows that the rank computes, including rows of its own tokens.
         pairs, own: Number of (token, expert) pairs that the rank computes, for all tokens and for its own tokens.
         work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
         spread: Standard deviation over micro-batches of a rank's mean number of rows, and of pairs, per layer, [2, R].

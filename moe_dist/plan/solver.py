@@ -116,8 +116,7 @@ def _swap(load_LS: np.ndarray, rank_S: np.ndarray, allowed_SR: np.ndarray, group
 
 
 def _largest_without(work_LR: np.ndarray, top_L3: np.ndarray, home: int) -> np.ndarray:
-    """Returns, for each layer and rank r, the largest work among all ranks except `home` and r, [L, R]; 0 if there are no
-    such ranks."""
+    """Returns, for each layer and rank r, the largest work of any rank except `home` and r, [L, R]; 0 if there is none."""
     layers, ranks = work_LR.shape
     found_LR = np.zeros((layers, ranks))
     for place in reversed(range(top_L3.shape[1])):  # the last assigned value is of the busiest rank other than `home` and r

@@ -173,7 +173,7 @@ class Order:
 
     Attributes:
         backward: Ratio of backward's seconds to forward's.
-        again: Ratio of the seconds of a recomputed forward to those of the first forward.
+        again: Seconds of a recomputed forward divided by the seconds of the first forward.
     """
 
     overlap: bool = False
@@ -246,7 +246,7 @@ def _forward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...
 
 
 def _backward(queue: Queue, layer: LayerCost, order: Order, after: tuple[int, ...]) -> int:
-    """Adds a layer's backward to the queue. Gradients of outputs go to the experts' ranks, those of rows come back."""
+    """Adds a layer's backward to the queue. Gradients of outputs go to the experts' ranks; gradients of rows return."""
     back, again = order.backward, order.again if order.recompute == "experts" else 0.0
     if not layer.hops:
         experts = (back + again) * (layer.own + layer.others) + back * (layer.shared + layer.pack)

@@ -1,8 +1,8 @@
 """A lease file that ensures a single writer per run folder. The writer renews the lease, and checks it before each commit.
 
 The holder creates the file with O_EXCL, and a thread writes a heartbeat counter into it. Another process may replace the
-file, by a rename, if the counter has not changed for `stale_seconds`, or if the holder ran on this machine and is dead. If
-a suspended holder wakes up later, it writes into the old, unlinked file, and its next `check` fails. flock is not used,
+file, by a rename, if the counter has not changed for `stale_seconds`, or if the holder ran on this machine and is dead. A
+suspended holder that wakes up later writes into the old, unlinked file, and its next `check` fails. flock is not used,
 because network file systems implement it differently.
 """
 

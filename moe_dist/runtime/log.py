@@ -74,8 +74,8 @@ def setup_logging(env: RankEnv, folder: RunFolder) -> StepPrefix:
 
 
 class Startup:
-    """A thread that prints every `quiet_seconds` what a starting run is doing, because importing torch or reading data can
-    take minutes. If it has printed anything, `done` prints that the start is over. Enable it only on rank 0."""
+    """A thread that prints a starting run's current action every `quiet_seconds`, because importing torch or reading data
+    can take minutes. If it has printed anything, `done` prints that the start is over. Enable it only on rank 0."""
 
     def __init__(self, *, enabled: bool, quiet_seconds: float = QUIET_SECONDS, stream: TextIO | None = None) -> None:
         self._quiet_seconds, self._stream = quiet_seconds, stream or sys.stderr

@@ -231,7 +231,7 @@ def family_config(family: str, fields: Mapping[str, Any]) -> Any:
     try:
         with offline():  # some default values are names of models on the hub
             return CONFIG_MAPPING[family](**fields)
-    except Exception as error:  # each family checks its fields in its own way
+    except Exception as error:  # the class of errors depends on the family
         raise ConfigError(f"model.fields: {family}: transformers refuses them: {error}; correct them", see=GUIDE) from error
 
 
@@ -245,7 +245,7 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     try:
         with offline():
             return auto.from_config(config, attn_implementation="sdpa", **options)
-    except Exception as error:  # each family checks its fields in its own way
+    except Exception as error:  # the class of errors depends on the family
         if "sdpa" not in str(error) and "scaled_dot_product" not in str(error):
             raise ConfigError(
                 f"model.family={family!r}: transformers cannot make it: {error}; correct model.fields", see=GUIDE

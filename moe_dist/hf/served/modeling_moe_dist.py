@@ -35,8 +35,8 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 class MoeDistRotaryEmbedding(Glm4MoeRotaryEmbedding):
-    """Rotary positions of heads or parts of heads. With `dynamic` scaling each sequence, not the batch, has its own base of
-    the rotary frequencies."""
+    """Rotary positions of heads or parts of heads. With `dynamic` scaling, the base of the rotary frequencies is computed
+    for each sequence, not for the batch."""
 
     @torch.no_grad()
     def forward(self, x, position_ids):

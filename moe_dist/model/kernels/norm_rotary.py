@@ -33,8 +33,8 @@ PROGRAMS = 512  # number of programs of the backward kernel, about 4 per multipr
 def places(
     H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, STEP: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """Returns four blocks, which describe each pair of values: its head, its index in the head, the index of its first
-    value in the token, and whether it exists."""
+    """Returns four blocks. For each pair of values they have: its head, its index in the head, the index of its first value
+    in the token, and whether it exists."""
     head = tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, PAIRS)[None, :]
     return head, pair, head * D + pair * STEP, (head < H) & (pair < HALF)

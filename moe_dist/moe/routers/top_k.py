@@ -230,7 +230,7 @@ class TopKRouter(nn.Module):
         return Routing(pairs, counts, aux, chosen=recorded)
 
     def _all_logits(self, h_TD: Tensor, cache: RoutingCache) -> Tensor:
-        """Returns the logits [T, C]. Subclasses may add logits from the cache to those of `_logits`."""
+        """Returns the logits [T, C]. Subclasses may add logits from the cache to the result of `_logits`."""
         return self._logits(h_TD)
 
     def _logits(self, h_TD: Tensor) -> Tensor:

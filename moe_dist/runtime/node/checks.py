@@ -43,7 +43,7 @@ def check_nodes(
 
     Args:
         heard: For each node, the time of its answer in Unix seconds of this host's clock; None skips the check of clocks.
-        here: Facts of the node that submits the job, of which only the folders are checked.
+        here: Facts of the node that submits the job. Only its folders are checked.
     """
     if not nodes:
         return check_folders([here], needs) if here is not None else []

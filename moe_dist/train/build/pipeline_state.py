@@ -89,8 +89,8 @@ class GptState:
             set_step_count(each.optimizer, count)
 
     def _parameters(self) -> Iterator[tuple[int, str, str, nn.Parameter]]:
-        """Yields four values for each weight and moment: the number of the model chunk, Megatron's parameter name, the name
-        of the moment ("" for the weight), and the parameter."""
+        """Yields for each weight and moment: number of the model chunk, Megatron's parameter name, name of the moment (""
+        for the weight), and parameter."""
         for chunk, name, parameter in self._gpt.parameters():
             for kind in ("", *MOMENTS):
                 yield chunk, name, kind, parameter

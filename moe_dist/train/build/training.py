@@ -223,7 +223,7 @@ class Training:
 
     @property
     def has_copies(self) -> bool:
-        """Returns True if `capture` returns tensors of which several ranks have computed copies."""
+        """Returns True if `capture` returns tensors that several ranks have computed independently."""
         return True
 
     def begin(self) -> str:

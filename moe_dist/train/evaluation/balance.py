@@ -63,7 +63,7 @@ def balance_efficiency(
     model: Transformer, batches: Sequence[Batch], *, group_of_modality: Tensor, placement: ExpertPlacement, mesh: Mesh
 ) -> BalanceEfficiency:
     """Times forward passes, alternately with the model's own routing and with even routing. Returns the median time with
-    even routing, divided by the median time with the model's own routing. Each measured time is that of the slowest rank.
+    even routing, divided by the median time with the model's own routing. The slowest rank determines each measured time.
 
     Collective. Measures nothing on a CPU with more ranks than cores, because the times would then depend on the operating
     system's scheduler.

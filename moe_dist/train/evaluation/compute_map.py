@@ -76,7 +76,7 @@ class Mapper:
             on_device = batch.to(device)
             _, reports = forward(model, on_device, group_of_modality, RoutingRequest(keep_choices=True))
             experts_BS = true_experts(reports, sum(group.num_experts for group in self.groups)).view(batch.tokens_BS.shape)
-            sums_2MF += _sums(experts_BS, on_device, len(names))  # ranks that share sequences add equal sums
+            sums_2MF += _sums(experts_BS, on_device, len(names))  # ranks with the same sequences add equal sums
             if mesh.rank == 0:
                 seen.append((batch, experts_BS.cpu().numpy()))  # host sync
         model.train(training)

@@ -28,7 +28,7 @@ def replay_step(
     source: str,
 ) -> Replay:
     """Returns a replay of a traced step for this rank's micro-batches. The replay finds tokens by sequence and position.
-    Micro-batches, number of ranks and placement may therefore differ from those of the traced run.
+    Micro-batches, number of ranks and placement may therefore differ from the traced run.
 
     Args:
         traced: A step of a run's trace (`read_trace`), or of another system's trace (`read_foreign`).

@@ -1,4 +1,5 @@
-"""Compares a run's held-out loss with that of a run with fixed top-k. Its figures are in configs/fixed_top_k.json."""
+"""Compares a run's held-out loss with the held-out loss of a run with fixed top-k. Its figures are in
+configs/fixed_top_k.json."""
 
 import json
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ MAY_DIFFER = (
 
 def beside_fixed_top_k(config: Config, manifest: Manifest, evaluation: EvaluationResult, *, figures: Path = FIGURES) -> str:
     """Returns a sentence that compares this run with the run with fixed top-k: held-out losses (nats per token) and numbers
-    of true experts per token, by modality. Returns "" if there are no figures for this model, data, steps and seed, or if
-    figures or data cannot be read, because a finished run must not fail because of this sentence."""
+    of true experts per token, by modality. Returns "" if there are no figures for this model, data, steps and seed. Also
+    returns "" if figures or data cannot be read, so that a finished run does not fail."""
     try:
         for known in json.loads(figures.read_text(encoding="utf-8")):
             if _same_but_nulls(known, config) and data_digest(config.data.path, manifest) == known["data"]:

@@ -3,7 +3,7 @@
     loss = (1 - weight) cross entropy + weight KL       means over the labels of the step
     KL = KL(teacher || model), or with the divergence `reverse` KL(model || teacher)
 
-Every rank holds the whole teacher, frozen and in evaluation mode, and runs it on the rank's own tokens. The term needs no
+Every rank has the whole teacher, frozen and in evaluation mode, and runs it on its own tokens. The term needs no
 collective.
 """
 

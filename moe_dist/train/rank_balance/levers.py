@@ -56,8 +56,8 @@ class ReplicaPlanner:
 
 
 def give_replicas(parallel: ParallelModel, section: DispatchSection, context: DispatchContext) -> None:
-    """Replaces the experts' replicas in all MoE layers by those in `context.placement`. All ranks must call this between
-    the same two steps. Dispatchers with the capability `replicas` make all plans with their attribute `planner`."""
+    """Replaces the experts' replicas in all MoE layers by the replicas in `context.placement`. All ranks must call this
+    between the same two steps. Dispatchers with the capability `replicas` make all plans with their attribute `planner`."""
     mesh, layers, placement = parallel.mesh, parallel.model.moe_modules(), context.placement
     assert isinstance(placement, PlacementWithReplicas)
     wire = context.all_to_all

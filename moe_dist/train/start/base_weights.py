@@ -4,8 +4,8 @@ its content hash differs from the hash in the checkpoint.
 
 An adapter adds the product of two matrices A and B to a weight, and B is initially 0. Before the first step the model
 therefore computes the same function as the base. The logits of the two are bit-equal only in batches without padding. A
-base with one expert per layer leaves padding out of its matrix products, but a model with adapters does not, and the
-rounding of a matrix product depends on its number of rows.
+base with one expert per layer leaves padding out of its matrix products, but a model with adapters does not. The rounding
+of a matrix product depends on its number of rows.
 """
 
 from collections.abc import Mapping, Sequence

@@ -121,8 +121,8 @@ def _old_model(contents: Contents) -> ModelSection | None:
 
 
 def check_scored(config: Config) -> None:
-    """Raises ConfigError if the samples of router tuning were made with other weights than those of `run.init_from`, or of
-    `model.folder` if the run begins with these."""
+    """Raises ConfigError if the samples of router tuning were made with other weights than the run begins with, which are
+    in `run.init_from` or `model.folder`."""
     if config.router_tuning is None:
         return
     manifest, first = load_tuning_manifest(config.router_tuning.data), config.run.init_from

@@ -52,8 +52,9 @@ class PipelineModel:
         return losses_BS, reports
 
     def with_choices(self, reports: Sequence[LayerReport], number: int, tokens_BS: Tensor) -> list[LayerReport]:
-        """Returns one report for each MoE layer of the model. It has the expert choices of all tokens of a micro-batch, of
-        which each TP, CP and PP rank has a part. Collective over these ranks: sums 12 bytes per token, layer and choice."""
+        """Returns one report for each MoE layer of the model. It has the expert choices of all tokens of a micro-batch,
+        which it collects from all TP, CP and PP ranks. Collective over these ranks: sums 12 bytes per token, layer and
+        choice."""
         groups, layers = self.gpt.groups, self.gpt.config.model.moe_layers
         choices = self.gpt.config.model.moe.most_columns
         column_TLK = torch.zeros((tokens_BS.numel(), len(layers), choices), dtype=torch.int64, device=tokens_BS.device)

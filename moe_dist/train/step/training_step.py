@@ -456,8 +456,8 @@ class _BusyClock:
 
 def largest_memory(device: torch.device) -> tuple[float, float, float]:
     """Returns three numbers: the most MiB that torch's allocator had allocated on the GPU since the process began, the most
-    MiB that it had reserved, and how often it found no free memory, emptied its cache and tried again. On a CPU both sizes
-    are the process's largest resident memory. Needs no sync."""
+    MiB that it had reserved, and its number of retries (no free memory, so it emptied its cache). On a CPU both sizes are
+    the process's largest resident memory. Needs no sync."""
     if device.type != "cuda":
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
         return resident, resident, 0.0
