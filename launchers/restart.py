@@ -1,5 +1,5 @@
 """Decides whether a run is restarted from the last checkpoint after an attempt. The local, Slurm and Ray launchers share
-this rule. All functions are pure; the earlier attempts are arguments."""
+this rule. All functions are pure and get the earlier attempts as arguments."""
 
 import re
 from collections.abc import Sequence

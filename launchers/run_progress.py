@@ -99,7 +99,8 @@ class RunProgress:
 
     @property
     def remaining_seconds(self) -> float | None:
-        """Seconds to the last step at the current throughput; None if the run is not running, or has no throughput yet."""
+        """Seconds to the last step at the current throughput; None if the state is not RUNNING or no throughput is
+        known."""
         if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
         return max(0, self.total_steps - self.step) * self.step_seconds

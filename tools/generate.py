@@ -40,7 +40,7 @@ class GeneratedSample:
     tokens: list[int]  # ids of the new tokens
     modalities: list[str]  # modality of each new token
     text: str  # text of the new tokens
-    pictures: list[Image.Image]  # pictures that end in the new tokens
+    pictures: list[Image.Image]  # pictures that the new tokens complete
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,7 +149,7 @@ class Manifests:
             "backoffLimit": self.cluster.max_restarts * len(part.nodes),  # counts pods, because a failed run ends all pods
             "podFailurePolicy": {
                 "rules": [
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # drained
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # a drain
                     # After a pod is drained, the ranks of the other pods save and end with this exit code.
                     {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [STOPPED]}},
                     {"action": "FailJob", "onExitCodes": {"operator": "In", "values": final}},

@@ -56,7 +56,7 @@ def run_on_nodes(
     gpus, world = (1 if tasks_per_node > 1 else 0), len(chosen) * tasks_per_node
     task: Any = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_run)  # pyright: ignore
     hosts = [node.host for node in chosen]
-    names = hosts if len(set(hosts)) == len(hosts) else [node.address for node in chosen]  # nodes may have equal host names
+    names = hosts if len(set(hosts)) == len(hosts) else [node.address for node in chosen]  # if host names are not unique
     waiting = []
     for rank in range(world):
         node, local = divmod(rank, tasks_per_node)

@@ -96,7 +96,7 @@ class RankSupervisor:
                 os.kill(self._rank.pid, signal.Signals[name])  # the rank's main thread handles the signal
 
     def _show(self, text: bytes) -> None:
-        with contextlib.suppress(OSError):  # full disk
+        with contextlib.suppress(OSError):  # the disk may be full
             if self._log is not None:
                 self._log.write(text)
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
 """Runs one attempt of a Slurm job; slurm/train.sbatch calls this module on the node of the batch script.
 
 Plans the run, checks the allocation, starts one task per rank with srun, and records the verdict. Requeues the job if a
-stopped run has saved (exit code 75), and after each failure after which the other launchers would restart the run
+stopped run has saved (exit code 75), and after each failure that other launchers would answer with a restart
 (launchers/restart.py). After a node failure Slurm itself requeues the job.
 """
 

@@ -35,7 +35,7 @@ _ENDED = re.compile(
 )
 _KILLS = re.compile(r"srun: (?:First task exited|Terminating |Job step aborted|forcing job termination)")
 _MEMORY = re.compile(r"slurmstepd\S*: error: (.*(?:memory limit|oom.?kill).*)", re.IGNORECASE)
-_CODES = {signal.strsignal(each): -each for each in signal.Signals} | {"Out Of Memory": -signal.SIGKILL}  # srun's words
+_CODES = {signal.strsignal(each): -each for each in signal.Signals} | {"Out Of Memory": -signal.SIGKILL}  # srun's text
 Places = Mapping[str, Mapping[int, int]]  # maps each host, and each task on it, to a rank
 
 

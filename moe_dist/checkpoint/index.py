@@ -178,7 +178,7 @@ def read_stored(path: Path, model: type[M]) -> M:
                 "of moe_dist in provenance.json"
             ) from error
         raise DataError(f"checkpoint file {path}: damaged: {first_fault(error)}") from error
-    except ValueError as error:  # of `bounded`
+    except ValueError as error:  # raised by `bounded`
         raise DataError(f"checkpoint file {path}: damaged: {error}") from error
 
 

@@ -113,7 +113,7 @@ class HostBuffers:
         devices: set[torch.device] = set()
         for name, piece in pieces.items():
             buffer = self._buffer(name, piece.tensor)
-            buffer.copy_(piece.tensor, non_blocking=True)  # asynchronous on CUDA (pinned buffers); synced below
+            buffer.copy_(piece.tensor, non_blocking=True)  # asynchronous on CUDA (pinned buffers), synced below
             devices.add(piece.tensor.device)
             copies[name] = Piece(buffer, piece.offsets, piece.shape)
         for device in devices:

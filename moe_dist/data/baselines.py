@@ -87,8 +87,8 @@ class _Scores:
     """Sums the nats of the held-out labels of one source and one modality."""
 
     def __init__(self, model: "_Ngrams", chunks: Iterator[_Labels]) -> None:
-        self._sums: defaultdict[tuple[str, bool], float] = defaultdict(float)  # by (kind, filler)
-        self._counts: Counter[bool] = Counter()  # by filler
+        self._sums: defaultdict[tuple[str, bool], float] = defaultdict(float)  # keyed by (kind, filler)
+        self._counts: Counter[bool] = Counter()  # keyed by filler
         for labels in map(model.inside, chunks):
             for filler in (False, True):
                 part = labels.where(labels.filler == filler)

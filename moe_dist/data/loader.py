@@ -300,7 +300,7 @@ def _batch_maker(folder: str | Path, manifest: Manifest, seq_len: int, *, lazily
     options["modalities"] = tuple(manifest.modalities.values())
     if manifest.pictures is None:
         return BatchMaker(**options)
-    from moe_dist.data.picture_encoder import PictureBatchMaker  # needs transformers
+    from moe_dist.data.picture_encoder import PictureBatchMaker  # imported late, because it needs transformers
 
     pictures = Path(folder) / manifest.pictures.folder
     return PictureBatchMaker(folder=Path(folder), pictures=pictures, lazily=lazily, **options)

@@ -105,7 +105,7 @@ def write_served(section: ModelSection, ids: Mapping[str, TokenIds]) -> dict[str
     fields |= {theirs: values["moe"][ours] for ours, theirs in _MOE_FIELDS.items()}
     fields["moe_shortcut"] = section.moe.shortcut
     clamped = isinstance(section.moe.experts, ClampedFFNExpertsSection)
-    fields["experts"] = values["moe"]["experts"] if clamped else {"kind": "ffn"}  # an export merges adapters
+    fields["experts"] = values["moe"]["experts"] if clamped else {"kind": "ffn"}  # adapters are merged
     groups = [
         {"name": name, **group.model_dump(mode="json"), "token_ids": ids.get(name)}
         for name, group in section.moe.groups.items()

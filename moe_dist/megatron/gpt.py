@@ -247,7 +247,7 @@ class Gpt:
         initial: Initial,
         decays: Callable[[str, tuple[int, ...]], bool],
     ) -> None:
-        """Sets every weight, and marks those without weight decay."""
+        """Sets every weight, and marks the weights that get no weight decay."""
         place = self.place
         for chunk, model in enumerate(models):
             for name, parameter in model.named_parameters():

@@ -75,7 +75,7 @@ def why_differ(ours: Callable[[], Results], torchs: Callable[[], Results], devic
             pairs = list(zip(ours(), torchs(), strict=True))
         for (_, found), (name, expected) in pairs:
             difference = float((found.double() - expected.double()).norm() / expected.double().norm())
-            if not difference <= MOST:  # also for NaN
+            if not difference <= MOST:  # true also for NaN
                 return f"in a trial on {device} the {name} of the Triton kernels differs from torch's by {difference:.2g}"
     except Exception as error:  # compilers and drivers raise errors of any class
         return (

@@ -33,7 +33,7 @@ def write_atomically(
             before_rename()
         os.replace(new, path)  # atomic: readers see the old or the new file
     except BaseException:
-        new.unlink(missing_ok=True)  # also after Ctrl-C
+        new.unlink(missing_ok=True)  # runs also after Ctrl-C
         raise
 
 

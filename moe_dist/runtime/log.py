@@ -68,7 +68,7 @@ def setup_logging(env: RankEnv, folder: RunFolder) -> StepPrefix:
         handler.addFilter(prefix)
         handler.setFormatter(WithoutSecrets("%(asctime)s [%(place)s] %(levelname)s %(name)s: %(message)s"))
         root.addHandler(handler)
-    root.setLevel(logging.WARNING)  # libraries are quiet
+    root.setLevel(logging.WARNING)  # libraries log only warnings and errors
     logging.getLogger("moe_dist").setLevel(logging.INFO)
     return prefix
 

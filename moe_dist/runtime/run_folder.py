@@ -347,7 +347,7 @@ class RunFolder:
 
     def tell(self, attempt_id: str, rank: int) -> None:
         """Records that a rank ends by itself: its run is done, was stopped, or failed with an error that it printed."""
-        with contextlib.suppress(OSError):  # raised on a full disk
+        with contextlib.suppress(OSError):  # raised if the disk is full
             (self.path / f".told_{attempt_id}_{rank}").touch()
 
     def told(self, attempt_id: str) -> frozenset[int]:

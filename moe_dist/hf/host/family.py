@@ -29,7 +29,7 @@ from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the only expert group, and of the attribute that has a family's experts
-LEAST = "5.24"  # version of transformers
+LEAST = "5.24"  # oldest version of transformers that this engine supports
 GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that the family does not determine
 MOST_PARTS = 4096  # largest number of layers, of experts and so on; transformers takes milliseconds per part

@@ -202,7 +202,7 @@ class PredictedKRouter(AdaptiveRouter):
     2410.10456).
 
         k(x) = top_k sigmoid(<u, x> + b),   T(x) = the ceil(k(x)) most probable columns of softmax(x W^T)
-        m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, and for the last one the rest of k(x)
+        m_j  = min(1, k(x) - (j - 1)) for the j-th of them: 1, but the fractional rest of k(x) for the last one
         w_j  = scale m_j v_j,   v a softmax over T(x) without null columns, or the softmax over all columns
 
     Ada-K samples an integer k and trains its predictor by policy gradient. This router instead multiplies the weight of the

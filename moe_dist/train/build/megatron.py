@@ -68,7 +68,7 @@ def megatron_world(config: Config) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module="megatron")  # hides warnings about missing optional packages
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # about torch's collectives
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # on collectives
         if engine.cpu_trial:
             stack.enter_context(megatron_on_cpu())
         degrees = {"tp": engine.tp, "pp": engine.pp, "vpp": engine.vpp, "cp": engine.cp}

@@ -28,7 +28,7 @@ _HOST = torch.device("cpu")
 class _Slice:
     """The part of a parameter that this rank's optimizer updates: all its elements, a range of elements, or none."""
 
-    optimizer: Any  # one of Megatron's optimizers without wrapper
+    optimizer: Any  # one of Megatron's optimizers, without its wrapper
     main: Tensor | None  # the tensor that `optimizer` updates; None if only other ranks update the parameter
     begin: int = 0  # index of the first element of `main` in the flat parameter
     sharded: bool = False  # whether the data-parallel ranks update different elements

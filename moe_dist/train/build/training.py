@@ -208,7 +208,7 @@ class Training:
     parallel: ParallelModel
     optimizer: Optimizer
     step: TrainingStep
-    dispatch: DispatchContext | None = None  # for making another dispatcher if experts move
+    dispatch: DispatchContext | None = None  # arguments for a new dispatcher when experts have moved
     balance: BiasController | None = None
     tuning: RouterTuning | None = None
     load: StepLoad | None = None
@@ -276,7 +276,7 @@ def build_training(config: Config, manifest: Manifest, placement: ExpertPlacemen
     freeze(model, config)  # before sharding, because FSDP2 then reduces no gradients of frozen parameters
     if config.parallel.compile:
         compile_dense(model)
-    elif kernels is not TORCH:  # torch.compile fuses these operations itself
+    elif kernels is not TORCH:  # not with torch.compile, which fuses these operations itself
         dense_kernels.use(model, dense_kernels.triton_kernels())
     if config.parallel.data == "fsdp2":
         shard(model, mesh, COMPUTE_DTYPES[config.parallel.precision])

@@ -18,7 +18,7 @@ def write_adapters(config: Config, folder: RunFolder, step: int) -> str:
     if config.train.only != "adapters":
         return ""
     if config.engine.hosts:
-        from moe_dist.hf.host.weights import export_hosted_adapters as export  # imported only here: few runs need PEFT
+        from moe_dist.hf.host.weights import export_hosted_adapters as export  # imported late, as few runs need it
     else:
         from moe_dist.hf.adapters import export_adapters as export
 

@@ -158,7 +158,7 @@ def losses_of_sources(sources_S2: np.ndarray, names: Sequence[str]) -> dict[str,
 
 def needed_factors(busiest_G: np.ndarray, groups: Sequence[ExpertGroup]) -> dict[str, float]:
     """Returns the known values of `busiest_G` as entries of `Record.host`, without groups whose experts choose tokens."""
-    pairs = zip(groups, busiest_G.tolist(), strict=False)  # empty in the first step
+    pairs = zip(groups, busiest_G.tolist(), strict=False)  # `busiest_G` is empty in the first step
     return {f"{NEEDED}{group.name}": most for group, most in pairs if most and group.token_share is None}
 
 

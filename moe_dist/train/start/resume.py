@@ -238,7 +238,7 @@ class Resumable:
                 if self._config.run.keep_position:
                     return self._at_kept_position(Path(self._config.run.init_from))
             return Progress()
-        state = self._capture()  # creates the moments
+        state = self._capture()  # this creates the optimizer's moments
         restored = self._checkpoints.load(newest, state)
         self._training.loaded(state)
         self.status.first("go on", lambda: self._check_origin(newest, restored))
