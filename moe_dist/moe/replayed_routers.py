@@ -153,7 +153,7 @@ def _broken_rules(ids_TK: np.ndarray, group_T: np.ndarray, router: TopKRouter) -
     column_TK = np.where(dropped_TK, -2 - ids_TK, ids_TK)
     inside_TK = (column_TK >= 0) & (column_TK < len(group_C))
     elsewhere_TK = group_C[np.where(inside_TK, column_TK, 0)] != group_T[:, None]
-    sorted_TK = np.sort(np.where(chosen_TK, column_TK, -2 - np.arange(ids_TK.shape[1])), axis=1)  # the rest differ
+    sorted_TK = np.sort(np.where(chosen_TK, column_TK, -2 - np.arange(ids_TK.shape[1])), axis=1)  # all others differ
     drops = router.capacity is not None and router.training
     return [
         (chosen_TK & ~inside_TK, f"a choice is a column from 0 to {len(group_C) - 1} of the model"),

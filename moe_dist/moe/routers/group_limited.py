@@ -5,7 +5,7 @@ and Kimi K2.
     the n true experts are cut, in order, into n_group node groups; a token may use the topk_group node groups with the
     largest sums of their two largest s + b
     T(x) = top-k of s + b among the true experts of these node groups and all columns that are not true
-    w_i = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i without normalisation
+    w_i  = scale s_i / (sum of s over T(x) without null columns + 1e-20),  or scale s_i without normalisation
 
 Null, identity and constant columns also have s and b. But the limit on node groups does not apply to them, because they
 cause no traffic. A null choice has no weight, and the sum in w_i does not contain it. Each modality's expert group is

@@ -63,7 +63,7 @@ class GroupGate(nn.Module):
     def zero_rows(self, step: float) -> int:
         """Sets all router rows to 0, so that all columns get the same score. Returns the number of rows. The biases of the
         null columns become -step, -2 step and so on. If a controller then lowers the biases of all true experts by r times
-        `step`, null experts replace r of each token's true experts, not all of them."""
+        `step`, null experts replace only r of each token's true experts."""
         rows = dict(self.named_parameters())
         if "null" in rows and "bias" in dict(self.named_buffers()):
             first, count = rows["true"].shape[0], rows["null"].shape[0]
@@ -87,7 +87,7 @@ class _Chosen(NamedTuple):
     Attributes:
         column_TK: Chosen columns, the best first.
         valid_TK: bool, false for padding and for choices beyond the k of the token's group.
-        true_TK, null_TK: bool, the valid choices that are true experts, and those that are null.
+        true_TK, null_TK: bool, the valid choices of true experts, and the valid choices of null experts.
         factor_TK: Factor of each weight, with gradient. Only `PredictedKRouter` sets it.
     """
 

@@ -54,7 +54,7 @@ class MegatronTraining(Training):
 
     @property
     def has_copies(self) -> bool:
-        """False with a distributed optimizer: ranks update different shards, which `capture` gathers on all ranks."""
+        """False if the optimizer is distributed: ranks update different shards, which `capture` gathers on all ranks."""
         return not getattr(self.config and self.config.engine, "distributed_optimizer", False)
 
     def loaded(self, state: CheckpointState) -> None:

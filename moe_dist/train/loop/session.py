@@ -301,6 +301,6 @@ def _print_summary(finished: Finished, folder: RunFolder, checked: Preflight, be
     if finished.checks and not finished.took_steps:
         console.print("no routing checks: this attempt took no step; the last steps' routing is in the records")
     hints = folder.hints()
-    for line in (f"done{warnings_text(hints)}", *warning_lines(hints)):  # last, because a launcher repeats them
+    for line in (f"done{warnings_text(hints)}", *warning_lines(hints)):  # last, as in a launcher's verdict
         console.print(escape(line), style="yellow" if hints else "green")
     folder.write_summary(console.export_text())
