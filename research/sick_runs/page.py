@@ -45,7 +45,9 @@ def page(known: list[Case], records: Path) -> str:
                     f"| {each.key} | {found[each.key]['exit']} | {_cell(hint)} | {_judged(judged, each.key, hint)} |"
                 )
     missing = [each.key for each in known if each.key not in found]
-    lines += ["", f"Not run yet: {', '.join(missing) or 'none'}.", "", "## The faults", ""]
+    lines += ["", f"Not run yet: {', '.join(missing) or 'none'}.", "", "## Remarks", ""]
+    lines += [f"- {each}" for each in judged.get("remarks", ())]
+    lines += ["", "## The faults", ""]
     lines += [
         f"- `{name}`: {what}" for name, what in dict.fromkeys((each.fault, each.what) for each in known if each.fault)
     ]
