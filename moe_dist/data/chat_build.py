@@ -54,6 +54,12 @@ def build_chat(
     encoded: dict[str, tuple[_SourceRows, list[Path]]] = {}
     modalities, pictures = _modalities(hub.size, ()), None
     ids = picture_ids(Path(recipe.tokenizer or "")) if MESSAGES in paths else None
+    if ids is not None and ids[2][-1] >= hub.size:
+        raise DataError(
+            f"{recipe.tokenizer}/config.json: token {ids[2][-1]} of pictures is outside the tokenizer's {hub.size} ids; "
+            "the folder has the files of two models, copy it again",
+            see="docs/how-to/pictures.md",
+        )
     for source, path in paths.items():
         rows = _SourceRows(source, Path(path), recipe, report, skip)
         if source != MESSAGES or ids is None:

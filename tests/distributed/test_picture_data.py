@@ -45,18 +45,18 @@ def losses(rank: RankContext, root: str, until: int, changes: dict[str, Any]) ->
         return found
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", full("ernie4_5_vl_moe")])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", full("ernie4_5_vl_moe"), full("glm4v_moe")])
 @pytest.mark.slow
 def test_ranks_equal_one_and_resume(run_in_world: Callable[..., list[Any]], tmp_path: Path, family: str) -> None:
     picture_folder(tmp_path / "model", family)
     file, _ = rows(tmp_path / "rows", 40)
     prepare(tmp_path / "data", Inputs(messages=str(file)), Recipe(tokenizer=str(tmp_path / "model")), lambda *_: None)
     (one,) = run_in_world(1, losses, str(tmp_path), 4, {"run": {"name": "one", "root": str(tmp_path / "runs"), "seed": 0}})
-    two = run_in_world(2, losses, str(tmp_path), 2, {"rank_balance": {"dealing": True}})
+    two = run_in_world(2, losses, str(tmp_path), 3, {"rank_balance": {"dealing": True}})
     then = run_in_world(4, losses, str(tmp_path), 4, {})
     assert all(each == two[0] for each in two)
     assert all(each == then[0] for each in then)
-    assert len(then[0]) == 2
+    assert len(then[0]) == 1
     for (loss, norm, choices), (wanted, wanted_norm, wanted_choices) in zip([*two[0], *then[0]], one, strict=True):
         assert choices == wanted_choices
         assert loss == pytest.approx(wanted, rel=LIMIT)

@@ -30,9 +30,14 @@ QWEN: dict[str, Any] = {
     "text_config": _TEXT,
     "vision_config": _VISION | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
 }
+_GLM = {name: each for name, each in _TEXT.items() if name not in ("num_experts", "rope_parameters")}
+_GLM |= {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+_GLM |= {"rope_parameters": {**_ROPE, "partial_rotary_factor": 1.0}}
+GLM: dict[str, Any] = {"text_config": _GLM, "vision_config": _VISION | {"out_hidden_size": 32, "image_size": 16}}
 FAMILIES = {
     "qwen3_vl_moe": (QWEN, "Qwen2VLImageProcessor", {"temporal_patch_size": 2}),
     "ernie4_5_vl_moe": (ERNIE, "Ernie4_5_VLMoeImageProcessor", {"temporal_patch_size": 1}),
+    "glm4v_moe": (GLM, "Glm4vImageProcessor", {"temporal_patch_size": 2}),
 }
 
 
@@ -54,7 +59,7 @@ def picture_folder(folder: Path, family: str, *, weights: bool = True) -> Path:
     vision = {**fields["vision_config"]}
     of_text = {**fields["text_config"], "vocab_size": 512, "max_position_embeddings": 512}
     given = {**fields, **ids, "text_config": of_text, "vision_config": vision, "tie_word_embeddings": False}
-    if family == "ernie4_5_vl_moe":
+    if family != "qwen3_vl_moe":
         given |= {"video_start_token_id": video, "video_end_token_id": video}
     config = CONFIG_MAPPING[family](**given)
     config.save_pretrained(folder)

@@ -366,3 +366,11 @@ def test_pictures_lie_beside_a_link_to_a_jsonl(three: Path, folder: Path, tmp_pa
     three.symlink_to(tmp_path / "far/x.jsonl")
     manifest, _ = prepared(tmp_path / "out", three, folder)
     assert manifest.pictures is not None
+
+
+def test_a_folder_of_two_models_is_refused(three: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "mixed")
+    file = tmp_path / "mixed/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_token_id": 151655}))
+    with refused(DataError, "config.json", "151655", "two models", golden=False):
+        prepared(tmp_path / "out", three, tmp_path / "mixed")
