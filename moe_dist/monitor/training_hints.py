@@ -233,7 +233,8 @@ def odd_source(records: Sequence[Record], first: Mapping[str, float]) -> Iterato
     new_model = known.keys() <= first.keys() and np.ptp([*first.values()]) < ALIKE * min(first.values())
     for name, loss_S in known.items():
         others = [each for each in known if each != name]
-        error = 1.25 * noise(loss_S[: len(loss_S) // 2]) * math.sqrt(1 / RECENT + 2 / len(loss_S))
+        # Differences of neighbours have the noise of two steps, and no trend.
+        error = 1.25 * noise(np.diff(loss_S[: len(loss_S) // 2])) * math.sqrt((1 / RECENT + 2 / len(loss_S)) / 2)
         rise = now[name] - before[name]
         if rise > max(ODD * before[name], SURE * error) and all(now[o] / before[o] - 1 < ODD / 2 for o in others):
             text = (
