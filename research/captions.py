@@ -25,7 +25,7 @@ from moe_dist.data.corpus_packages import LANGUAGES, openmoji
 from moe_dist.data.pictures import BACKGROUNDS, rasterise
 
 CONFIG = Path(__file__).parents[1] / "configs" / "vision_text_tiny_cpu.yaml"
-SEEN, UNSEEN, RENDERS, SIDE, PATCH, MERGE = 160, 60, 40, 64, 8, 2
+SEEN, UNSEEN, RENDERS, SIDE, PATCH, MERGE = 48, 40, 100, 64, 8, 2
 PLACEHOLDERS = (SIDE // PATCH // MERGE) ** 2  # tokens of a picture
 # Their ids are 0, 1, 2, ..., as in the configuration.
 MARKS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|image|>", "<|video|>", "<|begin_image|>", "<|end_image|>")

@@ -41,7 +41,7 @@ def build_record(
     levers: Sequence[LeverDecision] = (),
     weights: WeightTable | None = None,
     problems: Sequence[tuple[str, str]] = (),
-    read_seconds: float = 0.0,
+    read_seconds: float | None = None,
     sources: Sequence[str] = (),
 ) -> Record:
     """Builds the record of a step. Raises ValueError if a modality has the name of a loss term.
@@ -53,7 +53,7 @@ def build_record(
         levers: Decisions that the levers of `rank_balance` made after this step.
         weights: Weights and updates of this step, if they were measured.
         problems: `Record.problems`.
-        read_seconds: Seconds that this rank waited for the step's batches.
+        read_seconds: Seconds that rank 0 waited for the step's batches; an entry of `Record.host`.
         sources: Names of the sources of the data.
     """
     counts, depths, placement, modalities = result.counts, result.mixture_of_depths, plan.placement, plan.modalities
@@ -99,7 +99,7 @@ def build_record(
             **{name: value for name, value in readings.items() if not name.startswith("device/")},
             **slowest_rank(result.busy_seconds_W),
             **memory,
-            "read_seconds": read_seconds,
+            **({} if read_seconds is None else {"read_seconds": read_seconds}),
             **needed_factors(result.busiest_G, placement.groups),
             **({} if peak is None else {"mfu_peak": f"{peak / 1e12:g} TFLOP/s of all ranks ({source})"}),
         },
