@@ -69,7 +69,7 @@ class WeightWatch:
         measured = (sums_NX, self._outputs.sums_LE2)
         flat = sum_over(pack(measured), self._mesh.world, name=WEIGHT_SUMS, tracker=self._mesh.tracker)
         sums, outputs_LE2 = unpack(flat.cpu().numpy(), measured)
-        self._table = WeightTable(tuple(names), *np.split(sums, [3], axis=1), outputs_LE2)
+        self._table = WeightTable(tuple(names), *np.split(sums, [3], axis=1), outputs_LE2=outputs_LE2)
 
     def _samples(self, held: Mapping[str, LocalShard], names: Sequence[str]) -> Tensor:
         """Returns evenly spaced elements of each named tensor, fp32 [N, SAMPLE]; zeros for a tensor that is missing."""
