@@ -74,7 +74,7 @@ def _speed(history: History) -> tuple[str, str]:
     if history.slowest is None:
         return "well", f"{text}; one rank, so that none waits"
     rank, seconds, others = history.slowest
-    return "well", f"{text}; the slowest rank ({rank:.0f}) computes {seconds:.3f} s a step, the others {others:.3f} s"
+    return "well", f"{text}; in the last step rank {rank:.0f} computed longest, {seconds:.3f} s, the others {others:.3f} s"
 
 
 def _data(history: History) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import pytest
 
 from moe_dist.monitor.report.findings import facts, problems
 from moe_dist.monitor.report.page import render
-from moe_dist.monitor.report.routing import SLOWEST, History, Routing, Subject
+from moe_dist.monitor.report.routing import History, Routing, Subject
 from moe_dist.monitor.report.verdicts import headline, verdicts
 from tests.unit.monitor.report.conftest import draw_groups, draw_routing
 
