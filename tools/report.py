@@ -16,14 +16,15 @@ from moe_dist.checkpoint.directory import CheckpointDirectory, run_path
 from moe_dist.config.load import load_stored_config
 from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection, PinnedSection
 from moe_dist.config.partial import draft
+from moe_dist.config.schema import Config
 from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
-from moe_dist.errors import ConfigError, DataError, MoeDistError, printable
+from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError, printable
 from moe_dist.formats.manifest import load_manifest
 from moe_dist.formats.tokenizer_file import limited, read_tokenizer
 from moe_dist.inference.loaded_run import trained_placement
-from moe_dist.monitor.report.findings import facts, problems, verdict
-from moe_dist.monitor.report.page import render
+from moe_dist.monitor.report.findings import facts
+from moe_dist.monitor.report.page import remarks, render
 from moe_dist.monitor.report.routing import (
     FRAMES,
     Layout,
@@ -36,14 +37,17 @@ from moe_dist.monitor.report.routing import (
     model_shape,
     total,
 )
+from moe_dist.monitor.report.verdicts import headline, verdicts
 from moe_dist.monitor.trace.foreign import READERS, read_foreign
 from moe_dist.monitor.trace.format import MANIFEST, Manifest
 from moe_dist.monitor.trace.reader import Trace, read_trace
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
+from moe_dist.plan.preflight import layout_without_data
+from moe_dist.runtime.cause import line_of_cause
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
-from moe_dist.runtime.hints import warning_lines
+from moe_dist.runtime.lease import read_holder
 from moe_dist.runtime.run_folder import RunFolder
 
 MOST_BYTES = 5_000_000
@@ -89,9 +93,10 @@ def main(options: ReportOptions) -> None:
     subject = Subject(routing, against, layouts, node_sizes)
     page = page_of(subject)
     write_atomically(out, page)
-    wrong = problems(routing)
-    print(printable(verdict(routing, wrong)[1]))
-    for sentence in (*wrong, *routing.hints, *facts(routing)):
+    found = verdicts(routing)
+    print(printable(headline(found)[1]))
+    lines = [f"{each.subject}: {'not judged: ' * (each.state == 'few')}{each.text}" for each in found]
+    for sentence in (*remarks(routing), *lines, *facts(routing)):
         print(printable(f"- {sentence}"))
     print_done(f"{out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
 
@@ -170,9 +175,10 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0, *, opti
         )
     if counted:
         shape = (len(manifest.layers), manifest.num_columns, len(manifest.groups))
-        frames, window, _ = frames_of_records(RunFolder(path).metrics_jsonl, shape)
+        frames, window, _, history = frames_of_records(RunFolder(path).metrics_jsonl, shape)
         frames, source, split = merged(frames, FRAMES), "from metrics.jsonl", "training"
     else:
+        history = None
         frames, window = frames_of_trace(trace, manifest.groups, len(manifest.layers))
         part = f" ({len(frames)} of {len(trace.steps)} traced)" if len(frames) < len(trace.steps) else ""
         source, split = f"counted in the trace{part}", manifest.split
@@ -189,7 +195,8 @@ def open_routing(path: Path, data: Path | None = None, experts: int = 0, *, opti
         balance_coefficient=math.nan,
         tokens=last_tokens(trace, **_names(manifest.configuration, data, manifest.tokenizer)) if trace.steps else None,
         split=split,
-        hints=tuple(warning_lines(RunFolder(path).hints())),
+        hints=RunFolder(path).hints(),
+        history=history,
     )
 
 
@@ -199,7 +206,7 @@ def _of_run(path: Path, data: Path | None) -> Routing:
     groups, layers = expert_groups(config.model.moe), config.model.moe_layers
     columns = sum(group.num_columns for group in groups)
     shape, names = (len(layers), columns, len(groups)), [group.name for group in groups]
-    frames, window, coefficient = frames_of_records(folder.metrics_jsonl, shape, names)
+    frames, window, coefficient, history = frames_of_records(folder.metrics_jsonl, shape, names)
     made = {found.parents[1] for found in (path / "traces").glob(f"*/*/{MANIFEST}")}
     places = made or ({folder.trace} if any(folder.trace.glob(f"*/{MANIFEST}")) else set())
     trace = manifest = None
@@ -216,7 +223,7 @@ def _of_run(path: Path, data: Path | None) -> Routing:
     routing = Routing(
         name=str(path),
         source="from metrics.jsonl",
-        placement=_placement(path, manifest) if manifest else _placement_of_run(path, groups, config.parallel.ep),
+        placement=_placement(path, manifest) if manifest else _placement_of_run(path, groups, config),
         layers=layers,
         modalities=manifest.modalities if manifest else modalities,
         frames=merged(frames, FRAMES),
@@ -225,7 +232,9 @@ def _of_run(path: Path, data: Path | None) -> Routing:
         configuration=config.model_dump(mode="json"),
         balance_coefficient=coefficient,
         tokens=None,
-        hints=tuple(warning_lines(folder.hints())),
+        hints=folder.hints(),
+        history=history,
+        ended=_ended(folder),
     )
     return routing if trace is None else replace(routing, tokens=last_tokens(trace, **_names(routing.configuration, data)))
 
@@ -259,15 +268,26 @@ def _placement(path: Path, manifest: Manifest) -> ExpertPlacement:
         raise DataError(f"{path}, {MANIFEST}: {error}; take the manifest that belongs to this trace") from error
 
 
-def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], ep: int) -> ExpertPlacement:
+def _placement_of_run(path: Path, groups: tuple[ExpertGroup, ...], config: Config) -> ExpertPlacement:
+    """Returns the placement in the newest checkpoint. A run without a checkpoint has its configured placement."""
     directory = CheckpointDirectory(RunFolder(path).checkpoints)
-    steps = directory.steps()
-    if not steps:
-        raise DataError(
-            f"{path}: neither a checkpoint nor a trace tells which of the {ep} ranks holds which expert; save one "
-            "(checkpoint.every), or set monitor.trace"
-        )
-    return trained_placement(directory.path_of(max(steps)), groups)
+    if steps := directory.steps():
+        return trained_placement(directory.path_of(max(steps)), groups)
+    return layout_without_data(config).placement
+
+
+def _ended(folder: RunFolder) -> str:
+    """Returns a sentence on a run that still runs, or ended without being done."""
+    latest, holder = folder.read_status().latest, read_holder(folder.lease_json)
+    if latest is None:
+        return ""
+    steps = CheckpointDirectory(folder.checkpoints).steps()
+    if latest.verdict is None:
+        alive = holder is not None and not holder.is_dead()
+        return "The run is still running." if alive else "The run died without a recorded cause."
+    if cause := line_of_cause(latest, folder.hints(), max(steps, default=0)):
+        return f"The run failed, {cause}."
+    return "" if latest.verdict == EXIT_DONE else f"The run stopped: {latest.reason}."
 
 
 def _layouts(routing: Routing, sizes: Sequence[int]) -> Iterator[Layout]:

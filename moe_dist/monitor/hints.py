@@ -146,7 +146,7 @@ def unread_modality(records: Sequence[Record]) -> Iterator[Hint]:
         return
     for name in stopped:
         yield Hint(
-            f"starved/{name}",
+            f"unread/{name}",
             f"no {name} data were read in the last {len(records)} steps; see data/epochs in TensorBoard; if {name} shall "
             "be trained, look at the mix in data",
         )

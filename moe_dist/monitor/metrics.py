@@ -82,7 +82,7 @@ def routing_scalars(
     return {
         **group_scalars(counts.choices_LC, counts.tokens_LG, placement.groups, **options),
         "moe/rank_imbalance": reduce_known(busiest_over_mean(arrays["weighted_rows_LR"])),
-        "moe/dropped": float(arrays["dropped_LG"].sum()),
+        "moe/dropped_share": ratio(arrays["dropped_LG"].sum(), counts.choices_LC[:, : placement.num_experts].sum()),
         "moe/dead_experts": float((counts.choices_LC[:, : placement.num_experts] == 0).sum()),
         "moe/router_entropy": ratio(counts.entropy_LG.sum(), counts.tokens_LG.sum()),
     }

@@ -18,6 +18,9 @@ TIMING_TAGS: tuple[str, ...] = ("perf/", "device/", "comm/seconds")
 TIMING_FIELDS: tuple[str, ...] = ("time", "host", "balance_note", "hints")  # some hints depend on times
 
 GROUP_FAMILIES: tuple[str, ...] = ("experts_per_token", "null_fraction", "load_imbalance", "capacity_used")
+# TensorBoard opens with the first tags of the alphabet. These four tags stand in this folder, so that they come first.
+FIRST = "0_first/"
+FIRST_TAGS = ("loss/total", "perf/tokens_per_second", "moe/dropped_share", "moe/capacity_used")
 DEPTH_FAMILY = "computed"  # the full tag is mixture_of_depths/computed
 
 # Tag family -> meaning, which Prometheus shows. If a family has a label, such as a group, its name ends in {label}.
@@ -36,7 +39,7 @@ MEANING: dict[str, str] = {
     "moe/capacity_used/{group}": "Load of the busiest expert of any layer in x an even share of all choices. A "
     "capacity counts single micro-batches, so it needs a larger factor to drop nothing.",
     "moe/rank_imbalance": "Rows x FFN width of the busiest rank over the mean rank, mean over layers; 1 is even.",
-    "moe/dropped": "(token, expert) pairs that a capacity dropped.",
+    "moe/dropped_share": "Share of the (token, expert) pairs that a capacity dropped.",
     "moe/dead_experts": "Experts that no token chose in a step, summed over layers.",
     "moe/router_entropy": "Entropy of the router's softmax in nats, mean over tokens and layers.",
     "moe/balance_efficiency_by_count": "Rows x FFN width of the mean rank over the busiest rank, in evaluation: the "
@@ -154,9 +157,10 @@ def curve_of(tag: str) -> tuple[str, str]:
     sub-run 'text'. Terms of the loss, and values over all groups or modalities, are in the main run.
     """
     family, label, value = split_tag(tag)
+    first = FIRST if tag in FIRST_TAGS or family in FIRST_TAGS else ""
     if not label or not value or value in (*RESERVED_MODALITIES, "mean", "max"):
-        return "", tag
-    return value, f"{family}/modality" if label in ("term", "part") else family
+        return "", first + tag
+    return value, first + (f"{family}/modality" if label in ("term", "part") else family)
 
 
 @cache

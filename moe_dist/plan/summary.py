@@ -27,7 +27,7 @@ def start_text(layout: PlannedLayout, path: str, root: str) -> str:
         f"{config.parallel.edp}{config.engine.degrees_text()})\n"
         f"Data: {data.path}{f' ({shares})' if shares else ''}; {batch}\n"
         f"Follow it: moe-dist status {path}\n"
-        f"Charts: tensorboard --logdir {root}\n"
+        f"Charts: tensorboard --logdir {root}, then http://localhost:6006/#custom_scalars\n"
     )
 
 

@@ -91,9 +91,20 @@ def test_every_panel_is_drawn(page: Browser, tmp_path: Path, attached: Path, cas
         assert all((image[int(y), int(x)] != image[3, 3]).any() for x, y in cells)
     assert page.value("document.documentElement.scrollWidth <= innerWidth")
     first = page.value("document.querySelector('main').innerText.split('\\n')[0]")
-    assert first.startswith("What is wrong" if case in ("sick", "attached") else "No rule finds a fault in the routing"), (
-        first
+    assert first.startswith("Look at routing" if case in ("sick", "attached") else "No rule finds a fault"), first
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_head_is_readable_at_the_width_of_a_phone(page: Browser, tmp_path: Path, width: int) -> None:
+    page.open(write(tmp_path, draw_routing(bias=collapse)), width=width, script=False)
+    assert page.value("document.documentElement.scrollWidth <= innerWidth")
+    sizes = page.value("[...document.querySelectorAll('.heads li, svg')].map(e => e.scrollWidth / e.clientWidth)")
+    assert max(size or 1 for size in sizes[:5]) <= 1, "no line of the head is cut"
+    scales = page.value(
+        "[...document.querySelectorAll('svg')].filter(s => s.checkVisibility())"
+        ".map(s => s.getBoundingClientRect().width / s.viewBox.baseVal.width)"
     )
+    assert min(scales) * 12 >= 10, "labels of 12 units have at least 10 pixels"
 
 
 def test_the_keyboard_moves_the_slider_and_opens_details(page: Browser, tmp_path: Path) -> None:

@@ -34,21 +34,6 @@ def problems(routing: Routing) -> list[str]:
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys keep their case
 
 
-HEALTHY = "No rule finds a fault in the routing"
-
-
-def verdict(routing: Routing, wrong: list[str]) -> tuple[str, str]:
-    """Returns state and headline of the report, given the problems `wrong`. The state is "bad" if there are problems, "few"
-    if there are too few choices to judge any expert, and otherwise empty."""
-    unjudged, few = too_few(routing)
-    if few and not wrong and not routing.hints and unjudged == len(routing.layers) * routing.placement.num_experts:
-        return "few", few[0].upper() + few[1:]
-    state, head = ("bad", f"What is wrong in {routing.window.words}") if wrong else ("", HEALTHY)
-    if routing.hints and not wrong:
-        state, head = "bad", "The run gave warnings; no rule finds a fault in the last steps' routing"
-    return state, f"{head}; {few}" if few else head
-
-
 def facts(routing: Routing) -> list[str]:
     """Returns sentences about the busiest expert, layer and rank, about overflow, dead experts and null choices."""
     return [*_busiest(routing), *_capacity(routing), *_dead(routing), *_nulls(routing)]

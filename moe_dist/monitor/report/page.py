@@ -4,9 +4,10 @@ import re
 from html import escape
 
 from moe_dist.monitor.report.drawing import CURVES, MOST_FRAMES
-from moe_dist.monitor.report.findings import facts, problems, verdict
+from moe_dist.monitor.report.findings import facts
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
+from moe_dist.monitor.report.verdicts import headline, verdicts
 
 # Name in the style sheet -> colour in light mode and in print, colour in dark mode. c0, c1 ... are colours of curves.
 COLOURS = {
@@ -54,6 +55,11 @@ details{margin:.4rem 0}summary{cursor:pointer;padding:.2rem 0}
 .slider input:checked{background:var(--c0)}.slider label{display:none;order:1;width:100%;font-weight:600}
 .slider input:checked+label{display:block;padding:.3rem 0}.frames{order:2;width:100%}.frames>div{display:none}
 footer{font-size:.87rem;border-top:1px solid var(--line);padding-top:1rem}
+.heads{list-style:none;padding:0}.heads li{padding:.3rem 0 .3rem 6.5rem;overflow-wrap:anywhere}
+.heads b{display:inline-block;width:6.5rem;margin-left:-6.5rem}
+.well>b{color:var(--well)}.bad>b{color:var(--bad)}.few>b{color:var(--quiet)}
+@media(max-width:600px){body{padding:.75rem}figure{overflow-x:auto}svg{max-width:none}
+.heads li{padding-left:0}.heads b{display:block;margin:0}nav a{padding:.3rem 0}}
 @media print{html{font-size:8.5pt}body{max-width:none;padding:0}nav,.slider input{display:none}
 figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}*{print-color-adjust:exact}}
 """
@@ -82,14 +88,27 @@ def render(subject: Subject) -> str:
 
 
 def _findings(routing: Routing) -> str:
-    wrong = problems(routing)
-    state, head = verdict(routing, wrong)
-    lines = "".join(f"<li>{escape(text)}</li>" for text in (*wrong, *routing.hints))
+    found = verdicts(routing)
+    state, head = headline(found)
+    marks = {"well": "&#10003;", "bad": "&#10007;", "few": "?"}
+    lines = "".join(
+        f'<li class="{each.state}"><b><span aria-hidden="true">{marks[each.state]}</span> {each.subject}</b> '
+        f"{'not judged: ' * (each.state == 'few')}{escape(each.text)}</li>"
+        for each in found
+    )
+    more = "".join(f"<p>{escape(text)}</p>" for text in remarks(routing))
     numbers = "".join(f"<li>{escape(text)}</li>" for text in facts(routing))
     return (
-        f'<div class="found {state}" role="status"><h2>{head}</h2>{f"<ul>{lines}</ul>" if lines else ""}</div>'
+        f'<div class="found {state}" role="status"><h2>{escape(head)}</h2>{more}<ul class="heads">{lines}</ul></div>'
         f"<h2>In words</h2><ul>{numbers}</ul>"
     )
+
+
+def remarks(routing: Routing) -> list[str]:
+    """Returns sentences on how the run ended, and on damaged records."""
+    damaged = [] if routing.history is None else routing.history.damaged
+    text = f"{len(damaged)} damaged records of metrics.jsonl are left out: {', '.join(damaged[:5])}"
+    return [*filter(None, [routing.ended]), *([text + ", ..." * (len(damaged) > 5) + "."] if damaged else [])]
 
 
 def _about(routing: Routing) -> str:

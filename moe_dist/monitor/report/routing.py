@@ -6,7 +6,7 @@ Shape letters are as in `metrics.py`; in addition F frames (sums over consecutiv
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from moe_dist.monitor.trace.format import MANIFEST
 from moe_dist.monitor.trace.reader import Trace, TracedStep
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
 
+SLOWEST = ("slowest_rank", "slowest_rank_seconds", "other_ranks_seconds")  # keys of `Record.host`
 FRAMES = 60  # largest number of points in a curve over steps
 WINDOW = 50  # the first lines of a report summarise this many last recorded steps
 MATRIX_CELLS = 500_000  # largest number of cells of all co-activation matrices together, about 2 MB
@@ -49,6 +50,53 @@ class Frame(NamedTuple):
     @property
     def words(self) -> str:
         return f"step{'' if self.first == self.last else 's'} {self.label}"
+
+
+@dataclass
+class History:
+    """What the records of a run tell beside its routing.
+
+    Attributes:
+        steps, skipped: Numbers of recorded and of skipped steps.
+        first_losses, last_losses, speeds: Finite losses and tokens per second of the first or last WINDOW steps.
+        held_out: Step and losses of the last evaluation.
+        slowest: Rank, its seconds and the other ranks' seconds in the last step.
+        memory: Largest MiB of any rank, and whether it is that of a GPU.
+        damaged: Lines and steps that cannot be read.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    first_losses: list[float] = field(default_factory=list)
+    last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    speeds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    held_out: tuple[int, str] | None = None
+    slowest: tuple[float, float, float] | None = None
+    memory: tuple[float, bool] | None = None
+    epochs: dict[str, float] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Adds a line of metrics.jsonl. Raises TypeError, ValueError or AttributeError if it is damaged."""
+        scalars, host = dict(line.get("scalars") or {}), dict(line.get("host") or {})
+        if line.get("kind") == "evaluation":
+            losses = dict(line.get("losses") or {})
+            self.held_out = int(line["step"]), ", ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
+        if line.get("kind") != "step":
+            return
+        loss, speed = scalars.get("loss/total"), scalars.get("perf/tokens_per_second")
+        if loss is not None:
+            self.last_losses.append(float(loss))
+            self.first_losses += [float(loss)] if len(self.first_losses) < WINDOW else []
+        if speed is not None:
+            self.speeds.append(float(speed))
+        if (mib := scalars.get("device/memory")) is not None:
+            self.memory = float(mib), host.get("gpu_used_mib") is not None
+        if host.get("slowest_rank") is not None:
+            rank, seconds, others = (host[name] for name in SLOWEST)
+            self.slowest = float(rank), float(seconds), float(others)
+        self.epochs = {name: float(value) for name, value in dict(line.get("epochs") or {}).items()}
+        self.steps, self.skipped = self.steps + 1, self.skipped + bool(line.get("skipped"))
 
 
 @dataclass(frozen=True)
@@ -95,7 +143,9 @@ class Routing:
         window: Sums over the last `WINDOW` recorded steps. `window_steps` is the actual number of these steps.
         balance_coefficient: Coefficient of the balance loss in the last step; nan if it is unknown.
         split: Split to which the counted tokens belong: `training`, or the split of the trace.
-        hints: A line for each of the last warnings in the records.
+        hints: Step, kind and text of the last warning of each kind.
+        history: Numbers of the run's other records; None for a trace without records.
+        ended: How the run ended or where it stands, a sentence; empty for a run that is done.
     """
 
     name: str
@@ -110,7 +160,9 @@ class Routing:
     balance_coefficient: float
     tokens: Tokens | None
     split: str = "training"
-    hints: tuple[str, ...] = ()
+    hints: tuple[tuple[int, str, str], ...] = ()
+    history: History | None = None
+    ended: str = ""
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
@@ -164,21 +216,24 @@ def total(frames: Sequence[Frame]) -> Frame:
 
 def frames_of_records(
     path: Path, shape: tuple[int, int, int], names: Sequence[str] = ()
-) -> tuple[list[Frame], list[Frame], float]:
-    """Reads metrics.jsonl. Raises DataError if a line is damaged or has arrays of another model, or if no line has arrays.
+) -> tuple[list[Frame], list[Frame], float, History]:
+    """Reads metrics.jsonl. Damaged lines are left out and named. Raises DataError if a line has arrays of another model, or
+    if no line has arrays.
 
     Args:
         shape: Three numbers of the model: MoE layers, columns and groups (L, C, G).
         names: Names of the groups, for reading `Frame.needed_G`.
 
     Returns:
-        At most 2 x FRAMES frames of all steps, one frame for each of the last WINDOW steps, and the last coefficient of
-        the balance loss. The frames of all steps sum equally many records; only the last may sum up to twice as many.
+        At most 2 x FRAMES frames of all steps, one frame for each of the last WINDOW steps, the last coefficient of the
+        balance loss, and the history. The frames of all steps sum equally many records; only the last may sum up to
+        twice as many.
     """
     frames: list[Frame] = []
     window: deque[Frame] = deque(maxlen=WINDOW)
+    history = History()
     width, inside, coefficient = 1, 1, float("nan")  # width: number of records in a full frame; inside: in the last frame
-    for frame, coefficient in _recorded(path, shape, names):  # noqa: B007  # the last coefficient is returned
+    for frame, coefficient in _recorded(path, shape, names, history):  # noqa: B007  # the last coefficient is returned
         window.append(frame)
         if inside < width:
             frames[-1], inside = total([frames[-1], frame]), inside + 1
@@ -190,30 +245,35 @@ def frames_of_records(
         raise DataError(f"{path}: no line has the arrays of a step; train the run at least one step, or give another run")
     if inside < width:
         frames[-2:] = [total(frames[-2:])]
-    return frames, list(window), coefficient
+    return frames, list(window), coefficient, history
 
 
-def _recorded(path: Path, shape: tuple[int, int, int], names: Sequence[str]) -> Iterator[tuple[Frame, float]]:
+def _recorded(
+    path: Path, shape: tuple[int, int, int], names: Sequence[str], history: History
+) -> Iterator[tuple[Frame, float]]:
     num_layers, columns, groups = shape
     shapes = {"choices_LC": (num_layers, columns), "tokens_LG": (num_layers, groups), "dropped_LG": (num_layers, groups)}
-    try:
-        for line in read_lines(path):
-            if line.get("kind") == "step" and "arrays" in line:
-                arrays = {name: np.array(line["arrays"][name], np.int64) for name in shapes}
-                for name, array in arrays.items():
-                    if array.shape != shapes[name]:
-                        raise DataError(
-                            f"{path}, step {line['step']}: arrays.{name} is {array.shape}, but the model has "
-                            f"{shapes[name]} by config.yaml or {MANIFEST}; put back the files of one run"
-                        )
-                coefficient = line["balance_coefficient"]  # null if another trainer wrote the file
-                needed = [line.get("host", {}).get(NEEDED + name, 0.0) for name in names] or [0.0] * groups
-                needed_G = np.array(needed, np.float64)
-                ledger = {key: int(np.int64(value)) for key, value in dict(line.get("ledger") or {}).items()}
-                frame = Frame(line["step"], line["step"], **arrays, needed_G=needed_G, ledger=ledger)
-                yield frame, float("nan" if coefficient is None else coefficient)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path}: not the records of a run ({error!r:.200}); restore the file") from error
+    for line in read_lines(path, history.damaged):
+        try:
+            history.add(line)
+            if line.get("kind") != "step" or "arrays" not in line:
+                continue
+            arrays = {name: np.array(line["arrays"][name], np.int64) for name in shapes}
+            coefficient = line["balance_coefficient"]  # null if another trainer wrote the file
+            coefficient = float("nan" if coefficient is None else coefficient)
+            needed = [line.get("host", {}).get(NEEDED + name, 0.0) for name in names] or [0.0] * groups
+            needed_G = np.array(needed, np.float64)
+            ledger = {key: int(np.int64(value)) for key, value in dict(line.get("ledger") or {}).items()}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            history.damaged.append(f"the record of step {line['step']}")
+            continue
+        for name, array in arrays.items():
+            if array.shape != shapes[name]:
+                raise DataError(
+                    f"{path}, step {line['step']}: arrays.{name} is {array.shape}, but the model has {shapes[name]} by "
+                    f"config.yaml or {MANIFEST}; put back the files of one run"
+                )
+        yield Frame(line["step"], line["step"], **arrays, needed_G=needed_G, ledger=ledger), coefficient
 
 
 def frames_of_trace(

@@ -127,9 +127,9 @@ def line_numbers(scalars: Mapping[str, float | None]) -> str:
 
 
 def _dropped(scalars: Mapping[str, float | None]) -> list[str]:
-    """Returns a text with the number of (token, expert) pairs that a capacity dropped in this step; empty without drops."""
-    pairs = scalars.get("moe/dropped") or 0.0
-    return [f"dropped {_thousands(pairs)} pairs"] if pairs else []
+    """Returns a text with the share of (token, expert) pairs that a capacity dropped in this step; empty without drops."""
+    share = scalars.get("moe/dropped_share") or 0.0
+    return [f"dropped {share:.1%} of the pairs"] if share else []
 
 
 def evaluation_line(result: EvaluationResult, previous: EvaluationResult | None) -> str:

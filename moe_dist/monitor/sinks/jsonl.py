@@ -132,9 +132,9 @@ class JsonlSink(Sink):
             del self._waiting[: self._file.write(self._waiting)]  # a write may accept only a part of the bytes
 
 
-def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics.jsonl in their order. Leaves out an incomplete last line.
-    Raises ValueError if an earlier line is not a record."""
+def read_lines(path: str | Path, damaged: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a metrics.jsonl in their order. Leaves out an incomplete last line. If an earlier line is not a
+    record, adds its number to `damaged`, or raises ValueError if `damaged` is None."""
     number = 0
     with Path(path).open("rb", buffering=BUFFER) as file:
         while text := file.readline(LONGEST_LINE):
@@ -144,7 +144,10 @@ def read_lines(path: str | Path) -> Iterator[dict[str, Any]]:
             if record and isinstance(line.get("scalars", {}), dict):
                 yield line
             elif file.read(1):
-                raise ValueError(f"{path}: line {number} is not a record")
+                if damaged is None:
+                    raise ValueError(f"{path}: line {number} is not a record")
+                damaged.append(f"line {number}")
+                file.seek(-1, 1)
 
 
 def drop_lines_after(path: Path, step: int, *, evaluation_owed: bool = False) -> dict[str, int]:

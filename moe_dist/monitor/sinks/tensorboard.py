@@ -27,7 +27,7 @@ from moe_dist.monitor.tags import DEPTH_FAMILY, EVALUATION_TAGS, curve_of, meani
 FLUSH_SECONDS = 10  # an event is on disk after at most this many seconds
 NUM_BINS = 40
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d{1,18})\..*\.(\d{1,18})")
-NOISY = ("moe/", "mixture_of_depths/")  # prefixes of those tags that count a step's routing
+NOISY = ("moe/", "mixture_of_depths/", "perf/", "comm/", "device/")  # prefixes of tags whose single steps vary too much
 # Kind of value -> TensorBoard's plugin for this kind, and `DataClass` (1 scalar, 2 tensor, 3 blob sequence).
 PLUGINS = {"simple_value": ("scalars", 1), "histo": ("histograms", 2), "image": ("images", 3)}
 # Tag family of `GROUP_FAMILIES` -> title of its chart.
@@ -44,7 +44,7 @@ class TensorBoardSink(Sink):
 
     Args:
         pictures_every: Number of steps from one heat map or histogram to the next.
-        mean_over: Number of steps averaged for one point of a routing curve (`NOISY`), because single steps vary too much.
+        mean_over: Number of steps averaged for one point of a noisy curve (`NOISY`), because single steps vary too much.
     """
 
     def __init__(self, context: SinkContext, *, pictures_every: int = 100, mean_over: int = 10) -> None:
@@ -244,19 +244,19 @@ def layout(subject: Subject, modalities: tuple[str, ...]) -> dict[str, dict[str,
     }
     return {
         "Is it learning?": {
-            "training loss, nats per token": chart("loss/total", *losses),
+            "training loss, nats per token": chart(shown("loss/total"), *losses),
             "held-out loss, nats per token": chart("eval/.*"),
             "gradient norm": chart("optim/grad_norm"),
         },
         "Where do the tokens go?": {words: by_group(f"moe/{family}") for family, words in GROUP_CHARTS.items()}
         | {
-            "(token, expert) pairs that a capacity dropped": chart("moe/dropped"),
+            "share of the (token, expert) pairs that a capacity dropped": chart(shown("moe/dropped_share")),
             "experts that no token chose": chart("moe/dead_experts"),
             "work of the busiest rank, over the mean rank's": chart("moe/rank_imbalance"),
         },
         **({"Which tokens skip layers?": mixture_of_depths} if subject.mixture_of_depths else {}),
         "What does it cost?": {
-            "tokens per second": chart("perf/tokens_per_second"),
+            "tokens per second": chart(shown("perf/tokens_per_second")),
             "balance efficiency": chart("perf/balance_efficiency", "moe/balance_efficiency_by_count"),
             "bytes sent, and the additional bytes of other methods": chart(
                 "comm/bytes_sent", "comm/bytes_saved_vs_topk", "comm/bytes_saved_vs_same_active"

@@ -295,7 +295,10 @@ def _print_summary(finished: Finished, folder: RunFolder, checked: Preflight, be
         Image.fromarray(picture).save(folder.compute_map_png)
         for line in (*console_text(found, console.width), f"the same with more pictures: {folder.compute_map_png}"):
             console.print(line)
-    console.print(f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {checked.config.run.root}")
+    console.print(
+        f"records {folder.metrics_jsonl}; curves and heat maps: tensorboard --logdir {checked.config.run.root}, then "
+        "http://localhost:6006/#custom_scalars"
+    )
     if adapters := write_adapters(checked.config, folder, finished.evaluation.step):
         console.print(adapters)
     if finished.checks and not finished.took_steps:

@@ -23,4 +23,4 @@ def test_the_start_says_model_data_and_where_to_look() -> None:
     assert ranks == "Ranks: 4 (engine moe_dist: ep 4 x edp 1)"
     assert data == "Data: /none (text 75%, image 25%); 800 steps of 8 x 240 tokens"
     assert follow == "Follow it: moe-dist status runs/x"
-    assert charts == "Charts: tensorboard --logdir runs"
+    assert charts == "Charts: tensorboard --logdir runs, then http://localhost:6006/#custom_scalars"

@@ -35,8 +35,7 @@ FROM_40, FROM_1 = "the same command resumes from the checkpoint of step 40", "so
 # Name -> verdict, reason, rank at fault, hints, committed step, and parts of the line in their order, parted by |.
 FAILURES = {
     "nan": (70, NAN, 0, (OLD, SPIKE, SKIPPED), 0,
-        "diverged: loss or gradient not finite|all ranks|layer 3|image|since step 48|to do: |begins at step 1|"
-        "lower optimizer.lr"),
+        "diverged: loss or gradient not finite|all ranks|layer 3|image|since step 48|to do: |lower optimizer.lr"),
     "oom of a GPU": (1, "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB", 2, (), 40,
         f"out of memory: |rank 2 on n2|after step 50|to do: lower train.micro_batch|{FROM_40}"),
     "oom of the host": (1, f"{KILLED}, memory limit reached: oom_kill 1", 1, (), 0,
@@ -54,8 +53,7 @@ FAILURES = {
     "bad data": (65, "data.path='/data': text.bin has 9 bytes; prepare it again", 3, (), 0,
         f"bad data: data.path='/data'|rank 3|to do: prepare it again|an unchanged restart would fail again|{FROM_1}"),
     "drift": (1, DRIFT, 3, (), 40,
-        "copies of weights differ: after step 45|rank 3 on n2|layer 2|since step 45|to do: |resumes from it|"
-        "test the hardware"),
+        "copies of weights differ: after step 45|rank 3 on n2|layer 2|since step 45|resumes from it|test the hardware"),
     "full disk": (1, FULL, 0, (), 0,
         f"storage: /runs/a/status.json: No space left|rank 0 on n2|to do: repair this (free space|{FROM_1}"),
     "configuration": (78, "train.steps=0: must be at least 1; set train.steps=1", 0, (), 0,

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moe_dist.monitor.report.routing import FRAMES
 from moe_dist.monitor.trace.format import TOKEN, Manifest
 from moe_dist.monitor.trace.writer import TraceWriter
 from moe_dist.plan.policies import expert_groups
+from moe_dist.runtime.status import AttemptRecord, write_status
 from tests.support.invoked import invoke
 from tests.support.messages import refused
 from tests.support.tiny import tiny_config
@@ -119,7 +120,7 @@ def test_the_page_is_whole_and_loads_nothing(run: Path, tmp_path: Path) -> None:
     text = out.read_text()
     first, *printed, _ = done.output.splitlines()
     assert f"<h2>{first}</h2>" in text
-    assert len(printed) == text.count("<li>", 0, text.index("<nav"))
+    assert len(printed) == len(re.findall("<li[ >]", text[: text.index("<nav")]))
     assert all(place.startswith(("data:", "#")) for place in re.findall(r'\b(?:src|href|srcset)="([^"]*)"', text))
     assert re.search(r"<script|url\(|@import|https?:", text) is None
     assert text.count("<section ") == len(PANELS)
@@ -163,14 +164,9 @@ def replicas_of(count: int, expert: int, rank: int) -> Callable[[dict[str, Any]]
         (RECORDS, lambda _: b"", ".", DataError, "metrics.jsonl: no line has the arrays"),
         (RECORDS, lambda content: content.replace(b'"dropped_LG":[[0,0],[0,0]]', b'"dropped_LG":[[0],[0]]'), ".", DataError,
          "metrics.jsonl, step 1: arrays.dropped_LG"),
-        (RECORDS, lambda content: content.replace(b"choices_LC", b"choices", 1), ".", DataError, "metrics.jsonl"),
         (MANIFEST, lambda _: {"modalities": ["text"] * 257}, TRACE, DataError, "modalities"),
         (MANIFEST, groups_with({"modalities": ["text"] * 257}), TRACE, DataError, "257 modalities"),
         (MANIFEST, lambda manifest: {"groups": manifest["groups"] * 129}, TRACE, DataError, "groups"),
-        (RECORDS, lambda content: content.replace(b'"step":2', b'"step":' + b"9" * 400), ".", DataError, "not the records"),
-        (RECORDS, lambda content: content.replace(b'"balance', b'"host":[0],"balance'), ".", DataError, "not the records"),
-        (RECORDS, lambda content: content.replace(b"1000000", b"9" * 400), ".", DataError, "not the records"),
-        (RECORDS, lambda content: content.replace(b"0.02", b"9" * 400), ".", DataError, "metrics.jsonl: not the records"),
         ("config.yaml", None, "trace/a", ConfigError, "neither a run"),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
@@ -236,12 +232,49 @@ def test_what_cannot_be_leaves_the_old_report(run: Path, tmp_path: Path, manifes
     assert "must end with .html" in invoke(main, run, "-o", run / "config.yaml").stderr
 
 
-def test_a_run_without_trace_and_checkpoint(run: Path, manifest: Manifest) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        (b"choices_LC", b"choices", "the record of step 1"),
+        (b'{"step":2', b'{"step":' + b"9" * 400, "line 2"),
+        (b'{"step":2', b"\0" * 9, "line 2"),
+        (b'"balance', b'"host":[0],"balance', "the record of step 1"),
+        (b"1000000", b"9" * 400, "the record of step 1"),
+        (b"0.02", b"9" * 400, "the record of step 1"),
+    ],
+    ids=range(6),
+)
+def test_damaged_lines_are_left_out_counted_and_named(run: Path, old: bytes, new: bytes, named: str) -> None:
+    path = run / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    done = invoke(main, run, code=0)
+    assert f"1 damaged records of metrics.jsonl are left out: {named}." in done.output
+    assert sum(frame.last - frame.first + 1 for frame in open_routing(run).frames) >= 4
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (1, "The run failed, cause: killed: killed by SIGKILL, rank 1 on n1, after step 5; to do: look for who"),
+        (None, "The run died without a recorded cause."),
+        (75, "The run stopped: rank 1 on n1: killed by SIGKILL."),
+    ],
+)
+def test_a_run_without_trace_and_checkpoint_is_drawn(
+    run: Path, tiny_data: Path, tmp_path: Path, verdict: int | None, said: str
+) -> None:
     for path in (run / "trace" / "a").iterdir():
         path.unlink()
-    with refused(DataError, "neither a checkpoint nor a trace"):
-        open_routing(run)
-    assert asdict(manifest)["split"] == "training"
+    record = AttemptRecord("a", 0, "n1", 1, 0.0, 9.0, verdict, "rank 1 on n1: killed by SIGKILL", 1, 5)
+    write_status(run / "status.json", record)
+    done = invoke(main, run, code=0)
+    assert said in done.output
+    assert ("no checkpoint was saved, so the same command begins at step 1" in done.output) == (verdict == 1)
+    assert open_routing(run).placement.num_ranks == tiny_config(tiny_data, tmp_path).parallel.ep
+    page = (run / "report.html").read_text()
+    head = re.sub("<[^>]+>", "", page[page.index('<ul class="heads">') : page.index("<h2>In words")])
+    for subject in ("Loss", "Speed", "Data", "Memory"):
+        assert f"? {subject} not judged: " in head.replace("&#10003;", "").replace("&#10007;", ""), head
 
 
 def test_the_report_is_in_the_folder_of_its_subject_or_in_the_current_one(

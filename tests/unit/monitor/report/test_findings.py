@@ -8,7 +8,8 @@ import pytest
 
 from moe_dist.monitor.report.findings import facts, problems
 from moe_dist.monitor.report.page import render
-from moe_dist.monitor.report.routing import Routing, Subject
+from moe_dist.monitor.report.routing import History, Routing, Subject
+from moe_dist.monitor.report.verdicts import headline, verdicts
 from tests.unit.monitor.report.conftest import draw_groups, draw_routing
 
 
@@ -34,7 +35,8 @@ def test_a_healthy_run_is_not_accused(routing: Routing) -> None:
     text = "\n".join(facts(routing))
     assert "Dead experts: none" in text
     assert "no pair was dropped" in text
-    assert ">No rule finds a fault in the routing</h2>" in page_of(routing)
+    assert "<h2>No rule finds a fault; not judged: loss, speed, data, memory</h2>" in page_of(routing)
+    assert (verdicts(routing)[-1].subject, verdicts(routing)[-1].state) == ("Routing", "well")
     assert "Every expert was taken" in page_of(routing)
 
 
@@ -51,8 +53,8 @@ def test_few_tokens_are_not_judged() -> None:
         page = page_of(routing)
         words = f"too few choices to judge {cells} of {cells} (layer, expert) pairs (fewer than 20 an expert)"
         assert words in "\n".join(facts(routing))
-        assert f"<h2>T{words[1:]}" in page
-        assert "No rule finds" not in page
+        assert verdicts(routing)[-1].state == "few"
+        assert f"Routing</b> not judged: {words}" in page
         assert "Dead experts: none" not in page
         assert (f"no token took {none:,} of these" in page) == (none > 0)
         panel = page.split('<section id="dead-experts"')[1].split("</section>")[0]
@@ -103,3 +105,31 @@ def test_a_starved_modality_of_a_shared_group() -> None:
     few = replace(starved, ids_TLK=ids_TLK[:4], modality_T=modality_T[:4])  # only 16 expected choices of image tokens
     for tokens in (fed, replace(fed, ids_TLK=np.full_like(ids_TLK, 8)), few, None):
         assert problems(replace(routing, tokens=tokens)) == []
+
+
+def history(steps: int = 120, *, loss: float = -0.01, gpu: float | None = 9.0) -> History:
+    """Returns the history of a run whose loss changes by `loss` each step."""
+    found = History()
+    for step in range(1, steps + 1):
+        scalars = {"loss/total": 5 + loss * step, "perf/tokens_per_second": 1000.0, "device/memory": 2048.0}
+        line = {"step": step, "kind": "step", "scalars": scalars, "epochs": {"text": 0.5}}
+        found.add(
+            {**line, "host": {"gpu_used_mib": gpu, "slowest_rank": 1, "slowest_rank_seconds": 2, "other_ranks_seconds": 1}}
+        )
+    return found
+
+
+def test_a_subject_is_well_only_if_it_was_judged() -> None:
+    def states(**changes: object) -> list[str]:
+        return [each.state for each in verdicts(replace(draw_routing(), **{"history": history(), **changes}))]
+
+    assert states() == ["well"] * 5
+    assert headline(verdicts(replace(draw_routing(), history=history()))) == ("well", "No rule finds a fault")
+    assert states(history=history(29)) == ["few", "few", "few", "well", "well"]
+    assert states(history=history(gpu=None)) == ["well", "well", "well", "few", "well"]
+    assert states(history=None) == ["few"] * 4 + ["well"]
+    assert states(history=history(loss=0.01))[0] == "bad"
+    subjects = ("spike/text", "slow", "repeats", "memory", "busy/text")
+    for place, kind in enumerate(subjects):
+        found = states(hints=((7, kind, "text"),))
+        assert [at for at, state in enumerate(found) if state == "bad"] == [place], kind

@@ -14,7 +14,7 @@ from moe_dist.monitor.pictures import Subject
 from moe_dist.monitor.sinks.sink import SinkContext
 from moe_dist.monitor.sinks.tensorboard import TensorBoardSink
 from moe_dist.monitor.statistics import ComputeMap, EvaluationResult
-from moe_dist.monitor.tags import curve_of
+from moe_dist.monitor.tags import FIRST, FIRST_TAGS, curve_of
 from tests.unit.monitor.conftest import MakeRecord
 
 MAP = ComputeMap({"text": 1.5}, 2)
@@ -93,7 +93,8 @@ def test_a_point_of_a_routing_curve_is_the_mean_of_some_steps(
     write(tmp_path, subject, records, mean_over=3)
     found = read(tmp_path)
     assert points(found, tag) == [(3, 2.0), (6, 5.0), (7, 7.0)]
-    assert [step for step, _ in points(found, "loss/total")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in points(found, "0_first/loss/total")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in points(found, "perf/step_seconds")] == [3, 6, 7]
     write(tmp_path, subject, records[4:], resume_step=4, mean_over=3)
     assert points(read(tmp_path), tag) == [(3, 2.0), (6, 5.5), (7, 7.0)]
 
@@ -116,6 +117,13 @@ def test_every_tag_has_its_description(tmp_path: Path, subject: Subject, make_re
             assert metadata.data_class
             assert text.endswith("."), tag
             assert not tag.startswith("moe/dropped") or "capacity dropped" in text
+
+
+def test_the_first_page_has_the_four_curves_that_matter(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
+    write(tmp_path, subject, [make_record(1, dropped_LE=np.full((3, 8), 1))])
+    first = list(dict.fromkeys(tag for _, tag in sorted(curves(tmp_path), key=lambda each: each[1])))[:4]
+    assert first == [f"{FIRST}{tag}" for tag in sorted(FIRST_TAGS)]
+    assert 0 < read(tmp_path).Scalars(f"{FIRST}moe/dropped_share")[0].value < 1
 
 
 def test_after_a_resume_each_step_is_there_once(tmp_path: Path, subject: Subject, make_record: MakeRecord) -> None:
@@ -141,7 +149,7 @@ def test_an_evaluation_that_is_owed_is_there_once(tmp_path: Path, subject: Subje
     assert points(read(tmp_path / "text"), "eval/modality") == [(2, 5.0)]
     assert points(accumulator, "perf/balance_efficiency") == [(2, 0.5)]
     assert [event.step for event in accumulator.Images("moe/compute_map")] == [2]
-    assert [step for step, _ in points(accumulator, "loss/total")] == [1, 2], "the steps themselves stay"
+    assert [step for step, _ in points(accumulator, "0_first/loss/total")] == [1, 2], "the steps themselves stay"
 
 
 def test_resuming_from_an_older_checkpoint_cuts_several_attempts(
