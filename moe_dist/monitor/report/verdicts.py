@@ -10,10 +10,10 @@ from moe_dist.monitor.report.routing import History, Routing
 
 # First part of a hint's kind -> subject. All other hints are about loss and weights.
 SUBJECTS = {
-    **dict.fromkeys(("slow", "speed"), "Speed"),
-    **dict.fromkeys(("repeats", "data", "unread"), "Data"),
-    "memory": "Memory",
-    **dict.fromkeys(("busy", "dead", "layer", "dropped", "null", "starved", "rank", "router"), "Routing"),
+    **dict.fromkeys(("slow", "speed", "reading"), "Speed"),
+    **dict.fromkeys(("repeats", "data", "unread", "source", "labels", "padding", "unlabelled"), "Data"),
+    **dict.fromkeys(("memory", "leak"), "Memory"),
+    **dict.fromkeys(("busy", "dead", "layer", "dropped", "null", "starved", "rank", "router", "saturated"), "Routing"),
 }
 LOSS_STEPS, SPEED_STEPS, DATA_STEPS = 100, 30, 50  # steps that the rules of hints need
 
