@@ -80,7 +80,7 @@ def test_a_collapsed_router_is_named_first(tmp_path: Path, caplog: pytest.LogCap
     assert re.match(r"step 10: the router of layer 1 gives all tokens the same scores .* choose \d, \d;", cause)
     events = EventAccumulator(str(folder / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
     assert {"moe/load/routed", "moe/relative_entropy"} <= set(events.Tags()["images"])
-    assert len(events.Scalars("loss/total")) == STEPS
+    assert len(events.Scalars("0_first/loss/total")) == STEPS
     assert "comm/bytes_sent" not in events.Tags()["scalars"]
 
 
