@@ -22,7 +22,6 @@ from moe_dist.placement.placement import ExpertGroup
 LARGE, LARGE_NORMS, SMALL = 0.1, 0.015, 1e-6
 MATRICES = ("attention", "dense", "experts")  # adapters and routers may begin at zero, where any update is large
 SCALE, NOISY = math.log(4.0), 8.0  # an expert has a scale of its own if it is 4 times, and 8 MADs, from the median expert
-OUTPUT = math.log(8.0)  # the same limit for its output, whose directions differ
 TWINS, UNLIKE = 0.95, 0.5  # cosine of equal experts; the median pair's cosine must be below the second number
 
 
@@ -183,33 +182,18 @@ def own_scale(table: WeightTable, members: dict[Place, dict[int, list[int]]]) ->
 
 
 def own_output(table: WeightTable, groups: Sequence[ExpertGroup], moe_layers: Sequence[int]) -> Iterator[Hint]:
-    """Warns about experts whose output is zero, and about experts whose output has a scale of its own."""
-    zero, odd = list[Place](), list[tuple[float, Place]]()
+    """Warns about experts whose output is zero for all tokens, though their weights are not."""
+    zero = list[Place]()
     for layer, sums_E2 in zip(moe_layers, table.outputs_LE2, strict=False):
         for group in groups:
             square_n, pairs_n = sums_E2[group.experts].T
-            places = [Place("experts", layer, group.name, e) for e in range(group.num_experts)]
-            zero += [places[e] for e in np.flatnonzero((pairs_n >= ENOUGH) & (square_n == 0))]
-            judged = np.flatnonzero((pairs_n >= ENOUGH) & (square_n > 0))
-            if len(judged) < 4:
-                continue
-            log_n = np.log(square_n[judged] / pairs_n[judged]) / 2
-            off_n = log_n - np.median(log_n)
-            limit = max(OUTPUT, NOISY * 1.4826 * float(np.median(np.abs(off_n))))
-            odd += [(math.exp(off_n[at]), places[judged[at]]) for at in np.flatnonzero(np.abs(off_n) > limit)]
+            found = np.flatnonzero((pairs_n >= ENOUGH) & (square_n == 0)).tolist()
+            zero += [Place("experts", layer, group.name, expert) for expert in found]
     if zero:
         yield Hint(
             "zero_output",
             f"the output of experts is zero for all tokens, though their weights are not: {_where(zero)}; they add nothing "
             "to their layer; look at what is done with their output, and at their activations: do they saturate?",
-        )
-    if odd:
-        factor, place = max(odd, key=lambda each: abs(math.log(each[0])))
-        yield Hint(
-            "scale_output",
-            f"the output of experts has a scale of its own, though their weights do not: {_where([p for _, p in odd])}; "
-            f"that of expert {place.expert} in layer {place.layer} is {factor:.2g} x that of its group's median expert; "
-            "look at what is done with their output, and at their biases and adapters",
         )
 
 
