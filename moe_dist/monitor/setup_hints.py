@@ -18,7 +18,7 @@ CLIPPED = 1e-3  # a gradient that is always scaled down to less than this fracti
 DECAY = 0.01  # at this decay in a step, weights lose half of their size in 69 steps
 ONE_HOT = 0.1  # a router is saturated at an entropy below this fraction of its even entropy, if it was EVEN before
 EVEN = 0.5
-LEAK, STEADY = 0.002, 3.0  # growth of the memory in RECENT steps, as a fraction; the largest growth over the smallest
+LEAK, STEADY = 0.02, 3.0  # growth of the memory in RECENT steps, as a fraction; the largest growth over the smallest
 WAIT = 0.3  # fraction of a step that may be a wait for data
 
 

@@ -22,7 +22,7 @@ def records(change: Change) -> list[Record]:
     placement, found = draw_placement(GROUPS, 2), []
     for step in range(1, STEPS + 1):
         record = record_of(draw_statistics(placement, 3, step), placement, MODALITIES)
-        usual = {"device/memory": 500 + step / 10, "perf/step_seconds": 0.5, "loss/total": 5.0, "optim/grad_norm": 2.0}
+        usual = {"device/memory": 525 + step / 4, "perf/step_seconds": 0.5, "loss/total": 5.0, "optim/grad_norm": 2.0}
         record = replace(record, scalars={**record.scalars, **usual}, host={"read_seconds": 0.001})
         changed = change(step, record)
         changed["scalars"] = {**record.scalars, **changed.get("scalars", {})}
