@@ -52,7 +52,7 @@ def judge(case: Case, out: Path) -> dict[str, Any]:
         (folder / "console.txt").write_text(console)
     # The run's folder has the fault's name, which is no statement of the run.
     console, status, printed = (
-        each.replace(case.key, "RUN")
+        each.replace(f"{out}/", "").replace(case.key, "RUN")
         for each in (console, _command("status", str(folder)), _command("report", str(folder)))
     )
     said = {
