@@ -109,8 +109,10 @@ def _status(text: str) -> list[str]:
 
 
 def _report(printed: str, page: Path) -> list[str]:
-    """Returns the report's verdict and its findings before the facts of routing, if they are also on the page."""
+    """Returns the report's verdicts, and its findings before the facts of routing, if they are also on the page."""
     text = page.read_text() if page.exists() else ""
+    heads = re.findall(r"<li[^>]*>(.*?)</li>", text.partition('<ul class="heads">')[2].partition("</ul>")[0])
+    verdicts = [" ".join(html.unescape(re.sub("<[^>]+>", " ", each)).split()) for each in heads]
     shown = " ".join(html.unescape(re.sub(r"<(style|script).*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)).split())
     found = []
     for line in printed.splitlines():
@@ -119,7 +121,7 @@ def _report(printed: str, page: Path) -> list[str]:
             break
         if line and line.rstrip(".")[:60] in shown:
             found.append(line)
-    return found
+    return found + verdicts
 
 
 def _losses(file: Path) -> dict[str, Any]:
