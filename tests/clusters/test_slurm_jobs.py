@@ -244,10 +244,9 @@ def test_a_rank_whose_node_is_another_than_planned_ends_the_job_with_69(stage: S
     asked = ["placement.groups.text.node.feature=text", "placement.groups.image.node.feature=vision"]
     job = stage.launch("done", *asked)
     assert job.end() == ResourceError.exit_code
-    assert (
-        "verdict 69: rank 2 (experts of image) is not on its planned node: its node must have the feature 'vision'; "
-        f"{THIRD} has text; "
-    ) in job.said
+    assert "verdict 69" in job.said
+    assert "rank 2 (experts of image) is not on its planned node: its node must have the feature 'vision'" in job.said
+    assert f"to do: {THIRD} has text; " in job.said
     assert stage.verdicts() == [69]
 
 

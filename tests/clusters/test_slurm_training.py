@@ -150,7 +150,7 @@ def test_what_a_cluster_does_to_a_job_leaves_no_trace_in_the_losses(
     if verdict == StoppedError.exit_code:
         assert first.reason.startswith(f"stopped on request after step {first.last_step};")
         assert f"step {first.last_step + 1}/{STEPS}" in last.said, "the output of a requeued job is appended"
-        decided = "requeued: the next attempt" if disturb is lose_time else "Slurm has requeued the job"
+        decided = "requeued" if disturb is lose_time else "Slurm has requeued the job"
         assert decided in job.said or last is not job
     else:
         assert re.fullmatch(rf"ranks \d-\d: Node failure on {SECOND}", first.reason), "whatever its peers have seen"
