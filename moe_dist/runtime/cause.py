@@ -37,7 +37,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("wrong configuration", ConfigError.exit_code, ""),
-    Kind("too few resources", ResourceError.exit_code, ""),
+    Kind("nodes or GPUs that do not fit", ResourceError.exit_code, ""),
     Kind("bad data", DataError.exit_code, ""),
     Kind("diverged", DivergedError.exit_code, "", hints=("skipped", "logits", "gradient", "router", "update", "spike")),
     Kind("copies of weights differ", None, r"IntegrityError|the copies of .* differ on"),

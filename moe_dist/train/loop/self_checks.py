@@ -18,7 +18,7 @@ OWN = 0.99  # fraction of labels equal to their own input token; real texts repe
 
 
 def batch_problems(batches: Sequence[Batch]) -> Iterator[Problem]:
-    """Yields problems of the labels of a step's batches, which are on the host."""
+    """Yields the problems in the labels of a step's batches. The batches are on the host, so this needs no sync."""
     masks = [batch.labels_BS != IGNORED for batch in batches]
     labels = sum(int(mask.sum()) for mask in masks)
     own = sum(int((mask & (b.labels_BS == b.tokens_BS)).sum()) for b, mask in zip(batches, masks, strict=True))
@@ -39,9 +39,10 @@ def kept_gradients(parameters: Iterable[Tensor]) -> Iterator[Problem]:
         yield "gradients", f"{text}; look at the code that calls zero_grad or sets .grad"
 
 
-def empty_moments(state: Mapping[Any, Mapping[str, Any]]) -> Iterator[Problem]:
-    """Yields a problem if the optimizer has moments, and this rank's are all 0, when a resumed run begins."""
-    moments = [local(t) for each in state.values() for t in each.values() if isinstance(t, Tensor) and t.ndim]
+def empty_moments(states: Iterable[tuple[Any, Mapping[str, Any]]]) -> Iterator[Problem]:
+    """Yields a problem if the optimizer has moments, and this rank's are all 0, when a resumed run begins. `states` are the
+    items of the optimizer's `state`."""
+    moments = [local(t) for _, each in states for t in each.values() if isinstance(t, Tensor) and t.ndim]
     if moments and not any(bool(each.any()) for each in moments):
         text = "the optimizer's moments are all 0 at the first step after a resume, as if its state had been lost"
         yield "moments", f"{text}; look at what the checkpoint holds, and at the code that loads it"

@@ -40,7 +40,7 @@ from moe_dist.train.step.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = 25
+CHECK_EVERY = 25  # steps between two checks of batches and gradients by rank 0
 WINDOW = 100  # the checks at the end of a run use the routing counts of this many last steps
 Loader = TrainLoader | SampleLoader
 
@@ -181,7 +181,7 @@ class Trainer:
         if first or (step + 1) % CHECK_EVERY == 0:
             found += [*batch_problems(batches), *kept_gradients(chain(*(each.parameters() for each in modules)))]
         if first and step:
-            found += empty_moments(getattr(self.take_step.optimizer, "state", {}))
+            found += empty_moments(self.take_step.optimizer.state.items())  # Megatron's state has no values()
         if first and train.only is None and train.frozen is None and self.plan.config.router_tuning is None:
             found += frozen_weights(modules)
         return found

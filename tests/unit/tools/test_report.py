@@ -199,7 +199,8 @@ def test_a_tokenizer_that_takes_all_memory_is_refused(run: Path, tiny_data: Path
 
 
 def test_long_tokens_are_cut_and_a_ledger_may_lack_numbers(run: Path, tiny_data: Path, tmp_path: Path) -> None:
-    """Tokens are classified by regular expressions that take quadratic time, and a page shows a token many times."""
+    """A token of 100,000 digits is shown by its first 80. The page shows a token many times, and the regular expressions
+    that find the kind of a token take quadratic time."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     Tokenizer(models.WordLevel({"1" * 100_000 + "x": 0}, unk_token="1")).save(str(data / "t.json"))
     values = json.loads((data / "manifest.json").read_text())

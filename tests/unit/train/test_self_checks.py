@@ -30,15 +30,15 @@ def test_labels_that_are_not_shifted_or_stand_at_padding_are_named() -> None:
 def test_gradients_moments_and_frozen_matrices_are_named() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    assert not [*kept_gradients(model.parameters()), *empty_moments(optimizer.state), *frozen_weights([model])]
+    assert not [*kept_gradients(model.parameters()), *empty_moments(optimizer.state.items()), *frozen_weights([model])]
     model(torch.ones(1, 3)).sum().backward()
     assert [kind for kind, _ in kept_gradients(model.parameters())] == ["gradients"]
     optimizer.step()
-    assert list(empty_moments(optimizer.state)) == []
+    assert list(empty_moments(optimizer.state.items())) == []
     for state in optimizer.state.values():
         state["exp_avg"].zero_()
         state["exp_avg_sq"].zero_()
-    assert [kind for kind, _ in empty_moments(optimizer.state)] == ["moments"]
+    assert [kind for kind, _ in empty_moments(optimizer.state.items())] == ["moments"]
     model.weight.requires_grad_(False)
     (problem,) = frozen_weights([model])
     assert problem[1].startswith("weight: frozen")
