@@ -51,7 +51,7 @@ class Caption:
 
 
 def prepare(folder: Path, *, seed: int = 0) -> None:
-    """Writes `model/`, `pictures/`, `train.jsonl`, `noise.jsonl`, `seen.json` and `unseen.json` into `folder`."""
+    """Writes `model/`, `pictures/`, `data.jsonl`, `noise.jsonl`, `seen.json` and `unseen.json` into `folder`."""
     rng = np.random.default_rng(seed)
     by_family = {picture.family: picture for picture in openmoji().items if len(picture.captions) == len(LANGUAGES)}
     chosen = rng.permutation(sorted(by_family))[: SEEN + UNSEEN].tolist()
@@ -68,7 +68,7 @@ def prepare(folder: Path, *, seed: int = 0) -> None:
             _rendering(raster, rng).save(folder / path)
             found[side].append(Caption(icon.key, language, names[language], path))
     order = rng.permutation(len(found["train"])).tolist()
-    _write_lines(folder / "train.jsonl", [_row(found["train"][number]) for number in order])
+    _write_lines(folder / "data.jsonl", [_row(found["train"][number]) for number in order])
     blind = [replace(found["train"][number], picture=f"pictures/noise-{number}.png") for number in order]
     for each in blind:
         Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3)).astype(np.uint8)).save(folder / each.picture)
@@ -124,6 +124,8 @@ class Judge:
     def __init__(self, folder: Path) -> None:
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+        if not (folder / "config.json").is_file():
+            raise SystemExit(f"{folder}: no exported model; write one with moe-dist export-hf (docs/how-to/captions.md)")
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(

@@ -74,5 +74,5 @@ $(WORDNET)/data.noun:
 CAPTIONS := .cache/captions
 captions-data: $(INSTALLED)  ## Prepare the data of the demonstration of captions
 	@test -f $(CAPTIONS)/model/preprocessor_config.json || $(BIN)/python -m research.captions prepare --folder $(CAPTIONS)
-	@for rows in train noise; do $(BIN)/moe-dist prepare-data --tokenizer $(CAPTIONS)/model --val-fraction 0.05 \
-	  --messages $(CAPTIONS)/$$rows.jsonl --out $(CAPTIONS)/$${rows/train/data} || exit 1; done
+	@for rows in data noise; do $(BIN)/moe-dist prepare-data --tokenizer $(CAPTIONS)/model --val-fraction 0.05 \
+	  --messages $(CAPTIONS)/$$rows.jsonl --out $(CAPTIONS)/$$rows || exit 1; done
