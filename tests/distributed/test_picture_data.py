@@ -57,6 +57,10 @@ def test_ranks_equal_one_and_resume(run_in_world: Callable[..., list[Any]], tmp_
     assert all(each == two[0] for each in two)
     assert all(each == then[0] for each in then)
     assert len(then[0]) == 1
+    sharded = {"parallel.ep": 2, "parallel.edp": 2, "parallel.data": "fsdp2", "run": {"name": "cut", "seed": 0}}
+    sharded["run"]["root"] = str(tmp_path / "runs")
+    cut = run_in_world(4, losses, str(tmp_path), 1, sharded)  # FSDP2 cuts the stacks of experts that the folder gives
+    assert (cut[0][0][0], cut[0][0][2]) == (pytest.approx(one[0][0], rel=LIMIT), one[0][2])
     for (loss, norm, choices), (wanted, wanted_norm, wanted_choices) in zip([*two[0], *then[0]], one, strict=True):
         assert choices == wanted_choices
         assert loss == pytest.approx(wanted, rel=LIMIT)

@@ -1,7 +1,7 @@
 """Reads the weights of a hosted model from a Hugging Face folder, and writes them to one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moe_dist.checkpoint.contents import open_checkpoint
@@ -29,9 +29,14 @@ _LAYER = re.compile(r"\blayers\.\d+\.")
 
 
 @torch.no_grad()
-def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
+def read_folder(
+    model: HostedModel, folder: Path, local: Sequence[int], set_whole: Callable[[Tensor, Tensor], object] = Tensor.copy_
+) -> None:
     """Reads this rank's experts, and its shards of all other weights, from a folder's safetensors files. transformers' own
     conversion renames and joins the tensors. Host memory holds the tensors of one layer at a time.
+
+    Args:
+        set_whole: Copies a whole tensor into a parameter, of which this rank may have a shard.
 
     Raises:
         DataError: files are missing, damaged, pickled or quantised (`open_source`).
@@ -72,6 +77,11 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
     for slices in by_layer.values():
         settings = LoadStateDictConfig(weight_mapping=deepcopy(mapping), dtype=torch.float32)
         before = _tensors_of(family)
+        # transformers shards before it converts, which is wrong for stacks that it transposes or splits into banks. It gets
+        # whole stacks instead, and `set_whole` shards the result.
+        for name, old in before.items():
+            if isinstance(old, DTensor) and name.startswith(stacks):
+                _put(family, name, nn.Parameter(torch.empty(old.shape, device="meta")))
         info, _ = convert_and_load_state_dict_in_model(family, slices, settings)
         missing &= info.missing_keys
         faults["unknown"] |= set(info.unexpected_keys)
@@ -82,10 +92,9 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
         for name, new in _tensors_of(family).items():
             old = before[name]
             if new is not old:
-                old.copy_(new)
-                owner, _, leaf = name.rpartition(".")
-                module = family.get_submodule(owner)
-                (module._parameters if leaf in module._parameters else module._buffers)[leaf] = old
+                if not new.is_meta:
+                    (Tensor.copy_ if isinstance(new, DTensor) else set_whole)(old, new)
+                _put(family, name, old)
     faults["missing"] = missing - set(getattr(family, "all_tied_weights_keys", {}) or {})
     for what, patterns in {
         "missing": family._keys_to_ignore_on_load_missing,
@@ -99,6 +108,13 @@ def read_folder(model: HostedModel, folder: Path, local: Sequence[int]) -> None:
                 "config.json is of these weights",
                 see=GUIDE,
             )
+
+
+def _put(family: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replaces a parameter or buffer, which must not be registered anew."""
+    owner, _, leaf = name.rpartition(".")
+    module = family.get_submodule(owner)
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = cast(Any, tensor)
 
 
 def _tensors_of(family: Any) -> dict[str, Any]:

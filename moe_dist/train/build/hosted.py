@@ -103,7 +103,7 @@ class HostedTraining(Training):
         assert config is not None
         if config.model.folder is None:
             return ""
-        read_folder(model, Path(config.model.folder), self.local)  # pyright: ignore[reportArgumentType]
+        read_folder(model, Path(config.model.folder), self.local, set_whole)  # pyright: ignore[reportArgumentType]
         if config.model.lora is not None:
             for parameter, whole in first_values(model, config.model.lora, self.local, config.run.seed):
                 set_whole(parameter, whole)

@@ -23,6 +23,7 @@ from moe_dist.config.partial import read_stored
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.source import weights_digest
+from moe_dist.parallel.initialise import set_whole
 from moe_dist.placement.parameter_names import ADAPTERS, Role, role_of_name
 
 # Keys of `model` that must have equal values in the model and the base, so that both compute the same function. Keys that
@@ -118,7 +119,7 @@ def _read_folder(config: Config, noted: Base, adapters: Path, model: Any, slots:
             f"trained on {noted.content}; restore the weights of that folder",
             see="docs/hf-engine.md",
         )
-    read_folder(model, Path(base.path), slots)
+    read_folder(model, Path(base.path), slots, set_whole)
 
 
 def base_problems(model: ModelSection, contents: Contents) -> list[str]:
