@@ -53,7 +53,7 @@ def main(config_path: Path, overrides: list[str]) -> int:
         while folder.read_status().of(env.attempt_id) is None:  # rank 0 has not yet opened the run folder
             time.sleep(0.02)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
-        print(f"attempt {env.attempt}: rank {env.rank} is here", file=sys.stderr, flush=True)
+        print(f"{here(env)} {env.rank} is here", file=sys.stderr, flush=True)
         time.sleep(1.0)  # waits for the slowest rank
         step = committed_step(folder.checkpoints) + int(gained or 0)
         attempt.follow(lambda: config.train.steps if how in ("done", "close") else step)
@@ -69,7 +69,14 @@ def main(config_path: Path, overrides: list[str]) -> int:
     return attempt.exit_code
 
 
+def here(env: RankEnv) -> str:
+    return f"attempt {env.attempt}: rank"
+
+
 def leave(how: str, victim: int, env: RankEnv, attempt: Attempt, folder: RunFolder, step: int) -> None:
+    logs = [folder.log_of(rank) for rank in range(env.world_size)]
+    while how == "freeze" and not all(log.exists() and here(env) in log.read_text() for log in logs):
+        time.sleep(0.02)  # a node may start many seconds late, and its ranks must not look frozen
     if env.rank == victim:
         {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "exit": lambda: os._exit(3)}.get(
             how, lambda: os.kill(os.getpid(), signal.SIGSTOP)
