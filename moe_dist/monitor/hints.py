@@ -20,12 +20,15 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.training_hints import (
     EVERY,
     Evaluated,
+    easier,
     exploding,
     first_bad_layer,
     loss_spikes,
     loss_trend,
     odd_rank,
+    odd_scale,
     odd_source,
+    odd_words,
     overfit,
     pays,
     repeated_data,
@@ -89,8 +92,9 @@ class HintWatch:
         """Adds an evaluation, which follows the record of its step. Returns its hints, except repeats."""
         self._evaluations.append(Evaluated.of(result, tuple(self._records)))
         epochs = self._records[-1].epochs if self._records else {}
-        rules = (overfit(self._evaluations, epochs), pays(self._evaluations), evaluation_hints(self._evaluations))
-        return self._due(chain(*rules), result.step)
+        rules = (pays, evaluation_hints, easier)
+        found = chain(overfit(self._evaluations, epochs), *(rule(self._evaluations) for rule in rules))
+        return self._due(found, result.step)
 
     def _due(self, hints: Iterator[Hint], step: int) -> list[Hint]:
         due = [hint for hint in hints if step - self._said.get(hint.kind, -math.inf) >= self._quiet]
@@ -109,7 +113,10 @@ class HintWatch:
             yield from self._broken
             yield from exploding(records)
             yield from repeated_data(records)
-            yield from odd_rank(records)
+            yield from odd_scale(records)
+            if not self._settings.dealt:
+                yield from odd_rank(records)
+                yield from odd_words(records)
             yield from odd_source(records, {name: median(losses) for name, losses in self._first_sources.items()})
             yield from loss_spikes(records)
         if record.weights is not None:
@@ -125,7 +132,8 @@ class HintWatch:
             self._first_losses = tuple(self._losses)[: self._window]
         if record.step % EVERY == 0:
             ratio = matrix_ratio(self._measured[-1].weights if self._measured else None)
-            yield from loss_trend(tuple(self._losses), self._first_losses, self._window, ratio)
+            trained = self._settings.trained
+            yield from loss_trend(tuple(self._losses), self._first_losses, self._window, ratio, trained=trained)
         names = ("choices_LC", "tokens_LG", "dropped_LG")
         arrays = {name: np.sum([past.arrays[name] for past in self._records], axis=0) for name in names}
         sums = WindowSums(**arrays, steps=self._window, balance_coefficient=record.balance_coefficient)

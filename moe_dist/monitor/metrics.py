@@ -40,6 +40,9 @@ class Record:
         memory_W3: Allocated MiB, reserved MiB and number of retries of each rank's allocator; empty in the first step.
         data_D2: For each rank with data of its own, a checksum of the token ids that it read in the previous step (0
             without tokens), and its loss in nats per label (nan without labels); empty in the first step.
+        loss_scale_D: The loss from which the backward of each such rank began in the previous step, divided by the sum of
+            its labels' losses (nan without labels); empty in the first step.
+        words_DK: Number of token ids that each such rank read in the previous step, by the id modulo K.
         source_losses: Loss in nats per label in the previous step, by source of the data; without the sources that had no
             label.
         load: Numbers of true experts per token, before a capacity drops pairs, for each group with a load controller: the
@@ -65,6 +68,8 @@ class Record:
     busy_seconds_W: np.ndarray = field(default_factory=lambda: np.zeros(0))
     memory_W3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
     data_D2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    loss_scale_D: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    words_DK: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     source_losses: Mapping[str, float] = field(default_factory=dict)
     load: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
     target_G: np.ndarray = field(default_factory=lambda: np.zeros(0))

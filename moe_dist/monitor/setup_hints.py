@@ -28,6 +28,8 @@ class Settings(NamedTuple):
     clip_norm: float | None = None
     weight_decay: float | None = None
     most_picture_loss: float | None = None  # share of the loss that pictures may have
+    trained: bool = False  # whether the run began with trained weights
+    dealt: bool = False  # whether sequences are dealt by cost, so that ranks may read different mixes of the data
 
 
 def setup_hints(records: Sequence[Record], settings: Settings) -> Iterator[Hint]:

@@ -26,6 +26,9 @@ SPIKE, SPIKES = 0.1, 3  # a spike is at least this fraction of the loss, and a h
 GROWTH, GROWN = 10.0, 5  # a gradient explodes if the median of the last GROWN steps is GROWTH times that of older steps
 GAP = 1.5  # held-out loss over training loss that a run which repeats its data should not reach
 ODD = 0.1  # fraction by which a rank's loss may exceed the other ranks', and a source's loss its own earlier loss
+OTHER_WORDS, SAME_WORDS = 0.15, 2.0  # distance of a rank's token ids from the others', and over that of two halves
+OTHER_SCALE = 2.0  # factor between the weights of two ranks' losses
+EASIER = 0.9  # held-out loss over training loss that a run without dropout or noise should not stay below
 ALIKE, LEARNT = 0.2, 0.9  # sources of a new model begin with losses that differ less; then a loss falls below this share
 PAYS = 4  # a modality pays for another if its held-out loss rises in each of so many evaluations, while the other's falls
 SMALL_UPDATE = 2e-4  # if the loss does not fall, updates below this fraction of the weights are the cause
@@ -53,9 +56,12 @@ def noise(values: np.ndarray) -> float:
     return 1.4826 * float(np.median(np.abs(values - np.median(values)))) if values.size else 0.0
 
 
-def loss_trend(losses: Sequence[float], first: Sequence[float], window: int, update: float = math.nan) -> Iterator[Hint]:
+def loss_trend(
+    losses: Sequence[float], first: Sequence[float], window: int, update: float = math.nan, *, trained: bool = False
+) -> Iterator[Hint]:
     """Warns if the last window's loss is above that of the window before, or is no lower than `first`, the losses of the
-    run's first window (empty if unknown), and does not fall. `update` is the size of an update / that of the weights."""
+    run's first window (empty if unknown), and does not fall. `update` is the size of an update / that of the weights. A run
+    that began with `trained` weights may have little left to learn, so that only small updates are named."""
     if len(losses) < 2 * window or not first:
         return
     before, now = np.array(losses[:window]), np.array(losses[window:])
@@ -68,7 +74,7 @@ def loss_trend(losses: Sequence[float], first: Sequence[float], window: int, upd
             f"the loss rose from {middle:.3f} to {end:.3f} (medians of {window} steps); see loss/total and "
             "optim/grad_norm; try a lower optimizer.lr or a longer warm-up",
         )
-    elif end > LOSS_FALL * begin and middle - end <= SURE * error:
+    elif end > LOSS_FALL * begin and middle - end <= SURE * error and (not trained or update < SMALL_UPDATE):
         yield Hint(
             "loss",
             f"the loss does not fall: {end:.3f} now, {begin:.3f} at first (medians of {window} steps); see loss/total and "
@@ -292,4 +298,57 @@ def odd_rank(records: Sequence[Record]) -> Iterator[Hint]:
             f"rank {rank} has a loss of {above + others:.3f}, and the other ranks have {others:.3f} (medians of "
             f"{len(loss_SD)} steps), although all read the same mix; look at the data that this rank reads: are they "
             "corrupt, or of another source?",
+        )
+
+
+def odd_scale(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns about a rank whose loss has another weight in the gradient than the other ranks' losses."""
+    known = [r.loss_scale_D for r in records[-RECENT:] if len(r.loss_scale_D) > 1 and np.isfinite(r.loss_scale_D).all()]
+    if len(known) < RECENT:
+        return
+    scale_D = np.abs(np.median(known, axis=0))
+    for rank, scale in enumerate(scale_D.tolist()):
+        others = float(np.median(np.delete(scale_D, rank)))
+        if scale > OTHER_SCALE * others:
+            yield Hint(
+                "scale",
+                f"the loss of rank {rank} enters the gradient {scale / max(others, 1e-30):.3g} x as strongly as the other "
+                f"ranks' losses (medians of {RECENT} steps): does its code scale the loss once more than theirs?",
+            )
+
+
+def odd_words(records: Sequence[Record]) -> Iterator[Hint]:
+    """Warns about a rank whose token ids have other frequencies than the other ranks', which read the same mix of data.
+    Distances are of total variation, between ids modulo a number."""
+    known = [r.words_DK for r in records if len(r.words_DK) > 1 and r.words_DK.sum(1).all()]
+    if len(known) < 3 * RECENT:
+        return
+    words_2DK = np.stack([np.sum(known[::2], axis=0), np.sum(known[1::2], axis=0)])
+    share_2DK = words_2DK / words_2DK.sum(2, keepdims=True)
+    share_DK = share_2DK.mean(0)
+    others_DK = (share_DK.sum(0) - share_DK) / (len(share_DK) - 1)
+    away_D = np.abs(share_DK - others_DK).sum(1).round(6) / 2
+    chance = float(np.abs(share_2DK[0] - share_2DK[1]).sum(1).max()) / 2  # of two halves of a rank's own steps
+    rank = len(away_D) - 1 - int(away_D[::-1].argmax())  # of two ranks the second, because rank 0 reads what it should
+    if away_D[rank] > max(OTHER_WORDS, SAME_WORDS * chance):
+        yield Hint(
+            "words",
+            f"rank {rank} reads other token ids than the other ranks: their frequencies differ by {away_D[rank]:.0%} "
+            f"(between two halves of a rank's own steps: {chance:.0%}), although all ranks read the same mix; does "
+            "it have the data and the tokenizer of the others?",
+        )
+
+
+def easier(evaluations: Sequence[Evaluated]) -> Iterator[Hint]:
+    """Warns if the held-out loss of each modality is below the training loss of later steps, as with dropout."""
+    if len(evaluations) < 2:
+        return
+    before, now = evaluations[-2:]
+    known = [(before.held_out.get(name, math.nan), loss) for name, loss in now.training.items()]
+    if known and all(held < EASIER * loss for held, loss in known):
+        held, loss = known[-1]
+        yield Hint(
+            "easier",
+            f"the held-out losses of step {before.step} are below the training losses since then ({held:.3f} against "
+            f"{loss:.3f}): the model computes something else in training than in evaluation; is a dropout left on?",
         )

@@ -43,8 +43,8 @@ def change_batches(trainer: Any, change: Callable[[int, Batch], Batch], *, held_
     read, size = trainer.loader.batches, trainer.plan.config.train.global_batch
     trainer.loader.batches = lambda position: [change(position // size + 1, each) for each in read(position)]
     if held_out:
-        held = trainer.evaluator._batches
-        trainer.evaluator._batches = lambda count: [change(0, each) for each in held(count)]
+        held = trainer.evaluator.batches
+        trainer.evaluator.batches = lambda count: [change(0, each) for each in held(count)]
 
 
 def after_update(trainer: Any, change: Callable[[int], Any]) -> None:

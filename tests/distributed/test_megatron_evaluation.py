@@ -123,7 +123,7 @@ def shown(rank: RankContext, data: str, changes: Mapping[str, Any]) -> Shown:
         evaluation = evaluator(2, final=True)
         with even_routing(evaluator.model, run.placement.groups):
             even = heldout_losses(
-                evaluator.model, evaluator._batches(4), modalities=run.plan.modalities, world=mesh.world,
+                evaluator.model, evaluator.batches(4), modalities=run.plan.modalities, world=mesh.world,
                 group_of_modality=evaluator.group_of_modality, counts_tokens=run.training.parallel.counts_tokens,
             )  # fmt: skip
         return Shown(evaluation, list(costs), even.loss)

@@ -166,3 +166,7 @@ def test_each_ranks_data_and_loss_are_known_in_the_next_step(run_in_world: Calla
     assert nats_D.sum() == pytest.approx(first.nll_M.sum())
     assert nats_D.all()
     assert labels_D.sum() == first.labels_M.sum()
+    assert second.words_DK.sum() == first.tokens
+    assert (second.words_DK[0] != second.words_DK[1]).any()
+    scale_D = second.total_D / nats_D * labels_D.sum()
+    assert scale_D.tolist() == pytest.approx([1.0, 1.0], abs=0.05), "the rest is the balance loss"

@@ -60,7 +60,7 @@ class Evaluator:
         self.mapper = None if section is None else Mapper(folder, manifest, placement.groups, **section.model_dump())
         causal = (getattr(router, "causal", None), None if depths is None else depths.causal)
         self.calibration = config.evaluation.calibration if "threshold" in causal else 0
-        self._cached: dict[int, list[Batch]] = {}  # results of `_batches`, keyed by its argument
+        self._cached: dict[int, list[Batch]] = {}  # results of `batches`, keyed by its argument
 
     def __call__(self, step: int, *, final: bool = False, trained: Sequence[Batch] = ()) -> EvaluationResult:
         """Evaluates the model after step `step`. Collective. Calibrates the routers' thresholds first. Does not change
@@ -75,7 +75,7 @@ class Evaluator:
         world, moe = self._parallel.layer_ranks, self._config.model.moe
         with mesh.tracker.among("calibration"):
             calibrate(self.model, trained, group_of_modality=groups, world=world, tracker=mesh.tracker, steps=step)
-        batches = self._batches(section.final_sequences if final else section.sequences)
+        batches = self.batches(section.final_sequences if final else section.sequences)
         heldout = self._losses(batches)
         ablated = noncausal = Heldout({}, {}, None)
         if final and section.ablate_experts:
@@ -91,7 +91,7 @@ class Evaluator:
         compute_map = None
         if self.mapper is not None:
             with mesh.tracker.among("compute map"):
-                mapped = self._batches(self.mapper.sequences)
+                mapped = self.batches(self.mapper.sequences)
                 compute_map = self.mapper(self.model, mapped, group_of_modality=groups, mesh=mesh)
         depth = None if heldout.counts is None else heldout.counts.depth
         return EvaluationResult(
@@ -143,7 +143,7 @@ class Evaluator:
         imbalance = reduce_known(busiest_over_mean(weighted_rows(choices_LC, rows_LR, self.placement)))
         return 1.0 / imbalance if imbalance else None
 
-    def _batches(self, sequences: int) -> list[Batch]:
+    def batches(self, sequences: int) -> list[Batch]:
         """Returns this rank's held-out batches from all sources. The batches are on the host."""
         if sequences not in self._cached:
             config, (rank, readers) = self._config, self._parallel.reader

@@ -106,6 +106,8 @@ def build_record(
         busy_seconds_W=result.busy_seconds_W,
         memory_W3=result.memory_W3,
         data_D2=data_of_ranks(result.data_D3),
+        loss_scale_D=divide(result.total_D, result.data_D3[:, 1]),
+        words_DK=result.words_DK,
         source_losses=losses_of_sources(result.sources_S2, sources),
         load=active_against_target(counts.choices_LC, counts.tokens_LG, placement.groups, target),
         target_G=np.array([target.get(group.name, np.nan) for group in placement.groups], np.float64),

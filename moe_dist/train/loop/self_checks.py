@@ -3,9 +3,11 @@
 Each problem is a pair (kind, text), which becomes a hint. Only rank 0 checks, by its own batches and parameters.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from moe_dist.optim.optimizer import local, local_gradients
 
 Problem = tuple[str, str]
 ENOUGH = 100  # labels by which a rule judges
+LONG, READ, MANY = 16, 0.05, 10  # tokens of a document that is no chance; fraction and number of held-out documents read
 OWN = 0.99  # fraction of labels equal to their own input token; real texts repeat a token less often
 
 
@@ -56,3 +59,57 @@ def frozen_weights(modules: Iterable[nn.Module]) -> Iterator[Problem]:
         more = f", and {len(names) - 1} more" if names[1:] else ""
         text = f"{names[0]}{more}: frozen (requires_grad=False), though neither train.only nor train.frozen asks for it"
         yield "frozen", f"{text}; look at the code that froze it"
+
+
+def random_states() -> list[Tensor]:
+    """Returns the states of torch's generators of the host and of this rank's device. Needs no sync."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+
+
+def dropout(before: Sequence[Tensor], family: Any) -> Iterator[Problem]:
+    """Yields a problem if a step drew numbers from torch's generators, whose states were `before`. Dropout of LoRA has
+    generators of its own, so that only a transformers model draws by right, if a field of its configuration says so."""
+    drew = any(not torch.equal(old, new) for old, new in zip(before, random_states(), strict=True))
+    if drew and not (family is not None and _draws(family.config.to_dict())):
+        text = "the step drew random numbers, which nothing in the configuration asks for"
+        yield "dropout", f"{text}; is a dropout or a noise of an experiment left in the model?"
+
+
+def _draws(fields: Mapping[str, Any]) -> bool:
+    return any(
+        _draws(v) if isinstance(v, Mapping) else re.search("drop|jitter|noise", str(k)) and v for k, v in fields.items()
+    )
+
+
+class HeldOutReads:
+    """Finds held-out documents in the training batches of this rank."""
+
+    def __init__(self) -> None:
+        self._held, self._read = set[int](), set[int]()
+
+    def hold(self, batches: Sequence[Batch]) -> None:
+        """Notes the documents of held-out batches, once."""
+        self._held = self._held or _documents(batches)
+
+    def problems(self, batches: Sequence[Batch]) -> Iterator[Problem]:
+        """Yields a problem if training has read several of the held-out documents. The batches are on the host."""
+        self._read |= self._held & _documents(batches) if self._held else set()
+        if len(self._read) >= max(MANY, READ * len(self._held)):
+            text = f"training has read {len(self._read)} of the {len(self._held)} held-out documents that rank 0 evaluates"
+            yield (
+                "contaminated",
+                f"{text}, because the splits overlap, so that held-out losses tell nothing; split the data again",
+            )
+
+
+def _documents(batches: Sequence[Batch]) -> set[int]:
+    """Returns a hash of each document of `LONG` tokens or more; none for batches with pictures, which are not compared."""
+    found = set[int]()
+    for batch in batches if all(each.family_inputs() is None for each in batches) else ():
+        for tokens_S, documents_S, padding_S in zip(
+            batch.tokens_BS.numpy(), batch.documents_BS.numpy(), batch.padding_BS.numpy(), strict=True
+        ):
+            parts = np.split(tokens_S, np.flatnonzero(np.diff(documents_S)) + 1)
+            parts = parts[: -1 if padding_S[-1] else None]
+            found |= {hash(part.tobytes()) for part in parts if len(part) >= LONG}
+    return found

@@ -196,7 +196,9 @@ def open_sinks(
     made = _build_sinks(checked, folder, progress)  # this first deletes the hints of steps that will be repeated
     said = {each.kind: each.step for each in folder.hints()}
     config = checked.config
-    settings = Settings(config.optimizer.clip_norm, config.optimizer.weight_decay, config.monitor.most_picture_loss)
+    optimizer, trained = config.optimizer, config.run.init_from is not None or config.model.folder is not None
+    dealt = config.rank_balance is not None and config.rank_balance.dealing
+    settings = Settings(optimizer.clip_norm, optimizer.weight_decay, config.monitor.most_picture_loss, trained, dealt)
     watch = HintWatch(checked.placement.groups, config.model.moe_layers, said=said, settings=settings)
     sinks = GuardedSinks([LeaseWatch(attempt.lease.check), *made], watch)
     attempt.require(sinks.check_written)

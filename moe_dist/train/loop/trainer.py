@@ -28,7 +28,16 @@ from moe_dist.train.evaluation.balance import ranks_outnumber_cores
 from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.garbage import COLLECT_EVERY
 from moe_dist.train.loop.record import build_record
-from moe_dist.train.loop.self_checks import Problem, batch_problems, empty_moments, frozen_weights, kept_gradients
+from moe_dist.train.loop.self_checks import (
+    HeldOutReads,
+    Problem,
+    batch_problems,
+    dropout,
+    empty_moments,
+    frozen_weights,
+    kept_gradients,
+    random_states,
+)
 from moe_dist.train.rank_balance.levers import Lever
 from moe_dist.train.rank_balance.placement_rows import PlacementRows
 from moe_dist.train.router_tuning.loader import SampleLoader
@@ -87,6 +96,7 @@ class Trainer:
     placement_rows: PlacementRows | None = None
     _reader: ReadAhead = field(init=False)
     _weights: WeightWatch | None = field(init=False)
+    _leaks: HeldOutReads = field(default_factory=HeldOutReads, init=False)
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
     def __post_init__(self) -> None:
@@ -141,6 +151,7 @@ class Trainer:
         read_seconds = time.perf_counter() - begin
         watch = self._weights if self._weights is not None and self._weights.due(progress.step) else None
         problems = self._problems(batches, first=not self._recent) if self.sinks else []
+        states = random_states() if self.sinks and (progress.step + 1) % CHECK_EVERY == 0 else None
         source_ISB = self.loader.sources(progress.position) if isinstance(self.loader, TrainLoader) else None
         with self.profile(progress.step + 1), nullcontext() if watch is None else watch.around_step():
             result = self.take_step(
@@ -154,6 +165,8 @@ class Trainer:
                 around_update=None if watch is None else watch.around_update(),
                 source_ISB=source_ISB,
             )
+        if states is not None:
+            problems += dropout(states, getattr(self.take_step.parallel.model, "family", None))
         progress.step += 1
         progress.position += train.global_batch
         progress.tokens += result.tokens
@@ -177,7 +190,7 @@ class Trainer:
         """Checks what must hold in each step, in the first step of the attempt and in each `CHECK_EVERY`-th."""
         step, train, model = self.progress.step, self.plan.config.train, self.take_step.parallel.model
         modules = getattr(getattr(model, "gpt", None), "chunks", [model])  # of a pipeline's stage, or the whole model
-        found = list[Problem]()
+        found = list(self._leaks.problems(batches))
         if first or (step + 1) % CHECK_EVERY == 0:
             found += [*batch_problems(batches), *kept_gradients(chain(*(each.parameters() for each in modules)))]
         if first and step:
@@ -212,6 +225,8 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
+        if self.sinks and isinstance(self.loader, TrainLoader):  # rank 0 looks for these documents in its training batches
+            self._leaks.hold(self.evaluator.batches(self.plan.config.evaluation.sequences))
         if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has already recorded it
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:

@@ -57,6 +57,7 @@ class Readings(NamedTuple):
         memory_W3: Result of `train.step.training_step.largest_memory` on each rank.
         busiest_WG: `Forwarded.busiest_G` of each rank; 0 if unknown.
         digest_D, nats_D2: Columns of `StepResult.data_D3`. Here each rank fills the row of its reader.
+        total_D, words_DK: See `StepResult`. Here each rank fills the row of its reader.
         nats_S2: `Forwarded.nats_S2`; empty if unknown.
     """
 
@@ -65,6 +66,8 @@ class Readings(NamedTuple):
     busiest_WG: Any
     digest_D: Any = np.zeros(0)
     nats_D2: Any = np.zeros((0, 2))
+    total_D: Any = np.zeros(0)
+    words_DK: Any = np.zeros((0, 0))
     nats_S2: Any = np.zeros((0, 2))
 
 
@@ -130,6 +133,8 @@ class StepResult:
         busiest_G: Largest `Forwarded.busiest_G` of any rank in the previous step; 0 if unknown, empty in the first step.
         data_D3: For each reader in the previous step: checksum of its token ids (0 without tokens), sum of its losses in
             nats, and number of its labels; empty in the first step.
+        total_D: The loss from which the backward of each reader began in the previous step; empty in the first step.
+        words_DK: Number of token ids of each reader in the previous step, by the id modulo K; empty in the first step.
         sources_S2: For each source of the data in the previous step: sum of the losses in nats, and number of labels; empty
             in the first step, and if unknown.
         stop_requested: True if a rank got a stop signal.
@@ -151,6 +156,8 @@ class StepResult:
     memory_W3: np.ndarray
     busiest_G: np.ndarray = field(default_factory=lambda: np.zeros(0))
     data_D3: np.ndarray = field(default_factory=lambda: np.zeros((0, 3)))
+    total_D: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    words_DK: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))
     sources_S2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
     stop_requested: bool = False
     mixture_of_depths: DepthStatistics | None = None

@@ -48,6 +48,8 @@ from moe_dist.train.router_tuning.tuning import RouterTuning, Targets
 from moe_dist.train.step.result import Forwarded, Readings, StepResult, StepStart, StepSums, Weights
 from moe_dist.train.step.tracing import StepWatcher
 
+WORDS = 61  # a prime, so that a shift of all ids changes their counts
+
 
 class AfterStep(Protocol):
     """A controller that changes routers' biases or thresholds after the optimizer's step, in the same way on all ranks."""
@@ -124,7 +126,7 @@ class TrainingStep:
         mesh = self.parallel.mesh
         clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches) if self.parallel.counts_tokens else 0
-        digest = checksum(batches) if tokens else 0
+        digest, words_K = (checksum(batches), count_words(batches)) if tokens else (0, np.zeros(WORDS))
 
         # 1. Divisors of the loss: one all-reduce of a few counts. With `needs_global_batch_info`, the host waits for it.
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
@@ -141,7 +143,7 @@ class TrainingStep:
 
         # 3. Sums over the ranks: one all-reduce. On CUDA the host first waits twice: for the seconds of the exchanges, and
         # for this rank's counts for the ledger.
-        local = self._share(found, labels_M, tokens, stop_requested, clock, digest)
+        local = self._share(found, labels_M, tokens, stop_requested, clock, digest, words_K)
         summed: StepSums[Tensor] = unpack(
             sum_over(pack(local, mesh.device), mesh.world, name=STEP_SUMS, tracker=mesh.tracker), local
         )
@@ -314,17 +316,28 @@ class TrainingStep:
         return Forwarded(loss._replace(total=loss.total.detach()), counts, own, sent, nats_S2=nats_S2)
 
     def _share(
-        self, found: Forwarded, labels_M: Tensor, tokens: int, stop_requested: bool, clock: "_BusyClock", digest: int
+        self,
+        found: Forwarded,
+        labels_M: Tensor,
+        tokens: int,
+        stop_requested: bool,
+        clock: "_BusyClock",
+        digest: int,
+        words_K: np.ndarray,
     ) -> StepSums[Any]:
         """Returns this rank's contribution to the step's sums. Keeps this rank's readings for the next step."""
         inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets this counter to 0
         payload, metadata, seconds = self.comm_stats.take()  # a host sync on CUDA, where it waits for the seconds
         loss, (reader, readers) = found.loss, self.parallel.reader
-        digest_D, nats_D2 = np.zeros(readers), labels_M.new_zeros((readers, 2))
-        digest_D[reader], nats_D2[reader] = digest, torch.stack([loss.nll_M.sum().to(labels_M.dtype), labels_M.sum()])
+        digest_D, words_DK, nats_D2 = np.zeros(readers), np.zeros((readers, WORDS)), labels_M.new_zeros((readers, 2))
+        digest_D[reader], words_DK[reader], total_D = digest, words_K, labels_M.new_zeros(readers)
+        nats_D2[reader] = torch.stack([loss.nll_M.sum().to(labels_M.dtype), labels_M.sum()])
+        total_D[reader] = loss.total
         read = self._read(clock.seconds(seconds), found.busiest_G)
         nats_S2 = np.zeros((0, 2)) if found.nats_S2 is None else found.nats_S2
-        self._readings = read._replace(digest_D=digest_D, nats_D2=nats_D2, nats_S2=nats_S2)
+        self._readings = read._replace(
+            digest_D=digest_D, nats_D2=nats_D2, nats_S2=nats_S2, total_D=total_D, words_DK=words_DK
+        )
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         norm_squared = self._norm_squared()
         sent, ledger = self._ledger(found)
@@ -412,6 +425,8 @@ class TrainingStep:
             memory_W3=readings.memory_W3,
             busiest_G=readings.busiest_WG.max(0) if len(readings.busiest_WG) else np.zeros(0),
             data_D3=np.column_stack([readings.digest_D, readings.nats_D2]),
+            total_D=readings.total_D,
+            words_DK=readings.words_DK,
             sources_S2=readings.nats_S2,
             stop_requested=bool(sums.stop_requested > 0),
             mixture_of_depths=None if depth is None else depth_statistics(model, self.placement, depth, **more),
@@ -436,6 +451,12 @@ def checksum(batches: Sequence[Batch]) -> int:
     for batch in batches:
         digest.update(batch.tokens_BS.cpu().contiguous().numpy().data)
     return int.from_bytes(digest.digest())
+
+
+def count_words(batches: Sequence[Batch]) -> np.ndarray:
+    """Returns the number of token ids, float64 [WORDS], by the id modulo WORDS. The batches are on the host."""
+    ids = [batch.tokens_BS[~batch.padding_BS].cpu().numpy() % WORDS for batch in batches]
+    return np.bincount(np.concatenate(ids), minlength=WORDS).astype(np.float64)
 
 
 class _BusyClock:

@@ -68,6 +68,8 @@ def test_a_loss_that_rises_or_stays() -> None:
     assert not list(loss_trend([4.0] * 5 + [3.9] * 5, first, 5))
     assert not list(loss_trend([5.0] * 9, first, 5))
     assert not list(loss_trend([2.0] * 10, (), 5))
+    assert not list(loss_trend([4.98] * 10, first, 5, trained=True)), "a trained model may have little left to learn"
+    assert list(loss_trend([4.98] * 10, first, 5, 1e-5, trained=True)), "its updates are too small"
 
 
 def test_a_run_that_slows_down() -> None:

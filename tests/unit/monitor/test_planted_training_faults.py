@@ -17,6 +17,8 @@ from tests.unit.monitor.conftest import MODALITIES, draw_groups, draw_placement,
 
 GROUPS, RANKS, LAYERS, BEGIN = draw_groups(2, num_experts=8, num_null=4, top_k=2), 4, 3, 60  # BEGIN: first faulty step
 JUDGED = ("loss", "spike", "logits", "gradient", "overfit", "router", "repeats", "data", "skipped", "source", "pays")
+JUDGED += ("scale", "words", "easier")
+WORDS_K = np.arange(1, 62) ** -1.0  # frequencies of token ids, as of words
 Change = Callable[[int, dict[str, Any], np.random.Generator], None]
 
 
@@ -32,6 +34,8 @@ def usual(step: int, rng: np.random.Generator) -> dict[str, Any]:
         "grad_norm": (0.5 + 3 * math.exp(-step / 20)) * rng.lognormal(0, 0.3),
         "z": 0.004 * rng.lognormal(0, 0.1),
         "data_D3": np.stack([digest_D, loss_D * 125, np.full(RANKS, 125)], axis=1),
+        "total_D": loss_D / RANKS,
+        "words_DK": np.random.default_rng(step).multinomial(500, WORDS_K / WORDS_K.sum(), RANKS),
         "epochs": {name: 0.001 * step for name in MODALITIES},
         "sources_S2": np.stack([np.maximum(level * rng.normal(1, 0.03, 3), [1.5, 2.5, 1.0]), np.ones(3)], axis=1) * 200,
         "sources": ("books", "web", "code"),
@@ -87,6 +91,15 @@ def data(rank: int, value: Callable[[int, np.ndarray], float], column: int = 0) 
     return change
 
 
+def scaled(step: int, changes: dict[str, Any], _: np.random.Generator) -> None:
+    changes["total_D"][3] *= 64 if step >= BEGIN else 1
+
+
+def shifted(_: int, changes: dict[str, Any], __: np.random.Generator) -> None:
+    """As by a tokenizer of another version."""
+    changes["words_DK"][2] = np.roll(changes["words_DK"][2], 1)
+
+
 def same(equal: bool) -> Change:
     """All tokens of layer 2 take the first two image experts."""
 
@@ -137,6 +150,9 @@ FAULTS: dict[str, tuple[Change, Callable[[int], Any], str, str, int]] = {
     "a rank reads another's data": (data(3, lambda _, d: d[1, 0]), lambda _: 0, "repeats", "batches that rank 1 reads", 65),
     "a rank cycles": (data(2, lambda step, _: step % 9 + 1), lambda _: 0, "repeats", "rank 2 reads", 75),
     "a rank's data are corrupt": (data(2, lambda *_: 9 * 125, 1), lambda _: 0, "data", "rank 2 has a loss of 8.9", 95),
+    "a rank scales its loss": (scaled, lambda _: 0, "scale", "the loss of rank 3 enters the gradient 64 x as", 70),
+    "a rank has another tokenizer": (shifted, lambda _: 0, "words", "rank 2 reads other token ids", 30),
+    "dropout": (healthy, lambda step: -1 - 2 * math.exp(-step / 40), "easier", "is a dropout left on?", 40),
     "a source turns corrupt": (source(BEGIN, 9, 1), lambda _: 0, "source/web", "the loss of source web rose from ", 75),
     "a source was never sane": (source(1, 8.1, 2), lambda _: 0, "source/code", "source code does not fall: ", 50),
     "images pay for text": (image_rises, lambda step: (0, 0.2 * step), "pays/image", "image pays for text: since", 80),
@@ -188,7 +204,7 @@ def small_data(step: int, changes: dict[str, Any], _: np.random.Generator) -> No
 
 
 def first_records(step: int, changes: dict[str, Any], _: np.random.Generator) -> None:
-    changes["data_D3"] = np.zeros((0, 3))
+    changes |= {"data_D3": np.zeros((0, 3)), "total_D": np.zeros(0), "words_DK": np.zeros((0, 0))}
 
 
 def a_new_stage(step: int, changes: dict[str, Any], rng: np.random.Generator) -> None:

@@ -1,11 +1,21 @@
 """Faults of batches, gradients, moments and parameters are named, and right ones are not."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
+from transformers import Qwen3MoeConfig
 
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.train.loop.self_checks import batch_problems, empty_moments, frozen_weights, kept_gradients
+from moe_dist.train.loop.self_checks import (
+    HeldOutReads,
+    batch_problems,
+    dropout,
+    empty_moments,
+    frozen_weights,
+    kept_gradients,
+    random_states,
+)
 
 
 def batch() -> Batch:
@@ -42,3 +52,28 @@ def test_gradients_moments_and_frozen_matrices_are_named() -> None:
     model.weight.requires_grad_(False)
     (problem,) = frozen_weights([model])
     assert problem[1].startswith("weight: frozen")
+
+
+def test_held_out_documents_that_training_reads_are_named() -> None:
+    """Each row has 4 documents of 20 tokens. The last document of the second row is padding."""
+    found, draws = HeldOutReads(), torch.Generator().manual_seed(1)
+    new = replace(batch(), documents_BS=torch.arange(80).expand(2, 80) // 20)
+    held = [replace(new, tokens_BS=torch.randint(0, 50, (2, 80), generator=draws)) for _ in range(2)]
+    assert list(found.problems(held)) == [], "before the first evaluation no document is held out"
+    found.hold(held)
+    assert list(found.problems([new])) == []
+    assert list(found.problems(held[:1])) == [], "7 documents may be there by chance"
+    moved = replace(held[1], tokens_BS=held[1].tokens_BS.roll(20, 1))  # the document that ends the row became padding
+    ((kind, text),) = found.problems([moved])
+    assert kind == "contaminated"
+    assert text.startswith("training has read 13 of the 14 held-out documents that rank 0 evaluates")
+
+
+def test_random_numbers_that_no_field_asks_for_are_named() -> None:
+    before, config = random_states(), Qwen3MoeConfig(attention_dropout=0.1)
+    torch.rand(1, generator=torch.Generator())
+    assert list(dropout(before, None)) == [], "a generator of its own"
+    torch.nn.Dropout(0.1)(torch.ones(1))
+    assert [kind for kind, _ in dropout(before, None)] == ["dropout"]
+    assert [kind for kind, _ in dropout(before, SimpleNamespace(config=Qwen3MoeConfig()))] == ["dropout"]
+    assert list(dropout(before, SimpleNamespace(config=config))) == []
