@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from moe_dist.config.base.kinds import OtherKinds
 from moe_dist.config.base.section import GROUP_PATTERN, LABEL_PATTERN, NAME_PATTERN, PATH_PATTERN, UNIX_GROUP_PATTERN
+from moe_dist.config.stored_format import REMOVED
 
 NAME = "<name>"  # in a dotted path, stands for any key of a mapping
 ITEM = "<index>"  # in a dotted path, stands for any item of a list
@@ -161,6 +162,8 @@ def unknown_key(root: type[BaseModel], path: str) -> str:
     """Returns an error text for a key that does not exist, or that exists only in another kind of its section."""
     if elsewhere := [key.variant for key in find(root, path)]:
         return f"belongs to {' or '.join(elsewhere)}, but the section is of another kind"
+    if path in REMOVED:
+        return "was removed; remove the key"
     if near := nearest(root, path):
         return f"unknown key; did you mean {near}?"
     holder = path.rpartition(".")[0]

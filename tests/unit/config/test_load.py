@@ -109,6 +109,7 @@ def test_a_number_as_name_in_a_file_must_be_quoted(path: Path) -> None:
     ("overrides", "fault"),
     [
         (["train.stpes=5"], "train.stpes: unknown key; did you mean train.steps?"),
+        (["optimizer.moments=bf16"], "optimizer.moments: was removed; remove the key"),
         (["train.lr=5"], "train.lr: unknown key; did you mean optimizer.lr?"),
         (["run.name.zzz=5"], "run.name.zzz: unknown key; run.name is a value, not a section: remove .zzz"),
         (["optimizer.schedule.kind={a: 1}"], "optimizer.schedule.kind"),
