@@ -130,10 +130,11 @@ class HintWatch:
         # Only the whole run's first window counts, because a resumed run's loss is low from the start and falls slowly.
         if not self._first_losses and len(self._losses) >= self._window and record.step <= 2 * self._window:
             self._first_losses = tuple(self._losses)[: self._window]
-        if record.step % EVERY == 0:
-            ratio = matrix_ratio(self._measured[-1].weights if self._measured else None)
-            trained = self._settings.trained
-            yield from loss_trend(tuple(self._losses), self._first_losses, self._window, ratio, trained=trained)
+        if record.step % EVERY:
+            return
+        ratio = matrix_ratio(self._measured[-1].weights if self._measured else None)
+        trained = self._settings.trained
+        yield from loss_trend(tuple(self._losses), self._first_losses, self._window, ratio, trained=trained)
         names = ("choices_LC", "tokens_LG", "dropped_LG")
         arrays = {name: np.sum([past.arrays[name] for past in self._records], axis=0) for name in names}
         sums = WindowSums(**arrays, steps=self._window, balance_coefficient=record.balance_coefficient)
