@@ -311,7 +311,7 @@ def odd_scale(records: Sequence[Record]) -> Iterator[Hint]:
         others = float(np.median(np.delete(scale_D, rank)))
         if scale > OTHER_SCALE * others:
             yield Hint(
-                "scale",
+                "unequal",
                 f"the loss of rank {rank} enters the gradient {scale / max(others, 1e-30):.3g} x as strongly as the other "
                 f"ranks' losses (medians of {RECENT} steps): does its code scale the loss once more than theirs?",
             )

@@ -11,7 +11,8 @@ from moe_dist.monitor.report.routing import History, Routing
 # First part of a hint's kind -> subject. All other hints are about loss and weights.
 SUBJECTS = {
     **dict.fromkeys(("slow", "speed", "reading"), "Speed"),
-    **dict.fromkeys(("repeats", "data", "unread", "source", "labels", "padding", "unlabelled"), "Data"),
+    **dict.fromkeys(("repeats", "data", "unread", "source", "labels", "padding", "unlabelled", "words"), "Data"),
+    "contaminated": "Data",
     **dict.fromkeys(("memory", "leak"), "Memory"),
     **dict.fromkeys(("busy", "dead", "layer", "dropped", "null", "starved", "rank", "router", "saturated"), "Routing"),
 }

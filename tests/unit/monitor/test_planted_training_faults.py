@@ -17,7 +17,7 @@ from tests.unit.monitor.conftest import MODALITIES, draw_groups, draw_placement,
 
 GROUPS, RANKS, LAYERS, BEGIN = draw_groups(2, num_experts=8, num_null=4, top_k=2), 4, 3, 60  # BEGIN: first faulty step
 JUDGED = ("loss", "spike", "logits", "gradient", "overfit", "router", "repeats", "data", "skipped", "source", "pays")
-JUDGED += ("scale", "words", "easier")
+JUDGED += ("unequal", "words", "easier")
 WORDS_K = np.arange(1, 62) ** -1.0  # frequencies of token ids, as of words
 Change = Callable[[int, dict[str, Any], np.random.Generator], None]
 
@@ -150,7 +150,7 @@ FAULTS: dict[str, tuple[Change, Callable[[int], Any], str, str, int]] = {
     "a rank reads another's data": (data(3, lambda _, d: d[1, 0]), lambda _: 0, "repeats", "batches that rank 1 reads", 65),
     "a rank cycles": (data(2, lambda step, _: step % 9 + 1), lambda _: 0, "repeats", "rank 2 reads", 75),
     "a rank's data are corrupt": (data(2, lambda *_: 9 * 125, 1), lambda _: 0, "data", "rank 2 has a loss of 8.9", 95),
-    "a rank scales its loss": (scaled, lambda _: 0, "scale", "the loss of rank 3 enters the gradient 64 x as", 70),
+    "a rank scales its loss": (scaled, lambda _: 0, "unequal", "the loss of rank 3 enters the gradient 64 x as", 70),
     "a rank has another tokenizer": (shifted, lambda _: 0, "words", "rank 2 reads other token ids", 30),
     "dropout": (healthy, lambda step: -1 - 2 * math.exp(-step / 40), "easier", "is a dropout left on?", 40),
     "a source turns corrupt": (source(BEGIN, 9, 1), lambda _: 0, "source/web", "the loss of source web rose from ", 75),
