@@ -65,9 +65,9 @@ def heat(values_RC: np.ndarray, rows: Axis, columns: Axis, *, scale: Scale, titl
 def curves(
     lines: Mapping[str, Sequence[float]], at: Sequence[float], *, title: str, x: str, y: str, top: float = 0.0
 ) -> str:
-    """Returns curves over the positions `at`. Their axis goes from 0 to at least `top`. A nan is a gap. With a single
-    position, returns bars instead."""
-    width, height, left, head = 620, 220, 56, 14
+    """Returns curves over the positions `at`, and a legend that wraps. Their axis goes from 0 to at least `top`. A nan is a
+    gap. With a single position, returns bars instead."""
+    width, height, left, head = 620, 220, 66, 14  # on a phone the characters are larger (page.py)
     known = [value for line in lines.values() for value in line if np.isfinite(value)]
     if len(at) == 1 and known:
         return bars({name: (line[0], "") for name, line in lines.items() if np.isfinite(line[0])}, title=title, caption=y)
@@ -76,7 +76,7 @@ def curves(
     def place(a: float, b: float) -> tuple[float, float]:
         return left + (a - low) / ((high - low) or 1) * width, head + height * (1 - b / top)
 
-    parts = []
+    parts, legend = [], ""
     for tick in np.linspace(0, top, 5):
         parts.append(f'<path class="g" d="M{left} {place(low, tick)[1]:.1f}h{width}"/>')
         parts.append(f'<text x="{left - 6}" y="{place(low, tick)[1] + 4:.1f}" class="e">{short(tick)}</text>')
@@ -91,11 +91,11 @@ def curves(
             for a, b in points[: 24 if len(points) < 25 else 0]
         )
         parts.append(f'<path class="l l{i % CURVES}" d="M{path}"/>{dots}' if points else "")
-        parts.append(f'<rect x="{left + width + 12}" y="{head + 18 * i}" width="14" height="14" class="d{i % CURVES}"/>')
-        parts.append(f'<text x="{left + width + 31}" y="{head + 18 * i + 12}">{escape(name)}</text>')
-    parts.append(f'<text x="{left + width // 2}" y="{head + height + 34}" class="m q">{escape(x)}</text>')
-    legend = MARK * max(map(len, lines)) + 40
-    return _figure("".join(parts), (left + width + legend, head + max(height, 18 * len(lines)) + 44), title, y)
+        key = f'<svg width="14" height="14"><rect width="14" height="14" class="d{i % CURVES}"/></svg>'
+        legend += f"<span>{key} {escape(name)}</span>"
+    parts.append(f'<text x="{left + width // 2}" y="{head + height + 38}" class="m q">{escape(x)}</text>')
+    below = f'<div class="k">{legend}</div>'
+    return _figure("".join(parts), (left + width + 30, head + height + 46), title, y, kind="c", below=below)
 
 
 def bars(values: Mapping[str, tuple[float, str]], *, title: str, caption: str) -> str:
@@ -162,10 +162,11 @@ def short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def _figure(content: str, size: tuple[float, float], title: str, caption: str) -> str:
+def _figure(content: str, size: tuple[float, float], title: str, caption: str, *, kind: str = "", below: str = "") -> str:
     width, height = size
     label = escape(f"{title}: {caption}")
     return (
-        f'<figure><svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
-        f'aria-label="{label}">{content}</svg><figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption></figure>'
+        f'<figure class="{kind}"><svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
+        f'aria-label="{label}">{content}</svg>{below}'
+        f"<figcaption><b>{escape(title)}</b> {escape(caption)}</figcaption></figure>"
     )

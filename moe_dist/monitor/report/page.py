@@ -31,7 +31,7 @@ STYLE = """
 *{box-sizing:border-box}html{font-size:93.75%}
 body{font:1rem/1.5 system-ui,sans-serif;margin:0 auto;padding:1.5rem;max-width:72rem}
 body{color:var(--ink);background:var(--page)}a{color:inherit}
-h1{font-size:1.5rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:0}.q,figcaption,caption,footer{color:var(--quiet)}
+h1{font-size:1.5rem;margin:0 0 .25rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:0}.q,figcaption,caption,footer{color:var(--quiet)}
 section{border-top:1px solid var(--line);padding:1.25rem 0}section>h2+p{margin:.1rem 0 .75rem;color:var(--quiet)}
 .found{background:var(--card);border-left:.4rem solid var(--well);padding:.75rem 1rem;margin:1rem 0}
 .found.bad{border-color:var(--bad)}.found.few{border-color:var(--quiet)}
@@ -43,7 +43,7 @@ svg{display:block;max-width:100%;height:auto;font:12px system-ui,sans-serif}
 svg text{fill:var(--ink)}svg .q{fill:var(--quiet)}svg image,img.p{image-rendering:pixelated}
 .m{text-anchor:middle}.e{text-anchor:end;text-align:right}.g{stroke:var(--line)}.l{fill:none;stroke-width:2}
 img.p{width:1.4rem;height:1.4rem;vertical-align:middle;border:1px solid var(--line)}
-.k mark{white-space:pre-wrap}
+.k mark{white-space:pre-wrap}.k svg{display:inline;vertical-align:-2px}
 .map{display:inline-block;margin-right:.9rem}.map img{display:block;width:7rem;height:auto;margin-bottom:.2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-size:.87rem}caption{text-align:left;padding-bottom:.3rem}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}th,td:not(.e){text-align:left}
@@ -59,6 +59,7 @@ footer{font-size:.87rem;border-top:1px solid var(--line);padding-top:1rem}
 .heads b{display:inline-block;width:6.5rem;margin-left:-6.5rem}
 .well>b{color:var(--well)}.bad>b{color:var(--bad)}.few>b{color:var(--quiet)}
 @media(max-width:600px){body{padding:.75rem}figure{overflow-x:auto}svg{max-width:none}
+.c>svg{max-width:100%;font-size:20px}
 .heads li{padding-left:0}.heads b{display:block;margin:0}nav a{padding:.3rem 0}}
 @media print{html{font-size:8.5pt}body{max-width:none;padding:0}nav,.slider input{display:none}
 figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}*{print-color-adjust:exact}}
