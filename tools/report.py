@@ -95,7 +95,9 @@ def main(options: ReportOptions) -> None:
     write_atomically(out, page)
     found = verdicts(routing)
     print(printable(headline(found)[1]))
-    lines = [f"{each.subject}: {'not judged: ' * (each.state == 'few')}{each.text}" for each in found]
+    lines = [
+        f"{each.subject}: {'not judged: ' * (each.state == 'few')}{'; '.join(each.text.splitlines())}" for each in found
+    ]
     for sentence in (*remarks(routing), *lines, *facts(routing)):
         print(printable(f"- {sentence}"))
     print_done(f"{out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")

@@ -183,7 +183,7 @@ def same_choices(records: Sequence[Record], groups: Sequence[ExpertGroup], moe_l
             )
             yield Hint(
                 f"router/{group.name}",
-                f"the router of layer {moe_layers[layer]} {what}, so that all {group.name} tokens choose {taken}; "
+                f"the router of layer {moe_layers[layer]} {what}, so that all tokens of group {group.name} choose {taken}; "
                 f"see moe/load/{group.name} and moe/relative_entropy; look at the weights and the gradient of this router",
             )
 

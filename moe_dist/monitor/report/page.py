@@ -31,7 +31,8 @@ STYLE = """
 *{box-sizing:border-box}html{font-size:93.75%}
 body{font:1rem/1.5 system-ui,sans-serif;margin:0 auto;padding:1.5rem;max-width:72rem}
 body{color:var(--ink);background:var(--page)}a{color:inherit}
-h1{font-size:1.5rem;margin:0 0 .25rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:0}.q,figcaption,caption,footer{color:var(--quiet)}
+h1{font-size:1.5rem;margin:0 0 .25rem;overflow-wrap:anywhere}
+h2{font-size:1.15rem;margin:0}.q,figcaption,caption,footer{color:var(--quiet)}
 section{border-top:1px solid var(--line);padding:1.25rem 0}section>h2+p{margin:.1rem 0 .75rem;color:var(--quiet)}
 .found{background:var(--card);border-left:.4rem solid var(--well);padding:.75rem 1rem;margin:1rem 0}
 .found.bad{border-color:var(--bad)}.found.few{border-color:var(--quiet)}
@@ -94,7 +95,7 @@ def _findings(routing: Routing) -> str:
     marks = {"well": "&#10003;", "bad": "&#10007;", "few": "?"}
     lines = "".join(
         f'<li class="{each.state}"><b><span aria-hidden="true">{marks[each.state]}</span> {each.subject}</b> '
-        f"{'not judged: ' * (each.state == 'few')}{escape(each.text)}</li>"
+        f"{'not judged: ' * (each.state == 'few')}{escape(each.text).replace(chr(10), '<br>')}</li>"
         for each in found
     )
     more = "".join(f"<p>{escape(text)}</p>" for text in remarks(routing))

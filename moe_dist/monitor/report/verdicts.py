@@ -20,7 +20,7 @@ LOSS_STEPS, SPEED_STEPS, DATA_STEPS = 100, 30, 50  # steps that the rules of hin
 
 
 class Verdict(NamedTuple):
-    """One line of the head. `state` is "well", "bad" or "few" (not judged)."""
+    """One subject of the head. `state` is "well", "bad" or "few" (not judged). `text` has a line for each finding."""
 
     subject: str
     state: str
@@ -50,7 +50,7 @@ def _warned(subject: str, hints: Sequence[tuple[int, str, str]], state: str, tex
     if not told:
         return Verdict(subject, state, text)
     lines = [f"warned in step {step}: {words or kind}" for step, kind, words in reversed(told)]
-    return Verdict(subject, "bad", "; ".join([*lines, *([text] if state == "bad" else [])]))
+    return Verdict(subject, "bad", "\n".join([*lines, *([text] if state == "bad" else [])]))
 
 
 def _loss(history: History) -> tuple[str, str]:
