@@ -1,5 +1,6 @@
 """Explains and shows configurations: moe-dist explain KEY, moe-dist explain launch.NAME, moe-dist show CONFIG"""
 
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launchers.table import launcher_table, load_launcher
+from moe_dist.config.bundled import source_root
 from moe_dist.config.keys import ITEM, NAME, Key, children, find, tag_key, type_text, unknown_key
 from moe_dist.config.load import load_config, may_change_on_resume, resolved_yaml
 from moe_dist.config.schema import Config
@@ -46,6 +48,15 @@ def show(
     """Print the whole configuration, defaults and overrides included."""
     with reports_errors():
         typer.echo(resolved_yaml(load_config(config, overrides or [])), nl=False)
+
+
+def configs() -> None:
+    """List the configurations of this package with the first sentence of each. Commands take them by name."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, show_header=False)
+    for path in sorted((source_root() / "configs").glob("*.yaml")):
+        lines = takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+        table.add_row(path.stem, " ".join(line.strip("# ") for line in lines).partition(". ")[0].rstrip("."))
+    Console().print(table)
 
 
 def explain(key: str = "") -> RenderableType:

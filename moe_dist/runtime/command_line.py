@@ -17,6 +17,7 @@ from moe_dist.config.bundled import VERSION
 from moe_dist.errors import EXIT_FAILED, MoeDistError
 
 Options = TypeVar("Options")
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 RUN_FOLDER_FIX = "the run folder is <run.root>/<run.name>: repair it, or choose another run.root"
 
 
@@ -88,7 +89,7 @@ def _value_text(option: str, error: ValidationError) -> str:
 def command_app(main: Callable[..., Any]) -> typer.Typer:
     """Makes a command that shows Python's plain traceback for unexpected errors. Typer's traceback could print local
     variables, such as tokens and keys."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=HELP_OPTIONS)
     app.command(cls=_Command)(main)
     return app
 

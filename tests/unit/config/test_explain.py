@@ -1,9 +1,11 @@
 """Every key has a type and a meaning, which `moe-dist explain` prints."""
 
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
-from launchers.explain import explain, main, show
+from launchers.explain import configs, explain, main, show
 from moe_dist.config.keys import type_text, walk
 from moe_dist.config.schema import Config
 from tests.support.invoked import invoke
@@ -53,3 +55,6 @@ def test_command_line(path) -> None:
     assert "steps: 7" in result.stdout
     assert "weight_decay: 0.1" in result.stdout
     assert invoke(show, path, "train.stepz=7").exit_code == 78
+    listed = invoke(configs, code=0).stdout
+    assert "The default job: text and pictures" in listed
+    assert {each.stem for each in Path("configs").glob("*.yaml")} <= set(listed.split())
