@@ -92,7 +92,8 @@ class HintWatch:
         """Adds an evaluation, which follows the record of its step. Returns its hints, except repeats."""
         self._evaluations.append(Evaluated.of(result, tuple(self._records)))
         epochs = self._records[-1].epochs if self._records else {}
-        rules = (pays, evaluation_hints, easier)
+        stopped = bool(self._records) and self._records[-1].scalars.get("optim/lr") == 0  # another hint says so
+        rules = (pays, easier) if stopped else (pays, easier, evaluation_hints)
         found = chain(overfit(self._evaluations, epochs), *(rule(self._evaluations) for rule in rules))
         return self._due(found, result.step)
 

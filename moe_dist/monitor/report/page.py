@@ -78,11 +78,11 @@ def render(subject: Subject) -> str:
         for anchor, title, question, content in sections
     )
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Routing of {escape(routing.name)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Report on {escape(routing.name)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<link rel="icon" href="data:,"><style>{_style()}</style></head><body>'
-        f'<header><h1>Routing of {escape(routing.name)}</h1><div class="q">{escape(_about(routing))}</div></header>'
+        f'<header><h1>Report on {escape(routing.name)}</h1><div class="q">{escape(_about(routing))}</div></header>'
         f'<main>{_findings(routing)}<nav aria-label="Panels">{links}</nav>{body}</main>'
         "<footer>Load is the number of choices of an expert. docs/monitoring.md has the rules of the first lines.</footer>"
         "</body></html>\n"

@@ -50,7 +50,8 @@ def _warned(subject: str, hints: Sequence[tuple[int, str, str]], state: str, tex
     if not told:
         return Verdict(subject, state, text)
     lines = [f"warned in step {step}: {words or kind}" for step, kind, words in reversed(told)]
-    return Verdict(subject, "bad", "\n".join([*lines, *([text] if state == "bad" else [])]))
+    figures = [text] if state == "bad" or (state == "well" and subject in ("Loss", "Speed")) else []
+    return Verdict(subject, "bad", "\n".join([*lines, *figures]))
 
 
 def _loss(history: History) -> tuple[str, str]:

@@ -91,4 +91,4 @@ def test_a_run_without_trace_has_a_report_of_its_counts(tmp_path: Path) -> None:
         watch.step()
     assert 'group="routed"' in (tmp_path / "metrics.prom").read_text()
     assert open_routing(tmp_path).tokens is None
-    assert "Routing of" in page_of(tmp_path)
+    assert "Report on" in page_of(tmp_path)
