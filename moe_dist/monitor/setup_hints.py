@@ -130,8 +130,8 @@ def leaking(records: Sequence[Record]) -> Iterator[Hint]:
         yield Hint(
             "leak",
             f"the memory of a rank grows by {growth.sum() / (3 * RECENT):.3g} MiB in each step ({levels[0]:,.0f} to "
-            f"{levels[-1]:,.0f} MiB in {3 * RECENT} steps): does the code keep tensors of former steps? see device/memory; on a "
-            "CPU in bf16, oneDNN keeps code for each new shape, which is harmless",
+            f"{levels[-1]:,.0f} MiB in {3 * RECENT} steps): does the code keep tensors of former steps? see device/memory "
+            "(on a CPU in bf16, oneDNN keeps code for each new shape, which is harmless)",
         )
 
 
