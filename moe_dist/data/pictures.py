@@ -4,6 +4,7 @@ A raster is uint8 RGBA [RASTER, RASTER, 4].
 """
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Collection
@@ -21,6 +22,8 @@ from moe_dist.errors import DataError
 
 RASTER = 64
 MOST_PIXELS = 50_000_000  # a file of a few kilobytes can have so many, and the raster of each takes up to 12 bytes
+MOST_SCANNED = 1_000_000_000  # pixels times scans of a progressive JPEG, of which a decoder reads 100 MB/s or more
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # head of a JPEG's scan; it has 1 to some 10 of them
 FORMATS = ("PNG", "JPEG")  # other formats are unsafe: for EPS, whatever the file's name, Pillow starts `gs`
 SCALES = (0.75, 1.1)
 # The colours are light, so that black outlines stay visible on each background.
@@ -73,6 +76,9 @@ def decoded(content: bytes, named: str, formats: tuple[str, ...] = FORMATS) -> I
         image = Image.open(io.BytesIO(content), formats=formats)
         if image.width * image.height > MOST_PIXELS:
             raise Image.DecompressionBombError
+        scans = len(SCAN.findall(content)) if image.format in ("JPEG", "MPO") else 0
+        if scans * image.width * image.height > MOST_SCANNED:
+            raise DataError(f"picture {named} has {scans:,} scans, each over the whole picture; save it again as PNG")
         image.load()
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's conversions clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -66,6 +66,16 @@ def test_a_picture_of_too_many_pixels_is_refused(tmp_path: Path) -> None:
         rasterise(tmp_path / "vast.png")
 
 
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """A progressive JPEG may repeat a scan of 100 bytes, and a decoder passes over the whole picture for each of them."""
+    Image.new("L", (1000, 1000), 128).save(tmp_path / "scans.jpg", progressive=True)
+    assert rasterise(tmp_path / "scans.jpg").any()
+    content = (tmp_path / "scans.jpg").read_bytes()
+    (tmp_path / "scans.jpg").write_bytes(content[:-2] + content[content.rindex(b"\xff\xda") : -2] * 1000 + b"\xff\xd9")
+    with pytest.raises(DataError, match=r"scans\.jpg' has 1,00\d scans, each over the whole picture; save it again"):
+        rasterise(tmp_path / "scans.jpg")
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\n(evil) print\nshowpage\n%%EOF\n"
 
 
