@@ -105,7 +105,7 @@ class HeldOutReads:
 def _documents(batches: Sequence[Batch]) -> set[int]:
     """Returns a hash of each document of `LONG` tokens or more; none for batches with pictures, which are not compared."""
     found = set[int]()
-    for batch in batches if all(each.family_inputs() is None for each in batches) else ():
+    for batch in batches if all(type(each) is Batch for each in batches) else ():  # a subclass may have pictures
         for tokens_S, documents_S, padding_S in zip(
             batch.tokens_BS.numpy(), batch.documents_BS.numpy(), batch.padding_BS.numpy(), strict=True
         ):
