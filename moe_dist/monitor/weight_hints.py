@@ -78,7 +78,8 @@ def weight_hints(records: Sequence[Record], groups: Sequence[ExpertGroup], moe_l
             yield from untrained(records, places, groups, moe_layers)
     # Norms that multiply by 1 + weight begin with 0, but their first updates change it.
     weight_N = table.squares_N3[:, 0]
-    norms = [place for place, square in zip(places, weight_N, strict=True) if place.part == "norms" and not square]
+    named = zip(table.names, places, weight_N, strict=True)
+    norms = [place for name, place, square in named if not square and re.search(r"norm\w*\.weight$", name)]
     if norms:
         yield Hint(
             "zero/norms",

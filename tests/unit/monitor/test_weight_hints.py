@@ -87,6 +87,10 @@ def output(layer: int, expert: int, factor: float, pairs: int = 40) -> Change:
     return of_output
 
 
+def zero_norm(squares: dict[str, np.ndarray], _: dict[str, np.ndarray]) -> None:
+    squares["layers.2.post_attention_layernorm.weight"] = squares.pop("layers.2.moe.norm.weight") * [0, 1, 1]
+
+
 ALL = ("",)
 # Name -> (change of the measured tensors, kind of hint, words in its text)
 FAULTS: dict[str, tuple[Change, str, Sequence[str]]] = {
@@ -108,6 +112,7 @@ FAULTS: dict[str, tuple[Change, str, Sequence[str]]] = {
     "an expert of zeros": (scaled(WEIGHT, 0, "layers.2.moe.experts.image.5.down"), "zero", ["is zero: layer 2 (image 5)"]),
     "all experts of a layer are zero": (scaled(WEIGHT, 0, "layers.3.moe.experts"), "zero", ["layer 3 (image 0, image 1"]),
     "an expert x 50": (scaled(WEIGHT, 50, "layers.1.moe.experts.text.2.down"), "scale", ["expert 2 in layer 1 are "]),
+    "a norm of a transformers model is zero": (zero_norm, "zero/norms", ["the weight of a norm is 0 in layer 2"]),
     "an output of zero": (output(2, 8, 0), "zero_output", ["is zero for all tokens", "layer 2 (image 2)"]),
     "twins": (copied((1, 4)), "twins", ["image experts 1 and 4 of layer 2 have the same weights"]),
 }  # fmt: skip
