@@ -17,6 +17,12 @@ HEAD = """# Planted faults of training
 have no JSON file here, and writes this table. `named`: console, status and report name the cause in time. `partly`: not all
 of them, or too late. `symptom`: a hint or an error, but none with the cause. `silent`: nothing.
 """
+SINCE = """# The same faults, by rules made since
+
+The rules that these runs had were made after [the first table](../README.md), and because of it, so that they are not
+blind. Faults and healthy runs that no rule was made for are needed to judge them. `bf16-moments` is absent: it has no key.
+`python -m research.sick_runs --records research/records/sick_runs/since` runs the cases that have no JSON file here.
+"""
 
 
 def page(known: list[Case], records: Path) -> str:
@@ -24,7 +30,13 @@ def page(known: list[Case], records: Path) -> str:
     found = {each.key: json.loads(file.read_text()) for each in known if (file := records / f"{each.key}.json").exists()}
     judged = yaml.safe_load((HERE / "judged.yaml").read_text()) or {}
     faults = [each for each in known if each.fault and each.key in found]
-    lines = [HEAD, *_totals(faults, found), "", "| fault | engine | exit | verdict | first step | named in | first hint |"]
+    first = records.name != "since"
+    lines = [
+        HEAD if first else SINCE,
+        *_totals(faults, found),
+        "",
+        "| fault | engine | exit | verdict | first step | named in | first hint |",
+    ]
     lines += ["|---|---|---|---|---|---|---|"]
     for each in faults:
         record, engine = found[each.key], each.key.removeprefix(f"{each.fault}-")
@@ -45,8 +57,8 @@ def page(known: list[Case], records: Path) -> str:
                     f"| {each.key} | {found[each.key]['exit']} | {_cell(hint)} | {_judged(judged, each.key, hint)} |"
                 )
     missing = [each.key for each in known if each.key not in found]
-    lines += ["", f"Not run yet: {', '.join(missing) or 'none'}.", "", "## Remarks", ""]
-    lines += [f"- {each}" for each in judged.get("remarks", ())]
+    lines += ["", f"Not run yet: {', '.join(missing) or 'none'}."]
+    lines += ["", "## Remarks", "", *(f"- {each}" for each in judged.get("remarks", ()))] if first else []
     lines += ["", "## The faults", ""]
     lines += [
         f"- `{name}`: {what}" for name, what in dict.fromkeys((each.fault, each.what) for each in known if each.fault)
