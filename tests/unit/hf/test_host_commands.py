@@ -1,4 +1,4 @@
-"""Tests the commands on runs of transformers' models (engine.kind=transformers)."""
+"""Tests the commands on runs of transformers' models (engine.kind=transformers), from the launcher to the export."""
 
 import json
 import re
@@ -19,11 +19,14 @@ from moe_dist.formats.manifest import load_manifest
 from moe_dist.inference.grammar import GrammarState
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.inference.vocabulary import Vocabulary
+from moe_dist.monitor.tags import reproducible_part
+from moe_dist.runtime.run_folder import RunFolder
 from moe_dist.train.start.resume import Progress
 from moe_dist.train.start.starting_weights import check_scored
 from tests.support.cover import exhaustive, full
 from tests.support.engine_run import built_run, take_steps
-from tests.support.hosted import FAMILIES, hosted_config
+from tests.support.faults import PROGRAM, fault
+from tests.support.hosted import FAMILIES, UNEVEN, hosted_config
 from tests.support.invoked import invoke
 from tests.support.one_rank import world_of_one
 from tests.support.pictured import VOCAB
@@ -33,6 +36,16 @@ from tools import evaluate, export_hf, generate, inspect_checkpoint, prepare_rou
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[3]
+SETTINGS: dict[str, Any] = {
+    **UNEVEN,
+    "data.seq_len": 96,
+    "train.steps": 6,
+    "optimizer.lr": 0.02,
+    "loss.balance.scope": "step",
+    "checkpoint": {"every": 2, "asynchronous": False},
+    "evaluation.every": 100,
+    "monitor.sinks": [{"kind": "jsonl"}, {"kind": "tensorboard"}],
+}
 GREEDY = ("--prompt", "text 1", "--temperature", 0, "--tokens", 12)
 
 
@@ -71,12 +84,45 @@ def likeliest(model: Any, run: Path) -> list[int]:
     return own[0, prompt.shape[1] :].tolist()
 
 
-def test_greedy_tokens_are_transformers_own(run: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+@pytest.mark.full
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_run_from_a_folder_loses_a_rank_and_goes_on(own_data: Path, questions: Path, tmp_path: Path, family: str) -> None:
+    """Ranks have 5 and 3 experts. The records of both attempts equal the records of a run that loses no rank. The run is
+    evaluated, and generates the tokens that transformers generates from its export."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    printed(export_hf.main, run, "--out", tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert sampled(run, *GREEDY)["tokens"] == likeliest(model, run)
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    fields = {**FAMILIES[family], "vocab_size": VOCAB, "max_position_embeddings": 192}
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**fields)).save_pretrained(folder)
+
+    def started(name: str) -> tuple[int, RunFolder]:
+        config = hosted_config(own_data, tmp_path / "runs", {"folder": str(folder)}, {**SETTINGS, "run.name": name})
+        return launch(write_config(config, tmp_path / f"{name}.yaml"), program=PROGRAM), RunFolder.of(config)
+
+    code, whole = started("undisturbed")
+    assert code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in fault(rank=1, step=4, phase="before_step", kind="kill").items():
+            patch.setenv(variable, value)
+        assert started("broken")[0] not in (0, 75)
+    code, run = started("broken")
+    assert code == 0
+    assert [each.verdict == 0 for each in run.read_status().attempts] == [False, True]
+    assert records(run) == records(whole)
+    assert list(run.path.rglob("events.out.tfevents.*"))
+
+    asked = ("--questions", questions, "--limit", 6, "--json", "--out", tmp_path)
+    answers = [json.loads(printed(evaluate.main, each.path, *asked))["tasks"] for each in (run, whole)]
+    assert answers[0] == answers[1]
+    assert [task["questions"] for task in answers[0].values()] == [6, 6]
+    printed(export_hf.main, run.path, "--out", out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert sampled(run.path, *GREEDY)["tokens"] == likeliest(model, run.path)
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    lines = map(json.loads, run.metrics_jsonl.read_text().splitlines())
+    return [reproducible_part(line) for line in lines if line["kind"] != "hint"]  # some hints depend on times
 
 
 def test_a_picture_is_drawn_without_guidance(run: Path, tmp_path: Path) -> None:
