@@ -92,7 +92,7 @@ def test_a_run_from_a_folder_loses_a_rank_and_goes_on(own_data: Path, questions:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     folder, out = tmp_path / "folder", tmp_path / "out"
-    fields = {**FAMILIES[family], "vocab_size": VOCAB, "max_position_embeddings": 192}
+    fields = {**FAMILIES[family], "vocab_size": VOCAB, "max_position_embeddings": 192, "initializer_range": 0.2}
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**fields)).save_pretrained(folder)
 
     def started(name: str) -> tuple[int, RunFolder]:
