@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from moe_dist.errors import ConfigError, DataError, MoeDistError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
 _BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of rows ends when it reaches either limit
-_BATCH_SECONDS, _BATCH_MEMORY = 60, 4 << 30  # limits of CPU time and memory for reading a batch
-# Largest size of a table's rows: _FREE_BYTES + _MOST_GROWTH * size of its files. Files compress usual texts to a tenth.
-_MOST_GROWTH, _FREE_BYTES = 1000, 1 << 30
+_BATCH_SECONDS, _BATCH_MEMORY = 5, 4 << 30  # limits of CPU time and memory for reading a batch; usual batches take 20 ms
+# A table whose files have S bytes may have _FREE_ROWS + S rows of _FREE_BYTES + _MOST_GROWTH * S characters, and may take
+# _BATCH_SECONDS + S / _LEAST_RATE seconds to read. Files compress usual texts to a tenth, and are read at 10 MB/s.
+_MOST_GROWTH, _FREE_BYTES, _FREE_ROWS, _LEAST_RATE = 1000, 1 << 28, 10_000, 1e6
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")
 
@@ -111,8 +113,9 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         raise DataError(f"{option} {path}: cannot be read: {why}; copy or save it again") from error
 
 
-def _table_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of parquet and arrow files. datasets would also open the files and addresses that rows name."""
+def _table_rows(files: Sequence[Path]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yields the rows of parquet and arrow files, and each row's number of characters, including its nulls. datasets would
+    also open the files and addresses that rows name."""
     from datasets import Features
     from pyarrow import ipc, parquet
 
@@ -126,27 +129,36 @@ def _table_rows(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
                 schema = batches.schema
             features = Features.from_arrow_schema(schema)
             for batch in batches:
-                yield from (_without_nulls(row, features) for row in batch.to_pylist())
+                for start in range(0, batch.num_rows, _BATCH_ROWS):  # an arrow file's batch may have any number of rows
+                    for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                        yield _without_nulls(row, features), len(repr(row))
 
 
-def _limited_rows(path: Path, rows: Iterator[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _limited_rows(path: Path, rows: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Reads the rows in a child process with limits, because a parquet file of 1 KB can hold TB of repeated values."""
 
-    def batch() -> tuple[list[dict[str, Any]], int]:
+    def batch() -> tuple[list[dict[str, Any]], int, float]:
         found, size = [], 0
-        while size < _BATCH_BYTES and len(found) < _BATCH_ROWS and (row := next(rows, None)) is not None:
-            found.append(row)
-            if (length := len(repr(row))) > MOST_LINE:
+        while size < _BATCH_BYTES and len(found) < _BATCH_ROWS and (following := next(rows, None)) is not None:
+            row, length = following
+            if length > MOST_LINE:
                 raise ValueError(f"a row has {length:,} characters, and at most {MOST_LINE:,} are possible")
+            found.append(row)
             size += length
-        return found, size
+        return found, size, time.process_time()
 
     read, number, total = TimedCalls(batch, _BATCH_SECONDS, _BATCH_MEMORY), 0, 0
     stored = sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
+    most = {
+        "rows": _FREE_ROWS + stored,
+        "characters": _FREE_BYTES + _MOST_GROWTH * stored,
+        "s of CPU time": _BATCH_SECONDS + stored / _LEAST_RATE,
+    }
     while (answer := read())[0]:
         total += answer[1]
-        if total > _MOST_GROWTH * stored + _FREE_BYTES:
-            raise ValueError(f"its rows have over {_MOST_GROWTH} times the bytes of its files")
+        for (unit, limit), value in zip(most.items(), (number + len(answer[0]), total, answer[2]), strict=True):
+            if value > limit:
+                raise ValueError(f"it has more than {limit:,.0f} {unit}, the most for files of {stored:,} bytes")
         for row in answer[0]:
             number += 1
             yield f"{path}, row {number}", row

@@ -11,6 +11,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from moe_dist.data.corpus_files import instruction_files, picture_files, text_files
+from moe_dist.data.tables import raw_rows
 from moe_dist.errors import ConfigError, DataError
 from tests.support.messages import refused
 from tests.support.special_files import reads_little
@@ -76,13 +77,26 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
         text_files("t", tmp_path / name.partition("/")[0], "")
 
 
-def test_a_table_of_one_repeated_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * (1 << 16)]), "characters"),
+        (pyarrow.nulls(100_000, pyarrow.string()), "rows"),
+        (pyarrow.ListArray.from_arrays([0, 20_000_000], pyarrow.nulls(20_000_000, pyarrow.int8())), "1 s of CPU time"),
+    ],
+    ids=["text", "rows", "row"],
+)
+def test_a_small_file_with_a_large_table_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: pyarrow.Array, words: str
+) -> None:
     """Parquet stores equal values of a column once, so a small file can hold a table of 1.3 GB."""
     monkeypatch.setattr("moe_dist.data.tables._FREE_BYTES", 1 << 26)
-    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * (1 << 16)])
-    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", compression="zstd", store_schema=False)
-    with pytest.raises(DataError, match="over 1000 times the bytes of its files"):
-        text_files("t", tmp_path / "t.parquet", "")
+    monkeypatch.setattr("moe_dist.data.tables._BATCH_SECONDS", 1 if "CPU" in words else 5)
+    table = pyarrow.table({"text": column})
+    parquet.write_table(table, tmp_path / "t.parquet", compression="zstd", store_schema=False)
+    with pytest.raises(DataError, match=f"t.parquet: cannot be read: .* more than .*{words}"):
+        for _ in raw_rows("text", tmp_path / "t.parquet"):
+            pass
 
 
 @pytest.mark.parametrize(
