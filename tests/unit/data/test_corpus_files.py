@@ -80,7 +80,7 @@ def test_a_file_of_gigabytes_is_refused_before_it_is_read(tmp_path: Path, name: 
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        (pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * (1 << 16)]), "characters"),
+        (pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, pyarrow.int32()), ["x" * 65_536]), "characters"),
         (pyarrow.nulls(100_000, pyarrow.string()), "rows"),
         (pyarrow.ListArray.from_arrays([0, 20_000_000], pyarrow.nulls(20_000_000, pyarrow.int8())), "1 s of CPU time"),
     ],
