@@ -74,6 +74,7 @@ def read_folder(
             by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]
     missing = {name for name, each in state.items() if each.numel() and not name.endswith(MATRICES)}
     faults: dict[str, set[str]] = {"unknown": set(), "of another shape": set(), "not converted": set()}
+    why = ""  # such as a lack of memory
     for slices in by_layer.values():
         settings = LoadStateDictConfig(weight_mapping=deepcopy(mapping), dtype=torch.float32)
         before = _tensors_of(family)
@@ -87,6 +88,8 @@ def read_folder(
         faults["unknown"] |= set(info.unexpected_keys)
         faults["of another shape"] |= {str(each[0]) for each in info.mismatched_keys}
         faults["not converted"] |= set(info.conversion_errors)
+        for error in info.conversion_errors.values():
+            why = f" ({error.splitlines()[-2].strip()})"  # a traceback, the exception again, and the tensor
         # The loader makes new tensors on the host. Their values are copied, because optimizer, FSDP2 and DDP use the old
         # ones.
         for name, new in _tensors_of(family).items():
@@ -104,8 +107,8 @@ def read_folder(
     for what, names in faults.items():
         if names:
             raise ConfigError(
-                f"model.folder={str(folder)!r}: {len(names)} tensors are {what}, such as {min(names)}; take a folder whose "
-                "config.json is of these weights",
+                f"model.folder={str(folder)!r}: {len(names)} tensors are {what}, such as {min(names)}"
+                f"{why if what == 'not converted' else ''}; take a folder whose config.json is of these weights",
                 see=GUIDE,
             )
 

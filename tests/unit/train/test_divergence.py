@@ -110,7 +110,7 @@ def test_a_last_held_out_loss_that_is_not_finite_is_a_divergence(tiny_data: Path
         evaluate = trainer.evaluator
 
         class Broken:
-            calibration = 0
+            calibration, batches = 0, evaluate.batches
 
             def __call__(self, step: int, **options: Any) -> Any:
                 result = evaluate(step, **options)
