@@ -20,7 +20,6 @@ from moe_dist.monitor.statistics import EvaluationResult
 from moe_dist.monitor.training_hints import (
     EVERY,
     Evaluated,
-    easier,
     exploding,
     first_bad_layer,
     loss_spikes,
@@ -93,9 +92,8 @@ class HintWatch:
         self._evaluations.append(Evaluated.of(result, tuple(self._records)))
         epochs = self._records[-1].epochs if self._records else {}
         stopped = bool(self._records) and self._records[-1].scalars.get("optim/lr") == 0  # another hint says so
-        rules = (pays, easier) if stopped else (pays, easier, evaluation_hints)
-        found = chain(overfit(self._evaluations, epochs), *(rule(self._evaluations) for rule in rules))
-        return self._due(found, result.step)
+        found = chain(overfit(self._evaluations, epochs), pays(self._evaluations))
+        return self._due(found if stopped else chain(found, evaluation_hints(self._evaluations)), result.step)
 
     def _due(self, hints: Iterator[Hint], step: int) -> list[Hint]:
         due = [hint for hint in hints if step - self._said.get(hint.kind, -math.inf) >= self._quiet]

@@ -28,7 +28,6 @@ GAP = 1.5  # held-out loss over training loss that a run which repeats its data 
 ODD = 0.1  # fraction by which a rank's loss may exceed the other ranks', and a source's loss its own earlier loss
 OTHER_WORDS, SAME_WORDS = 0.15, 2.0  # distance of a rank's token ids from the others', and over that of two halves
 OTHER_SCALE = 2.0  # factor between the weights of two ranks' losses
-EASIER = 0.9  # held-out loss over training loss that a run without dropout or noise should not stay below
 ALIKE, LEARNT = 0.2, 0.9  # sources of a new model begin with losses that differ less; then a loss falls below this share
 PAYS = 4  # a modality pays for another if its held-out loss rises in each of so many evaluations, while the other's falls
 SMALL_UPDATE = 2e-4  # if the loss does not fall, updates below this fraction of the weights are the cause
@@ -336,19 +335,4 @@ def odd_words(records: Sequence[Record]) -> Iterator[Hint]:
             f"rank {rank} reads other token ids than the other ranks: their frequencies differ by {away_D[rank]:.0%} "
             f"(between two halves of a rank's own steps: {chance:.0%}), although all ranks read the same mix; does "
             "it have the data and the tokenizer of the others?",
-        )
-
-
-def easier(evaluations: Sequence[Evaluated]) -> Iterator[Hint]:
-    """Warns if the held-out loss of each modality is below the training loss of later steps, as with dropout."""
-    if len(evaluations) < 2:
-        return
-    before, now = evaluations[-2:]
-    known = [(before.held_out.get(name, math.nan), loss) for name, loss in now.training.items()]
-    if known and all(held < EASIER * loss for held, loss in known):
-        held, loss = known[-1]
-        yield Hint(
-            "easier",
-            f"the held-out losses of step {before.step} are below the training losses since then ({held:.3f} against "
-            f"{loss:.3f}): the model computes something else in training than in evaluation; is a dropout left on?",
         )

@@ -17,7 +17,7 @@ from tests.unit.monitor.conftest import MODALITIES, draw_groups, draw_placement,
 
 GROUPS, RANKS, LAYERS, BEGIN = draw_groups(2, num_experts=8, num_null=4, top_k=2), 4, 3, 60  # BEGIN: first faulty step
 JUDGED = ("loss", "spike", "logits", "gradient", "overfit", "router", "repeats", "data", "skipped", "source", "pays")
-JUDGED += ("unequal", "words", "easier")
+JUDGED += ("unequal", "words")
 WORDS_K = np.arange(1, 62) ** -1.0  # frequencies of token ids, as of words
 Change = Callable[[int, dict[str, Any], np.random.Generator], None]
 
@@ -152,7 +152,6 @@ FAULTS: dict[str, tuple[Change, Callable[[int], Any], str, str, int]] = {
     "a rank's data are corrupt": (data(2, lambda *_: 9 * 125, 1), lambda _: 0, "data", "rank 2 has a loss of 8.9", 95),
     "a rank scales its loss": (scaled, lambda _: 0, "unequal", "the loss of rank 3 enters the gradient 64 x as", 70),
     "a rank has another tokenizer": (shifted, lambda _: 0, "words", "rank 2 reads other token ids", 30),
-    "dropout": (healthy, lambda step: -1 - 2 * math.exp(-step / 40), "easier", "is a dropout left on?", 40),
     "a source turns corrupt": (source(BEGIN, 9, 1), lambda _: 0, "source/web", "the loss of source web rose from ", 75),
     "a source was never sane": (source(1, 8.1, 2), lambda _: 0, "source/code", "source code does not fall: ", 50),
     "images pay for text": (image_rises, lambda step: (0, 0.2 * step), "pays/image", "image pays for text: since", 80),
