@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (3, {**ranks(1, 3), "train.global_batch": 6, **BIASES}),
     "ddp, ep": (4, ranks(2, 2)),
     "fsdp2, ep": (4, {**ranks(2, 2), "parallel.data": "fsdp2"}),
+    "ep, replicas": (4, {**ranks(4), "rank_balance": {"replicating": {"every": 2, "slots": 4, "flops_per_byte": 1e-3}}}),
     "megatron, tp, pp": (4, {**ranks(1, 4), **megatron(tp=2, pp=2)}),
     "megatron, tp, ep": (4, {**ranks(2, 2), **megatron(tp=2)}),
 }
@@ -54,7 +55,8 @@ def flipped(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[tu
 
 
 @pytest.mark.parametrize(
-    "layout", ["ddp", "fsdp2, ep", full("ddp, ep"), full("megatron, tp, pp"), full("megatron, tp, ep")]
+    "layout",
+    ["ddp", "fsdp2, ep", full("ddp, ep"), full("ep, replicas"), full("megatron, tp, pp"), full("megatron, tp, ep")],
 )
 def test_one_bit_is_found(run_in_world: Callable[..., list[Any]], tiny_data: Path, layout: str) -> None:
     """Among three or more copies, the one that differs is blamed. Of two copies, both are blamed."""
