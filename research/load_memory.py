@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import typer
 from safetensors.torch import save_file
 
 from moe_dist.config.load import load_config
-from moe_dist.parallel.mesh import make_mesh
+from moe_dist.parallel.mesh import destroy_world, init_world, make_mesh
 from moe_dist.plan.preflight import check
 from moe_dist.runtime.command_line import print_done, run_command
 from moe_dist.train.build.training import EngineContext
@@ -91,12 +90,13 @@ def join_group(rank: int, limit: int) -> None:
 def rank_main(rank: int, ranks: int, folder: str, store: str, limit: int) -> None:
     torch.set_num_threads(1)
     join_group(rank, limit)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    cpu = torch.device("cpu")
+    init_world(f"file://{store}", rank=rank, world_size=ranks, device=cpu, timeout=3600.0)
     batch = {"train.global_batch": ranks, "train.micro_batch": 1, "parallel.ep": ranks, "parallel.data": "fsdp2"}
     changes = {"model.folder": folder, "model.family": None, "model.fields": {}, **batch}
     config = load_config(PRESET, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
     checked = check(config, world_size=ranks)
-    mesh = make_mesh(ep=ranks, device=torch.device("cpu"), timeout=3600.0, ranks_per_node=ranks)
+    mesh = make_mesh(ep=ranks, device=cpu, timeout=3600.0, ranks_per_node=ranks)
     before, peak, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
@@ -112,11 +112,8 @@ def rank_main(rank: int, ranks: int, folder: str, store: str, limit: int) -> Non
         model: Any = training.parallel.model
         kept = sum(each.to_local().nbytes if hasattr(each, "to_local") else each.nbytes for each in model.parameters())
     figures = [before / GIB, kept / GIB, anonymous() / GIB, peak[0] / GIB, seconds]
-    found: list[Any] = [None] * ranks
-    dist.all_gather_object(found, figures)
-    if rank == 0:
-        Path(f"{store}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    Path(f"{store}.{rank}.json").write_text(json.dumps(figures))
+    destroy_world()
 
 
 def main(
@@ -133,7 +130,7 @@ def main(
         size = write_folder(out / "model", layers)
         given = (ranks, str((out / "model").absolute()), str((out / "store").absolute()), int(limit * GIB))
         mp.spawn(rank_main, given, nprocs=ranks)  # pyright: ignore[reportPrivateImportUsage]
-        found = json.loads((out / "store.json").read_text())
+        found = [json.loads((out / f"store.{rank}.json").read_text()) for rank in range(ranks)]
     finally:
         shutil.rmtree(out, ignore_errors=True)
         for group in GROUPS.glob("load_memory_*"):
