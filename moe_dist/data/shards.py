@@ -10,6 +10,9 @@ from moe_dist.config.json_text import parse_json
 from moe_dist.errors import DataError
 
 _MOST_ROW = 1 << 26  # largest number of bytes of a sample's .json
+_MOST_HEADER = 1 << 20  # largest number of bytes of an extended header, which tarfile reads whole
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+SizedRow = tuple[str, dict[str, Any], int]  # place for error texts, row, the row's number of characters with its nulls
 
 
 class ShardRow(dict[str, Any]):
@@ -23,20 +26,30 @@ def shard_files(path: Path) -> list[Path]:
     return [file for file in files if file.suffix == ".tar" and file.is_file()]
 
 
-def shard_rows(shards: Sequence[Path]) -> Iterator[tuple[str, ShardRow]]:
-    """Yields (place for error texts, row) for each sample. Reads no pictures.
+def shard_rows(shards: Sequence[Path]) -> Iterator[SizedRow]:
+    """Yields a row for each sample. Reads no pictures. Call it in a child process with limits of time and memory.
 
     Raises:
         DataError: a shard is cut short, compressed or not a tar file, or a sample has no .json with an object.
     """
     for shard in shards:
         try:
-            with tarfile.open(shard, "r:") as tar:
+            with tarfile.open(shard, "r:", tarinfo=_Header) as tar:
                 for key, sample in groupby(_files(tar, shard.stat().st_size), key=lambda each: _key(each.name)):
-                    yield f"{shard}, sample {key}", _row(shard, tar, key, list(sample))
+                    row = _row(shard, tar, key, list(sample))
+                    yield f"{shard}, sample {key}", row, len(repr(row))
             _check_end(shard)
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError, RecursionError) as error:
             raise DataError(f"{shard}: no whole uncompressed tar file ({error}); copy it again") from error
+
+
+class _Header(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        found = super().frombuf(buf, encoding, errors)
+        if found.type in _EXTENDED and found.size > _MOST_HEADER:
+            raise tarfile.ReadError(f"an extended header has {found.size:,} bytes, and at most {_MOST_HEADER:,} are read")
+        return found
 
 
 def _files(tar: tarfile.TarFile, size: int) -> Iterator[tarfile.TarInfo]:

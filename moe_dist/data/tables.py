@@ -10,7 +10,7 @@ from typing import Any
 from moe_dist.config.json_text import parse_json, read_json
 from moe_dist.config.regular_file import open_regular
 from moe_dist.config.timed import TimedCalls
-from moe_dist.data.shards import shard_files, shard_rows
+from moe_dist.data.shards import SizedRow, shard_files, shard_rows
 from moe_dist.errors import ConfigError, DataError, MoeDistError
 
 MOST_LINE = 1 << 26  # largest number of bytes in a row
@@ -76,74 +76,71 @@ def raw_rows(option: str, path: Path) -> Iterator[tuple[str, bytes | dict[str, A
         option: Option of the command line that names `path`, for error texts.
 
     Raises:
-        ConfigError: `path` does not exist or has several splits; or the package datasets is missing.
+        ConfigError: `path` does not exist or has several splits; or the package pyarrow is missing.
         DataError: a file cannot be read.
     """
     if not path.exists():
         raise ConfigError(
             f"{option} {path}: no such file or folder; give a JSONL file, a parquet file or a datasets folder"
         )
-    if not holds_table(path):
-        if shards := shard_files(path):
-            yield from shard_rows(shards)
-            return
-        if path.is_dir():
-            raise ConfigError(
-                f"{option} {path}: the folder has no {', '.join(DATASET_SUFFIXES)} or .tar file; give a JSONL file"
-            )
+    shards = [] if holds_table(path) else shard_files(path)
+    if not shards and path.is_file() and path.suffix != ".parquet":
         yield from lines(path)
         return
     try:
-        import datasets  # noqa: F401 (imported before a child process counts its time)
-    except ImportError as error:
-        raise ConfigError(f"{option} {path}: needs the package datasets; install moe_dist[hf]") from error
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir()))
-        raise ConfigError(f"{option} {path}: has the splits {splits}, and one is needed; name one, as {path}/SPLIT")
-    try:
-        if (path / "state.json").is_file():
-            files = _saved_files(path)
-        else:
-            files = [path] if path.is_file() else _parquet_files(option, path)
-        yield from _limited_rows(path, _table_rows(files))
+        yield from _limited_rows(path, shard_rows(shards) if shards else _table_rows(path, _table_files(option, path)))
     except MoeDistError:
         raise
-    except Exception as error:  # the child sends any error of pyarrow and datasets
+    except ImportError as error:
+        raise ConfigError(f"{option} {path}: needs the package pyarrow; install moe_dist[hf]") from error
+    except Exception as error:  # the child sends any error of pyarrow
         why = str(error) or "it needs too much memory"
         raise DataError(f"{option} {path}: cannot be read: {why}; copy or save it again") from error
 
 
-def _table_rows(files: Sequence[Path]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yields the rows of parquet and arrow files, and each row's number of characters, including its nulls. datasets would
-    also open the files and addresses that rows name."""
-    from datasets import Features
+def _table_files(option: str, path: Path) -> list[Path]:
+    import pyarrow.parquet  # noqa: F401 (imported before a child process counts its time)
+
+    if not holds_table(path):
+        kinds = ", ".join(DATASET_SUFFIXES)
+        raise ConfigError(f"{option} {path}: the folder has no {kinds} or .tar file; give a JSONL file")
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(each.name for each in path.iterdir() if each.is_dir()))
+        raise ConfigError(f"{option} {path}: has the splits {splits}, and one is needed; name one, as {path}/SPLIT")
+    if (path / "state.json").is_file():
+        return _saved_files(path)
+    return [path] if path.is_file() else _parquet_files(option, path)
+
+
+def _table_rows(path: Path, files: Sequence[Path]) -> Iterator[SizedRow]:
+    """Yields the rows of parquet and arrow files. The package datasets would also open files and addresses that the rows
+    and the metadata name."""
     from pyarrow import ipc, parquet
 
+    number = 0
     for file in files:
         with open_regular(file) as stream:
             if file.suffix == ".parquet":
-                table = parquet.ParquetFile(stream)
-                schema, batches = table.schema_arrow, table.iter_batches(_BATCH_ROWS)  # a row group may be large
+                batches = parquet.ParquetFile(stream).iter_batches(_BATCH_ROWS)  # a row group may be large
             else:
                 batches = ipc.open_stream(stream)
-                schema = batches.schema
-            features = Features.from_arrow_schema(schema)
             for batch in batches:
                 for start in range(0, batch.num_rows, _BATCH_ROWS):  # an arrow file's batch may have any number of rows
                     for row in batch.slice(start, _BATCH_ROWS).to_pylist():
-                        yield _without_nulls(row, features), len(repr(row))
+                        number += 1
+                        yield f"{path}, row {number}", _without_nulls(row), len(repr(row))
 
 
-def _limited_rows(path: Path, rows: Iterator[tuple[dict[str, Any], int]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _limited_rows(path: Path, rows: Iterator[SizedRow]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Reads the rows in a child process with limits, because a parquet file of 1 KB can hold TB of repeated values."""
 
-    def batch() -> tuple[list[dict[str, Any]], int, float]:
+    def batch() -> tuple[list[tuple[str, dict[str, Any]]], int, float]:
         found, size = [], 0
         while size < _BATCH_BYTES and len(found) < _BATCH_ROWS and (following := next(rows, None)) is not None:
-            row, length = following
+            *row, length = following
             if length > MOST_LINE:
                 raise ValueError(f"a row has {length:,} characters, and at most {MOST_LINE:,} are possible")
-            found.append(row)
+            found.append(tuple(row))
             size += length
         return found, size, time.process_time()
 
@@ -155,13 +152,11 @@ def _limited_rows(path: Path, rows: Iterator[tuple[dict[str, Any], int]]) -> Ite
         "s of CPU time": _BATCH_SECONDS + stored / _LEAST_RATE,
     }
     while (answer := read())[0]:
-        total += answer[1]
-        for (unit, limit), value in zip(most.items(), (number + len(answer[0]), total, answer[2]), strict=True):
+        number, total = number + len(answer[0]), total + answer[1]
+        for (unit, limit), value in zip(most.items(), (number, total, answer[2]), strict=True):
             if value > limit:
                 raise ValueError(f"it has more than {limit:,.0f} {unit}, the most for files of {stored:,} bytes")
-        for row in answer[0]:
-            number += 1
-            yield f"{path}, row {number}", row
+        yield from answer[0]
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -182,8 +177,7 @@ def _parquet_files(option: str, folder: Path) -> list[Path]:
     return files
 
 
-def _without_nulls(value: Any, feature: Any) -> Any:
-    if isinstance(feature, dict) and isinstance(value, dict):
-        return {key: _without_nulls(each, feature[key]) for key, each in value.items() if each is not None}
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    return [_without_nulls(each, inner) for each in value] if inner is not None and isinstance(value, list) else value
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
