@@ -16,8 +16,8 @@ from moe_dist.errors import ConfigError, DataError, MoeDistError
 MOST_LINE = 1 << 26  # largest number of bytes in a row
 _BATCH_ROWS, _BATCH_BYTES = 32, 1 << 24  # a batch of rows ends when it reaches either limit
 _BATCH_SECONDS, _BATCH_MEMORY = 5, 4 << 30  # limits of CPU time and memory for reading a batch; usual batches take 20 ms
-# A table whose files have S bytes may have _FREE_ROWS + S rows of _FREE_BYTES + _MOST_GROWTH * S characters, and may take
-# _BATCH_SECONDS + S / _LEAST_RATE seconds to read. Files compress usual texts to a tenth, and are read at 10 MB/s.
+# Limits for a table whose files have S bytes: _FREE_ROWS + S rows, _FREE_BYTES + _MOST_GROWTH * S characters, and
+# _BATCH_SECONDS + S / _LEAST_RATE seconds of CPU time. Usual texts are ten times larger than their compressed files.
 _MOST_GROWTH, _FREE_BYTES, _FREE_ROWS, _LEAST_RATE = 1000, 1 << 28, 10_000, 1e6
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 JSON_SUFFIXES, DATASET_SUFFIXES = (".jsonl", ".json"), (".parquet", ".arrow")

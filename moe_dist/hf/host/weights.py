@@ -114,7 +114,7 @@ def read_folder(
 
 
 def _put(family: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replaces a parameter or buffer, which must not be registered anew."""
+    """Sets a parameter or buffer in its module's table, past the checks of `nn.Module.__setattr__`."""
     owner, _, leaf = name.rpartition(".")
     module = family.get_submodule(owner)
     (module._parameters if leaf in module._parameters else module._buffers)[leaf] = cast(Any, tensor)

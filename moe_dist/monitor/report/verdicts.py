@@ -20,7 +20,7 @@ LOSS_STEPS, SPEED_STEPS, DATA_STEPS = 100, 30, 50  # steps that the rules of hin
 
 
 class Verdict(NamedTuple):
-    """One subject of the head. `state` is "well", "bad" or "few" (not judged). `text` has a line for each finding."""
+    """A subject of the report's head. `state` is "well", "bad" or "few" (not judged). `text` has a line a finding."""
 
     subject: str
     state: str
