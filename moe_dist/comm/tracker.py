@@ -114,6 +114,22 @@ class CollectiveTracker:
                 return
 
 
+class BusyClock:
+    """Measures the busy time of a rank in a step: the step's duration minus the waits for other ranks.
+
+    On a CPU the clock subtracts the host's time in collectives. On CUDA the host does not wait in collectives. There the
+    clock subtracts the device's time in exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
+    """
+
+    def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
+        self._watch, self._began = tracker, began
+        self._waited = tracker.waited if tracker is not None else 0.0
+
+    def seconds(self, in_exchanges: float) -> float:
+        waited = self._watch.waited - self._waited if self._watch is not None else 0.0
+        return max(0.0, time.perf_counter() - self._began - max(waited, in_exchanges))
+
+
 def track_collective(
     tracker: CollectiveTracker | None,
     collective: str,

@@ -3,6 +3,7 @@
 Shape letters: B is the number of sequences in a micro-batch, S the number of tokens in a sequence.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -12,6 +13,8 @@ import torch
 from moe_dist.data.picture_files import PictureRef
 from moe_dist.errors import DataError
 
+WORDS = 61  # a prime, so that a shift of all ids changes their counts
+LONG_DOCUMENT = 16  # tokens of a document that two sources hardly share by chance
 IGNORED = -100  # label of a position without loss; equals the default ignore_index of torch's cross_entropy
 
 
@@ -129,3 +132,31 @@ class BatchMaker:
                 f"token id {low if low < 0 else high} in the data is outside the manifest's vocab_size={vocab_size}; "
                 "the manifest belongs to other data, or vocab_size and modalities must be raised"
             )
+
+
+def checksum(batches: Sequence[Batch]) -> int:
+    """Returns a checksum of the token ids of all micro-batches, which are on the host as a loader makes them. It has 48
+    bits, so that float64 represents it exactly."""
+    digest = hashlib.blake2b(digest_size=6)
+    for batch in batches:
+        digest.update(batch.tokens_BS.cpu().contiguous().numpy().data)
+    return int.from_bytes(digest.digest())
+
+
+def count_words(batches: Sequence[Batch]) -> np.ndarray:
+    """Returns the number of token ids, float64 [WORDS], by the id modulo WORDS. The batches are on the host."""
+    ids = [batch.tokens_BS[~batch.padding_BS].cpu().numpy() % WORDS for batch in batches]
+    return np.bincount(np.concatenate(ids), minlength=WORDS).astype(np.float64)
+
+
+def whole_documents(batches: Sequence[Batch]) -> set[int]:
+    """Returns a hash of each document of `LONG_DOCUMENT` tokens or more. Batches with pictures have none."""
+    found = set[int]()
+    for batch in batches if all(type(each) is Batch for each in batches) else ():  # a subclass may have pictures
+        for tokens_S, documents_S, padding_S in zip(
+            batch.tokens_BS.numpy(), batch.documents_BS.numpy(), batch.padding_BS.numpy(), strict=True
+        ):
+            parts = np.split(tokens_S, np.flatnonzero(np.diff(documents_S)) + 1)
+            parts = parts[: -1 if padding_S[-1] else None]
+            found |= {hash(part.tobytes()) for part in parts if len(part) >= LONG_DOCUMENT}
+    return found

@@ -228,3 +228,14 @@ def _counts(name: str, saved: object, like: Tensor) -> Tensor:
     if found is None or found.shape != like.shape or not bool((found.isfinite() & (found >= 0)).all()):
         raise DataError(f"state of the balance loss: {name}={saved!r:.80} are not {tuple(like.shape)} counts")
     return found
+
+
+def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -> Tensor:
+    """Computes `Forwarded.busiest_G`, float64 [G], from counts with a row per layer of each micro-batch. Needs no sync."""
+    choices_LC, tokens_LG = counts.choices_LC, counts.tokens_LG.to(torch.float64)
+    most_G = []
+    for g, group in enumerate(groups):
+        even_L = tokens_LG[:, g] * (group.expected_experts_per_token / group.num_experts)
+        choices_Ln = choices_LC[:, group.first_expert : group.first_expert + group.num_experts]
+        most_G.append((choices_Ln.amax(1) / even_L.clamp_min(1e-9)).amax())
+    return torch.stack(most_G)

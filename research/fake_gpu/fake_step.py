@@ -281,7 +281,7 @@ def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterato
     told: list[float] = []
     with ExitStack() as stack:
         stack.enter_context(fake_cuda.stand_ins(recorder))
-        seconds = mock.patch.object(step._BusyClock, "seconds", lambda clock, waited: told.append(waited) or 0.0)
+        seconds = mock.patch.object(step.BusyClock, "seconds", lambda clock, waited: told.append(waited) or 0.0)
         stack.enter_context(seconds)
         stack.enter_context(mock.patch.object(CommStats, "to_host", to_host))
         stack.enter_context(mock.patch.object(MoELayer, "_route", route))

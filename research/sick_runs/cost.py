@@ -1,7 +1,7 @@
 """`python -m research.sick_runs.cost CONFIG [KEY=VALUE ...]` measures the processor time of all rules about a run's health.
 
-It trains on one rank in this process, so that other jobs on the machine change little. It times each call of a rule, and
-compares the steps that measure weights and outputs with the steps before and after them (paired, so that a trend cancels).
+It trains on one rank in this process, and counts processor time, which other jobs on the machine change little. It times
+each call of a rule. A step that measures weights and outputs is compared with the steps before and after it.
 """
 
 import functools
@@ -16,8 +16,8 @@ from moe_dist.runtime.command_line import run_command
 from moe_dist.train.__main__ import main
 from moe_dist.train.loop import trainer
 from moe_dist.train.step import training_step
-from moe_dist.train.step.weight_watch import EVERY
 
+EVERY = trainer.CHECK_EVERY
 spent: dict[str, float] = defaultdict(float)  # seconds of processor time
 steps: list[float] = []
 
@@ -59,7 +59,7 @@ def measure() -> None:
     timed(HintWatch, "update")
     timed(HintWatch, "evaluate")
     timed(trainer.Trainer, "_problems")
-    timed(trainer.HeldOutReads, "hold")
+    timed(trainer, "whole_documents")
     timed(trainer, "random_states")
     timed(trainer, "dropout")
     timed(training_step, "checksum")

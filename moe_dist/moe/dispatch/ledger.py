@@ -21,10 +21,12 @@ rows that leave the node (0 if the dispatcher does not distinguish nodes). `meta
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from moe_dist.comm.collectives import CommStats
-from moe_dist.moe.routing.counts import SentCounts
+from moe_dist.comm.collectives import CommStats, pack, unpack
+from moe_dist.moe.routing.counts import RoutingCounts, SentCounts
 from moe_dist.placement.placement import ExpertPlacement
 
 
@@ -106,3 +108,26 @@ def compare(
         "rows_bound": bound,
         "rows_padding": sent.rows_padding,
     }
+
+
+def count_ledger(
+    own: RoutingCounts[Tensor], sent: SentCounts | Tensor, placement: ExpertPlacement, ep_rank: int
+) -> tuple[SentCounts, Mapping[str, float]]:
+    """Returns the numbers of rows and pairs that this rank sent in a step, and the rank's ledger without its bytes.
+
+    Args:
+        own: Routing counts of this rank.
+        sent: The numbers of rows and pairs; a tensor if the dispatcher counts on the device.
+    """
+    groups = placement.groups
+    experts, nulls = [group.num_experts for group in groups], [group.num_null for group in groups]
+    counted = (own.choices_LC, own.dropped_LE, own.tokens_LG, sent if isinstance(sent, Tensor) else None)
+    # One host sync. The host adds the counts: kernels would take longer than copying 16 bytes per layer and expert.
+    choices_LC, dropped_LE, tokens_LG, sent_5 = unpack(pack(counted).cpu().numpy(), counted)
+    true_E, null_C = np.split(choices_LC.sum(0)[: sum(experts) + sum(nulls)], [sum(experts)])
+    true_G = [part.sum() for part in np.split(true_E - dropped_LE.sum(0), np.cumsum(experts)[:-1])]
+    null_G = [part.sum() for part in np.split(null_C, np.cumsum(nulls)[:-1])]
+    found = sent if isinstance(sent, SentCounts) else SentCounts(*sent_5)
+    # num_ranks is 1 with LoRA experts
+    sums = {"true_choices_G": true_G, "null_choices_G": null_G, "tokens_G": tokens_LG.sum(0)}
+    return found, compare(placement, ep_rank % placement.num_ranks, found, **sums)

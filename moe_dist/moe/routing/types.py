@@ -6,10 +6,11 @@ pairs, G expert groups, W ranks, A probe tokens (whose probabilities are reporte
 constant experts), C choice columns: the E true experts, then all groups' null, identity and constant experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from moe_dist.moe.routing.counts import AuxSums, RoutingCounts, SentCounts
@@ -118,6 +119,20 @@ class GlobalBatchInfo:
     rank: int
     tokens_W: tuple[int, ...]
     members_WG: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of_step(cls, step: int, rank: int, lengths_I: Sequence[int], counts_RIG: np.ndarray) -> "Iterator[GlobalBatchInfo]":
+        """Yields the counts of each micro-batch i of a step.
+
+        Args:
+            lengths_I: Number of tokens of the micro-batch on each rank, padding included.
+            counts_RIG: int64, number of tokens of each rank, micro-batch and group, without padding.
+        """
+        first, ranks = 0, len(counts_RIG)
+        for i, length in enumerate(lengths_I):
+            members_WG = tuple(tuple(row) for row in counts_RIG[:, i].tolist())
+            yield cls(step=step, first_token=first, rank=rank, tokens_W=(length,) * ranks, members_WG=members_WG)
+            first += length * ranks
 
     def first_token_of(self, rank: int) -> int:
         """Returns the index of a rank's first token in the step, which does not depend on the layout of ranks."""

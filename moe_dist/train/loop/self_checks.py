@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from moe_dist.optim.optimizer import local, local_gradients
 
 Problem = tuple[str, str]
 ENOUGH = 100  # labels by which a rule judges
-LONG, READ, MANY = 16, 0.05, 10  # tokens of a document that is no chance; fraction and number of held-out documents read
+READ, MANY = 0.05, 10  # fraction and number of held-out documents that training may read by chance
 OWN = 0.99  # fraction of labels equal to their own input token; real texts repeat a token less often
 
 
@@ -67,8 +66,13 @@ def random_states() -> list[Tensor]:
 
 
 def dropout(before: Sequence[Tensor], family: Any) -> Iterator[Problem]:
-    """Yields a problem if a step drew numbers from torch's generators, whose states were `before`. Dropout of LoRA has
-    generators of its own, so that only a transformers model draws by right, if a field of its configuration says so."""
+    """Yields a problem if a step drew random numbers from torch's generators. This project's models draw none: dropout of
+    LoRA has generators of its own. A model of transformers may draw if a field of its configuration asks for it.
+
+    Args:
+        before: The `random_states` before the step.
+        family: The model of transformers; None for other models.
+    """
     drew = any(not torch.equal(old, new) for old, new in zip(before, random_states(), strict=True))
     if drew and not (family is not None and _draws(family.config.to_dict())):
         text = "the step drew random numbers, which nothing in the configuration asks for"
@@ -81,35 +85,9 @@ def _draws(fields: Mapping[str, Any]) -> bool:
     )
 
 
-class HeldOutReads:
-    """Finds held-out documents in the training batches of this rank."""
-
-    def __init__(self) -> None:
-        self._held, self._read = set[int](), set[int]()
-
-    def hold(self, batches: Sequence[Batch]) -> None:
-        """Notes the documents of held-out batches, once."""
-        self._held = self._held or _documents(batches)
-
-    def problems(self, batches: Sequence[Batch]) -> Iterator[Problem]:
-        """Yields a problem if training has read several of the held-out documents. The batches are on the host."""
-        self._read |= self._held & _documents(batches) if self._held else set()
-        if len(self._read) >= max(MANY, READ * len(self._held)):
-            text = f"training has read {len(self._read)} of the {len(self._held)} held-out documents that rank 0 evaluates"
-            yield (
-                "contaminated",
-                f"{text}, because the splits overlap, so that held-out losses tell nothing; split the data again",
-            )
-
-
-def _documents(batches: Sequence[Batch]) -> set[int]:
-    """Returns a hash of each document of `LONG` tokens or more; none for batches with pictures, which are not compared."""
-    found = set[int]()
-    for batch in batches if all(type(each) is Batch for each in batches) else ():  # a subclass may have pictures
-        for tokens_S, documents_S, padding_S in zip(
-            batch.tokens_BS.numpy(), batch.documents_BS.numpy(), batch.padding_BS.numpy(), strict=True
-        ):
-            parts = np.split(tokens_S, np.flatnonzero(np.diff(documents_S)) + 1)
-            parts = parts[: -1 if padding_S[-1] else None]
-            found |= {hash(part.tobytes()) for part in parts if len(part) >= LONG}
-    return found
+def contaminated(read: int, held: int) -> Iterator[Problem]:
+    """Yields a problem if training has read several of the held-out documents, by their numbers on this rank."""
+    if read >= max(MANY, READ * held):
+        text = f"training has read {read} of the {held} held-out documents that rank 0 evaluates"
+        fix = "because the splits overlap, so that held-out losses tell nothing; split the data again"
+        yield "contaminated", f"{text}, {fix}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_dist.data.batch import Batch
+from moe_dist.data.batch import Batch, whole_documents
 from moe_dist.data.loader import ReadAhead, TrainLoader
 from moe_dist.errors import DivergedError, StoppedError
 from moe_dist.monitor.costs import CostTable, cost_table
@@ -29,9 +29,9 @@ from moe_dist.train.evaluation.evaluator import Evaluator
 from moe_dist.train.loop.garbage import COLLECT_EVERY
 from moe_dist.train.loop.record import build_record
 from moe_dist.train.loop.self_checks import (
-    HeldOutReads,
     Problem,
     batch_problems,
+    contaminated,
     dropout,
     empty_moments,
     frozen_weights,
@@ -49,7 +49,7 @@ from moe_dist.train.step.weight_watch import WeightWatch
 
 logger = logging.getLogger(__name__)
 
-CHECK_EVERY = 25  # steps between two checks of batches and gradients by rank 0
+CHECK_EVERY = 25  # steps between two measurements of the weights, and between two checks by rank 0
 WINDOW = 100  # the checks at the end of a run use the routing counts of this many last steps
 Loader = TrainLoader | SampleLoader
 
@@ -96,7 +96,8 @@ class Trainer:
     placement_rows: PlacementRows | None = None
     _reader: ReadAhead = field(init=False)
     _weights: WeightWatch | None = field(init=False)
-    _leaks: HeldOutReads = field(default_factory=HeldOutReads, init=False)
+    _held_out: set[int] = field(default_factory=set, init=False)  # hashes of held-out documents
+    _read_held_out: set[int] = field(default_factory=set, init=False)  # those of them that training has read
     _recent: deque[StepResult] = field(default_factory=lambda: deque(maxlen=WINDOW), init=False)
 
     def __post_init__(self) -> None:
@@ -149,9 +150,10 @@ class Trainer:
         following = progress.position + train.global_batch if progress.step + 1 < train.steps else None
         batches = self._reader.batches(progress.position, following=following)
         read_seconds = time.perf_counter() - begin
-        watch = self._weights if self._weights is not None and self._weights.due(progress.step) else None
+        checks = (progress.step + 1) % CHECK_EVERY == 0
+        watch = self._weights if checks else None
         problems = self._problems(batches, first=not self._recent) if self.sinks else []
-        states = random_states() if self.sinks and (progress.step + 1) % CHECK_EVERY == 0 else None
+        states = random_states() if self.sinks and checks else None
         source_ISB = self.loader.sources(progress.position) if isinstance(self.loader, TrainLoader) else None
         with self.profile(progress.step + 1), nullcontext() if watch is None else watch.around_step():
             result = self.take_step(
@@ -187,11 +189,15 @@ class Trainer:
         return result
 
     def _problems(self, batches: Sequence[Batch], *, first: bool) -> list[Problem]:
-        """Checks what must hold in each step, in the first step of the attempt and in each `CHECK_EVERY`-th."""
+        """Notes held-out documents in the batches. Checks in the first step of the attempt, and in each
+        `CHECK_EVERY`-th step, what must hold in each step."""
         step, train, model = self.progress.step, self.plan.config.train, self.take_step.parallel.model
         modules = getattr(getattr(model, "gpt", None), "chunks", [model])  # of a pipeline's stage, or the whole model
-        found = list(self._leaks.problems(batches))
+        found = list[Problem]()
+        if self._held_out:
+            self._read_held_out |= self._held_out & whole_documents(batches)
         if first or (step + 1) % CHECK_EVERY == 0:
+            found += contaminated(len(self._read_held_out), len(self._held_out))
             found += [*batch_problems(batches), *kept_gradients(chain(*(each.parameters() for each in modules)))]
         if first and step:
             found += empty_moments(self.take_step.optimizer.state.items())  # Megatron's state has no values()
@@ -225,8 +231,8 @@ class Trainer:
 
     def _evaluate(self, *, final: bool) -> EvaluationResult:
         result = self.evaluator(self.progress.step, final=final, trained=self._last_batches(self.evaluator.calibration))
-        if self.sinks and isinstance(self.loader, TrainLoader):  # rank 0 looks for these documents in its training batches
-            self._leaks.hold(self.evaluator.batches(self.plan.config.evaluation.sequences))
+        if self.sinks and isinstance(self.loader, TrainLoader) and not self._held_out:
+            self._held_out = whole_documents(self.evaluator.batches(self.plan.config.evaluation.sequences))
         if self.progress.evaluated < self.progress.step:  # otherwise an earlier attempt has already recorded it
             scalars = evaluation_scalars(result, self.plan.modalities, len(self.plan.placement.groups))
             for sink in self.sinks:

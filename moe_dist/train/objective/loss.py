@@ -53,6 +53,15 @@ def labels_by_modality(labels_BS: Tensor, modality_BS: Tensor, num_modalities: i
     return _labels_of_modalities(labels_BS, modality_BS, num_modalities).sum(0, dtype=torch.float64)
 
 
+def tokens_by_group(batches: Sequence[Batch], group_of_modality: Tensor, num_groups: int) -> Tensor:
+    """Returns the number of tokens of each micro-batch and group, without padding, float64 [I, G]."""
+    groups, tokens_IG = torch.arange(num_groups, device=group_of_modality.device), []
+    for batch in batches:
+        group_BS = torch.where(batch.padding_BS, -1, group_of_modality[batch.modality_BS])
+        tokens_IG.append((group_BS.flatten()[:, None] == groups).sum(0, dtype=torch.float64))
+    return torch.stack(tokens_IG) if tokens_IG else groups.new_zeros((0, num_groups), dtype=torch.float64)
+
+
 def _labels_of_modalities(labels_BS: Tensor, modality_BS: Tensor, num_modalities: int) -> Tensor:
     """Returns a bool [B S, M]: whether a position has a label of the modality."""
     member = modality_BS.flatten()[:, None] == torch.arange(num_modalities, device=labels_BS.device)

@@ -8,10 +8,9 @@ Shape letters: I micro-batches of this rank, M modalities, G expert groups, R re
 ranks of the world.
 """
 
-import hashlib
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -23,17 +22,17 @@ from torch.profiler import record_function
 
 from moe_dist.comm.collectives import CommStats, added, from_host, joined, pack, sum_over, unpack
 from moe_dist.comm.names import LABEL_COUNTS, STEP_SUMS
-from moe_dist.comm.tracker import CollectiveTracker
-from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.comm.tracker import BusyClock
+from moe_dist.data.batch import IGNORED, WORDS, Batch, checksum, count_words
 from moe_dist.errors import ResourceError
-from moe_dist.moe.dispatch.ledger import compare
+from moe_dist.moe.dispatch.ledger import count_ledger
 from moe_dist.moe.dispatch.static import OVERFLOW
-from moe_dist.moe.losses import ColumnTables, StepLoad
-from moe_dist.moe.routing.counts import RoutingCounts, SentCounts
+from moe_dist.moe.losses import ColumnTables, StepLoad, busiest_load
+from moe_dist.moe.routing.counts import RoutingCounts
 from moe_dist.moe.routing.types import GlobalBatchInfo, LayerReport, RoutingRequest
 from moe_dist.optim.optimizer import clip_by_norm, local_norm_squared, set_lr
 from moe_dist.parallel.parallelize import ParallelModel
-from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.objective.distillation import Distillation
 from moe_dist.train.objective.loss import (
     AuxSettings,
@@ -42,13 +41,12 @@ from moe_dist.train.objective.loss import (
     global_counts,
     labels_by_modality,
     micro_loss,
+    tokens_by_group,
     whole_numbers,
 )
 from moe_dist.train.router_tuning.tuning import RouterTuning, Targets
 from moe_dist.train.step.result import Forwarded, Readings, StepResult, StepStart, StepSums, Weights
 from moe_dist.train.step.tracing import StepWatcher
-
-WORDS = 61  # a prime, so that a shift of all ids changes their counts
 
 
 class AfterStep(Protocol):
@@ -124,9 +122,9 @@ class TrainingStep:
             source_ISB: `TrainLoader.sources` of this rank's micro-batches; None for no loss by source.
         """
         mesh = self.parallel.mesh
-        clock = _BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
+        clock = BusyClock(mesh.tracker, time.perf_counter() if began is None else began)
         tokens = sum(batch.num_tokens for batch in batches) if self.parallel.counts_tokens else 0
-        digest, words_K = (checksum(batches), count_words(batches)) if tokens else (0, np.zeros(WORDS))
+        read = (checksum(batches), count_words(batches)) if tokens else (0, np.zeros(WORDS))
 
         # 1. Divisors of the loss: one all-reduce of a few counts. With `needs_global_batch_info`, the host waits for it.
         targets = None if self.tuning is None else self.tuning.begin(batches, number, mesh.device)
@@ -143,7 +141,7 @@ class TrainingStep:
 
         # 3. Sums over the ranks: one all-reduce. On CUDA the host first waits twice: for the seconds of the exchanges, and
         # for this rank's counts for the ledger.
-        local = self._share(found, labels_M, tokens, stop_requested, clock, digest, words_K)
+        local = self._share(found, labels_M, tokens, stop_requested, clock, read)
         summed: StepSums[Tensor] = unpack(
             sum_over(pack(local, mesh.device), mesh.world, name=STEP_SUMS, tracker=mesh.tracker), local
         )
@@ -194,13 +192,7 @@ class TrainingStep:
         return Weights(labels_in_step, share_I, tokens_IG / tokens_IG.sum(0).clamp_min(1.0), batch_info)
 
     def _group_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Returns this rank's number of tokens of each micro-batch and group, float64 [I, G]."""
-        num_groups, device = len(self.placement.groups), self.parallel.mesh.device
-        groups, tokens_IG = torch.arange(num_groups, device=device), []
-        for batch in batches:
-            group_BS = torch.where(batch.padding_BS, -1, self.group_of_modality[batch.modality_BS])
-            tokens_IG.append((group_BS.flatten()[:, None] == groups).sum(0, dtype=torch.float64))
-        return torch.stack(tokens_IG) if tokens_IG else torch.zeros((0, num_groups), dtype=torch.float64, device=device)
+        return tokens_by_group(batches, self.group_of_modality, len(self.placement.groups))
 
     def _count_members(self, batches: Sequence[Batch]) -> Tensor:
         """Returns token counts by reader (a rank, or ranks with the same sequences), micro-batch and group, float64 [R, I,
@@ -222,21 +214,8 @@ class TrainingStep:
             return [None] * len(batches)
         # This is a device-to-host sync. With these counts the exchanges know their split sizes without more syncs.
         flat = self.comm_stats.to_host("tokens of each rank and group", members_RIG.to(torch.int64).flatten())
-        counts_RIG, batch_info, first = np.array(flat).reshape(members_RIG.shape), [], 0
-        reader, readers = self.parallel.reader
-        for i, batch in enumerate(batches):
-            length = batch.tokens_BS.numel()
-            batch_info.append(
-                GlobalBatchInfo(
-                    step=step,
-                    first_token=first,
-                    rank=reader,
-                    tokens_W=(length,) * readers,
-                    members_WG=tuple(tuple(row) for row in counts_RIG[:, i].tolist()),
-                )
-            )
-            first += length * readers
-        return batch_info
+        counts_RIG, lengths = np.array(flat).reshape(members_RIG.shape), [each.tokens_BS.numel() for each in batches]
+        return [*GlobalBatchInfo.of_step(step, self.parallel.reader[0], lengths, counts_RIG)]
 
     def _losses(
         self,
@@ -316,31 +295,25 @@ class TrainingStep:
         return Forwarded(loss._replace(total=loss.total.detach()), counts, own, sent, nats_S2=nats_S2)
 
     def _share(
-        self,
-        found: Forwarded,
-        labels_M: Tensor,
-        tokens: int,
-        stop_requested: bool,
-        clock: "_BusyClock",
-        digest: int,
-        words_K: np.ndarray,
+        self, found: Forwarded, labels_M: Tensor, tokens: int, stop_requested: bool, clock: BusyClock, read: tuple[int, Any]
     ) -> StepSums[Any]:
-        """Returns this rank's contribution to the step's sums. Keeps this rank's readings for the next step."""
+        """Returns this rank's contribution to the step's sums. Keeps this rank's readings for the next step. `read` has the
+        checksum and the counts of this rank's token ids."""
         inter_node = self.comm_stats.inter_node_bytes  # before `take`, which sets this counter to 0
         payload, metadata, seconds = self.comm_stats.take()  # a host sync on CUDA, where it waits for the seconds
         loss, (reader, readers) = found.loss, self.parallel.reader
         digest_D, words_DK, nats_D2 = np.zeros(readers), np.zeros((readers, WORDS)), labels_M.new_zeros((readers, 2))
-        digest_D[reader], words_DK[reader], total_D = digest, words_K, labels_M.new_zeros(readers)
+        (digest_D[reader], words_DK[reader]), total_D = read, labels_M.new_zeros(readers)
         nats_D2[reader] = torch.stack([loss.nll_M.sum().to(labels_M.dtype), labels_M.sum()])
         total_D[reader] = loss.total
-        read = self._read(clock.seconds(seconds), found.busiest_G)
+        readings = self._read(clock.seconds(seconds), found.busiest_G)
         nats_S2 = np.zeros((0, 2)) if found.nats_S2 is None else found.nats_S2
-        self._readings = read._replace(
+        self._readings = readings._replace(
             digest_D=digest_D, nats_D2=nats_D2, nats_S2=nats_S2, total_D=total_D, words_DK=words_DK
         )
         traffic = {"payload_bytes": payload, "inter_node_bytes": inter_node, "metadata_bytes": metadata}
         norm_squared = self._norm_squared()
-        sent, ledger = self._ledger(found)
+        sent, ledger = count_ledger(found.own, found.sent, self.placement, self.parallel.mesh.ep_rank)
         return StepSums(
             norm_squared=norm_squared,
             balance=loss.balance,
@@ -365,27 +338,6 @@ class TrainingStep:
         busiest_WG = busiest_G.new_zeros((mesh.world_size, num_groups))
         busiest_WG[mesh.rank] = busiest_G
         return Readings(seconds_W, memory_W3, busiest_WG)
-
-    def _ledger(self, found: Forwarded) -> tuple[SentCounts, Mapping[str, float]]:
-        """Returns the numbers of rows and pairs that this rank sent, and the rank's ledger without its bytes."""
-        groups, own = self.placement.groups, found.own
-        experts, nulls = [group.num_experts for group in groups], [group.num_null for group in groups]
-        counted = (own.choices_LC, own.dropped_LE, own.tokens_LG, found.sent if isinstance(found.sent, Tensor) else None)
-        # One host sync. The host adds the counts: kernels would take longer than copying 16 bytes per layer and expert.
-        choices_LC, dropped_LE, tokens_LG, sent_5 = unpack(pack(counted).cpu().numpy(), counted)
-        true_E, null_C = np.split(choices_LC.sum(0)[: sum(experts) + sum(nulls)], [sum(experts)])
-        true_G = [part.sum() for part in np.split(true_E - dropped_LE.sum(0), np.cumsum(experts)[:-1])]
-        null_G = [part.sum() for part in np.split(null_C, np.cumsum(nulls)[:-1])]
-        sent = found.sent if isinstance(found.sent, SentCounts) else SentCounts(*sent_5)
-        ledger = compare(
-            self.placement,
-            self.parallel.mesh.ep_rank % self.placement.num_ranks,  # num_ranks is 1 with LoRA experts
-            sent,
-            true_choices_G=true_G,
-            null_choices_G=null_G,
-            tokens_G=tokens_LG.sum(0),
-        )
-        return sent, ledger
 
     def _norm_squared(self) -> Tensor:
         """Returns this rank's part of the squared gradient norm, 0-d float64."""
@@ -431,48 +383,6 @@ class TrainingStep:
             stop_requested=bool(sums.stop_requested > 0),
             mixture_of_depths=None if depth is None else depth_statistics(model, self.placement, depth, **more),
         )
-
-
-def busiest_load(counts: RoutingCounts[Tensor], groups: Sequence[ExpertGroup]) -> Tensor:
-    """Computes `Forwarded.busiest_G`, float64 [G], from counts with a row per layer of each micro-batch. Needs no sync."""
-    choices_LC, tokens_LG = counts.choices_LC, counts.tokens_LG.to(torch.float64)
-    most_G = []
-    for g, group in enumerate(groups):
-        even_L = tokens_LG[:, g] * (group.expected_experts_per_token / group.num_experts)
-        choices_Ln = choices_LC[:, group.first_expert : group.first_expert + group.num_experts]
-        most_G.append((choices_Ln.amax(1) / even_L.clamp_min(1e-9)).amax())
-    return torch.stack(most_G)
-
-
-def checksum(batches: Sequence[Batch]) -> int:
-    """Returns a checksum of the token ids of all micro-batches, which are on the host as a loader makes them. It has 48
-    bits, so that float64 represents it exactly."""
-    digest = hashlib.blake2b(digest_size=6)
-    for batch in batches:
-        digest.update(batch.tokens_BS.cpu().contiguous().numpy().data)
-    return int.from_bytes(digest.digest())
-
-
-def count_words(batches: Sequence[Batch]) -> np.ndarray:
-    """Returns the number of token ids, float64 [WORDS], by the id modulo WORDS. The batches are on the host."""
-    ids = [batch.tokens_BS[~batch.padding_BS].cpu().numpy() % WORDS for batch in batches]
-    return np.bincount(np.concatenate(ids), minlength=WORDS).astype(np.float64)
-
-
-class _BusyClock:
-    """Measures the busy time of a rank in a step: the step's duration minus the waits for other ranks.
-
-    On a CPU the clock subtracts the host's time in collectives. On CUDA the host does not wait in collectives. There the
-    clock subtracts the device's time in exchanges, which `CommStats.seconds` contains only after `CommStats.drain`.
-    """
-
-    def __init__(self, tracker: CollectiveTracker | None, began: float) -> None:
-        self._watch, self._began = tracker, began
-        self._waited = tracker.waited if tracker is not None else 0.0
-
-    def seconds(self, in_exchanges: float) -> float:
-        waited = self._watch.waited - self._waited if self._watch is not None else 0.0
-        return max(0.0, time.perf_counter() - self._began - max(waited, in_exchanges))
 
 
 def largest_memory(device: torch.device) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Measures weight, update and gradient of each trained tensor, and the experts' outputs, in every `EVERY`-th step.
+"""Measures weight, update and gradient of each trained tensor, and the experts' outputs, in some steps.
 
 Cost of such a step: this rank reads at most `SAMPLE` elements of each of its tensors four times, without a copy of whole
 weights. One all-reduce of 19 numbers for each logical tensor and one host sync follow. An expert is a tensor of its own.
@@ -19,7 +19,7 @@ from moe_dist.optim.optimizer import local
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.train.step.output_watch import OutputWatch
 
-EVERY, SAMPLE, SKETCH = 25, 256, 16
+SAMPLE, SKETCH = 256, 16
 
 
 class WeightWatch:
@@ -37,10 +37,6 @@ class WeightWatch:
         self._read, self._mesh, self._outputs, self.around_step = read, mesh, outputs, outputs.around_step
         self._places: dict[int, Tensor] = {}  # number of elements -> evenly spaced indices
         self._table: WeightTable | None = None
-
-    def due(self, number: int) -> bool:
-        """Returns whether step `number` (0-based) is measured."""
-        return (number + 1) % EVERY == 0
 
     def take(self) -> WeightTable | None:
         """Returns the step's table once, and then forgets it. Returns None if the step was not measured or was skipped."""

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import torch
 from transformers import Qwen3MoeConfig
 
-from moe_dist.data.batch import IGNORED, Batch
+from moe_dist.data.batch import IGNORED, Batch, whole_documents
 from moe_dist.train.loop.self_checks import (
-    HeldOutReads,
     batch_problems,
+    contaminated,
     dropout,
     empty_moments,
     frozen_weights,
@@ -56,17 +56,17 @@ def test_gradients_moments_and_frozen_matrices_are_named() -> None:
 
 def test_held_out_documents_that_training_reads_are_named() -> None:
     """Each row has 4 documents of 20 tokens. The last document of the second row is padding."""
-    found, draws = HeldOutReads(), torch.Generator().manual_seed(1)
+    draws = torch.Generator().manual_seed(1)
     new = replace(batch(), documents_BS=torch.arange(80).expand(2, 80) // 20)
     held = [replace(new, tokens_BS=torch.randint(0, 50, (2, 80), generator=draws)) for _ in range(2)]
-    assert list(found.problems(held)) == [], "before the first evaluation no document is held out"
-    found.hold(held)
-    assert list(found.problems([new])) == []
-    assert list(found.problems(held[:1])) == [], "7 documents may be there by chance"
+    assert len(whole_documents(held)) == 14
+    assert not whole_documents(held) & whole_documents([new])
     moved = replace(held[1], tokens_BS=held[1].tokens_BS.roll(20, 1))  # the document that ends the row became padding
-    ((kind, text),) = found.problems([moved])
+    assert len(whole_documents(held[1:]) & whole_documents([moved])) == 6
+    assert list(contaminated(9, 14)) == [], "they may be there by chance"
+    ((kind, text),) = contaminated(10, 14)
     assert kind == "contaminated"
-    assert text.startswith("training has read 13 of the 14 held-out documents that rank 0 evaluates")
+    assert text.startswith("training has read 10 of the 14 held-out documents that rank 0 evaluates")
 
 
 def test_random_numbers_that_no_field_asks_for_are_named() -> None:
