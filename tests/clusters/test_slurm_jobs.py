@@ -329,7 +329,14 @@ def test_a_container_passes_on_environment_signals_and_exit_code(stage: Stage, t
     stage.set_site(container=container, python=sys.executable)
     path = {"PATH": f"{runtime.parent}:/usr/sbin:/usr/bin:/sbin:/bin"}
 
-    show = "import os, sys; print('box', os.environ['IN_BOX'], os.environ['RANK'], file=sys.stderr); sys.exit(7)"
+    there = tmp_path / "there"  # the first rank that exits with 7 ends the others, so each waits until all have printed
+    there.mkdir()
+    show = f"""
+import os, pathlib, sys, time
+print('box', os.environ['IN_BOX'], os.environ['RANK'], file=sys.stderr, flush=True)
+pathlib.Path({str(there)!r}, os.environ['RANK']).touch()
+while len(os.listdir({str(there)!r})) < 4: time.sleep(0.02)
+sys.exit(7)"""
     options = (f"--cluster={stage.site}", f"--program={shlex.join(['-c', show])}", "run.name=shown")
     job = stage.cluster.launch(str(stage.config), *options, **path)
     assert job.end() == 1, f"an exit code of another program; {job.said}"

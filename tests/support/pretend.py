@@ -54,7 +54,9 @@ def main(config_path: Path, overrides: list[str]) -> int:
             time.sleep(0.02)
         check_place(RunPlace.from_environment(os.environ), Found.from_environment(os.environ))
         print(f"{here(env)} {env.rank} is here", file=sys.stderr, flush=True)
-        time.sleep(1.0)  # waits for the slowest rank
+        logs = [folder.log_of(rank) for rank in range(env.world_size)]
+        while not all(log.exists() and here(env) in log.read_text() for log in logs):
+            time.sleep(0.02)  # a node may start many seconds late, and its ranks must not look frozen or killed
         step = committed_step(folder.checkpoints) + int(gained or 0)
         attempt.follow(lambda: config.train.steps if how in ("done", "close") else step)
         if env.rank == 0 and gained:
@@ -74,9 +76,6 @@ def here(env: RankEnv) -> str:
 
 
 def leave(how: str, victim: int, env: RankEnv, attempt: Attempt, folder: RunFolder, step: int) -> None:
-    logs = [folder.log_of(rank) for rank in range(env.world_size)]
-    while how == "freeze" and not all(log.exists() and here(env) in log.read_text() for log in logs):
-        time.sleep(0.02)  # a node may start many seconds late, and its ranks must not look frozen
     if env.rank == victim:
         {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "exit": lambda: os._exit(3)}.get(
             how, lambda: os.kill(os.getpid(), signal.SIGSTOP)
