@@ -78,10 +78,10 @@ class HubTokenizer:
         except ImportError as error:
             raise ConfigError(f"{self._named}: needs the package transformers; install moe_dist[hf]") from error
         for path in sorted([*folder.glob("*"), *folder.glob("additional_chat_templates/*")]):
+            if not path.is_file() and not path.is_dir():  # transformers would wait for a pipe that nobody writes
+                raise DataError(f"{path}: is no regular file; copy or download it again")
             if path.suffix not in (".json", ".jinja", ".txt", ".model"):
                 continue
-            if not path.is_file():
-                raise DataError(f"{path}: is no regular file; copy or download it again")
             is_small = path.name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
             most = MAX_TEMPLATE_BYTES if path.suffix == ".jinja" else MAX_ADDED_BYTES if is_small else MAX_BYTES
             if path.stat().st_size > most:

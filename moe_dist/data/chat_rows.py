@@ -7,6 +7,7 @@ batch exceeds a limit, its rows are encoded one by one to find the bad row.
 
 import json
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -169,19 +170,31 @@ def _size(batch: Sequence[Row]) -> int:
 def _answer(child: Any, batch: Sequence[Row]) -> Part:
     try:
         return child.receive()
-    except (TimeoutError, ChildProcessError, MemoryError):
-        return _joined([_alone(child, row) for row in batch])
+    except (TimeoutError, ChildProcessError, MemoryError) as error:
+        parts, ends = [], [time.monotonic()]
+        for where, row in batch:
+            parts.append(_alone(child, (where, row)))
+            ends.append(time.monotonic())
+            if ends[-1] - ends[0] > 2 * BATCH_SECONDS:  # each row may be just under the limit of a single row
+                took = np.diff(ends)
+                found = f"took {took.max():.1f} s, as long as thousands of usual rows,"
+                raise _slow(batch[took.argmax()][0], found) from error
+        return _joined(parts)
 
 
 def _alone(child: Any, row: Row) -> Part:
     try:
         return child([row])
     except (TimeoutError, ChildProcessError, MemoryError) as error:
-        problem = (
-            f"{row[0]}: the tokenizer or its chat template {str(error) or 'took too much memory'} on this row; correct the "
-            "template's loops or its use of memory, and pass it with --chat-template FILE, or remove the row"
-        )
-        raise ConfigError(problem, see=GUIDE) from error
+        raise _slow(row[0], str(error) or "took too much memory") from error
+
+
+def _slow(where: str, found: str) -> ConfigError:
+    problem = (
+        f"{where}: the tokenizer or its chat template {found} on this row; correct the template's loops or its use of "
+        "memory, and pass it with --chat-template FILE, or remove the row"
+    )
+    return ConfigError(problem, see=GUIDE)
 
 
 def _joined(parts: Sequence[Part]) -> Part:

@@ -1,5 +1,6 @@
 """Fits and reads byte-level BPE tokenizers. They can encode every text, and decoding the token ids gives the same text."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from moe_dist.formats.tokenizer_file import read_tokenizer, tokenizer_errors
 
 PAD, BOS, EOS, BOI, EOI = SPECIALS = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>")
 SMALLEST_VOCAB = len(SPECIALS) + 256
+_LONG_WORD = re.compile(r"\S{1000}")  # the time to fit is quadratic in the length of the longest word, such as a genome
 
 
 def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
@@ -30,7 +32,7 @@ def fit_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in texts), trainer)
     return _plain_specials(tokenizer)
 
 

@@ -22,7 +22,7 @@ NO_ID = -1
 _LIMITS = (TimeoutError, ChildProcessError, MemoryError)  # errors of TimedCalls
 FLAME_TOKENS = 1 << 16  # largest number of tokens read from each file of FLAME-MoE-Traces
 _MOST_BYTES, _MOST_FLAME = 1 << 30, 1 << 27  # largest sizes of an array's file, and of a parquet file's first rows
-_MOST_LINE = 1 << 27  # largest number of bytes in a line of Megatron-Core's trace; a longer one is cut, and no JSON
+_MOST_LINE = 1 << 25  # largest number of bytes in a line of Megatron-Core's trace; a longer one is cut, and no JSON
 Parts = Iterator[tuple[int, tuple[int, ...], np.ndarray]]  # step, layers (L), and ids [T, L, K] of one sequence or one rank
 
 
@@ -149,7 +149,7 @@ def _flame(files: Sequence[Path]) -> Parts:
     by_step: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
     for file in files:
         try:
-            ids = TimedCalls(_flame_ids, seconds=60)(file)
+            ids = TimedCalls(_flame_ids, seconds=10)(file)
             if ids.ndim != 2 or ids.dtype.kind != "i":
                 raise ValueError(f"indices are {ids.dtype} of shape {ids.shape}")
             by_step[int(file.parent.name.removeprefix("iter_"))][int(file.stem.removeprefix("layer_"))] = ids

@@ -13,7 +13,7 @@ from moe_dist.data.chat import HubTokenizer
 from moe_dist.data.chat_rows import Part, Row, encode_conversation
 from moe_dist.data.corpus import Recipe
 from moe_dist.data.prepare import Inputs, prepare
-from moe_dist.errors import DataError
+from moe_dist.errors import ConfigError, DataError
 from moe_dist.runtime.progress import Report
 from tests.support.chat_folders import chat_folder, conversations, write_lines
 
@@ -123,3 +123,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, tokenizer: Path) -> 
         sizes.append(lines.stat().st_size / 1e6)
     assert used[1] - used[0] < 4 * (sizes[1] - sizes[0]), (used, sizes)
     assert json.loads((tmp_path / "10/set/manifest.json").read_text())["sources"]["messages"]["train"]["documents"] > 8000
+
+
+def test_rows_that_are_each_just_under_the_limit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of 500 rows that take 9 s each would show no progress for over an hour."""
+    clock = iter((0.0, 2.0, 11.0, 19.0, 27.0, 36.0))
+
+    class Slow:
+        def receive(self) -> Part:
+            raise TimeoutError
+
+        def __call__(self, batch: list[Row]) -> list[Row]:
+            return batch
+
+    monkeypatch.setattr(chat_rows.time, "monotonic", lambda: next(clock))
+    with pytest.raises(ConfigError, match=r"^row 1: .* took 9\.0 s, as long as thousands of usual rows, on this row"):
+        chat_rows._answer(Slow(), [(f"row {number}", b"") for number in range(500)])

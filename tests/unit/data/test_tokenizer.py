@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,13 @@ def test_special_tokens_come_first_and_never_from_text(tmp_path: Path) -> None:
         ids = encode_texts(tokenizer, ["a <eos> b <boi>"])[0]
         assert ids.min() >= len(SPECIALS)
         assert tokenizer.decode(ids.tolist(), skip_special_tokens=False) == "a <eos> b <boi>"
+
+
+def test_a_text_without_spaces_is_fitted_in_seconds() -> None:
+    """A genome is one word. Without a limit of a word's length these letters take half an hour."""
+    text = "".join("acgt"[number] for number in np.random.default_rng(0).integers(0, 4, 1_000_000))
+    fitted = fit_tokenizer([text], vocab_size=SMALLEST_VOCAB + 20)
+    assert fitted.decode(encode_texts(fitted, [text])[0].tolist()) == text
 
 
 def test_too_small_a_vocabulary_is_refused() -> None:
