@@ -178,7 +178,7 @@ def _answer(child: Any, batch: Sequence[Row]) -> Part:
             if ends[-1] - ends[0] > 2 * BATCH_SECONDS:  # each row may be just under the limit of a single row
                 took = np.diff(ends)
                 found = f"took {took.max():.1f} s, as long as thousands of usual rows,"
-                raise _slow(batch[took.argmax()][0], found) from error
+                raise _slow(batch[int(took.argmax())][0], found) from error
         return _joined(parts)
 
 
