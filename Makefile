@@ -27,7 +27,7 @@ WORLDS := -n 3 --dist loadfile --no-loadscope-reorder
 export RUN ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron test-research torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs check format data embedder tensorboard clean
+.PHONY: help train demo test test-slow test-full test-exhaustive test-one quick smollm2 test-smollm2 test-vllm test-megatron test-research torch-floor test-faults test-clusters test-slurm test-ray cluster-packages test-browser pictures chaos gpu-bundle wheel docs check format data embedder tensorboard clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ help:  ## List the targets
 
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
+
+demo: $(INSTALLED)  ## Train, trace and draw a small model in five minutes, in runs/demo
+	@$(BIN)/python -m moe_dist demo runs/demo
 
 # The second half runs whatever the first returns; the exit code is non-zero if either failed.
 BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \

@@ -21,6 +21,7 @@ from moe_dist.runtime.command_line import HELP_OPTIONS, command_app, print_versi
 # defines the subcommand's options. `commands` adds the launchers of `launchers/table.py`.
 COMMANDS = {
     "Start and look": (
+        ("demo", "tools.demo:main", "Train and draw a small model in five minutes."),
         ("configs", "launchers.explain:configs", "List the configurations of this package."),
         ("status", "launchers.status:main", "Show the state of runs."),
         ("report", "tools.report:main", "Draw the routing of a run or a trace as HTML."),

@@ -17,6 +17,7 @@ from moe_dist.config.load import load_stored_config
 from moe_dist.config.parallel.section import ExplicitSection, InterleavedSection, PinnedSection
 from moe_dist.config.partial import draft
 from moe_dist.config.schema import Config
+from moe_dist.config.trace_schema import untraceable
 from moe_dist.config.yaml_text import read_mapping
 from moe_dist.data.codebook import load_codebook
 from moe_dist.errors import EXIT_DONE, ConfigError, DataError, MoeDistError, printable
@@ -70,14 +71,30 @@ class ReportOptions:
     experts: Annotated[int, typer.Option(min=0, help="Experts of a layer, for another system's trace.")] = 0
     placement: Annotated[Path | None, typer.Option(help="YAML file with `slots`, for the byte ledger.")] = None
     node_sizes: Annotated[str, typer.Option(help="Ranks of a node in the byte ledger, separated by commas.")] = "2,4,8"
+    trace: Annotated[
+        bool | None,
+        typer.Option(
+            "--trace/--no-trace",
+            help="First trace held-out tokens on this machine. Default: if a finished run on CPUs has no trace.",
+        ),
+    ] = None
 
 
 @reports_errors("report")
 @takes(ReportOptions)
 def main(options: ReportOptions) -> None:
     """Draw the routing of a run or a trace."""
+    draw(options)
+
+
+def draw(options: ReportOptions) -> Path:
+    """Writes a report, prints its findings and returns its path. Raises MoeDistError if an option or the run is wrong."""
     out = _out(options)
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
+    if options.trace or (options.trace is None and _can_trace(options.path)):
+        from tools.trace import TraceOptions, write_trace  # imported late, because few reports need it
+
+        write_trace(TraceOptions(run=options.path, data=options.data))
     routing = open_routing(options.path, options.data, options.experts)
     against = None
     if options.against is not None:
@@ -101,6 +118,21 @@ def main(options: ReportOptions) -> None:
     for sentence in (*remarks(routing), *lines, *facts(routing)):
         print(printable(f"- {sentence}"))
     print_done(f"{out}: {len(page) / 1e6:.2f} MB, steps {routing.frames[0].first} to {routing.frames[-1].last}")
+    return out
+
+
+def _can_trace(path: Path) -> bool:
+    """Returns whether `path` is a finished run on CPUs that has no trace, and whose model and data can be traced here."""
+    folder = RunFolder(path)
+    if (
+        not folder.config_yaml.is_file()
+        or any(path.glob(f"trace*/*/{MANIFEST}"))
+        or any(path.glob(f"traces/*/*/{MANIFEST}"))
+    ):
+        return False
+    latest, config = folder.read_status().latest, load_stored_config(folder.config_yaml)
+    traceable = config.parallel.device == "cpu" and not config.engine.hosts and not any(untraceable(config))
+    return traceable and latest is not None and latest.verdict == EXIT_DONE and Path(config.data.path).is_dir()
 
 
 def _out(options: ReportOptions) -> Path:

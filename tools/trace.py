@@ -30,6 +30,11 @@ class TraceOptions(RunOptions):
 @takes(TraceOptions)
 def main(options: TraceOptions) -> None:
     """Trace held-out tokens of a trained run, on one rank, or under torchrun on several ranks that share the experts."""
+    write_trace(options)
+
+
+def write_trace(options: TraceOptions) -> None:
+    """Writes a trace and prints its folder. Raises ConfigError if a run cannot be traced, or its trace exists."""
     env = RankEnv.from_environment(os.environ)
     device = choose_device(options.device)
     trained = options.find(lambda config: [f"{key}: {reason}; trace another run" for key, reason in untraceable(config)])

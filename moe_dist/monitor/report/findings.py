@@ -34,6 +34,24 @@ def problems(routing: Routing) -> list[str]:
     return [f"{text if '.' in text.split()[0] else text[0].upper() + text[1:]}." for text in texts]  # keys keep their case
 
 
+def tiles(routing: Routing) -> list[tuple[str, str]]:
+    """Returns four figures of the last recorded steps, each with its words, or [] if no token was routed."""
+    window, parts = routing.window, group_choices(routing.window.choices_LC, routing.groups)
+    tokens, dropped = window.tokens_LG.sum(), window.dropped_LG.sum()
+    if not tokens:
+        return []
+    pairs, nulls, choices = (
+        sum(int(getattr(part, name).sum()) for part in parts) for name in ("true_Ln", "null_Lm", "total")
+    )
+    work_R = work_of_ranks(routing).sum(0)
+    return [
+        (f"{(pairs - dropped) / tokens:.2f}", "true experts a token and layer"),
+        (f"{nulls / max(choices, 1):.0%}", "of the choices are null"),
+        (f"{work_R.max() / (work_R.mean() or 1):.2f} x", "the mean work on the busiest rank"),
+        (f"{dropped / max(pairs, 1):.1%}", "of the (token, expert) pairs are dropped"),
+    ]
+
+
 def facts(routing: Routing) -> list[str]:
     """Returns sentences about the busiest expert, layer and rank, about overflow, dead experts and null choices."""
     return [*_busiest(routing), *_capacity(routing), *_dead(routing), *_nulls(routing)]

@@ -4,7 +4,7 @@ import re
 from html import escape
 
 from moe_dist.monitor.report.drawing import CURVES, MOST_FRAMES
-from moe_dist.monitor.report.findings import facts
+from moe_dist.monitor.report.findings import facts, tiles
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import Routing, Subject
 from moe_dist.monitor.report.verdicts import headline, verdicts
@@ -56,6 +56,9 @@ details{margin:.4rem 0}summary{cursor:pointer;padding:.2rem 0}
 .slider input:checked{background:var(--c0)}.slider label{display:none;order:1;width:100%;font-weight:600}
 .slider input:checked+label{display:block;padding:.3rem 0}.frames{order:2;width:100%}.frames>div{display:none}
 footer{font-size:.87rem;border-top:1px solid var(--line);padding-top:1rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.75rem}
+.tiles p{margin:.75rem 0 0;background:var(--card);padding:.5rem .75rem}
+.tiles b{display:block;font-size:1.5rem;line-height:1.3}
 .heads{list-style:none;padding:0}.heads li{padding:.3rem 0 .3rem 6.5rem;overflow-wrap:anywhere}
 .heads b{display:inline-block;width:6.5rem;margin-left:-6.5rem}
 .well>b{color:var(--well)}.bad>b{color:var(--bad)}.few>b{color:var(--quiet)}
@@ -68,9 +71,10 @@ figure,tr,.found{break-inside:avoid}h2{break-after:avoid}.wide{overflow:visible}
 
 
 def render(subject: Subject) -> str:
-    """Returns the page. Its first lines name the problems."""
+    """Returns the page. It begins with four figures and the problems."""
     routing = subject.routing
     sections = [(_anchor(title), title, question, panel(subject)) for title, question, panel in PANELS]
+    figures = "".join(f"<p><b>{figure}</b>{escape(words)}</p>" for figure, words in tiles(routing))
     links = "".join(f'<a href="#{anchor}">{escape(title)}</a>' for anchor, title, _, _ in sections)
     body = "".join(
         f'<section id="{anchor}" aria-labelledby="h-{anchor}"><h2 id="h-{anchor}">{escape(title)}</h2>'
@@ -83,7 +87,7 @@ def render(subject: Subject) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<link rel="icon" href="data:,"><style>{_style()}</style></head><body>'
         f'<header><h1>Report on {escape(routing.name)}</h1><div class="q">{escape(_about(routing))}</div></header>'
-        f'<main>{_findings(routing)}<nav aria-label="Panels">{links}</nav>{body}</main>'
+        f'<main><div class="tiles">{figures}</div>{_findings(routing)}<nav aria-label="Panels">{links}</nav>{body}</main>'
         "<footer>Load is the number of choices of an expert. docs/monitoring.md has the rules of the first lines.</footer>"
         "</body></html>\n"
     )

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from moe_dist.config.load import resolved_yaml
 from moe_dist.errors import ConfigError, DataError
+from moe_dist.monitor.report.findings import tiles
 from moe_dist.monitor.report.panels import PANELS
 from moe_dist.monitor.report.routing import FRAMES
 from moe_dist.monitor.trace.format import TOKEN, Manifest
@@ -92,6 +93,16 @@ def test_a_run_and_its_trace_have_the_same_counts(run: Path) -> None:
     assert (one.balance_coefficient, one.window_steps) == (0.02, 5)
     assert len(one.tokens.token_T) == 200
     assert np.array_equal(one.tokens.ids_TLK, other.tokens.ids_TLK)
+
+
+def test_the_tiles_have_the_figures_of_all_choices(run: Path) -> None:
+    routing = open_routing(run)
+    ids = routing.tokens.ids_TLK
+    experts, nulls = int(((ids >= 0) & (ids < 5)).sum()), int((ids >= 5).sum())
+    shown = dict(reversed(tile) for tile in tiles(routing))
+    assert shown["true experts a token and layer"] == f"{experts / ids[..., 0].size:.2f}"
+    assert shown["of the choices are null"] == f"{nulls / ids.size:.0%}"
+    assert shown["of the (token, expert) pairs are dropped"] == f"{(ids < 0).sum() / (ids.size - nulls):.1%}"
 
 
 def test_a_long_trace_is_judged_by_its_last_steps(run: Path, manifest: Manifest) -> None:
