@@ -1,6 +1,7 @@
 """Reads a run's state, throughput, checkpoints and attempts from its run folder. Reads only the end of a large file."""
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -103,7 +104,8 @@ class RunProgress:
         known."""
         if self.state is not RunState.RUNNING or self.total_steps is None or self.step_seconds is None:
             return None
-        return max(0, self.total_steps - self.step) * self.step_seconds
+        seconds = max(0, self.total_steps - self.step) * self.step_seconds
+        return seconds if math.isfinite(seconds) else None
 
 
 def read_progress(path: Path, *, now: float | None = None) -> RunProgress:

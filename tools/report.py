@@ -154,7 +154,7 @@ def page_of(subject: Subject) -> bytes:
     than MOST_BYTES."""
     page = b""
     for fewer in ({}, {"slides": 1}, {"slides": 1, "matrix_cells": 0}):
-        page = render(replace(subject, **fewer)).encode()
+        page = render(replace(subject, **fewer)).encode(errors="replace")  # a hint may have half a surrogate pair
         if len(page) <= MOST_BYTES:
             break
     return page

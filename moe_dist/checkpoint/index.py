@@ -32,6 +32,7 @@ INDEX_FILE, STATE_FILE = "index.json", "state.json"
 FORMAT = 2  # version of the checkpoint format; version 1 had no fingerprints
 MAX_FAULTS = 20  # largest number of problems that a message lists
 MAX_JSON_BYTES = 1 << 27
+LONGEST_NAME = 1000  # largest number of characters of a tensor's name
 SHOWN_BOXES = 3  # largest number of a tensor's parts that a message shows
 
 # Bytes per element of each dtype that a checkpoint can contain, by the dtype's name in safetensors files.
@@ -196,6 +197,9 @@ def index_problems(index: Index) -> list[str]:
     contain each element exactly once."""
     problems = []
     for name, entry in index.tensors.items():
+        if len(name) > LONGEST_NAME:  # patterns of names take time that is quadratic in the length
+            problems.append(f"{name[:LONGEST_NAME]}...: a name has at most {LONGEST_NAME:,} characters")
+            continue
         if entry.dtype not in ITEMSIZE:
             problems.append(f"{name}: unknown dtype {entry.dtype!r}")
         if any(chunk.shard >= index.num_shards for chunk in entry.chunks):

@@ -76,7 +76,7 @@ class DataSection(Section):
 
     path: PathText = Field(description="Folder of a prepared data set: manifest.json with .bin and .idx files.")
     seq_len: PositiveInt = Field(description="Tokens of a packed training sequence.")
-    weights: dict[Name, PositiveFloat] = Field(default_factory=dict)
+    weights: dict[Name, Annotated[float, Field(gt=0, le=1e9)]] = Field(default_factory=dict)
     """Relative number of sequences from each source of the manifest. Empty: in proportion to the sources' tokens."""
     pack_window: PositiveInt = 512
     """Number of documents that are packed into sequences at a time. A larger window needs less padding."""

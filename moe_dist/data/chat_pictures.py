@@ -44,7 +44,7 @@ class PictureChats:
         """Encodes a row. Conversations that begin with equal pictures are one family."""
         try:
             return self._encoded(hub, parsed_row(row, where, MESSAGES_ROW), where)
-        except (TypeError, ValueError, RuntimeError) as error:  # values of types that no row of a conversation has
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:  # values of types that no conversation has
             raise DataError(f"{where}: cannot be encoded ({error!r:.200}); correct or remove it", see=GUIDE) from error
 
     def _encoded(self, hub: HubTokenizer, row: dict[str, Any], where: str) -> Encoded:

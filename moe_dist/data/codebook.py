@@ -81,7 +81,7 @@ def load_codebook(path: str | Path) -> np.ndarray:
         codebook = load_array(Path(path), most_bytes=_MOST_BYTES)
     except (OSError, ValueError) as error:
         raise DataError(f"codebook {str(path)!r} cannot be read: {error}") from error
-    if codebook.dtype != np.uint8 or codebook.ndim != 4 or codebook.shape[1:] != (PATCH, PATCH, 3):
+    if codebook.dtype != np.uint8 or codebook.ndim != 4 or codebook.shape[1:] != (PATCH, PATCH, 3) or not len(codebook):
         raise DataError(
             f"codebook {str(path)!r} is {codebook.dtype} {list(codebook.shape)}, not uint8 [codes, {PATCH}, {PATCH}, 3]"
         )

@@ -44,16 +44,17 @@ class PictureEncoder:
                 self._processor: Any = AutoImageProcessor.from_pretrained(
                     folder, backend="pil", local_files_only=True, trust_remote_code=False
                 )
+            inputs = set(self._processor.model_input_names)
+            self.merged = int(getattr(self._processor, "merge_size", 0)) ** 2  # patches of a placeholder token
         except Exception as error:  # processors check their fields in their own ways
             raise ConfigError(f"{folder}: transformers cannot read its image processor: {error}", see=GUIDE) from error
         wanted = {"pixel_values", "image_grid_thw"}
-        if not wanted <= set(self._processor.model_input_names) or not hasattr(self._processor, "merge_size"):
+        if not wanted <= inputs or not self.merged:
             raise ConfigError(
                 f"{folder}: its {type(self._processor).__name__} does not make pixel_values and image_grid_thw; only such "
                 "models, as Qwen3-VL-MoE and ERNIE-4.5-VL-MoE, can be trained with pictures",
                 see=GUIDE,
             )
-        self.merged = self._processor.merge_size**2  # patches of a placeholder token
 
     def save(self, folder: Path) -> None:
         """Writes the processor's fields as preprocessor_config.json."""
@@ -67,7 +68,7 @@ class PictureEncoder:
         image = decoded(content, repr(name), FORMATS)
         try:
             patches = int(self._processor.get_number_of_image_patches(image.height, image.width))
-        except (ValueError, ZeroDivisionError) as error:
+        except (ValueError, ArithmeticError) as error:
             size = f"{image.width} x {image.height}"
             raise DataError(f"picture {name!r} of {size} pixels: the image processor refuses it: {error}") from error
         if patches * self._processor.patch_size**2 > MOST_PIXELS:

@@ -79,6 +79,8 @@ def decoded(content: bytes, named: str, formats: tuple[str, ...] = FORMATS) -> I
         if scans * image.width * image.height > MOST_SCANNED:
             raise DataError(f"picture {named} has {scans:,} scans, each over the whole picture; save it again as PNG")
         image.load()
+        if image.mode == "P":
+            image.convert("RGBA")  # raises if the palette is wrong
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's conversions clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return ImageOps.exif_transpose(image)

@@ -1,5 +1,6 @@
 """Loads a run's model from a checkpoint of any layout of ranks, with all experts on one rank or spread over ranks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,10 @@ import torch
 import typer
 
 from moe_dist.checkpoint.base import content_hash
-from moe_dist.checkpoint.contents import open_checkpoint
+from moe_dist.checkpoint.contents import Contents, open_checkpoint
 from moe_dist.checkpoint.directory import CheckpointDirectory, find_checkpoint
 from moe_dist.checkpoint.manager import CheckpointManager
-from moe_dist.checkpoint.state import capture
+from moe_dist.checkpoint.state import OPTIMIZER_PREFIX, capture
 from moe_dist.config.base.section import named
 from moe_dist.config.load import load_config
 from moe_dist.config.parallel.section import InterleavedSection
@@ -28,6 +29,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.initialise import set_whole
 from moe_dist.parallel.mesh import Mesh
 from moe_dist.placement.placement import ExpertGroup, ExpertPlacement
+from moe_dist.plan.flops import parameters
 from moe_dist.plan.policies import expert_groups, make_placement, replicated_placement
 from moe_dist.plan.preflight import manifest_violations
 from moe_dist.train.build.training import build_for_inference, freeze, group_of_modality, rank_layout, saved_part
@@ -207,8 +209,10 @@ def find_trained(
         folder, step = Path(str(config.model.folder)), 0
     else:
         folder = find_checkpoint(path) if step is None else _of_step(path, step)
-        state = open_checkpoint(folder).state
+        found = open_checkpoint(folder)
+        state = found.state
         config, values, step = saved_config(state.values, folder), state.values, state.step
+        _refuse_larger_model(config, found)
     if problems := allow(config):
         raise ConfigError([f"{folder}: {problem}" for problem in problems])
     if data is not None:
@@ -221,6 +225,19 @@ def find_trained(
     elif problems := digest_problems(mapping_of(values, "data", folder), data_digest(config.data.path, manifest)):
         raise DataError([f"{config.data.path}: these are not the data that {folder} was trained on", *problems])
     return (FolderModel if begins else LoadedRun)(folder, step, config, manifest)
+
+
+def _refuse_larger_model(config: Config, found: Contents) -> None:
+    """Raises DataError if the configuration has far more parameters than the checkpoint, before any memory is taken."""
+    if config.engine.hosts or "base" in found.state.values:  # transformers' code has the sizes; adapters lack their base
+        return
+    tensors = found.index.tensors.items()
+    stored = sum(math.prod(entry.shape) for name, entry in tensors if not name.startswith(OPTIMIZER_PREFIX))
+    if (described := parameters(config.model).total) > 2 * stored + 1000:
+        raise DataError(
+            f"{found.folder}: the configuration in state.json describes {described:,.0f} parameters, but the tensors have "
+            f"{stored:,}; restore state.json"
+        )
 
 
 def _to_begin(path: Path) -> Config:

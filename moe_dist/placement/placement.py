@@ -91,6 +91,8 @@ class ExpertPlacement:
 
     def __post_init__(self) -> None:
         placed = sorted(expert for slots in self.slots for expert in slots)
+        if self.num_experts > 2 * len(placed) + 1000:  # a damaged file may have any number; the text below names each
+            raise ConfigError(f"placement: {self.num_experts} experts have {len(placed)} slots; each expert needs one")
         if placed != list(range(self.num_experts)):
             missing = [self.name_of(e) for e in range(self.num_experts) if e not in placed]
             twice = sorted({self.name_of(e) for e in placed if placed.count(e) > 1 and 0 <= e < self.num_experts})

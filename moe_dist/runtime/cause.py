@@ -17,7 +17,7 @@ LONGEST_PART = 400  # characters
 _RANK = re.compile(r"^(ranks? [\d, -]+(?: on [^:\s]+)?): ")
 _OTHER_RANKS = re.compile(r"\branks? \d[\d, -]*(?=,| did not enter)|differ on (ranks? \d[\d, -]*)")
 _LAYER = re.compile(r"\blayers?[ .](\d+)")
-_STEPS = re.compile(r"\b(?:up to|at|after|of) step (\d+)")
+_STEPS = re.compile(r"\b(?:up to|at|after|of) step (\d{1,18})")
 
 
 class Kind(NamedTuple):
@@ -87,7 +87,7 @@ def line_of_cause(record: AttemptRecord, hints: Sequence[RecordedHint], committe
     """Returns the line for a failed attempt; empty for an attempt that is done, stopped on request, or has not ended."""
     if record.verdict in (None, EXIT_DONE, StoppedError.exit_code):
         return ""
-    reason = " ".join(record.reason.split())
+    reason = " ".join(record.reason[: 10 * LONGEST_PART].split())  # time of the searches is quadratic in its length
     kind = next(k for k in KINDS if k.code == record.verdict or (k.code is None and re.search(k.words, reason)))
     named = _RANK.match(reason)
     reason = reason[named.end() :] if named else reason

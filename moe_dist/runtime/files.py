@@ -58,16 +58,18 @@ def lines_from_end(path: Path, *, most_bytes: int) -> Iterator[bytes]:
     with stream:
         at = stream.seek(0, 2)
         begin = max(0, at - most_bytes)
-        rest, torn = b"", True
+        parts: list[bytes] = []  # of the line that begins before the block; the last part first
+        torn = True
         while at > begin:
             size = min(BLOCK, at - begin)
             at -= size
             stream.seek(at)
-            lines = (stream.read(size) + rest).split(b"\n")  # the first of these lines may begin in the previous block
-            rest = lines[0]
-            for line in reversed(lines[1:]):
-                if not torn:
-                    yield line
-                torn = False
+            first, *lines = stream.read(size).split(b"\n")
+            if lines:
+                lines[-1] += b"".join(reversed(parts))
+                yield from reversed(lines[:-1] if torn else lines)
+                parts, torn = [], False
+            if not torn:
+                parts.append(first)
         if at == 0 and not torn:
-            yield rest
+            yield b"".join(reversed(parts))

@@ -234,7 +234,7 @@ class RunFolder:
 
     def _recorded_step(self) -> int:
         for line in lines_from_end(self.metrics_jsonl, most_bytes=1 << 20):  # usually reads one block of 64 KB
-            if found := re.match(rb'\{"step":(\d+),', line):
+            if found := re.match(rb'\{"step":(\d{1,18}),', line):
                 return int(found[1])
         return 0
 

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]: made at import
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]: made at import
@@ -288,8 +290,7 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
     kept_steps = dropped = False
     with kept_path.open("wb") as file:
         writer = RecordWriter(file)
-        for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
-            event = Event.FromString(raw)
+        for raw, event in _events(path):
             values = event.summary.value
             evaluation = bool(values) and values[0].tag.startswith(EVALUATION_TAGS)  # an event is a step or an evaluation
             if event.step > step or (evaluation_owed and event.step == step and evaluation):
@@ -301,6 +302,13 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
         os.fsync(file.fileno())  # the content must be on disk before the rename
     os.replace(kept_path, path)  # even if no event is dropped: a suspended earlier writer then writes to a deleted file
     return kept_steps and not dropped
+
+
+def _events(path: Path) -> Iterator[tuple[bytes, Event]]:
+    """Yields the events of a file, up to the first that is incomplete or damaged."""
+    with suppress(DecodeError, MemoryError, OverflowError):  # a damaged length may be any number
+        for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
+            yield raw, Event.FromString(raw)
 
 
 def _began_at(path: Path) -> tuple[int, int]:

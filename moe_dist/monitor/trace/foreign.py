@@ -131,13 +131,13 @@ def _arrays(files: Sequence[Path]) -> Parts:
             ids = load_array(file, most_bytes=_MOST_BYTES)
         except (OSError, ValueError) as error:
             raise DataError(f"{file}: not an array saved by numpy ({error!s:.100}); restore the file") from error
-        if ids.ndim != 3 or ids.dtype.kind not in "iu":
+        if ids.ndim != 3 or ids.dtype.kind not in "iu" or not ids.size:
             raise DataError(
-                f"{file}: {ids.dtype} of shape {ids.shape}, but routed_experts are whole numbers [tokens, layers, k]; "
-                "reshape the array"
+                f"{file}: {ids.dtype} of shape {ids.shape}, but routed_experts are whole numbers [tokens, layers, k], at "
+                "least one of each; reshape the array"
             )
-        moe_L = np.flatnonzero(ids.any((0, 2))) if ids.shape[2] > 1 and ids.size else np.arange(ids.shape[1])
-        if ids.size and not len(moe_L):
+        moe_L = np.flatnonzero(ids.any((0, 2))) if ids.shape[2] > 1 else np.arange(ids.shape[1])
+        if not len(moe_L):
             raise DataError(f"{file}: all ids are 0, as if the server recorded no routing; record it again")
         yield 1, tuple(moe_L.tolist()), ids[:, moe_L]
 

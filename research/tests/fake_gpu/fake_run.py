@@ -54,7 +54,7 @@ def observed(run: fake_step.Built, trained: Sequence[Batch], *, held_out: int = 
         run.config, run.manifest, training.parallel, run.layout.placement, training.step.group_of_modality
     )
     batches = [fake_step.batch_of(run.config) for _ in range(held_out)]
-    with mock.patch.object(Evaluator, "_batches", return_value=batches):
+    with mock.patch.object(Evaluator, "batches", return_value=batches):
         note("evaluation", lambda: evaluator(1, final=True, trained=trained[: evaluator.calibration]))
 
     snapshots: list[Snapshot] = []
