@@ -17,6 +17,11 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -61,6 +66,25 @@ class Norm(RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class FullNorm(RMSNorm):
+    """RMSNorm over all heads together (OLMoE), for queries or keys [s, B, heads of this rank, d]. A tensor-parallel rank
+    has the weights of its heads. Forward and backward each sum one number per token over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
+        super().__init__(heads * hidden_size // config.tensor_model_parallel_size, eps)
+        self.width = heads * hidden_size
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.width == len(self.weight):
+            return super().forward(x.flatten(2)).view_as(x)
+        exact = x.float()
+        own = exact.square().sum((2, 3), keepdim=True)
+        total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(own))
+        scaled = exact * torch.rsqrt(total / self.width + self.eps)
+        return (scaled * self.weight.view(x.shape[2:])).to(x.dtype)
+
+
 def transformer_config(config: Config) -> TransformerConfig:
     """Returns Megatron's configuration for the model and its parallelism."""
     model, parallel = config.model, config.parallel
@@ -99,6 +123,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=parallel.precision == "bf16",
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        add_qkv_bias=model.attention_bias == "qkv",
         transformer_impl="local",
         **PLAIN,
         use_cpu_initialization=engine.cpu_trial,
@@ -165,6 +190,7 @@ class Gpt:
             num_kv_heads=model.num_kv_heads,
             queries_per_kv=model.num_heads // model.num_kv_heads,
             head_dim=model.resolved_head_dim,
+            full_norm=model.qk_norm == "full",
             placement=placement,
             ep_rank=self.groups.ep.rank(),
             tp_rank=self.groups.tp.rank(),
@@ -215,10 +241,15 @@ class Gpt:
         first = get_transformer_layer_offset(self.megatron, stage, self.groups.pp.rank())
         count = self.megatron.num_layers // (self._engine.pp * self._engine.vpp)
         spec = decoder_layer_spec(settings)
+        model = self.config.model
+        q_norm, k_norm = (
+            {"none": None, "head": Norm, "full": ModuleSpec(FullNorm, {"heads": heads})}[model.qk_norm]
+            for heads in (model.num_heads, model.num_kv_heads)
+        )
         layers = []
         for layer in stock[first : first + count]:
             attention = layer.submodules.self_attention
-            inside = replace(attention.submodules, core_attention=DocumentAttention)
+            inside = replace(attention.submodules, core_attention=DocumentAttention, q_layernorm=q_norm, k_layernorm=k_norm)
             parts = replace(
                 layer.submodules,
                 self_attention=replace(attention, submodules=inside),

@@ -26,6 +26,7 @@ class Place:
     ep_rank: int
     tp_rank: int
     tp_size: int
+    full_norm: bool = False  # whether the norms of queries and keys are over all heads together
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ _OUTSIDE: Mapping[str, tuple[str, int | None]] = {
     "decoder.final_layernorm.weight": ("norm.weight", None),
     "output_layer.weight": ("output.weight", 0),
 }
+_QK_NORMS = {f"self_attention.{each}_layernorm.weight": f"attention.{each}_norm.weight" for each in "qk"}
 _NORM_OF_FFN = "pre_mlp_layernorm.weight"
 _ROUTER, _EXPERTS = "mlp.moe.router.", "mlp.moe.experts."
 
@@ -100,8 +102,10 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
     elif name in _GATE_AND_UP:
         for part, view in zip(("gate", "up"), tensor.chunk(2), strict=True):
             yield Piece(f"{_GATE_AND_UP[name]}.{part}.weight", view, tuple(view.shape), 0)
-    elif name == "self_attention.linear_qkv.weight":
-        yield from _attention(tensor, place)
+    elif name.startswith("self_attention.linear_qkv."):
+        yield from _attention(name.rpartition(".")[2], tensor, place)
+    elif name in _QK_NORMS:
+        yield Piece(_QK_NORMS[name], tensor, tuple(tensor.shape), 0 if place.full_norm else None)
     elif name.startswith(_ROUTER):
         yield Piece(f"moe.router.{logical_name(name.removeprefix(_ROUTER))}", tensor, tuple(tensor.shape))
     elif name.startswith(_EXPERTS):
@@ -114,10 +118,11 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
         raise AssertionError(f"{name}: no logical tensor is known for this parameter of Megatron")
 
 
-def _attention(joined: Tensor, place: Place) -> Iterator[Piece]:
-    """Splits Megatron's joined matrix. For each key-value head, it has the rows of the queries, then key, then value."""
-    heads, width = place.num_kv_heads // place.tp_size, joined.shape[1]
-    split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, width)
+def _attention(leaf: str, joined: Tensor, place: Place) -> Iterator[Piece]:
+    """Splits Megatron's joined matrix or bias. For each key-value head, it has the rows of the queries, then key, then
+    value."""
+    heads, width = place.num_kv_heads // place.tp_size, joined.shape[1:]
+    split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, *width)
     parts = split.split([place.queries_per_kv, 1, 1], dim=1)
     for name, view in zip("qkv", parts, strict=True):
-        yield Piece(f"attention.{name}.weight", view, (view.shape[0] * view.shape[1] * view.shape[2], width), 0)
+        yield Piece(f"attention.{name}.{leaf}", view, (view.shape[:3].numel(), *width), 0)
