@@ -191,6 +191,7 @@ class Gpt:
             queries_per_kv=model.num_heads // model.num_kv_heads,
             head_dim=model.resolved_head_dim,
             full_norm=model.qk_norm == "full",
+            tied=model.tie_embeddings,
             placement=placement,
             ep_rank=self.groups.ep.rank(),
             tp_rank=self.groups.tp.rank(),
@@ -231,7 +232,7 @@ class Gpt:
             post_process=last,
             position_embedding_type="rope",
             rotary_base=model.rope_base,  # pyright: ignore[reportArgumentType]
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=model.tie_embeddings,
             vp_stage=stage,
         )
         return chunk if self._engine.cpu_trial else chunk.cuda()

@@ -27,6 +27,7 @@ class Place:
     tp_rank: int
     tp_size: int
     full_norm: bool = False  # whether the norms of queries and keys are over all heads together
+    tied: bool = False  # whether the output layer is the embedding; the last of several stages then has a copy of it
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,11 @@ _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "mlp.moe.shared.gate_weight": ("moe.shared.scale.weight", None),
 }
 _GATE_AND_UP = {"mlp.linear_fc1.weight": "ffn", "mlp.moe.shared.linear_fc1.weight": "moe.shared"}
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _OUTSIDE: Mapping[str, tuple[str, int | None]] = {
-    "embedding.word_embeddings.weight": ("embedding.weight", 0),
+    _EMBEDDING: ("embedding.weight", 0),
     "decoder.final_layernorm.weight": ("norm.weight", None),
-    "output_layer.weight": ("output.weight", 0),
+    _OUTPUT: ("output.weight", 0),
 }
 _QK_NORMS = {f"self_attention.{each}_layernorm.weight": f"attention.{each}_norm.weight" for each in "qk"}
 _NORM_OF_FFN = "pre_mlp_layernorm.weight"
@@ -84,7 +86,7 @@ def pieces(name: str, tensor: Tensor, place: Place, *, first_layer: int, moe_lay
     """Yields the pieces of a GPTModel's parameter `name`. `tensor` has the parameter's values or one of its moments.
     `first_layer` is the index of the first layer in this part of the model."""
     if name in _OUTSIDE:
-        logical, dim = _OUTSIDE[name]
+        logical, dim = _OUTSIDE[_EMBEDDING if place.tied and name == _OUTPUT else name]
         yield Piece(logical, tensor, tuple(tensor.shape), dim)
         return
     number, _, inside = name.removeprefix("decoder.layers.").partition(".")

@@ -75,6 +75,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model.qk_norm": "head", "model.head_dim": 12, **EVERY, **NO_SHARED},
     "olmoe": {"model.qk_norm": "full", "model.num_kv_heads": 4, **EVERY, **NO_SHARED},
     "qwen2_moe": {"model.attention_bias": "qkv", **EVERY},
+    "ernie4_5_moe": {
+        "model.tie_embeddings": True,
+        "model.moe.router": {"kind": "top_k", "selection_bias": True},
+        "model.moe.balance": [{"kind": "loss_free", "rate": 0.01}],
+        **FIRST_DENSE,
+    },
 }
 DEGREES: dict[str, dict[str, Any]] = {
     "tp2": TENSOR,

@@ -43,7 +43,6 @@ NEEDED = (
     ("model.rope_pairs", ("halves",), "rotation is that of Llama"),
     ("model.sliding_window", (None,), "a token sees its whole document"),
     ("model.attention_bias", ("none", "qkv"), "the output projection has no bias"),
-    ("model.tie_embeddings", (False,), "embedding and output are on different pipeline stages"),
     ("model.attention_lora", (None,), "there are no adapters"),
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
     ("model.moe.experts.kind", ("ffn",), "experts are SwiGLU"),
