@@ -1,10 +1,12 @@
 """Attention within the documents of a sequence for Megatron's SelfAttention, also on CPU and over context-parallel ranks.
 
-The mask of `moe_dist.model.attention` comes in Megatron's argument `attention_mask`. Shape letters: s positions on this
-rank, S positions of the whole sequence, B sequences, H query heads, d head width.
+Masks and rotary angles come in Megatron's argument `attention_mask`. Megatron's own rotary embedding is off. Shape letters:
+s positions on this rank, S positions of the whole sequence, B sequences, H query heads, d head width, r rotated values of a
+head.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,7 +15,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from moe_dist.config.model_schema import ModelSection
 from moe_dist.model.attention import AttentionMask, attend, dense_mask, make_mask
+from moe_dist.model.layers import RopePairs, rotary_table, rotate
 
 
 def positions_of_rank(length: int, cp_rank: int, cp_size: int) -> Tensor:
@@ -31,29 +35,53 @@ def order_of_ranks(length: int, cp_size: int) -> Tensor:
     return torch.cat([positions_of_rank(length, rank, cp_size) for rank in range(cp_size)]).argsort()
 
 
-def mask_of_rank(documents_BS: Tensor, cp_rank: int, cp_size: int) -> AttentionMask:
-    """Returns the mask for this rank's queries and all keys of the sequences. With context parallelism the mask is dense:
-    S^2 / cp_size bytes per sequence."""
-    if cp_size == 1:
-        return make_mask(documents_BS)
-    own = positions_of_rank(documents_BS.shape[1], cp_rank, cp_size).to(documents_BS.device)
-    return dense_mask(documents_BS)[:, :, own]
+class View(NamedTuple):
+    """A micro-batch as the attention layers of a rank see it.
+
+    Attributes:
+        masks: For each width of a sliding window, the mask for this rank's queries and all keys.
+        rotary: Cosines and sines for this rank's positions, [s, B, 1, r / 2].
+    """
+
+    masks: Mapping[int | None, AttentionMask]
+    rotary: tuple[Tensor, Tensor]
+    pairs: RopePairs
+
+
+def view_of_rank(documents_BS: Tensor, positions_BS: Tensor, own_s: Tensor, model: ModelSection) -> View:
+    """Returns the view of a rank that has the positions `own_s` of the sequences. If it does not have all positions, each
+    mask is dense: S s bytes per sequence. `positions_BS` restart at 0 at each document, and are 0 for padding."""
+    length = documents_BS.shape[1]
+    masks = {
+        window: make_mask(documents_BS, positions_BS, window)
+        if len(own_s) == length
+        else dense_mask(documents_BS, positions_BS, window)[:, :, own_s]
+        for window in set(model.windows)
+    }
+    scaling = model.rope_scaling and model.rope_scaling.build()
+    table = rotary_table(positions_BS, model.rope_dim or model.resolved_head_dim, model.rope_base, scaling)
+    cos, sin = (part[:, :, own_s].permute(2, 0, 1, 3) for part in table)
+    return View(masks, (cos, sin), model.rope_pairs)
 
 
 class DocumentAttention(MegatronModule):
     """Replaces Megatron's DotProductAttention, with the same arguments. With context parallelism, forward gathers keys and
     values over the ranks, and backward sums the gradients of keys and values."""
 
-    def __init__(self, config: TransformerConfig, *_: Any, pg_collection: ProcessGroupCollection, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *_: Any, pg_collection: ProcessGroupCollection, window: int | None, **__: Any
+    ) -> None:
         super().__init__(config)
-        self.cp_group = pg_collection.cp
+        self.cp_group, self.window = pg_collection.cp, window
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: AttentionMask, **_: Any) -> Tensor:
-        """Returns [s, B, H d] for queries, keys and values [s, B, heads, d]. The mask comes from `mask_of_rank`."""
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: View, **_: Any) -> Tensor:
+        """Returns [s, B, H d] for queries, keys and values [s, B, heads, d]."""
+        view = attention_mask
+        query, key = (rotate(each, view.rotary, view.pairs) for each in (query, key))
         if (size := self.cp_group.size()) > 1:
             key, value = self._gathered(key, size), self._gathered(value, size)
         q, k, v = (each.permute(1, 2, 0, 3) for each in (query, key, value))
-        return attend(q, k, v, attention_mask).permute(2, 0, 1, 3).flatten(2)
+        return attend(q, k, v, view.masks[self.window]).permute(2, 0, 1, 3).flatten(2)
 
     def _gathered(self, local: Tensor, size: int) -> Tensor:
         whole = gather_from_sequence_parallel_region(local, group=self.cp_group)

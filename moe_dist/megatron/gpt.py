@@ -230,8 +230,7 @@ class Gpt:
             max_sequence_length=model.max_seq_len,
             pre_process=first,
             post_process=last,
-            position_embedding_type="rope",
-            rotary_base=model.rope_base,  # pyright: ignore[reportArgumentType]
+            position_embedding_type="none",  # `DocumentAttention` rotates queries and keys
             share_embeddings_and_output_weights=model.tie_embeddings,
             vp_stage=stage,
         )
@@ -248,9 +247,10 @@ class Gpt:
             for heads in (model.num_heads, model.num_kv_heads)
         )
         layers = []
-        for layer in stock[first : first + count]:
+        for layer, window in zip(stock[first : first + count], model.windows[first : first + count], strict=True):
             attention = layer.submodules.self_attention
-            inside = replace(attention.submodules, core_attention=DocumentAttention, q_layernorm=q_norm, k_layernorm=k_norm)
+            core = ModuleSpec(DocumentAttention, {"window": window})
+            inside = replace(attention.submodules, core_attention=core, q_layernorm=q_norm, k_layernorm=k_norm)
             parts = replace(
                 layer.submodules,
                 self_attention=replace(attention, submodules=inside),

@@ -67,6 +67,8 @@ def test_losses_equal_those_of_the_own_engine(
         close(found, own_losses(data_ranks))
 
 
+LOSS_FREE = {"kind": "loss_free", "rate": 0.01}
+LENGTHS = {"factor": 4.0, "original_max_position_embeddings": 8}
 EVERY = {"model.moe.every": 1, "model.moe.first": 0}
 FIRST_DENSE = {"model.moe.every": 1, "model.moe.first": 1, "model.moe.shared_gate": False}
 NO_SHARED = {"model.moe.shared_ffn_dim": 0, "model.moe.shared_gate": False}
@@ -76,11 +78,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"model.qk_norm": "full", "model.num_kv_heads": 4, **EVERY, **NO_SHARED},
     "qwen2_moe": {"model.attention_bias": "qkv", **EVERY},
     "ernie4_5_moe": {
+        "model.rope_pairs": "adjacent",
         "model.tie_embeddings": True,
         "model.moe.router": {"kind": "top_k", "selection_bias": True},
-        "model.moe.balance": [{"kind": "loss_free", "rate": 0.01}],
+        "model.moe.balance": [LOSS_FREE],
         **FIRST_DENSE,
     },
+    "glm4_moe": {
+        "model.qk_norm": "head",
+        "model.attention_bias": "qkv",
+        "model.rope_dim": 4,
+        "model.moe.groups": {"all": {"num_experts": 8, "top_k": 3, "ffn_dim": 16, "modalities": ["text", "image"]}},
+        "model.moe.router": {"kind": "group_limited", "n_group": 4, "topk_group": 2, "scale": 1.5},
+        "model.moe.balance": [LOSS_FREE],
+        **FIRST_DENSE,
+    },
+    "linear": {"model.rope_scaling": {"kind": "linear", "factor": 4.0}},
+    "dynamic": {"model.rope_scaling": {"kind": "dynamic", **LENGTHS}, "model.rope_dim": 6},
+    "llama3": {"model.rope_scaling": {"kind": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **LENGTHS}},
+    "yarn": {"model.rope_scaling": {"kind": "yarn", **LENGTHS}, "model.sliding_window": 5, "model.sliding_layers": [1, 2]},
 }
 DEGREES: dict[str, dict[str, Any]] = {
     "tp2": TENSOR,
@@ -112,7 +128,6 @@ def test_families_train_as_with_the_own_engine(
 NO_NULLS = {f"model.moe.groups.{name}.num_null": 0 for name in ("text", "image")}
 TARGET = {"text": 1.2, "image": 0.8}
 ACTIVE = {"kind": "active_experts", "target": TARGET, "rate": 0.05, "proportional": 0.1, "per": "expert"}
-LOSS_FREE = {"kind": "loss_free", "rate": 0.01}
 # For each token-choice router: its section, the controllers of its biases, and the layout.
 ROUTERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]] = {
     "top_p": ({"kind": "top_p"}, [ACTIVE], STAGES),

@@ -297,7 +297,7 @@ REFUSED = {
         f"parallel.device=cuda | {MEGATRON}}}",
         f"{CHOICE_GROUPS} | {MEGATRON}, tp: 2}} | {OFF} | "
         "model.moe.router={kind: expert_choice, causal: threshold, scope: ep_group}",
-        "model.moe.groups.text={num_experts: 3, num_identity: 1, top_k: 2, ffn_dim: 16} | model.qk_norm=head | "
+        "model.moe.groups.text={num_experts: 3, num_identity: 1, top_k: 2, ffn_dim: 16} | model.attention_lora={rank: 2, alpha: 4.0} | "
         "loss.balance.scope=step | rank_balance.dealing=true | rank_balance.moving={} | parallel.deterministic=true | "
         "parallel.recompute=block | parallel.compile=true | monitor.profile={steps: [1, 2]} | run.init_from=elsewhere | "
         "run.init_rules=[copy_nulls]",
