@@ -17,14 +17,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
@@ -85,6 +85,13 @@ class FullNorm(RMSNorm):
         return (scaled * self.weight.view(x.shape[2:])).to(x.dtype)
 
 
+class BiasedProjection(RowParallelLinear):
+    """The output projection of attention with a bias, which Megatron otherwise has only if all projections have one."""
+
+    def __init__(self, *sizes: int, bias: bool, **options: Any) -> None:
+        super().__init__(*sizes, bias=True, **options)
+
+
 def transformer_config(config: Config) -> TransformerConfig:
     """Returns Megatron's configuration for the model and its parallelism."""
     model, parallel = config.model, config.parallel
@@ -110,6 +117,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=engine.tp,
         pipeline_model_parallel_size=engine.pp,
         virtual_pipeline_model_parallel_size=engine.vpp if engine.vpp > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(engine.layers),  # pyright: ignore[reportArgumentType]
         context_parallel_size=engine.cp,
         # On two stages, an interleaved schedule can put two sends between the same two ranks into one batch of sends and
         # receives. A receive could then match the wrong send.
@@ -123,7 +131,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=parallel.precision == "bf16",
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        add_qkv_bias=model.attention_bias == "qkv",
+        add_qkv_bias=model.attention_bias != "none",
         transformer_impl="local",
         **PLAIN,
         use_cpu_initialization=engine.cpu_trial,
@@ -133,6 +141,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,  # makes Megatron sum losses over ranks and micro-batches
         finalize_model_grads_func=_finalise,  # skips the division by Megatron's token count
     )
+
+
+def _pipeline_layout(layers: Sequence[int] | None) -> list[list[str]] | None:
+    """Returns Megatron's list of the layers in each part of the model."""
+    parts = [["decoder"] * count for count in layers or ()]
+    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]] if len(parts) > 1 else None
 
 
 def _finalise(chunks: list[Any], _: Tensor | None, **options: Any) -> None:
@@ -239,7 +253,7 @@ class Gpt:
     def _block(self, settings: ExpertSettings, stage: int | None, watch: LayerWatch) -> TransformerBlockSubmodules:
         stock: Any = get_gpt_decoder_layer_specs(self.megatron, use_transformer_engine=False, normalization="RMSNorm")
         first = get_transformer_layer_offset(self.megatron, stage, self.groups.pp.rank())
-        count = self.megatron.num_layers // (self._engine.pp * self._engine.vpp)
+        count = get_num_layers_to_build(self.megatron, stage, self.groups.pp.rank())
         spec = decoder_layer_spec(settings)
         model = self.config.model
         q_norm, k_norm = (
@@ -251,6 +265,8 @@ class Gpt:
             attention = layer.submodules.self_attention
             core = ModuleSpec(DocumentAttention, {"window": window})
             inside = replace(attention.submodules, core_attention=core, q_layernorm=q_norm, k_layernorm=k_norm)
+            if model.attention_bias == "qkvo":
+                inside = replace(inside, linear_proj=BiasedProjection)
             parts = replace(
                 layer.submodules,
                 self_attention=replace(attention, submodules=inside),

@@ -65,6 +65,7 @@ class Piece:
 # Maps each Megatron parameter that is one logical tensor, by its name in a layer, to (logical name, split dimension).
 _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "self_attention.linear_proj.weight": ("attention.o.weight", 1),
+    "self_attention.linear_proj.bias": ("attention.o.bias", None),
     "input_layernorm.weight": ("attention.norm.weight", None),
     "mlp.linear_fc2.weight": ("ffn.down.weight", 1),
     "mlp.moe.shared.linear_fc2.weight": ("moe.shared.down.weight", 1),
