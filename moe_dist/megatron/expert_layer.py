@@ -196,6 +196,7 @@ def _build(
                 storage=on_device if watch.static else on_host,
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
+                activation=settings.experts.build(),
             ),
             dispatcher=watch.dispatcher,
             recompute=_recompute(config),
@@ -250,7 +251,10 @@ def _initialise(
             initialiser = config.output_layer_init_method if name == "down" else config.init_method
             for weight, expert in zip(stack, local, strict=True):
                 logical = f"{prefix}.experts.{group.name}.{expert - group.first_expert}.{name}"
-                weight.copy_(_draw(logical, weight, initialiser, seed))  # copy_ casts to the parameter's dtype
+                if weight.ndim == 1:
+                    weight.zero_()  # a bias
+                else:
+                    weight.copy_(_draw(logical, weight, initialiser, seed))  # copy_ casts to the parameter's dtype
 
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:

@@ -32,12 +32,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from moe_dist.config.parallel.section import ExplicitSection
 from moe_dist.config.schema import Config
-from moe_dist.megatron.core_attention import DocumentAttention
+from moe_dist.megatron.core_attention import DocumentAttention, LatentAttention
 from moe_dist.megatron.decoder_layer import decoder_layer_spec
 from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.megatron.tensors import Piece, Place, pieces
-from moe_dist.model.layers import RMSNorm
+from moe_dist.model.layers import ModelArgs, RMSNorm
 from moe_dist.placement.placement import ExpertPlacement
 
 # Arguments for Megatron's TransformerConfig that select SwiGLU layers without biases, dropout or Apex kernels.
@@ -159,6 +159,7 @@ def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSetting
     return ExpertSettings.model_construct(
         groups={name: group.model_copy(update={"modalities": ()}) for name, group in moe.groups.items()},
         router=moe.router,
+        experts=moe.experts,
         placement=ExplicitSection(slots=tuple(tuple(map(placement.name_of, slots)) for slots in placement.slots)),
         expert_pair_budget=parallel.expert_pair_budget,
         expert_gemm=parallel.expert_gemm,
@@ -185,13 +186,14 @@ class Gpt:
     def __init__(
         self,
         config: Config,
+        args: ModelArgs,
         placement: ExpertPlacement,
         watch: LayerWatch,
         *,
         initial: Initial,
         decays: Callable[[str, tuple[int, ...]], bool],
     ) -> None:
-        self.config, self.megatron = config, transformer_config(config)
+        self.config, self.args, self.megatron = config, args, transformer_config(config)
         self._engine: Any = config.engine
         self.distributed = self._engine.distributed_optimizer
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -255,26 +257,31 @@ class Gpt:
         first = get_transformer_layer_offset(self.megatron, stage, self.groups.pp.rank())
         count = get_num_layers_to_build(self.megatron, stage, self.groups.pp.rank())
         spec = decoder_layer_spec(settings)
-        model = self.config.model
-        q_norm, k_norm = (
-            {"none": None, "head": Norm, "full": ModuleSpec(FullNorm, {"heads": heads})}[model.qk_norm]
-            for heads in (model.num_heads, model.num_kv_heads)
-        )
         layers = []
-        for layer, window in zip(stock[first : first + count], model.windows[first : first + count], strict=True):
-            attention = layer.submodules.self_attention
-            core = ModuleSpec(DocumentAttention, {"window": window})
-            inside = replace(attention.submodules, core_attention=core, q_layernorm=q_norm, k_layernorm=k_norm)
-            if model.attention_bias == "qkvo":
-                inside = replace(inside, linear_proj=BiasedProjection)
+        for layer, window in zip(stock[first : first + count], self.args.windows[first : first + count], strict=True):
             parts = replace(
                 layer.submodules,
-                self_attention=replace(attention, submodules=inside),
+                self_attention=self._attention(layer.submodules.self_attention, window),
                 input_layernorm=Norm,
                 pre_mlp_layernorm=Norm,
             )
             layers.append(ModuleSpec(spec.module, {**spec.params, "watch": watch}, parts))
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)  # pyright: ignore[reportArgumentType]
+
+    def _attention(self, stock: ModuleSpec, window: int | None) -> ModuleSpec:
+        """Returns the spec of a layer's attention, with everything in which it differs from Megatron's `stock`."""
+        args, section = self.args, self.config.model.attention
+        if section.has_latents:
+            return ModuleSpec(LatentAttention, {"args": args, "make": section.build, "window": window})
+        q_norm, k_norm = (
+            {"none": None, "head": Norm, "full": ModuleSpec(FullNorm, {"heads": heads})}[args.qk_norm]
+            for heads in (args.num_heads, args.num_kv_heads)
+        )
+        core = ModuleSpec(DocumentAttention, {"window": window, "pairs": args.rope_pairs, "sinks": section.has_sinks})
+        inside: Any = replace(stock.submodules, core_attention=core, q_layernorm=q_norm, k_layernorm=k_norm)  # pyright: ignore
+        if args.attention_bias == "qkvo":
+            inside = replace(inside, linear_proj=BiasedProjection)
+        return replace(stock, submodules=inside)
 
     def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
         """Returns the logical tensors in a parameter, or in a moment of a parameter, of the model's part `chunk`."""

@@ -81,7 +81,7 @@ class Pipeline:
             request = replace(batch.request, token_T=self._tokens(own, *batch.tokens_BS.shape))
             self._watch.begin(at, batch.share, request)
             positions_BS = batch.positions_BS.masked_fill(batch.group_BS < 0, 0)  # padding is not the longest document
-            view: Any = view_of_rank(batch.documents_BS, positions_BS, own, self._gpt.config.model)
+            view: Any = view_of_rank(batch.documents_BS, positions_BS, own, self._gpt.args)
             tokens, groups = batch.tokens_BS[:, own], batch.group_BS[:, own].contiguous()
             output = chunk(tokens, positions_BS[:, own], view, labels=labels, padding_mask=groups)
             return output, partial(loss_of, at, labels)

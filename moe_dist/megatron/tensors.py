@@ -62,10 +62,17 @@ class Piece:
         return self.view.detach().clone().reshape(self.shape)
 
 
+# Dimension in which tensor-parallel ranks split each parameter of latent attention.
+LATENT_DIMS: Mapping[str, int | None] = {
+    **{"q.weight": 0, "q_up.weight": 0, "kv_up.weight": 0, "o.weight": 1},
+    **{"q_down.weight": None, "q_norm.weight": None, "kv_down.weight": None, "kv_norm.weight": None},
+}
 # Maps each Megatron parameter that is one logical tensor, by its name in a layer, to (logical name, split dimension).
 _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "self_attention.linear_proj.weight": ("attention.o.weight", 1),
     "self_attention.linear_proj.bias": ("attention.o.bias", None),
+    **{f"self_attention.own.{name}": (f"attention.{name}", dim) for name, dim in LATENT_DIMS.items()},
+    "self_attention.core_attention.sinks": ("attention.sinks", 0),
     "input_layernorm.weight": ("attention.norm.weight", None),
     "mlp.linear_fc2.weight": ("ffn.down.weight", 1),
     "mlp.moe.shared.linear_fc2.weight": ("moe.shared.down.weight", 1),

@@ -1,6 +1,7 @@
 """Estimates a rank's memory under tensor, pipeline and context parallelism (engine.kind=megatron). Imports no torch.
 
-    weights      experts s, and (attention, dense and shared FFNs) s / tp; routers and norms s; embedding or output / tp
+    weights      experts s; (attention, dense and shared FFNs) s / tp; routers, norms and projections to latents s;
+                 embedding or output / tp
     gradients    fp32, of all these weights
     optimizer    two moments in fp32; with engine.distributed_optimizer a rank has only a fraction of them and of the fp32
                  weights: 1 / (edp / pp) for experts, and 1 / (dp cp) for all other parameters
@@ -25,7 +26,9 @@ def stage_memory(config: Config, placement: ExpertPlacement, *, rank: int, rows:
     parallel, itemsize = config.parallel, ITEMSIZE[config.parallel.precision]
     parts = parameters(config.model, experts_held=held_experts(placement, rank))
     share = engine.share_of_fullest_stage(config.model.num_layers)
-    cut = (parts.attention + parts.dense_ffn + parts.shared) / engine.tp * share
+    widths = config.model.attention_widths.items()
+    down = config.model.num_layers * sum(rows * columns for name, (rows, columns) in widths if name.endswith("_down"))
+    cut = ((parts.attention - down + parts.dense_ffn + parts.shared) / engine.tp + down) * share
     words = (parts.embedding + parts.output if engine.pp == 1 else max(parts.embedding, parts.output)) / engine.tp
     dense = cut + words + (parts.router + parts.norms) * share
     experts = parts.experts * share
