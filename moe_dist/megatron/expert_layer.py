@@ -26,6 +26,7 @@ from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.versions import record
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.experts.activations import SWIGLU
 from moe_dist.moe.experts.experts import Experts, on_host
 from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.layer import MoELayer
@@ -50,7 +51,7 @@ class MegatronLmWatch(nn.Module):
     `moe_dist.train.objective.loss`, both use a micro-batch's counts over all ranks of the pipeline stage (TP x CP x DP).
     """
 
-    request, static = NO_REQUEST, False
+    request, static, activation = NO_REQUEST, False, SWIGLU
 
     def __init__(
         self,
@@ -196,7 +197,7 @@ def _build(
                 storage=on_device if watch.static else on_host,
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
-                activation=settings.experts.build(),
+                activation=watch.activation,
             ),
             dispatcher=watch.dispatcher,
             recompute=_recompute(config),
@@ -251,10 +252,7 @@ def _initialise(
             initialiser = config.output_layer_init_method if name == "down" else config.init_method
             for weight, expert in zip(stack, local, strict=True):
                 logical = f"{prefix}.experts.{group.name}.{expert - group.first_expert}.{name}"
-                if weight.ndim == 1:
-                    weight.zero_()  # a bias
-                else:
-                    weight.copy_(_draw(logical, weight, initialiser, seed))  # copy_ casts to the parameter's dtype
+                weight.copy_(_draw(logical, weight, initialiser, seed))  # copy_ casts to the parameter's dtype
 
 
 def _draw(name: str, like: Tensor, initialiser, seed: int) -> Tensor:

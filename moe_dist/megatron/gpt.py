@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_dist.config.base.section import named
 from moe_dist.config.parallel.section import ExplicitSection
 from moe_dist.config.schema import Config
 from moe_dist.megatron.core_attention import DocumentAttention, LatentAttention
@@ -37,6 +38,7 @@ from moe_dist.megatron.decoder_layer import decoder_layer_spec
 from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.megatron.tensors import Piece, Place, pieces
+from moe_dist.model.attention import Attention, SinkAttention
 from moe_dist.model.layers import ModelArgs, RMSNorm
 from moe_dist.placement.placement import ExpertPlacement
 
@@ -76,8 +78,6 @@ class FullNorm(RMSNorm):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.width == len(self.weight):
-            return super().forward(x.flatten(2)).view_as(x)
         exact = x.float()
         own = exact.square().sum((2, 3), keepdim=True)
         total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(own))
@@ -159,7 +159,6 @@ def expert_settings(config: Config, placement: ExpertPlacement) -> ExpertSetting
     return ExpertSettings.model_construct(
         groups={name: group.model_copy(update={"modalities": ()}) for name, group in moe.groups.items()},
         router=moe.router,
-        experts=moe.experts,
         placement=ExplicitSection(slots=tuple(tuple(map(placement.name_of, slots)) for slots in placement.slots)),
         expert_pair_budget=parallel.expert_pair_budget,
         expert_gemm=parallel.expert_gemm,
@@ -201,13 +200,8 @@ class Gpt:
         self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         host = self._engine.cpu_trial or self.distributed  # a sharded state is gathered into host memory
         self.tp_mesh = DeviceMesh.from_group(self.groups.tp, "cpu" if host else "cuda")
-        model = config.model
         self.place = Place(
-            num_kv_heads=model.num_kv_heads,
-            queries_per_kv=model.num_heads // model.num_kv_heads,
-            head_dim=model.resolved_head_dim,
-            full_norm=model.qk_norm == "full",
-            tied=model.tie_embeddings,
+            args=args,
             placement=placement,
             ep_rank=self.groups.ep.rank(),
             tp_rank=self.groups.tp.rank(),
@@ -271,13 +265,14 @@ class Gpt:
     def _attention(self, stock: ModuleSpec, window: int | None) -> ModuleSpec:
         """Returns the spec of a layer's attention, with everything in which it differs from Megatron's `stock`."""
         args, section = self.args, self.config.model.attention
-        if section.has_latents:
+        kind = named(section.builds)
+        if not issubclass(kind, Attention):
             return ModuleSpec(LatentAttention, {"args": args, "make": section.build, "window": window})
         q_norm, k_norm = (
             {"none": None, "head": Norm, "full": ModuleSpec(FullNorm, {"heads": heads})}[args.qk_norm]
             for heads in (args.num_heads, args.num_kv_heads)
         )
-        core = ModuleSpec(DocumentAttention, {"window": window, "pairs": args.rope_pairs, "sinks": section.has_sinks})
+        core = ModuleSpec(DocumentAttention, {"window": window, "pairs": args.rope_pairs, "sinks": kind is SinkAttention})
         inside: Any = replace(stock.submodules, core_attention=core, q_layernorm=q_norm, k_layernorm=k_norm)  # pyright: ignore
         if args.attention_bias == "qkvo":
             inside = replace(inside, linear_proj=BiasedProjection)
@@ -285,8 +280,7 @@ class Gpt:
 
     def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
         """Returns the logical tensors in a parameter, or in a moment of a parameter, of the model's part `chunk`."""
-        first, layers = self._first_layers[chunk], self.config.model.moe_layers
-        return list(pieces(name, tensor, self.place, first_layer=first, moe_layers=layers))
+        return list(pieces(name, tensor, self.place, first_layer=self._first_layers[chunk]))
 
     def parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         """Yields (index of the model's part, Megatron's name, parameter) of each parameter with elements on this rank."""

@@ -12,7 +12,6 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from moe_dist.config.base.section import Count, GroupName, Section, Violation
-from moe_dist.config.experts.ffn import ClampedFFNExpertsSection, FFNExpertsSection
 from moe_dist.config.model_schema import GroupSection, MoESection, modality_violations
 from moe_dist.config.parallel.section import InterleavedSection, PlacementSection
 from moe_dist.config.partial import draft
@@ -31,9 +30,6 @@ class ExpertSettings(Section):
 
     groups: dict[GroupName, GroupSection] = Field(min_length=1, description="Groups of experts by name.")
     router: TopKRouterSection = Field(default_factory=TopKRouterSection, description="How tokens choose experts.")
-    experts: FFNExpertsSection | ClampedFFNExpertsSection = Field(
-        default_factory=FFNExpertsSection, description="Kind of the true experts: SwiGLU, or gpt-oss's form of it."
-    )
     placement: PlacementSection = Field(
         default_factory=InterleavedSection, description="Which rank of Megatron's EP group holds which expert."
     )

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from moe_dist.config.base.section import KindSection, Violation
 
@@ -11,9 +11,6 @@ WholeModel = Any  # stands for `model_schema.ModelSection`, whose import here wo
 
 class AttentionSection(KindSection):
     """The kind of attention that every layer uses."""
-
-    has_sinks: ClassVar[bool] = False  # whether each head has a learned score that joins the softmax
-    has_latents: ClassVar[bool] = False  # whether keys and values come from latents
 
     def violations_of(self, model: WholeModel) -> Iterable[Violation]:
         """Yields a violation for each rule that `model` breaks. The keys of a violation are relative to `model`."""

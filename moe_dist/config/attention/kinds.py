@@ -47,7 +47,6 @@ class LatentAttentionSection(AttentionSection):
 
     builds = "moe_dist.model.latent_attention:LatentAttention"
     served = "latent"
-    has_latents = True
 
     kind: Literal["latent"] = "latent"
     q_rank: PositiveInt | None = Field(
@@ -104,7 +103,6 @@ class SinkAttentionSection(GroupedQuerySection):
 
     builds = "moe_dist.model.attention:SinkAttention"
     served = "sinks"
-    has_sinks = True
 
     kind: Literal["sinks"] = "sinks"  # pyright: ignore[reportIncompatibleVariableOverride]
 

@@ -139,7 +139,7 @@ class GptState:
         groups = self._gpt.groups
         same = groups.expt_dp if piece.expert else groups.tp_dp_cp if piece.dim is None else groups.dp_cp
         copies, position = same.size(), same.rank()
-        if piece.name == "embedding.weight" and self._gpt.place.tied and groups.pp.size() > 1:
+        if piece.name == "embedding.weight" and self._gpt.args.tie_embeddings and groups.pp.size() > 1:
             copies, position = 2 * copies, position + copies * self._gpt.last_stage  # the first stage and the last have it
         local = piece.view if piece.view.shape == piece.shape else piece.get()
         if piece.dim is None or self._gpt.place.tp_size == 1:
