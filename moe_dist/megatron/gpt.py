@@ -58,6 +58,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules by parallel.recompute
 NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"
 Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
+Decays = Callable[[str, tuple[int, ...]], bool]
 
 
 class Norm(RMSNorm):
@@ -190,7 +191,7 @@ class Gpt:
         watch: LayerWatch,
         *,
         initial: Initial,
-        decays: Callable[[str, tuple[int, ...]], bool],
+        decays: Decays,
     ) -> None:
         self.config, self.args, self.megatron = config, args, transformer_config(config)
         self._engine: Any = config.engine
@@ -290,12 +291,7 @@ class Gpt:
                     yield number, name, parameter
 
     @torch.no_grad()
-    def _initialise(
-        self,
-        models: Sequence[GPTModel],
-        initial: Initial,
-        decays: Callable[[str, tuple[int, ...]], bool],
-    ) -> None:
+    def _initialise(self, models: Sequence[GPTModel], initial: Initial, decays: Decays) -> None:
         """Sets every weight, and marks the weights that get no weight decay."""
         place = self.place
         for chunk, model in enumerate(models):

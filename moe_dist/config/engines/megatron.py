@@ -138,11 +138,11 @@ class MegatronEngineSection(EngineSection):
         if self.layers is None and layers % stages:
             problem = (
                 f"model.num_layers={layers}: must be a multiple of engine.pp={self.pp} x engine.vpp={self.vpp} = {stages}, "
-                f"since every part of the pipeline has equally many; take {layers + -layers % stages}, or other degrees, "
-                "or give each part its number in engine.layers"
+                f"since every part of the pipeline has equally many; give each part its number in engine.layers, take "
+                f"{layers + -layers % stages} layers, or other degrees"
             )
             yield Violation(keys, problem)
-        if self.layers is not None and (len(self.layers), sum(self.layers)) != (stages, layers):
+        elif self.layers and (len(self.layers), sum(self.layers)) != (stages, layers):
             problem = (
                 f"engine.layers={list(self.layers)}: must be {stages} numbers (engine.pp={self.pp} x engine.vpp="
                 f"{self.vpp}) whose sum is model.num_layers={layers}; change them, or set engine.layers=null"

@@ -117,9 +117,8 @@ def build_megatron_training(config: Config, manifest: Manifest, placement: Exper
     def decays(name: str, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and role_of_name(name) not in NO_DECAY
 
-    gpt = Gpt(
-        config, model_args(config, DTYPES[config.parallel.precision]), placement, watch, initial=initial, decays=decays
-    )
+    args = model_args(config, DTYPES[config.parallel.precision])
+    gpt = Gpt(config, args, placement, watch, initial=initial, decays=decays)
     if gpt.place.ep_rank != mesh.ep_rank:
         raise AssertionError(f"Megatron's EP rank {gpt.place.ep_rank} is not {mesh.ep_rank}")
     counts_losses = gpt.last_stage and gpt.place.tp_rank == 0
