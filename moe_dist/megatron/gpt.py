@@ -108,7 +108,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.resolved_head_dim,
         ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
         num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
-        moe_router_topk=first.top_k,  # Megatron uses top_k and the width only to count FLOPs
+        moe_router_topk=max(2, first.top_k),  # Megatron refuses 1; it uses top_k and the width only to count FLOPs
         moe_ffn_hidden_size=first.ffn_dim,
         moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,

@@ -76,7 +76,15 @@ def test_losses_equal_those_of_the_own_engine(
 # Variants of `tiny_config` in transformers' form. CI runs the mixture "tp2-ep2-pp2" of the first seven.
 FAMILIES = (
     *("qwen3_moe", "olmoe biased", "qwen2_moe", "glm4_moe", "ernie4_5_moe tied", "gpt_oss", "deepseek_v3"),
-    *("glm4_moe plain", "mixtral sliding", "olmoe dynamic", "qwen2_moe sliding", "qwen3_moe sliding", "deepseek_v3 plain"),
+    *(
+        "glm4_moe plain",
+        "mixtral sliding",
+        "olmoe dynamic",
+        "qwen2_moe sliding",
+        "qwen3_moe sliding",
+        "deepseek_v3 plain",
+        "llama scaled",
+    ),
 )
 DEGREES: dict[str, dict[str, Any]] = {
     "tp2": TENSOR,
