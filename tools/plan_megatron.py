@@ -95,7 +95,7 @@ def _layouts(config: Config, gpus: int, token_mix: Mapping[str, int], *, node: i
     layers = config.model.num_layers
     for tp, pp in product(_divisors(gpus, node), (n for n in _divisors(layers) if gpus % n == 0)):
         for vpp in _divisors(layers // pp) if pp > 1 else (1,):
-            engine = config.engine.model_copy(update={"tp": tp, "pp": pp, "vpp": vpp})
+            engine = config.engine.model_copy(update={"tp": tp, "pp": pp, "vpp": vpp, "layers": None})
             for ep in _divisors(gpus // pp, sum(group.num_experts for group in groups)):
                 parallel = config.parallel.model_copy(update={"ep": ep, "edp": gpus // ep})
                 for section, placement in placements.of(ep):

@@ -26,6 +26,7 @@ from moe_dist.megatron.sharding import sharded_layer_state
 from moe_dist.megatron.versions import record
 from moe_dist.moe.dispatch.all_to_all import AllToAllDispatcher
 from moe_dist.moe.dispatch.context import DispatchContext
+from moe_dist.moe.experts.activations import SWIGLU
 from moe_dist.moe.experts.experts import Experts, on_host
 from moe_dist.moe.experts.static_storage import on_device
 from moe_dist.moe.layer import MoELayer
@@ -50,7 +51,7 @@ class MegatronLmWatch(nn.Module):
     `moe_dist.train.objective.loss`, both use a micro-batch's counts over all ranks of the pipeline stage (TP x CP x DP).
     """
 
-    request, static = NO_REQUEST, False
+    request, static, activation = NO_REQUEST, False, SWIGLU
 
     def __init__(
         self,
@@ -196,6 +197,7 @@ def _build(
                 storage=on_device if watch.static else on_host,
                 pair_budget=settings.expert_pair_budget,
                 gemm=settings.expert_gemm,
+                activation=watch.activation,
             ),
             dispatcher=watch.dispatcher,
             recompute=_recompute(config),

@@ -17,22 +17,29 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import RowParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from moe_dist.config.base.section import named
 from moe_dist.config.parallel.section import ExplicitSection
 from moe_dist.config.schema import Config
-from moe_dist.megatron.core_attention import DocumentAttention
+from moe_dist.megatron.core_attention import DocumentAttention, LatentAttention
 from moe_dist.megatron.decoder_layer import decoder_layer_spec
 from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.settings import ExpertSettings
 from moe_dist.megatron.tensors import Piece, Place, pieces
-from moe_dist.model.layers import RMSNorm
+from moe_dist.model.attention import Attention, SinkAttention
+from moe_dist.model.layers import ModelArgs, RMSNorm
 from moe_dist.placement.placement import ExpertPlacement
 
 # Arguments for Megatron's TransformerConfig that select SwiGLU layers without biases, dropout or Apex kernels.
@@ -51,6 +58,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE = {"none": (None, None), "experts": ("selective", ["moe_act"])}  # granularity and modules by parallel.recompute
 NO_DECAY_ATTRIBUTE = "moe_dist_no_decay"
 Initial = Callable[[nn.Module, str, str, tuple[int, ...]], Tensor]
+Decays = Callable[[str, tuple[int, ...]], bool]
 
 
 class Norm(RMSNorm):
@@ -59,6 +67,30 @@ class Norm(RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps)
         self.weight.sequence_parallel = config.sequence_parallel  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class FullNorm(RMSNorm):
+    """RMSNorm over all heads together (OLMoE), for queries or keys [s, B, heads of this rank, d]. A tensor-parallel rank
+    has the weights of its heads. Forward and backward each sum one number per token over TP."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, heads: int) -> None:
+        super().__init__(heads * hidden_size // config.tensor_model_parallel_size, eps)
+        self.width = heads * hidden_size
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x.float()
+        own = exact.square().sum((2, 3), keepdim=True)
+        total = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(own))
+        scaled = exact * torch.rsqrt(total / self.width + self.eps)
+        return (scaled * self.weight.view(x.shape[2:])).to(x.dtype)
+
+
+class BiasedProjection(RowParallelLinear):
+    """The output projection of attention with a bias, which Megatron otherwise has only if all projections have one."""
+
+    def __init__(self, *sizes: int, bias: bool, **options: Any) -> None:
+        super().__init__(*sizes, bias=True, **options)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -76,7 +108,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         kv_channels=model.resolved_head_dim,
         ffn_hidden_size=model.dense_ffn_dim or first.ffn_dim,
         num_moe_experts=sum(group.num_experts for group in moe.groups.values()),
-        moe_router_topk=first.top_k,  # Megatron uses top_k and the width only to count FLOPs
+        moe_router_topk=max(2, first.top_k),  # Megatron refuses 1; it uses top_k and the width only to count FLOPs
         moe_ffn_hidden_size=first.ffn_dim,
         moe_layer_freq=[int(layer in model.moe_layers) for layer in range(model.num_layers)],
         moe_shared_expert_intermediate_size=moe.shared_ffn_dim or None,
@@ -86,6 +118,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=engine.tp,
         pipeline_model_parallel_size=engine.pp,
         virtual_pipeline_model_parallel_size=engine.vpp if engine.vpp > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(engine.layers),  # pyright: ignore[reportArgumentType]
         context_parallel_size=engine.cp,
         # On two stages, an interleaved schedule can put two sends between the same two ranks into one batch of sends and
         # receives. A receive could then match the wrong send.
@@ -99,6 +132,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=parallel.precision == "bf16",
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        add_qkv_bias=model.attention_bias != "none",
         transformer_impl="local",
         **PLAIN,
         use_cpu_initialization=engine.cpu_trial,
@@ -108,6 +142,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         calculate_per_token_loss=True,  # makes Megatron sum losses over ranks and micro-batches
         finalize_model_grads_func=_finalise,  # skips the division by Megatron's token count
     )
+
+
+def _pipeline_layout(layers: Sequence[int] | None) -> list[list[str]] | None:
+    """Returns Megatron's list of the layers in each part of the model."""
+    parts = [["decoder"] * count for count in layers or ()]
+    return [["embedding", *parts[0]], *parts[1:-1], [*parts[-1], "loss"]] if len(parts) > 1 else None
 
 
 def _finalise(chunks: list[Any], _: Tensor | None, **options: Any) -> None:
@@ -146,13 +186,14 @@ class Gpt:
     def __init__(
         self,
         config: Config,
+        args: ModelArgs,
         placement: ExpertPlacement,
         watch: LayerWatch,
         *,
         initial: Initial,
-        decays: Callable[[str, tuple[int, ...]], bool],
+        decays: Decays,
     ) -> None:
-        self.config, self.megatron = config, transformer_config(config)
+        self.config, self.args, self.megatron = config, args, transformer_config(config)
         self._engine: Any = config.engine
         self.distributed = self._engine.distributed_optimizer
         self.groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -160,11 +201,8 @@ class Gpt:
         self.last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         host = self._engine.cpu_trial or self.distributed  # a sharded state is gathered into host memory
         self.tp_mesh = DeviceMesh.from_group(self.groups.tp, "cpu" if host else "cuda")
-        model = config.model
         self.place = Place(
-            num_kv_heads=model.num_kv_heads,
-            queries_per_kv=model.num_heads // model.num_kv_heads,
-            head_dim=model.resolved_head_dim,
+            args=args,
             placement=placement,
             ep_rank=self.groups.ep.rank(),
             tp_rank=self.groups.tp.rank(),
@@ -203,9 +241,8 @@ class Gpt:
             max_sequence_length=model.max_seq_len,
             pre_process=first,
             post_process=last,
-            position_embedding_type="rope",
-            rotary_base=model.rope_base,  # pyright: ignore[reportArgumentType]
-            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",  # `DocumentAttention` rotates queries and keys
+            share_embeddings_and_output_weights=model.tie_embeddings,
             vp_stage=stage,
         )
         return chunk if self._engine.cpu_trial else chunk.cuda()
@@ -213,25 +250,38 @@ class Gpt:
     def _block(self, settings: ExpertSettings, stage: int | None, watch: LayerWatch) -> TransformerBlockSubmodules:
         stock: Any = get_gpt_decoder_layer_specs(self.megatron, use_transformer_engine=False, normalization="RMSNorm")
         first = get_transformer_layer_offset(self.megatron, stage, self.groups.pp.rank())
-        count = self.megatron.num_layers // (self._engine.pp * self._engine.vpp)
+        count = get_num_layers_to_build(self.megatron, stage, self.groups.pp.rank())
         spec = decoder_layer_spec(settings)
         layers = []
-        for layer in stock[first : first + count]:
-            attention = layer.submodules.self_attention
-            inside = replace(attention.submodules, core_attention=DocumentAttention)
+        for layer, window in zip(stock[first : first + count], self.args.windows[first : first + count], strict=True):
             parts = replace(
                 layer.submodules,
-                self_attention=replace(attention, submodules=inside),
+                self_attention=self._attention(layer.submodules.self_attention, window),
                 input_layernorm=Norm,
                 pre_mlp_layernorm=Norm,
             )
             layers.append(ModuleSpec(spec.module, {**spec.params, "watch": watch}, parts))
         return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)  # pyright: ignore[reportArgumentType]
 
+    def _attention(self, stock: ModuleSpec, window: int | None) -> ModuleSpec:
+        """Returns the spec of a layer's attention, with everything in which it differs from Megatron's `stock`."""
+        args, section = self.args, self.config.model.attention
+        kind = named(section.builds)
+        if not issubclass(kind, Attention):
+            return ModuleSpec(LatentAttention, {"args": args, "make": section.build, "window": window})
+        q_norm, k_norm = (
+            {"none": None, "head": Norm, "full": ModuleSpec(FullNorm, {"heads": heads})}[args.qk_norm]
+            for heads in (args.num_heads, args.num_kv_heads)
+        )
+        core = ModuleSpec(DocumentAttention, {"window": window, "pairs": args.rope_pairs, "sinks": kind is SinkAttention})
+        inside: Any = replace(stock.submodules, core_attention=core, q_layernorm=q_norm, k_layernorm=k_norm)  # pyright: ignore
+        if args.attention_bias == "qkvo":
+            inside = replace(inside, linear_proj=BiasedProjection)
+        return replace(stock, submodules=inside)
+
     def pieces(self, chunk: int, name: str, tensor: Tensor) -> list[Piece]:
         """Returns the logical tensors in a parameter, or in a moment of a parameter, of the model's part `chunk`."""
-        first, layers = self._first_layers[chunk], self.config.model.moe_layers
-        return list(pieces(name, tensor, self.place, first_layer=first, moe_layers=layers))
+        return list(pieces(name, tensor, self.place, first_layer=self._first_layers[chunk]))
 
     def parameters(self) -> Iterator[tuple[int, str, nn.Parameter]]:
         """Yields (index of the model's part, Megatron's name, parameter) of each parameter with elements on this rank."""
@@ -241,12 +291,7 @@ class Gpt:
                     yield number, name, parameter
 
     @torch.no_grad()
-    def _initialise(
-        self,
-        models: Sequence[GPTModel],
-        initial: Initial,
-        decays: Callable[[str, tuple[int, ...]], bool],
-    ) -> None:
+    def _initialise(self, models: Sequence[GPTModel], initial: Initial, decays: Decays) -> None:
         """Sets every weight, and marks the weights that get no weight decay."""
         place = self.place
         for chunk, model in enumerate(models):

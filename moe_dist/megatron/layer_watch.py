@@ -37,6 +37,7 @@ class LayerWatch:
         request: The request that routers get with the current micro-batch.
         chosen: For each micro-batch (by number) and layer, each token's index in the micro-batch [T], and the choices. It
             contains only micro-batches whose request asks for choices.
+        activation: The activation of every expert.
         static: Whether exchanges have fixed sizes, so that the host does not know how many rows are exchanged.
         every_rank: Megatron's group TP x CP x DP: all ranks of a stage that have tokens of a micro-batch. Set by `Gpt`.
     """
@@ -57,6 +58,7 @@ class LayerWatch:
         self.routers: dict[int, nn.Module] = {}
         self._placement, self._layers, self._device = placement, config.model.moe_layers, device
         self._experts_choose, self.static = config.model.moe.router.experts_choose, config.parallel.dispatch.static
+        self.activation = config.model.moe.experts.build()
         self._tables = ColumnTables.on(placement.groups, device)
         self.coefficients: AuxSettings | None = None
         self.comm_stats, self.dispatcher = comm_stats, dispatcher

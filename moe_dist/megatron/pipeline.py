@@ -13,7 +13,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from moe_dist.megatron.core_attention import mask_of_rank, positions_of_rank
+from moe_dist.megatron.core_attention import positions_of_rank, view_of_rank
 from moe_dist.megatron.gpt import Gpt
 from moe_dist.megatron.layer_watch import LayerWatch
 from moe_dist.megatron.modality import PADDING
@@ -28,6 +28,7 @@ class MicroBatch(NamedTuple):
 
     tokens_BS: Tensor
     documents_BS: Tensor
+    positions_BS: Tensor  # position of each token in its document
     group_BS: Tensor  # expert group of each token, -1 for padding
     labels_BS: Tensor
     share: Tensor  # weight of the micro-batch's auxiliary terms in the step
@@ -79,11 +80,10 @@ class Pipeline:
             labels = batch.labels_BS[:, own]
             request = replace(batch.request, token_T=self._tokens(own, *batch.tokens_BS.shape))
             self._watch.begin(at, batch.share, request)
-            mask: Any = mask_of_rank(batch.documents_BS, self.cp_rank, self.cp_size)
-            positions = own.expand(labels.shape)
-            output = chunk(
-                batch.tokens_BS[:, own], positions, mask, labels=labels, padding_mask=batch.group_BS[:, own].contiguous()
-            )
+            positions_BS = batch.positions_BS.masked_fill(batch.group_BS < 0, 0)  # padding is not the longest document
+            view: Any = view_of_rank(batch.documents_BS, positions_BS, own, self._gpt.args)
+            tokens, groups = batch.tokens_BS[:, own], batch.group_BS[:, own].contiguous()
+            output = chunk(tokens, positions_BS[:, own], view, labels=labels, padding_mask=groups)
             return output, partial(loss_of, at, labels)
 
         chunks = self._gpt.chunks

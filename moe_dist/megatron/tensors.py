@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.model.layers import ModelArgs
 from moe_dist.placement.parameter_names import logical_name
 from moe_dist.placement.placement import ExpertPlacement
 
 
 @dataclass(frozen=True)
 class Place:
-    """The sizes of the model that determine its pieces, and this rank's position in the EP and TP groups."""
+    """The sizes of the model, which determine its pieces, and this rank's position in the EP and TP groups."""
 
-    num_kv_heads: int
-    queries_per_kv: int
-    head_dim: int
+    args: ModelArgs
     placement: ExpertPlacement
     ep_rank: int
     tp_rank: int
@@ -60,9 +59,17 @@ class Piece:
         return self.view.detach().clone().reshape(self.shape)
 
 
+# Dimension in which tensor-parallel ranks split each parameter of latent attention.
+LATENT_DIMS: Mapping[str, int | None] = {
+    **{"q.weight": 0, "q_up.weight": 0, "kv_up.weight": 0, "o.weight": 1},
+    **{"q_down.weight": None, "q_norm.weight": None, "kv_down.weight": None, "kv_norm.weight": None},
+}
 # Maps each Megatron parameter that is one logical tensor, by its name in a layer, to (logical name, split dimension).
 _SINGLE: Mapping[str, tuple[str, int | None]] = {
     "self_attention.linear_proj.weight": ("attention.o.weight", 1),
+    "self_attention.linear_proj.bias": ("attention.o.bias", None),
+    **{f"self_attention.own.{name}": (f"attention.{name}", dim) for name, dim in LATENT_DIMS.items()},
+    "self_attention.core_attention.sinks": ("attention.sinks", 0),
     "input_layernorm.weight": ("attention.norm.weight", None),
     "mlp.linear_fc2.weight": ("ffn.down.weight", 1),
     "mlp.moe.shared.linear_fc2.weight": ("moe.shared.down.weight", 1),
@@ -74,20 +81,23 @@ _OUTSIDE: Mapping[str, tuple[str, int | None]] = {
     "decoder.final_layernorm.weight": ("norm.weight", None),
     "output_layer.weight": ("output.weight", 0),
 }
+_QK_NORMS = {f"self_attention.{each}_layernorm.weight": f"attention.{each}_norm.weight" for each in "qk"}
 _NORM_OF_FFN = "pre_mlp_layernorm.weight"
 _ROUTER, _EXPERTS = "mlp.moe.router.", "mlp.moe.experts."
 
 
-def pieces(name: str, tensor: Tensor, place: Place, *, first_layer: int, moe_layers: tuple[int, ...]) -> Iterator[Piece]:
+def pieces(name: str, tensor: Tensor, place: Place, *, first_layer: int) -> Iterator[Piece]:
     """Yields the pieces of a GPTModel's parameter `name`. `tensor` has the parameter's values or one of its moments.
     `first_layer` is the index of the first layer in this part of the model."""
     if name in _OUTSIDE:
         logical, dim = _OUTSIDE[name]
+        if place.args.tie_embeddings and logical == "output.weight":
+            logical = "embedding.weight"  # the last of several pipeline stages has a copy
         yield Piece(logical, tensor, tuple(tensor.shape), dim)
         return
     number, _, inside = name.removeprefix("decoder.layers.").partition(".")
     layer = first_layer + int(number)
-    for piece in _in_layer(inside, tensor, place, experts=layer in moe_layers):
+    for piece in _in_layer(inside, tensor, place, experts=layer in place.args.moe_layers):
         yield Piece(f"layers.{layer}.{piece.name}", piece.view, piece.shape, piece.dim, piece.expert)
 
 
@@ -100,8 +110,10 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
     elif name in _GATE_AND_UP:
         for part, view in zip(("gate", "up"), tensor.chunk(2), strict=True):
             yield Piece(f"{_GATE_AND_UP[name]}.{part}.weight", view, tuple(view.shape), 0)
-    elif name == "self_attention.linear_qkv.weight":
-        yield from _attention(tensor, place)
+    elif name.startswith("self_attention.linear_qkv."):
+        yield from _attention(name.rpartition(".")[2], tensor, place)
+    elif name in _QK_NORMS:
+        yield Piece(_QK_NORMS[name], tensor, tuple(tensor.shape), 0 if place.args.qk_norm == "full" else None)
     elif name.startswith(_ROUTER):
         yield Piece(f"moe.router.{logical_name(name.removeprefix(_ROUTER))}", tensor, tuple(tensor.shape))
     elif name.startswith(_EXPERTS):
@@ -114,10 +126,11 @@ def _in_layer(name: str, tensor: Tensor, place: Place, *, experts: bool) -> Iter
         raise AssertionError(f"{name}: no logical tensor is known for this parameter of Megatron")
 
 
-def _attention(joined: Tensor, place: Place) -> Iterator[Piece]:
-    """Splits Megatron's joined matrix. For each key-value head, it has the rows of the queries, then key, then value."""
-    heads, width = place.num_kv_heads // place.tp_size, joined.shape[1]
-    split = joined.view(heads, place.queries_per_kv + 2, place.head_dim, width)
-    parts = split.split([place.queries_per_kv, 1, 1], dim=1)
+def _attention(leaf: str, joined: Tensor, place: Place) -> Iterator[Piece]:
+    """Splits Megatron's joined matrix or bias. For each key-value head, it has the rows of the queries, then key, then
+    value."""
+    args, width = place.args, joined.shape[1:]
+    queries = args.num_heads // args.num_kv_heads  # of each key-value head
+    parts = joined.view(-1, queries + 2, args.head_dim, *width).split([queries, 1, 1], dim=1)
     for name, view in zip("qkv", parts, strict=True):
-        yield Piece(f"attention.{name}.weight", view, (view.shape[0] * view.shape[1] * view.shape[2], width), 0)
+        yield Piece(f"attention.{name}.{leaf}", view, (view.shape[:3].numel(), *width), 0)

@@ -26,7 +26,11 @@ BLOCK = {**FOUR, **megatron(tp=2, pp=2)}
 INTERLEAVED = {**FOUR, **megatron(pp=2, vpp=2, distributed_optimizer=True)}
 SHARDED = {**TWO, **megatron(distributed_optimizer=True)}
 PINNED = {**TWO, "placement": {"policy": "pinned"}, **megatron(cp=2)}
-BIASES = {
+# A model whose checkpoint has every kind of tensor: norms over all heads, tied embeddings, biases.
+MODEL = {
+    "model.qk_norm": "full",
+    "model.attention_bias": "qkv",
+    "model.tie_embeddings": True,
     "model.moe.router": {"kind": "top_k", "selection_bias": True},
     "model.moe.balance": [
         {"kind": "active_experts", "target": {"text": 1.2, "image": 0.8}, "rate": 0.05, "proportional": 0.1},
@@ -90,16 +94,16 @@ def test_there_and_back_changes_no_bit(
     """`readers` is a layout of our engine that reads the same sequences per micro-batch as `layout`."""
     folders = [str(tmp_path / name) for name in ("own", "there", "back", "on", "resumed", "again")]
     own, there, back, on, resumed, again = folders
-    run_engine({**ONE, **BIASES}, legs, None, (0, 3), own)
-    run_engine({**layout, **BIASES}, legs, own, (3, 3), there)
-    run_engine({**TWO, **BIASES}, legs, there, (3, 3), back)
+    run_engine({**ONE, **MODEL}, legs, None, (0, 3), own)
+    run_engine({**layout, **MODEL}, legs, own, (3, 3), there)
+    run_engine({**TWO, **MODEL}, legs, there, (3, 3), back)
     assert "layers.1.moe.router.text.bias" in fingerprints(own)
     assert fingerprints(there) == fingerprints(back) == fingerprints(own)
-    expected = run_engine({**readers, **BIASES}, legs, own, (3, 6), on)[0]
-    for found in run_engine({**layout, **BIASES}, legs, there, (3, 6), resumed):
+    expected = run_engine({**readers, **MODEL}, legs, own, (3, 6), on)[0]
+    for found in run_engine({**layout, **MODEL}, legs, there, (3, 6), resumed):
         assert found == pytest.approx(expected, rel=1e-5)
 
-    run_engine({**TWO, **BIASES}, legs, resumed, (6, 6), again)
+    run_engine({**TWO, **MODEL}, legs, resumed, (6, 6), again)
     exported = [exported_files(folder, str(tiny_data)) for folder in (resumed, again)]
     assert exported[0] == exported[1]
     assert any(name.endswith(".safetensors") for name in exported[0])

@@ -46,7 +46,7 @@ def built_by_name(rank: RankContext, eps: list[int]) -> list[dict[str, np.ndarra
                 held = [
                     piece
                     for name, parameter in model.named_parameters()
-                    for piece in pieces(name, parameter, place, first_layer=0, moe_layers=MOE_LAYERS)
+                    for piece in pieces(name, parameter, place, first_layer=0)
                 ]
                 drawn = (piece for piece in held if role_of_name(piece.name) in (Role.ROUTER, Role.EXPERT))
                 weights.append({piece.name: piece.get().numpy() for piece in drawn})

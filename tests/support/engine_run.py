@@ -152,6 +152,8 @@ def take_steps(run: Run, first: int, last: int, watchers: Sequence[StepWatcher] 
 
 
 def losses(rank: RankContext, data: str, changes: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns a report of each step of a run."""
+    """Returns a report of each step of a run, which begins with the weights of `run.init_from` if it is set."""
     with started_run(rank, data, changes) as run:
+        if run.config.run.init_from is not None:
+            run.saver().restore()
         return take_steps(run, 0, run.config.train.steps)

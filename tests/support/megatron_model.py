@@ -30,6 +30,17 @@ HIDDEN_DIM, NUM_HEADS, KV_HEADS, VOCAB_SIZE, SEQ_LEN, LAYERS = 16, 4, 2, 64, 12,
 SHARED_FFN_DIM, DENSE_FFN_DIM, EPS, STD = 8, 20, 1e-5, 0.3
 MOE_LAYERS = (1, 3)  # all other layers are dense
 BALANCE, Z = 0.02, 1e-3
+ARGS = ModelArgs(
+    vocab_size=VOCAB_SIZE,
+    hidden_dim=HIDDEN_DIM,
+    num_layers=LAYERS,
+    num_heads=NUM_HEADS,
+    num_kv_heads=KV_HEADS,
+    head_dim=HIDDEN_DIM // NUM_HEADS,
+    moe_layers=MOE_LAYERS,
+    dense_ffn_dim=DENSE_FFN_DIM,
+    norm_eps=EPS,
+)
 
 TWO_GROUPS = {
     "groups": {
@@ -151,18 +162,7 @@ def our_model(settings: ExpertSettings, *, seed: int = 3) -> Transformer:
             shared=SwiGLU(HIDDEN_DIM, SHARED_FFN_DIM),
         )
 
-    args = ModelArgs(
-        vocab_size=VOCAB_SIZE,
-        hidden_dim=HIDDEN_DIM,
-        num_layers=LAYERS,
-        num_heads=NUM_HEADS,
-        num_kv_heads=KV_HEADS,
-        head_dim=HIDDEN_DIM // NUM_HEADS,
-        moe_layers=MOE_LAYERS,
-        dense_ffn_dim=DENSE_FFN_DIM,
-        norm_eps=EPS,
-    )
-    model = Transformer(args, make_moe)
+    model = Transformer(ARGS, make_moe)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -229,9 +229,7 @@ def our_loss(
 def place_of(layout: Layout, state: Any) -> Place:
     """Returns this rank's place in the model; `state` is Megatron's `parallel_state`."""
     return Place(
-        num_kv_heads=KV_HEADS,
-        queries_per_kv=NUM_HEADS // KV_HEADS,
-        head_dim=HIDDEN_DIM // NUM_HEADS,
+        args=ARGS,
         placement=layout.settings.place(layout.ep),
         ep_rank=state.get_expert_model_parallel_rank(),
         tp_rank=state.get_tensor_model_parallel_rank(),
@@ -250,7 +248,7 @@ def megatron_tensors(model: Any, ours: Transformer, place: Place, *, gradients: 
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         found[name] = torch.full_like(parameter, float("nan"))  # a value that no piece sets stays NaN
-        for piece in pieces(name, found[name], place, first_layer=0, moe_layers=MOE_LAYERS):
+        for piece in pieces(name, found[name], place, first_layer=0):
             tensor = whole[piece.name]
             piece.set(tensor if piece.dim is None else tensor.chunk(place.tp_size, piece.dim)[place.tp_rank])
     return found

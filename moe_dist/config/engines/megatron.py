@@ -37,17 +37,9 @@ NEEDED = (
     ),
     ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
     ("parallel.deterministic", (False,), "Megatron's kernels have not been checked for it"),
-    ("model.attention.kind", ("grouped_query",), "attention is grouped-query"),
-    ("model.rope_scaling", (None,), "rotary frequencies have no scaling"),
-    ("model.rope_dim", (None,), "whole heads are rotated"),
-    ("model.rope_pairs", ("halves",), "rotation is that of Llama"),
-    ("model.sliding_window", (None,), "a token sees its whole document"),
-    ("model.qk_norm", ("none",), "queries and keys have no norm"),
-    ("model.attention_bias", ("none",), "projections have no bias"),
-    ("model.tie_embeddings", (False,), "embedding and output are on different pipeline stages"),
     ("model.attention_lora", (None,), "there are no adapters"),
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
-    ("model.moe.experts.kind", ("ffn",), "experts are SwiGLU"),
+    ("model.moe.experts.kind", ("ffn", "clamped_ffn"), "experts have no adapters"),
     ("model.moe.capacity", (None,), "no token is dropped"),
     ("model.moe.shortcut", (False,), "the experts' output is added in its own layer"),
     ("monitor.profile", (None,), "steps are not profiled"),
@@ -68,6 +60,8 @@ class MegatronEngineSection(EngineSection):
     pp: Ranks = Field(default=1, description="Pipeline stages.")
     vpp: PositiveInt = 1
     """Number of model parts per pipeline stage. Above 1, the schedule interleaves the parts, which shortens idle time."""
+    layers: tuple[PositiveInt, ...] | None = None
+    """Number of layers of each part of the model, in the order of the layers: pp x vpp numbers. null: equally many."""
     cp: Ranks = Field(default=1, description="Ranks that share the positions of a sequence.")
     distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel ranks."""
@@ -90,6 +84,11 @@ class MegatronEngineSection(EngineSection):
 
     def groups_of_stage(self, parallel: ParallelSection) -> int:
         return parallel.edp // self.pp
+
+    def share_of_fullest_stage(self, num_layers: int) -> float:
+        """Returns the fraction of the layers that the stage with the most layers has."""
+        parts = self.layers or (num_layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
+        return max(sum(parts[stage :: self.pp]) for stage in range(self.pp)) / num_layers
 
     def degrees_text(self) -> str:
         vpp = f" x vpp {self.vpp}" if self.vpp > 1 else ""
@@ -135,12 +134,20 @@ class MegatronEngineSection(EngineSection):
             )
             yield Violation(("parallel.edp", "engine.pp"), problem)
         layers, stages = config.model.num_layers, self.pp * self.vpp
-        if layers % stages:
+        keys = ("model.num_layers", "engine.pp", "engine.vpp")
+        if self.layers is None and layers % stages:
             problem = (
                 f"model.num_layers={layers}: must be a multiple of engine.pp={self.pp} x engine.vpp={self.vpp} = {stages}, "
-                f"since every part of the pipeline has equally many; take {layers + -layers % stages}, or other degrees"
+                f"since every part of the pipeline has equally many; give each part its number in engine.layers, take "
+                f"{layers + -layers % stages} layers, or other degrees"
             )
-            yield Violation(("model.num_layers", "engine.pp", "engine.vpp"), problem)
+            yield Violation(keys, problem)
+        elif self.layers and (len(self.layers), sum(self.layers)) != (stages, layers):
+            problem = (
+                f"engine.layers={list(self.layers)}: must be {stages} numbers (engine.pp={self.pp} x engine.vpp="
+                f"{self.vpp}) whose sum is model.num_layers={layers}; change them, or set engine.layers=null"
+            )
+            yield Violation(("engine.layers", *keys), problem)
         if self.vpp > 1 and self.pp == 1:
             problem = f"engine.vpp={self.vpp}: there is no pipeline with engine.pp=1; set vpp to 1, or raise pp"
             yield Violation(("engine.vpp", "engine.pp"), problem)

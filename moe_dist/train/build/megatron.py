@@ -22,7 +22,14 @@ from moe_dist.placement.parameter_names import role_of_name
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.train.build.dispatch import dispatch_context
 from moe_dist.train.build.moe_layers import build_balance, build_router, build_thresholds, router_context
-from moe_dist.train.build.training import EngineContext, Training, check_expert_gemm, group_of_modality, state_specs
+from moe_dist.train.build.training import (
+    EngineContext,
+    Training,
+    check_expert_gemm,
+    group_of_modality,
+    model_args,
+    state_specs,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def megatron_engine(context: EngineContext) -> Iterator[Training]:
 
 def build_megatron_training(config: Config, manifest: Manifest, placement: ExpertPlacement, mesh: Mesh) -> Training:
     """Builds this rank's part of the model with its weights, and Megatron's optimizer. Call it inside `megatron_world`."""
-    from moe_dist.megatron.gpt import Gpt
+    from moe_dist.megatron.gpt import DTYPES, Gpt
     from moe_dist.megatron.layer_watch import LayerWatch
     from moe_dist.megatron.pipeline import Pipeline
     from moe_dist.train.build.pipeline_state import GptState
@@ -110,7 +117,8 @@ def build_megatron_training(config: Config, manifest: Manifest, placement: Exper
     def decays(name: str, shape: tuple[int, ...]) -> bool:
         return len(shape) > 1 and role_of_name(name) not in NO_DECAY
 
-    gpt = Gpt(config, placement, watch, initial=initial, decays=decays)
+    args = model_args(config, DTYPES[config.parallel.precision])
+    gpt = Gpt(config, args, placement, watch, initial=initial, decays=decays)
     if gpt.place.ep_rank != mesh.ep_rank:
         raise AssertionError(f"Megatron's EP rank {gpt.place.ep_rank} is not {mesh.ep_rank}")
     counts_losses = gpt.last_stage and gpt.place.tp_rank == 0

@@ -138,14 +138,17 @@ class GptState:
     def _shard(self, piece: Piece) -> LocalShard:
         groups = self._gpt.groups
         same = groups.expt_dp if piece.expert else groups.tp_dp_cp if piece.dim is None else groups.dp_cp
+        copies, position = same.size(), same.rank()
+        if piece.name == "embedding.weight" and self._gpt.args.tie_embeddings and groups.pp.size() > 1:
+            copies, position = 2 * copies, position + copies * self._gpt.last_stage  # the first stage and the last have it
         local = piece.view if piece.view.shape == piece.shape else piece.get()
         if piece.dim is None or self._gpt.place.tp_size == 1:
-            return LocalShard(local, same.size(), same.rank())
+            return LocalShard(local, copies, position)
         whole = torch.empty(piece.whole_shape(self._gpt.place.tp_size), device="meta")
         cut = DTensor.from_local(
             local, self._gpt.tp_mesh, [Shard(piece.dim)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
-        return LocalShard(cut, same.size(), same.rank())
+        return LocalShard(cut, copies, position)
 
 
 def _updated(place: _Slice, kind: str) -> Tensor:

@@ -35,14 +35,14 @@ class PipelineModel:
         self.training = True
 
     def __call__(
-        self, tokens_BS: Tensor, _positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor, request: RoutingRequest,
+        self, tokens_BS: Tensor, positions_BS: Tensor, documents_BS: Tensor, group_BS: Tensor, request: RoutingRequest,
         labels_BS: Tensor | None,
     ) -> tuple[Tensor, Sequence[LayerReport]]:  # fmt: skip
         """Returns the cross entropy of each label [B, S], and one report for each MoE layer of this stage. The cross
         entropy is 0 on all stages except the last."""
         one = torch.ones((), device=tokens_BS.device)
         labels_BS = torch.full_like(tokens_BS, IGNORED) if labels_BS is None else labels_BS
-        batch = MicroBatch(tokens_BS, documents_BS, group_BS, labels_BS, one, request)
+        batch = MicroBatch(tokens_BS, documents_BS, positions_BS, group_BS, labels_BS, one, request)
         found = self.pipeline.run([batch], divisor=one, training=False)
         losses_BS = self._whole(found[0]) if found else torch.zeros(tokens_BS.shape, device=tokens_BS.device)
         reports = self.watch.take()[0]
@@ -138,6 +138,7 @@ class PipelineStep(TrainingStep):
             MicroBatch(
                 each.tokens_BS,
                 each.documents_BS,
+                each.positions_BS,
                 self.group_of_modality[each.modality_BS].masked_fill(each.padding_BS, -1),
                 each.labels_BS,
                 share,

@@ -289,6 +289,7 @@ REFUSED = {
         f"{MEGATRON}, tp: 3}}",
         f"parallel.ep=4 | parallel.edp=1 | {MEGATRON}, pp: 2}}",
         f"model.num_layers=3 | {MEGATRON}, pp: 2}}",
+        f"{MEGATRON}, pp: 2, layers: [1, 2, 1]}}",
         f"{MEGATRON}, vpp: 2}}",
         f"train.global_batch=6 | {MEGATRON}, tp: 2, pp: 2, vpp: 2}}",
         f"data.seq_len=62 | {MEGATRON}, cp: 2}}",
@@ -297,10 +298,10 @@ REFUSED = {
         f"parallel.device=cuda | {MEGATRON}}}",
         f"{CHOICE_GROUPS} | {MEGATRON}, tp: 2}} | {OFF} | "
         "model.moe.router={kind: expert_choice, causal: threshold, scope: ep_group}",
-        "model.moe.groups.text={num_experts: 3, num_identity: 1, top_k: 2, ffn_dim: 16} | model.qk_norm=head | "
-        "loss.balance.scope=step | rank_balance.dealing=true | rank_balance.moving={} | parallel.deterministic=true | "
-        "parallel.recompute=block | parallel.compile=true | monitor.profile={steps: [1, 2]} | run.init_from=elsewhere | "
-        "run.init_rules=[copy_nulls]",
+        "model.moe.groups.text={num_experts: 3, num_identity: 1, top_k: 2, ffn_dim: 16} | "
+        "model.attention_lora={rank: 2, alpha: 4.0} | loss.balance.scope=step | rank_balance.dealing=true | "
+        "rank_balance.moving={} | parallel.deterministic=true | parallel.recompute=block | parallel.compile=true | "
+        "monitor.profile={steps: [1, 2]} | run.init_from=elsewhere | run.init_rules=[copy_nulls]",
     ),
 }  # fmt: skip
 
