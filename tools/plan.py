@@ -29,7 +29,7 @@ from moe_dist.plan.memory import ITEMSIZE
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.preflight import layout_without_data
 from moe_dist.plan.rates import GUIDE, Rates, published_rates, read_rates
-from moe_dist.plan.rows import EXCHANGES, Expected, Traced
+from moe_dist.plan.rows import EXCHANGES, Expected, Traced, group_starts
 from moe_dist.plan.solver import slots_of, solve
 from moe_dist.runtime.command_line import print_done, reports_errors, run_command, takes
 from moe_dist.runtime.files import make_writable, write_atomically
@@ -255,12 +255,15 @@ def print_replay(routing: Routing, ranked: Sequence[Estimate], rates: Rates) -> 
     for each in sorted(best, key=lambda e: e.config.parallel.ep):
         model, parallel = each.config.model, each.config.parallel
         choices, node = (tokens.ids_TLK, tokens.sequence_T, each.placement), rates.ranks_per_node
-        found = traffic(*choices, (node,), micro_batch=each.config.train.micro_batch)
+        starts = group_starts(parallel.ep, parallel.edp, node)
+        counted = {at: traffic(*choices, (node,), micro_batch=each.config.train.micro_batch, first=at) for at in starts}
+        found = next(iter(counted.values()))
         count = max(1, len(tokens.token_T))
         row_bytes = EXCHANGES[parallel.recompute] * model.hidden_dim * ITEMSIZE[parallel.precision] / count
         cells = [f"{found.rows / count / len(routing.layers):.3f}"]
-        rows = (found.rows, found.between[node], found.between_hierarchical[node])
-        cells += [f"{number * row_bytes:,.0f}" for number in rows]
+        between = sum(groups * counted[at].between[node] for at, groups in starts.items()) / parallel.edp
+        once = sum(groups * counted[at].between_hierarchical[node] for at, groups in starts.items()) / parallel.edp
+        cells += [f"{number * row_bytes:,.0f}" for number in (found.rows, between, once)]
         dropped = int((tokens.ids_TLK < -1).sum())
         more = (f"{dropped:,}", f"{found.imbalance:.2f}", f"{each.seconds:.3g}")
         table.add_row(str(parallel.ep), each.config.placement.policy, *cells, *more)

@@ -11,7 +11,7 @@ from moe_dist.plan.estimate import Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import Rates
-from moe_dist.plan.rows import Expected, group_starts
+from moe_dist.plan.rows import Expected, crossing_groups
 from moe_dist.plan.solver import rank_loads
 
 PARTS = (("busy", "#4c78a8"), ("imbalance", "#e45756"), ("exchange", "#f58518"), ("tail", "#72b7b2"))
@@ -34,18 +34,18 @@ def best_of_each(ranked: Sequence[Any], key: Callable[[Any], object]) -> list[An
 def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterator[str]:
     """Yields sentences that compare the best layout with the best one for each other value of a choice, on as many GPUs."""
     same = sorted((each for each in fitting if each.gpus == best.gpus), key=lambda each: each.seconds)
+    if crossing := crossing_groups(best.config.parallel.ep, best.config.parallel.edp, rates.ranks_per_node):
+        groups = _named_groups(crossing, best.config.parallel.edp)
+        yield f"The best layout sends {best.bytes_between / 1e9:,.3g} GB a step between nodes ({groups})."
 
     def rivals(choice: Callable[[Estimate], object]) -> list[Estimate]:
         return [each for each in best_of_each(same, choice) if choice(each) != choice(best)]
 
     for each in sorted(rivals(lambda e: e.config.parallel.ep), key=lambda e: e.config.parallel.ep):
         ep, edp, node = each.config.parallel.ep, each.config.parallel.edp, rates.ranks_per_node
-        crossing = sum(groups for first, groups in group_starts(ep, edp, node).items() if first + ep > node)
         where = "stays in the node"
-        if crossing:
-            where = (
-                f"sends {each.bytes_between / 1e9:,.3g} GB a step between nodes ({crossing} of {edp} EP groups cross nodes)"
-            )
+        if crossing := crossing_groups(ep, edp, node):
+            where = f"sends {each.bytes_between / 1e9:,.3g} GB a step between nodes ({_named_groups(crossing, edp)})"
         yield (
             f"EP {ep} {where}: {each.exchange / each.seconds:.0%} of its step is exchange and "
             f"{each.tail / each.seconds:.0%} gathers, sums and optimizer; EP {best.config.parallel.ep} with edp "
@@ -64,6 +64,13 @@ def answers(best: Estimate, fitting: Sequence[Estimate], rates: Rates) -> Iterat
                 f"{key}={choice(best)} instead of {choice(each)}: {each.seconds / best.seconds:.2f}x as fast; the best "
                 f"step with {choice(each)} takes {each.seconds:.3g} s, {each.exchange / each.seconds:.0%} of it exchange."
             )
+
+
+def _named_groups(crossing: Sequence[int], edp: int) -> str:
+    if len(crossing) == edp:
+        return "all EP groups cross nodes"
+    more = ", ..." if len(crossing) > 6 else ""
+    return f"EP groups {', '.join(map(str, crossing[:6]))}{more} cross nodes: {len(crossing)} of {edp}"
 
 
 def modality_answer(fitting: Sequence[Estimate], planner: LayoutEstimator) -> str:

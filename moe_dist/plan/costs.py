@@ -111,32 +111,33 @@ class Costs:
         seconds = self._seconds(scale.experts, flop, each, moved, launches)
         own = seconds * np.divide(load.own[:, layer], pairs, out=np.zeros_like(pairs), where=pairs > 0)
         dense = self._attention + router
-        sent = PASSES_OF_A_ROW / 2 * self.item * model.hidden_dim * (load.sent_inside + load.sent_between)[:, layer]
+        sent = PASSES_OF_A_ROW / 2 * self.item * model.hidden_dim * load.sent[:, layer]
         pack = self._seconds(scale.experts, 0.0, 1.0, sent, self.launches.pack)
         if self.placement.num_ranks == 1:
             return LayerCost(dense=dense, shared=shared, own=own, others=seconds - own, pack=2 * pack)
-        row = model.hidden_dim * self.item / order.chunks
-        inside, between = load.inside[:, layer], load.between[:, layer]
-        ranks, node = self.placement.num_ranks, self.config.parallel.dispatch.node_size
-        known = self.config.parallel.dispatch.each_pair
+        dispatch, ranks = self.config.parallel.dispatch, self.placement.num_ranks
+        once, known = dispatch.node_size, dispatch.each_pair
+        takes_part = (ranks,) if once is None else (ranks // once, once)
 
-        def exchange(row_bytes: float) -> Any:
-            return exchange_seconds(rates, min(ranks, rates.ranks_per_node), row_bytes * inside, row_bytes * between)
+        def exchange(row_bytes: float) -> tuple[Any, ...]:
+            return tuple(
+                exchange_seconds(
+                    rates,
+                    min(each, rates.ranks_per_node),
+                    row_bytes * hop.inside[:, layer],
+                    row_bytes * hop.between[:, layer],
+                )
+                for each, hop in zip(takes_part, load.hops, strict=True)
+            )
 
-        hops: tuple[Any, ...] = (exchange(row),)
-        if node is not None:
-            # If one machine contains several nodes of the hierarchical dispatcher, both exchanges stay inside the machine.
-            far = ranks > rates.ranks_per_node
-            first = (0, 0.0, row * between) if far else (ranks // node, row * between, 0.0)
-            hops = exchange_seconds(rates, *first), exchange_seconds(rates, node, row * inside, 0.0)
         return LayerCost(
             dense=dense,
             shared=shared,
             own=own,
             others=seconds - own,
             pack=pack,
-            counts=0.0 if known else 2 * exchange(COUNTS_BYTES),  # two exchanges: counts, then the row index of each pair
+            counts=0.0 if known else 2 * sum(exchange(COUNTS_BYTES)),  # counts, then the row index of each pair
             sync=0.0 if known else rates.sync,
-            weights=0.0 if known else exchange(memory.FP32 / order.chunks),
-            hops=hops,
+            weights=0.0 if known else sum(exchange(memory.FP32 / order.chunks)),
+            hops=exchange(model.hidden_dim * self.item / order.chunks),
         )

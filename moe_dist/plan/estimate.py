@@ -17,7 +17,7 @@ from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import flops, memory
 from moe_dist.plan.costs import Costs
 from moe_dist.plan.rates import GUIDE, Mark, Rates, weakest
-from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire, group_starts
+from moe_dist.plan.rows import EXCHANGES, Expected, Load, Traced, Wire, group_starts, ranks_sharing_a_node
 from moe_dist.plan.step_model import Order, Played, collective_seconds, expected_longest, micro_batch, play
 
 LIBRARIES = 1.5e9  # number of bytes of CUDA context, NCCL and kernels' scratch space, which `memory` does not count
@@ -114,7 +114,8 @@ class LayoutEstimator:
         exchanges = EXCHANGES[parallel.recompute] * times * bytes_row * len(config.model.moe_layers) / load.rows.shape[1]
 
         def sent(field: str) -> float:
-            return sum(groups * float(getattr(loads[at], field).sum((1, 2)).mean()) for at, groups in starts.items())
+            hops = ((groups, getattr(hop, field)) for at, groups in starts.items() for hop in loads[at].hops)
+            return sum(groups * float(rows.sum((1, 2)).mean()) for groups, rows in hops)
 
         memories, chance = self._memory_of(config, placement, load, times)
         mean_busy, mean_busiest = float(busy_S.mean()), float(busiest_S.mean())
@@ -137,8 +138,7 @@ class LayoutEstimator:
 
     def _load(self, config: Config, placement: ExpertPlacement, first: int) -> Load:
         dispatch, tokens = config.parallel.dispatch, config.train.micro_batch * config.data.seq_len
-        node = dispatch.node_size
-        wire = Wire(node or self.rates.ranks_per_node, 2 if node else 1, dispatch.each_pair, 0 if node else first)
+        wire = Wire(self.rates.ranks_per_node, dispatch.node_size, dispatch.each_pair, first)
         key = (placement.slots, wire, tokens)
         if key not in self._loads:
             layers = len(config.model.moe_layers)
@@ -178,13 +178,13 @@ class LayoutEstimator:
         held = {g.name: max(len(placement.local_experts(r, g)) for r in range(parallel.ep)) for g in placement.groups}
         parts, trained = flops.parameters(config.model, experts_held=held), memory.trained_parts(config, held)
         experts = parts.experts + flops.own_adapters(config.model, held)
-        together = max(1, min(rates.ranks_per_node // parallel.ep, parallel.edp))  # ranks of an edp group that share a node
         spans = (
-            (parts.total - experts, trained.router + trained.dense, world, rates.ranks_per_node),
-            (experts, trained.experts, parallel.edp, together),
+            (parts.total - experts, trained.router + trained.dense, 1, world),
+            (experts, trained.experts, parallel.ep, parallel.edp),
         )
         summed = gathered = 0.0
-        for number, with_gradient, ranks, of_node in spans:
+        for number, with_gradient, stride, ranks in spans:
+            of_node = ranks_sharing_a_node(stride, ranks, rates.ranks_per_node)
             ring, item = (ranks - 1) / ranks, memory.ITEMSIZE[parallel.precision]
             gathered += collective_seconds(rates, ring * number * item, ranks, of_node)
             summed += collective_seconds(rates, ring * with_gradient * memory.FP32, ranks, of_node)
@@ -217,7 +217,7 @@ class LayoutEstimator:
         # An exchange has buffers for rows that are computed, sent and returned (docs/parallelism.md). Only the layer with
         # the most rows matters.
         buffer = config.model.hidden_dim * memory.ITEMSIZE[parallel.precision]
-        buffers_R = buffer * ((load.rows + load.sent_inside + load.sent_between).max(1).mean(0) + tokens)
+        buffers_R = buffer * ((load.rows + load.sent).max(1).mean(0) + tokens)
         mean_R = (1 + SLACK) * (base_R + rows_R * row_R + pairs_R * pair_R + buffers_R) + LIBRARIES
         spread_R = (1 + SLACK) * (load.spread[0] * row_R + load.spread[1] * pair_R) / tokens
         quantiles = [float((mean_R + z * spread_R).max()) for z in (0.0, 1.645, 2.326)]

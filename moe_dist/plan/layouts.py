@@ -1,5 +1,6 @@
 """Lists the possible layouts of a configuration on a given number of GPUs. Imports no torch."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan.policies import expert_groups, make_placement
 from moe_dist.plan.rates import GUIDE, Rates
+from moe_dist.plan.rows import crossing_groups
 
 
 def gpu_counts(low: int, high: int) -> list[int]:
@@ -39,7 +41,7 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
     gathers = [("ddp", "micro_batch"), *([("fsdp2", "micro_batch"), ("fsdp2", "step")] if gpus > 1 else [])]
     for ep in sizes:
         for section, placement in placements.of(ep):
-            for dispatch in _dispatchers(config, ep, rates):
+            for dispatch in _dispatchers(config, ep, gpus // ep, rates):
                 for recompute in recomputes:
                     for data, gather in gathers:
                         parallel = config.parallel.model_copy(
@@ -60,14 +62,15 @@ def layouts(config: Config, gpus: int, rates: Rates, placements: "Placements") -
                             yield config.model_copy(update=changes), placement
 
 
-def _dispatchers(config: Config, ep: int, rates: Rates) -> list[DispatchSection]:
+def _dispatchers(config: Config, ep: int, edp: int, rates: Rates) -> list[DispatchSection]:
     if ep == 1:
         return [AllToAllDispatchSection()]
     found: list[DispatchSection] = [
         AllToAllDispatchSection(overlap=overlap, chunks=chunks) for overlap in (False, True) for chunks in (1, 2, 4)
     ]
-    if ep > rates.ranks_per_node and ep % rates.ranks_per_node == 0:
-        found.append(HierarchicalDispatchSection(ranks_per_node=rates.ranks_per_node))
+    once = math.gcd(ep, rates.ranks_per_node)  # so many consecutive ranks are on one node in every EP group
+    if once > 1 and crossing_groups(ep, edp, rates.ranks_per_node):
+        found.append(HierarchicalDispatchSection(ranks_per_node=once))
     if not config.model.moe.router.counts_unknown():
         found.append(KnownCountsDispatchSection())
     return found

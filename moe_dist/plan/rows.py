@@ -9,7 +9,8 @@ experts, K choices, G groups.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,26 +23,35 @@ EXCHANGES = {"none": 4, "experts": 4, "block": 5}
 DRAWS = 16  # number of micro-batches that are drawn from a trace
 
 
-@dataclass(frozen=True)
-class Load:
-    """The rows that each rank sends and computes, and the (token, expert) pairs that it computes, for one micro-batch. All
-    arrays except `spread` are [S, L, R].
+class Hop(NamedTuple):
+    """The rows of one exchange, by the nodes on which the ranks really are. All arrays are [S, L, R].
 
     Attributes:
-        inside, between: Number of rows that a rank sends or, if more, receives in one dispatch: inside its node, and
-            between nodes. For the dispatcher `hierarchical`: in the hop inside nodes, and in the hop between nodes.
+        inside, between: Number of rows that a rank sends or, if more, receives: inside its node, and between nodes.
         sent_inside, sent_between: Number of rows that a rank sends inside its node, and to other nodes. Their sums give the
             bytes.
-        rows: Number of rows that the rank computes, including rows of its own tokens.
-        pairs, own: Number of (token, expert) pairs that the rank computes, for all tokens and for its own tokens.
-        work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
-        spread: Standard deviation over micro-batches of a rank's mean number of rows, and of pairs, per layer, [2, R].
     """
 
     inside: np.ndarray
     between: np.ndarray
     sent_inside: np.ndarray
     sent_between: np.ndarray
+
+
+@dataclass(frozen=True)
+class Load:
+    """The rows that each rank sends and computes, and the (token, expert) pairs that it computes, for one micro-batch. All
+    arrays except `spread` are [S, L, R].
+
+    Attributes:
+        hops: The exchanges of one dispatch: one, or two with the dispatcher `hierarchical`.
+        rows: Number of rows that the rank computes, including rows of its own tokens.
+        pairs, own: Number of (token, expert) pairs that the rank computes, for all tokens and for its own tokens.
+        work: Sum of the FFN widths over the (token, expert) pairs that the rank computes.
+        spread: Standard deviation over micro-batches of a rank's mean number of rows, and of pairs, per layer, [2, R].
+    """
+
+    hops: tuple[Hop, ...]
     rows: np.ndarray
     pairs: np.ndarray
     own: np.ndarray
@@ -49,15 +59,26 @@ class Load:
     spread: np.ndarray
     mark: Mark
 
+    @property
+    def sent(self) -> np.ndarray:
+        """Returns the number of rows that each rank sends in all hops."""
+        return sum((hop.sent_inside + hop.sent_between for hop in self.hops), np.zeros(1))
+
 
 @dataclass(frozen=True)
 class Wire:
-    """Determines which rows a dispatcher sends. `node` is the number of ranks in a node. `hops` is 2 if each token is sent
-    only once to a node. `each_pair` is True if each (token, expert) pair is sent as a separate row. `first` is the position
-    in its node of the EP group's first rank; with two hops it is 0."""
+    """Determines which rows a dispatcher sends, and which of them leave a node.
+
+    Attributes:
+        node: Number of ranks in a node.
+        once: Number of consecutive ranks to which the dispatcher `hierarchical` sends a token only once. It divides the
+            number of ranks. None for other dispatchers.
+        each_pair: True if each (token, expert) pair is sent as a separate row.
+        first: Position in its node of the EP group's first rank.
+    """
 
     node: int
-    hops: int = 1
+    once: int | None = None
     each_pair: bool = False
     first: int = 0
 
@@ -65,12 +86,30 @@ class Wire:
         """Returns the node of each rank of an EP group, counted from the node of its first rank, [R]."""
         return (self.first + np.arange(ranks)) // self.node
 
+    def parts(self, ranks: int) -> np.ndarray:
+        """Returns the index of the ranks to which a token is sent only once, for each rank of an EP group, [R]."""
+        return np.arange(ranks) // (self.once or ranks)
+
 
 def group_starts(ep: int, edp: int, node: int) -> dict[int, int]:
     """Maps each position in a node to the number of EP groups that begin there, for `edp` groups of `ep` consecutive ranks.
     Groups that stay in one node count as position 0, because they all exchange in the same way."""
     firsts = (group * ep % node for group in range(edp))
     return dict(Counter(first if first + ep > node else 0 for first in firsts))
+
+
+def crossing_groups(ep: int, edp: int, node: int) -> list[int]:
+    """Returns the indices of the EP groups whose ranks are on more than one node, for `edp` groups of `ep` consecutive
+    ranks."""
+    return [group for group in range(edp) if group * ep // node != (group * ep + ep - 1) // node]
+
+
+@cache
+def ranks_sharing_a_node(stride: int, count: int, node: int) -> int:
+    """Returns the smallest number of ranks that share a node in any ring of the `count` ranks p, p + stride, p + 2 stride,
+    ..., for each p < stride. It is `count` if no ring leaves a node, and smaller otherwise."""
+    node_PC = (np.arange(stride)[:, None] + stride * np.arange(count)) // node
+    return min(int(np.unique(node_C, return_counts=True)[1].min()) for node_C in node_PC)
 
 
 class Expected:
@@ -90,17 +129,16 @@ class Expected:
         taken_G = np.array([g.expected_experts_per_token / g.num_experts for g in groups])
         pair_RG = share_G * taken_G * here_RG  # mean number of pairs per token, by group and by the experts' rank
         row_R = pair_RG.sum(1) if wire.each_pair else _reached(groups, share_G, here_RG)
-        nodes = wire.nodes(ranks)
-        node_N = _reached(groups, share_G, np.stack([here_RG[nodes == node].sum(0) for node in range(nodes[-1] + 1)]))
-        rows_1R = tokens * row_R[None]
-        sent = _by_level(np.repeat(rows_1R, ranks, 0), np.tile(tokens * node_N, (ranks, 1)), wire)
+        parts = wire.parts(ranks)
+        part_P = _reached(groups, share_G, np.stack([here_RG[parts == part].sum(0) for part in range(parts[-1] + 1)]))
+        hops = _hops(np.tile(tokens * row_R, (ranks, 1)), np.tile(tokens * part_P, (ranks, 1)), wire)
         widths = np.array([group.ffn_dim for group in groups], float)
         chance_R, taken_R = _reached(groups, share_G, here_RG), pair_RG.sum(1)
         several_R = np.array([_pair_variance(groups, share_G, here) for here in here_RG])
         spread = np.sqrt(ranks * tokens * np.stack([chance_R * (1 - chance_R), several_R]) / max(1, layers))
         shape = (1, 1, ranks)
         return Load(
-            *(each.reshape(shape) for each in sent),
+            tuple(Hop(*(each.reshape(shape) for each in hop)) for hop in hops),
             rows=(ranks * tokens * chance_R).reshape(shape),
             pairs=(ranks * tokens * taken_R).reshape(shape),
             own=(tokens * taken_R).reshape(shape),
@@ -129,34 +167,32 @@ def _pair_variance(groups: Sequence[ExpertGroup], share_G: np.ndarray, here_G: n
     return max(0.0, square - mean**2)
 
 
-def _by_level(rows_RR: np.ndarray, nodes_RN: np.ndarray, wire: Wire) -> tuple[np.ndarray, ...]:
-    """Returns the fields `inside`, `between`, `sent_inside` and `sent_between` of a `Load`, each [R].
+def _hops(rows_RR: np.ndarray, parts_RP: np.ndarray, wire: Wire) -> list[Hop]:
+    """Returns the exchanges of one dispatch, with arrays [R].
 
     Args:
         rows_RR: Number of rows from each rank (first axis) to each rank (second axis).
-        nodes_RN: Number of tokens of each rank that take an expert on each node.
+        parts_RP: Number of tokens of each rank that take an expert on each part (see `Wire.parts`).
     """
     ranks = len(rows_RR)
-    node_R = wire.nodes(ranks)
+    if wire.once is None:
+        return [_hop(rows_RR, wire)]
+    # A row first goes to the rank with the sender's index in the receiving part. This rank sends it on inside its part.
+    part_R, local_R = wire.parts(ranks), np.arange(ranks) % wire.once
+    first_RR = np.zeros((ranks, ranks))
+    for part in range(parts_RP.shape[1]):
+        first_RR[np.arange(ranks), part * wire.once + local_R] = parts_RP[:, part]
+    onward_OR = rows_RR.reshape(-1, wire.once, ranks).sum(0)
+    second_RR = np.where(part_R[:, None] == part_R, onward_OR[local_R], 0.0)
+    return [_hop(first_RR, wire), _hop(second_RR, wire)]
+
+
+def _hop(rows_RR: np.ndarray, wire: Wire) -> Hop:
+    node_R = wire.nodes(len(rows_RR))
     same_RR = node_R[:, None] == node_R
-    away_RR = np.where(np.eye(ranks, dtype=bool), 0.0, rows_RR)
-    near_RR, far_RR = np.where(same_RR, away_RR, 0.0), np.where(same_RR, 0.0, away_RR)
-    if wire.hops == 1:
-        sent = near_RR.sum(1), far_RR.sum(1)
-        return np.maximum(sent[0], near_RR.sum(0)), np.maximum(sent[1], far_RR.sum(0)), *sent
-    far_RN = np.where(node_R[:, None] == np.arange(nodes_RN.shape[1]), 0.0, nodes_RN)
-    nodes, local = nodes_RN.shape[1], np.arange(ranks) % wire.node
-    arrived_R, forward_R, taken_R = np.zeros(ranks), near_RR.sum(1), near_RR.sum(0)
-    # A row from another node first goes to the rank with the sender's local index in the receiving node.
-    for rank in range(ranks):
-        sources = [node * wire.node + local[rank] for node in range(nodes) if node != node_R[rank]]
-        arrived_R[rank] = far_RN[sources, node_R[rank]].sum()
-        on_R = same_RR[rank] & (np.arange(ranks) != rank)
-        onward_R = far_RR[sources].sum(0) * on_R
-        forward_R[rank] += onward_R.sum()
-        taken_R += onward_R
-    sent_far = far_RN.sum(1)
-    return np.maximum(forward_R, taken_R), np.maximum(sent_far, arrived_R), forward_R, sent_far
+    near_RR, far_RR = np.where(same_RR & ~np.eye(len(rows_RR), dtype=bool), rows_RR, 0.0), np.where(same_RR, 0.0, rows_RR)
+    near_R, far_R = near_RR.sum(1), far_RR.sum(1)
+    return Hop(np.maximum(near_R, near_RR.sum(0)), np.maximum(far_R, far_RR.sum(0)), near_R, far_R)
 
 
 class Traced:
@@ -207,22 +243,24 @@ class Traced:
         width_E = np.array(placement.width_of_expert, float)
         pairs_QLE = self.pairs_of_experts(placement.num_experts)
         pairs_QLR, work_QLR = pairs_QLE @ on_ER, (pairs_QLE * width_E) @ on_ER
-        reach_QLR, nodes_QLN = self.rows(rank_E), self.rows(wire.nodes(ranks)[rank_E])
+        reach_QLR, parts_QLP = self.rows(rank_E), self.rows(wire.parts(ranks)[rank_E])
         rows_QLR = pairs_QLR if wire.each_pair else reach_QLR
         rng = np.random.default_rng(self.seed)
-        found: list[list[np.ndarray]] = [[] for _ in range(8)]
+        found: list[list[np.ndarray]] = [[] for _ in range(4)]
+        levels: list[list[list[Hop]]] = []  # by draw, layer and hop
         sequences = max(1, round(tokens / self.tokens_Q.mean()))  # number of sequences in a rank's micro-batch
         for _ in range(DRAWS):
             drawn_RM = rng.integers(0, len(self.first_Q), (ranks, sequences))
             scale_R11 = (tokens / self.tokens_Q[drawn_RM].sum(1))[:, None, None]
-            rows_RLR, nodes_RLN, pairs_RLR, work_RLR, reach_RLR = (
-                each[drawn_RM].sum(1) * scale_R11 for each in (rows_QLR, nodes_QLN, pairs_QLR, work_QLR, reach_QLR)
+            rows_RLR, parts_RLP, pairs_RLR, work_RLR, reach_RLR = (
+                each[drawn_RM].sum(1) * scale_R11 for each in (rows_QLR, parts_QLP, pairs_QLR, work_QLR, reach_QLR)
             )
-            levels = [_by_level(rows_RLR[:, layer], nodes_RLN[:, layer], wire) for layer in range(rows_RLR.shape[1])]
+            levels.append([_hops(rows_RLR[:, layer], parts_RLP[:, layer], wire) for layer in range(rows_RLR.shape[1])])
             own_LR = np.einsum("rlr->lr", pairs_RLR)
             sums = [reach_RLR.sum(0), pairs_RLR.sum(0), own_LR, work_RLR.sum(0)]
-            for kept, each in zip(found, [*map(np.stack, zip(*levels, strict=True)), *sums], strict=True):
+            for kept, each in zip(found, sums, strict=True):
                 kept.append(each)
         arrays = [np.stack(each) for each in found]
-        spread = np.stack([arrays[4].mean(1).std(0, ddof=1), arrays[5].mean(1).std(0, ddof=1)])
-        return Load(*arrays, spread=spread, mark=self.mark)
+        hops_HFSLR = np.array(levels).transpose(2, 3, 0, 1, 4)
+        spread = np.stack([arrays[0].mean(1).std(0, ddof=1), arrays[1].mean(1).std(0, ddof=1)])
+        return Load(tuple(Hop(*hop_FSLR) for hop_FSLR in hops_HFSLR), *arrays, spread=spread, mark=self.mark)

@@ -124,8 +124,8 @@ def exchange_seconds(rates: Rates, ranks: int, inside: Seconds, between: Seconds
 
 
 def collective_seconds(rates: Rates, num_bytes: float, ranks: int, ranks_of_node: int) -> float:
-    """Returns the seconds in which each of `ranks` ranks sends `num_bytes` along a ring. `ranks_of_node` of them are on one
-    node and share its links to other nodes."""
+    """Returns the seconds in which each of `ranks` ranks sends `num_bytes` along a ring. On each node, at least
+    `ranks_of_node` of them share its links to other nodes; the node with fewest of them sets the pace."""
     if ranks == 1:
         return 0.0
     here = min(ranks, ranks_of_node)

@@ -123,9 +123,11 @@ def traffic(
     node_sizes: tuple[int, ...],
     *,
     micro_batch: int,
+    first: int = 0,
 ) -> Traffic:
     """Counts the rows that the choices `ids_TLK` send with a placement. As in training, the ranks take turns: each rank
-    gets the next `micro_batch` sequences. `node_sizes` are numbers of ranks per node. Consecutive ranks share a node."""
+    gets the next `micro_batch` sequences. `node_sizes` are numbers of ranks per node. Consecutive ranks share a node;
+    `first` is the position of the EP group's first rank in its node."""
     ranks, experts = placement.num_ranks, placement.num_experts
     home_T = sequence_T // micro_batch % ranks
     width_E = np.array(placement.width_of_expert, np.float64)
@@ -143,10 +145,10 @@ def traffic(
         goes_TR[np.arange(len(home_T)), home_T] = False
         rows += int(goes_TR.sum())
         for size in node_sizes:
-            node_R = np.arange(ranks) // size
-            away_TR = goes_TR & (node_R != (home_T // size)[:, None])
+            node_R = (first + np.arange(ranks)) // size
+            away_TR = goes_TR & (node_R != node_R[home_T][:, None])
             between[size] += int(away_TR.sum())
-            starts = np.arange(0, ranks, size)
+            starts = np.flatnonzero(np.diff(node_R, prepend=-1))
             hierarchical[size] += int(np.logical_or.reduceat(away_TR, starts, axis=1).sum())
         work_R = np.bincount(rank_N, weights=width_E[expert], minlength=ranks)
         if work_R.any():

@@ -8,11 +8,12 @@ from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.placement.placement import ExpertPlacement
 from moe_dist.plan import memory
+from moe_dist.plan.answers import answers
 from moe_dist.plan.estimate import LIBRARIES, SLACK, Estimate, LayoutEstimator
 from moe_dist.plan.layouts import Placements, gpu_counts, layouts
 from moe_dist.plan.policies import expert_groups
 from moe_dist.plan.rates import LinkSection, Rates, weakest
-from moe_dist.plan.rows import Expected, Wire, group_starts
+from moe_dist.plan.rows import Expected, Wire, crossing_groups, group_starts
 from tests.support.messages import refused
 from tests.unit.plan.test_step_model import RATES
 
@@ -84,9 +85,12 @@ def test_groups_that_straddle_nodes_send_between_them(ep: int, edp: int) -> None
     micro_batches = config.train.global_batch // (ep * edp)
     found = estimated(config)
     assert found.bytes_between == pytest.approx(4 * micro_batches * config.data.seq_len * 16 * far * 2048 * 2)
-    apart = group_starts(ep, edp, 4)
-    assert sum(apart.values()) == edp
-    assert (far > 0) == any(first + ep > 4 for first in apart)
+    assert sum(group_starts(ep, edp, 4).values()) == edp
+    crossing = [g for g in range(edp) if len({(g * ep + rank) // 4 for rank in range(ep)}) > 1]
+    assert crossing_groups(ep, edp, 4) == crossing
+    said = " ".join(answers(found, [found], RATES))
+    some = f"EP groups {', '.join(map(str, crossing))} cross nodes: {len(crossing)} of {edp}"
+    assert (said == "") if not crossing else ("all EP groups cross" if len(crossing) == edp else some) in said
 
 
 @pytest.mark.parametrize(("edp", "crosses"), [(1, False), (2, True)])
@@ -116,13 +120,15 @@ def test_memory_is_that_of_the_dry_run_with_its_spread() -> None:
     assert 0.0 < estimated(config, most_bytes=found.memory[2] + (found.memory[2] - found.memory[1])).out_of_memory < 1.0
 
 
-def test_hierarchical_nodes_are_those_of_the_dispatcher() -> None:
+def test_hierarchical_exchanges_use_the_links_between_the_nodes_of_the_ranks() -> None:
     nodes = ["parallel.dispatch={kind: hierarchical, ranks_per_node: 2}"]
-    rates = RATES.model_copy(update={"ranks_per_node": 8})
-    two, machine = (estimated(load_config("olmoe_1b7b_8gpu", each), rates=rates) for each in (nodes, []))
-    assert machine.bytes_between == 0
-    assert two.bytes_between > 0
-    assert two.exchange > 0
+    small, large = (
+        estimated(load_config("olmoe_1b7b_8gpu", nodes), rates=RATES.model_copy(update={"ranks_per_node": size}))
+        for size in (2, 8)
+    )
+    assert large.bytes_between == 0 < small.bytes_between
+    assert small.bytes_between + small.bytes_inside == pytest.approx(large.bytes_inside)
+    assert small.exchange > large.exchange > 0
 
 
 def test_more_rank_pairs_and_slower_links_take_longer() -> None:

@@ -56,10 +56,18 @@ def test_tokens_that_tell_most_of_an_expert() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "pinned", "replicas"),
-    [(1, False, 0), (3, False, 0), (4, False, 0), (4, True, 0), (16, False, 0), (4, True, 1), (4, False, 3)],
+    ("ranks", "pinned", "replicas", "first"),
+    [
+        (1, False, 0, 0),
+        (3, False, 0, 1),
+        (4, False, 0, 0),
+        (4, True, 0, 1),
+        (16, False, 0, 0),
+        (4, True, 1, 0),
+        (4, False, 3, 2),
+    ],
 )
-def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int) -> None:
+def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int, first: int) -> None:
     """In the second layer experts 0 and 9 have `replicas` replicas each."""
     routing = draw_routing(tokens=120, layers=2)
     tokens = routing.tokens
@@ -71,7 +79,7 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int)
     copies = sorted(Replica(e, (own[e] + after) % ranks) for e in (0, 9) for after in range(1, replicas + 1))
     placement = PlacementWithReplicas(routing.groups, placement.slots, ((), tuple(copies)))
     home = (tokens.sequence_T // 2 % ranks).tolist()
-    found = numbers.traffic(tokens.ids_TLK, tokens.sequence_T, placement, (1, 2, 3), micro_batch=2)
+    found = numbers.traffic(tokens.ids_TLK, tokens.sequence_T, placement, (1, 2, 3), micro_batch=2, first=first)
     pairs = remote = rows = 0
     between, once = {1: 0, 2: 0, 3: 0}, {1: 0, 2: 0, 3: 0}
     work = np.zeros((2, ranks))
@@ -82,8 +90,9 @@ def test_rows_are_those_of_a_slow_count(ranks: int, pinned: bool, replicas: int)
         away = [rank for rank in goes if rank != home[t]]
         pairs, remote, rows = pairs + len(goes), remote + len(away), rows + len(set(away))
         for size in between:
-            between[size] += len({rank for rank in away if rank // size != home[t] // size})
-            once[size] += len({rank // size for rank in away} - {home[t] // size})
+            node = [(first + rank) // size for rank in range(ranks)]
+            between[size] += len({rank for rank in away if node[rank] != node[home[t]]})
+            once[size] += len({node[rank] for rank in away} - {node[home[t]]})
         for expert, rank in zip(experts, goes, strict=True):
             work[layer, rank] += routing.groups[expert // 8].ffn_dim
     assert found[:5] == (pairs, remote, rows, between, once)
