@@ -1,6 +1,7 @@
 """Maps the fields of a family's config.json to the keys of the section `model`, and back."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,7 +47,7 @@ def _other_way(name: str) -> str:
 
     module = model_type_to_module_name(name)
     code = Path(transformers.origin).parent / "models" / module / f"modeling_{module}.py"
-    if not code.is_file():
+    if not os.path.isfile(code):  # also for a name that is too long
         return "transformers has no such family"
     if "@use_experts_implementation" not in code.read_text():
         return "it cannot be imported, and has no experts that engine.kind=transformers could distribute"
