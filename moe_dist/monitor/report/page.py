@@ -87,7 +87,8 @@ def render(subject: Subject) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<link rel="icon" href="data:,"><style>{_style()}</style></head><body>'
         f'<header><h1>Report on {escape(routing.name)}</h1><div class="q">{escape(_about(routing))}</div>'
-        f'<div class="tiles">{figures}</div></header><main>{_findings(routing)}<nav aria-label="Panels">{links}</nav>{body}</main>'
+        f'<div class="tiles">{figures}</div></header>'
+        f'<main>{_findings(routing)}<nav aria-label="Panels">{links}</nav>{body}</main>'
         "<footer>Load is the number of choices of an expert. docs/monitoring.md has the rules of the first lines.</footer>"
         "</body></html>\n"
     )
