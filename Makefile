@@ -36,8 +36,8 @@ help:  ## List the targets
 train: $(INSTALLED) data  ## Train the default job (RUN=name names the run, CONFIG=file, ARGS="key=value ...")
 	@$(BIN)/python -m launchers.local $(CONFIG) $${RUN:+"run.name=$$RUN"} $$ARGS
 
-demo: $(INSTALLED)  ## Train, trace and draw a small model in five minutes, in runs/demo
-	@$(BIN)/python -m moe_dist demo runs/demo
+demo: $(INSTALLED)  ## Train, trace and draw a small model in five minutes, in .cache/demo
+	@$(BIN)/python -m moe_dist demo .cache/demo
 
 # The second half runs whatever the first returns; the exit code is non-zero if either failed.
 BOTH_HALVES = unit=0; $(TEST) $(1) $(BESIDE) tests/unit || unit=$$?; \

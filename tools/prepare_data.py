@@ -77,15 +77,15 @@ class PrepareOptions:
 @takes(PrepareOptions)
 def main(options: PrepareOptions) -> None:
     """Prepare a data set. The default takes a minute: OpenMoji pictures with their names, and Python sources."""
+    # Numeric libraries read the variables below when they are imported, which `prepare` does. More threads would only
+    # delay the start.
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     make_data_set(options)
 
 
 def make_data_set(options: PrepareOptions) -> None:
     """Prepares a data set and prints its sources. Raises MoeDistError if an option or input is wrong."""
-    # Numeric libraries read the variables below when they are imported, which `prepare` does. More threads would only
-    # delay the start.
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ.setdefault(name, str(min(4, os.cpu_count() or 1)))
     began = time.monotonic()
     out = options.out or DEFAULT_OUT / ("openmoji" if options.messages is None else "messages")
     varied = _listed(options.vary)

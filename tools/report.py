@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -91,10 +92,7 @@ def draw(options: ReportOptions) -> Path:
     """Writes a report, prints its findings and returns its path. Raises MoeDistError if an option or the run is wrong."""
     out = _out(options)
     sizes, node_sizes = _sizes("--ep", options.ep), _sizes("--node-sizes", options.node_sizes)
-    if options.trace or (options.trace is None and _can_trace(options.path)):
-        from tools.trace import TraceOptions, write_trace  # imported late, because few reports need it
-
-        write_trace(TraceOptions(run=options.path, data=options.data))
+    _trace(options)
     routing = open_routing(options.path, options.data, options.experts)
     against = None
     if options.against is not None:
@@ -121,18 +119,28 @@ def draw(options: ReportOptions) -> Path:
     return out
 
 
-def _can_trace(path: Path) -> bool:
-    """Returns whether `path` is a finished run on CPUs that has no trace, and whose model and data can be traced here."""
-    folder = RunFolder(path)
-    if (
-        not folder.config_yaml.is_file()
-        or any(path.glob(f"trace*/*/{MANIFEST}"))
-        or any(path.glob(f"traces/*/*/{MANIFEST}"))
-    ):
-        return False
-    latest, config = folder.read_status().latest, load_stored_config(folder.config_yaml)
-    traceable = config.parallel.device == "cpu" and not config.engine.hosts and not any(untraceable(config))
-    return traceable and latest is not None and latest.verdict == EXIT_DONE and Path(config.data.path).is_dir()
+def _trace(options: ReportOptions) -> None:
+    """Traces held-out tokens of the run if `--trace` asks for it. Without the option, traces a finished run on CPUs that
+    has no trace. If that fails, prints the reason, because the report can be drawn without a trace."""
+    from tools.trace import TraceOptions, write_trace  # imported late, because few reports need it
+
+    folder = RunFolder(options.path)
+    if options.trace is None:
+        traced = [*folder.path.glob(f"trace/*/{MANIFEST}"), *folder.path.glob(f"traces/*/*/{MANIFEST}")]
+        latest = None if traced or not folder.config_yaml.is_file() else folder.read_status().latest
+        if latest is None or latest.verdict != EXIT_DONE:
+            return
+        config = load_stored_config(folder.config_yaml)
+        if config.parallel.device != "cpu" or config.engine.hosts or any(untraceable(config)):
+            return
+    elif not options.trace:
+        return
+    try:
+        write_trace(TraceOptions(run=options.path, data=options.data))
+    except MoeDistError as error:
+        if options.trace:
+            raise
+        print(printable(f"not traced: {error}"), file=sys.stderr)
 
 
 def _out(options: ReportOptions) -> Path:

@@ -59,7 +59,7 @@ class Piece:
         return self.view.detach().clone().reshape(self.shape)
 
 
-# Dimension in which tensor-parallel ranks split each parameter of latent attention.
+# Dimension in which tensor-parallel ranks split each parameter of latent attention; None: every rank has all of it.
 LATENT_DIMS: Mapping[str, int | None] = {
     **{"q.weight": 0, "q_up.weight": 0, "kv_up.weight": 0, "o.weight": 1},
     **{"q_down.weight": None, "q_norm.weight": None, "kv_down.weight": None, "kv_norm.weight": None},

@@ -6,6 +6,7 @@ layer uses the same map of slots to experts.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from moe_dist.errors import ConfigError
+
+NAMED = 10  # largest number of experts that a message names
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,13 @@ class ExpertPlacement:
 
     def __post_init__(self) -> None:
         placed = sorted(expert for slots in self.slots for expert in slots)
-        if self.num_experts > 2 * len(placed) + 1000:  # a damaged file may have any number; the text below names each
-            raise ConfigError(f"placement: {self.num_experts} experts have {len(placed)} slots; each expert needs one")
-        if placed != list(range(self.num_experts)):
-            missing = [self.name_of(e) for e in range(self.num_experts) if e not in placed]
-            twice = sorted({self.name_of(e) for e in placed if placed.count(e) > 1 and 0 <= e < self.num_experts})
+        count = self.num_experts  # a damaged file may have any number
+        if len(placed) != count or placed != list(range(count)):
+            slots = Counter(placed)
+            missing = [self.name_of(e) for e in itertools.islice((e for e in range(count) if e not in slots), NAMED)]
+            twice = [
+                self.name_of(e) for e in itertools.islice((e for e in slots if slots[e] > 1 and 0 <= e < count), NAMED)
+            ]
             raise ConfigError(
                 f"placement: each expert must have exactly one slot; without one: {missing or 'none'}, "
                 f"with several: {twice or 'none'}; each of several groups needs its own `first_expert`"

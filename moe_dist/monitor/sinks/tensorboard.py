@@ -1,9 +1,9 @@
 """Defines the TensorBoard sink. It writes curves, heat maps, histograms, and pages of text."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -25,6 +25,8 @@ from moe_dist.monitor.routing_hints import Hint
 from moe_dist.monitor.sinks.sink import Sink, SinkContext
 from moe_dist.monitor.statistics import DepthStatistics, EvaluationResult
 from moe_dist.monitor.tags import DEPTH_FAMILY, EVALUATION_TAGS, curve_of, meaning, picture_meaning, tag_plan
+
+logger = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10  # an event is on disk after at most this many seconds
 NUM_BINS = 40
@@ -305,10 +307,12 @@ def _cut(path: Path, step: int, evaluation_owed: bool) -> bool:
 
 
 def _events(path: Path) -> Iterator[tuple[bytes, Event]]:
-    """Yields the events of a file, up to the first that is incomplete or damaged."""
-    with suppress(DecodeError, MemoryError, OverflowError):  # a damaged length may be any number
-        for raw in RawEventFileLoader(str(path)).Load():  # ends without error at an incomplete event
+    """Yields the events of a file. At a damaged event it ends and logs an error; at an incomplete one it only ends."""
+    try:
+        for raw in RawEventFileLoader(str(path)).Load():
             yield raw, Event.FromString(raw)
+    except (DecodeError, MemoryError, OverflowError) as error:  # a damaged length may be any number
+        logger.error("%s: an event is damaged (%r); TensorBoard loses it and all later events of this file", path, error)
 
 
 def _began_at(path: Path) -> tuple[int, int]:
