@@ -127,7 +127,7 @@ class Judge:
         if not (folder / "config.json").is_file():
             raise SystemExit(f"{folder}: no exported model; write one with moe-dist export-hf (docs/how-to/captions.md)")
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+        self._processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
         self._model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         ).eval()

@@ -33,7 +33,7 @@ from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import INERT
 from moe_dist.hf.forms import choose_form, read_config
 from moe_dist.hf.importing import HUGGINGFACE, imported_values
-from moe_dist.hf.names import Slot, TensorPlace, idle_places, router_name, shards, slots
+from moe_dist.hf.names import Slot, TensorPlace, router_name, shards, slots
 from moe_dist.hf.sections import meaning, parsed_section, write_fields
 from moe_dist.hf.served_fields import CODE, CODE_FILES, SERVED, token_ids, write_served
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, DTYPES, INDEX_FILE, WEIGHTS_FILE, companion, read_configuration
@@ -109,8 +109,6 @@ def export_model(
     said = _said_fields(form.family, form.section, like, about)
     fields = _fields(form.section, form.family, said, like, list(wanted.values()))
     stored = _stored_tensors(found, wanted)
-    for place, like_name in idle_places(form.section, form.family):
-        stored.append(StoredTensor(place.name, place.shape, DTYPES[wanted[like_name]], []))
     with new_folder(out) as folder:
         num_shards = _write(folder, read, stored, shard_bytes, report)
         write_durably(folder / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
@@ -219,8 +217,7 @@ def _says(fields: Mapping[str, Any], section: ModelSection, family: ModelFamily)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor to write. `parts` are the logical tensors whose rows it contains, as (name, rows, place). A tensor without
-    parts is zero."""
+    """One tensor to write. `parts` are the logical tensors whose rows it contains, as (name, rows, place)."""
 
     name: str
     shape: tuple[int, ...]

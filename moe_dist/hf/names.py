@@ -84,16 +84,14 @@ def slots(section: ModelSection, family: ModelFamily) -> list[Slot]:
     return found
 
 
-def idle_places(section: ModelSection, family: ModelFamily) -> Iterator[tuple[TensorPlace, str]]:
-    """Yields the tensors that transformers requires but never uses (gate and up of LongCat-Flash's identity experts). Each
-    comes with the name of the logical tensor whose dtype it gets."""
+def idle_names(section: ModelSection, family: ModelFamily) -> Iterator[str]:
+    """Yields the names of tensors that no computation uses: gate and up of LongCat-Flash's identity experts, which
+    transformers wrote and required before version 5.25."""
     for layer in section.moe_layers if family.layout == "identity" else ():
-        ((name, group),) = section.moe.groups.items()
+        (group,) = section.moe.groups.values()
         for expert in range(group.num_experts, group.num_experts + group.num_identity):
             for part in ("gate", "up"):
-                theirs = f"{family.place(layer)[0]}.{family.expert.format(expert=expert, part=part, old='')}"
-                shape = (group.ffn_dim, section.hidden_dim)
-                yield TensorPlace(theirs, shape), f"layers.{layer}.moe.experts.{name}.0.{part}"
+                yield f"{family.place(layer)[0]}.{family.expert.format(expert=expert, part=part, old='')}"
 
 
 def router_name(section: ModelSection, layer: int, kind: str) -> str:
@@ -163,8 +161,10 @@ def _shared_expert(section: ModelSection, family: ModelFamily, ours: str, theirs
 def _experts(section: ModelSection, group: GroupSection, family: ModelFamily, ours: str, theirs: str) -> Iterator[Slot]:
     for expert in range(group.num_experts):
         for part, shape in _matrices(section.hidden_dim, group.ffn_dim).items():
-            allotted = group.num_experts + (group.num_identity if family.layout == "identity" and part != "down" else 0)
-            places = tuple(_expert_places(family, theirs, expert, part, allotted, shape))
+            stacked = [group.num_experts]
+            if family.layout == "identity" and part != "down":  # stacks of transformers before 5.25, see `idle_names`
+                stacked.append(group.num_experts + group.num_identity)
+            places = tuple(_expert_places(family, theirs, expert, part, stacked, shape))
             yield Slot(f"{ours}.{expert}.{part}", shape, places)
 
 
@@ -244,18 +244,19 @@ _LAYOUTS: Mapping[Layout, Callable[[ModelSection, ModelFamily, str, str], Iterat
 
 
 def _expert_places(
-    family: ModelFamily, theirs: str, expert: int, part: str, num: int, shape: tuple[int, int]
+    family: ModelFamily, theirs: str, expert: int, part: str, stacked: Sequence[int], shape: tuple[int, int]
 ) -> Iterator[TensorPlace]:
     old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
     yield TensorPlace(f"{theirs}.{family.expert.format(expert=expert, part=part, old=old)}", shape)
     if not family.experts:  # empty for the form `moe_dist`, and for dense FFNs, which an import copies
         return
     rows, columns = shape
-    if part == "down":
-        yield TensorPlace(f"{theirs}.mlp.experts.down_proj", (num, rows, columns), expert * rows * columns)
-    else:
-        begin = (2 * expert + (part == "up")) * rows * columns
-        yield TensorPlace(f"{theirs}.mlp.experts.gate_up_proj", (num, 2 * rows, columns), begin)
+    for num in stacked:
+        if part == "down":
+            yield TensorPlace(f"{theirs}.mlp.experts.down_proj", (num, rows, columns), expert * rows * columns)
+        else:
+            begin = (2 * expert + (part == "up")) * rows * columns
+            yield TensorPlace(f"{theirs}.mlp.experts.gate_up_proj", (num, 2 * rows, columns), begin)
 
 
 def _matrices(dim: int, ffn_dim: int) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.family import ModelFamily
 from moe_dist.hf.fields import Fields
-from moe_dist.hf.names import EMBEDDING, HEAD, idle_places, router_name, shards, slots
+from moe_dist.hf.names import EMBEDDING, HEAD, idle_names, router_name, shards, slots
 from moe_dist.hf.sections import GROUP, parsed_section
 from moe_dist.hf.source import Source
 from moe_dist.model.initial_weights import normal_tensor
@@ -199,7 +199,8 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
     used: set[str] = set()
     dtypes: dict[str, str] = {}
     for slot in slots(section, family):
-        place = next((place for place in slot.places if place.name in source.tensors), None)
+        there = [place for place in slot.places if place.name in source.tensors]
+        place = next((each for each in there if source.tensors[each.name].shape == each.shape), there[0] if there else None)
         if place is None and not slot.places:
             # A dense model has no router. With one expert the router's row has no effect on the output.
             kind = "zeros" if slot.shape[0] == 1 else "normal"
@@ -222,7 +223,7 @@ def make_plan(source: Source, family: ModelFamily, section: ModelSection, *, sha
         parts += _tiled_rows(parts, section)
     copies = {HEAD: EMBEDDING} if section.tie_embeddings and HEAD in source.tensors else {}
     prefixes = tuple(family.multi_token(Fields(source.config, family.name), source.tensors))
-    idle = {place.name for place, _ in idle_places(section, family)}
+    idle = set(idle_names(section, family))
     left_out = sorted(name for name in source.tensors if name not in used and (name.startswith(prefixes) or name in idle))
     used |= {*copies, *left_out}
     problems += [f"{name}: is left over: a {family.name} model of this config.json has no such tensor; {_TOGETHER}"

@@ -19,7 +19,7 @@ from moe_dist.checkpoint.verify import verify
 from moe_dist.config.load import load_config
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.hf.importing import import_model
-from moe_dist.hf.names import idle_places, slots
+from moe_dist.hf.names import slots
 from moe_dist.hf.plan import ImportOptions, changed_section
 from moe_dist.hf.sections import read_section
 from moe_dist.train.build.training import state_specs
@@ -66,7 +66,6 @@ def hollow(folder: Path, kind: str, **sizes: int) -> None:
     family, values, _ = read_section(json.loads((folder / "config.json").read_text()))
     section = changed_section(values, family, ImportOptions())
     places = [place for slot in slots(section, family) for place in slot.places[:1]]
-    places += [place for place, _ in idle_places(section, family)]
     entries, end = {}, 0
     for name, shape in {place.name: place.shape for place in places}.items():  # a stored tensor may contain several of ours
         begin, end = end, end + 2 * math.prod(shape)

@@ -94,6 +94,26 @@ def test_fused_layouts_are_read(tmp_path: Path, kind: str) -> None:
     assert_same(tensors_of(tmp_path / "back"), tensors_of(plain))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_projections_of_identity_experts_are_left_out(tmp_path: Path, fused: bool) -> None:
+    """transformers wrote gate and up of LongCat-Flash's four identity experts before version 5.25."""
+    model = tiny_model("longcat_flash")
+    plain, old = save(model, tmp_path / "plain"), save(model, tmp_path / "old", save_original_format=not fused)
+    tensors = tensors_of(old)
+    for layer in range(2):
+        stem = f"model.layers.{layer}.mlp.experts"
+        if fused:
+            stack = tensors[f"{stem}.gate_up_proj"]
+            tensors[f"{stem}.gate_up_proj"] = torch.cat([stack, torch.ones_like(stack[:4])])
+        else:
+            ones = torch.ones_like(tensors[f"{stem}.0.gate_proj.weight"])
+            tensors |= {f"{stem}.{e}.{part}_proj.weight": ones.clone() for e in range(8, 12) for part in ("gate", "up")}
+    save_file(tensors, old / "model.safetensors")
+    assert len(import_model(old, tmp_path / "ours").left_out) == (0 if fused else 2 * 4 * 2)
+    export_model(tmp_path / "ours", tmp_path / "back")
+    assert_same(tensors_of(tmp_path / "back"), tensors_of(plain))
+
+
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [("glm4_moe", "model.layers.3."), ("deepseek_v3", "model.layers.3."), ("ernie4_5_moe", "model.mtp_block.0.")],
