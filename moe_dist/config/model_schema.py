@@ -289,7 +289,8 @@ class ModelSection(Section):
     @property
     def freezes_routers(self) -> bool:
         """Whether the model has adapters that are trained without the routers."""
-        return self.moe.experts.adapts_ffns or self.lora is not None
+        experts = self.moe.experts
+        return experts.adapts_ffns or (self.lora is not None and not experts.over_frozen_ffn)
 
     @property
     def no_task_gradient(self) -> bool:

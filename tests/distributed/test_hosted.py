@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.hf.host.family import empty_model
+from moe_dist.hf.host.family import hosted_family
 from moe_dist.hf.host.weights import write_folder
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.placement.parameter_names import Role
@@ -47,12 +47,14 @@ def in_float64() -> Iterator[None]:
     """Runs hosted models in float64, with eager experts, because `grouped_mm` does not support float64."""
 
     def double_model(*given: Any) -> Any:
-        model = empty_model(*given).double()
-        model.set_experts_implementation("eager")
+        model = hosted_family(*given).double()
+        for module in model.modules():
+            if hasattr(module, "_is_expert_parallel") and hasattr(module, "config"):
+                module.config._experts_implementation = "eager"
         return model
 
     double = mock.patch.dict(hosted.COMPUTE_DTYPES, fp32=torch.float64)
-    with double, mock.patch.object(hosted, "empty_model", double_model):
+    with double, mock.patch.object(hosted, "hosted_family", double_model):
         yield
 
 
@@ -152,7 +154,7 @@ def from_folder(
         saver = run.saver()
         progress = saver.restore()
         own = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        difference = _difference(run, own) if progress.step == 0 else 0.0
+        difference = initial_difference(run, own) if progress.step == 0 else 0.0
         before = [each.parameter.detach().clone() for each in run.training.parallel.parameters]
         reports = take_steps(run, progress.step, 2)
         if progress.step == 0:
@@ -162,7 +164,7 @@ def from_folder(
 
 
 @torch.no_grad()
-def _difference(run: Run, own: Any) -> float:
+def initial_difference(run: Run, own: Any) -> float:
     model, batch = run.training.parallel.model, run.loader.batches(0)[0]
     model.eval()
     losses_BS, _ = forward(model, batch, run.training.step.group_of_modality, losses=True)

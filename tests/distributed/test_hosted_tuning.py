@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.hf.host.family import banks_of
+from moe_dist.hf.host.banks import banks_of
 from moe_dist.hf.source import weights_digest
 from moe_dist.train.router_tuning.samples import Samples
 from tests.distributed.test_hosted import LAYOUTS, ONE, in_float64, made_folder

@@ -27,6 +27,11 @@ NEEDS = (
     ("parallel.expert_gemm", ("auto", "loop"), ALL_HERE),
 )
 
+SHARDED = (
+    ("run.init_from", (None,), "the base is model.folder (export a run to make its folder)"),
+    ("model.moe.balance", ((),), "the routers have no selection bias"),
+)
+
 
 class AdapterSection(Section):
     """LoRA adapters on some of the projections."""
@@ -97,6 +102,29 @@ class LoRAExpertsSection(AdapterSection, ExpertsSection):
         if config.model.moe.router.softmax_top_k:  # `adapter_violations` reports routers without `softmax_top_k`
             yield from unmet(config, EXPERTS, f"{EXPERTS}={self.kind}", NEEDS, instead="take another kind of experts")
             yield from _groups(config)
+
+
+class ShardedLoRAExpertsSection(LoRAExpertsSection):
+    """LoRA adapters over the frozen FFNs of a dense transformers model. Each rank has the adapters of its own experts."""
+
+    builds = "moe_dist.hf.host.dense:AdapterStack"
+    served = ""
+    replicated = False
+
+    kind: Literal["sharded_lora"] = "sharded_lora"  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def violations_in(self, config: WholeConfig) -> Iterator[Violation]:
+        yield from unmet(config, EXPERTS, f"{EXPERTS}={self.kind}", SHARDED, instead="take another kind of experts")
+        if not config.engine.hosts or config.model.folder is None:
+            problem = f"{EXPERTS}={self.kind}: the frozen FFNs are those of a dense model of transformers; set engine.kind="
+            yield Violation((EXPERTS, "engine.kind"), f"{problem}transformers and model.folder, or {EXPERTS}=lora")
+        for name, group in config.model.moe.groups.items():
+            if group.top_k > 1 or group.num_null or self.dropout:
+                problem = (
+                    f"model.moe.groups.{name}: top_k={group.top_k}, num_null={group.num_null}, dropout={self.dropout:g}: one "
+                    f"rank computes the FFN of a token with its adapter; with {self.kind} set 1, 0 and 0"
+                )
+                yield Violation((f"model.moe.groups.{name}", EXPERTS), problem)
 
 
 def _groups(config: WholeConfig) -> Iterator[Violation]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.family import GUIDE
+from moe_dist.hf.host.banks import GUIDE
 from moe_dist.hf.host.model import Choice, FamilyRouter
 from moe_dist.moe.routers.adaptive import TopPRouter
 from moe_dist.moe.routers.context import RouterContext

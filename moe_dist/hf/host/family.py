@@ -7,54 +7,33 @@ experts and routers. So this file contains no names of families.
 import json
 import logging
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic_core import to_jsonable_python
-from torch import nn
 
 from moe_dist.config.base.section import Section, did_you_mean
 from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.formats.hub_folder import offline
 from moe_dist.hf.code_checks import code_keys, entries, refuse_code
+from moe_dist.hf.host.banks import GUIDE, Bank, banks_of
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.copy_init import uneven_twins
-from moe_dist.moe.routers.recorded import recorded_routers
 
-GUIDE = "docs/hf-engine.md"
-GROUP = "experts"  # name of the only expert group, and of the attribute that has a family's experts
 LEAST = "5.24"  # oldest version of transformers that this engine supports
 GIVEN = ("folder", "family", "fields")
 CHOSEN = ("modalities", "router", "balance", "num_null", "lora")  # keys that the family does not determine
 MOST_PARTS = 4096  # largest number of layers, of experts and so on; transformers takes milliseconds per part
-_LAYER = re.compile(r"\blayers\.(\d+)\.")
 # Names of fields whose values may be large, because transformers does not loop over them. A loop to MOST_NUMBER takes 1 s.
 _LARGE = re.compile(r"theta|position|len|window|size|seed|base|context|token|pixel|id$")
 MOST_NUMBER = 1 << 18
 # Names of fields that give a number of parts.
 _NUM_PARTS = re.compile(r"(layers?|blocks?|depths?|stages?|experts|heads|codebooks|quantizers|labels)(_per_\w+)?$")
 _NOTES = ("transformers_version", "torch_dtype", "dtype")
-
-
-class Bank(NamedTuple):
-    """The experts of one layer, or of one modality in one layer, and the router that chooses among them."""
-
-    layer: int
-    experts: str  # path of the module of experts
-    router: str  # path of the router
-    group: str = GROUP
-    block: str = ""  # path of the module that calls the layer's banks, if there are several
-    ids: range = range(0)  # logical ids of the experts
-
-    def local(self, slots: Sequence[int]) -> list[int]:
-        """Returns the indices in the bank of a rank's experts, whose logical ids are `slots`."""
-        return [expert - self.ids.start for expert in slots if expert in self.ids]
 
 
 def complete(model: dict[str, Any]) -> dict[str, Any]:
@@ -85,11 +64,40 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     elif folder is None:
         _check_names(family, fields or {})
     found, plain_router = _sizes(family, json.dumps(fields or {}, sort_keys=True))
-    given = {key: value for key, value in model.items() if key not in GIVEN}
-    joined = _joined(given, found, ModelSection, "model")
+    given, chosen = {key: value for key, value in model.items() if key not in GIVEN}, CHOSEN
+    if not found["moe"]["groups"]:
+        found, chosen = {**found, "moe": _new_experts(given.get("moe"), found, family)}, (*CHOSEN, "experts")
+    joined = _joined(given, found, ModelSection, "model", chosen)
     for name, group in joined["moe"]["groups"].items():
         _check_nulls(name, group, family, plain_router=plain_router, copied=folder is not None)
     return {**joined, "folder": folder, "family": family, "fields": fields or {}}
+
+
+def _new_experts(moe: Any, found: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Returns the sizes of the experts that a dense family gets. Raises ConfigError if no groups or unknown layers are
+    given. The schema's check reports other wrong values."""
+    given, layers = moe if isinstance(moe, dict) else {}, found["moe"]["layers"]
+    groups, wanted = given.get("groups"), given.get("layers") or layers
+    if not groups or not isinstance(groups, dict):
+        raise ConfigError(
+            f"model.moe.groups: {family} has no experts; name the groups of experts that each FFN becomes, such as "
+            "{text: {num_experts: 4}, image: {num_experts: 4}}, or take a mixture-of-experts family",
+            see=GUIDE,
+        )
+    if isinstance(wanted, list) and (unknown := [each for each in wanted if each not in layers]):
+        raise ConfigError(f"model.moe.layers: {family} has no layer {unknown[0]}; it has {len(layers)} layers", see=GUIDE)
+    sizes = {
+        name: {"top_k": 1, **group, "ffn_dim": found["dense_ffn_dim"]} if isinstance(group, dict) else group
+        for name, group in groups.items()
+    }
+    choices = {each["top_k"] for each in sizes.values() if isinstance(each, dict)}
+    if len(choices) > 1:
+        raise ConfigError(
+            f"model.moe.groups: top_k is {' and '.join(map(str, choices))}; with engine.kind=transformers the groups of a "
+            "layer choose equal numbers of experts: give each group the same top_k",
+            see=GUIDE,
+        )
+    return {"layers": wanted, "groups": sizes}
 
 
 def _other_than(given: Mapping[str, Any], stored: Mapping[str, Any], path: str) -> Iterator[str]:
@@ -127,9 +135,11 @@ def _check_names(family: str, fields: Mapping[str, Any]) -> None:
             raise ConfigError(f"model.fields.{name}: {family} has no such field{did_you_mean(name, known)}", see=GUIDE)
 
 
-def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str) -> dict[str, Any]:
+def _joined(
+    given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Section], path: str, chosen: tuple[str, ...] = CHOSEN
+) -> dict[str, Any]:
     """Joins the `found` values of a family with the `given` values of the section. The user can choose only keys in
-    `CHOSEN`. Raises ConfigError if another given value differs from the found value or, where the family has none, the
+    `chosen`. Raises ConfigError if another given value differs from the found value or, where the family has none, the
     default."""
     joined = {**given, **found}
     for key, value in given.items():
@@ -140,10 +150,10 @@ def _joined(given: Mapping[str, Any], found: Mapping[str, Any], schema: type[Sec
                     f"{path}.groups.{min(more)}: the family has only {' and '.join(found[key])}; remove the others",
                     see=GUIDE,
                 )
-            joined[key] = _joined(value, found[key], Section, f"{path}.{key}")  # a section for each name
+            joined[key] = _joined(value, found[key], Section, f"{path}.{key}", chosen)  # a section for each name
         elif inner is not None and isinstance(value, dict) and isinstance(found.get(key), dict):
-            joined[key] = _joined(value, found[key], inner, f"{path}.{key}")
-        elif key in CHOSEN or (key == "top_k" and given.get("num_null")):
+            joined[key] = _joined(value, found[key], inner, f"{path}.{key}", chosen)
+        elif key in chosen or (key == "top_k" and given.get("num_null")):
             joined[key] = value
         elif key in found and value != found[key]:
             raise ConfigError(
@@ -240,7 +250,7 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = family_config(family, fields)
-    auto: Any = AutoModelForImageTextToText if reads_pictures(config) else AutoModelForCausalLM
+    auto: Any = AutoModelForImageTextToText if reads_pictures(config) or _has_no_text_model(config) else AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
         with offline():
@@ -254,55 +264,39 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
             return auto.from_config(config, attn_implementation="eager", **options)
 
 
+def hosted_family(model: ModelSection) -> Any:
+    """Returns `empty_model` of the section's family. A dense family gets the experts of `model.moe`."""
+    from moe_dist.hf.host.dense import add_experts
+
+    assert model.family is not None, "the engine's section completes the model's"
+    family = empty_model(model.family, model.fields)
+    if _ffns(family):
+        add_experts(family, model.moe)
+    return family
+
+
 def reads_pictures(config: Any) -> bool:
     """Returns whether `picture_inputs` can make the inputs of the family's picture encoder. The encoder must take any
     number of patches (`pixel_values`, `image_grid_thw`) and merge squares of patches. False for a family that also has a
     text-only model, which is then trained."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     vision = getattr(config, "vision_config", None)
     ids = all(isinstance(getattr(config, f"{kind}_token_id", None), int) for kind in ("image", "video"))
     merges = hasattr(vision, "spatial_merge_size") and hasattr(vision, "patch_size")
-    return ids and merges and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return ids and merges and _has_no_text_model(config)
 
 
-def banks_of(model: nn.Module) -> list[Bank]:
-    """Returns the MoE layers in order. Raises ConfigError if the model does not use transformers' interface for experts, or
-    a router is not found."""
-    name = type(model).__name__
-    experts = [path for path, module in model.named_modules() if hasattr(module, "_is_expert_parallel")]
-    classes, routers = recorded_routers(model), defaultdict[str, list[str]](list)
-    for path, module in model.named_modules():
-        if isinstance(module, classes):
-            routers[path.rpartition(".")[0]].append(path)
-    if not experts:
-        raise ConfigError(
-            f"model.family: {name} does not use transformers' interface for experts (ALL_EXPERTS_FUNCTIONS), which shards "
-            "them; take a mixture-of-experts family that does",
-            see=GUIDE,
-        )
-    found: list[Bank] = []
-    for path in experts:
-        holder, layer = path.rpartition(".")[0], _LAYER.search(path)
-        own = [router for above in accumulate(holder.split("."), "{}.{}".format) for router in routers.get(above, ())]
-        if layer is None or len(own) != 1 or path.rpartition(".")[2] != GROUP:
-            raise ConfigError(
-                f"model.family: {name}: {path} must be named {GROUP} and have one router beside it, whose logits the model "
-                f"can record (_can_record_outputs), but there are {own}; this family cannot be trained by this engine yet",
-                see=GUIDE,
-            )
-        found.append(Bank(int(layer[1]), path, own[0]))
-    banks: list[Bank] = []
-    users = Counter(bank.router for bank in found)
-    for bank in found:
-        first = banks[-1].ids.stop if banks and banks[-1].block == bank.router else 0
-        ids = range(first, first + next(model.get_submodule(bank.experts).parameters()).shape[0])
-        if users[bank.router] == 1:
-            banks.append(bank._replace(ids=ids))
-        else:  # the model records the block of several banks, each with its own router
-            holder = bank.experts.rpartition(".")[0]
-            banks.append(Bank(bank.layer, bank.experts, f"{holder}.gate", holder.rpartition(".")[2], bank.router, ids))
-    return banks
+def _has_no_text_model(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _ffns(family: Any) -> dict[int, str]:
+    """Returns the FFNs of a dense family that can become experts."""
+    from moe_dist.hf.host.dense import dense_ffns
+
+    has_experts = any(hasattr(module, "_is_expert_parallel") for module in family.modules())
+    return {} if has_experts else dense_ffns(family)
 
 
 @cache
@@ -316,14 +310,17 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
             model = empty_model(family, json.loads(fields_json))
     finally:
         log.setLevel(level)
-    banks, config = banks_of(model), model.config.get_text_config()
+    config, ffns = model.config.get_text_config(), _ffns(model)
+    banks = [] if ffns else banks_of(model)
     if len({(bank.group, bank.ids) for bank in banks}) != len({bank.group for bank in banks}):
         raise ConfigError(f"model.family={family!r}: its layers have different numbers of experts", see=GUIDE)
     hidden_dim, heads = config.hidden_size, config.num_attention_heads
-    router, num_experts = model.get_submodule(banks[0].router), len(banks[0].ids)
-    plain_router = {name: tuple(each.shape) for name, each in router.state_dict().items()} == {
-        "weight": (num_experts, hidden_dim)
-    }
+    plain_router = bool(ffns)
+    if not ffns:
+        router, num_experts = model.get_submodule(banks[0].router), len(banks[0].ids)
+        plain_router = {name: tuple(each.shape) for name, each in router.state_dict().items()} == {
+            "weight": (num_experts, hidden_dim)
+        }
 
     one_bank = len({bank.group for bank in banks}) == 1
     both = ["text", "image"] if reads_pictures(model.config) else ["text"]
@@ -349,7 +346,7 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
         "dense_ffn_dim": getattr(config, "intermediate_size", None) or hidden_dim,
         "tie_embeddings": bool(config.tie_word_embeddings),
         "moe": {
-            "layers": list(dict.fromkeys(bank.layer for bank in banks)),
+            "layers": list(ffns or dict.fromkeys(bank.layer for bank in banks)),
             "groups": {bank.group: group(bank) for bank in banks},
         },
     }

@@ -18,7 +18,8 @@ from moe_dist.config.base.section import unknown_name
 from moe_dist.config.experts.lora import HostedLoRASection
 from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
+from moe_dist.hf.host.banks import GUIDE, banks_of
+from moe_dist.hf.host.family import hosted_family
 from moe_dist.hf.peft_files import joint, open_peft, stacked
 from moe_dist.hf.source import DTYPES
 from moe_dist.model.initial_weights import normal_tensor
@@ -54,9 +55,8 @@ def unknown_names(model: ModelSection) -> list[str]:
 
 
 def _whole(model: ModelSection) -> Any:
-    assert model.family is not None
     with torch.device("meta"):
-        return empty_model(model.family, model.fields)
+        return hosted_family(model)
 
 
 def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.family import GUIDE, Bank
+from moe_dist.hf.host.banks import GUIDE, Bank
+from moe_dist.hf.host.family import reads_pictures
 from moe_dist.hf.host.lora import Place, fold
 from moe_dist.hf.host.pictures import groups_of_types, picture_inputs
 from moe_dist.model.layers import ModelArgs
@@ -183,14 +184,18 @@ class HostedModel(nn.Module):
         super().__init__()
         self.family, self.args, self.packed = family, args, True
         self.banks, self._pass = tuple(banks), list[_Pass]()  # the innermost pass is the last
-        self.encodes, self._has_banks = hasattr(family, "get_image_features"), len({bank.group for bank in banks}) > 1
+        self.encodes, self._has_banks = reads_pictures(family.config), len({bank.group for bank in banks}) > 1
         _set_roles(family, banks)
         if recompute == "block":
             family.activation_checkpointing_enable({"use_reentrant": False})
         layers = []
         for number, several in groupby(banks, key=lambda bank: bank.layer):
             parts = list(several)
-            stacks = [FamilyExperts(family.get_submodule(each.experts), each.local(local), args) for each in parts]
+            modules = [family.get_submodule(each.experts) for each in parts]
+            stacks = [
+                getattr(module, "runs", FamilyExperts)(module, each.local(local), args)
+                for module, each in zip(modules, parts, strict=True)
+            ]
             layer = MoELayer(
                 norm=nn.Identity(),
                 router=make_router(),
@@ -306,7 +311,8 @@ class HostedModel(nn.Module):
         # Masked attention gives the embeddings of the other document gradients of exactly 0, in every dtype.
         self.packed = not gradient[:, :length].any()
         weights_TK = choices[0].weights_TK
-        self.no_task_gradient = weights_TK.shape[1] == 1 and torch.allclose(weights_TK, weights_TK[:1], rtol=1e-3)
+        constant = weights_TK.shape[1] == 1 and torch.allclose(weights_TK, weights_TK[:1], rtol=1e-3)
+        self.no_task_gradient = constant and not hasattr(self.family, "moe_dist_banks")
         for layer in self._layers:
             cast(Any, layer.router).learn(type(self.family).__name__, choices[0])
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.host.family import GUIDE
+from moe_dist.hf.host.banks import GUIDE
 
 
 def groups_of_types(group_BS: Tensor, more: Mapping[str, Tensor]) -> Tensor:

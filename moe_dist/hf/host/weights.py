@@ -19,12 +19,13 @@ from moe_dist.config.model_schema import MoESection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.adapters import write_peft
 from moe_dist.hf.exporting import checked_config
-from moe_dist.hf.host.family import GUIDE
+from moe_dist.hf.host.banks import GUIDE
 from moe_dist.hf.host.lora import MATRICES, hosted_tensors
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LAYER = re.compile(r"\blayers\.\d+\.")
 
 
@@ -63,9 +64,12 @@ def read_folder(
     routers, num_experts = model.router_weights(), int(cast(Any, model.moe_modules()[0].router).num_experts)
     source = open_source(folder)
     files = {name: safe_open(folder / name, framework="pt") for name in source.files}
+    copied = _CopiedFFNs(model, local)
     for name, stored in source.tensors.items():
         tensor = files[stored.file].get_slice(name)
         target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
+        if copied.takes(target, tensor):
+            continue
         mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
         if target in routers and tensor.get_shape()[0] == num_experts:  # null rows repeat the true ones (AdaMoE)
             mine = name, _Slice(tensor, [row % num_experts for row in range(state[target].shape[0])])
@@ -73,6 +77,7 @@ def read_folder(
             layer = _LAYER.search(name)
             by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]
     missing = {name for name, each in state.items() if each.numel() and not name.endswith(MATRICES)}
+    missing -= copied.copy(set_whole)
     faults: dict[str, set[str]] = {"unknown": set(), "of another shape": set(), "not converted": set()}
     why = ""  # such as a lack of memory
     for slices in by_layer.values():
@@ -111,6 +116,44 @@ def read_folder(
                 f"{why if what == 'not converted' else ''}; take a folder whose config.json is of these weights",
                 see=GUIDE,
             )
+
+
+class _CopiedFFNs:
+    """Copies the FFNs of a dense model into the experts of their blocks (`dense.add_experts`). Routers keep initial values.
+
+    Args:
+        local: Logical ids of this rank's experts.
+    """
+
+    def __init__(self, model: HostedModel, local: Sequence[int]) -> None:
+        made = hasattr(model.family, "moe_dist_banks")
+        self._family, self._local = model.family, local
+        self._banks = model.banks if made else ()
+        self._blocks = {bank.block for bank in self._banks}
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def takes(self, target: str, tensor: Any) -> bool:
+        """Returns whether the tensor is a projection of a block's FFN, which is kept for `copy`."""
+        block, _, leaf = target.removesuffix(".weight").rpartition(".")
+        if block not in self._blocks or leaf not in _PROJECTIONS or hasattr(self._family.get_submodule(block), leaf):
+            return False
+        self._found.setdefault(block, {})[leaf] = tensor
+        return True
+
+    def copy(self, set_whole: Callable[[Tensor, Tensor], object]) -> set[str]:
+        """Sets the experts. Returns the names of the parameters that the folder need not have."""
+        done: set[str] = set()
+        for bank in self._banks:
+            done.add(f"{bank.router}.weight")
+            found = self._found.get(bank.block, {})
+            if len(found) < len(_PROJECTIONS):
+                continue  # a frozen FFN, or tensors that are reported as missing
+            gate, up, down = (found[name][:] for name in _PROJECTIONS)
+            experts = self._family.get_submodule(bank.experts)
+            for name, matrix in {"gate_up_proj": torch.cat([gate, up]), "down_proj": down}.items():
+                set_whole(experts.get_parameter(name), matrix.float().expand(len(bank.local(self._local)), *matrix.shape))
+                done.add(f"{bank.experts}.{name}")
+        return done
 
 
 def _put(family: nn.Module, name: str, tensor: Tensor) -> None:

@@ -70,8 +70,8 @@ class OneExchange:
     def __init__(self, block: Any, routers: Sequence[nn.Module], keep: Callable[..., None], routed: Any) -> None:
         self._block, self._routers, self._keep, self._routed = block, tuple(routers), keep, routed
 
-    def __call__(self, h_BSD: Tensor, _types_BS: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Returns y [B, S, D], and the logits [T, E]."""
+    def __call__(self, h_BSD: Tensor, _types_BS: Tensor | None = None) -> Any:
+        """Returns y [B, S, D] and, unless the block says `gives_logits = False`, the logits [T, E]."""
         h_TD, first = h_BSD.flatten(0, 1), 0
         scores, weights, ids = [], [], []
         for router in self._routers:
@@ -86,6 +86,6 @@ class OneExchange:
         scores_TE = torch.cat(scores, dim=1)
         self._keep(None, None, (scores_TE, weights_TK, ids_TK))
         y_BSD = self._routed(h_TD, ids_TK, weights_TK).view_as(h_BSD)
-        if self._block.shared_experts is not None:
-            y_BSD = y_BSD + self._block.shared_experts(h_BSD)
-        return y_BSD, scores_TE
+        if (shared := getattr(self._block, "shared_experts", None)) is not None:
+            y_BSD = y_BSD + shared(h_BSD)
+        return (y_BSD, scores_TE) if getattr(self._block, "gives_logits", True) else y_BSD

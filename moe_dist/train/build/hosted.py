@@ -18,7 +18,8 @@ from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.choices import add_null_rows
-from moe_dist.hf.host.family import GUIDE, banks_of, empty_model
+from moe_dist.hf.host.banks import GUIDE, banks_of
+from moe_dist.hf.host.family import hosted_family
 from moe_dist.hf.host.lora import add_adapters, first_values
 from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.pictures import check_encoder
@@ -63,10 +64,9 @@ def build_hosted(
 ) -> HostedModel:
     """Makes the family's model with this rank's experts, on torch's default device. See `build_transformer`."""
     model = config.model
-    assert model.family is not None, "the engine's section completes the model's"
     dtype = compute_dtype or COMPUTE_DTYPES[config.parallel.precision]
     all_to_all = AllToAll(ep_group, comm_stats or CommStats(), tracker)
-    family = empty_model(model.family, model.fields)
+    family = hosted_family(model)
     family.train()
     banks = banks_of(family)
     if num_null := sum(group.num_null for group in placement.groups):

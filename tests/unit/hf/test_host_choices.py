@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.family import banks_of
+from moe_dist.hf.host.banks import banks_of
 from moe_dist.hf.host.weights import read_folder
 from moe_dist.moe.losses import ColumnTables, balance_terms
 from moe_dist.plan.policies import expert_groups, replicated_placement
