@@ -94,6 +94,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
 
     from moe_dist.checkpoint.storage import new_folder
     from moe_dist.hf.code_checks import refuse_code
+    from moe_dist.hf.host.dense_files import groups_of
     from moe_dist.hf.host.lora import merge_adapters
     from moe_dist.hf.host.weights import refuse_masked, write_folder
     from moe_dist.hf.source import COMPANIONS, companion
@@ -112,7 +113,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     elif run.config.model.folder is not None:
         print(f"model.folder={str(source)!r} is gone: the export has no tokenizer; copy its files from elsewhere")
     with new_folder(out) as folder:
-        write_folder(model, folder)
+        write_folder(model, folder, groups_of(run.config.model, run.manifest))
         for name in COMPANIONS if there else ():
             if (source / name).is_file():
                 shutil.copyfile(companion(source, name), folder / name)

@@ -287,6 +287,11 @@ class ModelSection(Section):
         return experts.over_frozen_ffn or experts.adapts_ffns or others != (None, None)
 
     @property
+    def adapts_folder(self) -> bool:
+        """Whether the model has adapters on the frozen weights of `folder`."""
+        return self.folder is not None and self.has_adapters
+
+    @property
     def freezes_routers(self) -> bool:
         """Whether the model has adapters that are trained without the routers."""
         experts = self.moe.experts

@@ -91,7 +91,7 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     if (lora := model.lora) is not None:
         other = [each for each in lora.targets if each.rpartition(".")[2] in _OF_EXPERTS]
         modules = [each for each in lora.targets if each not in other]
-        return _fields(lora, base_name, modules, [*lora.parameters, *(f"{each}.weight" for each in other)])
+        return lora_fields(lora, base_name, modules, [*lora.parameters, *(f"{each}.weight" for each in other)])
     experts, attention = model.moe.experts, model.attention_lora
     adapted = isinstance(experts, AdaptedFFNExpertsSection)
     main: Any = experts if adapted else attention
@@ -99,13 +99,14 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     shared = [f"{_SHARED}.{part}_proj" for part in PROJECTIONS] if _on_shared_expert(model) else []
     parameters = [_PARAMETERS[target] for target in experts.targets] if adapted else None
     return {
-        **_fields(main, base_name, parts + shared, parameters),
+        **lora_fields(main, base_name, parts + shared, parameters),
         "rank_pattern": {part: attention.rank for part in parts if attention and attention.rank != main.rank},
         "alpha_pattern": {part: attention.alpha for part in parts if attention and attention.alpha != main.alpha},
     }
 
 
-def _fields(lora: Any, base_name: str | None, modules: Sequence[str], parameters: Sequence[str] | None) -> dict[str, Any]:
+def lora_fields(lora: Any, base_name: str | None, modules: Sequence[str], parameters: Sequence[str] | None) -> dict[str, Any]:
+    """Returns the fields of adapter_config.json for adapters of one rank and alpha."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

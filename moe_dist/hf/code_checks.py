@@ -14,7 +14,7 @@ from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.hub_folder import OUTSIDE
 from moe_dist.hf.data_files import README
 from moe_dist.hf.forms import FORMS
-from moe_dist.hf.served_fields import AUTO_MAP, CODE, CODE_FILES, OLD_AUTO_MAP, SERVED
+from moe_dist.hf.served_fields import CODE, CODES
 from moe_dist.hf.source import COMPANIONS, CONFIG_FILE, INDEX_FILE, read_configuration, read_weight_map
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,12 +64,12 @@ def code_keys(values: Any) -> Iterator[str]:
 
 def config_problems(folder: Path, names: Sequence[str]) -> list[str]:
     """Returns an error text for each key in the folder's configuration files that could make a library run code. `names`
-    are the folder's files. A config.json of the form `moe_dist` may have the `auto_map` that exports write."""
+    are the folder's files. The config.json of an export may have the `auto_map` that exports write."""
     problems = []
     for name in sorted(name for name in names if name in (CONFIG_FILE, _SPECIAL_TOKENS) or name.endswith("_config.json")):
         values = read_configuration(folder, name)
-        own = values.get("model_type") == SERVED.name and values.get("auto_map") in (AUTO_MAP, OLD_AUTO_MAP)
-        if name == CONFIG_FILE and own:
+        _, maps = CODES.get(str(values.get("model_type")), ((), ()))
+        if name == CONFIG_FILE and values.get("auto_map") in maps:
             del values["auto_map"]
         problems += [f"{name}: {problem}" for problem in code_keys(values)]
     return problems
@@ -94,7 +94,7 @@ def verify_export(folder: Path) -> list[str]:
         path = folder / name
         if path.is_symlink() or not path.is_file():
             problems.append(f"{name}: an export has plain files only")
-        elif name in CODE_FILES:
+        elif any(name in files for files, _ in CODES.values()):
             size, ours = path.stat().st_size, (CODE / name).read_bytes()
             if size != len(ours) or path.read_bytes() != ours:
                 problems.append(f"{name}: differs from the file of this moe_dist; {size:,} bytes, not {len(ours):,}")
@@ -109,8 +109,8 @@ def verify_export(folder: Path) -> list[str]:
         )
     elif CONFIG_FILE not in plain:
         problems.append(f"{CONFIG_FILE}: is missing")
-    elif (kind := str(read_configuration(folder, CONFIG_FILE).get("model_type"))) == SERVED.name:
-        problems += [f"{code}: is missing, and {CONFIG_FILE} names it" for code in CODE_FILES if code not in names]
+    elif (kind := str(read_configuration(folder, CONFIG_FILE).get("model_type"))) in CODES:
+        problems += [f"{code}: is missing, and {CONFIG_FILE} names it" for code in CODES[kind][0] if code not in names]
     elif kind not in FORMS:
         problems.append(f"{CONFIG_FILE}: model_type={kind!r:.80}: no export writes this type")
     if INDEX_FILE in plain:

@@ -30,6 +30,14 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_moe_dist.MoeDistForCausalLM",
 }
 OLD_AUTO_MAP = {name: each for name, each in AUTO_MAP.items() if name != "AutoModel"}  # `auto_map` in older exports
+DENSE = "moe_dist_dense"  # model_type of dense models of transformers whose FFNs became experts
+DENSE_CODE = ("modeling_moe_dist_dense.py",)
+DENSE_MAP = {
+    "AutoConfig": "modeling_moe_dist_dense.MoeDistDenseConfig",
+    "AutoModelForCausalLM": "modeling_moe_dist_dense.MoeDistDenseModel",
+}
+# For each model_type of exports with code, the files of the code, and the values of auto_map.
+CODES = {SERVED.name: (CODE_FILES, (AUTO_MAP, OLD_AUTO_MAP)), DENSE: (DENSE_CODE, (DENSE_MAP,))}
 
 _FIELDS = {  # maps keys of the section `model` to fields
     "hidden_dim": "hidden_size",

@@ -157,10 +157,13 @@ class FolderModel(LoadedRun):
     def load(self, device: torch.device, mesh: Mesh | None = None) -> Transformer:
         from moe_dist.hf.host.lora import first_values  # imported only here, because it takes seconds
         from moe_dist.hf.host.weights import read_folder
+        from moe_dist.train.build.hosted import draw
 
         ranks, rank = (1, 0) if mesh is None else (mesh.ep_size, mesh.ep_rank)
         placement = placement_for_use(self.config, ranks)
         model: Any = build_for_inference(self.config, placement, device, mesh)
+        if hasattr(model.family, "moe_dist_banks"):  # routers and adapters that the folder lacks
+            draw(model, placement.slots[rank], self.config.run.seed)
         read_folder(model, self.folder, placement.slots[rank])
         if self.config.model.lora is not None:
             for parameter, whole in first_values(

@@ -23,6 +23,7 @@ from moe_dist.hf.host.model import FamilyExperts
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.experts.lora import expert_weights
 from moe_dist.moe.kernels.torch_kernels import gather_rows, weighted_row_sum
+from moe_dist.placement.parameter_names import Role
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -101,6 +102,7 @@ class AdapterStack(nn.Module):
             for matrix, shape in (("A", (section.rank, into)), ("B", (out, section.rank))):
                 name = f"{target}_proj_lora_{matrix}"
                 self.register_parameter(name, nn.Parameter(torch.empty(num_experts, *shape)))
+        self.roles = dict.fromkeys(self._parameters, Role.EXPERT_ADAPTER)
 
     def _init_weights(self, module: nn.Module) -> None:
         """A has the variance 1 / (3 I), as in PEFT, and B is 0."""

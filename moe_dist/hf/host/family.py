@@ -21,6 +21,7 @@ from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.formats.hub_folder import offline
 from moe_dist.hf.code_checks import code_keys, entries, refuse_code
 from moe_dist.hf.host.banks import GUIDE, Bank, banks_of
+from moe_dist.hf.served_fields import DENSE
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.copy_init import uneven_twins
 
@@ -47,6 +48,8 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
         return model  # the schema's check reports the wrong type
     if folder is not None and (family is None or (Path(folder) / "config.json").is_file()):
         stored = read_fields(Path(folder))
+        if stored["model_type"] == DENSE:
+            model, stored = _of_export(model, stored)
         of_folder = stored.pop("model_type")
         wrong = list(_other_than(fields or {}, stored, "fields"))
         wrong += [] if family in (None, of_folder) else ["family"]
@@ -71,6 +74,19 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
     for name, group in joined["moe"]["groups"].items():
         _check_nulls(name, group, family, plain_router=plain_router, copied=folder is not None)
     return {**joined, "folder": folder, "family": family, "fields": fields or {}}
+
+
+def _of_export(model: dict[str, Any], stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the section `model` and the dense family's fields for a folder that `write_dense` made. Groups that the section
+    does not name have the sizes of the folder."""
+    groups, family = stored.get("expert_groups"), stored.get("family")
+    if not isinstance(groups, dict) or not isinstance(family, dict) or not isinstance(family.get("model_type"), str):
+        raise ConfigError(f"model.folder: its {CONFIG_FILE} lacks family or expert_groups; export the run again", see=GUIDE)
+    moe = model.get("moe") if isinstance(model.get("moe"), dict) else {}
+    sizes = {name: {key: each.get(key) for key in ("num_experts", "top_k", "modalities")} for name, each in groups.items()}
+    given = moe.get("groups") or {name: {} for name in sizes}
+    joined = {name: {**sizes.get(name, {}), **each} for name, each in given.items()} if isinstance(given, dict) else given
+    return {**model, "moe": {**moe, "groups": joined}}, {key: value for key, value in family.items() if key not in _NOTES}
 
 
 def _new_experts(moe: Any, found: Mapping[str, Any], family: str) -> dict[str, Any]:

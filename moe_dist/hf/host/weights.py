@@ -1,7 +1,7 @@
 """Reads the weights of a hosted model from a Hugging Face folder, and writes them to one."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from moe_dist.errors import ConfigError
 from moe_dist.hf.adapters import write_peft
 from moe_dist.hf.exporting import checked_config
 from moe_dist.hf.host.banks import GUIDE
+from moe_dist.hf.host.dense_files import FAMILY, CopiedTensors, adapters_by_expert, is_adapted, merge_experts, write_dense
 from moe_dist.hf.host.lora import MATRICES, hosted_tensors
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LAYER = re.compile(r"\blayers\.\d+\.")
 
 
@@ -64,15 +64,16 @@ def read_folder(
     routers, num_experts = model.router_weights(), int(cast(Any, model.moe_modules()[0].router).num_experts)
     source = open_source(folder)
     files = {name: safe_open(folder / name, framework="pt") for name in source.files}
-    copied = _CopiedFFNs(model, local)
+    copied = CopiedTensors(model, local)
     for name, stored in source.tensors.items():
         tensor = files[stored.file].get_slice(name)
-        target, _ = rename_source_key(name, renamings, converters, family.base_model_prefix, state)
+        plain = name.removeprefix(f"{FAMILY}.") if copied.banks else name  # an export of `write_dense` has the prefix
+        target, _ = rename_source_key(plain, renamings, converters, family.base_model_prefix, state)
         if copied.takes(target, tensor):
             continue
-        mine = _of_this_rank(name, tensor, local, stacked=target.startswith(stacks))
+        mine = _of_this_rank(plain, tensor, local, stacked=target.startswith(stacks))
         if target in routers and tensor.get_shape()[0] == num_experts:  # null rows repeat the true ones (AdaMoE)
-            mine = name, _Slice(tensor, [row % num_experts for row in range(state[target].shape[0])])
+            mine = plain, _Slice(tensor, [row % num_experts for row in range(state[target].shape[0])])
         if mine is not None:
             layer = _LAYER.search(name)
             by_layer.setdefault(layer[0] if layer else "", {})[mine[0]] = mine[1]
@@ -116,44 +117,6 @@ def read_folder(
                 f"{why if what == 'not converted' else ''}; take a folder whose config.json is of these weights",
                 see=GUIDE,
             )
-
-
-class _CopiedFFNs:
-    """Copies the FFNs of a dense model into the experts of their blocks (`dense.add_experts`). Routers keep initial values.
-
-    Args:
-        local: Logical ids of this rank's experts.
-    """
-
-    def __init__(self, model: HostedModel, local: Sequence[int]) -> None:
-        made = hasattr(model.family, "moe_dist_banks")
-        self._family, self._local = model.family, local
-        self._banks = model.banks if made else ()
-        self._blocks = {bank.block for bank in self._banks}
-        self._found: dict[str, dict[str, Any]] = {}
-
-    def takes(self, target: str, tensor: Any) -> bool:
-        """Returns whether the tensor is a projection of a block's FFN, which is kept for `copy`."""
-        block, _, leaf = target.removesuffix(".weight").rpartition(".")
-        if block not in self._blocks or leaf not in _PROJECTIONS or hasattr(self._family.get_submodule(block), leaf):
-            return False
-        self._found.setdefault(block, {})[leaf] = tensor
-        return True
-
-    def copy(self, set_whole: Callable[[Tensor, Tensor], object]) -> set[str]:
-        """Sets the experts. Returns the names of the parameters that the folder need not have."""
-        done: set[str] = set()
-        for bank in self._banks:
-            done.add(f"{bank.router}.weight")
-            found = self._found.get(bank.block, {})
-            if len(found) < len(_PROJECTIONS):
-                continue  # a frozen FFN, or tensors that are reported as missing
-            gate, up, down = (found[name][:] for name in _PROJECTIONS)
-            experts = self._family.get_submodule(bank.experts)
-            for name, matrix in {"gate_up_proj": torch.cat([gate, up]), "down_proj": down}.items():
-                set_whole(experts.get_parameter(name), matrix.float().expand(len(bank.local(self._local)), *matrix.shape))
-                done.add(f"{bank.experts}.{name}")
-        return done
 
 
 def _put(family: nn.Module, name: str, tensor: Tensor) -> None:
@@ -226,10 +189,21 @@ def _joined_banks(operation: Any, sizes: Sequence[int], found: Any, **more: Any)
     return joined
 
 
-def write_folder(model: HostedModel, out: Path) -> None:
-    """Writes a model that holds all experts as the family's own Hugging Face folder, in shards of 4 GB."""
+def write_folder(model: HostedModel, out: Path, groups: Mapping[str, Any] | None = None) -> None:
+    """Writes a model that holds all experts as the family's own Hugging Face folder, in shards of 4 GB. A family without
+    experts is written with code. `groups` is what `groups_of` returns for such a model.
+
+    Raises:
+        ConfigError: a layer of such a model has several LoRA experts.
+    """
     assert not any(isinstance(each, DTensor) for each in model.parameters()), "the caller loads a model of one rank"
-    model.family.save_pretrained(out, max_shard_size="4GB")
+    if not hasattr(model.family, "moe_dist_banks"):
+        model.family.save_pretrained(out, max_shard_size="4GB")
+    elif is_adapted(model.family):
+        merge_experts(model.family)
+        model.family.save_pretrained(out, max_shard_size="4GB")
+    else:
+        write_dense(model.family, out, groups or {})
 
 
 def export_hosted_adapters(checkpoint: Path, out: Path, *, base_name: str | None = None) -> int:
@@ -237,6 +211,8 @@ def export_hosted_adapters(checkpoint: Path, out: Path, *, base_name: str | None
     The base is the run's `model.folder`."""
     contents = open_checkpoint(find_checkpoint(checkpoint))
     model = checked_config(contents).model
+    if model.moe.experts.over_frozen_ffn:
+        return adapters_by_expert(out, model, base_name, tensor_reader(contents))
     if model.lora is None:
         raise ConfigError(f"{contents.folder}: holds no adapters, model.lora is null; export it without --adapters")
     refuse_masked(model.moe)

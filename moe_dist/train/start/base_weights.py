@@ -91,7 +91,7 @@ def load_base(
         adapters: Folder of the checkpoint of adapters; error messages name it.
     """
     noted = Base.noted(values, adapters)  # pyright: ignore[reportArgumentType]
-    if config.model.lora is not None:
+    if config.model.adapts_folder:
         slots = layout.placement.slots[layout.ep_rank]
         checkpoints.status.phase("read model.folder", lambda: _read_folder(config, noted, adapters, model, slots))
         return noted

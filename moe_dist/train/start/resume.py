@@ -229,7 +229,7 @@ class Resumable:
             self.status.first("look at the weights to be tuned", lambda: check_scored(self._config))
             if (report := self.status.phase("read model.folder", self._training.begin)) and self._checkpoints.rank == 0:
                 print(report)
-            if self._config.model.lora is not None:
+            if self._config.model.adapts_folder:
                 self._base = self.status.phase("look at model.folder", lambda: folder_base(self._config))
             if self._config.run.init_from is not None:
                 report = self._begin()
