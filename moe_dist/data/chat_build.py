@@ -54,9 +54,9 @@ def build_chat(
     encoded: dict[str, tuple[_SourceRows, list[Path]]] = {}
     modalities, pictures = _modalities(hub.size, ()), None
     ids = picture_ids(Path(recipe.tokenizer or "")) if MESSAGES in paths else None
-    if ids is not None and ids[2][-1] >= hub.size:
+    if ids is not None and ids.marks[-1] >= hub.size:
         raise DataError(
-            f"{recipe.tokenizer}/config.json: token {ids[2][-1]} of pictures is outside the tokenizer's {hub.size} ids; "
+            f"{recipe.tokenizer}/config.json: token {ids.marks[-1]} of pictures is outside the tokenizer's {hub.size} ids; "
             "the folder has the files of two models, copy it again",
             see="docs/how-to/pictures.md",
         )
@@ -65,15 +65,15 @@ def build_chat(
         if source != MESSAGES or ids is None:
             encoded[source] = rows, rows.encoded(hub, parts, licence)
             continue
-        encoder, hub.parts = PictureEncoder(Path(recipe.tokenizer or "")), ("text", "image")
+        encoder, hub.parts = PictureEncoder(Path(recipe.tokenizer or ""), ids.each), ("text", "image")
         named = Path(path).resolve() if path.endswith(".tar") else Path(path)  # a linked shard has its own pictures
         root = (named.parent if named.is_file() else named).resolve()
-        rows.encode = PictureChats(encoder, root, ids[0], ids[1], recipe.most_tokens)
+        rows.encode = PictureChats(encoder, root, ids.image, ids.video, recipe.most_tokens)
         encoded[source] = rows, rows.encoded(hub, parts, licence)
         if rows.has_pictures:
             encoder.save(folder)
             (folder / PICTURES).symlink_to(root)
-            modalities, pictures = _modalities(hub.size, ids[2]), PicturesSection(token_id=ids[0], folder=PICTURES)
+            modalities, pictures = _modalities(hub.size, ids.marks), PicturesSection(token_id=ids.image, folder=PICTURES)
     sources, notes = {}, []
     for source, (rows, files) in encoded.items():
         splits = {

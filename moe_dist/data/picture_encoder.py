@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import sched_getaffinity
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -24,7 +24,9 @@ from moe_dist.formats.tokenizer_file import MAX_BYTES
 GUIDE = "docs/how-to/pictures.md"
 FORMATS = ("PNG", "JPEG", "WEBP")
 # Ids of placeholders, and of the marks around them, in a family's configuration.
-_IDS = re.compile(r"(image|video|vision)_(start_|end_)?token_id")
+_IDS = re.compile(r"(image|video|vision)_(start_|end_)?token_(id|index)")
+MOST_PATCHES = 1 << 16  # largest number of tokens of a picture
+LLAVA = 576  # tokens of a picture for LLaVA, if config.json does not say
 
 
 class PictureEncoder:
@@ -32,11 +34,15 @@ class PictureEncoder:
 
     Always takes the processor that works with Pillow, so that pixels do not depend on the installed packages.
 
+    Args:
+        each: Tokens of every picture, for processors that make pictures of one size. 0: `pixel_values` has patches, and
+            `image_grid_thw` their number. None: as the processor says, for `pixels` alone.
+
     Raises:
-        ConfigError: the processor does not give `pixel_values` and `image_grid_thw`, or cannot be read.
+        ConfigError: the processor does not make such values, or cannot be read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, each: int | None = None) -> None:
         from transformers import AutoImageProcessor
 
         try:
@@ -48,11 +54,13 @@ class PictureEncoder:
             self.merged = int(getattr(self._processor, "merge_size", 0)) ** 2  # patches of a placeholder token
         except Exception as error:  # processors check their fields in their own ways
             raise ConfigError(f"{folder}: transformers cannot read its image processor: {error}", see=GUIDE) from error
-        wanted = {"pixel_values", "image_grid_thw"}
-        if not wanted <= inputs or not self.merged:
+        grids = "image_grid_thw" in inputs and bool(self.merged)
+        self._names = ("pixel_values", "image_grid_thw")[: 1 + grids]
+        self._each, self.merged = each, 1 if each else self.merged
+        if "pixel_values" not in inputs or (each is not None and grids == bool(each)):
             raise ConfigError(
                 f"{folder}: its {type(self._processor).__name__} does not make pixel_values and image_grid_thw; only such "
-                "models, as Qwen3-VL-MoE and ERNIE-4.5-VL-MoE, can be trained with pictures",
+                "models, as Qwen3-VL-MoE and ERNIE-4.5-VL-MoE, and models in LLaVA-1.5's form can be trained with pictures",
                 see=GUIDE,
             )
 
@@ -66,6 +74,12 @@ class PictureEncoder:
         file, offset, length = source.find(name)
         content = read_part(source.folder, file, offset, length)
         image = decoded(content, repr(name), FORMATS)
+        if self._each:
+            sides = dict(getattr(self._processor, "crop_size", None) or self._processor.size)
+            if max(sides.values()) ** 2 > MOST_PIXELS:
+                raise DataError(f"picture {name!r}: the image processor makes a side of {max(sides.values())}; lower its size")
+            found = (file, offset, len(content), digest(content), image.height, image.width)
+            return PictureRef(*found, self._each, row)
         try:
             patches = int(self._processor.get_number_of_image_patches(image.height, image.width))
         except (ValueError, ArithmeticError) as error:
@@ -79,7 +93,7 @@ class PictureEncoder:
         """Reads a picture again, and makes its `pixel_values` and `image_grid_thw`."""
         image: Image.Image = decoded(checked_part(folder, ref), repr(ref.file), FORMATS).convert("RGB")
         made = self._processor(images=[image], return_tensors="pt")
-        return {name: made[name] for name in ("pixel_values", "image_grid_thw")}
+        return {name: made[name] for name in self._names}
 
 
 class PictureBatchMaker(BatchMaker):
@@ -106,9 +120,18 @@ class PictureBatchMaker(BatchMaker):
         return PictureBatch(**vars(super().make(sequences)), more=read if self._lazily else read())
 
 
-def picture_ids(folder: Path) -> tuple[int, int, list[int]] | None:
-    """Returns the ids of pictures' and (-1: none) of videos' placeholders, and all ids of pictures and of the marks around
-    them, in a folder's config.json. Returns None if the folder's model reads no pictures."""
+class PictureIds(NamedTuple):
+    """Ids of placeholders (of videos -1: none), all ids of pictures and of the marks around them, and `PictureEncoder`'s
+    `each`."""
+
+    image: int
+    video: int
+    marks: list[int]
+    each: int
+
+
+def picture_ids(folder: Path) -> PictureIds | None:
+    """Reads a folder's config.json. Returns None if the folder's model reads no pictures."""
     path = folder / "config.json"
     if not path.is_file() or not any((folder / name).is_file() for name in (PREPROCESSOR, "processor_config.json")):
         return None
@@ -117,6 +140,10 @@ def picture_ids(folder: Path) -> tuple[int, int, list[int]] | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: no JSON object ({error}); copy or download it again") from error
     ids = {name: each for name, each in fields.items() if _IDS.fullmatch(name) and isinstance(each, int)}
-    if "image_token_id" not in ids:
+    image = ids.get("image_token_id", ids.get("image_token_index"))
+    if image is None:
         return None
-    return ids["image_token_id"], ids.get("video_token_id", -1), sorted(set(ids.values()))
+    each = fields.get("image_seq_length", LLAVA) if fields.get("model_type") == "llava" else 0
+    if not isinstance(each, int) or (each < 1 and "image_token_index" in ids) or each > MOST_PATCHES:
+        raise DataError(f"{path}: image_seq_length={each!r:.40}: must be 1 to {MOST_PATCHES}; copy or download it again")
+    return PictureIds(image, ids.get("video_token_id", -1), sorted(set(ids.values())), each)

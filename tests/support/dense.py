@@ -17,6 +17,9 @@ FIELDS: dict[str, dict[str, Any]] = {
         "vocabulary_map": {"<image>": 5, **{f"IMGIMG{chr(65 + n)}Z": id_ for n, id_ in enumerate(range(*IMAGE_IDS))}},
     },
 }
+_CLIP: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+_CLIP |= {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "projection_dim": 16}
+LLAVA = {"text_config": {"model_type": "llama", **_COMMON}, "vision_config": _CLIP, "image_seq_length": 16}
 PICTURED = ("chameleon", "llava")  # families without a text-only model
 PINNED: dict[str, Any] = {
     "parallel.ep": 4,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.support.banked import ERNIE
 from tests.support.chat_folders import KINDS, text
+from tests.support.dense import LLAVA
 
 MARKS = ("<|image|>", "<|video|>", "<|image_start|>", "<|image_end|>")
 TEMPLATE = """{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}
@@ -37,6 +38,7 @@ GLM: dict[str, Any] = {"text_config": _GLM, "vision_config": _VISION | {"out_hid
 FAMILIES = {
     "qwen3_vl_moe": (QWEN, "Qwen2VLImageProcessor", {"temporal_patch_size": 2}),
     "ernie4_5_vl_moe": (ERNIE, "Ernie4_5_VLMoeImageProcessor", {"temporal_patch_size": 1}),
+    "llava": (LLAVA, "CLIPImageProcessor", {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}),
     "glm4v_moe": (GLM, "Glm4vImageProcessor", {"temporal_patch_size": 2}),
 }
 
@@ -56,10 +58,11 @@ def picture_folder(folder: Path, family: str, *, weights: bool = True) -> Path:
     ids = {"image_token_id": image, "video_token_id": video}
     marks = ("vision", "vision") if family == "qwen3_vl_moe" else ("image", "image")
     ids |= {f"{marks[0]}_start_token_id": begin, f"{marks[1]}_end_token_id": end}
+    ids = {"image_token_index": image} if family == "llava" else ids
     vision = {**fields["vision_config"]}
     of_text = {**fields["text_config"], "vocab_size": 512, "max_position_embeddings": 512}
     given = {**fields, **ids, "text_config": of_text, "vision_config": vision, "tie_word_embeddings": False}
-    if family != "qwen3_vl_moe":
+    if family not in ("qwen3_vl_moe", "llava"):
         given |= {"video_start_token_id": video, "video_end_token_id": video}
     config = CONFIG_MAPPING[family](**given)
     config.save_pretrained(folder)

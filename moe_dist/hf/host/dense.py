@@ -154,4 +154,9 @@ def _chameleon(model: Any) -> None:
     model.model.vqmodel.requires_grad_(False)
 
 
-_CHANGES: Mapping[str, Callable[[Any], None]] = {"chameleon": _chameleon}
+def _llava(model: Any) -> None:
+    """The encoder stays frozen, as in LLaVA. Its last layer has no effect and would have no gradient."""
+    model.model.vision_tower.requires_grad_(False)
+
+
+_CHANGES: Mapping[str, Callable[[Any], None]] = {"chameleon": _chameleon, "llava": _llava}

@@ -293,12 +293,22 @@ def hosted_family(model: ModelSection) -> Any:
 
 def reads_pictures(config: Any) -> bool:
     """Returns whether `picture_inputs` can make the inputs of the family's picture encoder. The encoder must take any
-    number of patches (`pixel_values`, `image_grid_thw`) and merge squares of patches. False for a family that also has a
-    text-only model, which is then trained."""
+    number of patches (`pixel_values`, `image_grid_thw`) and merge squares of patches, or take pictures of one size
+    (`tokens_of_a_picture`). False for a family that also has a text-only model, which is then trained."""
+    if tokens_of_a_picture(config):
+        return True
     vision = getattr(config, "vision_config", None)
     ids = all(isinstance(getattr(config, f"{kind}_token_id", None), int) for kind in ("image", "video"))
     merges = hasattr(vision, "spatial_merge_size") and hasattr(vision, "patch_size")
     return ids and merges and _has_no_text_model(config)
+
+
+def tokens_of_a_picture(config: Any) -> int:
+    """Returns the number of placeholders of every picture in LLaVA's form, whose encoder takes pictures of one size; 0 in
+    other forms."""
+    side = getattr(getattr(config, "vision_config", None), "image_size", None)
+    plain = isinstance(side, int) and not hasattr(config, "image_grid_pinpoints")
+    return int(getattr(config, "image_seq_length", None) or 0) if plain else 0
 
 
 def _has_no_text_model(config: Any) -> bool:

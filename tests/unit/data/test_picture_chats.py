@@ -56,14 +56,16 @@ def loader(data: Path, rank: int = 0, world_size: int = 1, **changes: Any) -> Tr
     return TrainLoader(data, load_manifest(data), rank=rank, world_size=world_size, **options)
 
 
-def test_documents_are_those_of_the_processor(made: tuple[Path, Path, list[dict[str, Any]]], folder: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "llava"])
+def test_documents_are_those_of_the_processor(tmp_path: Path, family: str) -> None:
     """Each conversation's token ids, labels and pixels equal those that transformers' processor makes of it."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
     from moe_dist.data.picture_encoder import PictureEncoder
 
-    plain: Any
-    data, _, plain = made
+    folder, data = picture_folder(tmp_path / "model", family, weights=False), tmp_path / "data"
+    file, plain = rows(tmp_path / "rows", COUNT)
+    prepared(data, file, folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
     split = IndexedSplit(data, load_manifest(data).sources["messages"].train)
@@ -74,8 +76,9 @@ def test_documents_are_those_of_the_processor(made: tuple[Path, Path, list[dict[
         images = [Image.open(path).convert("RGB") for path in paths]
         inputs = processor(images=images, return_tensors="pt") if images else {}
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-        for grid_3 in inputs.get("image_grid_thw", ()):
-            text = text.replace("<|image|>", "<|placeholder|>" * (int(grid_3.prod()) // 4), 1)
+        counts = [int(grid_3.prod()) // 4 for grid_3 in inputs["image_grid_thw"]] if "image_grid_thw" in inputs else []
+        for count in counts or [16] * len(images):
+            text = text.replace("<|image|>", "<|placeholder|>" * count, 1)
         wanted = tokenizer(text.replace("<|placeholder|>", "<|image|>"), add_special_tokens=False)["input_ids"]
         assert split.tokens(start, length).tolist() == wanted, number
         masks: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -83,7 +86,7 @@ def test_documents_are_those_of_the_processor(made: tuple[Path, Path, list[dict[
         refs = split.pictures(start)
         assert len(refs) == len(images)
         made_of = [encoder.pixels(data / "pictures", ref) for ref in refs]
-        for name in ("pixel_values", "image_grid_thw") if images else ():
+        for name in inputs:
             assert torch.equal(torch.cat([each[name] for each in made_of]), inputs[name])
         counted += len(images)
     assert counted > COUNT
