@@ -217,7 +217,10 @@ def watch_parts(model: nn.Module, recorder: fake_cuda.Recorder) -> Counter[str]:
 
         module.forward = run
 
-    for number, layer in enumerate(model.layers):  # pyright: ignore
+    for number, layer in enumerate(model.units() if hasattr(model, "family") else model.layers):  # pyright: ignore
+        if hasattr(model, "family"):
+            watch("moe", number, layer)  # a whole layer, attention included
+            continue
         assert isinstance(layer, Layer)
         watch("attention", number, layer.attention)
         watch(*(("moe", number, layer.moe) if layer.has_experts else ("ffn", number, layer.ffn)))
@@ -295,8 +298,25 @@ def built(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Iterato
         names = [name for group in layout.groups for name in group.modalities]
         modalities = {name: () for name in dict.fromkeys(names)}
         manifest: Any = SimpleNamespace(modalities=modalities, pad_id=0)
-        training = build.build_training(config, manifest, layout.placement, mesh)
+        manifest.pictures = None
+        if config.engine.hosts:
+            training = stack.enter_context(_hosted(build.EngineContext(config, manifest, layout.placement, mesh)))
+        else:
+            training = build.build_training(config, manifest, layout.placement, mesh)
         yield Built(config, layout, manifest, mesh, recorder, training, told)
+
+
+@contextmanager
+def _hosted(context: build.EngineContext) -> Iterator[Any]:
+    """Builds a model of transformers. Weights are not drawn, and the documents of a sequence are kept apart."""
+    from moe_dist.hf.host.model import HostedModel
+    from moe_dist.train.build import hosted
+
+    with ExitStack() as stack:
+        for owner, name in ((hosted, "draw"), (HostedModel, "ready")):
+            stack.enter_context(mock.patch.object(owner, name, lambda *_: None))
+        stack.enter_context(mock.patch.object(hosted, "torch", _NoMeta()))
+        yield stack.enter_context(hosted.transformers_engine(context))
 
 
 def count_step(path: str, rank: int, ranks: int, overrides: Sequence[str]) -> Counted:

@@ -418,7 +418,7 @@ def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]
     `shapes` replaces the shapes of parameters."""
     shapes = shapes or {name: tuple(each.shape) for name, each in module.named_parameters(recurse=False)}
     copy = object.__new__(module.__class__)  # FSDP2's own `__new__` would call `__init__`
-    copy.__dict__.update(module.__dict__, _buffers={})
+    copy.__dict__.update(module.__dict__, _buffers={}, _modules=_on_meta(module))  # the rule of CLIP also sets children
     with torch.device("cpu"):
         # Zeros, because ERNIE's selection biases are set by the rule of the module around theirs.
         copy._parameters = {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
@@ -429,6 +429,20 @@ def own_values(family: Any, module: nn.Module, shapes: dict[str, tuple[int, ...]
         family._init_weights(copy)
     named = {**copy._parameters, **copy._buffers}
     return {name: each.detach() for name, each in named.items() if each is not None}
+
+
+def _on_meta(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns copies of a module's children whose tensors have no memory."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_children():
+        copy = object.__new__(child.__class__)
+        tensors = {
+            kind: {key: None if each is None else torch.empty(each.shape, device="meta") for key, each in own.items()}
+            for kind, own in (("_parameters", child._parameters), ("_buffers", child._buffers))
+        }
+        copy.__dict__.update(child.__dict__, **tensors, _modules=_on_meta(child))
+        found[name] = copy
+    return found
 
 
 def _set_roles(family: Any, banks: Sequence[Bank]) -> None:
