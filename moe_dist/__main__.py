@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "Data": (
         ("prepare-data", "tools.prepare_data:main", "Prepare the default data or your own data."),
+        ("train-image-tokenizer", "tools.train_image_tokenizer:main", "Train a small VQ model for pictures as tokens."),
         ("prepare-router-tuning", "tools.prepare_router_tuning:main", "Make the samples for router tuning."),
     ),
     "Plan": (

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from moe_dist.errors import ConfigError, printable
 from moe_dist.inference.generate import Generator, Request, Sampling, check_lengths
 from moe_dist.inference.loaded_run import RunOptions, causal_problems, choose_device
-from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, picture_of, png
+from moe_dist.inference.vocabulary import HeldoutPicture, Vocabulary, png
 from moe_dist.runtime.command_line import reports_errors, run_command, takes
 
 _SIDE, _GAP, _LINE, _LINES = 96, 12, 13, 3  # sizes in pixels; _LINES is the largest number of lines of a caption
@@ -120,7 +120,8 @@ def _draw_captions(
     codebook of the data set is missing or damaged, or if `guidance` is below 0."""
     if not 0.0 <= guidance < float("inf"):
         raise ConfigError(f"guidance={guidance}: must be 0 (no caption) or more; 1 is the model's own")
-    cells = len(vocabulary.codebook) and vocabulary.grammar.cells
+    vocabulary.check_draws()
+    cells = vocabulary.grammar.cells
     prompts = [vocabulary.drawing_prompt(caption) for caption in captions]
     # With guidance 1 the prompts without captions have no effect.
     plain = None if guidance == 1.0 else [vocabulary.drawing_prompt("")] * len(prompts)
@@ -163,7 +164,7 @@ def _run_task(task: Task, generator: Generator, vocabulary: Vocabulary) -> list[
                 tokens=tokens,
                 modalities=[grammar.modalities[grammar.modality_of_id[token]] for token in tokens],
                 text=vocabulary.text(tokens),
-                pictures=[picture_of(each, vocabulary.codebook) for each in codes],
+                pictures=[vocabulary.drawn(each) for each in codes],
             )
         )
     return samples
@@ -200,7 +201,7 @@ def _write_sheet(
     for first in range(0, len(samples), each):
         pictures = [sample.pictures[0] for sample in samples[first : first + each]]
         if options.originals:
-            pictures = [picture_of(originals[labels[first]], vocabulary.codebook), *pictures]
+            pictures = [vocabulary.drawn(originals[labels[first]]), *pictures]
         rows.append((labels[first], pictures))
     _write(path, _make_sheet(rows, columns=max(1, 8 // len(rows[0][1]))))
     beside = ", beside the held-out picture" if options.originals else ""

@@ -55,6 +55,12 @@ class PrepareOptions:
         int | None, typer.Option(min=1, help="Tokens that a conversation with pictures may have: data.seq_len of the run.")
     ] = None
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be encoded; name them.")] = False
+    image_tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of a VQ model (Chameleon, Janus, Emu3, or of train-image-tokenizer) that encodes pictures."
+        ),
+    ] = None
     codebook: Annotated[str | None, typer.Option(help="Use this codebook.npy instead of fitting one.")] = None
     vocab_size: Annotated[int, typer.Option(min=1, help="Number of tokens of the BPE tokenizer.")] = Recipe.vocab_size
     codes: Annotated[int, typer.Option(min=1, max=65536, help="Number of codes of the image codebook.")] = Recipe.codes

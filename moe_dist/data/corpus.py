@@ -93,6 +93,7 @@ class Recipe:
     turns: Turns = Turns.LAST  # the turns to train on if the chat template rewrites earlier turns
     most_tokens: int | None = None  # largest number of tokens of a row with pictures; longer rows are errors
     skip_bad: bool = False  # True omits rows that cannot be encoded
+    image_tokenizer: str | None = None  # folder of a VQ model that encodes pictures in place of a codebook
     codebook: str | None = None  # path of a codebook.npy to use; None fits a codebook
     hold_out: HoldOut = HoldOut.FAMILIES
     vary: tuple[str, ...] = VARIATIONS  # properties in which the augmented copies of a picture differ

@@ -4,7 +4,7 @@ Tokenizer and codebook are fitted only on training data, because held-out data m
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,18 +17,23 @@ from moe_dist.data.baselines import count_baselines
 from moe_dist.data.codebook import GRID, load_codebook
 from moe_dist.data.corpus import Corpus, HoldOut, Instruction, Item, Picture, Recipe, Skip, Source, Text, refuse
 from moe_dist.data.families import hold_out, join
+from moe_dist.data.image_tokenizer import ImageTokenizer
 from moe_dist.data.indexed import write_indexed
 from moe_dist.data.picture_coding import Division, Document, PictureCoder, divide, rasterise_all
 from moe_dist.data.picture_files import PictureRef, write_refs
 from moe_dist.data.pictures import rasterise
+from moe_dist.data.token_pictures import Ranges, chameleon_ids, check_options, codes_of, read_pictures
+from moe_dist.data.token_pictures import documents as picture_documents
+from moe_dist.data.token_pictures import held_out as held_out_pictures
 from moe_dist.data.tokenizer import BOI, BOS, EOI, EOS, PAD, encode_texts, fit_tokenizer, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError, DataError
 from moe_dist.formats.manifest import ImageSection, Manifest, SourceSection, SplitSection, write_manifest
 from moe_dist.formats.split_files import count_by_modality
-from moe_dist.formats.tokenizer_file import limited
+from moe_dist.formats.tokenizer_file import limited, read_tokenizer
 from moe_dist.runtime.progress import Report
 
 TOKENIZER_FILE = "tokenizer.json"
+IMAGE_TOKENIZER, CODE_IDS = "image_tokenizer", "code_ids.npy"
 CODEBOOK_FILE = "codebook.npy"
 _FIT_CHARACTERS = 4_000_000  # number of characters per source for fitting the BPE, which takes seconds
 _OF_PICTURES = ("hold_out", "vary", "caption_first")  # recipe fields that apply to pictures only
@@ -54,12 +59,20 @@ def build(
         DataError: there are too few patches for the codebook, or `skip` raises for a damaged picture.
     """
     pictures, texts, division = corpus.pictures, corpus.texts, None
+    image_tokenizer, codes_NC, held_out_N = None, np.empty(0), np.empty(0, bool)
     asked = [key for key in _OF_PICTURES if getattr(recipe, key) != getattr(Recipe, key)]
     if asked and not pictures:
         options = ", ".join(f"--{key.replace('_', '-')}" for key in asked)
         raise ConfigError(f"{options}: applies to pictures, and this data set has none; leave it out")
     fit_on: list[list[str]] = []
-    if pictures:
+    if recipe.image_tokenizer is not None:
+        check_options(recipe)
+        image_tokenizer = ImageTokenizer(Path(recipe.image_tokenizer))
+    if pictures and image_tokenizer:
+        pictures, codes_NC = read_pictures(pictures, image_tokenizer, report, skip)
+        held_out_N = held_out_pictures(pictures.items, codes_NC, recipe)
+        fit_on.append([caption for picture in _kept(pictures.items, ~held_out_N) for caption in picture.captions])
+    elif pictures:
         readable, rasters = rasterise_all(pictures.items, report, skip)
         pictures = replace(pictures, items=readable)
         division = divide(readable, rasters, recipe, report)
@@ -72,8 +85,12 @@ def build(
         [f"{each.prompt} {each.answer}" for each in _kept(source.items, ~instructions_held_out[source.name])]
         for source in corpus.instructions
     ]
-    writer = _Writer(folder, name, _tokenizer(fit_on, recipe, report), recipe, report)
-    if pictures and division:
+    writer = _Writer(folder, name, _words(fit_on, recipe, image_tokenizer, report), recipe, report)
+    if image_tokenizer:
+        writer.take_image_tokenizer(image_tokenizer)
+    if pictures and image_tokenizer:
+        writer.add_token_pictures(pictures, codes_NC, held_out_N)
+    elif pictures and division:
         writer.add_pictures(pictures, division)
     elif recipe.codebook:
         writer.take_codebook(load_codebook(recipe.codebook))
@@ -137,26 +154,81 @@ def _tokenizer(fit_on: Iterable[list[str]], recipe: Recipe, report: Report) -> T
     return tokenizer
 
 
+@dataclass(frozen=True)
+class _Words:
+    """Encodes texts. `images` and `id_of_code_K` are those of a model's vocabulary, and None if codes get the ids after all
+    text ids. `file` is the tokenizer to save, and None if it is the model folder's."""
+
+    special: Mapping[str, int]
+    encode: Encode
+    texts: Ranges
+    file: Tokenizer | None = None
+    images: Ranges | None = None
+    id_of_code_K: np.ndarray | None = None
+
+
+def _words(fit_on: Iterable[list[str]], recipe: Recipe, image_tokenizer: ImageTokenizer | None, report: Report) -> _Words:
+    if image_tokenizer is not None and recipe.tokenizer and Path(recipe.tokenizer).is_dir():
+        folder = Path(recipe.tokenizer)
+        special, ids_K, texts, images = chameleon_ids(folder, image_tokenizer.codes)
+        tokenizer, file = read_tokenizer(folder / TOKENIZER_FILE), None
+    else:
+        file = tokenizer = _tokenizer(fit_on, recipe, report)
+        special, ids_K, texts, images = special_ids(tokenizer), None, ((0, tokenizer.get_vocab_size()),), None
+    encode: Encode = partial(encode_texts, tokenizer)
+    if recipe.tokenizer:
+        problem = f"--tokenizer {recipe.tokenizer}: it fails on a text; give another tokenizer"
+        encode = limited(encode, problem, _ENCODE_SECONDS, _ENCODE_MEMORY)
+    return _Words(special, encode, texts, file, images, ids_K)
+
+
 class _Writer:
     """Encodes one source after another, and collects the sources' entries in the manifest."""
 
-    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer, recipe: Recipe, report: Report) -> None:
+    def __init__(self, folder: Path, name: str, words: _Words, recipe: Recipe, report: Report) -> None:
         self._folder, self._name, self._recipe, self._report = folder, name, recipe, report
-        self._special = special_ids(tokenizer)
-        self._encode: Encode = partial(encode_texts, tokenizer)
-        if recipe.tokenizer:
-            problem = f"--tokenizer {recipe.tokenizer}: it fails on a text; give another tokenizer"
-            self._encode = limited(self._encode, problem, _ENCODE_SECONDS, _ENCODE_MEMORY)
-        self._text_vocab, self._codes = tokenizer.get_vocab_size(), 0
+        self._words, self._special, self._encode = words, words.special, words.encode
+        self._text_vocab, self._codes = words.texts[-1][1], 0
         self._codebook: np.ndarray | None = None
+        self._image_tokenizer: ImageTokenizer | None = None
         self._sources: dict[str, SourceSection] = {}
         self._figures: Figures = {}
-        tokenizer.save(str(folder / TOKENIZER_FILE))
+        if words.file is not None:
+            words.file.save(str(folder / TOKENIZER_FILE))
 
     def take_codebook(self, codebook: np.ndarray) -> None:
         """Sets the codebook. Its codes get token ids even if the data set has no pictures."""
         np.save(self._folder / CODEBOOK_FILE, codebook)
         self._codebook, self._codes = codebook, len(codebook)
+
+    def take_image_tokenizer(self, tokenizer: ImageTokenizer) -> None:
+        self._image_tokenizer, self._codes = tokenizer, tokenizer.codes
+        (self._folder / IMAGE_TOKENIZER).symlink_to(Path(str(self._recipe.image_tokenizer)).resolve())
+        if self._words.id_of_code_K is not None:
+            np.save(self._folder / CODE_IDS, self._words.id_of_code_K)
+
+    @property
+    def _id_of_code(self) -> np.ndarray:
+        ids_K = self._words.id_of_code_K
+        return self._text_vocab + np.arange(self._codes) if ids_K is None else ids_K
+
+    def add_token_pictures(self, source: Source[Picture], codes_NC: np.ndarray, held_out_N: np.ndarray) -> None:
+        """Adds documents of pictures with the given codes."""
+        captions = sorted({caption for picture in source.items for caption in picture.captions})
+        encoded = dict(zip(captions, self._encode(captions), strict=True))
+        splits = {}
+        for side, chosen_N in (("train", ~held_out_N), ("valid", held_out_N)):
+            made = picture_documents(
+                _kept(source.items, chosen_N),
+                codes_NC[chosen_N],
+                id_of_code_K=self._id_of_code,
+                special=self._special,
+                captions=encoded,
+                caption_first=self._recipe.caption_first,
+            )
+            splits[side] = self._write(source.name, side, made, with_filler=False)
+            self._figures[f"{side}_pictures"] = int(chosen_N.sum())
+        self._sources[source.name] = _section(source, splits)
 
     def add_pictures(self, source: Source[Picture], division: Division) -> None:
         self.take_codebook(division.codebook)
@@ -191,12 +263,11 @@ class _Writer:
     def add_instructions(self, source: Source[Instruction], held_out: np.ndarray) -> None:
         """Adds documents of a picture, the prompt, a space and the answer. Only the answer and the end token are labels."""
         pictured = [each for each in source.items if each.image is not None]
-        if pictured and self._codebook is None:
+        if pictured and self._codebook is None and self._image_tokenizer is None:
             raise ConfigError(
                 f"--instructions {source.name}: {len(pictured)} lines have an image, but there is no codebook; give "
                 "the one of the model's data: --codebook DATA/codebook.npy --tokenizer DATA/tokenizer.json"
             )
-        coder = None if self._codebook is None else self._coder(self._codebook, [])
         splits = {}
         for side, chosen in (("train", ~held_out), ("valid", held_out)):
             instructions = _kept(source.items, chosen)
@@ -204,7 +275,7 @@ class _Writer:
             answers = self._encode([f" {each.answer}" for each in instructions])
             documents = []
             for each, prompt, answer in zip(instructions, prompts, answers, strict=True):
-                image, filler = _NOTHING if each.image is None or coder is None else coder.image(rasterise(each.image))
+                image, filler = _NOTHING if each.image is None else self._picture(each.image)
                 read = np.concatenate([[self._special[BOS]], image, prompt])
                 tokens = np.concatenate([read, answer, [self._special[EOS]]])
                 is_filler = np.zeros(len(tokens), bool)
@@ -213,6 +284,15 @@ class _Writer:
             self._report(f"encode {source.name} ({side})", 1, 1)
             splits[side] = self._write(source.name, side, documents, with_filler=bool(pictured))
         self._sources[source.name] = _section(source, splits)
+
+    def _picture(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the token ids of a picture, marks included, and for each whether it is filler."""
+        if self._image_tokenizer is not None:
+            codes = self._id_of_code[codes_of(path, self._image_tokenizer)]
+            image = np.concatenate([[self._special[BOI]], codes, [self._special[EOI]]])
+            return image, np.zeros(len(image), bool)
+        assert self._codebook is not None
+        return self._coder(self._codebook, []).image(rasterise(path))
 
     def _coder(self, codebook: np.ndarray, captions: Sequence[str]) -> PictureCoder:
         return PictureCoder(
@@ -226,14 +306,20 @@ class _Writer:
     def finish(self) -> tuple[Manifest, Figures]:
         self._report("count baselines", 0, 1)
         special = self._special
-        image = ImageSection(grid=(GRID, GRID), begin_id=special[BOI], end_id=special[EOI], codebook=CODEBOOK_FILE)
+        marks: Any = {"begin_id": special[BOI], "end_id": special[EOI]}
+        if (tokenizer := self._image_tokenizer) is not None:
+            ids = None if self._words.id_of_code_K is None else CODE_IDS
+            of_tokenizer: Any = {"tokenizer": IMAGE_TOKENIZER, "tokenizer_digest": tokenizer.digest, "code_ids": ids}
+            image = ImageSection(grid=tokenizer.grid, **marks, **of_tokenizer)
+        else:
+            image = ImageSection(grid=(GRID, GRID), **marks, codebook=CODEBOOK_FILE)
         manifest = Manifest(
             name=self._name,
-            vocab_size=self._text_vocab + self._codes,
+            vocab_size=max(end for ranges in self._modalities().values() for _, end in ranges),
             modalities=self._modalities(),
             pad_id=special[PAD],
             eos_id=special[EOS],
-            tokenizer=TOKENIZER_FILE,
+            tokenizer=None if self._words.file is None else TOKENIZER_FILE,
             image=image if self._codes else None,
             sources=self._sources,
         )
@@ -243,13 +329,13 @@ class _Writer:
         self._report("count baselines", 1, 1)
         return manifest, self._figures
 
-    def _write(self, source: str, side: str, documents: list[Document], *, with_filler: bool) -> SplitSection | None:
+    def _write(self, source: str, side: str, documents: Iterable[Document], *, with_filler: bool) -> SplitSection | None:
         path, modalities = f"{source}_{side}", self._modalities()
         return write_split(self._folder, path, documents, modalities=modalities, with_filler=with_filler)
 
     def _modalities(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        text = {"text": ((0, self._text_vocab),)}
-        return text | ({"image": ((self._text_vocab, self._text_vocab + self._codes),)} if self._codes else {})
+        images = self._words.images or ((self._text_vocab, self._text_vocab + self._codes),)
+        return {"text": self._words.texts} | ({"image": images} if self._codes else {})
 
 
 def write_split(

@@ -32,8 +32,6 @@ LLAVA = 576  # tokens of a picture for LLaVA, if config.json does not say
 class PictureEncoder:
     """The image processor in a folder. Runs no code of the folder, and downloads nothing.
 
-    Always takes the processor that works with Pillow, so that pixels do not depend on the installed packages.
-
     Args:
         each: Tokens of every picture, for processors that make pictures of one size. 0: `pixel_values` has patches, and
             `image_grid_thw` their number. None: as the processor says, for `pixels` alone.
@@ -43,13 +41,8 @@ class PictureEncoder:
     """
 
     def __init__(self, folder: Path, each: int | None = None) -> None:
-        from transformers import AutoImageProcessor
-
         try:
-            with offline():
-                self._processor: Any = AutoImageProcessor.from_pretrained(
-                    folder, backend="pil", local_files_only=True, trust_remote_code=False
-                )
+            self._processor = read_processor(folder)
             inputs = set(self._processor.model_input_names)
             self.merged = int(getattr(self._processor, "merge_size", 0)) ** 2  # patches of a placeholder token
         except Exception as error:  # processors check their fields in their own ways
@@ -77,7 +70,9 @@ class PictureEncoder:
         if self._each:
             sides = dict(getattr(self._processor, "crop_size", None) or self._processor.size)
             if max(sides.values()) ** 2 > MOST_PIXELS:
-                raise DataError(f"picture {name!r}: the image processor makes a side of {max(sides.values())}; lower its size")
+                raise DataError(
+                    f"picture {name!r}: the image processor makes a side of {max(sides.values())}; lower its size"
+                )
             found = (file, offset, len(content), digest(content), image.height, image.width)
             return PictureRef(*found, self._each, row)
         try:
@@ -94,6 +89,15 @@ class PictureEncoder:
         image: Image.Image = decoded(checked_part(folder, ref), repr(ref.file), FORMATS).convert("RGB")
         made = self._processor(images=[image], return_tensors="pt")
         return {name: made[name] for name in self._names}
+
+
+def read_processor(folder: Path) -> Any:
+    """Reads the image processor of a folder. Always takes the one that works with Pillow, so that pixels do not depend on
+    the installed packages. Raises errors of many kinds if a field is wrong."""
+    from transformers import AutoImageProcessor
+
+    with offline():
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
 
 
 class PictureBatchMaker(BatchMaker):

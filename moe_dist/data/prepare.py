@@ -89,7 +89,8 @@ def _prepare(out: Path, inputs: Inputs, recipe: Recipe, report: Report, skip: Sk
             skip(error)
             skipped.append(str(error))
 
-        build = _build_chat if recipe.tokenizer and Path(recipe.tokenizer).is_dir() else _build
+        is_folder = recipe.tokenizer is not None and Path(recipe.tokenizer).is_dir()
+        build = _build_chat if is_folder and recipe.image_tokenizer is None else _build
         with renamed_when_complete(out) as folder:
             manifest, found = build(folder, out, inputs, recipe, report, noted)
             written = {**asked, **found, "skipped": skipped}

@@ -62,6 +62,11 @@ class ImageSection(Section):
     end_id: Count = Field(description="Id of the token after the codes.")
     codebook: FilePath | None = None
     """A .npy file with the pixels of each code, uint8 [codes, patch, patch, 3]."""
+    tokenizer: FilePath | None = None
+    """Folder, or link to a folder, of the VQ model that encoded the pictures."""
+    tokenizer_digest: str | None = Field(default=None, description="SHA-256 of that model and its image processor.")
+    code_ids: FilePath | None = None
+    """A .npy file with the token id of each code, int64 [codes]. null: the ids of the modality image, in order."""
 
 
 class PicturesSection(Section):

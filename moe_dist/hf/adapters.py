@@ -105,7 +105,9 @@ def peft_config(model: ModelSection, base_name: str | None) -> dict[str, Any]:
     }
 
 
-def lora_fields(lora: Any, base_name: str | None, modules: Sequence[str], parameters: Sequence[str] | None) -> dict[str, Any]:
+def lora_fields(
+    lora: Any, base_name: str | None, modules: Sequence[str], parameters: Sequence[str] | None
+) -> dict[str, Any]:
     """Returns the fields of adapter_config.json for adapters of one rank and alpha."""
     return {
         "peft_type": "LORA",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from PIL import Image
@@ -17,11 +17,15 @@ from moe_dist.data.pictures import plain, rasterise
 from moe_dist.data.tokenizer import BOS, load_tokenizer, special_ids
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
+from moe_dist.formats.numpy_file import load_array
 from moe_dist.formats.tokenizer_file import limited, read_tokenizer
 from moe_dist.inference.grammar import Grammar, grammar_of
 
+if TYPE_CHECKING:
+    from moe_dist.data.image_tokenizer import ImageTokenizer
+
 _FAILS = "the tokenizer fails on a text; give another one"
-_SCALE = 8  # one pixel of a picture becomes 8 x 8 pixels in the PNG file
+_SMALLEST = 256  # pixels of a side of a PNG file
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,52 @@ class Vocabulary:
 
     @property
     def has_codebook(self) -> bool:
-        """Returns whether the data set has a codebook, without which pictures cannot be encoded or decoded."""
-        return self._manifest.image is not None and self._manifest.image.codebook is not None
+        """Returns whether the data set has a codebook or an image tokenizer, without which pictures cannot be encoded or
+        decoded."""
+        image = self._manifest.image
+        return image is not None and (image.codebook is not None or image.tokenizer is not None)
+
+    @cached_property
+    def image_tokenizer(self) -> "ImageTokenizer | None":
+        """Returns the image tokenizer of the data set; None if pictures have a codebook. Raises ConfigError if it is
+        missing, or not the one that encoded the pictures."""
+        image = self._manifest.image
+        if image is None or image.tokenizer is None:
+            return None
+        from moe_dist.data.image_tokenizer import ImageTokenizer  # imported only here, because it takes seconds
+
+        link = self._folder / image.tokenizer
+        if not link.is_dir():
+            raise ConfigError(f"{link}: the folder of the image tokenizer is gone; let the link lead to where it is now")
+        found = ImageTokenizer(link)
+        if found.digest != image.tokenizer_digest:
+            raise ConfigError(
+                f"{link}: is not the image tokenizer that encoded the pictures; let the link lead to that one"
+            )
+        return found
+
+    def check_draws(self) -> None:
+        """Raises ConfigError if the data set's pictures cannot be drawn, because there is neither a codebook nor a
+        tokenizer with a decoder."""
+        if self.image_tokenizer is None:
+            _ = self.codebook
+        else:
+            self.image_tokenizer.check_decodes()
+
+    @cached_property
+    def _code_of_id(self) -> np.ndarray | None:
+        """The image tokenizer's code of each id of the modality `image`, in the order of ids. None: the same order."""
+        image = self._manifest.image
+        if image is None or image.code_ids is None:
+            return None
+        return load_array(self._folder / image.code_ids).argsort()
+
+    def drawn(self, codes: np.ndarray) -> Image.Image:
+        """Returns the picture that the codes describe."""
+        if self.image_tokenizer is None:
+            return picture_of(codes, self.codebook)
+        codes = codes if self._code_of_id is None else self._code_of_id[codes]
+        return Image.fromarray(self.image_tokenizer.decode(codes[None])[0])
 
     @cached_property
     def grammar(self) -> Grammar:
@@ -141,6 +189,11 @@ class Vocabulary:
         """
         if not path.is_file():
             raise ConfigError(f"--picture {path}: no such file; give a PNG or JPEG, or the number of a held-out picture")
+        if self.image_tokenizer is not None:
+            from moe_dist.data.token_pictures import open_picture
+
+            codes = self.image_tokenizer.encode(open_picture(path))
+            return codes if self._code_of_id is None else self._code_of_id.argsort()[codes]
         return encode(to_patches(plain(rasterise(path)).pixels[None]), self.codebook).astype(np.int64)
 
     def heldout(self) -> list[HeldoutPicture]:
@@ -173,7 +226,7 @@ def picture_of(codes: np.ndarray, codebook: np.ndarray) -> Image.Image:
 
 
 def png(picture: Image.Image) -> bytes:
-    """Returns the content of a PNG file with the picture, enlarged by the factor `_SCALE`."""
-    buffer = io.BytesIO()
-    picture.resize((picture.width * _SCALE, picture.height * _SCALE), Image.Resampling.NEAREST).save(buffer, "PNG")
+    """Returns the content of a PNG file with the picture, enlarged to at least `_SMALLEST` pixels a side."""
+    buffer, scale = io.BytesIO(), max(1, _SMALLEST // picture.width)
+    picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST).save(buffer, "PNG")
     return buffer.getvalue()

@@ -314,7 +314,7 @@ def _hosted(context: build.EngineContext) -> Iterator[Any]:
 
     with ExitStack() as stack:
         for owner, name in ((hosted, "draw"), (HostedModel, "ready")):
-            stack.enter_context(mock.patch.object(owner, name, lambda *_: None))
+            stack.enter_context(mock.patch.object(owner, name))
         stack.enter_context(mock.patch.object(hosted, "torch", _NoMeta()))
         yield stack.enter_context(hosted.transformers_engine(context))
 

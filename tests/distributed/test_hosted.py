@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.contents import open_checkpoint
 from moe_dist.data.batch import IGNORED, Batch
-from moe_dist.hf.host.family import hosted_family
+from moe_dist.hf.host.dense import hosted_family
 from moe_dist.hf.host.weights import write_folder
 from moe_dist.inference.loaded_run import find_trained
 from moe_dist.placement.parameter_names import Role

@@ -1,4 +1,4 @@
-"""Dense models of transformers get experts: LLaVA-MoLE's adapters and MoMa's copies of FFNs. N ranks train as one rank does."""
+"""Dense models of transformers get experts: LLaVA-MoLE's adapters and MoMa's copies of FFNs. N ranks train as one does."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -125,9 +125,7 @@ def test_more_experts_begin_as_copies_of_an_export(
 
 
 @pytest.mark.slow
-def test_an_export_has_the_trained_experts(
-    run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path
-) -> None:
+def test_an_export_has_the_trained_experts(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:
     """The export of three and five trained experts has the losses of the run."""
     run_in_world(2, begun, str(tiny_data), str(tmp_path), MODELS["moma"](tmp_path / "dense"), {"parallel.ep": 2})
     assert invoke(export_hf.main, tmp_path / "tiny", "--out", tmp_path / "out").exit_code == 0

@@ -53,7 +53,10 @@ def mole(folder: Path, num_experts: int = 8) -> dict[str, Any]:
     """Returns a tiny Llama with LoRA experts on its frozen FFNs."""
     dense_folder("llama", folder)
     experts = {"kind": "sharded_lora", "rank": 2, "alpha": 4.0, "weight": "straight_through"}
-    return {"folder": str(folder), "moe": {"experts": experts, "groups": {"experts": {"num_experts": num_experts, **_BOTH}}}}
+    return {
+        "folder": str(folder),
+        "moe": {"experts": experts, "groups": {"experts": {"num_experts": num_experts, **_BOTH}}},
+    }
 
 
 _BOTH = {"modalities": ["text", "image"]}

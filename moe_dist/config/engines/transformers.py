@@ -87,6 +87,6 @@ class TransformersEngineSection(EngineSection):
             if config.model.folder is None:
                 problem = "model.lora: model.folder=null leaves the frozen base untrained; set it, or remove model.lora"
                 yield Violation(("model.lora", "model.folder"), problem)
-            problems = named("moe_dist.hf.host.lora:unknown_names")(config.model)
+            problems = named("moe_dist.hf.host.lora_names:unknown_names")(config.model)
             yield from (Violation(("model.lora",), problem) for problem in problems)
         yield from unmet(config, "engine.kind", KIND, (*NEEDED, *further), instead="engine.kind=moe_dist")

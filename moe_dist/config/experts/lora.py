@@ -121,8 +121,8 @@ class ShardedLoRAExpertsSection(LoRAExpertsSection):
         for name, group in config.model.moe.groups.items():
             if group.top_k > 1 or group.num_null or self.dropout:
                 problem = (
-                    f"model.moe.groups.{name}: top_k={group.top_k}, num_null={group.num_null}, dropout={self.dropout:g}: one "
-                    f"rank computes the FFN of a token with its adapter; with {self.kind} set 1, 0 and 0"
+                    f"model.moe.groups.{name}: top_k={group.top_k}, num_null={group.num_null}, dropout={self.dropout:g}: "
+                    f"one rank computes the FFN of a token with its adapter; with {self.kind} set 1, 0 and 0"
                 )
                 yield Violation((f"model.moe.groups.{name}", EXPERTS), problem)
 

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from moe_dist.moe.routers.recorded import recorded_routers
 
 GUIDE = "docs/hf-engine.md"
 GROUP = "experts"  # name of the only expert group, and of the attribute that has a family's experts
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")  # of an FFN that can become experts
 LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
@@ -71,3 +72,24 @@ def banks_of(model: nn.Module) -> list[Bank]:
             holder = bank.experts.rpartition(".")[0]
             banks.append(Bank(bank.layer, bank.experts, f"{holder}.gate", holder.rpartition(".")[2], bank.router, ids))
     return banks
+
+
+def dense_ffns(model: Any) -> dict[int, str]:
+    """Returns the path of each layer's FFN in the language model of a dense family. Empty if it has experts, or if a layer
+    has no FFN of this form, or several."""
+    if any(hasattr(module, "_is_expert_parallel") for module in model.modules()):
+        return {}
+    decoder = model.get_decoder()
+    (root,) = [path for path, module in model.named_modules() if module is decoder] or [""]
+    found: dict[int, str] = {}
+    for path, module in decoder.named_modules():
+        layer = LAYER.search(f"{path}.")
+        if all(isinstance(getattr(module, each, None), nn.Linear) for each in PROJECTIONS) and hasattr(module, "act_fn"):
+            if (
+                layer is None
+                or int(layer[1]) in found
+                or any(getattr(module, each).bias is not None for each in PROJECTIONS)
+            ):
+                return {}
+            found[int(layer[1])] = f"{root}.{path}".lstrip(".")
+    return found

@@ -1,14 +1,15 @@
 """Makes a mixture of experts of a dense transformers model. Each FFN of its language model, y = down(act(gate x) * up x),
 becomes a block with a router for each group of experts.
 
-    model.moe.experts.kind=ffn           each expert begins as a copy of the FFN (MoMa, arXiv 2407.21770: groups by modality)
+    model.moe.experts.kind=ffn           each expert begins as a copy of the FFN (MoMa, arXiv 2407.21770)
     model.moe.experts.kind=sharded_lora  each expert is a LoRA adapter on the frozen FFN (LLaVA-MoLE, arXiv 2401.16160)
 
-Shape letters: T tokens, E experts of a group, K choices of a token, D hidden size, F width of the FFN, r rank of an adapter,
-Q (token, expert) pairs on this rank, R rows on this rank, I inputs and O outputs of a projection.
+Shape letters: T tokens, E experts of a group, K choices of a token, D hidden size, F width of the FFN, r rank, Q (token,
+expert) pairs on this rank, R rows on this rank, I inputs and O outputs of a projection.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,14 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moe_dist.config.model_schema import MoESection
-from moe_dist.hf.host.banks import GROUP, LAYER, Bank
+from moe_dist.config.model_schema import ModelSection, MoESection
+from moe_dist.hf.host.banks import GROUP, PROJECTIONS, Bank, dense_ffns
+from moe_dist.hf.host.family import empty_model
 from moe_dist.hf.host.model import FamilyExperts
 from moe_dist.moe.dispatch.interface import DispatchedRows, PairLayout
 from moe_dist.moe.experts.lora import expert_weights
 from moe_dist.moe.kernels.torch_kernels import gather_rows, weighted_row_sum
 from moe_dist.placement.parameter_names import Role
-
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class Gate(nn.Linear):
@@ -111,18 +111,13 @@ class AdapterStack(nn.Module):
             nn.init.normal_(parameter, std=(3 * parameter.shape[-1]) ** -0.5 if name.endswith("A") else 0.0)
 
 
-def dense_ffns(model: Any) -> dict[int, str]:
-    """Returns the path of each layer's FFN in the language model. Empty if a layer has no FFN of this form, or several."""
-    decoder = model.get_decoder()
-    (root,) = [path for path, module in model.named_modules() if module is decoder] or [""]
-    found: dict[int, str] = {}
-    for path, module in decoder.named_modules():
-        layer = LAYER.search(f"{path}.")
-        if all(isinstance(getattr(module, each, None), nn.Linear) for each in PROJECTIONS) and hasattr(module, "act_fn"):
-            if layer is None or int(layer[1]) in found or any(getattr(module, each).bias is not None for each in PROJECTIONS):
-                return {}
-            found[int(layer[1])] = f"{root}.{path}".lstrip(".")
-    return found
+def hosted_family(model: ModelSection) -> Any:
+    """Returns `empty_model` of the section's family. A dense family gets the experts of `model.moe`."""
+    assert model.family is not None, "the engine's section completes the model's"
+    family = empty_model(model.family, model.fields)
+    if dense_ffns(family):
+        add_experts(family, model.moe)
+    return family
 
 
 def add_experts(model: Any, moe: MoESection) -> None:
@@ -135,7 +130,8 @@ def add_experts(model: Any, moe: MoESection) -> None:
         for name, group in moe.groups.items():
             holder = nn.Module()
             holder.gate = Gate(block.gate_proj.in_features, group.num_experts, group.top_k, plain=lora)
-            holder.experts = (AdapterStack if lora else CopiedFFNs)(block, group.num_experts, moe.experts if lora else std)
+            make: Any = partial(AdapterStack, section=moe.experts) if lora else partial(CopiedFFNs, std=std)
+            holder.experts = make(block, group.num_experts)
             block.add_module(name, holder)
             path, ids = f"{ffns[layer]}.{name}", range(first, first + group.num_experts)
             banks.append(Bank(layer, f"{path}.{GROUP}", f"{path}.gate", name, ffns[layer], ids))

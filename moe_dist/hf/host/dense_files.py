@@ -14,13 +14,12 @@ from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.formats.manifest import Manifest
 from moe_dist.hf.adapters import lora_fields
-from moe_dist.hf.host.banks import GUIDE, Bank
-from moe_dist.hf.host.lora import hosted_tensors
+from moe_dist.hf.host.banks import GUIDE, PROJECTIONS, Bank
+from moe_dist.hf.host.lora_names import hosted_tensors
 from moe_dist.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from moe_dist.hf.served_fields import CODE, DENSE_CODE, DENSE_MAP, token_ids
 
 FAMILY = "family"  # prefix of all names in an export, and the field with the dense model's configuration
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class CopiedTensors:
@@ -42,7 +41,7 @@ class CopiedTensors:
     def takes(self, target: str, tensor: Any) -> bool:
         """Returns whether the tensor, named as in the family, is kept for `copy` or left out."""
         module, _, leaf = target.removesuffix(".weight").rpartition(".")
-        if module in self._stacks or (module in self._blocks and leaf in _PROJECTIONS):
+        if module in self._stacks or (module in self._blocks and leaf in PROJECTIONS):
             self._found[f"{module}.{leaf}"] = tensor
             return True
         return tensor.get_shape()[0] < self._routers.get(target, 0)
@@ -63,7 +62,7 @@ class CopiedTensors:
             count = stored.get_shape()[0]
             rows = [stored[expert % count : expert % count + 1] for expert in local]
             return torch.cat(rows) if rows else stored[:0]
-        parts = {"gate_up_proj": _PROJECTIONS[:2], "down_proj": _PROJECTIONS[2:]}.get(name, ())
+        parts = {"gate_up_proj": PROJECTIONS[:2], "down_proj": PROJECTIONS[2:]}.get(name, ())
         found = [self._found.get(f"{bank.block}.{part}") for part in parts]
         if not found or None in found:
             return None
@@ -97,7 +96,9 @@ def merge_experts(family: Any) -> None:
 def groups_of(model: ModelSection, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Returns the sizes, modalities and token ids of the groups of experts, for `write_dense`."""
     ids = token_ids(model, manifest) if len(model.moe.groups) > 1 else {}
-    sizes = {name: group.model_dump(include={"num_experts", "top_k", "modalities"}) for name, group in model.moe.groups.items()}
+    sizes = {
+        name: group.model_dump(include={"num_experts", "top_k", "modalities"}) for name, group in model.moe.groups.items()
+    }
     return {name: {**each, "token_ids": ids.get(name)} for name, each in sizes.items()}
 
 
@@ -111,7 +112,7 @@ def write_dense(family: Any, out: Path, groups: Mapping[str, Mapping[str, Any]])
         family=family.config.to_dict(),
         blocks=list(dict.fromkeys(bank.block for bank in family.moe_dist_banks)),
         expert_groups=dict(groups),
-        auto_map=DENSE_MAP,
+        auto_map=DENSE_MAP,  # pyright: ignore[reportCallIssue]
     )
     with no_init_weights():
         served = MoeDistDenseModel(config, family)
@@ -122,12 +123,13 @@ def write_dense(family: Any, out: Path, groups: Mapping[str, Mapping[str, Any]])
 
 def adapters_by_expert(out: Path, model: ModelSection, base_name: str | None, read: Callable[[str], Tensor]) -> int:
     """Writes the LoRA experts of a dense family: `<group>/expert_<n>` is a folder of PEFT with the adapters of a token that
-    chooses this expert, those of `model.lora` among them, and `routers.safetensors` has the rows of the routers. Returns the number of tensors.
+    chooses this expert, those of `model.lora` among them, and `routers.safetensors` has the rows of the routers. Returns
+    the number of tensors.
 
     Args:
         read: Returns a tensor of a checkpoint by its logical name.
     """
-    from moe_dist.hf.host.family import hosted_family
+    from moe_dist.hf.host.dense import hosted_family
 
     section: Any = model.moe.experts
     others = model.lora

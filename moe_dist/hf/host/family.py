@@ -20,7 +20,7 @@ from moe_dist.config.model_schema import GroupSection, ModelSection, MoESection
 from moe_dist.errors import ConfigError, MoeDistError
 from moe_dist.formats.hub_folder import offline
 from moe_dist.hf.code_checks import code_keys, entries, refuse_code
-from moe_dist.hf.host.banks import GUIDE, Bank, banks_of
+from moe_dist.hf.host.banks import GUIDE, Bank, banks_of, dense_ffns
 from moe_dist.hf.served_fields import DENSE
 from moe_dist.hf.source import CONFIG_FILE, read_configuration
 from moe_dist.moe.routers.copy_init import uneven_twins
@@ -77,12 +77,12 @@ def complete(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_export(model: dict[str, Any], stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the section `model` and the dense family's fields for a folder that `write_dense` made. Groups that the section
-    does not name have the sizes of the folder."""
+    """Returns the section `model` and the dense family's fields for a folder that `write_dense` made. Groups that the
+    section does not name have the sizes of the folder."""
     groups, family = stored.get("expert_groups"), stored.get("family")
     if not isinstance(groups, dict) or not isinstance(family, dict) or not isinstance(family.get("model_type"), str):
         raise ConfigError(f"model.folder: its {CONFIG_FILE} lacks family or expert_groups; export the run again", see=GUIDE)
-    moe = model.get("moe") if isinstance(model.get("moe"), dict) else {}
+    moe: dict[str, Any] = found if isinstance(found := model.get("moe"), dict) else {}
     sizes = {name: {key: each.get(key) for key in ("num_experts", "top_k", "modalities")} for name, each in groups.items()}
     given = moe.get("groups") or {name: {} for name in sizes}
     joined = {name: {**sizes.get(name, {}), **each} for name, each in given.items()} if isinstance(given, dict) else given
@@ -266,7 +266,9 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = family_config(family, fields)
-    auto: Any = AutoModelForImageTextToText if reads_pictures(config) or _has_no_text_model(config) else AutoModelForCausalLM
+    auto: Any = (
+        AutoModelForImageTextToText if reads_pictures(config) or _has_no_text_model(config) else AutoModelForCausalLM
+    )
     options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False}
     try:
         with offline():
@@ -278,17 +280,6 @@ def empty_model(family: str, fields: Mapping[str, Any]) -> Any:
             ) from error
         with offline():
             return auto.from_config(config, attn_implementation="eager", **options)
-
-
-def hosted_family(model: ModelSection) -> Any:
-    """Returns `empty_model` of the section's family. A dense family gets the experts of `model.moe`."""
-    from moe_dist.hf.host.dense import add_experts
-
-    assert model.family is not None, "the engine's section completes the model's"
-    family = empty_model(model.family, model.fields)
-    if _ffns(family):
-        add_experts(family, model.moe)
-    return family
 
 
 def reads_pictures(config: Any) -> bool:
@@ -317,14 +308,6 @@ def _has_no_text_model(config: Any) -> bool:
     return config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def _ffns(family: Any) -> dict[int, str]:
-    """Returns the FFNs of a dense family that can become experts."""
-    from moe_dist.hf.host.dense import dense_ffns
-
-    has_experts = any(hasattr(module, "_is_expert_parallel") for module in family.modules())
-    return {} if has_experts else dense_ffns(family)
-
-
 @cache
 def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
     """Returns the section `model`, and whether the routers are plain matrices [experts, hidden size]."""
@@ -336,7 +319,7 @@ def _sizes(family: str, fields_json: str) -> tuple[dict[str, Any], bool]:
             model = empty_model(family, json.loads(fields_json))
     finally:
         log.setLevel(level)
-    config, ffns = model.config.get_text_config(), _ffns(model)
+    config, ffns = model.config.get_text_config(), dense_ffns(model)
     banks = [] if ffns else banks_of(model)
     if len({(bank.group, bank.ids) for bank in banks}) != len({bank.group for bank in banks}):
         raise ConfigError(f"model.family={family!r}: its layers have different numbers of experts", see=GUIDE)

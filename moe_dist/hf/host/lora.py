@@ -6,7 +6,7 @@ weights keep their names, and each rank has the adapters of its own experts.
 Shape letters: E experts, r rank, I inputs, O outputs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.base.section import unknown_name
 from moe_dist.config.experts.lora import HostedLoRASection
-from moe_dist.config.model_schema import ModelSection
 from moe_dist.errors import ConfigError
 from moe_dist.hf.host.banks import GUIDE, banks_of
-from moe_dist.hf.host.family import hosted_family
 from moe_dist.hf.peft_files import joint, open_peft, stacked
 from moe_dist.hf.source import DTYPES
 from moe_dist.model.initial_weights import normal_tensor
@@ -41,31 +38,13 @@ class Place(NamedTuple):
         return [f"{self.stack}_{each}" if self.stack else each for each in MATRICES]
 
 
-def unknown_names(model: ModelSection) -> list[str]:
-    """Returns an error text for each name in `targets` and `parameters` of `model.lora` that matches no weight."""
-    lora, family = model.lora, _whole(model)
-    assert lora is not None
-    linear, stacks = _candidates(family)
-    problems: list[str] = []
-    for key, names, there, parts in (("targets", lora.targets, linear, 1), ("parameters", lora.parameters, stacks, 2)):
-        known = sorted({".".join(each.split(".")[-parts:]) for each in there})
-        unknown = [name for name in names if not any(_has_end(each, [name]) for each in there)]
-        problems += [f"model.lora.{key}={each}: {unknown_name('weight', each, known)}" for each in unknown]
-    return problems
-
-
-def _whole(model: ModelSection) -> Any:
-    with torch.device("meta"):
-        return hosted_family(model)
-
-
 def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
     """Returns the weights of a whole model that have an adapter."""
-    linear, stacks = _candidates(family)
-    found = [Place(path, "", f"base_model.model.{path}") for path in linear if _has_end(path, lora.targets)]
+    linear, stacks = candidates(family)
+    found = [Place(path, "", f"base_model.model.{path}") for path in linear if has_end(path, lora.targets)]
     wrapped: dict[str, list[str]] = {}
     for path in stacks:
-        if _has_end(path, lora.parameters):
+        if has_end(path, lora.parameters):
             module, _, stack = path.rpartition(".")
             wrapped.setdefault(module, []).append(stack)
     for module, names in wrapped.items():
@@ -76,7 +55,7 @@ def places_in(family: Any, lora: HostedLoRASection) -> tuple[Place, ...]:
     return tuple(found)
 
 
-def _candidates(family: Any) -> tuple[list[str], list[str]]:
+def candidates(family: Any) -> tuple[list[str], list[str]]:
     """Returns two lists of paths: all linear layers except routers, and all stacks of experts."""
     banks = banks_of(family)
     routers = {each for bank in banks for each in family.get_submodule(bank.router).modules()}
@@ -87,7 +66,7 @@ def _candidates(family: Any) -> tuple[list[str], list[str]]:
     return linear, stacks
 
 
-def _has_end(path: str, ends: Sequence[str]) -> bool:
+def has_end(path: str, ends: Sequence[str]) -> bool:
     return any(path == end or path.endswith(f".{end}") for end in ends)
 
 
@@ -126,19 +105,6 @@ def fold(experts: Any, weights: dict[str, Tensor | None]) -> None:
             assert b is not None
             factors = (a.mT, b.mT) if getattr(experts, "is_transposed", False) else (b, a)
             weights[stack] = torch.baddbmm(base, *factors, alpha=experts.lora_scaling)
-
-
-def hosted_tensors(model: ModelSection, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yields each matrix under PEFT's name. `read` returns a tensor of a checkpoint by its logical name."""
-    assert model.lora is not None
-    for place in places_in(_whole(model), model.lora):
-        for matrix, name in zip("AB", place.names(), strict=True):
-            path = f"family.{place.module}"
-            if place.stack:
-                experts = [read(f"{path}.{expert}.{name}") for expert in range(place.num_experts)]
-                yield f"{place.peft}.lora_{matrix}.weight", joint(matrix, torch.stack(experts))
-            else:
-                yield f"{place.peft}.lora_{matrix}.weight", read(f"{path}.{name}")
 
 
 @torch.no_grad()

@@ -84,8 +84,8 @@ def check_encoder(model: Any) -> None:
     black = inputs["pixel_values"]
     if count and (made := _features(model, black)) != count:
         raise ConfigError(
-            f"model.folder: the encoder makes {made} tokens of a picture, and config.json says image_seq_length={count}, by "
-            f"which the data are prepared; correct config.json ({GUIDE}#pictures)"
+            f"model.folder: the encoder makes {made} tokens of a picture, and config.json says image_seq_length={count}, "
+            f"by which the data are prepared; correct config.json ({GUIDE}#pictures)"
         )
     slope = torch.linspace(-2, 2, black.numel(), device=like.device).view_as(black)
     training = model.training

@@ -21,7 +21,8 @@ from moe_dist.hf.adapters import write_peft
 from moe_dist.hf.exporting import checked_config
 from moe_dist.hf.host.banks import GUIDE
 from moe_dist.hf.host.dense_files import FAMILY, CopiedTensors, adapters_by_expert, is_adapted, merge_experts, write_dense
-from moe_dist.hf.host.lora import MATRICES, hosted_tensors
+from moe_dist.hf.host.lora import MATRICES
+from moe_dist.hf.host.lora_names import hosted_tensors
 from moe_dist.hf.host.model import HostedModel
 from moe_dist.hf.source import open_source
 

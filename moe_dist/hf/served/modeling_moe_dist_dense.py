@@ -5,9 +5,16 @@ The token id determines the group of experts. A token takes the top k of its gro
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts, MixtralTopKRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts, MixtralTopKRouter
 
 
 class MoeDistDenseConfig(PreTrainedConfig):
@@ -16,8 +23,8 @@ class MoeDistDenseConfig(PreTrainedConfig):
     Attributes:
         family: Fields of the dense model's configuration, with its `model_type`.
         blocks: Paths of the FFNs that became experts.
-        expert_groups: For each group `num_experts`, `top_k` and `token_ids` (ranges [first, last + 1] of its token ids; null
-            for a single group).
+        expert_groups: For each group `num_experts`, `top_k` and `token_ids` (ranges [first, last + 1] of its token ids;
+            null for a single group).
     """
 
     model_type = "moe_dist_dense"

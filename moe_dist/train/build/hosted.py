@@ -17,9 +17,9 @@ from moe_dist.comm.collectives import CommStats
 from moe_dist.comm.tracker import CollectiveTracker
 from moe_dist.config.schema import Config
 from moe_dist.errors import ConfigError
-from moe_dist.hf.host.choices import add_null_rows
 from moe_dist.hf.host.banks import GUIDE, banks_of
-from moe_dist.hf.host.family import hosted_family
+from moe_dist.hf.host.choices import add_null_rows
+from moe_dist.hf.host.dense import hosted_family
 from moe_dist.hf.host.lora import add_adapters, first_values
 from moe_dist.hf.host.model import HostedModel, own_values, with_owners
 from moe_dist.hf.host.pictures import check_encoder

@@ -86,4 +86,6 @@ def test_a_dense_family_needs_groups() -> None:
 
 def test_wrong_settings_of_lora_experts_are_named() -> None:
     with refused(ConfigError, "model.moe.experts.kind=sharded_lora", "top_k=2", "model.folder"):
-        layout_of_file("mole_llava_7b_8gpu_transformers", ["model.folder=null", "model.moe.groups.ffn.top_k=2", "model.lora=null"])
+        layout_of_file(
+            "mole_llava_7b_8gpu_transformers", ["model.folder=null", "model.moe.groups.ffn.top_k=2", "model.lora=null"]
+        )
