@@ -49,7 +49,7 @@ def main(options: TrainOptions) -> None:
     from moe_dist.data.token_pictures import open_picture
     from moe_dist.data.vq_training import PROCESSOR, VQRecipe, make_model, train
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     recipe = VQRecipe(options.size, options.cells, options.codes, steps=options.steps, seed=options.seed)
     damaged: list[DataError] = []
     source = (

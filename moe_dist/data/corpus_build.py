@@ -309,7 +309,7 @@ class _Writer:
         marks: Any = {"begin_id": special[BOI], "end_id": special[EOI]}
         if (tokenizer := self._image_tokenizer) is not None:
             ids = None if self._words.id_of_code_K is None else CODE_IDS
-            of_tokenizer: Any = {"tokenizer": IMAGE_TOKENIZER, "tokenizer_digest": tokenizer.digest, "code_ids": ids}
+            of_tokenizer: Any = {"vq_model": IMAGE_TOKENIZER, "vq_digest": tokenizer.digest, "code_ids": ids}
             image = ImageSection(grid=tokenizer.grid, **marks, **of_tokenizer)
         else:
             image = ImageSection(grid=(GRID, GRID), **marks, codebook=CODEBOOK_FILE)

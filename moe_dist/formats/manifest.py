@@ -62,9 +62,9 @@ class ImageSection(Section):
     end_id: Count = Field(description="Id of the token after the codes.")
     codebook: FilePath | None = None
     """A .npy file with the pixels of each code, uint8 [codes, patch, patch, 3]."""
-    tokenizer: FilePath | None = None
+    vq_model: FilePath | None = None
     """Folder, or link to a folder, of the VQ model that encoded the pictures."""
-    tokenizer_digest: str | None = Field(default=None, description="SHA-256 of that model and its image processor.")
+    vq_digest: str | None = Field(default=None, description="SHA-256 of that model and its image processor.")
     code_ids: FilePath | None = None
     """A .npy file with the token id of each code, int64 [codes]. null: the ids of the modality image, in order."""
 
@@ -175,14 +175,17 @@ def load_manifest(folder: str | Path) -> Manifest:
     )
 
 
+_LATER = ("pictures", "vq_model", "vq_digest", "code_ids")
+
+
 def write_manifest(manifest: BaseModel, folder: str | Path) -> None:
     """Writes a manifest, of a data set or of router tuning, to `folder`/manifest.json."""
-    values = _without_no_pictures(manifest.model_dump(mode="json"))
+    values = _without_later(manifest.model_dump(mode="json"))
     (Path(folder) / MANIFEST_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
 
-def _without_no_pictures(values: Any) -> Any:
-    """Leaves out keys `pictures` without a value, so that equal data of earlier versions have an equal digest."""
+def _without_later(values: Any) -> Any:
+    """Leaves out later keys without a value, so that equal data of earlier versions have an equal digest."""
     if not isinstance(values, dict):
         return values
-    return {key: _without_no_pictures(value) for key, value in values.items() if key != "pictures" or value is not None}
+    return {key: _without_later(value) for key, value in values.items() if key not in _LATER or value is not None}

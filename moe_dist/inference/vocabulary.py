@@ -82,22 +82,22 @@ class Vocabulary:
         """Returns whether the data set has a codebook or an image tokenizer, without which pictures cannot be encoded or
         decoded."""
         image = self._manifest.image
-        return image is not None and (image.codebook is not None or image.tokenizer is not None)
+        return image is not None and (image.codebook is not None or image.vq_model is not None)
 
     @cached_property
     def image_tokenizer(self) -> "ImageTokenizer | None":
         """Returns the image tokenizer of the data set; None if pictures have a codebook. Raises ConfigError if it is
         missing, or not the one that encoded the pictures."""
         image = self._manifest.image
-        if image is None or image.tokenizer is None:
+        if image is None or image.vq_model is None:
             return None
         from moe_dist.data.image_tokenizer import ImageTokenizer  # imported only here, because it takes seconds
 
-        link = self._folder / image.tokenizer
+        link = self._folder / image.vq_model
         if not link.is_dir():
             raise ConfigError(f"{link}: the folder of the image tokenizer is gone; let the link lead to where it is now")
         found = ImageTokenizer(link)
-        if found.digest != image.tokenizer_digest:
+        if found.digest != image.vq_digest:
             raise ConfigError(
                 f"{link}: is not the image tokenizer that encoded the pictures; let the link lead to that one"
             )

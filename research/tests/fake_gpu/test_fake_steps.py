@@ -56,6 +56,27 @@ def test_a_step_on_the_device(preset: str, ranks: int) -> None:
     assert counted.kernels["step step"] <= 120
 
 
+@pytest.mark.parametrize(
+    ("preset", "ranks", "fields"),
+    [
+        full("moma_chameleon_7b_32gpu_transformers", 32, "model.fields.num_hidden_layers=2"),
+        exhaustive(
+            "mole_llava_7b_8gpu_transformers",
+            8,
+            "model.fields={text_config: {num_hidden_layers: 2}}",
+        ),
+    ],
+)
+def test_a_dense_family_with_experts_on_the_device(preset: str, ranks: int, fields: str) -> None:
+    """Steps of models of transformers that got experts: nothing is copied, and the host reads sizes and pixels."""
+    counted = count(f"configs/{preset}.yaml", ranks, [fields], rank=ranks - 1)
+    assert not counted.mixed
+    assert not counted.copies
+    named = {name: number for name, number in counted.syncs.items() if not name.startswith(OF_A_STEP)}
+    assert named.pop("forward split sizes") == 4
+    assert all(name.startswith("forward pictures.py:") for name in named)
+
+
 def more_kernels(counted: Counted, part: str, phase: str) -> int:
     """Returns the number of kernels that one more micro-batch adds."""
     return sum(number for *key, number in counted.more_work if key[:2] == [part, phase])

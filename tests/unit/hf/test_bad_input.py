@@ -184,7 +184,7 @@ def panicking(folder: Path) -> None:
 def slow_pattern(folder: Path) -> None:
     """Writes a tokenizer with a regular expression whose compilation takes minutes."""
     tokenizer(10)(folder)
-    pattern = {"Regex": "(?i)" + "|".join(f"straße{number}" for number in range(300_000))}
+    pattern = {"Regex": "(?i)" + "|".join(f"straße{number}" for number in range(600_000))}
     split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
     edit(folder / "tokenizer.json", lambda values: values.update(pre_tokenizer=split))
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from moe_dist.errors import ConfigError, DataError
-from moe_dist.hf.host.lora import first_values, hosted_tensors
+from moe_dist.hf.host.lora import first_values
+from moe_dist.hf.host.lora_names import hosted_tensors
 from moe_dist.hf.peft_files import CONFIG_FILE, WEIGHTS_FILE
 from moe_dist.plan.policies import expert_groups, replicated_placement
 from moe_dist.train.build.hosted import build_hosted
