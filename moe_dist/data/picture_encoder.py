@@ -56,6 +56,25 @@ class PictureEncoder:
                 "models, as Qwen3-VL-MoE and ERNIE-4.5-VL-MoE, and models in LLaVA-1.5's form can be trained with pictures",
                 see=GUIDE,
             )
+        if each:
+            self._check_one_size(folder)
+
+    def _check_one_size(self, folder: Path) -> None:
+        """Raises ConfigError if pictures of different proportions get different or gigantic sizes."""
+        sides = [
+            each for name in ("size", "crop_size") for each in dict(getattr(self._processor, name, None) or {}).values()
+        ]
+        shapes: set[tuple[int, ...]] = set()
+        if max([each or 0 for each in sides], default=0) ** 2 <= MOST_PIXELS:
+            for size in ((64, 32), (32, 64)):
+                made = self._processor(images=[Image.new("RGB", size)], return_tensors="pt")
+                shapes.add(tuple(made["pixel_values"].shape))
+        if len(shapes) != 1:
+            raise ConfigError(
+                f"{folder}: its image processor must make pictures of one size of at most {MOST_PIXELS:,} pixels; set "
+                "crop_size with do_center_crop, or height and width of size",
+                see=GUIDE,
+            )
 
     def save(self, folder: Path) -> None:
         """Writes the processor's fields as preprocessor_config.json."""
@@ -68,11 +87,6 @@ class PictureEncoder:
         content = read_part(source.folder, file, offset, length)
         image = decoded(content, repr(name), FORMATS)
         if self._each:
-            sides = dict(getattr(self._processor, "crop_size", None) or self._processor.size)
-            if max(sides.values()) ** 2 > MOST_PIXELS:
-                raise DataError(
-                    f"picture {name!r}: the image processor makes a side of {max(sides.values())}; lower its size"
-                )
             found = (file, offset, len(content), digest(content), image.height, image.width)
             return PictureRef(*found, self._each, row)
         try:

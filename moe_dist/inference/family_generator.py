@@ -42,7 +42,7 @@ class FamilyGenerator(Generator):
         ends = [self.grammar.eos_id, *([self.grammar.end_id] if request.one_picture else [])]
         ids_1N = torch.tensor([prompt], device=self._device)
         model: Any = self.model
-        with model.generating() as family:
+        with model.generating(self._group_of_id) as family:
             made_1N = family.generate(
                 ids_1N,
                 attention_mask=torch.ones_like(ids_1N),

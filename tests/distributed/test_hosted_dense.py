@@ -16,6 +16,7 @@ from tests.support.dense import MODELS, PICTURED, PINNED, mole
 from tests.support.engine_run import built_run, take_steps
 from tests.support.hosted import hosted_config
 from tests.support.invoked import invoke
+from tests.support.tiny import IMAGE_IDS
 from tests.support.worlds import RankContext
 from tools import export_hf
 
@@ -129,13 +130,19 @@ def test_an_export_has_the_trained_experts(run_in_world: Callable[..., list[Any]
     """The export of three and five trained experts has the losses of the run."""
     run_in_world(2, begun, str(tiny_data), str(tmp_path), MODELS["moma"](tmp_path / "dense"), {"parallel.ep": 2})
     assert invoke(export_hf.main, tmp_path / "tiny", "--out", tmp_path / "out").exit_code == 0
-    model = {"folder": str(tmp_path / "out"), "moe": {"groups": {}}}
-    (difference,) = run_in_world(1, losses_of, str(tiny_data), str(tmp_path / "1"), model, ONE)
+    again = {"folder": str(tmp_path / "out"), "moe": {"groups": {}}}
+    (difference,) = run_in_world(1, losses_of, str(tiny_data), str(tmp_path / "1"), again, ONE)
     assert difference < 2e-6
-    trained = find_trained(tmp_path / "tiny").load(torch.device("cpu")).family.state_dict()
+    run = find_trained(tmp_path / "tiny")
+    model: Any = run.load(torch.device("cpu"))
+    trained = model.family.state_dict()
     found = exported_model(tmp_path / "out").family.state_dict()
     assert found.keys() == trained.keys()
     assert all(torch.equal(found[name], trained[name]) for name in trained)
+    ids_1S, groups = torch.arange(64)[None], torch.tensor(run.group_of_modality)
+    group_of_id_V = groups[(torch.arange(64) >= IMAGE_IDS[0]).long()]
+    with torch.no_grad(), model.generating(group_of_id_V) as family:  # each token goes to the experts of its id's group
+        torch.testing.assert_close(family(input_ids=ids_1S).logits, exported_model(tmp_path / "out")(ids_1S).logits)
 
 
 @pytest.mark.slow

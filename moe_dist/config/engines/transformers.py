@@ -24,6 +24,7 @@ NEEDED = (
     ("parallel.expert_pair_budget", (None,), "the family's experts compute all pairs at once"),
     ("parallel.two_batch_overlap", (False,), "micro-batches are not cut"),
     ("model.moe.capacity", (None,), "no token is dropped"),
+    ("model.moe.experts.kind", ("ffn", "sharded_lora"), "experts are the family's, or made of its FFNs"),
     ("model.mixture_of_depths", (None,), "every layer computes every token"),
     ("model.attention_lora", (None,), "the adapters of a family are those of model.lora"),
 )

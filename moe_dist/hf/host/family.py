@@ -106,6 +106,14 @@ def _new_experts(moe: Any, found: Mapping[str, Any], family: str) -> dict[str, A
         name: {"top_k": 1, **group, "ffn_dim": found["dense_ffn_dim"]} if isinstance(group, dict) else group
         for name, group in groups.items()
     }
+    if len(sizes) > 1 and (
+        nulls := [name for name, each in groups.items() if isinstance(each, dict) and each.get("num_null")]
+    ):
+        raise ConfigError(
+            f"model.moe.groups.{nulls[0]}.num_null: null experts of a dense family need a single group; remove num_null, "
+            "or the other groups",
+            see=GUIDE,
+        )
     choices = {each["top_k"] for each in sizes.values() if isinstance(each, dict)}
     if len(choices) > 1:
         raise ConfigError(

@@ -264,12 +264,12 @@ class HostedModel(nn.Module):
         return torch.autocast(device, dtype) if dtype in (torch.bfloat16, torch.float16) else nullcontext()
 
     @contextmanager
-    def generating(self) -> Iterator[Any]:
+    def generating(self, group_of_id_V: Tensor) -> Iterator[Any]:
         """Yields the family's model, whose `generate` may be called if this rank has all experts. Each of its forwards
-        routes tokens without groups of their own and makes no report."""
+        routes tokens to the groups of their ids (int64 [V], -1 for an id without group) and makes no report."""
 
         def begin(_module: Any, _inputs: Any, given: dict[str, Any]) -> None:
-            group_BS = groups_of_types(torch.zeros_like(given["input_ids"]), given)
+            group_BS = groups_of_types(group_of_id_V[given["input_ids"]].clamp_min(0), given)
             self._pass[:] = [_Pass(group_BS.flatten(), NO_REQUEST)]
 
         hook = self.family.register_forward_pre_hook(begin, with_kwargs=True)

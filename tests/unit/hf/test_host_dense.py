@@ -78,6 +78,8 @@ def test_a_dense_family_needs_groups() -> None:
     groups = {"text": {"num_experts": 2}, "image": {"num_experts": 2, "top_k": 2}}
     with refused(ConfigError, "top_k is 1 and 2", "the same top_k"):
         complete({**model, "moe": {"groups": groups}})
+    with refused(ConfigError, "model.moe.groups.image.num_null", "a single group"):
+        complete({**model, "moe": {"groups": {"text": {"num_experts": 2}, "image": {"num_experts": 2, "num_null": 2}}}})
     with refused(ConfigError, "llama has no layer 7", "2 layers"):
         complete({**model, "moe": {"layers": [0, 7], "groups": {"text": {"num_experts": 2}}}})
     found = complete({**model, "moe": {"layers": [1], "groups": {"text": {"num_experts": 2}}}})
