@@ -57,7 +57,7 @@ def main(
         unused = {"--dtype": dtype, "--family": family, "--like": like, "--shard-mb": shard_mb}
         if given := [option for option, value in unused.items() if value is not None]:
             raise ConfigError(f"{', '.join(given)}: does not apply to a model of transformers; leave it out")
-        print(f"{_write_hosted(checkpoint, out, data)}: the family's own files\n{out} is made")
+        print(f"{_write_hosted(checkpoint, out, data)}\n{out} is made")
         return
     with shown_progress() as report:
         done = export_model(
@@ -84,8 +84,8 @@ def main(
 
 
 def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
-    """Writes a checkpoint as the new folder `out`, with the tokenizer of `model.folder`, and returns the family. Needs host
-    memory for the whole model in fp32.
+    """Writes a checkpoint as the new folder `out`, with the tokenizer of `model.folder`, and returns a line that describes
+    it. Needs host memory for the whole model in fp32.
 
     Raises:
         ConfigError: `out` exists, the run cannot be read (`find_trained`), or its tokens leave out choices of the router.
@@ -97,6 +97,7 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
     from moe_dist.hf.host.dense_files import groups_of
     from moe_dist.hf.host.lora import merge_adapters
     from moe_dist.hf.host.weights import refuse_masked, write_folder
+    from moe_dist.hf.served_fields import DENSE_CODE
     from moe_dist.hf.source import COMPANIONS, companion
     from moe_dist.inference.loaded_run import find_trained
 
@@ -117,7 +118,9 @@ def _write_hosted(checkpoint: Path, out: Path, data: Path | None = None) -> str:
         for name in COMPANIONS if there else ():
             if (source / name).is_file():
                 shutil.copyfile(companion(source, name), folder / name)
-    return run.config.model.family or ""
+    if (out / DENSE_CODE[0]).exists():
+        return f"{run.config.model.family} with experts: it brings its own code, so load it with trust_remote_code=True"
+    return f"{run.config.model.family}: the family's own files"
 
 
 if __name__ == "__main__":
