@@ -136,21 +136,24 @@ def test_an_export_has_the_trained_experts(run_in_world: Callable[..., list[Any]
     run = find_trained(tmp_path / "tiny")
     model: Any = run.load(torch.device("cpu"))
     trained = model.family.state_dict()
-    found = exported_model(tmp_path / "out").family.state_dict()
+    exported = exported_model(tmp_path / "out")
+    found = exported.family.state_dict()
     assert found.keys() == trained.keys()
     assert all(torch.equal(found[name], trained[name]) for name in trained)
     ids_1S, groups = torch.arange(64)[None], torch.tensor(run.group_of_modality)
     group_of_id_V = groups[(torch.arange(64) >= IMAGE_IDS[0]).long()]
     with torch.no_grad(), model.generating(group_of_id_V) as family:  # each token goes to the experts of its id's group
-        torch.testing.assert_close(family(input_ids=ids_1S).logits, exported_model(tmp_path / "out")(ids_1S).logits)
+        torch.testing.assert_close(family(input_ids=ids_1S).logits, exported(ids_1S).logits)
 
 
 @pytest.mark.slow
 def test_lora_experts_are_exported(run_in_world: Callable[..., list[Any]], tiny_data: Path, tmp_path: Path) -> None:
     """A single LoRA expert is merged into the family's own form. PEFT loads each of several, and the result has the merged
     matrices."""
-    from peft import PeftModel
+    import peft
     from transformers import AutoModelForCausalLM
+
+    with_adapters: Any = peft.PeftModel.from_pretrained
 
     def trained(name: str, num_experts: int) -> tuple[Path, Any]:
         model = mole(tmp_path / name / "dense", num_experts)
@@ -176,7 +179,7 @@ def test_lora_experts_are_exported(run_in_world: Callable[..., list[Any]], tiny_
     for expert in range(3):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "several/dense", dtype=torch.float32)
         weight = base.get_submodule(f"{block}.up_proj").weight.detach().clone()
-        adapted: Any = PeftModel.from_pretrained(base, tmp_path / "adapters/experts" / f"expert_{expert}")
+        adapted = with_adapters(base, tmp_path / "adapters/experts" / f"expert_{expert}")
         delta = experts.up_proj_lora_B[expert] @ experts.up_proj_lora_A[expert] * 2.0  # alpha / rank
         assert delta.any()
         found = adapted.merge_and_unload().get_submodule(f"{block}.up_proj").weight
