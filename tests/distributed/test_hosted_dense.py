@@ -178,7 +178,7 @@ def test_lora_experts_are_exported(run_in_world: Callable[..., list[Any]], tiny_
     experts = model.family.get_submodule(f"{block}.experts.experts")
     for expert in range(3):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "several/dense", dtype=torch.float32)
-        weight = base.get_submodule(f"{block}.up_proj").weight.detach().clone()
+        weight = base.get_parameter(f"{block}.up_proj.weight").detach().clone()
         adapted = with_adapters(base, tmp_path / "adapters/experts" / f"expert_{expert}")
         delta = experts.up_proj_lora_B[expert] @ experts.up_proj_lora_A[expert] * 2.0  # alpha / rank
         assert delta.any()
